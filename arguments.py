@@ -1,0 +1,269 @@
+"""Command-line flags, each declared once, in groups that the scripts compose. Help says what a flag does and what the
+recipes use. Published names and defaults are kept (docs/deviations.md lists the exceptions); flags that lost their meaning
+are accepted and say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+# Accepted so that old command lines run; a warning says what replaces them.
+OBSOLETE = {
+    "warmup_lr": "the warm-up starts at 0; its length is --warmup_epochs or --warmup_steps",
+    "decoupling_aug": "both views always share one crop and flip",
+    "resplit": "random erasing never splits the augmentations here",
+    "enable_deepspeed": "mixed precision (--amp_dtype) and DDP take its place",
+    "load_tar": "put the images in folders (--data_set image_folder)",
+    "world_size": "the launcher (torchrun, torch.distributed.launch, srun) says how many processes there are",
+    "local_rank": "",  # torch.distributed.launch passes it on its own: nothing to say
+    "dist_eval": "evaluation is always shared by all processes, and every image counts once",
+}
+
+
+class Flags(argparse.Namespace):
+    """Parsed flags; read-only once `freeze` was called, so that what is logged is what ran."""
+
+    def freeze(self) -> Flags:
+        self.__dict__["_frozen"] = True
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_frozen"):
+            raise AttributeError(f"flags are read-only: derive a local value instead of setting {name}")
+        super().__setattr__(name, value)
+
+    def plain(self) -> dict[str, Any]:
+        """For checkpoints and logs."""
+        return {key: value for key, value in sorted(vars(self).items()) if not key.startswith("_")}
+
+
+def new_parser(description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Flags:
+    return parser.parse_args(argv, namespace=Flags()).freeze()
+
+
+def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that differ from their defaults."""
+    return {k: v for k, v in sorted(vars(args).items()) if not k.startswith("_") and v != parser.get_default(k)}
+
+
+def warn_of_obsolete_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name in changed_flags(parser, args):
+        if OBSOLETE.get(name):
+            logging.getLogger("beit").warning(f"warning: --{name} does nothing: {OBSOLETE[name]}")
+
+
+def true_or_false(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie above 0 and up to 1")
+    return value
+
+
+def add_switch(group: Any, name: str, off: str, default: bool, help: str) -> None:
+    """A pair of flags for one value: --name turns it on, --off turns it off."""
+    group.add_argument(f"--{name}", action="store_true", default=default, help=help)
+    group.add_argument(f"--{off}", action="store_false", dest=name, default=default, help=f"turns --{name} off")
+
+
+def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
+    """Where a run writes, how often, how it resumes, on what it runs."""
+    g = parser.add_argument_group("run")
+    g.add_argument("--output_dir", default="", help="checkpoints, log.txt and pictures; empty: nothing is kept")
+    g.add_argument("--log_dir", default=None, help="TensorBoard files; default: --output_dir")
+    g.add_argument("--device", default="cuda", help="cuda (each process its own GPU; the CPU if there is none) or cpu")
+    g.add_argument("--seed", type=int, default=0, help="samples, masks and initial weights derive from it")
+    g.add_argument("--resume", default="", help="checkpoint to go on from: a path or URL")
+    add_switch(g, "auto_resume", "no_auto_resume", True, "go on from output_dir/checkpoint.pth if there is one")
+    g.add_argument("--start_epoch", type=int, default=0, help="epoch to start at; a resumed run knows its own")
+    g.add_argument("--save_ckpt_freq", type=positive, default=save_ckpt_freq, help="keep a checkpoint every so many epochs")
+    g.add_argument("--save_ckpt_steps", type=int, default=0, help="also write checkpoint.pth every N optimizer steps")
+    g.add_argument("--print_freq", type=positive, default=20, help="optimizer steps between progress reports")
+    g.add_argument(
+        "--eval_freq", type=positive, default=1, help="epochs between evaluations; the last epoch is always evaluated"
+    )
+    g.add_argument("--image_freq", type=int, default=5, help="epochs between pictures; 0: none")
+    g.add_argument("--num_workers", type=int, default=10, help="data processes per training process; capped at the cores")
+    add_switch(g, "pin_mem", "no_pin_mem", True, "page-locked batches: faster copies to a GPU")
+    g = parser.add_argument_group("processes (a launcher sets these; plain python needs none)")
+    g.add_argument("--dist_url", default="env://", help="where the processes meet")
+    g.add_argument("--dist_timeout", type=float, default=30.0, help="minutes to wait for another process")
+    g.add_argument("--dist_on_itp", action="store_true", help="read rank and world size from Open MPI's variables")
+    g.add_argument("--world_size", type=int, default=1, help="does nothing")
+    g.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="does nothing")
+
+
+def add_optimizer_flags(
+    parser: argparse.ArgumentParser, lr: float, min_lr: float, weight_decay: float, epochs: int, lr_help: str
+) -> None:
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--batch_size", type=positive, default=64, help="images per process and micro-step")
+    g.add_argument("--update_freq", type=positive, default=1, help="micro-steps accumulated into one optimizer step")
+    g.add_argument("--epochs", type=positive, default=epochs)
+    g.add_argument("--opt", default="adamw", help="adamw, adam, sgd, or any name of timm's optimizers")
+    g.add_argument("--opt_eps", type=float, default=1e-8)
+    g.add_argument("--opt_betas", type=float, nargs="+", default=None, help="default: the optimizer's, 0.9 0.999")
+    g.add_argument("--momentum", type=float, default=0.9, help="for --opt sgd and momentum")
+    g.add_argument("--clip_grad", type=float, default=None, help="clip the gradient to this norm; pretraining uses 3.0")
+    g.add_argument("--weight_decay", type=float, default=weight_decay)
+    g.add_argument("--weight_decay_end", type=float, default=None, help="final value of a cosine schedule; default: constant")
+    g.add_argument("--lr", type=float, default=lr, help=lr_help)
+    g.add_argument("--min_lr", type=float, default=min_lr, help="the cosine schedule ends here")
+    g.add_argument("--warmup_lr", type=float, default=1e-6, help="does nothing")
+    g.add_argument("--warmup_epochs", type=float, default=5, help="linear warm-up; 10 in the pretraining recipes")
+    g.add_argument("--warmup_steps", type=int, default=-1, help="above 0: replaces --warmup_epochs")
+    g.add_argument(
+        "--amp_dtype",
+        default="auto",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        help="auto: bf16 where the device computes in it, fp16 with a gradient scaler on older GPUs (V100), else fp32",
+    )
+
+
+def add_data_flags(parser: argparse.ArgumentParser, data_set: str, color_jitter: float) -> None:
+    g = parser.add_argument_group("data")
+    g.add_argument("--data_path", required=True, help="folder of images (flat, nested or one folder a class)")
+    g.add_argument("--eval_data_path", default="", help="held-out images, laid out like --data_path")
+    g.add_argument("--data_set", default=data_set, choices=("image_folder", "IMNET", "CIFAR"),
+                   help="image_folder: a folder; IMNET: train/ and val/ below data_path; CIFAR: CIFAR-100")  # fmt: skip
+    g.add_argument("--image_folder_class_index_file", default=None,
+                   help='JSON lines, one {"class": name, "files": [paths below data_path]} a line')  # fmt: skip
+    g.add_argument("--download", action="store_true", help="let torchvision download CIFAR-100")
+    g.add_argument("--input_size", type=positive, default=224, help="side of the square input in pixels")
+    g.add_argument(
+        "--min_crop_scale", type=fraction, default=0.08, help="smallest share of the image a crop covers; BEiT v2: 0.2"
+    )
+    g.add_argument("--color_jitter", type=float, default=color_jitter, help="brightness, contrast and saturation jitter")
+    g.add_argument("--vflip", type=float, default=0.0, help="probability of a vertical flip, for images without an up")
+    g.add_argument("--train_interpolation", default="bicubic", help="bicubic, bilinear or lanczos")
+    g.add_argument(
+        "--imagenet_default_mean_and_std", action="store_true", help="normalise by ImageNet's statistics, not 0.5/0.5"
+    )
+
+
+def add_vit_flags(parser: argparse.ArgumentParser) -> None:
+    g = parser.add_argument_group("backbone")
+    add_switch(g, "rel_pos_bias", "disable_rel_pos_bias", True, "relative position bias")
+    g.add_argument("--abs_pos_emb", action="store_true", help="absolute position embedding")
+    g.add_argument("--layer_scale_init_value", type=float, default=0.1, help="0.1 for base, 1e-5 for large; 0: none")
+    g.add_argument(
+        "--drop_path",
+        type=float,
+        default=0.1,
+        help="stochastic depth of the last block; 0 for 300 epochs of pretraining",
+    )
+
+
+def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
+    g = parser.add_argument_group("masked image modelling")
+    g.add_argument("--model", default="beit_base_patch16_224_8k_vocab", help="..._cls_pt adds BEiT v2's CLS head")
+    g.add_argument("--num_mask_patches", type=int, default=None, help="masked patches; default: 75 of 196, scaled to the grid")
+    g.add_argument("--max_mask_patches_per_block", type=int, default=None)
+    g.add_argument("--min_mask_patches_per_block", type=int, default=None, help="default: 16 on a 14 x 14 grid, scaled")
+    g.add_argument("--early_layers", type=int, default=9, help="CLS head: patch tokens come from this block; large: 21")
+    g.add_argument("--head_layers", type=int, default=2, help="CLS head: blocks of the head")
+    g.add_argument("--shared_lm_head", type=true_or_false, default=True, help="CLS head: predict with the main branch's head")
+    g.add_argument("--decoupling_aug", type=true_or_false, default=False, help="does nothing")
+    g = parser.add_argument_group("tokenizer")
+    g.add_argument("--tokenizer_model", default="vqkd_encoder_base_decoder_3x768x12_clip")
+    g.add_argument(
+        "--tokenizer_weight", default=None, help="path, URL (in quotes) or published name; default: the model's name"
+    )
+    g.add_argument("--second_input_size", type=positive, default=224, help="side of the tokenizer's view")
+    g.add_argument("--second_interpolation", default="bicubic", help="how the tokenizer's view is resized")
+    g.add_argument("--codebook_size", type=positive, default=8192)
+    g.add_argument("--codebook_dim", type=positive, default=32)
+
+
+def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
+    g = parser.add_argument_group("tokenizer")
+    g.add_argument("--model", default="vqkd_encoder_base_decoder_3x768x12_clip")
+    g.add_argument("--codebook_n_emd", type=positive, default=8192, help="codes; fewer for small data")
+    g.add_argument("--codebook_emd_dim", type=positive, default=32, help="dimension of a code")
+    g.add_argument("--ema_decay", type=float, default=0.99, help="decay of the codebook's moving average")
+    g.add_argument("--quantize_kmeans_init", action="store_true", help="k-means on the first features; the recipe uses it")
+    g.add_argument("--quantizer_warmup_steps", type=int, default=0,
+                   help="N steps without the quantizer, then k-means: keeps the codebook in use on small data")  # fmt: skip
+    g.add_argument("--revive_dead_codes", action="store_true", help="codes unused for an epoch move to live features")
+    g.add_argument("--process_type", default="default", choices=("default", "imagenet_norm"), help="input normalisation")
+    g.add_argument("--rec_loss_type", default="cosine", choices=("cosine",), help="distance to the teacher's features")
+    g = parser.add_argument_group("teacher")
+    g.add_argument("--teacher_model_type", default=None,
+                   help="clip, dino, hog, efficientnet_lite0 or timm:<name>; default: the one in the model's name")  # fmt: skip
+    g.add_argument(
+        "--teacher_weight", default=None, help="path or URL of the teacher's weights; default: timm downloads its own"
+    )
+    g.add_argument("--teacher_input_size", type=positive, default=224)
+    g.add_argument("--standardize_teacher", default="auto", choices=("auto", "on", "off"),
+                   help="give each channel of the target mean 0 and std 1; auto: for CNN teachers")  # fmt: skip
+    g = parser.add_argument_group("evaluation")
+    g.add_argument("--eval", action="store_true", help="evaluate --resume and stop")
+    g.add_argument("--disable_eval", action="store_true", help="no evaluation during training")
+    g.add_argument("--dist_eval", action="store_true", default=True, help="does nothing: always on")
+    g.add_argument("--calculate_codebook_usage", action="store_true", help="with --eval: usage of the codebook, code by code")
+
+
+def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
+    g = parser.add_argument_group("classifier")
+    g.add_argument("--model", default="beit_base_patch16_224")
+    g.add_argument("--nb_classes", type=int, default=0, help="0: as many as the data has")
+    g.add_argument("--finetune", default="", help="pretrained weights: path, URL (in quotes) or published name")
+    g.add_argument("--model_key", default="model|module", help="where the weights are in that file, first hit wins")
+    g.add_argument("--model_prefix", default="", help="prefix of the keys to take, e.g. encoder.")
+    g.add_argument("--model_filter_name", default="", help="take only keys that contain this text")
+    g.add_argument("--init_scale", type=float, default=0.001, help="factor on the head's initial weights")
+    add_switch(g, "use_mean_pooling", "use_cls", True, "classify the mean of the patch tokens, not the CLS token")
+    add_switch(g, "qkv_bias", "disable_qkv_bias", True, "bias of query and value")
+    g.add_argument("--drop", type=float, default=0.0, help="dropout")
+    g.add_argument("--attn_drop_rate", type=float, default=0.0, help="dropout of attention weights")
+    g.add_argument("--layer_decay", type=float, default=0.9, help="learning rate factor per layer down; see docs/recipes")
+    g.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true")
+    g.add_argument("--label_fraction", type=fraction, default=1.0, help="train on a fixed, class-balanced share of the labels")
+    g.add_argument("--model_ema", action="store_true", help="also keep and evaluate a moving average of the weights")
+    g.add_argument("--model_ema_decay", type=float, default=0.9999)
+    g.add_argument("--model_ema_force_cpu", action="store_true", help="keep it in main memory")
+    g = parser.add_argument_group("augmentation")
+    g.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's policy string; none: --color_jitter acts instead")
+    g.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    g.add_argument("--crop_pct", type=float, default=None, help="evaluation crop; default 0.875, 1.0 from 384 pixels up")
+    g.add_argument("--reprob", type=float, default=0.25, help="random erasing: probability")
+    g.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"), help="random erasing: fill")
+    g.add_argument("--recount", type=int, default=1, help="random erasing: areas")
+    g.add_argument("--resplit", action="store_true", help="does nothing")
+    g.add_argument("--mixup", type=float, default=0.0, help="mixup alpha; 0.8 in the recipes")
+    g.add_argument("--cutmix", type=float, default=0.0, help="cutmix alpha; 1.0 in the recipes")
+    g.add_argument("--cutmix_minmax", type=float, nargs="+", default=None, help="cutmix area range instead of alpha")
+    g.add_argument("--mixup_prob", type=float, default=1.0)
+    g.add_argument("--mixup_switch_prob", type=float, default=0.5)
+    g.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"))
+    g = parser.add_argument_group("evaluation and checkpoints")
+    g.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and stop")
+    g.add_argument("--disable_eval_during_finetuning", action="store_true")
+    g.add_argument("--dist_eval", action="store_true", default=False, help="does nothing: always on")
+    g.add_argument("--robust_test", default=None, help="ImageNet-A, ImageNet-R or ImageNet-Sketch")
+    add_switch(g, "save_ckpt", "no_save_ckpt", True, "write checkpoints")
+    g.add_argument("--enable_deepspeed", action="store_true", help="does nothing")
+    g.add_argument("--load-tar", action="store_true", help="does nothing")

@@ -1,0 +1,348 @@
+"""Data sets: where the images are, which of them a rank reads when, and what happens when one does not decode.
+
+Everything random in a sample derives from (seed, epoch, index), so that neither the number of workers nor a resumed run
+changes what a sample looks like. A sample is a dictionary: the view's tensors (transforms.py), `label` (int, when there
+is one) and `failed` (files that did not decode, each with the reason).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torchvision
+from PIL import UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from distributed import barrier, is_main
+from errors import UserError, pick
+from masking_generator import MaskingGenerator, scaled_mask_count, scaled_min_block
+from samplers import Key
+from transforms import (
+    PretrainingViews,
+    Source,
+    TokenizerViews,
+    View,
+    eval_view,
+    finetuning_view,
+    load_image,
+    normalisation,
+)
+from utils import derive_seed, seeded
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+ACCEPTED = f"accepted: {' '.join(EXTENSIONS)}"
+DATA_SETS = dict.fromkeys(("image_folder", "IMNET", "CIFAR"))
+
+Samples = Sequence[tuple[Source, int | None]]
+
+
+class ImageFiles(Dataset[dict[str, Any]]):
+    """Labelled or unlabelled images. Keys are an index (epoch 0) or (epoch, index); see the module for what comes back.
+
+    A file that does not decode is replaced by the next one that does (same random numbers, its own label). After 1 % of
+    the data set, at least 10 files, in a row the sample is {"failed": [...]} without an image.
+    """
+
+    def __init__(self, samples: Samples, transform: View, seed: int = 0, classes: Sequence[str] | None = None) -> None:
+        sources = [source for source, _ in samples]
+        # One array of bytes: the reference counts of a million strings would copy them into every worker process.
+        paths = [os.fsencode(source) for source in sources if isinstance(source, str)]
+        self.sources: Any = np.array(paths) if paths else sources
+        labels = [label for _, label in samples if label is not None]
+        self.labels = np.array(labels, dtype=np.int64) if labels else None
+        self.transform, self.seed, self.classes = transform, seed, classes
+        self.most_failures = min(len(samples), max(10, len(samples) // 100))
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def source(self, index: int) -> Source:
+        source = self.sources[index]
+        return os.fsdecode(source) if isinstance(source, bytes) else source
+
+    def __getitem__(self, key: int | Key) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        failed: list[str] = []
+        with seeded(self.seed, epoch, index):
+            for place in range(index, index + self.most_failures):
+                place %= len(self)
+                source = self.source(place)
+                try:
+                    image = load_image(source)
+                except Exception as error:  # PIL raises nearly anything for broken files, DecompressionBombError too
+                    failed.append(f"{source} ({_reason(error)})")
+                    continue
+                label = {} if self.labels is None else {"label": int(self.labels[place])}
+                return {**self.transform(image), **label, "failed": failed}
+        return {"failed": failed}
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__  # strerror: without the path again
+
+
+# --------------------------------------------------------------------------------------------------------- finders
+def find_images(root: str, flag: str = "--data_path") -> tuple[Samples, None]:
+    """Every image below `root`, however nested, unlabelled, in the order of the paths."""
+    _need_folder(root, flag)
+    samples: Samples = [(path, None) for path in _images_below(root)]
+    if not samples:
+        raise UserError(f"{flag} {root}: no images in this folder or below it ({ACCEPTED})")
+    return samples, None
+
+
+def find_classes_folder(
+    root: str, flag: str = "--data_path", classes: Sequence[str] | None = None
+) -> tuple[Samples, Sequence[str]]:
+    """root/class/**/image, labelled in the order of the names; `classes`: the names that exist and their order."""
+    _need_folder(root, flag)
+    found = _class_folders(root)
+    if not found:
+        raise UserError(f"{flag} {root}: no class folders in it; labelled images are expected as class_name/image.jpg")
+    unknown = sorted(set(found) - set(classes)) if classes else []
+    if unknown:
+        raise UserError(f"{flag} {root}: class folder '{unknown[0]}' is no class of the training data (in all {len(unknown)})")
+    names = classes or found
+    samples: list[tuple[Source, int | None]] = []
+    for label, name in enumerate(names):
+        paths = _images_below(os.path.join(root, name))
+        if not paths and classes is None:  # a validation split need not have every class
+            raise UserError(f"{flag} {root}: class folder '{name}' has no images ({ACCEPTED}); fill or remove it")
+        samples += [(path, label) for path in paths]
+    if not samples:
+        raise UserError(f"{flag} {root}: no images in its class folders ({ACCEPTED})")
+    return samples, names
+
+
+def read_class_index(file: str, root: str, flag: str = "--data_path") -> tuple[Samples, list[str]]:
+    """One JSON object a line, {"class": name, "files": [paths relative to root]}; labels in the order of the names."""
+    where = f"--image_folder_class_index_file {file}"
+    files: dict[str, list[str]] = {}
+    try:
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    name, paths = _index_line(line, f"{where}, line {number}")
+                    if name in files:
+                        raise UserError(f"{where}, line {number}: class '{name}' was listed before; give each class one line")
+                    files[name] = paths
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: cannot be read ({error})") from None
+    if not files:
+        raise UserError(f'{where}: is empty; one {{"class": ..., "files": [...]}} a line is expected')
+    base = os.path.abspath(root)
+    samples: list[tuple[Source, int | None]] = []
+    for label, name in enumerate(sorted(files)):
+        for path in files[name]:
+            full = os.path.normpath(os.path.join(base, path))
+            if not full.startswith(base.rstrip(os.sep) + os.sep):
+                raise UserError(f"{where}: '{path}' of class '{name}' lies outside {flag} {root}; give paths relative to it")
+            samples.append((full, label))
+    if not os.path.isfile(str(samples[0][0])):
+        raise UserError(f"{where}: there is no {samples[0][0]}; its paths are taken relative to {flag} {root}")
+    return samples, sorted(files)
+
+
+def _index_line(line: str, where: str) -> tuple[str, list[str]]:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    name, files = (entry.get("class"), entry.get("files")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(files, list) or not all(isinstance(path, str) for path in files):
+        raise UserError(f'{where}: expected {{"class": "name", "files": ["path", ...]}}')
+    if not files:
+        raise UserError(f"{where}: class '{name}' has no files; add some or remove the line")
+    return name, files
+
+
+def find_cifar(root: str, train: bool, download: bool = False) -> tuple[Samples, list[str]]:
+    """CIFAR-100 (torchvision's copy below `root`), images in memory; fetched only when asked, by the first rank."""
+    cifar = torchvision.datasets.CIFAR100
+    if download:
+        try:
+            if is_main():
+                cifar(root, download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--download: CIFAR-100 could not be fetched ({error}); put its files below {root}") from None
+        barrier()
+    try:
+        data = cifar(root, train=train)
+    except RuntimeError:
+        raise UserError(f"--data_set CIFAR: no CIFAR-100 below --data_path {root}; --download fetches it") from None
+    return list(zip(data.data, data.targets, strict=True)), data.classes
+
+
+def class_balanced_share(samples: Samples, fraction: float, seed: int = 0) -> Samples:
+    """max(1, round(fraction * n)) of each class's n images, in the old order.
+
+    Always the same ones for a seed; a smaller share is part of a larger one.
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"--label_fraction {fraction}: give a share above 0 and up to 1")
+    if fraction == 1:
+        return samples
+    by_class: dict[int | None, list[int]] = {}
+    for index, (_, label) in enumerate(samples):
+        by_class.setdefault(label, []).append(index)
+    kept: list[int] = []
+    for label, indices in by_class.items():
+        random.Random(derive_seed(seed, "label_fraction", -1 if label is None else label)).shuffle(indices)
+        kept += indices[: max(1, round(fraction * len(indices)))]
+    return [samples[index] for index in sorted(kept)]
+
+
+def _need_folder(root: str, flag: str) -> None:
+    if not os.path.isdir(root):
+        raise UserError(f"{flag} {root}: {'is not a folder' if os.path.exists(root) else 'no such folder'}")
+
+
+def _class_folders(root: str) -> list[str]:
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _images_below(root: str) -> list[str]:
+    """Sorted paths. Symbolic links to folders are followed, each folder is read once: links may form a circle."""
+    paths: list[str] = []
+    visited: set[str] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        images = (name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+        paths += [os.path.join(folder, name) for name in images]
+    return sorted(paths)
+
+
+# -------------------------------------------------------------------------------------------------------- builders
+def build_pretraining_dataset(args: Any, grid: int, held_out: str = "") -> ImageFiles:
+    """Unlabelled images with the two views and a mask of a grid x grid patch grid (PretrainingViews).
+
+    `held_out`: a folder (--eval_data_path) whose images are read instead, the same way.
+    """
+    count = scaled_mask_count(grid) if args.num_mask_patches is None else args.num_mask_patches
+    smallest = args.min_mask_patches_per_block
+    smallest = scaled_min_block(grid) if smallest is None else smallest
+    if not 0 < count <= grid * grid:
+        raise UserError(
+            f"--num_mask_patches {count}: the image has {grid}x{grid} patches; "
+            f"leave the flag out to mask {scaled_mask_count(grid)}"
+        )
+    try:
+        masks = MaskingGenerator(grid, count, smallest, args.max_mask_patches_per_block)
+    except ValueError as error:
+        raise UserError(f"--min_mask_patches_per_block, --max_mask_patches_per_block: {error}") from None
+    mean, std = normalisation(args.imagenet_default_mean_and_std)
+    views = PretrainingViews(
+        args.input_size,
+        args.second_input_size,
+        args.min_crop_scale,
+        args.color_jitter,
+        args.train_interpolation,
+        args.second_interpolation,
+        mean,
+        std,
+        masks,
+        args.vflip,
+    )
+    samples = find_images(held_out, "--eval_data_path")[0] if held_out else _unlabelled(args, train=True)
+    return ImageFiles(samples, views, args.seed)
+
+
+def build_vqkd_dataset(args: Any) -> ImageFiles:
+    """Unlabelled images in [0, 1]: crops and flips."""
+    view = TokenizerViews(args.input_size, args.min_crop_scale, args.color_jitter, args.train_interpolation, args.vflip)
+    return ImageFiles(_unlabelled(args, train=True), view, args.seed)
+
+
+def build_held_out_dataset(args: Any) -> ImageFiles | None:
+    """Unlabelled images in [0, 1], centre crops: --eval_data_path, or the data set's own split; None without either."""
+    if args.data_set == "image_folder" and not args.eval_data_path:
+        return None
+    return ImageFiles(_unlabelled(args, train=False), eval_view(args.input_size), args.seed)
+
+
+def build_finetuning_dataset(args: Any, train: bool, own_classes: bool = False) -> tuple[ImageFiles, int]:
+    """Labelled images and the number of classes, which must be --nb_classes unless that is 0.
+
+    The validation split takes its label numbers from the training split's class names; with `own_classes` from its own
+    folders (ImageNet-A and -R: 200 of the model's 1000, so --nb_classes is not compared).
+    """
+    samples, classes = _labelled(args, train, own_classes)
+    if args.nb_classes not in (0, len(classes)) and not own_classes:
+        raise UserError(
+            f"--nb_classes {args.nb_classes}: the data has {len(classes)} classes; correct one of them, or leave "
+            "--nb_classes out to take the number from the data"
+        )
+    mean, std = normalisation(args.imagenet_default_mean_and_std)
+    if not train:
+        view = eval_view(args.input_size, args.crop_pct, mean=mean, std=std)
+        return ImageFiles(samples, view, args.seed, classes), len(classes)
+    # Not args.seed: runs that differ in the seed alone are compared on the same labels.
+    samples = class_balanced_share(samples, args.label_fraction, seed=0)
+    view = finetuning_view(
+        args.input_size,
+        mean,
+        std,
+        aa=args.aa,
+        color_jitter=args.color_jitter,
+        reprob=args.reprob,
+        remode=args.remode,
+        recount=args.recount,
+        interpolation=args.train_interpolation,
+        min_crop_scale=args.min_crop_scale,
+        vflip=args.vflip,
+    )
+    return ImageFiles(samples, view, args.seed, classes), len(classes)
+
+
+def _split_folder(args: Any, train: bool) -> tuple[str, str]:
+    """(folder of the split, the flag that says so); the folder is '' when no flag says where the split is."""
+    pick(DATA_SETS, args.data_set, "--data_set")
+    if train:
+        return (os.path.join(args.data_path, "train") if args.data_set == "IMNET" else args.data_path), "--data_path"
+    if args.eval_data_path or args.data_set != "IMNET":
+        return args.eval_data_path or "", "--eval_data_path"
+    return os.path.join(args.data_path, "val"), "--data_path"
+
+
+def _unlabelled(args: Any, train: bool) -> Samples:
+    folder, flag = _split_folder(args, train)
+    index = getattr(args, "image_folder_class_index_file", None)  # the published flag of fine-tuning alone
+    samples: Samples
+    if args.data_set == "CIFAR":
+        samples = find_cifar(args.data_path, train, args.download)[0]
+    elif train and index:
+        samples = read_class_index(index, folder, flag)[0]
+    else:
+        samples = find_images(folder, flag)[0]
+    return [(source, None) for source, _ in samples]
+
+
+def _labelled(args: Any, train: bool, own_classes: bool) -> tuple[Samples, Sequence[str]]:
+    folder, flag = _split_folder(args, train)
+    index = args.image_folder_class_index_file
+    if args.data_set == "CIFAR":
+        return find_cifar(args.data_path, train, args.download)
+    if train:
+        return read_class_index(index, folder, flag) if index else find_classes_folder(folder, flag)
+    if not folder:
+        raise UserError("--eval_data_path is missing: name the validation folder, or --disable_eval_during_finetuning")
+    training_folder, training_flag = _split_folder(args, train=True)
+    classes: Sequence[str] | None = None
+    if index and not own_classes:
+        classes = read_class_index(index, training_folder, training_flag)[1]
+    elif os.path.isdir(training_folder) and not own_classes:  # absent when only evaluating a finished model
+        classes = _class_folders(training_folder)
+    return find_classes_folder(folder, flag, classes)

@@ -1,0 +1,199 @@
+"""One process or many, CPU or GPU: the same code. Which rank this process is, on what it computes, and in which precision.
+
+Every helper is right at world size 1 and without a process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from errors import UserError
+
+log = logging.getLogger("beit")  # information on rank 0 only, errors on every rank: see start()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher said of this process. `launcher` is None for a plain `python script.py`."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    launcher: str | None = None
+
+
+def read_launch(environ: dict[str, str], dist_on_itp: bool = False) -> Launch:
+    """Rank and world size as torchrun / torch.distributed.launch, Open MPI (`--dist_on_itp`) or SLURM's srun set them."""
+    e = environ
+    if dist_on_itp and "OMPI_COMM_WORLD_SIZE" in e:
+        keys = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+        rank, size, local_rank = (int(e[key]) for key in keys)
+        return Launch(rank, size, local_rank, "mpirun")
+    if "RANK" in e and "WORLD_SIZE" in e:
+        return Launch(int(e["RANK"]), int(e["WORLD_SIZE"]), int(e.get("LOCAL_RANK", 0)), "torchrun")
+    # SLURM sets SLURM_PROCID also for a shell inside an allocation; only srun with several tasks means several ranks.
+    if "SLURM_STEP_NUM_TASKS" in e and int(e["SLURM_STEP_NUM_TASKS"]) > 1:
+        return Launch(int(e["SLURM_PROCID"]), int(e["SLURM_STEP_NUM_TASKS"]), int(e["SLURM_LOCALID"]), "srun")
+    return Launch()
+
+
+def start(
+    device: str = "cuda", dist_url: str = "env://", dist_on_itp: bool = False, timeout_minutes: float = 30.0
+) -> tuple[Launch, torch.device]:
+    """Join the process group if a launcher started several processes; say which device this process computes on.
+
+    Returns the launch (also when there is one process) and the torch device, `cuda:local_rank` for GPUs.
+    """
+    launch = read_launch(dict(os.environ), dist_on_itp)
+    set_up_logging(launch.rank)
+    place = pick_device(device, launch.local_rank)
+    if launch.launcher and not dist.is_initialized():
+        if dist_url == "env://":
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ.setdefault("MASTER_PORT", "29500")
+        dist.init_process_group(
+            backend="nccl" if place.type == "cuda" else "gloo",
+            init_method=dist_url,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
+    return launch, place
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class TerminalHandler(logging.Handler):
+    """Lines on stdout that leave a progress bar on stderr whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def set_up_logging(rank: int) -> None:
+    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    handler = TerminalHandler()
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    log.handlers = [handler]
+    log.propagate = False
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`cuda` means this process's own GPU; without one it falls back to the CPU and says so."""
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            log.info("no CUDA device found: running on the CPU (--device cpu says so explicitly)")
+            return torch.device("cpu")
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible; "
+                "start as many processes as GPUs (--nproc_per_node)"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such device; use cuda or cpu") from None
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Autocast dtype, or None for fp32; fp16 needs a gradient scaler."""
+
+    device_type: str
+    dtype: torch.dtype | None
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device_type, self.dtype) if self.dtype else contextlib.nullcontext()
+
+    def __str__(self) -> str:
+        return {torch.bfloat16: "bf16", torch.float16: "fp16 with a gradient scaler", None: "fp32"}[self.dtype]
+
+
+def choose_precision(name: str, device: torch.device) -> Precision:
+    """--amp_dtype; auto takes bf16 only where the device computes in it, not where it is emulated."""
+    if name == "auto":
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+        else:
+            name = "bf16" if device.type == "cpu" and cpu_computes_in_bf16() else "fp32"
+    return Precision(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name])
+
+
+def cpu_computes_in_bf16() -> bool:
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text()
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(*tensors: torch.Tensor) -> None:
+    """Sum each tensor over the ranks, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+    """The source rank's values, in place on every rank."""
+    if world_size() > 1:
+        dist.broadcast(tensor, source)
+    return tensor
+
+
+def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(n, ...) on each rank -> (sum of n, ...) in rank order on every rank; the ranks may hold different n."""
+    if world_size() == 1:
+        return tensor
+    counts = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device))
+    longest = max(int(c) for c in counts)
+    padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded.contiguous())
+    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
+def gather_objects(value: Any) -> Sequence[Any]:
+    """[value of rank 0, value of rank 1, ...] on every rank. For small plain data."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

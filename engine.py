@@ -1,0 +1,441 @@
+"""The one training loop. A stage says what a step computes; how a step is taken is written here, once.
+
+Precision, accumulation, clipping, schedule, the check for non-finite steps, moving averages, progress, log.txt,
+TensorBoard, pictures and checkpoints are the same for every stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import arguments
+import checkpointing
+import distributed
+from distributed import Launch, Precision, choose_precision, log
+from errors import UserError
+from metrics import Reporter, RunningMeans, clock
+from optim_factory import cosine_scheduler
+from samplers import BadFiles, ResumableSampler, build_loader
+from utils import derive_seed, seed_all
+
+BAD_STEPS_TO_GIVE_UP = 10
+
+
+class Stage:
+    """What the loop asks of a stage. `step` is the paper; the rest has defaults."""
+
+    def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """One micro-batch -> (loss (), scalars for the log, the same names every time). Runs under autocast."""
+        raise NotImplementedError
+
+    def start_epoch(self, epoch: int) -> None:
+        """At an epoch's first step; not when a run resumes in its middle."""
+
+    def before_step(self, step: int) -> None:
+        """`step` counts the optimizer steps of the whole run."""
+
+    def end_epoch(self) -> dict[str, float]:
+        """More entries for the epoch's line in log.txt, without the `train_` in front."""
+        return {}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Entries for log.txt, with their `test_` in front; {} where there is nothing to evaluate on."""
+        return {}
+
+    def better(self, test: dict[str, float]) -> float | None:
+        """What to maximise for checkpoint-best.pth; None: this stage has no best."""
+        return None
+
+    def pictures(self, model: nn.Module) -> dict[str, Tensor]:
+        """Name -> image (3, height, width) in [0, 1], for TensorBoard and output_dir/pictures."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the stage must remember between steps, as tensors and plain data."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo state_dict."""
+
+
+# ── Setting up ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how this process computes."""
+
+    args: argparse.Namespace
+    launch: Launch
+    device: torch.device
+    precision: Precision
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def output_dir(self) -> Path | None:
+        return Path(self.args.output_dir) if self.args.output_dir else None
+
+
+def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run:
+    """Join the other processes, choose device and precision, seed, and say what was asked for."""
+    launch, device = distributed.start(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
+    run = Run(args, launch, device, choose_precision(args.amp_dtype, device))
+    seed_all(args.seed, device)  # the same on every rank: all build the same model
+    log.info(f"── {parser.description} ──")
+    log.info("flags      " + (", ".join(f"{k}={v}" for k, v in arguments.changed_flags(parser, args).items()) or "all default"))
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    log.info(f"device     {launch.world_size} x {place}, {run.precision}")
+    log.info(f"code       commit {git_commit()}, torch {torch.__version__}")
+    arguments.warn_of_obsolete_flags(parser, args)
+    if run.output_dir:
+        try:
+            run.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {run.output_dir}: cannot be made ({error.strerror})") from None
+    return run
+
+
+def git_commit() -> str:
+    here = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The loader and what the loop must know of it."""
+
+    sampler: ResumableSampler
+    loader: DataLoader
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sampler.steps_per_epoch
+
+
+def training_data(dataset: Any, run: Run) -> TrainingData:
+    args, launch = run.args, run.launch
+    sampler = ResumableSampler(
+        len(dataset), args.batch_size, args.update_freq, launch.rank, launch.world_size, args.seed
+    )  # fmt: skip
+    loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and run.device.type == "cuda")
+    if sampler.shrunk:
+        log.warning(
+            f"warning: {len(dataset)} images do not fill one batch of {args.batch_size} x {launch.world_size} processes x "
+            f"{args.update_freq}: each epoch is one step over all of them"
+        )
+    log.info(
+        f"data       {len(dataset):,} images, effective batch {sampler.global_batch} "
+        f"({args.batch_size} x {launch.world_size} processes x {args.update_freq}), {sampler.steps_per_epoch} steps an epoch"
+    )
+    return TrainingData(sampler, loader)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and weight decay for every optimizer step of the run."""
+
+    lr: np.ndarray
+    weight_decay: np.ndarray
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        step = min(step, len(self.lr) - 1)
+        for group in optimizer.param_groups:
+            group["lr"] = float(self.lr[step]) * group["lr_scale"]
+            if group["weight_decay"] > 0:
+                group["weight_decay"] = float(self.weight_decay[step])
+
+
+def build_schedule(args: argparse.Namespace, lr: float, steps_per_epoch: int) -> Schedule:
+    shape = (args.epochs, steps_per_epoch)
+    warmup = args.warmup_steps if args.warmup_steps > 0 else int(args.warmup_epochs * steps_per_epoch)
+    if warmup >= args.epochs * steps_per_epoch:
+        log.warning(
+            f"warning: the warm-up ({warmup} steps) is as long as the run ({args.epochs * steps_per_epoch} steps): "
+            "the learning rate only rises; lower --warmup_epochs"
+        )
+    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    return Schedule(
+        cosine_scheduler(lr, args.min_lr, *shape, warmup_epochs=args.warmup_epochs, warmup_steps=args.warmup_steps),
+        cosine_scheduler(args.weight_decay, end, *shape),
+    )
+
+
+@dataclass
+class TrainState:
+    """All that changes while training, and with it all that a checkpoint holds."""
+
+    model: nn.Module  # what is saved
+    runner: nn.Module  # what is called: the model or its DDP wrapper
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None = None
+    epoch: int = 0
+    samples: int = 0  # of this epoch, over all ranks, already used
+    step: int = 0  # optimizer steps of the whole run
+    best: float = -math.inf
+    means: RunningMeans = field(default_factory=RunningMeans)
+    bad_in_a_row: int = 0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def new_state(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, ema: ModelEmaV3 | None = None) -> TrainState:
+    """Wrap the model for as many processes as there are. The model is on its device already."""
+    runner = model
+    if run.launch.world_size > 1:
+        ids = [run.device.index] if run.device.type == "cuda" else None
+        # Buffers are not broadcast: the quantizer keeps its own equal everywhere.
+        runner = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision.dtype is torch.float16)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info(f"model      {run.args.model}, {count / 1e6:.2f} M trainable parameters")
+    return TrainState(model, runner, optimizer, scaler, ema, epoch=run.args.start_epoch)
+
+
+# ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]) -> None:
+    """Write a checkpoint on rank 0 under each of `names`. `state` says where to go on, `epoch` which one this was."""
+    output_dir = run.output_dir
+    if output_dir is None or not distributed.is_main():
+        return
+    content = {
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "epoch": epoch,
+        "args": checkpointing.plain(run.args.plain()),
+        "next": {"epoch": state.epoch, "samples": state.samples, "step": state.step},
+        "best": state.best,
+        "bad_in_a_row": state.bad_in_a_row,
+        "means": state.means.state_dict(),
+        "stage": stage.state_dict(),
+        "world_size": run.launch.world_size,
+    }
+    if state.ema is not None:
+        content["model_ema"] = state.ema.module.state_dict()
+    checkpointing.write(content, output_dir / names[0])
+    for name in names[1:]:
+        checkpointing.also_as(output_dir / names[0], output_dir / name)
+
+
+def resume(state: TrainState, stage: Stage, run: Run) -> None:
+    """Go on from --resume, or from output_dir/checkpoint.pth, if there is one."""
+    path = checkpointing.find(run.args.resume, run.args.auto_resume, run.args.output_dir)
+    if path is None:
+        return
+    content = checkpointing.read(path)
+    checkpointing.load_weights(state.model, content["model"], path)
+    if state.ema is not None:
+        state.ema.module.load_state_dict(content.get("model_ema", content["model"]))
+    if "optimizer" not in content or "next" not in content:
+        log.info(f"{path} holds weights alone: training starts at epoch {state.epoch}")
+        return
+    state.optimizer.load_state_dict(content["optimizer"])
+    if content["scaler"] and state.scaler.is_enabled():
+        state.scaler.load_state_dict(content["scaler"])
+    state.epoch, state.samples, state.step = (content["next"][key] for key in ("epoch", "samples", "step"))
+    state.best, state.bad_in_a_row = content["best"], content["bad_in_a_row"]
+    if distributed.is_main():  # the means are of rank 0's part of the epoch
+        state.means.load_state_dict(content["means"], run.device)
+    stage.load_state_dict(content["stage"])
+    log.info(f"resumed    {path}: epoch {state.epoch}, {state.samples} samples into it, step {state.step}")
+    if content["world_size"] != run.launch.world_size:
+        log.warning(
+            f"warning: the checkpoint comes from {content['world_size']} processes, now there are {run.launch.world_size}: "
+            "the run goes on from the same sample, but no longer bit for bit"
+        )
+
+
+# ── The loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fit(state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule, run: Run) -> None:
+    """Train from where `state` stands to the last epoch; one line of log.txt, and a checkpoint, an epoch."""
+    args = run.args
+    reporter = Reporter(args, run.device, state.epoch, state.step)
+    for epoch in range(state.epoch, args.epochs):
+        train = train_one_epoch(state, stage, data, schedule, run, reporter)
+        train |= stage.end_epoch()
+        state.epoch, state.samples = epoch + 1, 0
+        test = evaluate(state, stage) if due(epoch, args.eval_freq, args.epochs) else {}
+        score = stage.better(test)
+        # The line in log.txt first: a run killed between the two repeats the epoch, and then replaces the line.
+        reporter.epoch(epoch, train, test)
+        names = [checkpointing.LATEST]
+        if due(epoch, args.save_ckpt_freq, args.epochs):
+            names.append(f"checkpoint-{epoch}.pth")
+        if score is not None and score > state.best:
+            state.best = score
+            names.append(checkpointing.BEST)
+        if getattr(args, "save_ckpt", True):
+            save(state, stage, run, epoch, names)
+        if reporter.shows_pictures and args.image_freq and (epoch == 0 or due(epoch, args.image_freq, args.epochs)):
+            reporter.pictures(epoch, stage.pictures(state.model))
+    reporter.close()
+    log.info(f"finished in {clock(time.monotonic() - run.started)}")
+    distributed.barrier()
+
+
+def due(epoch: int, every: int, epochs: int) -> bool:
+    """Every so many epochs, and after the last."""
+    return (epoch + 1) % every == 0 or epoch + 1 == epochs
+
+
+def evaluate(state: TrainState, stage: Stage) -> dict[str, float]:
+    """The stage's evaluation of the weights, and of their moving average where there is one."""
+    test = stage.evaluate(state.model)
+    if state.ema is not None and test:
+        averaged = stage.evaluate(state.ema.module)
+        test |= {name.replace("test_", "test_ema_", 1): value for name, value in averaged.items()}
+    return test
+
+
+def train_one_epoch(
+    state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule, run: Run, reporter: Reporter
+) -> dict[str, float]:
+    """The rest of the epoch in which `state` stands; returns the epoch's means over all ranks."""
+    args = run.args
+    state.runner.train()
+    if state.samples == 0:
+        state.means = RunningMeans()
+        stage.start_epoch(state.epoch)
+    data.sampler.set_position(state.epoch, state.samples)
+    bad_files = BadFiles()
+    bad_files.start_epoch(len(data.sampler) * data.sampler.batch_size)
+    watch = BadSteps(state, run)
+    reporter.start_epoch(state.epoch, data.steps_per_epoch, state.step)
+    batches = iter(data.loader)
+    steps_left = len(data.sampler) // args.update_freq
+    for step_in_epoch in range(data.steps_per_epoch - steps_left, data.steps_per_epoch):
+        schedule_step = state.epoch * data.steps_per_epoch + step_in_epoch
+        schedule.apply(state.optimizer, schedule_step)
+        stage.before_step(state.step)
+        micro_batches = reporter.waiting_for(batches, args.update_freq)
+        for batch in micro_batches:
+            bad_files.add(batch["failed"], found_image="image" in batch)
+        logs = accumulate_gradients(state, stage, micro_batches, run)
+        norm = take_step(state, args.clip_grad)
+        watch.add(logs["loss"], norm)
+        state.means.add(logs | {"grad_norm": norm})
+        state.step += 1
+        state.samples += data.sampler.global_batch
+        if state.ema is not None:
+            state.ema.update(state.model, state.step)
+        if state.step % args.print_freq == 0 or step_in_epoch + 1 == data.steps_per_epoch:
+            watch.check()
+            left = len(schedule.lr) - schedule_step - 1
+            reporter.step(state.means.read(), current_lr(state), state.step, step_in_epoch, data.sampler.global_batch, left)
+        last = step_in_epoch + 1 == data.steps_per_epoch
+        if args.save_ckpt_steps and state.step % args.save_ckpt_steps == 0 and not last:
+            watch.check()
+            save(state, stage, run, state.epoch, [checkpointing.LATEST])
+    now = {"lr": current_lr(state)}
+    if state.scaler.is_enabled():
+        now["loss_scale"] = state.scaler.get_scale()
+    return state.means.read(over_all_ranks=True) | now
+
+
+def current_lr(state: TrainState) -> float:
+    """The highest of the groups' rates: the one the schedule gives, before layer-wise decay."""
+    return max(group["lr"] for group in state.optimizer.param_groups)
+
+
+def accumulate_gradients(state: TrainState, stage: Stage, micro_batches: list[dict[str, Any]], run: Run) -> dict[str, Tensor]:
+    """Forward and backward of each micro-batch; the ranks exchange gradients at the last one. Means of the logs."""
+    # What a step draws (drop path, mixup) depends on the run's seed, the step and the rank alone: a resumed run draws the same.
+    seed_all(derive_seed(run.args.seed, "step", state.step, run.launch.rank), run.device)
+    logs: dict[str, Tensor] = {}
+    for index, batch in enumerate(micro_batches):
+        last = index + 1 == len(micro_batches)
+        ddp = isinstance(state.runner, DistributedDataParallel)
+        quiet = cast(Any, state.runner).no_sync() if ddp and not last else contextlib.nullcontext()
+        with quiet:
+            with run.precision.autocast():
+                loss, parts = stage.step(state.runner, to_device(batch, run.device))
+            # A loss that is not finite makes every gradient NaN, so that all ranks skip the step without having to ask.
+            sound = torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
+            state.scaler.scale(loss * sound / len(micro_batches)).backward()
+        for name, value in ({"loss": loss} | parts).items():
+            share = value.detach().float() / len(micro_batches)
+            logs[name] = logs[name] + share if name in logs else share
+    return logs
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Tensors move, but for the mask: its positions are listed on the host, which spares a synchronisation."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) and key != "mask" else value
+        for key, value in batch.items()
+    }
+
+
+def take_step(state: TrainState, clip_grad: float | None) -> Tensor:
+    """Clip and update; a step whose gradients are not finite leaves weights and optimizer as they are. Returns the norm."""
+    optimizer, scaler = state.optimizer, state.scaler
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(state.parameters, clip_grad or math.inf)
+    if scaler.is_enabled():
+        scaler.step(optimizer)  # skips by itself
+    elif optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]  # read by the fused kernels
+        optimizer.step()
+    elif bool(torch.isfinite(norm)):  # timm's optimizers cannot skip on the device
+        optimizer.step()
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+class BadSteps:
+    """Names the steps that were skipped because loss or gradient was not finite, and gives up after ten in a row.
+
+    The flags stay on the device until `check`, which reads them all at once.
+    """
+
+    def __init__(self, state: TrainState, run: Run) -> None:
+        self.state, self.run = state, run
+        self.pending: list[tuple[int, Tensor]] = []
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        # With a gradient scaler an overflowing gradient is part of the search for the scale; only the loss counts.
+        value = loss if self.state.scaler.is_enabled() else norm + loss
+        self.pending.append((self.state.step, ~torch.isfinite(value)))
+
+    def check(self) -> None:
+        if not self.pending:
+            return
+        flags = torch.stack([flag for _, flag in self.pending]).tolist()
+        for (step, _), bad in zip(self.pending, flags, strict=True):
+            self.state.bad_in_a_row = self.state.bad_in_a_row + 1 if bad else 0
+            if bad:
+                log.warning(f"warning: step {step} was skipped: its loss or gradient is not finite")
+            if self.state.bad_in_a_row >= BAD_STEPS_TO_GIVE_UP:
+                where = self.run.output_dir / checkpointing.LATEST if self.run.output_dir else "nowhere (no --output_dir)"
+                raise UserError(
+                    f"{BAD_STEPS_TO_GIVE_UP} steps in a row, up to step {step}, had a loss or gradient that is not finite; "
+                    f"they changed nothing, and the last good checkpoint is {where}. "
+                    "Lower --lr, set --clip_grad 3.0, lengthen --warmup_epochs, or try --amp_dtype fp32"
+                )
+        self.pending.clear()

@@ -1,0 +1,129 @@
+"""VQ-KD: one step of training the visual tokenizer, and what keeps its codebook in use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import distributed
+import visualization
+from distributed import Precision, log
+from engine import Stage, to_device
+from metrics import RunningMeans
+from modeling_vqkd import VQKD
+from norm_ema_quantizer import FEATURES_PER_CODE
+
+CALIBRATION_IMAGES = 512
+
+
+class TokenizerStage(Stage):
+    """Reconstruct the teacher's features from quantised codes (BEiT v2, section 3.1)."""
+
+    def __init__(
+        self,
+        model: VQKD,
+        device: torch.device,
+        precision: Precision,
+        dataset: Dataset,
+        held_out: DataLoader | None = None,
+        quantizer_warmup_steps: int = 0,
+        revive_dead_codes: bool = False,
+    ) -> None:
+        self.model, self.device, self.precision = model, device, precision
+        self.dataset, self.held_out = dataset, held_out
+        self.warmup_steps, self.revive_dead_codes = quantizer_warmup_steps, revive_dead_codes
+        if quantizer_warmup_steps > 0:
+            model.quantize.gather_for_kmeans = FEATURES_PER_CODE * model.quantize.num_tokens
+
+    def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        return model(batch["image"])
+
+    def before_step(self, step: int) -> None:
+        self.model.quantize.warming_up = step < self.warmup_steps
+
+    def start_epoch(self, epoch: int) -> None:
+        self.model.quantize.start_epoch(self.revive_dead_codes)
+
+    def end_epoch(self) -> dict[str, float]:
+        """Usage of the codebook in this epoch; a warning that says what to change when under half of it is used."""
+        quantizer = self.model.quantize
+        usage = quantizer.usage()
+        if quantizer.ready and not quantizer.warming_up and usage["codes_used"] < quantizer.num_tokens / 2:
+            log.warning(
+                f"warning: only {usage['codes_used']} of {quantizer.num_tokens} codes were used in this epoch. Try fewer codes "
+                "(--codebook_n_emd), code dim 32 (--codebook_emd_dim), k-means after a warm-up (--quantizer_warmup_steps 100), "
+                "--revive_dead_codes, or a larger batch"
+            )
+        return usage
+
+    @torch.no_grad()
+    def calibrate_targets(self) -> None:
+        """Mean and std of the teacher's channels over a fixed sample of the training images, the same on every rank."""
+        count = min(CALIBRATION_IMAGES, len(self.dataset))  # type: ignore[arg-type]
+        keys = [i * len(self.dataset) // count for i in range(count)]  # type: ignore[arg-type]
+        total = squares = torch.zeros((), device=self.device, dtype=torch.float64)
+        rows = 0
+        for start in range(0, count, 32):
+            samples = [self.dataset[key] for key in keys[start : start + 32]]
+            images = [sample["image"] for sample in samples if "image" in sample]
+            if not images:
+                continue
+            features = self.model.teacher.targets(torch.stack(images).to(self.device)).double().flatten(0, 1)
+            total, squares, rows = total + features.sum(0), squares + features.square().sum(0), rows + len(features)
+        mean = total / max(rows, 1)
+        std = (squares / max(rows, 1) - mean.square()).clamp(min=1e-12).sqrt()
+        self.model.target_mean.copy_(distributed.broadcast(mean.float()))
+        self.model.target_std.copy_(distributed.broadcast(std.float()))
+        log.info(f"teacher    channels standardised over {count} images")
+
+    @torch.no_grad()
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Loss and codebook usage on held-out images; the codebook is not touched."""
+        if self.held_out is None:
+            return {}
+        model.eval()
+        means, counts = RunningMeans(), torch.zeros(self.model.quantize.num_tokens, device=self.device)
+        for batch in self.held_out:
+            if "image" not in batch:
+                continue
+            image = to_device(batch, self.device)["image"]
+            with self.precision.autocast():
+                loss, logs = model(image)
+                codes = model.get_codebook_indices(image).flatten()
+            means.add({"loss": loss} | logs)
+            counts.index_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))
+        distributed.all_reduce_sum(counts)
+        self.held_out_counts = counts
+        results = {f"test_{name}": value for name, value in means.read(over_all_ranks=True).items()}
+        return results | {"test_codes_used": int((counts > 0).sum())}
+
+    @torch.no_grad()
+    def pictures(self, model: Any, count: int = 8) -> dict[str, Tensor]:
+        """Images over their token maps, and how evenly the codes are used."""
+        samples = [self.dataset[i * len(self.dataset) // count] for i in range(min(count, len(self.dataset)))]  # type: ignore[arg-type]
+        images = [sample["image"] for sample in samples if "image" in sample]
+        if not images:
+            return {}
+        model.eval()
+        with self.precision.autocast():
+            codes = model.get_codebook_indices(torch.stack(images).to(self.device)).cpu()
+        grid, n_codes = model.encoder.patch_embed.patch_shape, model.quantize.num_tokens
+        maps = [visualization.token_map(c.view(grid), n_codes, images[0].shape[-2:]) for c in codes]
+        rows = [visualization.side_by_side(images), visualization.side_by_side(maps)]
+        return {
+            "tokens": visualization.stacked(rows),
+            "codebook_usage": visualization.usage_histogram(model.quantize.cluster_size),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Features waiting for k-means and codes waiting for revival: a run killed in between goes on the same."""
+        quantizer = self.model.quantize
+        return {"collected": list(quantizer.collected), "dead": quantizer.dead}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        quantizer = self.model.quantize
+        quantizer.collected = [features.to(self.device) for features in state["collected"]]
+        quantizer.dead = None if state["dead"] is None else state["dead"].to(self.device)

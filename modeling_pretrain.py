@@ -1,0 +1,218 @@
+"""Masked image modelling (BEiT) and its CLS pretraining (BEiT v2).
+
+Shapes: B batch, N patches, T = 1 + N tokens with CLS in front, C width, K codes, M masked patches of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError, pick
+from vit_backbone import (
+    SIZES,
+    LayerNorm,
+    Trunk,
+    drop_path_ramp,
+    init_linear_and_norm,
+    rescale_outputs,
+    truncated_normal_,
+)
+
+
+class VisionTransformerForMaskedImageModeling(Trunk):
+    """ViT that predicts the visual token of every masked patch (BEiT, section 2.3)."""
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        vocab_size: int = 8192,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        init_values: float | None = 0.0,
+        use_abs_pos_emb: bool = True,
+        use_rel_pos_bias: bool = False,
+        use_shared_rel_pos_bias: bool = False,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__(
+            img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, drop_rate,
+            attn_drop_rate, drop_path_rate, norm_layer, init_values, use_abs_pos_emb, use_rel_pos_bias,
+            use_shared_rel_pos_bias, with_mask_token=True,
+        )  # fmt: skip
+        self.vocab_size, self.init_std = vocab_size, init_std
+        self.norm = (norm_layer or LayerNorm)(embed_dim)
+        self.lm_head = nn.Linear(embed_dim, vocab_size)
+
+        self.init_tokens(std=init_std, cut=init_std)
+        truncated_normal_(self.patch_embed.proj.weight, init_std, cut=init_std)
+        nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
+        self.apply(self.init_weights)
+        rescale_outputs(self.blocks)
+
+    def init_weights(self, module: nn.Module) -> None:
+        init_linear_and_norm(module, self.init_std, cut=self.init_std)
+
+    def forward(
+        self,
+        x: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        return_all_tokens: bool = False,
+        return_patch_tokens: bool = False,
+    ) -> Any:
+        """Images (B, in_chans, height, width), mask (B, N) or None for nothing masked.
+
+        Returns the logits of the masked patches (M, K) in row-major order; with return_all_tokens those of all patches
+        (B, N, K); with return_patch_tokens the normalised patch tokens (B, N, C).
+        A mask on the CPU beside images on a GPU spares a synchronisation: the positions are listed on the host.
+        """
+        masked, positions = self.place_mask(x, bool_masked_pos)
+        tokens = self.encode(x, masked)
+        return self.predict(tokens, positions, return_all_tokens, return_patch_tokens, self.norm, self.lm_head)
+
+    def place_mask(self, x: Tensor, bool_masked_pos: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """The mask on the images' device, and the masked positions in the tokens flattened to (B * T): (M,) int64."""
+        if bool_masked_pos is None:
+            return None, torch.zeros(0, dtype=torch.int64, device=x.device)
+        mask = bool_masked_pos.flatten(1).to(torch.bool)
+        patches = mask.flatten().nonzero().squeeze(1)  # in (B * N)
+        positions = patches + patches // mask.shape[1] + 1  # one CLS token before each image's patches
+        return mask.to(x.device, non_blocking=True), positions.to(x.device, non_blocking=True)
+
+    def encode(self, x: Tensor, masked: Tensor | None) -> Tensor:
+        """Images -> tokens after the last block, (B, T, C)."""
+        tokens, bias = self.embed(x, masked), self.shared_bias()
+        for block in self.blocks:
+            tokens = block(tokens, bias)
+        return tokens
+
+    def predict(
+        self, tokens: Tensor, positions: Tensor, all_tokens: bool, patch_tokens: bool, norm: nn.Module, head: nn.Module
+    ) -> Tensor:
+        """Only what is asked for passes the norm and the large head."""
+        if patch_tokens:
+            return norm(tokens[:, 1:])
+        if all_tokens:
+            return head(norm(tokens[:, 1:]))
+        return head(norm(tokens.flatten(0, 1).index_select(0, positions)))
+
+
+class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImageModeling):
+    """BEiT v2, section 3.2: the last layer's CLS token must carry what the early layers' patch tokens lack.
+
+    [last CLS; patch tokens of block `early_layers`] passes `head_layers` more blocks, whose patch tokens predict the
+    visual tokens a second time. forward returns the pair (main branch, CLS branch).
+    """
+
+    def __init__(
+        self, *args: Any, early_layers: int = 6, head_layers: int = 2, shared_lm_head: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        depth = len(self.blocks)
+        if not 0 < early_layers <= depth:
+            raise UserError(f"--early_layers {early_layers} must lie between 1 and the model's depth, {depth}")
+        self.early_layers, self.shared_lm_head = early_layers, shared_lm_head
+        rates = drop_path_ramp(kwargs.get("drop_path_rate", 0.0), max(depth, early_layers + head_layers))
+        # These blocks keep PyTorch's default initialisation, rescaled: the released weights were trained so.
+        self.cls_pt_layers = nn.ModuleList(self.make_block(drop_path=rates[early_layers + i]) for i in range(head_layers))
+        rescale_outputs(self.cls_pt_layers, first=early_layers + 1)
+        if not shared_lm_head:
+            self.cls_pt_norm = (kwargs.get("norm_layer") or LayerNorm)(self.embed_dim)
+            self.cls_pt_lm_head = nn.Linear(self.embed_dim, self.vocab_size)
+            self.cls_pt_norm.apply(self.init_weights)
+            self.cls_pt_lm_head.apply(self.init_weights)
+
+    def forward(
+        self,
+        x: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        return_all_tokens: bool = False,
+        return_patch_tokens: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        masked, positions = self.place_mask(x, bool_masked_pos)
+        last, early, bias = self.encode_both(x, masked)
+        bridged = self.aggregate_into_cls(last, early, bias)
+        cls_norm, cls_head = (self.norm, self.lm_head) if self.shared_lm_head else (self.cls_pt_norm, self.cls_pt_lm_head)
+        asked = (positions, return_all_tokens, return_patch_tokens)
+        return self.predict(last, *asked, self.norm, self.lm_head), self.predict(bridged, *asked, cls_norm, cls_head)
+
+    def encode_both(self, x: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens after the last block (B, T, C), patch tokens after block `early_layers` (B, N, C), and the shared bias."""
+        tokens, bias = self.embed(x, masked), self.shared_bias()
+        early = tokens
+        for layer, block in enumerate(self.blocks, start=1):
+            tokens = block(tokens, bias)
+            if layer == self.early_layers:
+                early = tokens[:, 1:]
+        return tokens, early, bias
+
+    def aggregate_into_cls(self, last: Tensor, early: Tensor, bias: Tensor | None) -> Tensor:
+        """The last CLS token (before any norm) joins the early patch tokens for the head layers: (B, T, C)."""
+        bridged = torch.cat((last[:, :1], early), dim=1)
+        for block in self.cls_pt_layers:
+            bridged = block(bridged, bias)
+        return bridged
+
+
+# ── Variants: name -> (row of SIZES, patch size, image size); `_cls_pt` adds the CLS head ────────────────────────────
+
+VARIANTS = {
+    "beit_demo_patch16_128_8k_vocab": ("demo", 16, 128),
+    "beit_demo_patch16_128_8k_vocab_cls_pt": ("demo", 16, 128),
+    "beit_tiny_patch16_224_8k_vocab": ("tiny", 16, 224),
+    "beit_tiny_patch16_224_8k_vocab_cls_pt": ("tiny", 16, 224),
+    "beit_small_patch16_224_8k_vocab": ("small", 16, 224),
+    "beit_small_patch16_224_8k_vocab_cls_pt": ("small", 16, 224),
+    "beit_base_patch16_192_8k_vocab": ("base", 16, 192),
+    "beit_base_patch16_224_8k_vocab": ("base", 16, 224),
+    "beit_base_patch16_256_8k_vocab": ("base", 16, 256),
+    "beit_base_patch16_224_8k_vocab_cls_pt": ("base", 16, 224),
+    "beit_24x544_patch16_224_8k_vocab": ("24x544", 16, 224),
+    "beit_24x544_patch16_224_8k_vocab_cls_pt": ("24x544", 16, 224),
+    "beit_large_patch16_224_8k_vocab": ("large", 16, 224),
+    "beit_large_patch16_224_8k_vocab_cls_pt": ("large", 16, 224),
+    "beit_huge_patch14_224_8k_vocab": ("huge", 14, 224),
+}
+
+
+def _builder(name: str) -> Callable[..., VisionTransformerForMaskedImageModeling]:
+    size, patch_size, img_size = VARIANTS[name]
+    with_cls_head = name.endswith("_cls_pt")
+    model = VisionTransformerForMaskedImageModelingCLS if with_cls_head else VisionTransformerForMaskedImageModeling
+
+    def build(pretrained: bool = False, **kwargs: Any) -> VisionTransformerForMaskedImageModeling:
+        if pretrained:
+            raise ValueError(f"{name} has no weights of its own: load a checkpoint with --resume")
+        return model(**{"img_size": img_size, "patch_size": patch_size, **SIZES[size]._asdict(), **kwargs})
+
+    build.__name__ = name
+    return build
+
+
+# A registry of our own: importing this module leaves timm's models alone.
+MODELS = {name: _builder(name) for name in VARIANTS}
+globals().update(MODELS)
+
+
+def create_model(name: str, **kwargs: Any) -> VisionTransformerForMaskedImageModeling:
+    """`early_layers`, `head_layers` and `shared_lm_head` are dropped for models without the CLS head."""
+    build = pick(MODELS, name, "pretraining model")
+    if not name.endswith("_cls_pt"):
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("early_layers", "head_layers", "shared_lm_head")}
+    return build(**kwargs)
+
+
+__all__ = ["MODELS", "create_model", *VARIANTS, "VisionTransformerForMaskedImageModeling"]
+__all__ += ["VisionTransformerForMaskedImageModelingCLS"]

@@ -1,0 +1,243 @@
+"""VQ-KD: the visual tokenizer of BEiT v2 (section 3.1), trained to reconstruct a frozen teacher's features.
+
+Shapes: B batch, h x w grid of N patches, C width, K codes, D code dim, F teacher dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+import model_zoo
+from errors import UserError, pick
+from modeling_finetune import VisionTransformer
+from norm_ema_quantizer import NormEMAVectorQuantizer
+from transforms import IMAGENET_MEAN, IMAGENET_STD
+from utils import grid_of
+from vit_backbone import SIZES, init_linear_and_norm
+from vqkd_teachers import TEACHER_DIMS
+
+INPUT_MEAN_STD = {
+    "default": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # [0, 1] -> [-1, 1]
+    "imagenet_norm": (IMAGENET_MEAN, IMAGENET_STD),
+}
+
+
+class VQKD(nn.Module):
+    """Encoder -> unit codes of dim D -> quantizer -> decoder -> the teacher's feature of every patch.
+
+    Args:
+        encoder_config, decoder_config: arguments of VisionTransformer. The decoder's image is the grid of codes
+            (img_size = grid side, patch_size 1, in_chans = embed_dim).
+        n_embed, embed_dim: K and D.
+        decoder_out_dim: F.
+        teacher: frozen module with `targets(x) -> (B, N, F)`, needed by `forward` alone. It is a guest: it moves with
+            `.to()`, but is in neither the parameters nor the state dict.
+    """
+
+    input_mean: Tensor
+    input_std: Tensor
+
+    def __init__(
+        self,
+        encoder_config: dict[str, Any],
+        decoder_config: dict[str, Any],
+        n_embed: int = 8192,
+        embed_dim: int = 32,
+        decay: float = 0.99,
+        process_type: str = "default",
+        quantize_kmeans_init: bool = True,
+        decoder_out_dim: int = 512,
+        teacher: Any = None,
+    ) -> None:
+        super().__init__()
+        decoder_config = {**decoder_config, "in_chans": embed_dim}
+        self.encoder = VisionTransformer(**encoder_config)
+        self.decoder = VisionTransformer(**decoder_config)
+        if self.encoder.patch_embed.num_patches != self.decoder.patch_embed.num_patches:
+            raise ValueError("the decoder's img_size must be the encoder's grid")
+        self.quantize = NormEMAVectorQuantizer(n_embed, embed_dim, beta=1.0, decay=decay, kmeans_init=quantize_kmeans_init)
+        self.encode_task_layer = task_layer(self.encoder.embed_dim, embed_dim)
+        self.decode_task_layer = task_layer(self.decoder.embed_dim, decoder_out_dim)
+        mean, std = pick(INPUT_MEAN_STD, process_type, "--process_type")
+        self.register_buffer("input_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("input_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.__dict__["teacher"] = teacher  # past nn.Module's registration, on purpose
+        if teacher is not None and teacher.standardize:
+            self.register_buffer("target_mean", torch.zeros(decoder_out_dim))
+            self.register_buffer("target_std", torch.ones(decoder_out_dim))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VQKD:
+        if self.teacher is not None:
+            self.teacher._apply(fn)
+        return super()._apply(fn, recurse)
+
+    # ── encoding ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def pre_process(self, x: Tensor) -> Tensor:
+        """Images (B, 3, height, width) in [0, 1] -> what the encoder sees."""
+        return (x - self.input_mean) / self.input_std
+
+    def features(self, x: Tensor) -> Tensor:
+        """Pre-processed images -> code vectors before normalisation (B, N, D), fp32 also under autocast."""
+        tokens = self.encoder.forward_features(x, return_patch_tokens=True)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.encode_task_layer(tokens.float())
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pre-processed images -> (z_q (B, D, h, w), indices (B * N,), commitment loss ())."""
+        height, width = self.encoder.patch_embed.patch_shape
+        z = rearrange(self.features(x), "b (h w) d -> b d h w", h=height, w=width)
+        z_q, loss, indices = self.quantize(z)
+        return z_q, indices, loss
+
+    @torch.no_grad()
+    def get_codebook_indices(self, x: Tensor) -> Tensor:
+        """Images (B, 3, height, width) in [0, 1] -> code of every patch (B, N) int64. Writes no state."""
+        features = F.normalize(self.features(self.pre_process(x)), dim=-1)
+        return self.quantize.nearest(features.flatten(0, 1)).view(len(x), -1)
+
+    # ── decoding and distillation ────────────────────────────────────────────────────────────────────────────────────
+
+    def decode(self, z_q: Tensor) -> Tensor:
+        """Codes (B, D, h, w) -> predicted teacher features (B, N, F)."""
+        return self.decode_task_layer(self.decoder.forward_features(z_q, return_patch_tokens=True))
+
+    @torch.no_grad()
+    def targets(self, x: Tensor) -> Tensor:
+        """Images in [0, 1] -> the teacher's features (B, N, F), standardised per channel where the teacher asks for it."""
+        if self.teacher is None:
+            raise UserError("this tokenizer was built without a teacher: it encodes, it cannot be trained")
+        targets = self.teacher.targets(x).float()
+        return (targets - self.target_mean) / self.target_std if self.teacher.standardize else targets
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images (B, 3, height, width) in [0, 1] -> (loss (), parts of it for the log)."""
+        targets = self.targets(x)
+        z_q, _, quant_loss = self.encode(self.pre_process(x))
+        rec_loss = (1 - F.cosine_similarity(self.decode(z_q).float(), targets, dim=-1)).mean()
+        loss = quant_loss + rec_loss
+        return loss, {"quant_loss": quant_loss.detach(), "rec_loss": rec_loss.detach()}
+
+
+def task_layer(width: int, out: int) -> nn.Sequential:
+    layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, out))
+    return layer.apply(functools.partial(init_linear_and_norm, std=0.02, cut=2.0))
+
+
+# ── Variants ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Variant(NamedTuple):
+    size: str  # encoder row of SIZES
+    decoder_depth: int
+    decoder_heads: int
+    teacher: str  # the default one: it decides the decoder's output width
+    img_size: int = 224
+    encoder_depth: int | None = None
+
+
+VARIANTS = {
+    "vqkd_encoder_base_decoder_1x768x12_clip": Variant("base", 1, 12, "clip"),
+    "vqkd_encoder_base_decoder_3x768x12_clip": Variant("base", 3, 12, "clip"),
+    "vqkd_encoder_base_decoder_1x768x12_dino": Variant("base", 1, 12, "dino"),
+    "vqkd_encoder_small_decoder_1x384x6_clip": Variant("small", 1, 6, "clip"),
+    "vqkd_encoder_tiny_decoder_1x192x3_clip": Variant("tiny", 1, 3, "clip"),
+    "vqkd_encoder_demo_decoder_1x128x4_hog": Variant("demo", 1, 4, "hog", img_size=128, encoder_depth=4),
+}
+PATCH_SIZE = 16
+
+
+def default_teacher(name: str) -> str:
+    """The teacher in a tokenizer's name."""
+    return pick(VARIANTS, name, "tokenizer").teacher
+
+
+def image_size(name: str) -> int:
+    return pick(VARIANTS, name, "tokenizer").img_size
+
+
+def _builder(name: str) -> Callable[..., VQKD]:
+    variant = VARIANTS[name]
+
+    def build(
+        pretrained: bool = False,
+        pretrained_weight: str | None = None,
+        as_tokenizer: bool = False,
+        as_tokenzer: bool = False,  # the published spelling
+        img_size: int = variant.img_size,
+        n_code: int = 8192,
+        code_dim: int = 32,
+        teacher: Any = None,
+        decoder_out_dim: int | None = None,
+        **kwargs: Any,
+    ) -> VQKD:
+        """A tokenizer to train, or with as_tokenizer a frozen one in eval: with `pretrained_weight` when `pretrained`."""
+        frozen = as_tokenizer or as_tokenzer
+        weights = read_tokenizer_weights(name, pretrained_weight, n_code, code_dim) if pretrained else None
+        if weights is not None:  # the decoder's output is the teacher's width, whoever that was
+            decoder_out_dim = len(weights["decode_task_layer.2.bias"])
+        elif decoder_out_dim is None:
+            decoder_out_dim = TEACHER_DIMS[variant.teacher] if teacher is None else teacher.dim
+        width, depth, heads, _ = SIZES[variant.size]
+        encoder = {
+            "img_size": img_size, "patch_size": PATCH_SIZE, "num_classes": 0, "embed_dim": width,
+            "depth": variant.encoder_depth or depth, "num_heads": heads,
+        }  # fmt: skip
+        decoder = {
+            "img_size": img_size // PATCH_SIZE, "patch_size": 1, "num_classes": 0, "embed_dim": width,
+            "depth": variant.decoder_depth, "num_heads": variant.decoder_heads,
+        }  # fmt: skip
+        kwargs = {"quantize_kmeans_init": not frozen, **kwargs}
+        model = VQKD(
+            encoder, decoder, n_code, code_dim, decoder_out_dim=decoder_out_dim, teacher=teacher, **kwargs
+        )  # fmt: skip
+        if weights is not None:
+            load_tokenizer_weights(model, weights, str(pretrained_weight))
+        return model.eval().requires_grad_(False) if frozen else model
+
+    build.__name__ = name
+    return build
+
+
+MODELS = {name: _builder(name) for name in VARIANTS}
+globals().update(MODELS)
+
+
+def create_model(name: str, **kwargs: Any) -> VQKD:
+    return pick(MODELS, name, "tokenizer")(**kwargs)
+
+
+def read_tokenizer_weights(name: str, source: str | None, n_code: int, code_dim: int) -> dict[str, Tensor]:
+    """A tokenizer's state dict, checked against the codebook asked for; teacher, scaling and loss entries left out."""
+    source = source or name
+    weights = model_zoo.load_state_dict(source)
+    codebook = weights.get("quantize.embedding.weight")
+    if codebook is None or "decode_task_layer.2.bias" not in weights:
+        raise UserError(f"--tokenizer_weight {source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)")
+    if tuple(codebook.shape) != (n_code, code_dim):
+        raise UserError(
+            f"the tokenizer in {source} has {codebook.shape[0]} codes of dim {codebook.shape[1]}, not {n_code} of {code_dim}: "
+            f"pass --codebook_size {codebook.shape[0]} --codebook_dim {codebook.shape[1]}"
+        )
+    own = ("encoder.", "decoder.", "encode_task_layer.", "decode_task_layer.", "quantize.")
+    return {key: value for key, value in weights.items() if key.startswith(own)}
+
+
+def load_tokenizer_weights(model: VQKD, weights: dict[str, Tensor], source: str) -> None:
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in weights and not key.startswith("target_")]
+    misfits = [key for key, value in weights.items() if key in wanted and wanted[key].shape != value.shape]
+    if missing or misfits:
+        sides = ""
+        if "encoder.pos_embed" in misfits:
+            side = grid_of(weights["encoder.pos_embed"].shape[1] - 1) * PATCH_SIZE
+            sides = f" (it was trained on {side}-pixel images: --second_input_size {side})"
+        raise UserError(f"{source} does not fit --tokenizer_model: {(misfits + missing)[0]} differs{sides}")
+    model.load_state_dict(weights, strict=False)

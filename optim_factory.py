@@ -1,0 +1,139 @@
+"""Parameter groups, layer-wise learning rates, optimizers and schedules. Groups and schedules are pure functions."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from errors import UserError
+
+
+def get_num_layer_for_vit(name: str, num_max_layer: int) -> int:
+    """Which layer a parameter belongs to: 0 embeddings and tokens, i + 1 block i, num_max_layer - 1 all the rest."""
+    if name in ("cls_token", "mask_token", "pos_embed") or name.startswith("patch_embed"):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return num_max_layer - 1
+
+
+class LayerDecayValueAssigner:
+    """Learning-rate factor per layer; `values` runs from the embeddings (0) to the head (last)."""
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self.values = list(values)
+
+    def get_scale(self, layer: int) -> float:
+        return self.values[layer]
+
+    def get_layer_id(self, name: str) -> int:
+        return get_num_layer_for_vit(name, len(self.values))
+
+
+def layer_decay_values(decay: float, depth: int) -> list[float]:
+    """decay ** (L + 1 - layer) for the layers 0 .. L + 1 of a model with L blocks."""
+    return [decay ** (depth + 1 - layer) for layer in range(depth + 2)]
+
+
+def get_parameter_groups(
+    model: nn.Module,
+    weight_decay: float = 1e-5,
+    skip_list: Iterable[str] = (),
+    get_num_layer: Callable[[str], int] | None = None,
+    get_layer_scale: Callable[[int], float] | None = None,
+) -> list[dict[str, Any]]:
+    """Groups `[layer_i_]{decay,no_decay}` in the order in which the parameters first meet them.
+
+    No weight decay for 1-d parameters, biases and the names in `skip_list`. Each group carries `weight_decay` and
+    `lr_scale`; the training loop multiplies the scheduled rate by the latter.
+    """
+    skipped = set(skip_list)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        bare = parameter.ndim <= 1 or name.endswith(".bias") or name in skipped
+        group, decay = ("no_decay", 0.0) if bare else ("decay", weight_decay)
+        layer = get_num_layer(name) if get_num_layer is not None else None
+        if layer is not None:
+            group = f"layer_{layer}_{group}"
+        if group not in groups:
+            scale = 1.0 if layer is None or get_layer_scale is None else get_layer_scale(layer)
+            groups[group] = {"name": group, "weight_decay": decay, "params": [], "lr_scale": scale}
+        groups[group]["params"].append(parameter)
+    return list(groups.values())
+
+
+def create_optimizer(
+    args: argparse.Namespace,
+    model: nn.Module,
+    get_num_layer: Callable[[str], int] | None = None,
+    get_layer_scale: Callable[[int], float] | None = None,
+    filter_bias_and_bn: bool = True,
+    skip_list: Iterable[str] | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer named by args.opt over the model's parameter groups.
+
+    args: opt, lr, weight_decay, opt_eps, opt_betas, momentum.
+
+    AdamW, Adam and SGD are torch's fused ones: they can skip a step on the device, without a synchronisation. Any other
+    name is one of timm's.
+    """
+    if skip_list is None:
+        skip_list = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    if filter_bias_and_bn:
+        groups = get_parameter_groups(model, args.weight_decay, skip_list, get_num_layer, get_layer_scale)
+    else:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"name": "all", "params": trainable, "lr_scale": 1.0, "weight_decay": args.weight_decay}]
+    name = args.opt.lower()
+    adam: dict[str, Any] = {"lr": args.lr, "eps": args.opt_eps}
+    if args.opt_betas:
+        adam["betas"] = tuple(args.opt_betas)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **adam)
+    if name == "adam":
+        return torch.optim.Adam(groups, fused=True, **adam)
+    if name in ("sgd", "momentum"):
+        return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, nesterov=name == "sgd", fused=True)
+    return _timm_optimizer(name, groups, args)
+
+
+def _timm_optimizer(name: str, groups: list[dict[str, Any]], args: argparse.Namespace) -> torch.optim.Optimizer:
+    import timm.optim
+
+    settings: dict[str, Any] = {"betas": tuple(args.opt_betas)} if args.opt_betas else {}
+    try:
+        return timm.optim.create_optimizer_v2(
+            groups, opt=name, lr=args.lr, momentum=getattr(args, "momentum", 0.9), weight_decay=0.0,
+            filter_bias_and_bn=False, **settings,
+        )  # fmt: skip
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"--opt {name}: neither adamw, adam, sgd nor one of timm's optimizers ({error})") from None
+
+
+def cosine_scheduler(
+    base_value: float,
+    final_value: float,
+    epochs: int,
+    niter_per_ep: int,
+    warmup_epochs: float = 0,
+    start_warmup_value: float = 0,
+    warmup_steps: int = -1,
+) -> np.ndarray:
+    """One value per optimizer step: linear warm-up that includes its endpoint, then half a cosine to `final_value`.
+
+    warmup_steps > 0 replaces warmup_epochs * niter_per_ep. A warm-up longer than the run is cut at the run's end.
+    """
+    total = epochs * niter_per_ep
+    warmup = warmup_steps if warmup_steps > 0 else int(warmup_epochs * niter_per_ep)
+    rise = np.linspace(start_warmup_value, base_value, warmup)
+    n = max(total - warmup, 0)
+    fall = [final_value + 0.5 * (base_value - final_value) * (1 + math.cos(math.pi * i / n)) for i in range(n)]
+    return np.concatenate((rise, np.array(fall)))[:total]

@@ -1,0 +1,180 @@
+"""Which sample a rank reads when, how samples become batches, and what happens about files that did not decode.
+
+A key (epoch, index) names a sample; the datasets derive everything random in it from the key and the run's seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from distributed import Launch, is_main, log
+from errors import UserError
+from utils import derive_seed
+
+Key = tuple[int, int]  # (epoch, index)
+
+
+class ResumableSampler(Sampler[list[Key]]):
+    """Batches of keys (epoch, index) for one rank, a pure function of (seed, epoch, samples done).
+
+    An epoch's global order is cut into optimizer steps of world_size * update_freq * batch_size samples (the incomplete
+    last one is dropped), a step into update_freq micro-batches, a micro-batch into the ranks' slices. What comes after
+    `samples_done` samples therefore does not depend on how many ranks or how large a batch produced them.
+    With fewer samples than one step takes, `batch_size` shrinks until a single step covers them all (`shrunk`), and the
+    order wraps around to give every rank the same number.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        update_freq: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shuffle: bool = True,
+    ) -> None:
+        if min(length, batch_size, update_freq, world_size) < 1:
+            raise ValueError(f"length {length}, batch {batch_size}, update_freq {update_freq}, world {world_size}: 1 or more")
+        ways = world_size * update_freq
+        self.shrunk = length < batch_size * ways
+        self.batch_size = -(-length // ways) if self.shrunk else batch_size
+        self.length, self.update_freq, self.rank, self.world_size = length, update_freq, rank, world_size
+        self.seed, self.shuffle = seed, shuffle
+        self.global_batch = self.batch_size * ways  # samples of one optimizer step
+        self.steps_per_epoch = max(1, length // self.global_batch)
+        self.set_position(0, 0)
+
+    def set_position(self, epoch: int, samples_done: int = 0) -> None:
+        """The next iteration is this epoch's, without its first `samples_done` samples (over all ranks)."""
+        self.epoch, self.samples_done = epoch, samples_done
+
+    def order(self) -> torch.Tensor:
+        """This epoch's global order of all indices, int64; when shrunk, wrapped around to one whole step."""
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
+            order = torch.randperm(self.length, generator=generator)
+        else:
+            order = torch.arange(self.length)
+        return order.repeat(-(-self.global_batch // self.length))[: self.global_batch] if self.shrunk else order
+
+    def _steps_left(self) -> int:
+        if self.shrunk:
+            return int(self.samples_done == 0)
+        return max(0, self.length - self.samples_done) // self.global_batch
+
+    def __len__(self) -> int:
+        return self._steps_left() * self.update_freq
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        # Locals: a set_position for the next epoch must not bend the iteration that a loader is still prefetching from.
+        order, epoch, done = self.order(), self.epoch, self.samples_done
+        across = self.batch_size * self.world_size  # samples of one micro-batch over all ranks
+        for micro in range(len(self)):
+            start = done + micro * across + self.rank * self.batch_size
+            yield [(epoch, index) for index in order[start : start + self.batch_size].tolist()]
+
+
+class EvalSampler(Sampler[list[Key]]):
+    """Batches of keys (0, index): every index once over all ranks. No padding: ranks may differ by one."""
+
+    def __init__(self, length: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.indices, self.batch_size = range(rank, length, world_size), batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[start : start + self.batch_size]]
+
+
+def build_eval_loader(dataset: Any, args: argparse.Namespace, launch: Launch) -> DataLoader[dict[str, Any]]:
+    """This rank's share of the data set, every image once over all ranks."""
+    sampler = EvalSampler(len(dataset), args.batch_size, launch.rank, launch.world_size)
+    return build_loader(dataset, sampler, args.num_workers, args.pin_mem)
+
+
+def build_loader(
+    dataset: Dataset[dict[str, Any]], batch_sampler: Sampler[list[Key]], num_workers: int, pin_memory: bool
+) -> DataLoader[dict[str, Any]]:
+    """The batches of `collate`, read by at most as many workers as this machine has cores."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        num_workers=_workers(num_workers),
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        collate_fn=collate,
+        worker_init_fn=_start_worker,
+        persistent_workers=_workers(num_workers) > 0,  # the epoch travels in the keys
+        generator=torch.Generator(),  # else each epoch would move the training's own random state
+    )
+
+
+@functools.cache
+def _workers(asked: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if asked > cores:
+        log.info("--num_workers %d: this machine has %d cores, using %d workers", asked, cores, cores)
+    return min(asked, cores)
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks about EXIF blocks and large images, once per worker
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stacked tensors, `failed` as one flat list; only {"failed": [...]} when some sample found no image."""
+    failed = [text for sample in samples for text in sample["failed"]]
+    if any("image" not in sample for sample in samples):
+        return {"failed": failed}
+    tensors = [{name: value for name, value in sample.items() if name != "failed"} for sample in samples]
+    return {**default_collate(tensors), "failed": failed}
+
+
+class BadFiles:
+    """What the training loop does about the files that did not decode: name each once, stop when they are too many.
+
+    `flag` is the data folder's flag, for the message.
+    """
+
+    def __init__(self, limit_share: float = 0.01, at_least: int = 10, flag: str = "--data_path") -> None:
+        self.limit_share, self.at_least, self.flag = limit_share, at_least, flag
+        self.named: set[str] = set()
+        self.start_epoch(0)
+
+    def start_epoch(self, reads: int) -> None:
+        """`reads`: how many samples this process reads in the epoch."""
+        self.reads, self.failed = reads, dict[str, None]()
+
+    def add(self, failed: list[str], found_image: bool = True) -> None:
+        """A batch's `failed`, and whether the batch has an `image`; UserError when the data cannot be trained on.
+
+        A file is counted once an epoch: behind a bad file its neighbours' replacement may try it again.
+        """
+        self.failed.update(dict.fromkeys(failed))
+        for text in dict.fromkeys(failed):
+            if text not in self.named:  # ranks other than the first show errors only, and each meets other files
+                log.log(logging.WARNING if is_main() else logging.ERROR, "cannot read %s: using the next image", text)
+        self.named.update(failed)
+        if not found_image:
+            unread = list(dict.fromkeys(failed))
+            raise UserError(f"no image could be read, {len(unread)} files failed: {', '.join(unread[:3])}; check {self.flag}")
+        count, examples = len(self.failed), ", ".join(list(self.failed)[:3])
+        if count >= self.at_least and count > self.limit_share * self.reads:
+            raise UserError(
+                f"{count} of this epoch's {self.reads} images cannot be read ({examples}, ...): check {self.flag}, "
+                "and repair or remove these files"
+            )

@@ -1,0 +1,289 @@
+"""The demo: runs the entry scripts as a user would, then shows what came out (scripts/demo.sh calls this).
+
+Stages: photos -> VQ-KD tokenizer -> BEiT v2 pretraining -> fine-tuning, pretrained and from scratch, with all labels and with
+10 % of them. Writes demo_output/: the data, each stage's folder, pictures/ and summary.json.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torchvision.utils import save_image  # noqa: E402
+
+import visualization  # noqa: E402
+from datasets import find_images  # noqa: E402
+from errors import UserError, tells_the_user  # noqa: E402
+from transforms import load_image  # noqa: E402
+
+OUT = ROOT / "demo_output"
+SHORT_SIDE = 160  # photos are shrunk once: the model sees 128 pixels, and decoding would take longer than training
+BLOCKS = 20  # neighbouring rows of the photos' list may share a solar module: split in blocks, every fifth to validate
+BATCH, BATCH_FEW = 64, 32
+STEPS = {"vqkd": 500, "pretrain": 1200, "finetune": 400, "finetune_10pct": 150}
+
+SIZE = ["--input_size", "128", "--vflip", "0.5", "--num_workers", "2", "--device", "cpu"]
+VQKD = """--model vqkd_encoder_demo_decoder_1x128x4_hog --teacher_model_type efficientnet_lite0 --teacher_input_size 128
+    --codebook_n_emd 256 --codebook_emd_dim 16 --quantizer_warmup_steps 80 --revive_dead_codes
+    --lr 2e-3 --opt_betas 0.9 0.99 --weight_decay 1e-4 --clip_grad 3.0 --min_crop_scale 0.35"""
+PRETRAIN = """--model beit_demo_patch16_128_8k_vocab_cls_pt --tokenizer_model vqkd_encoder_demo_decoder_1x128x4_hog
+    --second_input_size 128 --codebook_size 256 --codebook_dim 16 --num_mask_patches 26 --min_mask_patches_per_block 4
+    --early_layers 4 --head_layers 1 --drop_path 0 --lr 1.5e-3 --opt_betas 0.9 0.98 --clip_grad 3.0 --min_crop_scale 0.35"""
+FINETUNE = """--model beit_demo_patch16_128 --data_set image_folder --aa none --color_jitter 0.2 --reprob 0
+    --min_crop_scale 0.5 --clip_grad 3.0 --no_save_ckpt"""
+PRETRAINED, SCRATCH = "--layer_decay 0.8", "--layer_decay 1.0"
+
+
+def run(stage: str, script: str, flags: str, *more: str) -> float:
+    """One entry script in a process of its own; its seconds. The demo stops if it fails."""
+    command = [sys.executable, str(ROOT / script), *shlex.split(flags), *SIZE, *more]
+    print(f"\n[{stage}] $ python {shlex.join([script, *command[2:]])}", flush=True)
+    started = time.monotonic()
+    status = subprocess.run(command, cwd=ROOT).returncode
+    if status != 0:
+        raise UserError(f"stage {stage} failed (status {status}); its output is above")
+    return time.monotonic() - started
+
+
+def log_of(stage: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (OUT / stage / "log.txt").read_text().splitlines()]
+
+
+# ── Photos ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shrink(source: str | Path, target: Path) -> bool:
+    """A copy whose shorter side is SHORT_SIDE; False for files that are no image."""
+    try:
+        image = load_image(str(source))
+    except Exception as error:
+        print(f"cannot read {source} ({error}): left out")
+        return False
+    scale = SHORT_SIDE / min(image.size)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC).save(target, quality=95)
+    return True
+
+
+def solar_cells() -> list[tuple[Path, str, bool]]:
+    """(photo, class, for validation?) of the PyPI package elpv-dataset: mono/poly x ok/defect."""
+    import elpv_dataset
+
+    folder = Path(elpv_dataset.__file__).parent / "data"
+    print("photos     elpv-dataset (Buerhop-Lutz et al. 2018; Deitsch et al. 2019), 2,624 photos of solar cells.")
+    print("           licence of the images: CC BY-NC-SA 4.0 (non-commercial use, share alike)")
+    with open(folder / "labels.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.reader(file, delimiter=" ", skipinitialspace=True) if len(row) >= 3]
+    photos = []
+    for number, (path, probability, kind, *_) in enumerate(rows):
+        label = f"{kind}_{'defect' if float(probability) >= 0.5 else 'ok'}"
+        photos.append((folder / path, label, number * BLOCKS // len(rows) % 5 == 4))
+    return photos
+
+
+def own_images(root: str) -> list[tuple[Path, str, bool]]:
+    """The user's folder; sub-folders of images are classes when there are two or more. Every fifth photo validates."""
+    paths = [Path(str(path)) for path, _ in find_images(root, flag="folder")[0]]
+    classes = {path.relative_to(root).parts[0] for path in paths if len(path.relative_to(root).parts) > 1}
+    labelled = len(classes) >= 2 and all(len(path.relative_to(root).parts) > 1 for path in paths)
+    photos, seen = [], dict.fromkeys([*classes, "images"], 0)
+    for path in paths:
+        label = path.relative_to(root).parts[0] if labelled else "images"
+        photos.append((path, label, seen[label] % 5 == 4))
+        seen[label] += 1
+    print(f"photos     {root}: {len(paths)} images, " + (f"{len(classes)} classes" if labelled else "unlabelled"))
+    return photos
+
+
+def prepare(photos: list[tuple[Path, str, bool]]) -> dict[str, dict[str, int]]:
+    """Shrunken copies in demo_output/data/{train,val}/class; how many there are of each."""
+    counts: dict[str, dict[str, int]] = {"train": {}, "val": {}}
+    for number, (source, label, validate) in enumerate(photos):
+        split = "val" if validate else "train"
+        if shrink(source, OUT / "data" / split / label / f"{number:06d}.jpg"):
+            counts[split][label] = counts[split].get(label, 0) + 1
+    if sum(counts["train"].values()) < 2 or not counts["val"]:
+        raise UserError("too few images: the demo needs at least 10 that can be read")
+    return counts
+
+
+# ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def epochs_for(steps: int, images: int, batch: int) -> str:
+    return str(max(1, round(steps / max(1, images // batch))))
+
+
+def train_tokenizer(images: int) -> float:
+    epochs = epochs_for(STEPS["vqkd"], images, BATCH)
+    return run("vqkd", "run_vqkd_training.py", VQKD, "--batch_size", str(BATCH), "--epochs", epochs, "--warmup_steps", "50",
+               "--data_path", str(OUT / "data/train"), "--eval_data_path", str(OUT / "data/val"),
+               "--output_dir", str(OUT / "vqkd"))  # fmt: skip
+
+
+def pretrain(images: int) -> float:
+    epochs = epochs_for(STEPS["pretrain"], images, BATCH)
+    return run("pretrain", "run_beitv2_pretraining.py", PRETRAIN, "--batch_size", str(BATCH), "--epochs", epochs,
+               "--warmup_steps", "120", "--tokenizer_weight", str(OUT / "vqkd/checkpoint.pth"),
+               "--data_path", str(OUT / "data/train"), "--output_dir", str(OUT / "pretrain"))  # fmt: skip
+
+
+def finetune(name: str, images: int, pretrained: bool, few: bool) -> float:
+    """`few`: with a tenth of the labels. Each case has the learning rate that suits it."""
+    batch, steps = (BATCH_FEW, STEPS["finetune_10pct"]) if few else (BATCH, STEPS["finetune"])
+    lr = "1e-3" if pretrained else ("2e-3" if few else "5e-4")
+    epochs = epochs_for(steps, images // 10 if few else images, batch)
+    start = ["--finetune", str(OUT / "pretrain/checkpoint.pth")] if pretrained else []
+    return run(name, "run_class_finetuning.py", f"{FINETUNE} {PRETRAINED if pretrained else SCRATCH}", *start,
+               "--batch_size", str(batch), "--epochs", epochs, "--warmup_steps", str(round(0.15 * steps)), "--lr", lr,
+               "--label_fraction", "0.1" if few else "1.0", "--eval_freq", epochs, "--image_freq", "0",
+               "--data_path", str(OUT / "data/train"), "--eval_data_path", str(OUT / "data/val"),
+               "--output_dir", str(OUT / name))  # fmt: skip
+
+
+# ── What came out ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def summarise(counts: dict[str, dict[str, int]], labelled: bool, seconds: dict[str, float]) -> dict[str, Any]:
+    vqkd, pretraining = log_of("vqkd"), log_of("pretrain")
+    finetuning: dict[str, float | None] = dict.fromkeys(
+        ("acc1", "acc1_from_scratch", "majority_class", "acc1_10pct", "acc1_10pct_from_scratch")
+    )
+    if labelled:
+        for key in ("acc1", "acc1_from_scratch", "acc1_10pct", "acc1_10pct_from_scratch"):
+            finetuning[key] = round(log_of(f"finetune_{key}")[-1]["test_acc1"], 2)
+        finetuning["majority_class"] = round(100 * max(counts["val"].values()) / sum(counts["val"].values()), 2)
+    return {
+        "data": {split: sum(classes.values()) for split, classes in counts.items()},
+        "vqkd": {
+            "loss_first": vqkd[0]["train_loss"],
+            "loss_last": vqkd[-1]["train_loss"],
+            "codebook_size": 256,
+            "codes_used": vqkd[-1]["train_codes_used"],
+        },
+        "pretrain": {
+            "mlm_acc_first": 100 * pretraining[0]["train_mlm_acc_1"],
+            "mlm_acc_last": 100 * pretraining[-1]["train_mlm_acc_1"],
+            "majority_code_share": 100 * pretraining[-1]["train_majority_code_share"],
+        },
+        "finetune": finetuning,
+        "pictures": draw(labelled),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()} | {"total": round(sum(seconds.values()), 1)},
+    }
+
+
+def draw(labelled: bool) -> list[str]:
+    """The pictures of the demo, in demo_output/pictures."""
+    folder = OUT / "pictures"
+    folder.mkdir(exist_ok=True)
+    for name, pattern in {
+        "tokens": "vqkd/pictures/tokens-*",
+        "codebook_usage": "vqkd/pictures/codebook_usage-*",
+    }.items():
+        shutil.copy(sorted(OUT.glob(pattern))[-1], folder / f"{name}.png")
+    before, *_, after = sorted((OUT / "pretrain/pictures").glob("masked_tokens-*"))
+    for name, source in (("masks_and_tokens_before", before), ("masks_and_tokens_after", after)):
+        shutil.copy(source, folder / f"{name}.png")
+    photos = [str(path) for path in sorted((OUT / "data/val").rglob("*.jpg"))]
+    photos = photos[:: max(1, len(photos) // 4)][:4]
+    command = [
+        sys.executable,
+        str(ROOT / "visualize_attention.py"),
+        "--checkpoint",
+        str(OUT / "pretrain/checkpoint.pth"),
+    ]
+    subprocess.run([*command, "--image", *photos, "--output", str(folder / "attention.png")], check=True, cwd=ROOT)
+    draw_curves(folder / "curves.png", labelled)
+    tiles = [folder / f"{name}.png" for name in ("masks_and_tokens_before", "masks_and_tokens_after")]
+    rows = [visualization.side_by_side([to_tensor(path) for path in tiles])]
+    save_image(rows[0], folder / "overview.png")
+    return [str(path.relative_to(ROOT)) for path in sorted(folder.glob("*.png"))]
+
+
+def to_tensor(path: Path) -> torch.Tensor:
+    import torchvision.transforms.functional as TF
+
+    return TF.to_tensor(Image.open(path).convert("RGB"))
+
+
+def draw_curves(path: Path, labelled: bool) -> None:
+    vqkd, pretraining = log_of("vqkd"), log_of("pretrain")
+    panels: dict[str, dict[str, Any]] = {
+        "VQ-KD loss": {"training": [e["train_loss"] for e in vqkd], "held out": [e["test_loss"] for e in vqkd]},
+        "codes used, of 256": {"training": [e["train_codes_used"] for e in vqkd]},
+        "masked-token accuracy, %": {
+            "main branch": [100 * e["train_mlm_acc_1"] for e in pretraining],
+            "CLS branch": [100 * e["train_mlm_acc_2"] for e in pretraining],
+            "commonest code": [100 * e["train_majority_code_share"] for e in pretraining],
+        },
+    }
+    if labelled:
+        names = {"acc1": "pretrained", "acc1_from_scratch": "from scratch"}
+        panels["fine-tuning loss, all labels"] = {
+            label: [e["train_loss"] for e in log_of(f"finetune_{name}")] for name, label in names.items()
+        }
+    visualization.plot_curves(panels, path)
+
+
+def show(summary: dict[str, Any]) -> None:
+    f, p, v = summary["finetune"], summary["pretrain"], summary["vqkd"]
+    rows = [
+        ("VQ-KD loss, first and last epoch", f"{v['loss_first']:.3f}", f"{v['loss_last']:.3f}"),
+        ("codes used, of all", f"{v['codes_used']}", f"{v['codebook_size']}"),
+        ("masked-token accuracy %, first and last epoch", f"{p['mlm_acc_first']:.1f}", f"{p['mlm_acc_last']:.1f}"),
+        ("share of the commonest code %", "", f"{p['majority_code_share']:.1f}"),
+    ]
+    if f["acc1"] is not None:
+        rows += [
+            ("", "from scratch", "pretrained"),
+            ("validation accuracy %, all labels", f"{f['acc1_from_scratch']:.1f}", f"{f['acc1']:.1f}"),
+            (
+                "validation accuracy %, 10 % of the labels",
+                f"{f['acc1_10pct_from_scratch']:.1f}",
+                f"{f['acc1_10pct']:.1f}",
+            ),
+            ("share of the commonest class %", "", f"{f['majority_class']:.1f}"),
+        ]
+    print("\n" + "\n".join(f"{name:<48}{first:>14}{second:>14}" for name, first, second in rows))
+    data = summary["data"]
+    print(f"\n{data['train']} training and {data['val']} validation photos; one run, one seed. ", end="")
+    print(f"Stages took {summary['seconds']['total'] / 60:.1f} minutes.")
+    print("pictures:  " + "\n           ".join(summary["pictures"]))
+
+
+@tells_the_user
+def main(argv: list[str]) -> None:
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir()
+    seconds: dict[str, float] = {}
+    started = time.monotonic()
+    counts = prepare(own_images(argv[0]) if argv else solar_cells())
+    seconds["data"] = time.monotonic() - started
+    images, labelled = sum(counts["train"].values()), len(counts["train"]) >= 2
+    seconds["vqkd"] = train_tokenizer(images)
+    seconds["pretrain"] = pretrain(images)
+    if labelled:
+        for name, pretrained, few in (
+            ("acc1", True, False), ("acc1_from_scratch", False, False),
+            ("acc1_10pct", True, True), ("acc1_10pct_from_scratch", False, True),
+        ):  # fmt: skip
+            seconds[f"finetune_{name}"] = finetune(f"finetune_{name}", images, pretrained, few)
+    summary = summarise(counts, labelled, seconds)
+    (OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    show(summary)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

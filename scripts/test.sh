@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Lint, types, tests: what must pass before every commit. Arguments go to pytest: bash scripts/test.sh -k quantizer
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh requirements.txt requirements-demo.txt requirements-dev.txt
+
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+echo "lint";  ruff check .
+echo "format"; ruff format --check .
+echo "types"; mypy
+echo "tests"; exec python -m pytest -n "${TEST_PROCESSES:-$(nproc 2>/dev/null || echo 2)}" "$@"

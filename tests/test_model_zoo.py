@@ -1,0 +1,323 @@
+"""The model zoo on a server of its own: downloads, broken and wrong ones, and files that must not be trusted."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import hashlib
+import http.server
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import model_zoo
+from errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BODY = os.urandom(3_000_000)
+HASH = hashlib.sha256(BODY).hexdigest()[:8]
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves BODY under every path that ends in .pth; `break_after`: after how many bytes each answer breaks off."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests: list[tuple[str, str | None]] = []  # path, Range
+        self.break_after: list[int] = []
+        self.ranges = True
+        self.etag = '"1"'
+        self.pause = 0.0  # seconds before the body
+        self.url = f"http://127.0.0.1:{self.server_port}/"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        asked = self.headers.get("Range")
+        self.server.requests.append((self.path, asked))
+        if not self.path.split("?")[0].endswith(".pth"):
+            self.send_error(404)
+            return
+        unchanged = self.headers.get("If-Range") in (None, self.server.etag)
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.server.ranges and unchanged else 0
+        if start >= len(BODY):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(BODY) - start))
+        self.send_header("ETag", self.server.etag)
+        self.end_headers()
+        time.sleep(self.server.pause)
+        end = start + self.server.break_after.pop(0) if self.server.break_after else len(BODY)
+        self.wfile.write(BODY[start:end])
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("BEIT_ALLOW_HTTP", raising=False)
+    return tmp_path / "home" / "hub" / "checkpoints"
+
+
+def closed_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_table_names_files_builders_and_results() -> None:
+    entry = model_zoo.ENTRIES["beitv2_base_patch16_224_pt1k"]
+    assert entry.urls == [model_zoo.MIRRORS[0] + "BEiT-v2/beitv2_base_patch16_224_pt1k.pth"]
+    assert (entry.kind, entry.model) == ("pretrained", "beit_base_patch16_224_8k_vocab_cls_pt")
+    entry = model_zoo.ENTRIES["beit_base_patch16_384_pt22k_ft22kto1k"]
+    assert (entry.file, entry.model) == ("v1.0/beit_base_patch16_384_pt22k_ft22kto1k.pth", "beit_base_patch16_384")
+    assert (entry.classes, dict(entry.metrics)) == (1000, {"top1": 86.82, "top5": 98.124, "loss": 0.565})
+    entry = model_zoo.ENTRIES["vqkd_encoder_base_decoder_3x768x12_clip"]
+    assert entry.urls[0].endswith("/BEiT-v2/vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth")
+    assert entry.sha256_prefix == "d5036aa7"
+    assert len(model_zoo.ENTRIES) == 30
+
+
+def test_main_prints_the_table_and_knows_its_names(capsys: pytest.CaptureFixture[str]) -> None:
+    model_zoo.main([])
+    assert "top1 85.5" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        model_zoo.main(["beitv2_base_patch16_224_pt1"])
+    assert "beitv2_base_patch16_224_pt1k" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------- fetching
+def test_download_once_under_the_name_without_query(server: Server, hub: pathlib.Path) -> None:
+    path = model_zoo.fetch(f"{server.url}some/weights-{HASH}.pth?sv=1&sig=abc%3D")
+    assert path == hub / f"weights-{HASH}.pth"
+    assert path.read_bytes() == BODY
+    assert model_zoo.fetch(f"{server.url}some/weights-{HASH}.pth?sv=1&sig={'other' * 100}") == path
+    assert [request for request, _ in server.requests] == [f"/some/weights-{HASH}.pth?sv=1&sig=abc%3D"]
+    assert [p.name for p in hub.iterdir()] == [path.name]  # no .part, no .lock
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["server resumes", "server starts anew"])
+def test_download_that_breaks_off_is_resumed(server: Server, hub: pathlib.Path, ranges: bool) -> None:
+    server.ranges, server.break_after = ranges, [2_000_000]
+    assert model_zoo.fetch(f"{server.url}w-{HASH}.pth").read_bytes() == BODY
+    assert server.requests[1][1] == "bytes=2000000-"
+
+
+def test_partial_file_of_an_earlier_run_is_resumed(server: Server, hub: pathlib.Path) -> None:
+    server.break_after = [1_000_000, 0]
+    with pytest.raises(UserError, match=r"broke off.*run again"):
+        model_zoo.fetch(f"{server.url}w.pth")
+    assert (hub / "w.pth.part").stat().st_size == 1_000_000
+    assert model_zoo.fetch(f"{server.url}w.pth").read_bytes() == BODY
+    assert [asked for _, asked in server.requests][2:] == ["bytes=1000000-"]
+
+
+@pytest.mark.parametrize("changed", ["file", "address"])
+def test_partial_file_of_another_file_is_not_mixed_in(server: Server, hub: pathlib.Path, changed: str) -> None:
+    server.break_after = [1_000_000, 0]
+    with pytest.raises(UserError):
+        model_zoo.fetch(f"{server.url}run1/w.pth")
+    (hub / "w.pth.part").write_bytes(b"?" * 1_000_000)  # what the earlier version held
+    server.etag = '"2"' if changed == "file" else '"1"'
+    url = server.url + ("run1/w.pth" if changed == "file" else "run2/w.pth")
+    assert model_zoo.fetch(url).read_bytes() == BODY
+
+
+def test_partial_file_that_is_already_whole(server: Server, hub: pathlib.Path) -> None:
+    hub.mkdir(parents=True)
+    (hub / "w.pth.part").write_bytes(BODY)
+    assert model_zoo.fetch(f"{server.url}w.pth").read_bytes() == BODY
+
+
+def test_wrong_hash_is_refused_and_deleted(server: Server, hub: pathlib.Path) -> None:
+    for url, prefix in ((f"{server.url}w-0123abcd.pth", None), (f"{server.url}w.pth", "0123abcd")):
+        with pytest.raises(UserError, match="instead of 0123abcd and was deleted"):
+            model_zoo.fetch(url, prefix)
+    assert not [p for p in hub.iterdir() if not p.name.endswith(".lock")]
+    assert model_zoo.fetch(f"{server.url}w-20240131.pth").exists()  # a date is no hash
+
+
+def test_mirrors_are_tried_in_turn(server: Server, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_zoo, "MIRRORS", [f"http://127.0.0.1:{closed_port()}/", server.url])
+    assert model_zoo.fetch("beit_base_patch16_224_pt22k") == hub / "beit_base_patch16_224_pt22k.pth"
+    monkeypatch.setattr(model_zoo, "FORMER_HOSTS", ("localhost",))
+    dead = f"http://localhost:{closed_port()}/x/beitv2_base_patch16_224_pt1k.pth?sv=1&sig=2"
+    assert model_zoo.fetch(dead) == hub / "beitv2_base_patch16_224_pt1k.pth"
+
+
+def test_unreachable_says_what_and_where_to_put_it(hub: pathlib.Path) -> None:
+    url = f"http://127.0.0.1:{closed_port()}/w.pth"
+    with pytest.raises(UserError) as error:
+        model_zoo.fetch(url)
+    assert url in str(error.value)
+    assert str(hub / "w.pth") in str(error.value)
+
+
+def test_missing_on_the_server(server: Server) -> None:
+    with pytest.raises(UserError, match=r"nothing\.bin \(HTTP Error 404"):
+        model_zoo.fetch(f"{server.url}nothing.bin")
+    assert len(server.requests) == 1
+
+
+def test_url_cut_by_the_shell() -> None:
+    with pytest.raises(UserError, match="quotes"):
+        model_zoo.fetch("https://conversationhub.blob.core.windows.net/beit-share-public/w.pth?sv=2021-10-04")
+
+
+@pytest.mark.parametrize("url", ["http://example.com/w.pth", "ftp://example.com/w.pth"])
+def test_unsafe_urls_are_refused(url: str) -> None:
+    with pytest.raises(UserError, match="https://"):
+        model_zoo.fetch(url)
+
+
+def test_paths_and_file_urls_are_used_in_place(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a weight.pth"
+    path.write_bytes(BODY)
+    assert model_zoo.fetch(str(path), HASH) == path
+    assert model_zoo.fetch(path.as_uri()) == path
+    with pytest.raises(UserError, match="instead of 00000000"):
+        model_zoo.fetch(str(path), "00000000")
+    assert path.exists()
+    for wrong in (tmp_path.as_uri(), (tmp_path / "none.pth").as_uri()):
+        with pytest.raises(UserError, match="no such file"):
+            model_zoo.fetch(wrong)
+    with pytest.raises(UserError, match="folder"):
+        model_zoo.fetch(str(tmp_path))
+
+
+def test_mistyped_source_offers_names() -> None:
+    with pytest.raises(UserError, match="beitv2_base_patch16_224_pt1k "):
+        model_zoo.fetch("weights/beitv2_base_patch16_224_pt_1k.pth")
+    with pytest.raises(UserError, match=r"nowhere/x\.pth is neither .* `python model_zoo\.py`"):
+        model_zoo.fetch("nowhere/x.pth")
+
+
+def test_two_processes_download_once(server: Server, hub: pathlib.Path) -> None:
+    server.pause = 1.0
+    code = f"import model_zoo; print(model_zoo.fetch('{server.url}w-{HASH}.pth'))"
+    ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [rank.communicate(timeout=60)[0].strip() for rank in ranks] == [str(hub / f"w-{HASH}.pth")] * 2
+    assert len(server.requests) == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+class RunsCode:
+    def __init__(self, trace: str) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.trace}",)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_pickled_code_is_refused_and_not_run(tmp_path: pathlib.Path, new_format: bool) -> None:
+    trace, path = tmp_path / "trace", tmp_path / "bad.pth"
+    torch.save({"model": {"w": torch.ones(2)}, "x": RunsCode(str(trace))}, path, _use_new_zipfile_serialization=new_format)
+    with pytest.raises(UserError, match=r"bad\.pth holds Python objects \(\w+\.system\)"):
+        model_zoo.load_file(path)
+    assert not trace.exists()
+
+
+def test_whole_pickled_module_is_refused(tmp_path: pathlib.Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
+    with pytest.raises(UserError, match=r"torch\.nn\.modules\.linear\.Linear"):
+        model_zoo.load_file(tmp_path / "module.pth")
+    assert isinstance(model_zoo.load_file(tmp_path / "module.pth", safe=[torch.nn.Linear]), torch.nn.Linear)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_flags_and_numpy_values_are_read(tmp_path: pathlib.Path, new_format: bool) -> None:
+    content: dict[str, Any] = {
+        "model": collections.OrderedDict(w=torch.arange(6.0).view(2, 3)),
+        "args": argparse.Namespace(lr=np.float64(1.5e-3), betas=[0.9, 0.98], steps=np.int64(7), out=tmp_path),
+        "table": np.arange(4, dtype=np.float32),
+        "best": np.float32(2),
+    }
+    torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=new_format)
+    loaded = model_zoo.load_file(tmp_path / "c.pth")
+    assert loaded["args"] == content["args"]
+    assert np.array_equal(loaded["table"], content["table"])
+    assert loaded["best"] == 2
+    assert torch.equal(loaded["model"]["w"], content["model"]["w"])
+
+
+def test_numpy_scalars_under_the_other_numpys_names(tmp_path: pathlib.Path) -> None:
+    name = np.float64(0).__reduce__()[0].__module__.encode()  # type: ignore[index, union-attr]
+    other = b"numpy.core.multiarray" if b"_core" in name else b"numpy._core.multiarray"
+    torch.save({"x": np.float64(0.5)}, tmp_path / "n.pth", _use_new_zipfile_serialization=False)
+    raw = (tmp_path / "n.pth").read_bytes()
+    assert name in raw
+    (tmp_path / "n.pth").write_bytes(raw.replace(b"c" + name + b"\n", b"c" + other + b"\n"))
+    assert model_zoo.load_file(tmp_path / "n.pth") == {"x": 0.5}
+
+
+def test_safetensors_and_torchscript(tmp_path: pathlib.Path) -> None:
+    weights = {"a.weight": torch.randn(3, 2), "b": torch.arange(3)}
+    safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
+    linear = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    torch.jit.trace(linear, torch.ones(1, 2)).save(str(tmp_path / "script.pt"))
+    for path, wanted in (("w.safetensors", weights), ("script.pt", linear.state_dict())):
+        loaded = model_zoo.load_state_dict(str(tmp_path / path))
+        assert loaded.keys() == wanted.keys()
+        assert all(torch.equal(loaded[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("kind", ["empty", "half", "half of the old format", "html", "noise", "zip", "safetensors"])
+def test_damaged_files_are_named(tmp_path: pathlib.Path, kind: str) -> None:
+    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
+    torch.save({"w": torch.ones(20_000)}, path, _use_new_zipfile_serialization=kind == "half")
+    whole = path.read_bytes()
+    path.write_bytes(
+        {
+            "half": whole[: len(whole) // 2],
+            "half of the old format": whole[: len(whole) // 2],
+            "html": b"<html>404</html>",
+            "noise": BODY[:1000],
+            "zip": b"PK\x05\x06" + bytes(18),
+        }.get(kind, b"")
+    )
+    with pytest.raises(UserError, match=f"{path.name} is no weight file or an incomplete one"):
+        model_zoo.load_file(path)
+
+
+def test_state_dict_is_found_under_its_key(tmp_path: pathlib.Path) -> None:
+    one, two = {"w": torch.ones(1)}, {"w": torch.full((1,), 2.0)}
+
+    def load(content: Any, keys: str = "model|module") -> float:
+        torch.save(content, tmp_path / "w.pth")
+        return model_zoo.load_state_dict(str(tmp_path / "w.pth"), keys)["w"].item()
+
+    assert load({"module": two, "model": one, "epoch": 3}) == 1
+    assert load({"module": two, "model": one}, "model_ema|module") == 2
+    assert load({"state_dict": two, "w": torch.ones(1)}) == 2
+    assert load({**one, "epoch": 3}) == 1
+    for empty in ({"optimizer": {}, "epoch": 3}, [1, 2], {"model": {"epoch": 3}}):
+        with pytest.raises(UserError, match="holds no weights"):
+            load(empty)

@@ -1,0 +1,105 @@
+"""Pictures of masks, tokens and attention. Images are float tensors (3, height, width) in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASK_GREY = 0.45
+GAP = 2  # white pixels between neighbouring pictures
+
+
+def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Undo the input normalisation: (..., 3, height, width) -> the same in [0, 1]."""
+    shape = (3, 1, 1)
+    return (image * torch.tensor(std).view(shape).to(image) + torch.tensor(mean).view(shape).to(image)).clamp(0, 1)
+
+
+def masked_image(image: Tensor, mask: Tensor) -> Tensor:
+    """Grey where `mask` (h, w) is True; every mask cell covers a rectangle of the image."""
+    cover = stretch(mask.float()[None], image.shape[-2:])
+    return image * (1 - cover) + MASK_GREY * cover
+
+
+def stretch(cells: Tensor, size: Sequence[int]) -> Tensor:
+    """(C, h, w) -> (C, *size), each cell a flat rectangle."""
+    return F.interpolate(cells[None], size=tuple(size), mode="nearest")[0]
+
+
+def code_colours(n_codes: int) -> Tensor:
+    """A fixed colour for every code: (K, 3). Neighbouring numbers differ: the hue walks by the golden ratio."""
+    hue = torch.arange(n_codes) * 0.61803399 % 1.0
+    value = 0.55 + 0.45 * (torch.arange(n_codes) * 0.75487767 % 1.0)
+    channels = (hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6
+    return value[:, None] * (1 - 0.8 * (1 - ((channels - 3).abs() - 1).clamp(0, 1)))
+
+
+def token_map(codes: Tensor, n_codes: int, size: Sequence[int]) -> Tensor:
+    """Codes (h, w) int64 -> picture of `size`, one colour a code; negative codes are left grey."""
+    colours = code_colours(n_codes)[codes.clamp(min=0)]
+    colours[codes < 0] = MASK_GREY
+    return stretch(colours.permute(2, 0, 1), size)
+
+
+def side_by_side(pictures: Sequence[Tensor]) -> Tensor:
+    """A row of pictures of one height."""
+    return join(pictures, dim=2)
+
+
+def stacked(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of one width under each other."""
+    return join(rows, dim=1)
+
+
+def join(pictures: Sequence[Tensor], dim: int) -> Tensor:
+    pieces: list[Tensor] = []
+    for picture in pictures:
+        shape = list(picture.shape)
+        shape[dim] = GAP
+        pieces += [torch.ones(shape), picture.cpu().float()]
+    return torch.cat(pieces[1:], dim=dim)
+
+
+def heat_overlay(image: Tensor, heat: Tensor) -> Tensor:
+    """Attention (h, w) over the image: dark blue where it is low, yellow where it is high."""
+    heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
+    smooth = F.interpolate(heat[None, None].float(), size=image.shape[-2:], mode="bilinear", align_corners=False)[0]
+    low, high = torch.tensor([0.05, 0.05, 0.35]).view(3, 1, 1), torch.tensor([1.0, 0.9, 0.1]).view(3, 1, 1)
+    colour = low + (high - low) * smooth
+    return 0.45 * image.cpu().float() + 0.55 * colour
+
+
+def usage_histogram(counts: Tensor, height: int = 120, width: int = 512) -> Tensor:
+    """How often each code is used (K,), most used first, on a logarithmic scale."""
+    ordered = counts.float().cpu().sort(descending=True).values
+    level = torch.log1p(ordered) / torch.log1p(ordered.max()).clamp(min=1e-12)
+    level = F.interpolate(level[None, None], size=width, mode="linear", align_corners=False)[0, 0]
+    bars = torch.arange(height, 0, -1)[:, None] <= level[None] * height
+    picture = torch.ones(3, height, width)
+    picture[:, bars] = torch.tensor([0.2, 0.4, 0.7]).view(3, 1)
+    return picture
+
+
+def plot_curves(panels: dict[str, dict[str, Sequence[float]]], path: Path) -> None:
+    """A PNG with one panel per title: {title: {label: values per epoch}}."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for label, values in lines.items():
+            axis.plot(np.arange(1, len(values) + 1), values, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,346 @@
+"""The vision transformer that every stage shares: patch embedding, relative position bias, attention, block, trunk.
+
+Shapes: B batch, N patches (grid height x width), T = 1 + N tokens with CLS in front, C width, H heads, D = C / H.
+Sources: Dosovitskiy et al. 2021 (ViT); BEiT, section 2 and appendix (initialisation); Swin (relative position bias).
+Names of parameters are an interface: released checkpoints carry them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+
+class Size(NamedTuple):
+    """One row of the table of model sizes."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+
+
+SIZES = {
+    "demo": Size(128, 6, 4),
+    "tiny": Size(192, 12, 3),
+    "small": Size(384, 12, 6),
+    "base": Size(768, 12, 12),
+    "24x544": Size(544, 24, 16),
+    "large": Size(1024, 24, 16),
+    "huge": Size(1280, 32, 16),
+    "giant": Size(1408, 40, 16, 6144 / 1408),
+}
+
+LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
+
+
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+class PatchEmbed(nn.Module):
+    """Image (B, in_chans, height, width) -> patch tokens (B, N, C) in row-major order."""
+
+    def __init__(
+        self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768
+    ) -> None:
+        super().__init__()
+        self.img_size, self.patch_size = as_pair(img_size), as_pair(patch_size)
+        if any(side % patch for side, patch in zip(self.img_size, self.patch_size, strict=True)):
+            raise ValueError(f"input size {self.img_size} is not a multiple of the patch size {self.patch_size}")
+        self.patch_shape = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
+        self.num_patches = self.patch_shape[0] * self.patch_shape[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[-2:]) != self.img_size:
+            raise ValueError(f"the model was built for images of {self.img_size}, this batch has {tuple(x.shape[-2:])}")
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, N, C)
+
+
+def relative_position_index(grid: tuple[int, int]) -> Tensor:
+    """(T, T) int64: the row of the bias table for each (query, key).
+
+    Patches: (dy + height - 1) * (2 * width - 1) + (dx + width - 1) with d = query - key. The last three rows of the
+    table stand for CLS -> patch, patch -> CLS and CLS -> CLS.
+    """
+    height, width = grid
+    rows = (2 * height - 1) * (2 * width - 1) + 3
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
+    index = torch.empty(height * width + 1, height * width + 1, dtype=torch.int64)
+    index[1:, 1:] = (dy + height - 1) * (2 * width - 1) + (dx + width - 1)
+    index[0, :], index[:, 0], index[0, 0] = rows - 3, rows - 2, rows - 1
+    return index
+
+
+def add_relative_position_bias(module: nn.Module, grid: tuple[int, int], num_heads: int) -> None:
+    """Give `module` a zero table and its index under the published names; shared and per-block bias differ only in owner."""
+    rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+    module.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
+    module.register_buffer("relative_position_index", relative_position_index(grid))
+
+
+def gather_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Table (rows, H) and index (T, T) -> bias (H, T, T)."""
+    bias = table.index_select(0, index.flatten())
+    return rearrange(bias, "(q k) h -> h q k", q=index.shape[0])
+
+
+class RelativePositionBias(nn.Module):
+    """One table shared by all blocks; the forward pass gathers it once: () -> (H, T, T)."""
+
+    relative_position_bias_table: nn.Parameter
+    relative_position_index: Tensor
+
+    def __init__(self, grid: tuple[int, int], num_heads: int) -> None:
+        super().__init__()
+        add_relative_position_bias(self, grid, num_heads)
+
+    def forward(self) -> Tensor:
+        return gather_bias(self.relative_position_bias_table, self.relative_position_index)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention whose key has no bias (BEiT), with an optional position bias added before softmax."""
+
+    relative_position_bias_table: nn.Parameter | None
+    relative_position_index: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not a multiple of {num_heads} heads")
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.attn_drop = attn_drop
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.relative_position_bias_table = None
+        if grid is not None:
+            add_relative_position_bias(self, grid, num_heads)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def position_bias(self, shared: Tensor | None) -> Tensor | None:
+        """The block's own bias plus the shared one, (H, T, T), or None where the model has neither."""
+        if self.relative_position_bias_table is None:
+            return shared
+        own = gather_bias(self.relative_position_bias_table, self.relative_position_index)
+        return own if shared is None else own + shared
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) -> query, key, value, each (B, H, T, D)."""
+        bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias)
+        q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
+        return q, k, v
+
+    def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
+        q, k, v = self.project(x)
+        bias = self.position_bias(rel_pos_bias)
+        mask = None if bias is None else bias.to(q.dtype)[None]
+        drop = self.attn_drop if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, scale=self.scale)
+        return self.proj_drop(self.proj(rearrange(out, "b h t d -> b t (h d)")))
+
+    def weights(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The plain path, for looking at attention: (output (B, T, C), softmax weights (B, H, T, T))."""
+        q, k, v = self.project(x)
+        scores = (q * self.scale) @ k.transpose(-2, -1)
+        bias = self.position_bias(rel_pos_bias)
+        if bias is not None:
+            scores = scores + bias
+        weights = scores.float().softmax(dim=-1).to(v.dtype)
+        dropped = F.dropout(weights, self.attn_drop, self.training)
+        out = rearrange(dropped @ v, "b h t d -> b t (h d)")
+        return self.proj_drop(self.proj(out)), weights
+
+
+class Mlp(nn.Module):
+    """C -> hidden -> C with the exact GELU; dropout only at the end (BEiT leaves the middle one out)."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.act(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with layer scale (`init_values` > 0) and stochastic depth."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        init_values: float | None = 0.0,
+        norm_layer: Callable[[int], nn.Module] = LayerNorm,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, attn_drop, drop, grid)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        layer_scale = bool(init_values and init_values > 0)
+        self.gamma_1 = nn.Parameter(init_values * torch.ones(dim)) if layer_scale else None
+        self.gamma_2 = nn.Parameter(init_values * torch.ones(dim)) if layer_scale else None
+
+    def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
+        x = x + self.drop_path(scaled(self.gamma_1, self.attn(self.norm1(x), rel_pos_bias)))
+        return x + self.drop_path(scaled(self.gamma_2, self.mlp(self.norm2(x))))
+
+    def attention_weights(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
+        """What forward(x) attends to: (B, H, T, T), rows sum to 1."""
+        return self.attn.weights(self.norm1(x), rel_pos_bias)[1]
+
+
+def scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
+def drop_path_ramp(rate: float, steps: int) -> list[float]:
+    """Stochastic depth grows linearly from 0 at the first block to `rate` at the last."""
+    return [rate * i / max(steps - 1, 1) for i in range(steps)]
+
+
+def truncated_normal_(tensor: Tensor, std: float, cut: float) -> None:
+    """Normal(0, std) redrawn beyond +-cut (an absolute bound, not a multiple of std)."""
+    nn.init.trunc_normal_(tensor, std=std, a=-cut, b=cut)
+
+
+def init_linear_and_norm(module: nn.Module, std: float, cut: float) -> None:
+    """Weights of linear layers truncated normal, biases zero, norms 1 and 0. For nn.Module.apply."""
+    if isinstance(module, nn.Linear):
+        truncated_normal_(module.weight, std, cut)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def rescale_outputs(blocks: nn.ModuleList, first: int = 1) -> None:
+    """Divide what block l adds to the residual stream by sqrt(2 l) (BEiT, section 2.5: stable large-scale training)."""
+    for layer, block in enumerate(blocks, start=first):
+        block.attn.proj.weight.data.div_(math.sqrt(2.0 * layer))
+        block.mlp.fc2.weight.data.div_(math.sqrt(2.0 * layer))
+
+
+class Trunk(nn.Module):
+    """Patch embedding, CLS (and mask) token, positions and blocks. Models add what reads the tokens.
+
+    The order in which parameters are registered is the published one: optimizer states are stored by position.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        init_values: float | None = 0.0,
+        use_abs_pos_emb: bool = True,
+        use_rel_pos_bias: bool = False,
+        use_shared_rel_pos_bias: bool = False,
+        with_mask_token: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = self.num_features = embed_dim
+        self.patch_size = patch_size
+        norm_layer = norm_layer or LayerNorm
+        patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        grid = patch_embed.patch_shape
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        if with_mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, patch_embed.num_patches + 1, embed_dim)) if use_abs_pos_emb else None
+        self.patch_embed = patch_embed
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.rel_pos_bias = RelativePositionBias(grid, num_heads) if use_shared_rel_pos_bias else None
+        self.make_block = functools.partial(
+            Block,
+            dim=embed_dim,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            drop=drop_rate,
+            attn_drop=attn_drop_rate,
+            init_values=init_values,
+            norm_layer=norm_layer,
+            grid=grid if use_rel_pos_bias else None,
+        )
+        self.blocks = nn.ModuleList(self.make_block(drop_path=rate) for rate in drop_path_ramp(drop_path_rate, depth))
+
+    def init_tokens(self, std: float, cut: float) -> None:
+        for tensor in (self.cls_token, getattr(self, "mask_token", None), self.pos_embed):
+            if tensor is not None:
+                truncated_normal_(tensor, std, cut)
+
+    def embed(self, x: Tensor, masked: Tensor | None = None) -> Tensor:
+        """Image (B, in_chans, height, width) -> tokens (B, T, C); where `masked` (B, N) is True stands the mask token."""
+        tokens = self.patch_embed(x)
+        if masked is not None:
+            tokens = torch.where(masked[..., None], self.mask_token.to(tokens.dtype), tokens)
+        tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
+        if self.pos_embed is not None:
+            tokens = tokens + self.pos_embed
+        return self.pos_drop(tokens)
+
+    def shared_bias(self) -> Tensor | None:
+        """The bias shared by all blocks, (H, T, T), gathered once per forward pass; None where there is none."""
+        return None if self.rel_pos_bias is None else self.rel_pos_bias()
+
+    def attention_maps(self, x: Tensor, layer: int = -1) -> Tensor:
+        """Attention of one block on images x: (B, H, T, T)."""
+        layer = layer % len(self.blocks)
+        tokens, bias = self.embed(x), self.shared_bias()
+        for block in self.blocks[:layer]:
+            tokens = block(tokens, bias)
+        return self.blocks[layer].attention_weights(tokens, bias)
+
+    def get_num_layers(self) -> int:
+        return len(self.blocks)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token"}
