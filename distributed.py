@@ -6,9 +6,11 @@ Every helper is right at world size 1 and without a process group.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,10 +61,12 @@ def start(
     launch = read_launch(dict(os.environ), dist_on_itp)
     set_up_logging(launch.rank)
     place = pick_device(device, launch.local_rank)
+    if place.type == "cpu":
+        keep_freed_memory()
     if launch.launcher and not dist.is_initialized():
         if dist_url == "env://":
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            os.environ.setdefault("MASTER_PORT", "29500")
+            os.environ.setdefault("MASTER_ADDR", first_slurm_host() if launch.launcher == "srun" else "127.0.0.1")
+            os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 20000))
         dist.init_process_group(
             backend="nccl" if place.type == "cuda" else "gloo",
             init_method=dist_url,
@@ -71,6 +75,18 @@ def start(
             timeout=datetime.timedelta(minutes=timeout_minutes),
         )
     return launch, place
+
+
+def first_slurm_host() -> str:
+    """Where rank 0 runs. srun tells the nodes in a compressed form, which scontrol expands."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
+    try:
+        listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return listing.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        if "[" in nodes:
+            raise UserError(f"srun: cannot tell the first of {nodes}; export MASTER_ADDR in the job script") from None
+        return nodes.split(",")[0]
 
 
 def stop() -> None:
@@ -95,6 +111,15 @@ def set_up_logging(rank: int) -> None:
     log.propagate = False
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep what torch frees on the CPU: asking the kernel anew for every large tensor took a third of a
+    training step of a small model (page faults). Only glibc has the call; elsewhere nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: large blocks from the heap too
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: do not give the heap's end back
+
+
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """`cuda` means this process's own GPU; without one it falls back to the CPU and says so."""
     if name == "cuda":
@@ -106,6 +131,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
                 f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible; "
                 "start as many processes as GPUs (--nproc_per_node)"
             )
+        refuse_gpus_without_kernels(torch.cuda.get_device_capability(local_rank), torch.cuda.get_arch_list())
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     try:
@@ -143,6 +169,17 @@ def cpu_computes_in_bf16() -> bool:
         flags = Path("/proc/cpuinfo").read_text()
         return "avx512_bf16" in flags or "amx_bf16" in flags
     return False
+
+
+def refuse_gpus_without_kernels(capability: tuple[int, int], built_for: Sequence[str]) -> None:
+    """A torch built for newer GPUs alone fails at the first kernel, obscurely: from 2.15 on no wheel runs on a V100."""
+    oldest = min((int(arch.split("_")[1].rstrip("af")) for arch in built_for if arch.startswith("sm_")), default=0)
+    if capability[0] * 10 + capability[1] < oldest:
+        raise UserError(
+            f"this torch ({torch.__version__}) has no kernels for GPUs of compute capability {capability[0]}.{capability[1]} "
+            "(V100: 7.0). Install one that has: "
+            "pip install 'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126"
+        )
 
 
 def world_size() -> int:

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from PIL import Image
 
-import datasets
+import samplers
 from datasets import (
     ImageFiles,
     build_finetuning_dataset,
@@ -257,16 +257,16 @@ def test_eval_loader_reads_this_ranks_share(flat):
 
 
 def test_workers_are_capped_at_the_cores(flat, caplog, monkeypatch):
-    monkeypatch.setattr(datasets.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    monkeypatch.setattr(datasets.log, "propagate", True)
+    monkeypatch.setattr(samplers.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(samplers.log, "propagate", True)
     caplog.set_level(logging.INFO, "beit")
-    datasets._workers.cache_clear()
+    samplers._workers.cache_clear()
     dataset = ImageFiles(find_images(str(flat))[0], eval_view(32))
     for _ in range(2):
         assert build_loader(dataset, EvalSampler(12, 4, 0, 1), 10, True).num_workers == 3
     assert build_loader(dataset, EvalSampler(12, 4, 0, 1), 2, True).num_workers == 2
     assert caplog.text.count("--num_workers 10: this machine has 3 cores") == 1
-    datasets._workers.cache_clear()
+    samplers._workers.cache_clear()
 
 
 # --------------------------------------------------------------------------------------------------- broken files
@@ -331,7 +331,7 @@ def test_giving_up_when_everything_is_broken(tmp_path):
 
 
 def test_bad_files_are_logged_once_and_stop_the_run_past_one_percent(caplog, monkeypatch):
-    monkeypatch.setattr(datasets.log, "propagate", True)
+    monkeypatch.setattr(samplers.log, "propagate", True)
     bad = BadFiles(flag="--my_data")
     bad.start_epoch(reads=950)
     for i in range(9):

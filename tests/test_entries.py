@@ -1,0 +1,258 @@
+"""The three scripts, as main([...]), on tiny data: what they write, that they learn, and that they resume exactly."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from tiny_runs import (
+    assert_same_weights,
+    checkpoint,
+    finetuning_flags,
+    log_lines,
+    photos,
+    pretraining_flags,
+    tokenizer,
+    vqkd_flags,
+)
+
+import engine
+import run_beitv2_pretraining
+import run_class_finetuning
+import run_vqkd_training
+import visualize_attention
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    return tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.pth")
+
+
+def stage(name, data, codes, out, *more):
+    """(main, flags) of a stage, all with the same tiny settings."""
+    if name == "vqkd":
+        flags = ["--quantize_kmeans_init", "--revive_dead_codes", *more]
+        return run_vqkd_training.main, vqkd_flags(data, out, *flags)
+    if name == "pretrain":
+        return run_beitv2_pretraining.main, pretraining_flags(data, out, codes, "--drop_path", "0.1", *more)
+    mixed = ["--mixup", "0.8", "--cutmix", "1.0", "--model_ema", "--model_ema_decay", "0.9"]
+    return run_class_finetuning.main, finetuning_flags(data, out, *mixed, *more)
+
+
+STAGES = ("vqkd", "pretrain", "finetune")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_what_a_run_leaves_behind(name, data, codes, tmp_path):
+    main, flags = stage(name, data, codes, tmp_path / "out", "--save_ckpt_freq", "1", "--image_freq", "1")
+    main(flags)
+    lines = log_lines(tmp_path / "out")
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    content = checkpoint(tmp_path / "out" / "checkpoint.pth")
+    assert {"model", "optimizer", "scaler", "epoch", "args"} <= content.keys()
+    assert content["epoch"] == 1
+    assert content["args"]["batch_size"] == 4
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"checkpoint.pth", "checkpoint-0.pth", "checkpoint-1.pth", "log.txt"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not any(name.endswith(".part") for name in names)
+    if name == "finetune":
+        assert {"test_acc1", "test_ema_acc1", "test_balanced_acc"} <= lines[0].keys()
+        assert lines[0]["test_images"] == 16
+        assert (tmp_path / "out" / "checkpoint-best.pth").exists()
+        assert "model_ema" in content
+    else:
+        assert list((tmp_path / "out" / "pictures").glob("*.png"))
+    if name == "pretrain":
+        assert {"train_loss", "train_mlm_acc_1", "train_mlm_acc_2", "train_majority_code_share"} <= lines[0].keys()
+    if name == "vqkd":
+        assert {"train_loss", "train_codes_used", "train_perplexity"} <= lines[0].keys()
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("stop_after", ["epoch", "middle of an epoch"])
+def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_ends(name, stop_after, data, codes, tmp_path, monkeypatch):
+    main, flags = stage(name, data, codes, tmp_path / "whole")
+    main(flags)
+
+    steps = 4 if stop_after == "epoch" else 6  # of 4 an epoch
+    main, flags = stage(name, data, codes, tmp_path / "broken", "--save_ckpt_steps", "2")
+    kill_after(steps, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        main(flags)
+    monkeypatch.undo()
+    main(flags)
+    assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "broken/checkpoint.pth")
+    whole, broken = log_lines(tmp_path / "whole"), log_lines(tmp_path / "broken")
+    assert [line["train_loss"] for line in whole] == [line["train_loss"] for line in broken]
+
+
+def kill_after(steps, monkeypatch):
+    """End the run like Ctrl-C once `steps` optimizer steps, and what follows them, are done."""
+    original, taken = engine.accumulate_gradients, []
+
+    def counted(*args):
+        if len(taken) == steps:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(engine, "accumulate_gradients", counted)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_accumulation_equals_the_large_batch(name, data, codes, tmp_path):
+    """Two micro-batches of 4 and one batch of 8 see the same samples and take the same step."""
+    more = ["--epochs", "1", "--warmup_epochs", "0", "--drop_path", "0", "--mixup", "0", "--cutmix", "0"]
+    more = more[:4] if name == "vqkd" else more[:6] if name == "pretrain" else more
+    main, small = stage(name, data, codes, tmp_path / "small", *more, "--update_freq", "2")
+    main(small)
+    _, large = stage(name, data, codes, tmp_path / "large", *more, "--batch_size", "8")
+    main(large)
+    losses = [log_lines(tmp_path / out)[0]["train_loss"] for out in ("small", "large")]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2 if name == "vqkd" else 1e-4)
+
+
+def test_fine_tuning_learns_stripes_and_evaluates_what_it_saved(data, tmp_path, capsys):
+    flags = finetuning_flags(data, tmp_path, "--epochs", "12", "--aa", "none", "--reprob", "0", "--min_crop_scale", "0.8")
+    run_class_finetuning.main(flags)
+    lines = log_lines(tmp_path)
+    assert lines[-1]["test_acc1"] == 100
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    run_class_finetuning.main([*flags, "--eval", "--resume", str(tmp_path / "checkpoint-best.pth")])
+    assert "test_acc1 100" in capsys.readouterr().out
+
+
+def test_a_tokenizer_goes_into_pretraining_and_that_into_fine_tuning(data, tmp_path, capsys):
+    run_vqkd_training.main(vqkd_flags(data, tmp_path / "vqkd", "--quantizer_warmup_steps", "3"))
+    assert "codes_used" in capsys.readouterr().out
+    weights = tmp_path / "vqkd/checkpoint.pth"
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path / "pt", weights, "--eval_data_path", str(data)))
+    assert "test_mlm_acc_1" in log_lines(tmp_path / "pt")[0]
+    run_class_finetuning.main(finetuning_flags(data, tmp_path / "ft", "--finetune", str(tmp_path / "pt/checkpoint.pth")))
+    out = capsys.readouterr().out
+    assert "tensors used" in out
+    assert "head.weight" in out.split("new in this model:")[1].splitlines()[0]
+    photo = next(data.rglob("*.jpg"))
+    for source in ("pt", "ft"):
+        target = tmp_path / f"{source}.png"
+        visualize_attention.main(
+            ["--checkpoint", str(tmp_path / source / "checkpoint.pth"), "--image", str(photo), "--output", str(target),
+             "--query", "1,1"]
+        )  # fmt: skip
+        assert target.stat().st_size > 500
+
+
+def test_pretraining_without_the_cls_head_and_with_absolute_positions(data, codes, tmp_path):
+    more = ["--model", "beit_demo_patch16_128_8k_vocab", "--abs_pos_emb", "--disable_rel_pos_bias", "--epochs", "1"]
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, *more))
+    assert "train_mlm_acc" in log_lines(tmp_path)[0]
+    keys = checkpoint(tmp_path / "checkpoint.pth")["model"].keys()
+    assert "pos_embed" in keys
+    assert not any("relative" in key or "cls_pt" in key for key in keys)
+
+
+def test_a_folder_smaller_than_a_batch_is_one_step_an_epoch(data, codes, tmp_path, capsys):
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--batch_size", "128", "--warmup_epochs", "10"))
+    out = capsys.readouterr().out
+    assert "16 images do not fill one batch" in out
+    assert "the learning rate only rises" in out
+    assert len(log_lines(tmp_path)) == 2
+
+
+def test_ten_steps_that_are_not_finite_end_the_run_and_change_nothing(data, codes, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    run_beitv2_pretraining.main(pretraining_flags(data, out, codes, "--epochs", "1"))
+    shutil.copy(out / "checkpoint.pth", tmp_path / "good.pth")
+    original = run_beitv2_pretraining.PretrainingStage.step
+
+    def explode(self, model, batch):
+        loss, logs = original(self, model, batch)
+        return loss * float("nan"), logs
+
+    monkeypatch.setattr(run_beitv2_pretraining.PretrainingStage, "step", explode)
+    with pytest.raises(SystemExit) as stop:
+        run_beitv2_pretraining.main(pretraining_flags(data, out, codes, "--epochs", "20", "--print_freq", "1"))
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert "10 steps in a row, up to step 13" in captured.err
+    assert "step 4 was skipped" in captured.out
+    # epochs 2 and 3 ended with all their steps skipped: weights and optimizer are those of epoch 1
+    good, last = checkpoint(tmp_path / "good.pth"), checkpoint(out / "checkpoint.pth")
+    assert all(torch.equal(good["model"][key], last["model"][key]) for key in good["model"])
+    state = good["optimizer"]["state"][0], last["optimizer"]["state"][0]
+    assert torch.equal(state[0]["exp_avg"], state[1]["exp_avg"])
+
+
+@pytest.mark.parametrize("opt", ["adamw", "lamb", "sgd"])
+def test_one_bad_step_is_skipped_and_named_and_the_run_goes_on(opt, data, codes, tmp_path, monkeypatch, capsys):
+    original, seen = run_beitv2_pretraining.PretrainingStage.step, []
+
+    def explode_once(self, model, batch):
+        loss, logs = original(self, model, batch)
+        seen.append(1)
+        return (loss * float("inf") if len(seen) == 2 else loss), logs
+
+    monkeypatch.setattr(run_beitv2_pretraining.PretrainingStage, "step", explode_once)
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--opt", opt))
+    out = capsys.readouterr().out
+    assert "step 1 was skipped" in out
+    assert out.count("was skipped") == 1
+    assert all(torch.isfinite(value).all() for value in checkpoint(tmp_path / "checkpoint.pth")["model"].values())
+    assert all(math.isfinite(line["train_loss"]) for line in log_lines(tmp_path))
+
+
+def test_fp16_scales_the_loss(data, codes, tmp_path):
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--amp_dtype", "fp16", "--epochs", "1"))
+    assert checkpoint(tmp_path / "checkpoint.pth")["scaler"]["scale"] > 0
+    assert log_lines(tmp_path)[0]["train_loss_scale"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--finetune", "/nowhere/weights.pth"], "/nowhere/weights.pth"),
+        (["--nb_classes", "7"], "--nb_classes 7"),
+        (["--model", "beit_demo_patch16_12"], "did you mean beit_demo_patch16_128"),
+        (["--opt", "adamv"], "--opt adamv"),
+        (["--eval"], "--resume"),
+    ],
+)
+def test_a_users_mistake_is_one_line(flags, message, data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_class_finetuning.main(finetuning_flags(data, tmp_path, *flags))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_tokenizer_of_another_codebook_is_refused_with_the_right_flags(data, codes, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--codebook_size", "32"))
+    assert "--codebook_size 16 --codebook_dim 8" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_size_is_refused(data, codes, tmp_path, capsys):
+    more = ["--input_size", "64", "--second_input_size", "64", "--num_mask_patches", "6"]
+    with pytest.raises(SystemExit):
+        run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, *more))
+    assert "--second_input_size 32" in capsys.readouterr().err
+
+
+def test_too_many_broken_files_stop_the_run(codes, tmp_path, capsys):
+    broken = photos(tmp_path / "broken", per_class=30)
+    for path in sorted(broken.rglob("*.jpg"))[::4]:
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(SystemExit):
+        run_beitv2_pretraining.main(pretraining_flags(broken, tmp_path / "out", codes))
+    captured = capsys.readouterr()
+    assert "cannot be read" in captured.err
+    assert "0.jpg" in captured.err
+    assert "using the next image" in captured.out

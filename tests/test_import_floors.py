@@ -1,0 +1,50 @@
+"""Imports go strictly downward (docs/design.md): no upward or sideways import, no cycle, no module outside the table."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+FLOORS = {
+    5: "run_vqkd_training run_beitv2_pretraining run_class_finetuning run_linear_eval run_segmentation_finetuning "
+    "encode_images visualize_attention export_checkpoint benchmark",
+    4: "engine_for_vqkd engine_for_pretraining engine_for_finetuning engine_for_linear_eval engine_for_segmentation",
+    3: "engine modeling_vqkd datasets",
+    2: "modeling_pretrain modeling_finetune modeling_segmentation modeling_dvae vqkd_teachers norm_ema_quantizer "
+    "checkpointing metrics samplers",
+    1: "vit_backbone transforms masking_generator optim_factory model_zoo distributed arguments visualization utils",
+    0: "errors",
+}
+FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def violations(sources: dict[str, str]) -> list[str]:
+    found = [f"{name} is not in the table of floors" for name in sources if name not in FLOOR_OF]
+    for name, text in sources.items():
+        for other in imported(ast.parse(text)) & FLOOR_OF.keys():
+            if name in FLOOR_OF and FLOOR_OF[other] >= FLOOR_OF[name]:
+                found.append(f"{name} (floor {FLOOR_OF[name]}) imports {other} (floor {FLOOR_OF[other]})")
+    return found
+
+
+def test_imports_go_downward():
+    sources = {path.stem: path.read_text() for path in ROOT.glob("*.py")}
+    assert len(sources) > 20
+    assert violations(sources) == []
+
+
+def test_the_check_can_fail():
+    assert violations({"utils": "import engine"})
+    assert violations({"metrics": "def f():\n    from samplers import Key"})
+    assert violations({"newcomer": ""})
+    assert not violations({"metrics": "import distributed"})

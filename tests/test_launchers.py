@@ -1,0 +1,141 @@
+"""The same scripts under a launcher: two gloo processes end where one ends, the guide's command runs, evaluation is exact."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden_values import GOLDEN, data
+from many_processes import free_port
+from tiny_runs import (
+    assert_same_weights,
+    checkpoint,
+    finetuning_flags,
+    log_lines,
+    photos,
+    pretraining_flags,
+    tokenizer,
+    vqkd_flags,
+)
+
+import modeling_vqkd
+from distributed import read_launch
+
+ROOT = Path(__file__).parent.parent
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    "torch.distributed.launch": [sys.executable, "-m", "torch.distributed.launch"],
+}
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(command: list[str]) -> str:
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def two_processes(script: str, flags: list[str], launcher: str = "torchrun") -> str:
+    where = ["--nproc_per_node=2", "--master_port", str(free_port())]
+    return start([*LAUNCHERS[launcher], *where, script, *flags])
+
+
+def one_process(script: str, flags: list[str]) -> str:
+    return start([sys.executable, script, *flags])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_pretraining_on_two_processes_follows_the_same_curve_as_on_one(launcher, folder, tmp_path):
+    codes = tokenizer(tmp_path / "tokenizer.pth")
+    more = ["--drop_path", "0"]  # what drop path draws depends on the rank
+    two_processes("run_beitv2_pretraining.py", pretraining_flags(folder, tmp_path / "two", codes, *more), launcher)
+    one_process("run_beitv2_pretraining.py", pretraining_flags(folder, tmp_path / "one", codes, *more, "--batch_size", "8"))
+    two, one = log_lines(tmp_path / "two"), log_lines(tmp_path / "one")
+    for mine, other in zip(two, one, strict=True):
+        for key in ("train_loss", "train_grad_norm", "train_mlm_acc_1", "train_majority_code_share"):
+            assert mine[key] == pytest.approx(other[key], rel=1e-3, abs=1e-3), key
+
+
+def test_the_codebook_of_two_processes_is_that_of_one(folder, tmp_path):
+    more = ["--quantize_kmeans_init", "--revive_dead_codes", "--eval_data_path", str(folder)]
+    two_processes("run_vqkd_training.py", vqkd_flags(folder, tmp_path / "two", *more))
+    one_process("run_vqkd_training.py", vqkd_flags(folder, tmp_path / "one", *more, "--batch_size", "8"))
+    two, one = log_lines(tmp_path / "two"), log_lines(tmp_path / "one")
+    assert two[0]["train_rec_loss"] == pytest.approx(one[0]["train_rec_loss"], rel=1e-3)
+    assert two[0]["test_codes_used"] == one[0]["test_codes_used"]
+    codebooks = [checkpoint(tmp_path / out / "checkpoint.pth")["model"]["quantize.embedding.weight"] for out in ("two", "one")]
+    assert (codebooks[0] * codebooks[1]).sum(-1).min() > 0.99
+
+
+def test_evaluation_on_two_processes_counts_every_image_once(tmp_path):
+    odd = photos(tmp_path / "odd", per_class=5)  # 10 images; batches of 4 leave a remainder on both ranks
+    (odd / "b" / "0.jpg").unlink()  # 9: the ranks hold 5 and 4
+    flags = finetuning_flags(odd, tmp_path / "out", "--epochs", "1")
+    two_processes("run_class_finetuning.py", flags)
+    first = log_lines(tmp_path / "out")[0]
+    assert first["test_images"] == 9
+    resume = ["--eval", "--resume", str(tmp_path / "out/checkpoint.pth")]
+    out = one_process("run_class_finetuning.py", [*finetuning_flags(odd, tmp_path / "eval"), *resume])
+    assert f"test_acc1 {first['test_acc1']:.4g}" in out
+
+
+def test_a_run_of_two_processes_resumes_exactly_and_one_process_takes_over(folder, tmp_path):
+    codes = tokenizer(tmp_path / "tokenizer.pth")
+    whole = pretraining_flags(folder, tmp_path / "whole", codes, "--drop_path", "0.1")
+    two_processes("run_beitv2_pretraining.py", whole)
+    broken = pretraining_flags(folder, tmp_path / "broken", codes, "--drop_path", "0.1", "--save_ckpt_freq", "1")
+    two_processes("run_beitv2_pretraining.py", broken)
+    first_epoch = tmp_path / "broken/checkpoint-0.pth"
+    two_processes("run_beitv2_pretraining.py", [*broken, "--resume", str(first_epoch)])
+    assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "broken/checkpoint.pth")
+    alone = pretraining_flags(folder, tmp_path / "alone", codes, "--resume", str(first_epoch))
+    assert "no longer bit for bit" in one_process("run_beitv2_pretraining.py", alone)
+    assert [line["epoch"] for line in log_lines(tmp_path / "alone")] == [1]
+
+
+def test_the_guides_command_for_the_base_model_runs_on_two_processes(tmp_path):
+    """Only paths, process count and epochs are changed, and `--device cpu` added (a few images: 92 M parameters on a CPU)."""
+    images = photos(tmp_path / "imagenet/train", per_class=2)
+    torch.manual_seed(0)
+    weights = modeling_vqkd.vqkd_encoder_base_decoder_3x768x12_clip(as_tokenizer=True).state_dict()
+    torch.save({"model": weights}, tmp_path / "vqkd.pth")
+    del weights
+    text = (GOLDEN / "beitv2_pretraining_guide.txt").read_text()
+    command = shlex.split(re.findall(r"```bash\n(python .*?)```", text, flags=re.DOTALL)[0])
+    changed = {
+        "/path/to/imagenet-1k/train": str(images),
+        "/path/to/save/your_model": str(tmp_path / "out"),
+        "--nproc_per_node=16": "--nproc_per_node=2",
+        "1600": "1",
+        "python": sys.executable,
+    }
+    command = [str(tmp_path / "vqkd.pth") if "://" in word else changed.get(word, word) for word in command]
+    command.insert(command.index("run_beitv2_pretraining.py"), f"--master_port={free_port()}")
+    start([*command, "--device", "cpu"])
+    model = checkpoint(tmp_path / "out/checkpoint.pth")["model"]
+    assert {key: list(value.shape) for key, value in model.items()} == data("state_dict_keys")["pretrain_base_cls_pt"]
+    assert "train_mlm_acc_2" in log_lines(tmp_path / "out")[0]
+
+
+def test_ranks_are_read_from_every_launcher():
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    assert (read_launch(torchrun).rank, read_launch(torchrun).local_rank) == (3, 1)
+    slurm = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2"}
+    assert (read_launch(slurm).rank, read_launch(slurm).world_size) == (5, 8)
+    assert read_launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).world_size == 1  # a shell in an allocation
+    mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    assert read_launch(mpi, dist_on_itp=True).rank == 1
+    assert read_launch(mpi).world_size == 1
+    assert read_launch({}).launcher is None

@@ -1,0 +1,244 @@
+"""The shell files in scripts/ give the published settings: what they would run is parsed and compared with the tables here."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import arguments
+import model_zoo
+import modeling_finetune
+import modeling_pretrain
+import modeling_vqkd
+import run_beitv2_pretraining
+import run_class_finetuning
+import run_vqkd_training
+
+ROOT = Path(__file__).parent.parent
+SHELL_FILES = sorted((ROOT / "scripts").glob("*.sh"))
+RECIPES = {path.stem: path.read_text() for path in SHELL_FILES if "\nlaunch run_" in path.read_text()}
+ENTRIES = {
+    "run_vqkd_training.py": run_vqkd_training,
+    "run_beitv2_pretraining.py": run_beitv2_pretraining,
+    "run_class_finetuning.py": run_class_finetuning,
+}
+
+# name: model, teacher
+VQKD = {
+    "vqkd_base_3x768x12_clip": ("vqkd_encoder_base_decoder_3x768x12_clip", "clip"),
+    "vqkd_base_1x768x12_clip": ("vqkd_encoder_base_decoder_1x768x12_clip", "clip"),
+    "vqkd_base_1x768x12_dino": ("vqkd_encoder_base_decoder_1x768x12_dino", "dino"),
+}
+# name: size, epochs, GPUs, batch of each, early_layers, layer_scale_init_value, drop_path, betas
+PRETRAINING = {
+    "pretrain_base_300e": ("base", 300, 16, 128, 9, 0.1, 0.0, [0.9, 0.98]),
+    "pretrain_base_1600e": ("base", 1600, 16, 128, 9, 0.1, 0.1, [0.9, 0.999]),
+    "pretrain_large_300e": ("large", 300, 64, 32, 21, 1e-5, 0.0, [0.9, 0.98]),
+    "pretrain_large_1600e": ("large", 1600, 64, 32, 21, 1e-5, 0.1, [0.9, 0.999]),
+}
+# name: GPUs, batch, update_freq, lr, epochs, warmup_epochs, layer_decay, drop_path, mixup, cutmix, weight_decay, from
+FINETUNING = {
+    "base_v2_1600e": (8, 128, 1, 5e-4, 100, 20, 0.6, 0.2, 0.8, 1.0, 0.05, "beitv2_base_patch16_224_pt1k"),
+    "base_v2_300e": (8, 128, 1, 5e-4, 100, 20, 0.65, 0.1, 0.8, 1.0, 0.05, "beitv2_base_patch16_224_pt1k_300e"),
+    "base_v2_ft21k": (8, 128, 1, 5e-5, 30, 20, 0.75, 0.1, 0, 0, 0.05, "beitv2_base_patch16_224_pt1k_ft21k"),
+    "large_v2_1600e": (8, 64, 2, 2e-4, 50, 5, 0.8, 0.2, 0.8, 1.0, 0.05, "beitv2_large_patch16_224_pt1k"),
+    "large_v2_300e": (8, 64, 2, 5e-4, 50, 5, 0.8, 0.2, 0.8, 1.0, 0.05, "beitv2_large_patch16_224_pt1k_300e"),
+    "large_v2_ft21k": (8, 64, 2, 7e-5, 20, 5, 0.8, 0.25, 0, 0, 0.05, "beitv2_large_patch16_224_pt1k_ft21k"),
+    "base_v2_to_21k": (32, 128, 1, 6e-4, 90, 20, 0.75, 0.1, 0.8, 1.0, 0.05, "beitv2_base_patch16_224_pt1k"),
+    "base_v1_pt22k": (8, 128, 1, 4e-3, 100, 20, 0.65, 0.1, 0.8, 1.0, 0.05, "beit_base_patch16_224_pt22k"),
+    "large_v1_pt22k": (8, 64, 2, 1e-3, 50, 5, 0.75, 0.2, 0.8, 1.0, 0.05, "beit_large_patch16_224_pt22k"),
+    "base_v1_pt22k_ft22k": (8, 64, 1, 2e-5, 30, 5, 0.85, 0.1, 0, 0, 1e-8, "beit_base_patch16_224_pt22k_ft22k"),
+    "large_v1_pt22k_ft22k": (8, 32, 2, 2e-5, 30, 5, 0.9, 0.4, 0, 0, 1e-8, "beit_large_patch16_224_pt22k_ft22k"),
+}
+FINETUNING = {f"finetune_{name}": row for name, row in FINETUNING.items()}
+
+
+def call(name: str, *flags: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """bash scripts/NAME.sh with nothing else in its environment."""
+    command = ["bash", str(ROOT / "scripts" / f"{name}.sh"), *flags]
+    environment = {"PATH": os.environ["PATH"], **environment}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def dry_run(name: str, *flags: str, **environment: str) -> SimpleNamespace:
+    """What the recipe would run: the launcher's words, nodes, GPUs a node, the script's flags as typed and as parsed."""
+    defaults = {"DRY_RUN": "1", "DATA": "/data", "OUTPUT": "/out", "NODE_RANK": "0", "MASTER_ADDR": "node0"}
+    done = call(name, *flags, **{**defaults, **environment})
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    at = next(i for i, word in enumerate(words) if word in ENTRIES)
+    entry, launcher = ENTRIES[words[at]], words[:at]
+    args = arguments.parse(entry.get_parser(), words[at + 1 :])
+    nodes, gpus = (int(launcher[launcher.index(flag) + 1]) for flag in ("--nnodes", "--nproc_per_node"))
+    batch = nodes * gpus * args.batch_size * args.update_freq
+    return SimpleNamespace(entry=entry, launcher=launcher, gpus=nodes * gpus, batch=batch, flags=words[at + 1 :], args=args)
+
+
+def expect(run: SimpleNamespace, **values: object) -> None:
+    """Each flag is written out in the recipe (a changed default must not change it) and has this value."""
+    for name, value in values.items():
+        assert f"--{name}" in run.flags, name
+        assert getattr(run.args, name) == value, name
+
+
+def test_every_recipe_has_a_row_here_and_the_other_way_round():
+    assert RECIPES.keys() == {*VQKD, *PRETRAINING, *FINETUNING}
+
+
+@pytest.mark.parametrize("name", VQKD)
+def test_tokenizer_recipes(name):
+    model, teacher = VQKD[name]
+    run = dry_run(name)
+    assert (run.entry, run.gpus, run.batch) == (run_vqkd_training, 8, 512)
+    expect(run, model=model, teacher_model_type=teacher, data_set="image_folder", data_path="/data", output_dir="/out")
+    expect(run, batch_size=64, epochs=100, warmup_epochs=10, lr=5e-5, min_lr=1e-5, weight_decay=1e-4, opt_betas=[0.9, 0.99])
+    expect(run, codebook_n_emd=8192, codebook_emd_dim=32, ema_decay=0.99, quantize_kmeans_init=True, rec_loss_type="cosine")
+    expect(run, min_crop_scale=0.08, color_jitter=0, train_interpolation="bicubic", process_type="default", opt="adamw")
+    run_vqkd_training.check(run.args)
+    assert model in modeling_vqkd.VARIANTS
+    assert model in model_zoo.ENTRIES
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_pretraining_recipes(name):
+    size, epochs, gpus, batch_size, early_layers, layer_scale, drop_path, betas = PRETRAINING[name]
+    run = dry_run(name)
+    assert (run.entry, run.gpus, run.batch) == (run_beitv2_pretraining, gpus, 2048)
+    expect(run, model=f"beit_{size}_patch16_224_8k_vocab_cls_pt", data_set="image_folder", data_path="/data", output_dir="/out")
+    expect(run, epochs=epochs, batch_size=batch_size, opt_betas=betas, drop_path=drop_path, layer_scale_init_value=layer_scale)
+    expect(run, early_layers=early_layers, head_layers=2, shared_lm_head=True, imagenet_default_mean_and_std=True)
+    expect(run, lr=1.5e-3, warmup_epochs=10, clip_grad=3.0, weight_decay=0.05, opt="adamw", opt_eps=1e-8)
+    expect(run, num_mask_patches=75, min_crop_scale=0.2, second_input_size=224, second_interpolation="bicubic")
+    expect(run, **dict.fromkeys(("tokenizer_model", "tokenizer_weight"), "vqkd_encoder_base_decoder_3x768x12_clip"))
+    assert run_beitv2_pretraining.patch_grid(run.args) == 14
+    assert run.args.model in modeling_pretrain.VARIANTS
+    assert run.args.tokenizer_model in modeling_vqkd.VARIANTS
+    assert model_zoo.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer"
+
+
+@pytest.mark.parametrize("name", FINETUNING)
+def test_finetuning_recipes(name):
+    gpus, batch_size, update_freq, lr, epochs, warmup, layer_decay, drop_path, mixup, cutmix, weight_decay, weights = (
+        FINETUNING[name]
+    )
+    run = dry_run(name)
+    assert (run.entry, run.gpus, run.batch) == (run_class_finetuning, gpus, gpus * batch_size * update_freq)
+    to_21k, v2 = name.endswith("to_21k"), "_v2" in name
+    expect(run, model=f"beit_{name.split('_')[1]}_patch16_224", finetune=weights, data_path="/data", output_dir="/out")
+    expect(run, batch_size=batch_size, update_freq=update_freq, lr=lr, epochs=epochs, warmup_epochs=warmup, min_lr=1e-6)
+    expect(run, layer_decay=layer_decay, drop_path=drop_path, mixup=mixup, cutmix=cutmix, weight_decay=weight_decay)
+    expect(run, smoothing=0.1, aa="rand-m9-mstd0.5-inc1", reprob=0.25, nb_classes=21841 if to_21k else 1000)
+    assert run.args.data_set == ("image_folder" if to_21k else "IMNET")
+    assert run.args.disable_eval_during_finetuning is to_21k
+    assert run.args.imagenet_default_mean_and_std is v2
+    assert run.args.use_mean_pooling
+    assert run.args.rel_pos_bias
+    assert not run.args.model_ema
+    run_class_finetuning.check(run.args)
+    published = model_zoo.ENTRIES[weights]
+    assert published.kind == ("intermediate" if "ft2" in name else "pretrained")
+    assert published.model.startswith(run.args.model)
+    assert run.args.model in modeling_finetune.VARIANTS
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_head_says_what_to_expect_and_its_example_for_fewer_gpus_keeps_the_batch(name):
+    head = [line for line in RECIPES[name].split("set -euo pipefail")[0].splitlines() if line.startswith("# ")]
+    text = "\n".join(head)
+    for part in ("Hardware", "Time", "Expected", "Fewer GPUs"):
+        assert re.search(rf"^# {part}: \S", text, re.MULTILINE), part
+    assert f"bash scripts/{name}.sh" in text
+    published = dry_run(name)
+    assert f"= {published.batch}" in text
+    variables, flags, batch = re.search(r"Fewer GPUs: `(.+) \.\.\. (.+)` keeps .* at (\d+)", text).groups()
+    fewer = dry_run(name, *shlex.split(flags), **dict(word.split("=") for word in variables.split()))
+    assert fewer.gpus < published.gpus
+    assert fewer.batch == published.batch == int(batch)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_recipe_uses_a_flag_that_does_nothing(name):
+    run = dry_run(name)
+    assert not arguments.OBSOLETE.keys() & {flag[2:] for flag in run.flags if flag.startswith("--")}
+
+
+@pytest.mark.parametrize("path", SHELL_FILES, ids=lambda path: path.name)
+def test_shell_syntax(path):
+    done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_missing_data_is_one_clear_sentence(name):
+    done = call(name, OUTPUT="/out")
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: DATA is not set; scripts/{name}\.sh runs as: DATA=/\S+ OUTPUT=/\S+ bash .*\n", done.stderr)
+
+
+FLAWED = [
+    ({"DATA": "/"}, "OUTPUT is not set"),
+    ({"DATA": "/no/such", "OUTPUT": "/out"}, "DATA=/no/such: no such folder"),
+    ({"DATA": "/", "OUTPUT": "/out", "GPUS": "none"}, "GPUS=none: give a whole number"),
+    ({"DATA": "/", "OUTPUT": "/out"}, "4 machines: MASTER_ADDR must be"),
+    (
+        {"DATA": "/", "OUTPUT": "/out", "MASTER_ADDR": "node0"},
+        "NODE_RANK=: each of the 4 machines needs its own number, 0 to 3",
+    ),
+    ({"DATA": "/", "OUTPUT": "/out", "MASTER_ADDR": "node0", "NODE_RANK": "4"}, "NODE_RANK=4: each of the 4 machines"),
+    ({"DATA": "/", "OUTPUT": "/out", "MASTER_ADDR": "node0", "SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks, but"),
+]
+
+
+@pytest.mark.parametrize(("environment", "message"), FLAWED)
+def test_what_cannot_be_launched_is_refused(environment, message):
+    done = call("pretrain_large_300e", **environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+def test_paths_count_from_the_caller_and_may_hold_spaces(tmp_path):
+    (tmp_path / "my photos").mkdir()
+    done = call("pretrain_base_300e", cwd=tmp_path, DATA="my photos", OUTPUT="out", DRY_RUN="1")
+    words = shlex.split(done.stdout)
+    assert words[words.index("--data_path") + 1] == str(tmp_path / "my photos")
+    assert words[words.index("--output_dir") + 1] == str(tmp_path / "out")
+
+
+def test_the_callers_flags_win():
+    run = dry_run("pretrain_base_300e", "--lr", "1e-3", "--opt_betas", "0.8", "0.9", "--update_freq", "4", GPUS="2")
+    assert (run.args.lr, run.args.opt_betas, run.gpus, run.batch) == (1e-3, [0.8, 0.9], 2, 1024)
+
+
+def test_several_machines_find_each_other():
+    launcher = dry_run("pretrain_large_300e", NODE_RANK="3", MASTER_PORT="1234").launcher
+    assert " ".join(launcher) == (
+        "torchrun --nnodes 4 --nproc_per_node 16 --master_port 1234 --node_rank 3 --master_addr node0"
+    )
+
+
+def test_under_srun_no_second_launcher_is_started():
+    done = call("pretrain_base_300e", DATA="/", OUTPUT="/out", DRY_RUN="1", SLURM_STEP_NUM_TASKS="16")
+    assert done.stdout.startswith("python run_beitv2_pretraining.py ")
+
+
+def test_the_launcher_gets_the_flags_as_they_are(tmp_path):
+    """Not a dry run: a stand-in for torchrun prints its arguments."""
+    (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 3\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = call("vqkd_base_3x768x12_clip", "--log_dir", "a b", PATH=path, DATA=str(tmp_path), OUTPUT="/out")
+    assert done.returncode == 3  # the launcher's own status
+    words = done.stdout.splitlines()
+    assert words[:4] == ["--nnodes", "1", "--nproc_per_node", "8"]
+    assert words[-2:] == ["--log_dir", "a b"]
+
+
+def test_the_documentation_has_a_row_for_each():
+    text = (ROOT / "docs/recipes.md").read_text()
+    assert [name for name in RECIPES if f"`{name}.sh`" not in text] == []

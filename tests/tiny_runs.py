@@ -1,0 +1,69 @@
+"""Tiny data, a tiny tokenizer and flags with which every entry runs in a second or two."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import modeling_vqkd
+
+SIZE = ["--input_size", "32", "--device", "cpu", "--amp_dtype", "fp32", "--num_workers", "0", "--image_freq", "0"]
+STUDENT = "beit_demo_patch16_128_8k_vocab_cls_pt"
+TOKENIZER = "vqkd_encoder_demo_decoder_1x128x4_hog"
+
+
+def photos(folder: Path, per_class: int = 8, classes: str = "ab", size: int = 40) -> Path:
+    """class/number.jpg: each class its own orientation of stripes, each photo its own phase."""
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(per_class):
+            rng = np.random.RandomState(1000 * number + index)
+            wave = np.sin(np.arange(size) * 0.6 + rng.rand() * 6)[None].repeat(size, 0) * 90 + 128
+            pixels = (wave if number % 2 else wave.T)[..., None] + rng.randn(size, size, 3) * 10
+            Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(folder / name / f"{index}.jpg")
+    return folder
+
+
+def tokenizer(path: Path) -> Path:
+    """A tokenizer of random weights for 32-pixel images, 16 codes of dim 8."""
+    torch.manual_seed(1)
+    model = modeling_vqkd.create_model(TOKENIZER, img_size=32, n_code=16, code_dim=8, as_tokenizer=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+def vqkd_flags(data: Path, out: Path, *more: str) -> list[str]:
+    flags = ["--data_path", str(data), "--output_dir", str(out), "--model", TOKENIZER, "--teacher_input_size", "32"]
+    codes = ["--codebook_n_emd", "16", "--codebook_emd_dim", "8", "--batch_size", "4", "--lr", "1e-3"]
+    return [*flags, *codes, *SIZE, "--epochs", "2", "--warmup_epochs", "1", *more]
+
+
+def pretraining_flags(data: Path, out: Path, tokenizer_path: Path, *more: str) -> list[str]:
+    flags = ["--data_path", str(data), "--output_dir", str(out), "--model", STUDENT, "--tokenizer_model", TOKENIZER]
+    flags += ["--tokenizer_weight", str(tokenizer_path), "--second_input_size", "32", "--codebook_size", "16"]
+    flags += ["--codebook_dim", "8", "--early_layers", "4", "--head_layers", "1", "--batch_size", "4", "--lr", "1e-3"]
+    return [*flags, *SIZE, "--num_mask_patches", "2", "--epochs", "2", "--warmup_epochs", "1", *more]
+
+
+def finetuning_flags(data: Path, out: Path, *more: str) -> list[str]:
+    flags = ["--data_path", str(data), "--eval_data_path", str(data), "--output_dir", str(out), "--data_set", "image_folder"]
+    flags += ["--model", "beit_demo_patch16_128", "--batch_size", "4", "--lr", "1e-3", "--layer_decay", "0.8"]
+    return [*flags, *SIZE, "--epochs", "2", "--warmup_epochs", "1", *more]
+
+
+def log_lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def checkpoint(path: Path) -> dict:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    one, two = checkpoint(first)["model"], checkpoint(second)["model"]
+    assert one.keys() == two.keys()
+    different = [key for key in one if not torch.equal(one[key], two[key])]
+    assert not different, f"{len(different)} of {len(one)} tensors differ, first {different[:2]}"
