@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,9 @@ def new_parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Flags:
-    return parser.parse_args(argv, namespace=Flags()).freeze()
+    words = sys.argv[1:] if argv is None else argv
+    # A blank behind a line's closing backslash reaches a script as an argument of its own; nobody means one.
+    return parser.parse_args([word for word in words if not word or word.strip()], namespace=Flags()).freeze()
 
 
 def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:

@@ -32,7 +32,7 @@ OUT = ROOT / "demo_output"
 SHORT_SIDE = 160  # photos are shrunk once: the model sees 128 pixels, and decoding would take longer than training
 BLOCKS = 20  # neighbouring rows of the photos' list may share a solar module: split in blocks, every fifth to validate
 BATCH, BATCH_FEW = 64, 32
-STEPS = {"vqkd": 400, "pretrain": 1000, "finetune": 300, "finetune_10pct": 150}
+STEPS = {"vqkd": 320, "pretrain": 750, "finetune": 240, "finetune_10pct": 120}
 
 SIZE = ["--input_size", "128", "--vflip", "0.5", "--num_workers", "2", "--device", "cpu"]
 VQKD = """--model vqkd_encoder_demo_decoder_1x128x4_hog --teacher_model_type efficientnet_lite0 --teacher_input_size 128
@@ -130,7 +130,7 @@ def train_tokenizer(images: int) -> float:
     epochs = epochs_for(STEPS["vqkd"], images, BATCH)
     return run("vqkd", "run_vqkd_training.py", VQKD, "--batch_size", str(BATCH), "--epochs", epochs, "--warmup_steps", "50",
                "--data_path", str(OUT / "data/train"), "--eval_data_path", str(OUT / "data/val"),
-               "--output_dir", str(OUT / "vqkd"))  # fmt: skip
+               "--eval_freq", "5", "--output_dir", str(OUT / "vqkd"))  # fmt: skip
 
 
 def pretrain(images: int) -> float:
