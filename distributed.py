@@ -5,6 +5,7 @@ Every helper is right at world size 1 and without a process group.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import datetime
@@ -74,6 +75,7 @@ def start(
             world_size=launch.world_size,
             timeout=datetime.timedelta(minutes=timeout_minutes),
         )
+        atexit.register(stop)
     return launch, place
 
 

@@ -11,11 +11,11 @@ import contextlib
 import math
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ import distributed
 from distributed import Launch, Precision, choose_precision, log
 from errors import UserError
 from metrics import Reporter, RunningMeans, clock
-from optim_factory import cosine_scheduler
+from optim_factory import Schedule
 from samplers import BadFiles, ResumableSampler, build_loader
 from utils import derive_seed, seed_all
 
@@ -148,36 +148,6 @@ def training_data(dataset: Any, run: Run) -> TrainingData:
     return TrainingData(sampler, loader)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate and weight decay for every optimizer step of the run."""
-
-    lr: np.ndarray
-    weight_decay: np.ndarray
-
-    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        step = min(step, len(self.lr) - 1)
-        for group in optimizer.param_groups:
-            group["lr"] = float(self.lr[step]) * group["lr_scale"]
-            if group["weight_decay"] > 0:
-                group["weight_decay"] = float(self.weight_decay[step])
-
-
-def build_schedule(args: argparse.Namespace, lr: float, steps_per_epoch: int) -> Schedule:
-    shape = (args.epochs, steps_per_epoch)
-    warmup = args.warmup_steps if args.warmup_steps > 0 else int(args.warmup_epochs * steps_per_epoch)
-    if warmup >= args.epochs * steps_per_epoch:
-        log.warning(
-            f"warning: the warm-up ({warmup} steps) is as long as the run ({args.epochs * steps_per_epoch} steps): "
-            "the learning rate only rises; lower --warmup_epochs"
-        )
-    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-    return Schedule(
-        cosine_scheduler(lr, args.min_lr, *shape, warmup_epochs=args.warmup_epochs, warmup_steps=args.warmup_steps),
-        cosine_scheduler(args.weight_decay, end, *shape),
-    )
-
-
 @dataclass
 class TrainState:
     """All that changes while training, and with it all that a checkpoint holds."""
@@ -294,7 +264,7 @@ def fit(state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule,
         if reporter.shows_pictures and args.image_freq and (epoch == 0 or due(epoch, args.image_freq, args.epochs)):
             reporter.pictures(epoch, stage.pictures(state.model))
     reporter.close()
-    log.info(f"finished in {clock(time.monotonic() - run.started)}")
+    log.info(f"finished epoch {args.epochs} in {clock(time.monotonic() - run.started)}")
     distributed.barrier()
 
 
@@ -381,6 +351,22 @@ def accumulate_gradients(state: TrainState, stage: Stage, micro_batches: list[di
             share = value.detach().float() / len(micro_batches)
             logs[name] = logs[name] + share if name in logs else share
     return logs
+
+
+def evaluation_batches(loader: DataLoader, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Batches on the device; files that do not decode are named, and too many of them end the run, as in training."""
+    bad_files = BadFiles(flag="--eval_data_path")
+    bad_files.start_epoch(len(cast(Any, loader.dataset)))
+    for batch in loader:
+        bad_files.add(batch["failed"], found_image="image" in batch)
+        yield to_device(batch, device)
+
+
+def samples_to_show(dataset: Any, count: int) -> list[dict[str, Any]]:
+    """`count` samples spread over the data set, always the same ones, for pictures and statistics."""
+    count = min(count, len(dataset))
+    samples = (dataset[index * len(dataset) // count] for index in range(count))
+    return [sample for sample in samples if "image" in sample]
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

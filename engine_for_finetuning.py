@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import distributed
 from distributed import Precision
-from engine import Stage, to_device
+from engine import Stage, evaluation_batches
 from metrics import accuracy, top_k_correct
 
 
@@ -51,13 +51,10 @@ class FinetuningStage(Stage):
         model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, top 1, top 5, images
         per_class = torch.zeros(0, device=self.device)
-        for batch in self.validation:
-            if "image" not in batch:
-                continue
-            moved = to_device(batch, self.device)
-            labels = moved["label"]
+        for batch in evaluation_batches(self.validation, self.device):
+            labels = batch["label"]
             with self.precision.autocast():
-                logits = model(moved["image"]).float()
+                logits = model(batch["image"]).float()
             if len(per_class) == 0:
                 per_class = torch.zeros(2 * logits.shape[1], device=self.device)  # correct, then total, of each class
             loss = F.cross_entropy(logits, labels, reduction="sum")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 import distributed
 import visualization
 from distributed import Precision
-from engine import Stage, to_device
+from engine import Stage, evaluation_batches, samples_to_show, to_device
 from metrics import RunningMeans, accuracy
 
 
@@ -75,19 +75,16 @@ class PretrainingStage(Stage):
             return {}
         model.eval()
         means = RunningMeans()
-        for batch in self.held_out:
-            if "image" not in batch:
-                continue
+        for batch in evaluation_batches(self.held_out, self.device):
             with self.precision.autocast():
-                loss, logs = self.step(model, to_device(batch, self.device))
+                loss, logs = self.step(model, batch)
             means.add({"loss": loss} | logs)
         return {f"test_{name}": value for name, value in means.read(over_all_ranks=True).items()}
 
     @torch.no_grad()
     def pictures(self, model: Any, count: int = 6) -> dict[str, Tensor]:
         """Each row: the image, what the model sees of it, the target tokens, and the target with its masked ones predicted."""
-        samples = [self.dataset[i * len(self.dataset) // count] for i in range(min(count, len(self.dataset)))]  # type: ignore[arg-type]
-        samples = [sample for sample in samples if "image" in sample]
+        samples = samples_to_show(self.dataset, count)
         if not samples:
             return {}
         model.eval()

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 import distributed
 import visualization
 from distributed import Precision, log
-from engine import Stage, to_device
+from engine import Stage, evaluation_batches, samples_to_show
 from metrics import RunningMeans
 from modeling_vqkd import VQKD
 from norm_ema_quantizer import FEATURES_PER_CODE
@@ -62,22 +62,19 @@ class TokenizerStage(Stage):
     @torch.no_grad()
     def calibrate_targets(self) -> None:
         """Mean and std of the teacher's channels over a fixed sample of the training images, the same on every rank."""
-        count = min(CALIBRATION_IMAGES, len(self.dataset))  # type: ignore[arg-type]
-        keys = [i * len(self.dataset) // count for i in range(count)]  # type: ignore[arg-type]
+        images = [sample["image"] for sample in samples_to_show(self.dataset, CALIBRATION_IMAGES)]
         total = squares = torch.zeros((), device=self.device, dtype=torch.float64)
         rows = 0
-        for start in range(0, count, 32):
-            samples = [self.dataset[key] for key in keys[start : start + 32]]
-            images = [sample["image"] for sample in samples if "image" in sample]
-            if not images:
-                continue
-            features = self.model.teacher.targets(torch.stack(images).to(self.device)).double().flatten(0, 1)
+        for start in range(0, len(images), 32):
+            batch = torch.stack(images[start : start + 32]).to(self.device)
+            features = self.model.teacher.targets(batch).double().flatten(0, 1)
             total, squares, rows = total + features.sum(0), squares + features.square().sum(0), rows + len(features)
         mean = total / max(rows, 1)
-        std = (squares / max(rows, 1) - mean.square()).clamp(min=1e-12).sqrt()
+        std = (squares / max(rows, 1) - mean.square()).clamp(min=0).sqrt()
+        std = std.clamp(min=0.01 * float(std.mean()) + 1e-12)  # a channel that hardly moves must not be blown up
         self.model.target_mean.copy_(distributed.broadcast(mean.float()))
         self.model.target_std.copy_(distributed.broadcast(std.float()))
-        log.info(f"teacher    channels standardised over {count} images")
+        log.info(f"teacher    channels standardised over {len(images)} images")
 
     @torch.no_grad()
     def evaluate(self, model: Any) -> dict[str, float]:
@@ -86,10 +83,8 @@ class TokenizerStage(Stage):
             return {}
         model.eval()
         means, counts = RunningMeans(), torch.zeros(self.model.quantize.num_tokens, device=self.device)
-        for batch in self.held_out:
-            if "image" not in batch:
-                continue
-            image = to_device(batch, self.device)["image"]
+        for batch in evaluation_batches(self.held_out, self.device):
+            image = batch["image"]
             with self.precision.autocast():
                 loss, logs = model(image)
                 codes = model.get_codebook_indices(image).flatten()
@@ -103,8 +98,7 @@ class TokenizerStage(Stage):
     @torch.no_grad()
     def pictures(self, model: Any, count: int = 8) -> dict[str, Tensor]:
         """Images over their token maps, and how evenly the codes are used."""
-        samples = [self.dataset[i * len(self.dataset) // count] for i in range(min(count, len(self.dataset)))]  # type: ignore[arg-type]
-        images = [sample["image"] for sample in samples if "image" in sample]
+        images = [sample["image"] for sample in samples_to_show(self.dataset, count)]
         if not images:
             return {}
         model.eval()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -137,3 +139,35 @@ def cosine_scheduler(
     n = max(total - warmup, 0)
     fall = [final_value + 0.5 * (base_value - final_value) * (1 + math.cos(math.pi * i / n)) for i in range(n)]
     return np.concatenate((rise, np.array(fall)))[:total]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and weight decay for every optimizer step of the run."""
+
+    lr: np.ndarray
+    weight_decay: np.ndarray
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Set the groups' values for optimizer step `step` of the run."""
+        step = min(step, len(self.lr) - 1)
+        for group in optimizer.param_groups:
+            group["lr"] = float(self.lr[step]) * group["lr_scale"]
+            if not group["name"].endswith("no_decay"):
+                group["weight_decay"] = float(self.weight_decay[step])
+
+
+def build_schedule(args: argparse.Namespace, lr: float, steps_per_epoch: int) -> Schedule:
+    """args: epochs, min_lr, warmup_epochs, warmup_steps, weight_decay, weight_decay_end; `lr` is the peak."""
+    shape = (args.epochs, steps_per_epoch)
+    warmup = args.warmup_steps if args.warmup_steps > 0 else int(args.warmup_epochs * steps_per_epoch)
+    if warmup >= args.epochs * steps_per_epoch:
+        logging.getLogger("beit").warning(
+            f"warning: the warm-up ({warmup} steps) is as long as the run ({args.epochs * steps_per_epoch} steps): "
+            "the learning rate only rises; lower --warmup_epochs"
+        )
+    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    return Schedule(
+        cosine_scheduler(lr, args.min_lr, *shape, warmup_epochs=args.warmup_epochs, warmup_steps=args.warmup_steps),
+        cosine_scheduler(args.weight_decay, end, *shape),
+    )

@@ -13,7 +13,7 @@ from datasets import build_pretraining_dataset
 from distributed import log
 from engine_for_pretraining import PretrainingStage
 from errors import UserError, pick, tells_the_user
-from optim_factory import create_optimizer
+from optim_factory import build_schedule, create_optimizer
 from samplers import build_eval_loader
 from transforms import normalisation
 
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ── Optimizer ──
     optimizer = create_optimizer(args, model)
-    schedule = engine.build_schedule(args, args.lr, data.steps_per_epoch)
+    schedule = build_schedule(args, args.lr, data.steps_per_epoch)
     state = engine.new_state(model, optimizer, run)
 
     # ── Resume ──

@@ -19,7 +19,7 @@ from datasets import build_finetuning_dataset
 from distributed import log
 from engine_for_finetuning import FinetuningStage
 from errors import UserError, pick, tells_the_user
-from optim_factory import LayerDecayValueAssigner, create_optimizer, layer_decay_values
+from optim_factory import LayerDecayValueAssigner, build_schedule, create_optimizer, layer_decay_values
 from samplers import build_eval_loader
 
 
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.disable_weight_decay_on_rel_pos_bias:
         skipped |= {name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")}
     optimizer = create_optimizer(args, model, layers.get_layer_id, layers.get_scale, skip_list=skipped)
-    schedule = engine.build_schedule(args, args.lr, data.steps_per_epoch)
+    schedule = build_schedule(args, args.lr, data.steps_per_epoch)
     state = engine.new_state(model, optimizer, run, ema)
 
     # ── Resume ──

@@ -13,7 +13,7 @@ from datasets import build_held_out_dataset, build_vqkd_dataset
 from distributed import log
 from engine_for_vqkd import TokenizerStage
 from errors import UserError, tells_the_user
-from optim_factory import create_optimizer
+from optim_factory import build_schedule, create_optimizer
 from samplers import build_eval_loader
 from vqkd_teachers import build_teacher
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lr = args.lr * data.sampler.global_batch / 128
     log.info(f"lr         {lr:.3g} = {args.lr:g} x {data.sampler.global_batch} / 128")
     optimizer = create_optimizer(args, model)
-    schedule = engine.build_schedule(args, lr, data.steps_per_epoch)
+    schedule = build_schedule(args, lr, data.steps_per_epoch)
     state = engine.new_state(model, optimizer, run)
 
     # ── Resume ──

@@ -3,6 +3,7 @@
 import math
 import shutil
 
+import golden_values
 import pytest
 import torch
 from tiny_runs import (
@@ -45,6 +46,7 @@ def stage(name, data, codes, out, *more):
 
 
 STAGES = ("vqkd", "pretrain", "finetune")
+CURVES = golden_values.data("loss_curves")
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -73,6 +75,14 @@ def test_what_a_run_leaves_behind(name, data, codes, tmp_path):
         assert {"train_loss", "train_mlm_acc_1", "train_mlm_acc_2", "train_majority_code_share"} <= lines[0].keys()
     if name == "vqkd":
         assert {"train_loss", "train_codes_used", "train_perplexity"} <= lines[0].keys()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_seeded_loss_curves_guard_refactors(name, data, codes, tmp_path):
+    """Update tests/golden/loss_curves.json only when a change of the numbers is meant, and say so in the commit."""
+    main, flags = stage(name, data, codes, tmp_path, "--epochs", "3")
+    main(flags)
+    assert [line["train_loss"] for line in log_lines(tmp_path)] == pytest.approx(CURVES[name], rel=1e-2)
 
 
 @pytest.mark.parametrize("name", STAGES)
