@@ -5,7 +5,6 @@ Every helper is right at world size 1 and without a process group.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import datetime
@@ -75,7 +74,6 @@ def start(
             world_size=launch.world_size,
             timeout=datetime.timedelta(minutes=timeout_minutes),
         )
-        atexit.register(stop)
     return launch, place
 
 
@@ -92,7 +90,7 @@ def first_slurm_host() -> str:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one. After success only: a failing rank must not wait for the others."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 import arguments
+import distributed
 import engine
 import modeling_pretrain
 import modeling_vqkd
@@ -112,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ── Loop ──
     engine.fit(state, stage, data, schedule, run)
+    distributed.stop()
 
 
 if __name__ == "__main__":

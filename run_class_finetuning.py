@@ -12,6 +12,7 @@ from torch import Tensor
 
 import arguments
 import checkpointing
+import distributed
 import engine
 import model_zoo
 import modeling_finetune
@@ -146,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluate(stage, model, args)
     else:
         engine.fit(state, stage, data, schedule, run)
+    distributed.stop()
 
 
 def evaluate(stage: FinetuningStage, model: modeling_finetune.VisionTransformer, args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import arguments
 import checkpointing
+import distributed
 import engine
 import modeling_vqkd
 from datasets import build_held_out_dataset, build_vqkd_dataset
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluate(stage, model, args)
     else:
         engine.fit(state, stage, data, schedule, run)
+    distributed.stop()
 
 
 def evaluate(stage: TokenizerStage, model: modeling_vqkd.VQKD, args: argparse.Namespace) -> None:
