@@ -86,7 +86,7 @@ def usage_histogram(counts: Tensor, height: int = 120, width: int = 512) -> Tens
 
 
 def plot_curves(panels: dict[str, dict[str, Sequence[float]]], path: Path) -> None:
-    """A PNG with one panel per title: {title: {label: values per epoch}}."""
+    """A PNG with one panel per title: {title: {label: values per epoch}}; nan where an epoch has no value."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -95,7 +95,8 @@ def plot_curves(panels: dict[str, dict[str, Sequence[float]]], path: Path) -> No
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for label, values in lines.items():
-            axis.plot(np.arange(1, len(values) + 1), values, label=label)
+            known = np.flatnonzero(np.isfinite(values))  # not every epoch is evaluated
+            axis.plot(known + 1, np.asarray(values)[known], ".-", markersize=3, label=label)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
