@@ -50,7 +50,11 @@ def new_parser(description: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Flags:
     words = sys.argv[1:] if argv is None else argv
     # A blank behind a line's closing backslash reaches a script as an argument of its own; nobody means one.
-    return parser.parse_args([word for word in words if not word or word.strip()], namespace=Flags()).freeze()
+    args = parser.parse_args([word for word in words if not word or word.strip()], namespace=Flags())
+    betas = getattr(args, "opt_betas", None)
+    if betas and args.opt.lower().startswith("adam") and len(betas) != 2:
+        parser.error(f"--opt_betas takes two numbers for {args.opt}, such as 0.9 0.999")
+    return args.freeze()
 
 
 def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
@@ -226,7 +230,9 @@ def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--eval", action="store_true", help="evaluate --resume and stop")
     g.add_argument("--disable_eval", action="store_true", help="no evaluation during training")
     g.add_argument("--dist_eval", action="store_true", default=True, help="does nothing: always on")
-    g.add_argument("--calculate_codebook_usage", action="store_true", help="with --eval: usage of the codebook, code by code")
+    g.add_argument(
+        "--calculate_codebook_usage", action="store_true", help="evaluate --resume: usage of the codebook, code by code"
+    )
 
 
 def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:

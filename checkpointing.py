@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,24 @@ def write(content: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"could not write {path}: {error.strerror or error}; the previous checkpoint is intact") from None
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        free = shutil.disk_usage(path.parent).free / 2**20
+        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        raise UserError(
+            f"could not write {path} ({reason[:120]}): {size_of(content) / 2**20:.0f} MiB needed, {free:.0f} MiB free; "
+            "the previous checkpoint is intact"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def size_of(content: Any) -> int:
+    """Bytes of the tensors in nested dictionaries and lists."""
+    if isinstance(content, torch.Tensor):
+        return content.numel() * content.element_size()
+    items = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
+    return sum(size_of(item) for item in items)
 
 
 def sync_folder(folder: Path) -> None:
@@ -78,7 +92,7 @@ def read(path: Path) -> dict[str, Any]:
     """A training checkpoint, or a published weight file (then only `model` is in it)."""
     content = model_zoo.load_file(path)
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        return content
+        return content | {"args": model_zoo.plain_flags(content.get("args"))}
     return {"model": model_zoo.load_state_dict(str(path))}
 
 

@@ -60,7 +60,7 @@ def start(
     """
     launch = read_launch(dict(os.environ), dist_on_itp)
     set_up_logging(launch.rank)
-    place = pick_device(device, launch.local_rank)
+    place = pick_device(device, launch.local_rank, launch.world_size)
     if place.type == "cpu":
         keep_freed_memory()
     if launch.launcher and not dist.is_initialized():
@@ -120,8 +120,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: do not give the heap's end back
 
 
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
+def pick_device(name: str, local_rank: int = 0, world_size_of_launch: int = 1) -> torch.device:
     """`cuda` means this process's own GPU; without one it falls back to the CPU and says so."""
+    if name.startswith("cuda:") and name[5:].isdigit():  # one GPU by number, for a single process
+        if world_size_of_launch > 1:
+            raise UserError(f"--device {name} would put all processes on one GPU: leave the number out")
+        name, local_rank = "cuda", int(name[5:])
     if name == "cuda":
         if not torch.cuda.is_available():
             log.info("no CUDA device found: running on the CPU (--device cpu says so explicitly)")
@@ -136,7 +140,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         return torch.device("cuda", local_rank)
     try:
         return torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: no such device; use cuda or cpu") from None
 
 

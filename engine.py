@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import math
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +35,7 @@ from samplers import BadFiles, ResumableSampler, build_loader
 from utils import derive_seed, seed_all
 
 BAD_STEPS_TO_GIVE_UP = 10
+LEAST_LOSS_SCALE = 2.0**-10
 
 
 class Stage:
@@ -173,9 +176,11 @@ def new_state(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, ema:
     """Wrap the model for as many processes as there are. The model is on its device already."""
     runner = model
     if run.launch.world_size > 1:
-        ids = [run.device.index] if run.device.type == "cuda" else None
-        # Buffers are not broadcast: the quantizer keeps its own equal everywhere.
-        runner = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # No device_ids: DDP would move the mask to the GPU, whose positions are listed on the host. Buffers are not
+        # broadcast: the quantizer keeps its own equal everywhere. (Newer torch renames the flag and warns.)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            runner = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision.dtype is torch.float16)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(f"model      {run.args.model}, {count / 1e6:.2f} M trainable parameters")
@@ -188,7 +193,7 @@ def new_state(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, ema:
 def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]) -> None:
     """Write a checkpoint on rank 0 under each of `names`. `state` says where to go on, `epoch` which one this was."""
     output_dir = run.output_dir
-    if output_dir is None or not distributed.is_main():
+    if output_dir is None or not distributed.is_main() or not getattr(run.args, "save_ckpt", True):
         return
     content = {
         "model": state.model.state_dict(),
@@ -211,10 +216,20 @@ def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]
 
 
 def resume(state: TrainState, stage: Stage, run: Run) -> None:
-    """Go on from --resume, or from output_dir/checkpoint.pth, if there is one."""
+    """Go on from --resume, or from output_dir/checkpoint.pth, if there is one; all ranks from the same place."""
     path = checkpointing.find(run.args.resume, run.args.auto_resume, run.args.output_dir)
-    if path is None:
-        return
+    if path is not None:
+        restore(state, stage, run, path)
+    places = distributed.gather_objects((state.epoch, state.samples, state.step))
+    if len(set(places)) > 1:
+        raise UserError(
+            f"the processes would start at different places (epoch, samples, step): {sorted(set(places))}; "
+            "--output_dir must be one folder that all machines see"
+        )
+
+
+def restore(state: TrainState, stage: Stage, run: Run, path: Path) -> None:
+    """Undo `save`. Optimizer settings (betas, layer decay, ...) are this run's flags, its moments are the checkpoint's."""
     content = checkpointing.read(path)
     checkpointing.load_weights(state.model, content["model"], path)
     if state.ema is not None:
@@ -222,7 +237,13 @@ def resume(state: TrainState, stage: Stage, run: Run) -> None:
     if "optimizer" not in content or "next" not in content:
         log.info(f"{path} holds weights alone: training starts at epoch {state.epoch}")
         return
+    before = content.get("args", {}).get("opt", run.args.opt)
+    if before != run.args.opt:
+        raise UserError(f"{path} holds the state of --opt {before}, not of {run.args.opt}: go on with --opt {before}")
+    settings = [{key: value for key, value in g.items() if key != "params"} for g in state.optimizer.param_groups]
     state.optimizer.load_state_dict(content["optimizer"])
+    for group, values in zip(state.optimizer.param_groups, settings, strict=True):
+        group.update(values)
     if content["scaler"] and state.scaler.is_enabled():
         state.scaler.load_state_dict(content["scaler"])
     state.epoch, state.samples, state.step = (content["next"][key] for key in ("epoch", "samples", "step"))
@@ -244,9 +265,10 @@ def resume(state: TrainState, stage: Stage, run: Run) -> None:
 def fit(state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule, run: Run) -> None:
     """Train from where `state` stands to the last epoch; one line of log.txt, and a checkpoint, an epoch."""
     args = run.args
-    reporter = Reporter(args, run.device, state.epoch, state.step)
+    reporter, bad_files = Reporter(args, run.device, state.epoch, state.step), BadFiles()
     for epoch in range(state.epoch, args.epochs):
-        train = train_one_epoch(state, stage, data, schedule, run, reporter)
+        bad_files.start_epoch(data.steps_per_epoch * args.update_freq * data.sampler.batch_size)
+        train = train_one_epoch(state, stage, data, schedule, run, reporter, bad_files)
         train |= stage.end_epoch()
         state.epoch, state.samples = epoch + 1, 0
         test = evaluate(state, stage) if due(epoch, args.eval_freq, args.epochs) else {}
@@ -259,8 +281,7 @@ def fit(state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule,
         if score is not None and score > state.best:
             state.best = score
             names.append(checkpointing.BEST)
-        if getattr(args, "save_ckpt", True):
-            save(state, stage, run, epoch, names)
+        save(state, stage, run, epoch, names)
         if reporter.shows_pictures and args.image_freq and (epoch == 0 or due(epoch, args.image_freq, args.epochs)):
             reporter.pictures(epoch, stage.pictures(state.model))
     reporter.close()
@@ -277,13 +298,21 @@ def evaluate(state: TrainState, stage: Stage) -> dict[str, float]:
     """The stage's evaluation of the weights, and of their moving average where there is one."""
     test = stage.evaluate(state.model)
     if state.ema is not None and test:
-        averaged = stage.evaluate(state.ema.module)
+        device = next(state.model.parameters()).device
+        on_device = state.ema.module if state.ema.device is None else copy.deepcopy(state.ema.module).to(device)
+        averaged = stage.evaluate(on_device)
         test |= {name.replace("test_", "test_ema_", 1): value for name, value in averaged.items()}
     return test
 
 
 def train_one_epoch(
-    state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule, run: Run, reporter: Reporter
+    state: TrainState,
+    stage: Stage,
+    data: TrainingData,
+    schedule: Schedule,
+    run: Run,
+    reporter: Reporter,
+    bad_files: BadFiles,
 ) -> dict[str, float]:
     """The rest of the epoch in which `state` stands; returns the epoch's means over all ranks."""
     args = run.args
@@ -292,8 +321,6 @@ def train_one_epoch(
         state.means = RunningMeans()
         stage.start_epoch(state.epoch)
     data.sampler.set_position(state.epoch, state.samples)
-    bad_files = BadFiles()
-    bad_files.start_epoch(len(data.sampler) * data.sampler.batch_size)
     watch = BadSteps(state, run)
     reporter.start_epoch(state.epoch, data.steps_per_epoch, state.step)
     batches = iter(data.loader)
@@ -412,8 +439,9 @@ class BadSteps:
     def check(self) -> None:
         if not self.pending:
             return
-        flags = torch.stack([flag for _, flag in self.pending]).tolist()
-        for (step, _), bad in zip(self.pending, flags, strict=True):
+        flags = torch.stack([flag for _, flag in self.pending]).float()
+        distributed.all_reduce_sum(flags)  # all ranks check at the same steps, and must judge alike
+        for (step, _), bad in zip(self.pending, flags.tolist(), strict=True):
             self.state.bad_in_a_row = self.state.bad_in_a_row + 1 if bad else 0
             if bad:
                 log.warning(f"warning: step {step} was skipped: its loss or gradient is not finite")
@@ -425,3 +453,8 @@ class BadSteps:
                     "Lower --lr, set --clip_grad 3.0, lengthen --warmup_epochs, or try --amp_dtype fp32"
                 )
         self.pending.clear()
+        if self.state.scaler.is_enabled() and self.state.scaler.get_scale() < LEAST_LOSS_SCALE:
+            raise UserError(
+                "the gradients are not finite in fp16 however small the loss is scaled; the last step that counted is in the "
+                "checkpoint. Lower --lr, set --clip_grad 3.0, or try --amp_dtype fp32"
+            )

@@ -78,7 +78,7 @@ class PretrainingStage(Stage):
         for batch in evaluation_batches(self.held_out, self.device):
             with self.precision.autocast():
                 loss, logs = self.step(model, batch)
-            means.add({"loss": loss} | logs)
+            means.add({"loss": loss} | logs, weight=float(batch["mask"].sum()))
         return {f"test_{name}": value for name, value in means.read(over_all_ranks=True).items()}
 
     @torch.no_grad()

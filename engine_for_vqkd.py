@@ -86,9 +86,9 @@ class TokenizerStage(Stage):
         for batch in evaluation_batches(self.held_out, self.device):
             image = batch["image"]
             with self.precision.autocast():
-                loss, logs = model(image)
-                codes = model.get_codebook_indices(image).flatten()
-            means.add({"loss": loss} | logs)
+                loss, logs, codes = model.distil(image)
+            means.add({"loss": loss} | logs, weight=len(image))
+            codes = codes[codes >= 0]  # none before the codebook is initialised
             counts.index_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))
         distributed.all_reduce_sum(counts)
         self.held_out_counts = counts

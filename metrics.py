@@ -31,24 +31,30 @@ class RunningMeans:
         self.names: list[str] = []
         self.sums: Tensor | None = None  # (2, names): sums and counts
 
-    def add(self, values: dict[str, Tensor]) -> None:
+    def add(self, values: dict[str, Tensor], weight: float = 1.0) -> None:
+        """`weight`: how many images (or patches) the values are the mean of, where batches differ in size."""
         row = torch.stack([value.detach().float() for value in values.values()])
         fine = torch.isfinite(row)
-        new = torch.stack((torch.where(fine, row, 0.0), fine.float())).double()
+        new = weight * torch.stack((torch.where(fine, row, 0.0), fine.float())).double()
         if self.sums is None:
             self.names, self.sums = list(values), new
         else:
             self.sums += new
 
     def read(self, over_all_ranks: bool = False) -> dict[str, float]:
-        """Name -> mean, with one synchronisation for all of them."""
-        if self.sums is None:
+        """Name -> mean, with one synchronisation for all of them. A rank that added nothing takes part all the same."""
+        names, sums = self.names, torch.zeros(0) if self.sums is None else self.sums.clone()
+        if over_all_ranks and distributed.world_size() > 1:
+            # Through the host: a rank without a batch knows neither the names nor the device.
+            everyone = distributed.gather_objects((names, sums.tolist()))
+            names = next((theirs for theirs, _ in everyone if theirs), [])
+            sums = sum(
+                (torch.tensor(theirs, dtype=torch.float64) for has, theirs in everyone if has), torch.zeros(2, len(names))
+            )
+        if not names:
             return {}
-        sums = self.sums.clone()
-        if over_all_ranks:
-            distributed.all_reduce_sum(sums)
         totals, counts = sums.tolist()
-        return {name: t / c if c else float("nan") for name, t, c in zip(self.names, totals, counts, strict=True)}
+        return {name: t / c if c else float("nan") for name, t, c in zip(names, totals, counts, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         return {"names": self.names, "sums": self.sums}
@@ -80,8 +86,12 @@ class Reporter:
         self.output_dir = Path(args.output_dir) if main and args.output_dir else None
         self.writer = SummaryWriter(folder, purge_step=first_step or None) if main and folder else None
         self.bar = tqdm(disable=not (main and sys.stderr.isatty()), leave=False, dynamic_ncols=True)
-        if self.output_dir is not None and first_step > 0:
-            forget_epochs_from(first_epoch, self.output_dir / "log.txt")
+        if self.output_dir is not None:
+            path = self.output_dir / "log.txt"
+            if first_step > 0:
+                forget_epochs_from(first_epoch, path)
+            elif path.exists():  # another run's
+                path.replace(path.with_name(f"log-until-{time.strftime('%Y%m%d-%H%M%S')}.txt"))
 
     @property
     def shows_pictures(self) -> bool:

@@ -332,7 +332,16 @@ def _unreadable(path: pathlib.Path, error: Exception) -> UserError:
 
 def load_state_dict(source: str, keys: str = "model|module") -> dict[str, torch.Tensor]:
     """The tensors in `source` (see `fetch`) under the first of `keys` that it has, else `state_dict`, else its top."""
-    content = load_file(fetch(source))
+    return weights_in(load_file(fetch(source)), source, keys)
+
+
+def plain_flags(args: Any) -> dict[str, Any]:
+    """The flags in a checkpoint: a dictionary, the argparse Namespace of published files, or {}."""
+    return dict(args) if isinstance(args, Mapping) else vars(args) if isinstance(args, argparse.Namespace) else {}
+
+
+def weights_in(content: Any, source: str, keys: str = "model|module") -> dict[str, torch.Tensor]:
+    """As load_state_dict, of a file that is read already; `source` is for the message."""
     found = content
     if isinstance(content, Mapping):
         inside = [key for key in (*keys.split("|"), "state_dict") if isinstance(content.get(key), Mapping)]

@@ -88,9 +88,6 @@ class VisionTransformer(Trunk):
             layers.append(tokens)
         return layers
 
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
 
 # ── Variants: name -> (row of SIZES, patch size, image size) ─────────────────────────────────────────────────────────
 

@@ -124,12 +124,12 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
         if not 0 < early_layers <= depth:
             raise UserError(f"--early_layers {early_layers} must lie between 1 and the model's depth, {depth}")
         self.early_layers, self.shared_lm_head = early_layers, shared_lm_head
-        rates = drop_path_ramp(kwargs.get("drop_path_rate", 0.0), max(depth, early_layers + head_layers))
+        rates = drop_path_ramp(self.drop_path_rate, max(depth, early_layers + head_layers))
         # These blocks keep PyTorch's default initialisation, rescaled: the released weights were trained so.
         self.cls_pt_layers = nn.ModuleList(self.make_block(drop_path=rates[early_layers + i]) for i in range(head_layers))
         rescale_outputs(self.cls_pt_layers, first=early_layers + 1)
         if not shared_lm_head:
-            self.cls_pt_norm = (kwargs.get("norm_layer") or LayerNorm)(self.embed_dim)
+            self.cls_pt_norm = self.norm_layer(self.embed_dim)
             self.cls_pt_lm_head = nn.Linear(self.embed_dim, self.vocab_size)
             self.cls_pt_norm.apply(self.init_weights)
             self.cls_pt_lm_head.apply(self.init_weights)

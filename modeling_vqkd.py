@@ -119,11 +119,20 @@ class VQKD(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Images (B, 3, height, width) in [0, 1] -> (loss (), parts of it for the log)."""
+        loss, parts, _ = self.distil(x)
+        return loss, parts
+
+    def distil(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """As forward, and the codes (B * N,) that the images were given."""
         targets = self.targets(x)
-        z_q, _, quant_loss = self.encode(self.pre_process(x))
+        z_q, indices, quant_loss = self.encode(self.pre_process(x))
         rec_loss = (1 - F.cosine_similarity(self.decode(z_q).float(), targets, dim=-1)).mean()
         loss = quant_loss + rec_loss
-        return loss, {"quant_loss": quant_loss.detach(), "rec_loss": rec_loss.detach()}
+        return loss, {"quant_loss": quant_loss.detach(), "rec_loss": rec_loss.detach()}, indices
+
+    def no_weight_decay(self) -> set[str]:
+        names = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return names | {f"decoder.{name}" for name in self.decoder.no_weight_decay()}
 
 
 def task_layer(width: int, out: int) -> nn.Sequential:
@@ -180,10 +189,12 @@ def _builder(name: str) -> Callable[..., VQKD]:
     ) -> VQKD:
         """A tokenizer to train, or with as_tokenizer a frozen one in eval: with `pretrained_weight` when `pretrained`."""
         frozen = as_tokenizer or as_tokenzer
-        weights = read_tokenizer_weights(name, pretrained_weight, n_code, code_dim) if pretrained else None
-        if weights is not None:  # the decoder's output is the teacher's width, whoever that was
-            decoder_out_dim = len(weights["decode_task_layer.2.bias"])
-        elif decoder_out_dim is None:
+        weights = None
+        if pretrained:
+            weights, flags = read_tokenizer(name, pretrained_weight, n_code, code_dim)
+            decoder_out_dim = len(weights["decode_task_layer.2.bias"])  # the teacher's width, whoever that was
+            kwargs.setdefault("process_type", flags.get("process_type", "default"))
+        if decoder_out_dim is None:
             decoder_out_dim = TEACHER_DIMS[variant.teacher] if teacher is None else teacher.dim
         width, depth, heads, _ = SIZES[variant.size]
         encoder = {
@@ -214,20 +225,28 @@ def create_model(name: str, **kwargs: Any) -> VQKD:
     return pick(MODELS, name, "tokenizer")(**kwargs)
 
 
-def read_tokenizer_weights(name: str, source: str | None, n_code: int, code_dim: int) -> dict[str, Tensor]:
-    """A tokenizer's state dict, checked against the codebook asked for; teacher, scaling and loss entries left out."""
+def read_tokenizer(name: str, source: str | None, n_code: int, code_dim: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A tokenizer's state dict, checked against the codebook asked for, and the flags it was trained with, if known.
+
+    Teacher, scaling and loss entries of released files are left out.
+    """
     source = source or name
-    weights = model_zoo.load_state_dict(source)
+    content = model_zoo.load_file(model_zoo.fetch(source))
+    weights = model_zoo.weights_in(content, source)
     codebook = weights.get("quantize.embedding.weight")
     if codebook is None or "decode_task_layer.2.bias" not in weights:
         raise UserError(f"--tokenizer_weight {source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)")
     if tuple(codebook.shape) != (n_code, code_dim):
         raise UserError(
             f"the tokenizer in {source} has {codebook.shape[0]} codes of dim {codebook.shape[1]}, not {n_code} of {code_dim}: "
-            f"pass --codebook_size {codebook.shape[0]} --codebook_dim {codebook.shape[1]}"
+            f"pass --codebook_size {codebook.shape[0]} --codebook_dim {codebook.shape[1]} (in run_vqkd_training.py "
+            "--codebook_n_emd and --codebook_emd_dim)"
         )
-    own = ("encoder.", "decoder.", "encode_task_layer.", "decode_task_layer.", "quantize.")
-    return {key: value for key, value in weights.items() if key.startswith(own)}
+    if float(weights.get("quantize.embedding.initted", torch.ones(1))) == 0:
+        raise UserError(f"the tokenizer in {source} was never given a codebook: its training ended in the quantizer's warm-up")
+    own = ("encoder.", "decoder.", "encode_task_layer.", "decode_task_layer.", "quantize.", "target_")
+    flags = content.get("args") if isinstance(content, dict) else None
+    return {key: value for key, value in weights.items() if key.startswith(own)}, model_zoo.plain_flags(flags)
 
 
 def load_tokenizer_weights(model: VQKD, weights: dict[str, Tensor], source: str) -> None:

@@ -152,7 +152,8 @@ class NormEMAVectorQuantizer(nn.Module):
         if dead is None or not bool(dead.any()):
             return
         gathered = distributed.all_gather_rows(features)
-        similarity = (gathered @ self.embedding.weight[~dead].t()).amax(dim=1)
+        live = self.embedding.weight[~dead].t()
+        similarity = torch.cat([(part @ live).amax(dim=1) for part in gathered.split(ROWS_PER_CHUNK)])
         worst = similarity.nan_to_num(nan=1.0).argsort(stable=True)[: int(dead.sum())]
         targets = dead.nonzero().squeeze(1)[: len(worst)]
         weight = self.embedding.weight.clone()

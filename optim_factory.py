@@ -84,8 +84,8 @@ def create_optimizer(
 
     args: opt, lr, weight_decay, opt_eps, opt_betas, momentum.
 
-    AdamW, Adam and SGD are torch's fused ones: they can skip a step on the device, without a synchronisation. Any other
-    name is one of timm's.
+    AdamW and Adam are torch's fused ones: they can skip a step on the device, without a synchronisation. (Fused SGD can
+    too, but leaves its momentum uninitialised if the first step is skipped.) Any other name is one of timm's.
     """
     if skip_list is None:
         skip_list = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
@@ -103,7 +103,8 @@ def create_optimizer(
     if name == "adam":
         return torch.optim.Adam(groups, fused=True, **adam)
     if name in ("sgd", "momentum"):
-        return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, nesterov=name == "sgd", fused=True)
+        nesterov = name == "sgd" and args.momentum > 0
+        return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, nesterov=nesterov)
     return _timm_optimizer(name, groups, args)
 
 
@@ -111,11 +112,15 @@ def _timm_optimizer(name: str, groups: list[dict[str, Any]], args: argparse.Name
     import timm.optim
 
     settings: dict[str, Any] = {"betas": tuple(args.opt_betas)} if args.opt_betas else {}
+    if args.opt_eps != 1e-8:  # each of timm's optimizers has a default of its own
+        settings["eps"] = args.opt_eps
     try:
         return timm.optim.create_optimizer_v2(
             groups, opt=name, lr=args.lr, momentum=getattr(args, "momentum", 0.9), weight_decay=0.0,
             filter_bias_and_bn=False, **settings,
         )  # fmt: skip
+    except TypeError as error:
+        raise UserError(f"--opt {name} does not take --opt_eps or --opt_betas ({error})") from None
     except (ValueError, AssertionError) as error:
         raise UserError(f"--opt {name}: neither adamw, adam, sgd nor one of timm's optimizers ({error})") from None
 

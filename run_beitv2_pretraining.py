@@ -47,10 +47,6 @@ def patch_grid(args: argparse.Namespace) -> int:
             f"--second_input_size {args.second_input_size} gives the tokenizer another grid than the model's {grid} x {grid}: "
             f"use {grid * modeling_vqkd.PATCH_SIZE}"
         )
-    if args.num_mask_patches is not None and not 0 < args.num_mask_patches < grid * grid:
-        raise UserError(
-            f"--num_mask_patches {args.num_mask_patches} must lie between 1 and {grid * grid - 1} (of {grid} x {grid})"
-        )
     return grid
 
 

@@ -47,6 +47,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}")
     if args.robust_test:
         raise UserError("--robust_test is not available yet: evaluate with --eval --eval_data_path")
+    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
+        raise UserError("--cutmix_minmax takes two numbers, the smallest and the largest share of the image")
     if args.eval and not (args.resume or args.finetune):
         raise UserError("--eval needs the model to evaluate: --resume path/to/checkpoint.pth")
 
@@ -111,11 +113,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Setup ──
     run = engine.start_run(parser, args)
 
+    if args.eval:
+        evaluate(args, run)
+        distributed.stop()
+        return
+
     # ── Data ──
     dataset, nb_classes = build_finetuning_dataset(args, train=True)
-    validation = None
-    if args.eval or not args.disable_eval_during_finetuning:
-        validation, _ = build_finetuning_dataset(args, train=False)
+    validation = None if args.disable_eval_during_finetuning else build_finetuning_dataset(args, train=False)[0]
     validation_loader = build_eval_loader(validation, args, run.launch) if validation is not None else None
     data = engine.training_data(dataset, run)
 
@@ -143,17 +148,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     engine.resume(state, stage, run)
 
     # ── Loop ──
-    if args.eval:
-        evaluate(stage, model, args)
-    else:
-        engine.fit(state, stage, data, schedule, run)
+    engine.fit(state, stage, data, schedule, run)
     distributed.stop()
 
 
-def evaluate(stage: FinetuningStage, model: modeling_finetune.VisionTransformer, args: argparse.Namespace) -> None:
-    results = stage.evaluate(model)
-    if not results:
-        raise UserError("--eval needs validation images: --eval_data_path, or val/ below --data_path with --data_set IMNET")
+def evaluate(args: argparse.Namespace, run: engine.Run) -> None:
+    """--eval: accuracy of --resume (or --finetune) on the validation images; needs no training images."""
+    source = args.resume or args.finetune
+    weights = model_zoo.load_state_dict(source, args.model_key)
+    if "head.bias" not in weights:
+        raise UserError(f"{source} holds no classifier (no head.bias): fine-tune it first")
+    validation, nb_classes = build_finetuning_dataset(args, train=False)
+    if len(weights["head.bias"]) != nb_classes:
+        raise UserError(f"{source} tells {len(weights['head.bias'])} classes apart, the validation images have {nb_classes}")
+    model = build_model(args, nb_classes)
+    fitting = modeling_finetune.remap_pretrained(weights, model)
+    missing = [k for k in model.load_state_dict(fitting, strict=False).missing_keys if "relative_position_index" not in k]
+    if missing:
+        raise UserError(f"{source} is not the model that --model and the flags around it describe: it lacks {missing[0]}")
+    stage = FinetuningStage(run.device, run.precision, build_eval_loader(validation, args, run.launch))
+    results = stage.evaluate(model.to(run.device))
     log.info("  ".join(f"{name} {value:.4g}" for name, value in results.items()))
     if args.output_dir:
         checkpointing.write_json(args.output_dir, "eval.json", results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = distributed.pick_device(args.device)
     model, flags = load_backbone(args)
     model.to(device)
+    if not -len(model.blocks) <= args.layer < len(model.blocks):
+        raise UserError(f"--layer {args.layer}: the model has {len(model.blocks)} blocks, 0 to {len(model.blocks) - 1}")
     mean, std = normalisation(flags.get("imagenet_default_mean_and_std", args.imagenet_default_mean_and_std))
     view = eval_view(model.patch_embed.img_size[0], crop_pct=1.0, mean=mean, std=std)
     token = query_row(args.query, model.patch_embed.patch_shape)
@@ -105,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--image {path}: cannot be read ({error})") from None
         maps = model.attention_maps(image[None].to(device), args.layer)[0].cpu()
         rows.append(attention_row(visualization.denormalise(image, mean, std), maps, model.patch_embed.patch_shape, token))
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     save_image(visualization.stacked(rows), args.output)
     log.info(
         f"{args.output}: each row the image, the mean over heads, then the heads of block {args.layer}, query {args.query}"

@@ -295,8 +295,8 @@ class Trunk(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_dim = self.num_features = embed_dim
-        self.patch_size = patch_size
-        norm_layer = norm_layer or LayerNorm
+        self.patch_size, self.drop_path_rate = patch_size, drop_path_rate
+        self.norm_layer = norm_layer = norm_layer or LayerNorm
         patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         grid = patch_embed.patch_shape
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))

@@ -31,6 +31,7 @@ from transforms import load_image  # noqa: E402
 
 OUT = ROOT / "demo_output"
 SHORT_SIDE = 144  # photos are shrunk once: the model sees 128 pixels, and decoding would take longer than training
+MOST_IMAGES = 4000
 BLOCKS = 20  # neighbouring rows of the photos' list may share a solar module: split in blocks, every fifth to validate
 BATCH, BATCH_FEW = 64, 32
 STEPS = {"vqkd": 300, "pretrain": 650, "finetune": 280, "finetune_10pct": 120}
@@ -100,6 +101,9 @@ def own_images(root: str) -> list[tuple[Path, str, bool]]:
     paths = [Path(str(path)) for path, _ in find_images(root, flag="folder")[0]]
     classes = {path.relative_to(root).parts[0] for path in paths if len(path.relative_to(root).parts) > 1}
     labelled = len(classes) >= 2 and all(len(path.relative_to(root).parts) > 1 for path in paths)
+    if len(paths) > MOST_IMAGES:
+        print(f"photos     {len(paths)} images in the folder; the demo takes {MOST_IMAGES} of them, evenly spread")
+        paths = [paths[number * len(paths) // MOST_IMAGES] for number in range(MOST_IMAGES)]
     photos, seen = [], dict.fromkeys([*classes, "images"], 0)
     for path in paths:
         label = path.relative_to(root).parts[0] if labelled else "images"
@@ -195,8 +199,8 @@ def draw(labelled: bool) -> list[str]:
         "codebook_usage": "vqkd/pictures/codebook_usage-*",
     }.items():
         shutil.copy(sorted(OUT.glob(pattern))[-1], folder / f"{name}.png")
-    before, *_, after = sorted((OUT / "pretrain/pictures").glob("masked_tokens-*"))
-    for name, source in (("masks_and_tokens_before", before), ("masks_and_tokens_after", after)):
+    shown = sorted((OUT / "pretrain/pictures").glob("masked_tokens-*"))
+    for name, source in (("masks_and_tokens_before", shown[0]), ("masks_and_tokens_after", shown[-1])):
         shutil.copy(source, folder / f"{name}.png")
     photos = [str(path) for path in sorted((OUT / "data/val").rglob("*.jpg"))]
     photos = photos[:: max(1, len(photos) // 4)][:4]
@@ -211,7 +215,7 @@ def draw(labelled: bool) -> list[str]:
     tiles = [folder / f"{name}.png" for name in ("masks_and_tokens_before", "masks_and_tokens_after")]
     rows = [visualization.side_by_side([to_tensor(path) for path in tiles])]
     save_image(rows[0], folder / "overview.png")
-    return [str(path.relative_to(ROOT)) for path in sorted(folder.glob("*.png"))]
+    return [str(Path(OUT.name) / "pictures" / path.name) for path in sorted(folder.glob("*.png"))]
 
 
 def to_tensor(path: Path) -> torch.Tensor:

@@ -7,8 +7,8 @@ if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
 else
     if [ ! -x .venv/bin/python ]; then
         python=$(command -v python3 || command -v python || true)
-        if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-            echo "error: Python 3.10 or newer is needed (python3 on the PATH)" >&2
+        if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+            echo "error: Python 3.11 or newer is needed (python3 on the PATH)" >&2
             exit 2
         fi
         echo "environment: making .venv (first use)"

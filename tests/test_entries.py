@@ -149,7 +149,7 @@ def test_fine_tuning_learns_stripes_and_evaluates_what_it_saved(data, tmp_path, 
 
 
 def test_a_tokenizer_goes_into_pretraining_and_that_into_fine_tuning(data, tmp_path, capsys):
-    run_vqkd_training.main(vqkd_flags(data, tmp_path / "vqkd", "--quantizer_warmup_steps", "3"))
+    run_vqkd_training.main(vqkd_flags(data, tmp_path / "vqkd", "--quantizer_warmup_steps", "3", "--epochs", "6"))
     assert "codes_used" in capsys.readouterr().out
     weights = tmp_path / "vqkd/checkpoint.pth"
     run_beitv2_pretraining.main(pretraining_flags(data, tmp_path / "pt", weights, "--eval_data_path", str(data)))
@@ -275,3 +275,85 @@ def test_too_many_broken_files_stop_the_run(codes, tmp_path, capsys):
     assert "cannot be read" in captured.err
     assert ".jpg" in captured.err
     assert "using the next image" in captured.out
+
+
+def test_sgd_survives_a_bad_first_step(data, codes, tmp_path, monkeypatch):
+    original, seen = run_beitv2_pretraining.PretrainingStage.step, []
+
+    def explode_first(self, model, batch):
+        loss, logs = original(self, model, batch)
+        seen.append(1)
+        return (loss * float("nan") if len(seen) == 1 else loss), logs
+
+    monkeypatch.setattr(run_beitv2_pretraining.PretrainingStage, "step", explode_first)
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--opt", "sgd", "--lr", "1e-4"))
+    weights = checkpoint(tmp_path / "checkpoint.pth")["model"]
+    assert all(value.abs().max() < 10 for key, value in weights.items() if "index" not in key)
+
+
+def test_a_warm_up_that_leaves_no_codebook_is_refused(data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_vqkd_training.main(vqkd_flags(data, tmp_path, "--quantizer_warmup_steps", "100"))
+    assert "--quantizer_warmup_steps 100" in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_a_codebook_is_refused(data, codes, tmp_path, capsys):
+    content = checkpoint(codes)
+    content["model"]["quantize.embedding.initted"].zero_()
+    torch.save(content, tmp_path / "empty.pth")
+    with pytest.raises(SystemExit):
+        run_beitv2_pretraining.main(pretraining_flags(data, tmp_path / "out", tmp_path / "empty.pth"))
+    assert "never given a codebook" in capsys.readouterr().err
+
+
+def test_the_tokenizers_own_normalisation_is_used_in_pretraining(data, tmp_path):
+    import arguments
+
+    run_vqkd_training.main(vqkd_flags(data, tmp_path, "--process_type", "imagenet_norm", "--epochs", "1"))
+    flags = pretraining_flags(data, tmp_path / "pt", tmp_path / "checkpoint.pth")
+    tokenizer_used = run_beitv2_pretraining.build_tokenizer(arguments.parse(run_beitv2_pretraining.get_parser(), flags))
+    assert tokenizer_used.input_mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+
+
+def test_evaluation_alone_needs_no_training_images(data, tmp_path, capsys):
+    run_class_finetuning.main(finetuning_flags(data, tmp_path / "ft", "--epochs", "1"))
+    alone = finetuning_flags("/nowhere", tmp_path / "eval", "--eval_data_path", str(data), "--eval")
+    run_class_finetuning.main([*alone, "--resume", str(tmp_path / "ft/checkpoint.pth")])
+    assert (tmp_path / "eval/eval.json").exists()
+    run_vqkd_training.main(vqkd_flags(data, tmp_path / "vq", "--epochs", "1", "--quantize_kmeans_init"))
+    # released tokenizers carry their teacher along
+    content = checkpoint(tmp_path / "vq/checkpoint.pth")
+    content["model"]["teacher.conv1.weight"] = torch.zeros(1)
+    torch.save({"model": content["model"]}, tmp_path / "released.pth")
+    capsys.readouterr()
+    flags = vqkd_flags("/nowhere", tmp_path / "vq2", "--eval_data_path", str(data), "--calculate_codebook_usage")
+    run_vqkd_training.main([*flags, "--resume", str(tmp_path / "released.pth")])
+    assert "unused codes:" in capsys.readouterr().out
+    assert len((tmp_path / "vq2/codebook_usage.txt").read_text().split()) == 16
+
+
+def test_held_out_loss_does_not_depend_on_the_batch_size(data, codes, tmp_path):
+    losses = []
+    for size in ("3", "16"):
+        flags = pretraining_flags(data, tmp_path / size, codes, "--eval_data_path", str(data), "--epochs", "1", "--lr", "0")
+        run_beitv2_pretraining.main([*flags, "--min_lr", "0", "--batch_size", size])
+        losses.append(log_lines(tmp_path / size)[0]["test_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_settings_come_from_the_flags_and_moments_from_the_checkpoint(data, codes, tmp_path, capsys):
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--epochs", "1"))
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--opt_betas", "0.9", "0.98"))
+    state = checkpoint(tmp_path / "checkpoint.pth")["optimizer"]
+    assert tuple(state["param_groups"][0]["betas"]) == (0.9, 0.98)
+    assert float(state["state"][0]["step"]) == 8
+    with pytest.raises(SystemExit):
+        run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--opt", "sgd", "--epochs", "3"))
+    assert "go on with --opt adamw" in capsys.readouterr().err
+
+
+def test_an_old_log_is_set_aside_not_mixed_in(data, codes, tmp_path):
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--epochs", "1"))
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--epochs", "1", "--no_auto_resume"))
+    assert len(log_lines(tmp_path)) == 1
+    assert len(list(tmp_path.glob("log-until-*.txt"))) == 1

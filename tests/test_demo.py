@@ -1,0 +1,76 @@
+"""The demo's own parts: splits, class folders, and one run on a small unlabelled folder."""
+
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from tiny_runs import photos
+
+ROOT = Path(__file__).parent.parent
+KEYS = {"data", "vqkd", "pretrain", "finetune", "pictures", "seconds"}
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "OUT", tmp_path / "demo_output")
+    return module
+
+
+def test_the_solar_cells_are_split_in_blocks(demo):
+    pytest.importorskip("elpv_dataset")
+    cells = demo.solar_cells()
+    assert len(cells) == 2624
+    assert {label for _, label, _ in cells} == {"mono_ok", "mono_defect", "poly_ok", "poly_defect"}
+    changes = sum(first[2] != second[2] for first, second in itertools.pairwise(cells))
+    assert changes == 7  # four blocks of twenty validate, the last one at the end
+    assert 0.19 < sum(validate for *_, validate in cells) / len(cells) < 0.21
+
+
+def test_own_images_with_and_without_class_folders(demo, tmp_path):
+    labelled = photos(tmp_path / "labelled", per_class=10)
+    assert {label for _, label, _ in demo.own_images(str(labelled))} == {"a", "b"}
+    assert sum(validate for *_, validate in demo.own_images(str(labelled))) == 4
+    flat = labelled / "a"
+    assert {label for _, label, _ in demo.own_images(str(flat))} == {"images"}
+    demo.MOST_IMAGES = 8
+    assert len(demo.own_images(str(labelled))) == 8
+
+
+def test_a_small_unlabelled_folder_goes_through(demo, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    folder = photos(tmp_path / "mine", per_class=20, classes="a") / "a"
+    (folder / "broken.jpg").write_bytes(b"no image")
+    monkeypatch.setattr(demo, "STEPS", {"vqkd": 140, "pretrain": 8, "finetune": 4, "finetune_10pct": 4})
+    demo.main([str(folder)])
+    out = capfd.readouterr().out
+    assert "broken.jpg" in out
+    summary = json.loads((demo.OUT / "summary.json").read_text())
+    assert summary.keys() == KEYS
+    assert summary["data"] == {"train": 16, "val": 4}
+    assert summary["finetune"]["acc1"] is None
+    assert all((demo.OUT / "pictures" / Path(path).name).stat().st_size > 500 for path in summary["pictures"])
+    assert "masked-token accuracy" in out
+
+
+def test_labelled_summary_and_curves_from_logs(demo, monkeypatch):
+    logs = {
+        "vqkd": [{"train_loss": 1.0, "train_codes_used": 9}, {"train_loss": 0.5, "train_codes_used": 250, "test_loss": 0.6}],
+        "pretrain": [{"train_mlm_acc_1": 0.1, "train_mlm_acc_2": 0.1, "train_majority_code_share": 0.02}] * 2,
+    }
+    for name in ("acc1", "acc1_from_scratch", "acc1_10pct", "acc1_10pct_from_scratch"):
+        logs[f"finetune_{name}"] = [{"train_loss": 1.0}, {"train_loss": 0.9, "test_acc1": 70.0}]
+    for name, lines in logs.items():
+        (demo.OUT / name).mkdir(parents=True)
+        (demo.OUT / name / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    demo.draw_curves(demo.OUT / "curves.png", labelled=True)
+    assert (demo.OUT / "curves.png").stat().st_size > 5000
+    monkeypatch.setattr(demo, "draw", lambda labelled: [])
+    summary = demo.summarise({"train": {"a": 6, "b": 2}, "val": {"a": 3, "b": 1}}, True, {"vqkd": 1.0})
+    assert summary["finetune"]["majority_class"] == 75.0
+    assert summary["vqkd"]["codes_used"] == 250
+    demo.show(summary)
