@@ -108,6 +108,8 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
     g.add_argument("--start_epoch", type=int, default=0, help="epoch to start at; a resumed run knows its own")
     g.add_argument("--save_ckpt_freq", type=positive, default=save_ckpt_freq, help="keep a checkpoint every so many epochs")
     g.add_argument("--save_ckpt_steps", type=int, default=0, help="also write checkpoint.pth every N optimizer steps")
+    g.add_argument("--keep_ckpts", type=int, default=0, help="of those, keep the last K as checkpoint-stepN.pth")
+    g.add_argument("--detect_anomaly", action="store_true", help="stop at the operation that made a NaN (slow)")
     g.add_argument("--print_freq", type=positive, default=20, help="optimizer steps between progress reports")
     g.add_argument(
         "--eval_freq", type=positive, default=1, help="epochs between evaluations; the last epoch is always evaluated"

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import shutil
+import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from errors import UserError
 
 LATEST = "checkpoint.pth"
 BEST = "checkpoint-best.pth"
+PART = ".part"  # end of the name of a file that is still being written
 
 
 def plain(value: Any) -> Any:
@@ -32,7 +35,7 @@ def plain(value: Any) -> Any:
 def write(content: dict[str, Any], path: Path) -> None:
     """Atomic: a temporary file beside it, flushed to the disk, renamed. A reader or a crash sees the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
@@ -40,15 +43,79 @@ def write(content: dict[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2**20
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise UserError(
-            f"could not write {path} ({reason[:120]}): {size_of(content) / 2**20:.0f} MiB needed, {free:.0f} MiB free; "
-            "the previous checkpoint is intact"
+            f"could not write {path} ({reason[:120]}): {size_of(content) / 2**20:.1f} MiB needed, {free:.1f} MiB free; "
+            "the previous checkpoint is intact. Make room, or point --output_dir elsewhere, and start the same line again"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+class Saver:
+    """Writes checkpoints behind the training's back, from a copy in main memory; one at a time.
+
+    An error in the background reaches the training at its next step (`check`) or save, or at the end (`wait`).
+    """
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+
+    def submit(self, content: dict[str, Any], folder: Path, names: list[str], keep_ckpts: int = 0) -> None:
+        """Write under names[0], give it the other names too, and leave only the last `keep_ckpts` step checkpoints."""
+        self.wait()
+        copy = on_cpu(content)
+        self.thread = threading.Thread(target=self._write, args=(copy, folder, names, keep_ckpts), name="checkpoint")
+        self.thread.start()
+
+    def _write(self, content: dict[str, Any], folder: Path, names: list[str], keep_ckpts: int) -> None:
+        try:
+            write(content, folder / names[0])
+            for name in names[1:]:
+                also_as(folder / names[0], folder / name)
+            for old in step_checkpoints(folder)[keep_ckpts:]:
+                old.unlink(missing_ok=True)
+        except Exception as error:
+            self.error = error
+
+    def check(self) -> None:
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def wait(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self.check()
+
+
+def on_cpu(content: Any) -> Any:
+    """A copy that training cannot change: tensors cloned into main memory, the rest as it is."""
+    if isinstance(content, torch.Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: on_cpu(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(on_cpu(value) for value in content)
+    return content
+
+
+def step_name(step: int) -> str:
+    return f"checkpoint-step{step}.pth"
+
+
+def step_checkpoints(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(folder.glob("checkpoint-step*.pth"), key=lambda path: int(path.stem[len("checkpoint-step") :]), reverse=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What a killed run was writing: never complete, never used."""
+    for path in folder.glob(f".checkpoint*{PART}"):
+        path.unlink(missing_ok=True)
 
 
 def size_of(content: Any) -> int:
@@ -71,7 +138,7 @@ def sync_folder(folder: Path) -> None:
 
 def also_as(path: Path, other: Path) -> None:
     """The same checkpoint under a second name, without writing it twice; checkpoints are only ever replaced, never changed."""
-    temporary = other.with_name(f".{other.name}.{os.getpid()}.part")
+    temporary = other.with_name(f".{other.name}.{os.getpid()}{PART}")
     temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
@@ -81,11 +148,44 @@ def also_as(path: Path, other: Path) -> None:
 
 
 def find(resume: str, auto_resume: bool, output_dir: str) -> Path | None:
-    """The checkpoint that a run goes on from: --resume, else output_dir/checkpoint.pth if --auto_resume."""
+    """The checkpoint that a run goes on from: --resume, else with --auto_resume the newest intact one of output_dir.
+
+    Rank 0 chooses for all.
+    """
     if resume:
         return model_zoo.fetch(resume)
-    latest = Path(output_dir) / LATEST if output_dir else None
-    return latest if auto_resume and latest is not None and latest.exists() else None
+    if not auto_resume or not output_dir:
+        return None
+    chosen = newest_intact(Path(output_dir)) if distributed.is_main() else None
+    return distributed.gather_objects(chosen)[0]
+
+
+def newest_intact(folder: Path) -> Path | None:
+    """checkpoint.pth; where it is damaged, the newest other one that is whole, with a warning."""
+    others = sorted(folder.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
+    latest = [folder / LATEST] if (folder / LATEST).exists() else []
+    damaged: list[Path] = []
+    for path in [*latest, *others]:
+        if intact(path):
+            if damaged:
+                log.warning(f"warning: {damaged[0]} is damaged (truncated or altered): going on from {path}")
+            return path
+        damaged.append(path)
+    if damaged:
+        raise UserError(
+            f"{damaged[0]} is damaged and no other checkpoint in {folder} is whole: remove it to start anew, or name one "
+            "with --resume"
+        )
+    return None
+
+
+def intact(path: Path) -> bool:
+    """Whether every tensor is as it was written: a checkpoint is a zip file that holds a checksum of each."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile, EOFError):
+        return False
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class ImageFiles(Dataset[dict[str, Any]]):
                     failed.append(f"{source} ({_reason(error)})")
                     continue
                 label = {} if self.labels is None else {"label": int(self.labels[place])}
-                return {**self.transform(image), **label, "failed": failed}
+                return {**self.transform(image), **label, "index": index, "failed": failed}
         return {"failed": failed}
 
 
@@ -234,11 +234,6 @@ def build_pretraining_dataset(args: Any, grid: int, held_out: str = "") -> Image
     count = scaled_mask_count(grid) if args.num_mask_patches is None else args.num_mask_patches
     smallest = args.min_mask_patches_per_block
     smallest = scaled_min_block(grid) if smallest is None else smallest
-    if not 0 < count <= grid * grid:
-        raise UserError(
-            f"--num_mask_patches {count}: the image has {grid}x{grid} patches; "
-            f"leave the flag out to mask {scaled_mask_count(grid)}"
-        )
     try:
         masks = MaskingGenerator(grid, count, smallest, args.max_mask_patches_per_block)
     except ValueError as error:

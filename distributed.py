@@ -186,6 +186,21 @@ def refuse_gpus_without_kernels(capability: tuple[int, int], built_for: Sequence
         )
 
 
+def explained(error: RuntimeError) -> Exception:
+    """A lost process as one sentence; any other error as it is."""
+    text = str(error)
+    if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
+        return UserError(
+            f"[rank {rank()}] another process of this run was lost or did not answer within --dist_timeout; its own message "
+            f"is above or in its log. Start the same line again to go on ({text.splitlines()[0][:160]})"
+        )
+    if "DataLoader worker" in text:
+        return UserError(
+            f"a data process died, most likely for lack of memory: fewer --num_workers ({text.splitlines()[0][:160]})"
+        )
+    return error
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import json
 import math
 import subprocess
 import time
@@ -29,9 +30,10 @@ import checkpointing
 import distributed
 from distributed import Launch, Precision, choose_precision, log
 from errors import UserError
+from interruption import StopSignal
 from metrics import Reporter, RunningMeans, clock
 from optim_factory import Schedule
-from samplers import BadFiles, ResumableSampler, build_loader
+from samplers import BadFiles, ResumableSampler, build_loader, close
 from utils import derive_seed, seed_all
 
 BAD_STEPS_TO_GIVE_UP = 10
@@ -86,6 +88,7 @@ class Run:
     launch: Launch
     device: torch.device
     precision: Precision
+    saver: checkpointing.Saver = field(default_factory=checkpointing.Saver)
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -104,11 +107,14 @@ def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run:
     log.info(f"device     {launch.world_size} x {place}, {run.precision}")
     log.info(f"code       commit {git_commit()}, torch {torch.__version__}")
     arguments.warn_of_obsolete_flags(parser, args)
+    torch.autograd.set_detect_anomaly(args.detect_anomaly)
     if run.output_dir:
         try:
             run.output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {run.output_dir}: cannot be made ({error.strerror})") from None
+        if distributed.is_main():
+            checkpointing.remove_leftovers(run.output_dir)
     return run
 
 
@@ -138,7 +144,7 @@ def training_data(dataset: Any, run: Run) -> TrainingData:
     sampler = ResumableSampler(
         len(dataset), args.batch_size, args.update_freq, launch.rank, launch.world_size, args.seed
     )  # fmt: skip
-    loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and run.device.type == "cuda")
+    loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and run.device.type == "cuda", persistent=True)
     if sampler.shrunk:
         log.warning(
             f"warning: {len(dataset)} images do not fill one batch of {args.batch_size} x {launch.world_size} processes x "
@@ -191,7 +197,8 @@ def new_state(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, ema:
 
 
 def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]) -> None:
-    """Write a checkpoint on rank 0 under each of `names`. `state` says where to go on, `epoch` which one this was."""
+    """Write a checkpoint on rank 0 under each of `names`, in the background. `state` says where to go on, `epoch` which
+    one this was."""
     output_dir = run.output_dir
     if output_dir is None or not distributed.is_main() or not getattr(run.args, "save_ckpt", True):
         return
@@ -210,9 +217,7 @@ def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]
     }
     if state.ema is not None:
         content["model_ema"] = state.ema.module.state_dict()
-    checkpointing.write(content, output_dir / names[0])
-    for name in names[1:]:
-        checkpointing.also_as(output_dir / names[0], output_dir / name)
+    run.saver.submit(content, output_dir, names, run.args.keep_ckpts)
 
 
 def resume(state: TrainState, stage: Stage, run: Run) -> None:
@@ -262,15 +267,48 @@ def restore(state: TrainState, stage: Stage, run: Run, path: Path) -> None:
 # ── The loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and its state is saved."""
+
+
 def fit(state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule, run: Run) -> None:
-    """Train from where `state` stands to the last epoch; one line of log.txt, and a checkpoint, an epoch."""
-    args = run.args
-    reporter, bad_files = Reporter(args, run.device, state.epoch, state.step), BadFiles()
+    """Train from where `state` stands to the last epoch, or until a signal asks to stop; both are a success."""
+    reporter = Reporter(run.args, run.device, state.epoch, state.step)
+    try:
+        with StopSignal() as stop:
+            train_epochs(state, stage, data, schedule, run, reporter, stop)
+            stop.settle()
+        log.info(f"finished epoch {run.args.epochs} in {clock(time.monotonic() - run.started)}")
+    except Stopped as stopped:
+        log.info(f"stopped by {stopped} after step {state.step}: the same command line goes on from there")
+    except torch.OutOfMemoryError:
+        raise UserError("out of GPU memory: halve --batch_size and double --update_freq, which is the same step") from None
+    except RuntimeError as error:
+        raise distributed.explained(error) from None
+    finally:
+        reporter.close()
+        close(data.loader)
+        run.saver.wait()
+    distributed.barrier()
+
+
+def train_epochs(
+    state: TrainState,
+    stage: Stage,
+    data: TrainingData,
+    schedule: Schedule,
+    run: Run,
+    reporter: Reporter,
+    stop: StopSignal,
+) -> None:
+    """One line of log.txt, and a checkpoint, an epoch."""
+    args, bad_files = run.args, BadFiles()
     for epoch in range(state.epoch, args.epochs):
         bad_files.start_epoch(data.steps_per_epoch * args.update_freq * data.sampler.batch_size)
-        train = train_one_epoch(state, stage, data, schedule, run, reporter, bad_files)
+        train = train_one_epoch(state, stage, data, schedule, run, reporter, bad_files, stop)
         train |= stage.end_epoch()
         state.epoch, state.samples = epoch + 1, 0
+        run.saver.wait()  # evaluation starts data processes: no other thread may run while they are forked
         test = evaluate(state, stage) if due(epoch, args.eval_freq, args.epochs) else {}
         score = stage.better(test)
         # The line in log.txt first: a run killed between the two repeats the epoch, and then replaces the line.
@@ -284,9 +322,6 @@ def fit(state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule,
         save(state, stage, run, epoch, names)
         if reporter.shows_pictures and args.image_freq and (epoch == 0 or due(epoch, args.image_freq, args.epochs)):
             reporter.pictures(epoch, stage.pictures(state.model))
-    reporter.close()
-    log.info(f"finished epoch {args.epochs} in {clock(time.monotonic() - run.started)}")
-    distributed.barrier()
 
 
 def due(epoch: int, every: int, epochs: int) -> bool:
@@ -313,6 +348,7 @@ def train_one_epoch(
     run: Run,
     reporter: Reporter,
     bad_files: BadFiles,
+    stop: StopSignal,
 ) -> dict[str, float]:
     """The rest of the epoch in which `state` stands; returns the epoch's means over all ranks."""
     args = run.args
@@ -334,7 +370,7 @@ def train_one_epoch(
             bad_files.add(batch["failed"], found_image="image" in batch)
         logs = accumulate_gradients(state, stage, micro_batches, run)
         norm = take_step(state, args.clip_grad)
-        watch.add(logs["loss"], norm)
+        watch.add(logs["loss"], norm, micro_batches)
         state.means.add(logs | {"grad_norm": norm})
         state.step += 1
         state.samples += data.sampler.global_batch
@@ -344,10 +380,15 @@ def train_one_epoch(
             watch.check()
             left = len(schedule.lr) - schedule_step - 1
             reporter.step(state.means.read(), current_lr(state), state.step, step_in_epoch, data.sampler.global_batch, left)
-        last = step_in_epoch + 1 == data.steps_per_epoch
-        if args.save_ckpt_steps and state.step % args.save_ckpt_steps == 0 and not last:
+        if args.save_ckpt_steps and state.step % args.save_ckpt_steps == 0:
+            watch.check()
+            more = [checkpointing.step_name(state.step)] if args.keep_ckpts > 0 else []
+            save(state, stage, run, state.epoch, [checkpointing.LATEST, *more])
+        if stop.agreed():
             watch.check()
             save(state, stage, run, state.epoch, [checkpointing.LATEST])
+            raise Stopped(stop.received or "a signal to another process")
+        run.saver.check()
     now = {"lr": current_lr(state)}
     if state.scaler.is_enabled():
         now["loss_scale"] = state.scaler.get_scale()
@@ -430,8 +471,10 @@ class BadSteps:
     def __init__(self, state: TrainState, run: Run) -> None:
         self.state, self.run = state, run
         self.pending: list[tuple[int, Tensor]] = []
+        self.last_batches: list[dict[str, Any]] = []
 
-    def add(self, loss: Tensor, norm: Tensor) -> None:
+    def add(self, loss: Tensor, norm: Tensor, micro_batches: list[dict[str, Any]]) -> None:
+        self.last_batches = micro_batches
         # With a gradient scaler an overflowing gradient is part of the search for the scale; only the loss counts.
         value = loss if self.state.scaler.is_enabled() else norm + loss
         self.pending.append((self.state.step, ~torch.isfinite(value)))
@@ -446,15 +489,37 @@ class BadSteps:
             if bad:
                 log.warning(f"warning: step {step} was skipped: its loss or gradient is not finite")
             if self.state.bad_in_a_row >= BAD_STEPS_TO_GIVE_UP:
-                where = self.run.output_dir / checkpointing.LATEST if self.run.output_dir else "nowhere (no --output_dir)"
-                raise UserError(
-                    f"{BAD_STEPS_TO_GIVE_UP} steps in a row, up to step {step}, had a loss or gradient that is not finite; "
-                    f"they changed nothing, and the last good checkpoint is {where}. "
-                    "Lower --lr, set --clip_grad 3.0, lengthen --warmup_epochs, or try --amp_dtype fp32"
-                )
+                self.give_up(step)
         self.pending.clear()
         if self.state.scaler.is_enabled() and self.state.scaler.get_scale() < LEAST_LOSS_SCALE:
             raise UserError(
                 "the gradients are not finite in fp16 however small the loss is scaled; the last step that counted is in the "
                 "checkpoint. Lower --lr, set --clip_grad 3.0, or try --amp_dtype fp32"
             )
+
+    def give_up(self, step: int) -> None:
+        """End the run; the last good state is in the checkpoint, and beside it what is needed to look at the batch."""
+        kept = "there is no --output_dir, so nothing was kept"
+        if self.run.output_dir:
+            state = {"epoch": self.state.epoch, "step": step, "seed": self.run.args.seed}
+            batches = [describe_batch(batch) for batch in self.last_batches]
+            path = self.run.output_dir / f"bad_batch-rank{self.run.launch.rank}.json"
+            path.write_text(json.dumps(state | {"last_micro_batches": batches}, indent=1) + "\n")
+            good = self.run.output_dir / checkpointing.LATEST
+            kept = f"the last good checkpoint is {good}, the last batch is described in {path}"
+        raise UserError(
+            f"{BAD_STEPS_TO_GIVE_UP} steps in a row, up to step {step}, had a loss or gradient that is not finite; they "
+            f"changed nothing: {kept}. Lower --lr, set --clip_grad 3.0, lengthen --warmup_epochs, or try --amp_dtype fp32"
+        )
+
+
+def describe_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    """Which samples these are (dataset[epoch, index] gives them again), and statistics of each tensor."""
+    described: dict[str, Any] = {"indices": batch["index"].tolist()}
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and name != "index":
+            x = value.detach().float()
+            finite = bool(torch.isfinite(x).all())
+            numbers = {"min": float(x.min()), "max": float(x.max()), "mean": float(x.mean())} if finite else {}
+            described[name] = {"shape": list(value.shape), "finite": finite, **numbers}
+    return described

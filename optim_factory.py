@@ -166,6 +166,11 @@ def build_schedule(args: argparse.Namespace, lr: float, steps_per_epoch: int) ->
     """args: epochs, min_lr, warmup_epochs, warmup_steps, weight_decay, weight_decay_end; `lr` is the peak."""
     shape = (args.epochs, steps_per_epoch)
     warmup = args.warmup_steps if args.warmup_steps > 0 else int(args.warmup_epochs * steps_per_epoch)
+    if args.warmup_steps >= args.epochs * steps_per_epoch:
+        raise UserError(
+            f"--warmup_steps {args.warmup_steps} is as long as the run of {args.epochs * steps_per_epoch} steps "
+            f"({args.epochs} epochs of {steps_per_epoch}): shorten it or raise --epochs"
+        )
     if warmup >= args.epochs * steps_per_epoch:
         logging.getLogger("beit").warning(
             f"warning: the warm-up ({warmup} steps) is as long as the run ({args.epochs * steps_per_epoch} steps): "

@@ -17,6 +17,7 @@ from errors import UserError, pick, tells_the_user
 from optim_factory import build_schedule, create_optimizer
 from samplers import build_eval_loader
 from transforms import normalisation
+from vit_backbone import SIZES
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -37,8 +38,9 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def patch_grid(args: argparse.Namespace) -> int:
-    """Side of the student's patch grid; it must be the tokenizer's."""
-    _, patch_size, _ = pick(modeling_pretrain.VARIANTS, args.model, "pretraining model")
+    """Side of the student's patch grid; refuses, before any work, flags that cannot go together."""
+    size, patch_size, _ = pick(modeling_pretrain.VARIANTS, args.model, "pretraining model")
+    pick(modeling_vqkd.VARIANTS, args.tokenizer_model, "tokenizer")
     if args.input_size % patch_size:
         raise UserError(f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}")
     grid = args.input_size // patch_size
@@ -47,6 +49,12 @@ def patch_grid(args: argparse.Namespace) -> int:
             f"--second_input_size {args.second_input_size} gives the tokenizer another grid than the model's {grid} x {grid}: "
             f"use {grid * modeling_vqkd.PATCH_SIZE}"
         )
+    masked = args.num_mask_patches
+    if masked is not None and not 0 < masked <= grid * grid:
+        raise UserError(f"--num_mask_patches {masked}: the image has {grid} x {grid} patches; leave the flag out to mask 38 %")
+    depth = SIZES[size].depth
+    if args.model.endswith("_cls_pt") and not 0 < args.early_layers <= depth:
+        raise UserError(f"--early_layers {args.early_layers} must lie between 1 and {args.model}'s depth, {depth}")
     return grid
 
 

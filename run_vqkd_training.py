@@ -18,7 +18,7 @@ from errors import UserError, tells_the_user
 from norm_ema_quantizer import FEATURES_PER_CODE
 from optim_factory import build_schedule, create_optimizer
 from samplers import build_eval_loader
-from vqkd_teachers import build_teacher
+from vqkd_teachers import build_teacher, check_name
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -63,6 +63,7 @@ def build_model(args: argparse.Namespace, weights: str | None = None) -> modelin
 def check(args: argparse.Namespace) -> None:
     if args.input_size % modeling_vqkd.PATCH_SIZE:
         raise UserError(f"--input_size {args.input_size} is not a multiple of the patch size {modeling_vqkd.PATCH_SIZE}")
+    check_name(args.teacher_model_type or modeling_vqkd.default_teacher(args.model))
     if evaluates_only(args) and not args.resume:
         raise UserError("--eval needs the tokenizer to evaluate: --resume path/to/checkpoint.pth")
 

@@ -106,9 +106,16 @@ def build_eval_loader(dataset: Any, args: argparse.Namespace, launch: Launch) ->
 
 
 def build_loader(
-    dataset: Dataset[dict[str, Any]], batch_sampler: Sampler[list[Key]], num_workers: int, pin_memory: bool
+    dataset: Dataset[dict[str, Any]],
+    batch_sampler: Sampler[list[Key]],
+    num_workers: int,
+    pin_memory: bool,
+    persistent: bool = False,
 ) -> DataLoader[dict[str, Any]]:
-    """The batches of `collate`, read by at most as many workers as this machine has cores."""
+    """The batches of `collate`, read by at most as many workers as this machine has cores.
+
+    `persistent`: the workers live until `close`, over all epochs.
+    """
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
@@ -116,9 +123,17 @@ def build_loader(
         pin_memory=pin_memory and torch.cuda.is_available(),
         collate_fn=collate,
         worker_init_fn=_start_worker,
-        persistent_workers=_workers(num_workers) > 0,  # the epoch travels in the keys
+        persistent_workers=persistent and _workers(num_workers) > 0,  # the epoch travels in the keys
         generator=torch.Generator(),  # else each epoch would move the training's own random state
     )
+
+
+def close(loader: DataLoader[Any]) -> None:
+    """End persistent workers now: at the interpreter's exit each would be waited for in vain."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
+        loader._iterator = None
 
 
 @functools.cache
@@ -131,7 +146,8 @@ def _workers(asked: int) -> int:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the main process's to handle
+        signal.signal(number, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks about EXIF blocks and large images, once per worker
 
 

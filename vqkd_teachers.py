@@ -311,6 +311,11 @@ TEACHERS: dict[str, Callable[[Order], Teacher]] = {
 }
 
 
+def check_name(name: str) -> Callable[[Order], Teacher]:
+    """The builder of a teacher; UserError with the nearest names for one that does not exist."""
+    return pick(TEACHERS, "timm:<name>" if name.startswith("timm:") else name, "teacher")
+
+
 def build_teacher(name: str, weight: str | None = None, input_size: int = 224, grid: int | None = None) -> Teacher:
     """A frozen teacher: `clip`, `dino`, `hog`, `efficientnet_lite0`, or `timm:<name>` for a ViT or CNN of timm.
 
@@ -322,7 +327,7 @@ def build_teacher(name: str, weight: str | None = None, input_size: int = 224, g
     order = Order(name, weight, input_size, input_size // 16 if grid is None else grid)
     if order.grid < 1:
         raise UserError(f"--teacher_input_size {input_size} is less than one patch of 16 px")
-    build = pick(TEACHERS, "timm:<name>" if name.startswith("timm:") else name, "teacher")
+    build = check_name(name)
     with utils.seeded("teacher", name):  # random weights agree on all ranks; the student's are drawn as without teacher
         teacher = build(order)
     return teacher.requires_grad_(False).eval()

@@ -134,7 +134,8 @@ def epochs_for(steps: int, images: int, batch: int) -> str:
 
 def train_tokenizer(images: int) -> float:
     epochs = epochs_for(STEPS["vqkd"], images, BATCH)
-    return run("vqkd", "run_vqkd_training.py", VQKD, "--batch_size", str(BATCH), "--epochs", epochs, "--warmup_steps", "50",
+    return run("vqkd", "run_vqkd_training.py", VQKD, "--batch_size", str(BATCH), "--epochs", epochs,
+               "--warmup_steps", str(STEPS["vqkd"] // 6),
                "--data_path", str(OUT / "data/train"), "--eval_data_path", str(OUT / "data/val"),
                "--eval_freq", "5", "--output_dir", str(OUT / "vqkd"))  # fmt: skip
 
@@ -142,7 +143,7 @@ def train_tokenizer(images: int) -> float:
 def pretrain(images: int) -> float:
     epochs = epochs_for(STEPS["pretrain"], images, BATCH)
     return run("pretrain", "run_beitv2_pretraining.py", PRETRAIN, "--batch_size", str(BATCH), "--epochs", epochs,
-               "--warmup_steps", "120", "--tokenizer_weight", str(OUT / "vqkd/checkpoint.pth"),
+               "--warmup_steps", str(STEPS["pretrain"] // 6), "--tokenizer_weight", str(OUT / "vqkd/checkpoint.pth"),
                "--data_path", str(OUT / "data/train"), "--output_dir", str(OUT / "pretrain"))  # fmt: skip
 
 

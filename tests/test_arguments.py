@@ -104,8 +104,13 @@ def test_flags_are_read_only_and_changes_are_listed():
     [
         (["--input_size", "225"], "--input_size 225 is not a multiple"),
         (["--second_input_size", "112"], "--second_input_size 112 .* use 224"),
-        (["--num_mask_patches", "197"], "--num_mask_patches 197: the image has 14x14 patches"),
+        (["--num_mask_patches", "197"], "--num_mask_patches 197: the image has 14 x 14 patches"),
         (["--opt_betas", "0.9"], "--opt_betas takes two numbers for adamw"),
+        (
+            ["--model", "beit_base_patch16_224_8k_vocab_cls_pt", "--early_layers", "13"],
+            "--early_layers 13 must lie .* depth, 12",
+        ),
+        (["--tokenizer_model", "vqkd_encoder_base_decoder_2x768x12_clip"], "did you mean vqkd_encoder_base_decoder_"),
         (["--model", "beit_bose_patch16_224_8k_vocab"], "did you mean beit_base_patch16_224_8k_vocab"),
     ],
 )

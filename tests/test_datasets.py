@@ -365,8 +365,6 @@ def test_pretraining_dataset(flat):
     with pytest.raises(UserError, match="--eval_data_path /nowhere: no such folder"):
         build_pretraining_dataset(arguments(flat), 4, held_out="/nowhere")
     mistakes: list[tuple[dict[str, Any], str]] = [
-        ({"num_mask_patches": 17}, "--num_mask_patches 17: the image has 4x4 patches"),
-        ({"num_mask_patches": 0}, "--num_mask_patches 0"),
         ({"max_mask_patches_per_block": -1}, "--max_mask_patches_per_block"),
         ({"data_set": "imagefolder"}, "unknown --data_set 'imagefolder'; did you mean image_folder"),
     ]

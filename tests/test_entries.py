@@ -240,6 +240,7 @@ def test_fp16_scales_the_loss(data, codes, tmp_path):
         (["--nb_classes", "7"], "--nb_classes 7"),
         (["--model", "beit_demo_patch16_12"], "did you mean beit_demo_patch16_128"),
         (["--opt", "adamv"], "--opt adamv"),
+        (["--warmup_steps", "8"], "--warmup_steps 8 is as long as the run of 8 steps"),
         (["--eval"], "--resume"),
     ],
 )

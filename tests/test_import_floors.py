@@ -11,7 +11,7 @@ FLOORS = {
     4: "engine_for_vqkd engine_for_pretraining engine_for_finetuning engine_for_linear_eval engine_for_segmentation",
     3: "engine modeling_vqkd datasets",
     2: "modeling_pretrain modeling_finetune modeling_segmentation modeling_dvae vqkd_teachers norm_ema_quantizer "
-    "checkpointing metrics samplers",
+    "checkpointing metrics samplers interruption",
     1: "vit_backbone transforms masking_generator optim_factory model_zoo distributed arguments visualization utils",
     0: "errors",
 }

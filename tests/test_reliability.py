@@ -1,0 +1,323 @@
+"""What docs/reliability.md promises, each fault caused for real."""
+
+import argparse
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from many_processes import free_port
+from tiny_runs import (
+    assert_same_weights,
+    checkpoint,
+    finetuning_flags,
+    log_lines,
+    photos,
+    pretraining_flags,
+    tokenizer,
+    vqkd_flags,
+)
+
+import checkpointing
+import run_beitv2_pretraining
+import run_class_finetuning
+import run_vqkd_training
+import visualize_attention
+from errors import UserError
+
+ROOT = Path(__file__).parent.parent
+SLOW = ["--print_freq", "1", "--epochs", "12"]  # about as long as a process takes to start
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    return tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.pth")
+
+
+def start(script, flags, launcher=()):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, script, *flags], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def read_until(process, pattern):
+    text = ""
+    for line in process.stdout:
+        text += line
+        if re.search(pattern, line):
+            return text
+    raise AssertionError(f"'{pattern}' never came:\n{text}")
+
+
+def end(process):
+    out, _ = process.communicate(timeout=240)
+    return process.returncode, out
+
+
+# ── killed, asked to stop ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_killed_runs_resume_bit_for_bit():
+    """Three kills; scripts/kill_test.py makes twenty."""
+    command = [sys.executable, "scripts/kill_test.py", "--kills", "3", "--seed", "1"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 kills, 3 followed by a resumption that ended bitwise equal" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_exits_with_success(number, data, codes, tmp_path):
+    whole = pretraining_flags(data, tmp_path / "whole", codes, *SLOW)
+    flags = pretraining_flags(data, tmp_path / "out", codes, *SLOW, "--num_workers", "1")
+    run_beitv2_pretraining.main(whole)
+    process = start("run_beitv2_pretraining.py", flags)
+    read_until(process, r"epoch 2/12 \[2/4\]")
+    process.send_signal(number)
+    status, out = end(process)
+    assert status == 0, out
+    assert re.search(rf"stopped by {signal.Signals(number).name} after step \d+: the same command line goes on", out)
+    stopped = checkpoint(tmp_path / "out/checkpoint.pth")["next"]["step"]
+    assert 6 <= stopped < 48
+    run_beitv2_pretraining.main(flags)
+    assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "out/checkpoint.pth")
+    assert [line["train_loss"] for line in log_lines(tmp_path / "whole")] == [
+        line["train_loss"] for line in log_lines(tmp_path / "out")
+    ]
+
+
+def test_a_second_ctrl_c_ends_at_once(data, codes, tmp_path, monkeypatch):
+    import interruption
+
+    monkeypatch.setattr(os, "kill", lambda pid, number: (_ for _ in ()).throw(KeyboardInterrupt))
+    before = signal.getsignal(signal.SIGINT)
+    with interruption.StopSignal() as stop:
+        stop.note(signal.SIGINT, None)
+        assert stop.agreed()
+        with pytest.raises(KeyboardInterrupt):
+            stop.note(signal.SIGINT, None)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def ranks_of(launcher_pid):
+    """Process ids of a launcher's children that run a script of ours, oldest first."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                if parent == launcher_pid and b"run_beitv2_pretraining.py" in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except (OSError, IndexError):
+                continue
+    return sorted(found)
+
+
+def two_ranks(*more):
+    return ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", *more]
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(data, codes, tmp_path):
+    flags = pretraining_flags(data, tmp_path, codes, "--print_freq", "1", "--epochs", "40")
+    process = start("run_beitv2_pretraining.py", flags, two_ranks())
+    read_until(process, r"epoch 2/40 \[1/2\]")
+    os.kill(ranks_of(process.pid)[1], signal.SIGUSR1)
+    status, out = end(process)
+    assert status == 0, out
+    assert "stopped by" in out
+    assert checkpoint(tmp_path / "checkpoint.pth")["next"]["step"] < 80
+
+
+def test_torchrun_restarts_after_a_process_was_killed(data, codes, tmp_path):
+    flags = pretraining_flags(data, tmp_path / "out", codes, "--print_freq", "1", "--epochs", "8", "--save_ckpt_steps", "1")
+    process = start("run_beitv2_pretraining.py", flags, two_ranks("--max-restarts=1"))
+    read_until(process, r"epoch 2/8 \[1/2\]")
+    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+    status, out = end(process)
+    assert status == 0, out
+    assert "resumed" in out
+    undisturbed = pretraining_flags(data, tmp_path / "whole", codes, "--epochs", "8")
+    assert end(start("run_beitv2_pretraining.py", undisturbed, two_ranks()))[0] == 0
+    assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "out/checkpoint.pth")
+
+
+def test_a_lost_process_takes_the_others_down_with_a_message(data, codes, tmp_path):
+    flags = pretraining_flags(data, tmp_path, codes, "--print_freq", "1", "--epochs", "400", "--dist_timeout", "0.2")
+    process = start("run_beitv2_pretraining.py", flags, two_ranks())
+    read_until(process, r"epoch 2/400 \[1/2\]")
+    began = time.monotonic()
+    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+    status, out = end(process)
+    assert status != 0
+    assert time.monotonic() - began < 60
+    assert "another process of this run was lost" in out or "Signal 9" in out or "SIGKILL" in out
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
+def test_a_damaged_latest_checkpoint_falls_back_to_the_newest_good_one(damage, data, codes, tmp_path, capsys):
+    flags = pretraining_flags(data, tmp_path, codes, "--save_ckpt_steps", "3", "--keep_ckpts", "2")
+    run_beitv2_pretraining.main(flags)
+    good = checkpoint(tmp_path / "checkpoint.pth")
+    for name in ("checkpoint.pth", "checkpoint-1.pth"):  # one file under two names
+        path = tmp_path / name
+        content = path.read_bytes()
+        path.unlink()
+        half = len(content) // 2
+        altered = content[:half] + bytes([content[half] ^ 255]) + content[half + 1 :]
+        path.write_bytes({"truncated": content[:half], "altered": altered, "empty": b""}[damage])
+    capsys.readouterr()
+    run_beitv2_pretraining.main(flags)
+    out = capsys.readouterr().out
+    assert re.search(r"checkpoint.pth is damaged .* going on from .*checkpoint-step6.pth", out)
+    again = checkpoint(tmp_path / "checkpoint.pth")
+    assert all(torch.equal(good["model"][key], again["model"][key]) for key in good["model"])
+
+
+def test_only_the_last_step_checkpoints_are_kept(data, codes, tmp_path):
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--save_ckpt_steps", "1", "--keep_ckpts", "2"))
+    assert {path.name for path in tmp_path.glob("checkpoint-step*")} == {"checkpoint-step7.pth", "checkpoint-step8.pth"}
+
+
+def test_what_a_killed_run_was_writing_is_removed(data, codes, tmp_path):
+    (tmp_path / ".checkpoint.pth.123.part").write_bytes(b"half")
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--epochs", "1"))
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_and_names_the_space(data, codes, tmp_path, capsys):
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(small)]).returncode:
+        pytest.skip("cannot mount a small tmpfs here")
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run_beitv2_pretraining.main(pretraining_flags(data, small, codes, "--log_dir", str(tmp_path / "tb")))
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert re.search(r"MiB needed, [\d.]+ MiB free; the previous checkpoint is intact", error)
+        assert checkpointing.intact(small / "checkpoint.pth")
+        assert checkpoint(small / "checkpoint.pth")["epoch"] == 0
+        assert not list(small.glob(".*.part"))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_an_error_in_the_background_stops_the_run(tmp_path):
+    saver = checkpointing.Saver()
+    saver.submit({"model": torch.zeros(3)}, tmp_path / "file", ["checkpoint.pth"])
+    saver.wait()
+    (tmp_path / "blocked").write_text("a file where a folder should be")
+    saver.submit({"model": torch.zeros(3)}, tmp_path / "blocked", ["checkpoint.pth"])
+    with pytest.raises((UserError, OSError)):
+        saver.wait()
+    saver.wait()  # raised once
+
+
+def test_what_is_saved_is_what_was_at_the_time_of_saving(tmp_path):
+    saver, tensor = checkpointing.Saver(), torch.zeros(2_000_000)
+    saver.submit({"model": {"w": tensor}}, tmp_path, ["checkpoint.pth"])
+    tensor.fill_(1)
+    saver.wait()
+    assert float(checkpoint(tmp_path / "checkpoint.pth")["model"]["w"].sum()) == 0
+
+
+# ── input that cannot be trusted ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("format", ["torch", "pickle"])
+def test_a_payload_is_refused_by_every_flag_that_takes_a_file(format, data, codes, tmp_path, capsys):
+    trap, file = tmp_path / "trapped", tmp_path / "payload.pth"
+    if format == "torch":
+        torch.save({"model": Payload(trap)}, file)
+    else:
+        file.write_bytes(pickle.dumps({"model": Payload(trap)}))
+    photo = str(next(data.rglob("*.jpg")))
+    out = tmp_path / "out"
+    cases = [
+        (run_beitv2_pretraining, [*pretraining_flags(data, out, codes), "--resume", str(file)]),
+        (run_beitv2_pretraining, pretraining_flags(data, out, file)),
+        (run_vqkd_training, [*vqkd_flags(data, out), "--resume", str(file)]),
+        (run_vqkd_training, [*vqkd_flags(data, out), "--eval", "--eval_data_path", str(data), "--resume", str(file)]),
+        (run_vqkd_training, [*vqkd_flags(data, out), "--teacher_model_type", "timm:resnet18", "--teacher_weight", str(file)]),
+        (run_class_finetuning, [*finetuning_flags(data, out), "--resume", str(file)]),
+        (run_class_finetuning, [*finetuning_flags(data, out), "--finetune", str(file)]),
+        (run_class_finetuning, [*finetuning_flags(data, out), "--eval", "--resume", str(file)]),
+        (visualize_attention, ["--checkpoint", str(file), "--image", photo, "--output", str(tmp_path / "a.png")]),
+    ]
+    for module, flags in cases:
+        with pytest.raises(SystemExit) as stop:
+            module.main(flags)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert str(file) in error
+        assert "Traceback" not in error
+        assert not trap.exists(), f"{module.__name__} ran the payload"
+
+
+def test_a_published_file_with_a_namespace_resumes_as_weights(data, codes, tmp_path, capsys):
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path / "first", codes, "--epochs", "1"))
+    model = checkpoint(tmp_path / "first/checkpoint.pth")["model"]
+    torch.save({"model": model, "args": argparse.Namespace(lr=1e-3), "epoch": 5}, tmp_path / "published.pth")
+    flags = pretraining_flags(data, tmp_path / "second", codes, "--resume", str(tmp_path / "published.pth"))
+    run_beitv2_pretraining.main(flags)
+    assert "holds weights alone" in capsys.readouterr().out
+
+
+# ── numbers that go wrong ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_bad_batch_is_described(data, codes, tmp_path, monkeypatch):
+    import json
+
+    original = run_beitv2_pretraining.PretrainingStage.step
+
+    def explode(self, model, batch):
+        loss, logs = original(self, model, batch)
+        return loss * float("nan"), logs
+
+    monkeypatch.setattr(run_beitv2_pretraining.PretrainingStage, "step", explode)
+    with pytest.raises(SystemExit):
+        run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--epochs", "20", "--print_freq", "1"))
+    described = json.loads((tmp_path / "bad_batch-rank0.json").read_text())
+    assert described["step"] == 9
+    batch = described["last_micro_batches"][0]
+    assert len(batch["indices"]) == 4
+    assert batch["image"]["finite"] is True
+
+
+def test_anomaly_detection_names_the_operation(data, codes, tmp_path, monkeypatch):
+    original = run_beitv2_pretraining.PretrainingStage.step
+
+    def explode(self, model, batch):
+        loss, logs = original(self, model, batch)
+        return loss + (model.mask_token * 0).sum().sqrt(), logs  # the square root's slope at 0 is infinite
+
+    monkeypatch.setattr(run_beitv2_pretraining.PretrainingStage, "step", explode)
+    with pytest.raises(RuntimeError, match="returned nan values"):
+        run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--detect_anomaly"))
+    torch.autograd.set_detect_anomaly(False)
