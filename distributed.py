@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import hashlib
 import logging
 import os
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,14 +70,48 @@ def start(
         if dist_url == "env://":
             os.environ.setdefault("MASTER_ADDR", first_slurm_host() if launch.launcher == "srun" else "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 20000))
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        store, _, _ = next(dist.rendezvous(dist_url, launch.rank, launch.world_size, timeout=timeout))
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+            store = dist.PrefixStore(agree_on_attempt(store, launch, timeout), store)
         dist.init_process_group(
             backend="nccl" if place.type == "cuda" else "gloo",
-            init_method=dist_url,
+            store=store,
             rank=launch.rank,
             world_size=launch.world_size,
-            timeout=datetime.timedelta(minutes=timeout_minutes),
+            timeout=timeout,
         )
     return launch, place
+
+
+def agree_on_attempt(store: dist.Store, launch: Launch, timeout: datetime.timedelta) -> str:
+    """A name for this start of the run that all its processes know and no earlier start had.
+
+    torchrun keeps one store over its restarts, so a quick process would read the address that a slow one left there in
+    its earlier life. Each process therefore says hello with a fresh token; rank 0 names the start after all tokens; a
+    process accepts only a name made with its present token; and when all have accepted the same one, rank 0 says go.
+    """
+    token, ranks = uuid.uuid4().hex, range(launch.world_size)
+    deadline = time.monotonic() + timeout.total_seconds()
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    store.set(f"hello{launch.rank}", token)
+    while time.monotonic() < deadline:
+        name = hashlib.sha256(" ".join(read(f"hello{rank}") for rank in ranks).encode()).hexdigest()
+        if launch.rank == 0:
+            store.set("name", name)
+            store.set("accepted0", name)
+            if all(read(f"accepted{rank}") == name for rank in ranks):
+                store.set("go", name)
+                return name
+        elif read("name") == name:
+            store.set(f"accepted{launch.rank}", name)
+            if read("go") == name:
+                return name
+        time.sleep(0.05)
+    raise UserError(f"the other processes did not come within --dist_timeout {timeout.total_seconds() / 60:g} minutes")
 
 
 def first_slurm_host() -> str:

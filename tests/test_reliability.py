@@ -128,7 +128,8 @@ def ranks_of(launcher_pid):
 
 
 def two_ranks(*more):
-    return ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", *more]
+    where = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+    return ["-m", "torch.distributed.run", "--nproc_per_node=2", *where, *more]
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(data, codes, tmp_path):
