@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,3 +323,51 @@ def test_anomaly_detection_names_the_operation(data, codes, tmp_path, monkeypatc
     with pytest.raises(RuntimeError, match="returned nan values"):
         run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--detect_anomaly"))
     torch.autograd.set_detect_anomaly(False)
+
+
+# ── several machines ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces joined by a cable: hosts of their own as far as sockets can tell."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    names = [f"beit{os.getpid()}a", f"beit{os.getpid()}b"]
+    setup = [
+        *(f"ip netns add {name}" for name in names),
+        f"ip link add veth0 netns {names[0]} type veth peer name veth0 netns {names[1]}",
+        *(f"ip -n {name} addr add 10.77.0.{host}/24 dev veth0" for host, name in enumerate(names, start=1)),
+        *(f"ip -n {name} link set {device} up" for name in names for device in ("veth0", "lo")),
+    ]
+    try:
+        for command in setup:
+            if subprocess.run(command.split(), capture_output=True).returncode:
+                pytest.skip(f"network namespaces are not allowed here ({command})")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_hosts_with_one_process_follow_the_curve_of_one_host_with_two(two_hosts, data, codes, tmp_path):
+    flags = pretraining_flags(data, tmp_path / "hosts", codes)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "veth0"}
+    processes = []
+    for node, host in enumerate(two_hosts):
+        launcher = ["-m", "torch.distributed.launch", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1"]
+        launcher += ["--master_addr=10.77.0.1", "--master_port=29511"]
+        command = ["ip", "netns", "exec", host, sys.executable, *launcher, "run_beitv2_pretraining.py", *flags]
+        processes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )  # fmt: skip
+    for process in processes:
+        status, out = end(process)
+        assert status == 0, out
+    alone = pretraining_flags(data, tmp_path / "one", codes)
+    assert end(start("run_beitv2_pretraining.py", alone, two_ranks()))[0] == 0
+    for mine, other in zip(log_lines(tmp_path / "hosts"), log_lines(tmp_path / "one"), strict=True):
+        assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+    assert_same_weights(tmp_path / "hosts/checkpoint.pth", tmp_path / "one/checkpoint.pth")
