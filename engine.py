@@ -106,6 +106,7 @@ def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run:
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     log.info(f"device     {launch.world_size} x {place}, {run.precision}")
     log.info(f"code       commit {git_commit()}, torch {torch.__version__}")
+    log.info(f"output     {args.output_dir or 'nowhere: without --output_dir nothing is kept'}")
     arguments.warn_of_obsolete_flags(parser, args)
     torch.autograd.set_detect_anomaly(args.detect_anomaly)
     if run.output_dir:
