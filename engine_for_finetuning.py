@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 import distributed
 from distributed import Precision
-from engine import Stage, evaluation_batches
+from engine import evaluation_batches
 from metrics import accuracy, top_k_correct
+from run_state import Stage
 
 
 class FinetuningStage(Stage):

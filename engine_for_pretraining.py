@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 import distributed
 import visualization
 from distributed import Precision
-from engine import Stage, evaluation_batches, samples_to_show, to_device
+from engine import evaluation_batches, samples_to_show, to_device
 from metrics import RunningMeans, accuracy
+from run_state import Stage
 
 
 class PretrainingStage(Stage):

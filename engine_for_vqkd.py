@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 import distributed
 import visualization
 from distributed import Precision, log
-from engine import Stage, evaluation_batches, samples_to_show
+from engine import evaluation_batches, samples_to_show
 from metrics import RunningMeans
 from modeling_vqkd import VQKD
 from norm_ema_quantizer import FEATURES_PER_CODE
+from run_state import Stage
 
 CALIBRATION_IMAGES = 512
 

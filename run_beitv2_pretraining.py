@@ -10,6 +10,7 @@ import distributed
 import engine
 import modeling_pretrain
 import modeling_vqkd
+import run_state
 from datasets import build_pretraining_dataset
 from distributed import log
 from engine_for_pretraining import PretrainingStage
@@ -92,13 +93,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     grid = patch_grid(args)
 
     # ── Setup ──
-    run = engine.start_run(parser, args)
+    run = run_state.start_run(parser, args)
 
     # ── Data: two views of one crop, and a mask ──
     dataset = build_pretraining_dataset(args, grid)
     held_out = build_pretraining_dataset(args, grid, args.eval_data_path) if args.eval_data_path else None
     held_out_loader = build_eval_loader(held_out, args, run.launch) if held_out is not None else None
-    data = engine.training_data(dataset, run)
+    data = run_state.training_data(dataset, run)
 
     # ── Models: the student, and the frozen tokenizer that gives its targets ──
     tokenizer = build_tokenizer(args).to(run.device)
@@ -110,10 +111,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Optimizer ──
     optimizer = create_optimizer(args, model)
     schedule = build_schedule(args, args.lr, data.steps_per_epoch)
-    state = engine.new_state(model, optimizer, run)
+    state = run_state.new_state(model, optimizer, run)
 
     # ── Resume ──
-    engine.resume(state, stage, run)
+    run_state.resume(state, stage, run)
 
     # ── Loop ──
     engine.fit(state, stage, data, schedule, run)

@@ -16,6 +16,7 @@ import distributed
 import engine
 import model_zoo
 import modeling_finetune
+import run_state
 from datasets import build_finetuning_dataset
 from distributed import log
 from engine_for_finetuning import FinetuningStage
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
 
     # ── Setup ──
-    run = engine.start_run(parser, args)
+    run = run_state.start_run(parser, args)
 
     if args.eval:
         evaluate(args, run)
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset, nb_classes = build_finetuning_dataset(args, train=True)
     validation = None if args.disable_eval_during_finetuning else build_finetuning_dataset(args, train=False)[0]
     validation_loader = build_eval_loader(validation, args, run.launch) if validation is not None else None
-    data = engine.training_data(dataset, run)
+    data = run_state.training_data(dataset, run)
 
     # ── Model, from pretrained weights ──
     model = build_model(args, nb_classes)
@@ -142,17 +143,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         skipped |= {name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")}
     optimizer = create_optimizer(args, model, layers.get_layer_id, layers.get_scale, skip_list=skipped)
     schedule = build_schedule(args, args.lr, data.steps_per_epoch)
-    state = engine.new_state(model, optimizer, run, ema)
+    state = run_state.new_state(model, optimizer, run, ema)
 
     # ── Resume ──
-    engine.resume(state, stage, run)
+    run_state.resume(state, stage, run)
 
     # ── Loop ──
     engine.fit(state, stage, data, schedule, run)
     distributed.stop()
 
 
-def evaluate(args: argparse.Namespace, run: engine.Run) -> None:
+def evaluate(args: argparse.Namespace, run: run_state.Run) -> None:
     """--eval: accuracy of --resume (or --finetune) on the validation images; needs no training images."""
     source = args.resume or args.finetune
     weights = model_zoo.load_state_dict(source, args.model_key)

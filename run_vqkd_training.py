@@ -11,6 +11,7 @@ import checkpointing
 import distributed
 import engine
 import modeling_vqkd
+import run_state
 from datasets import build_held_out_dataset, build_vqkd_dataset
 from distributed import log
 from engine_for_vqkd import TokenizerStage
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
 
     # ── Setup ──
-    run = engine.start_run(parser, args)
+    run = run_state.start_run(parser, args)
     if evaluates_only(args):
         evaluate(args, run)
         distributed.stop()
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = build_vqkd_dataset(args)
     held_out = None if args.disable_eval else build_held_out_dataset(args)
     held_out_loader = build_eval_loader(held_out, args, run.launch) if held_out is not None else None
-    data = engine.training_data(dataset, run)
+    data = run_state.training_data(dataset, run)
     check_warmup(args, args.epochs * data.steps_per_epoch, data.sampler.global_batch)
 
     # ── Teacher, tokenizer ──
@@ -114,10 +115,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.info(f"lr         {lr:.3g} = {args.lr:g} x {data.sampler.global_batch} / 128")
     optimizer = create_optimizer(args, model)
     schedule = build_schedule(args, lr, data.steps_per_epoch)
-    state = engine.new_state(model, optimizer, run)
+    state = run_state.new_state(model, optimizer, run)
 
     # ── Resume ──
-    engine.resume(state, stage, run)
+    run_state.resume(state, stage, run)
     if model.teacher.standardize and state.step == 0:
         stage.calibrate_targets()
 
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
-def evaluate(args: argparse.Namespace, run: engine.Run) -> None:
+def evaluate(args: argparse.Namespace, run: run_state.Run) -> None:
     """--eval: loss and codebook usage of --resume on held-out images; needs no training images."""
     held_out = build_held_out_dataset(args)
     if held_out is None:

@@ -77,13 +77,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cases = [(stage, workers) for workers in (0, 2) for stage in ("vqkd", "pretrain", "finetune")]
-        share = -(-args.kills // len(cases))  # kills of each case, all within one run
-        for stage, workers in cases:
+        for number, (stage, workers) in enumerate(cases):
+            share = args.kills // len(cases) + (number < args.kills % len(cases))  # all within one run
+            if share == 0:
+                continue
             command = commands(folder, workers)[stage]
             whole, broken = folder / f"{stage}-{workers}-whole", folder / f"{stage}-{workers}-broken"
             finish(start(command, whole))
             here = 0
-            for _ in range(min(share, args.kills - kills)):
+            for _ in range(share):
                 here += kill_at(start(command, broken), draw.randint(1, 16), draw.uniform(0, 0.15))
             finish(start(command, broken))
             tiny_runs.assert_same_weights(whole / "checkpoint.pth", broken / "checkpoint.pth")

@@ -1,0 +1,252 @@
+"""What a run is: where it computes, the data it reads, all that changes while it trains, and how that is saved and restored."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import arguments
+import checkpointing
+import distributed
+from distributed import Launch, Precision, choose_precision, log
+from errors import UserError
+from metrics import RunningMeans
+from samplers import ResumableSampler, build_loader
+from utils import seed_all
+
+
+class Stage:
+    """What the loop asks of a stage. `step` is the paper; the rest has defaults."""
+
+    def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """One micro-batch -> (loss (), scalars for the log, the same names every time). Runs under autocast."""
+        raise NotImplementedError
+
+    def start_epoch(self, epoch: int) -> None:
+        """At an epoch's first step; not when a run resumes in its middle."""
+
+    def before_step(self, step: int) -> None:
+        """`step` counts the optimizer steps of the whole run."""
+
+    def end_epoch(self) -> dict[str, float]:
+        """More entries for the epoch's line in log.txt, without the `train_` in front."""
+        return {}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Entries for log.txt, with their `test_` in front; {} where there is nothing to evaluate on."""
+        return {}
+
+    def better(self, test: dict[str, float]) -> float | None:
+        """What to maximise for checkpoint-best.pth; None: this stage has no best."""
+        return None
+
+    def pictures(self, model: nn.Module) -> dict[str, Tensor]:
+        """Name -> image (3, height, width) in [0, 1], for TensorBoard and output_dir/pictures."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the stage must remember between steps, as tensors and plain data."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo state_dict."""
+
+
+# ── Setting up ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how this process computes."""
+
+    args: argparse.Namespace
+    launch: Launch
+    device: torch.device
+    precision: Precision
+    saver: checkpointing.Saver = field(default_factory=checkpointing.Saver)
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def output_dir(self) -> Path | None:
+        return Path(self.args.output_dir) if self.args.output_dir else None
+
+
+def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run:
+    """Join the other processes, choose device and precision, seed, and say what was asked for."""
+    launch, device = distributed.start(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
+    run = Run(args, launch, device, choose_precision(args.amp_dtype, device))
+    seed_all(args.seed, device)  # the same on every rank: all build the same model
+    log.info(f"── {parser.description} ──")
+    log.info("flags      " + (", ".join(f"{k}={v}" for k, v in arguments.changed_flags(parser, args).items()) or "all default"))
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    log.info(f"device     {launch.world_size} x {place}, {run.precision}")
+    log.info(f"code       commit {git_commit()}, torch {torch.__version__}")
+    log.info(f"output     {args.output_dir or 'nowhere: without --output_dir nothing is kept'}")
+    arguments.warn_of_obsolete_flags(parser, args)
+    torch.autograd.set_detect_anomaly(args.detect_anomaly)
+    if run.output_dir:
+        try:
+            run.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {run.output_dir}: cannot be made ({error.strerror})") from None
+        if distributed.is_main():
+            checkpointing.remove_leftovers(run.output_dir)
+    return run
+
+
+def git_commit() -> str:
+    here = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The loader and what the loop must know of it."""
+
+    sampler: ResumableSampler
+    loader: DataLoader
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sampler.steps_per_epoch
+
+
+def training_data(dataset: Any, run: Run) -> TrainingData:
+    args, launch = run.args, run.launch
+    sampler = ResumableSampler(
+        len(dataset), args.batch_size, args.update_freq, launch.rank, launch.world_size, args.seed
+    )  # fmt: skip
+    loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and run.device.type == "cuda", persistent=True)
+    if sampler.shrunk:
+        log.warning(
+            f"warning: {len(dataset)} images do not fill one batch of {args.batch_size} x {launch.world_size} processes x "
+            f"{args.update_freq}: each epoch is one step over all of them"
+        )
+    log.info(
+        f"data       {len(dataset):,} images, effective batch {sampler.global_batch} "
+        f"({args.batch_size} x {launch.world_size} processes x {args.update_freq}), {sampler.steps_per_epoch} steps an epoch"
+    )
+    return TrainingData(sampler, loader)
+
+
+@dataclass
+class TrainState:
+    """All that changes while training, and with it all that a checkpoint holds."""
+
+    model: nn.Module  # what is saved
+    runner: nn.Module  # what is called: the model or its DDP wrapper
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None = None
+    epoch: int = 0
+    samples: int = 0  # of this epoch, over all ranks, already used
+    step: int = 0  # optimizer steps of the whole run
+    best: float = -math.inf
+    means: RunningMeans = field(default_factory=RunningMeans)
+    bad_in_a_row: int = 0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def new_state(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, ema: ModelEmaV3 | None = None) -> TrainState:
+    """Wrap the model for as many processes as there are. The model is on its device already."""
+    runner = model
+    if run.launch.world_size > 1:
+        # No device_ids: DDP would move the mask to the GPU, whose positions are listed on the host. Buffers are not
+        # broadcast: the quantizer keeps its own equal everywhere. (Newer torch renames the flag and warns.)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            runner = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision.dtype is torch.float16)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info(f"model      {run.args.model}, {count / 1e6:.2f} M trainable parameters")
+    return TrainState(model, runner, optimizer, scaler, ema, epoch=run.args.start_epoch)
+
+
+# ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]) -> None:
+    """Write a checkpoint on rank 0 under each of `names`, in the background. `state` says where to go on, `epoch` which
+    one this was."""
+    output_dir = run.output_dir
+    if output_dir is None or not distributed.is_main() or not getattr(run.args, "save_ckpt", True):
+        return
+    content = {
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "epoch": epoch,
+        "args": checkpointing.plain(run.args.plain()),
+        "next": {"epoch": state.epoch, "samples": state.samples, "step": state.step},
+        "best": state.best,
+        "bad_in_a_row": state.bad_in_a_row,
+        "means": state.means.state_dict(),
+        "stage": stage.state_dict(),
+        "world_size": run.launch.world_size,
+    }
+    if state.ema is not None:
+        content["model_ema"] = state.ema.module.state_dict()
+    run.saver.submit(content, output_dir, names, run.args.keep_ckpts)
+
+
+def resume(state: TrainState, stage: Stage, run: Run) -> None:
+    """Go on from --resume, or from output_dir/checkpoint.pth, if there is one; all ranks from the same place."""
+    path = checkpointing.find(run.args.resume, run.args.auto_resume, run.args.output_dir)
+    if path is not None:
+        restore(state, stage, run, path)
+    places = distributed.gather_objects((state.epoch, state.samples, state.step))
+    if len(set(places)) > 1:
+        raise UserError(
+            f"the processes would start at different places (epoch, samples, step): {sorted(set(places))}; "
+            "--output_dir must be one folder that all machines see"
+        )
+
+
+def restore(state: TrainState, stage: Stage, run: Run, path: Path) -> None:
+    """Undo `save`. Optimizer settings (betas, layer decay, ...) are this run's flags, its moments are the checkpoint's."""
+    content = checkpointing.read(path)
+    checkpointing.load_weights(state.model, content["model"], path)
+    if state.ema is not None:
+        state.ema.module.load_state_dict(content.get("model_ema", content["model"]))
+    if "optimizer" not in content or "next" not in content:
+        log.info(f"{path} holds weights alone: training starts at epoch {state.epoch}")
+        return
+    before = content.get("args", {}).get("opt", run.args.opt)
+    if before != run.args.opt:
+        raise UserError(f"{path} holds the state of --opt {before}, not of {run.args.opt}: go on with --opt {before}")
+    settings = [{key: value for key, value in g.items() if key != "params"} for g in state.optimizer.param_groups]
+    state.optimizer.load_state_dict(content["optimizer"])
+    for group, values in zip(state.optimizer.param_groups, settings, strict=True):
+        group.update(values)
+    if content["scaler"] and state.scaler.is_enabled():
+        state.scaler.load_state_dict(content["scaler"])
+    state.epoch, state.samples, state.step = (content["next"][key] for key in ("epoch", "samples", "step"))
+    state.best, state.bad_in_a_row = content["best"], content["bad_in_a_row"]
+    if distributed.is_main():  # the means are of rank 0's part of the epoch
+        state.means.load_state_dict(content["means"], run.device)
+    stage.load_state_dict(content["stage"])
+    log.info(f"resumed    {path}: epoch {state.epoch}, {state.samples} samples into it, step {state.step}")
+    if content["world_size"] != run.launch.world_size:
+        log.warning(
+            f"warning: the checkpoint comes from {content['world_size']} processes, now there are {run.launch.world_size}: "
+            "the run goes on from the same sample, but no longer bit for bit"
+        )
