@@ -80,6 +80,8 @@ def test_what_a_run_leaves_behind(name, data, codes, tmp_path):
 @pytest.mark.parametrize("name", STAGES)
 def test_seeded_loss_curves_guard_refactors(name, data, codes, tmp_path):
     """Update tests/golden/loss_curves.json only when a change of the numbers is meant, and say so in the commit."""
+    if not torch.__version__.startswith(CURVES["torch"]):
+        pytest.skip(f"random numbers differ between versions of torch; the curves are of {CURVES['torch']}")
     main, flags = stage(name, data, codes, tmp_path, "--epochs", "3")
     main(flags)
     assert [line["train_loss"] for line in log_lines(tmp_path)] == pytest.approx(CURVES[name], rel=1e-2)
