@@ -539,3 +539,20 @@ def test_evaluation_reads_everything_once(length, batch, world):
     assert [len(list(sampler)) for sampler in samplers] == [len(sampler) for sampler in samplers]
     assert sorted(key for keys in batches for key in keys) == [(0, index) for index in range(length)]
     assert all(1 <= len(keys) <= batch for keys in batches)
+
+
+def test_odd_names_broken_links_and_animations(tmp_path):
+    frames = [Image.new("RGB", (40, 40), color) for color in ((200, 0, 0), (0, 200, 0))]
+    frames[0].save(tmp_path / "with space and ü 画像.png")
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "was_here_once.jpg")
+    found = find_images(str(tmp_path))[0]
+    assert len(found) == 3
+    dataset = ImageFiles(found, eval_view(32), seed=0)
+    samples = [dataset[(0, index)] for index in range(3)]
+    failed = [text for sample in samples for text in sample["failed"]]
+    assert len(failed) == 1
+    assert "gone.jpg" in failed[0]
+    for sample in samples:  # the link's place is taken by the next image; an animation shows its first frame
+        assert sample["image"][0].mean() > 0.7
+        assert sample["image"][1].mean() < 0.05
