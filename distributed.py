@@ -129,6 +129,9 @@ def first_slurm_host() -> str:
 def stop() -> None:
     """Leave the process group, if there is one. After success only: a failing rank must not wait for the others."""
     if dist.is_available() and dist.is_initialized():
+        # gloo's thread may still be freeing the last collective, for which it needs the interpreter's lock, while the
+        # group's destructor holds that lock and waits for the thread (torch 2.6 hung so in a test). Give it a moment.
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 

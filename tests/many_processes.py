@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import distributed
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -19,7 +21,7 @@ def _rank(rank, function, world_size, port, folder, args):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     torch.save(function(rank, world_size, *args), os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 def run_ranks(function, world_size, *args):
