@@ -118,7 +118,7 @@ class Reporter:
         seconds, steps = max(time.monotonic() - self.last_report, 1e-9), max(step - self.last_step, 1)
         speed = steps * images_per_step / seconds
         text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        text += f"  lr {lr:.2e}  {speed:.0f} images/s  data wait {100 * self.waited / seconds:.0f}%"
+        text += f"  lr {lr:.2e}  {speed:.{0 if speed >= 10 else 2}f} images/s  data wait {100 * self.waited / seconds:.0f}%"
         text += f"  {memory(self.device)}  eta {clock(steps_left * seconds / steps)}"
         if self.bar.disable:
             log.info(f"{self.title} [{step_in_epoch + 1}/{self.steps_per_epoch}]  {text}")
