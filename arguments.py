@@ -43,7 +43,10 @@ class Flags(argparse.Namespace):
 
 def new_parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        usage="%(prog)s [flags]",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
 
 

@@ -140,7 +140,7 @@ def training_data(dataset: Any, run: Run) -> TrainingData:
         )
     log.info(
         f"data       {len(dataset):,} images, effective batch {sampler.global_batch} "
-        f"({args.batch_size} x {launch.world_size} processes x {args.update_freq}), {sampler.steps_per_epoch} steps an epoch"
+        f"({sampler.batch_size} x {launch.world_size} processes x {args.update_freq}), {sampler.steps_per_epoch} steps an epoch"
     )
     return TrainingData(sampler, loader)
 
