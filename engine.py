@@ -222,7 +222,7 @@ def take_step(state: TrainState, clip_grad: float | None) -> Tensor:
     elif optimizer.defaults.get("fused"):
         optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]  # read by the fused kernels
         optimizer.step()
-    elif bool(torch.isfinite(norm)):  # timm's optimizers cannot skip on the device
+    elif bool(torch.isfinite(norm)):  # SGD and timm's optimizers do not skip on the device
         optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -206,9 +206,7 @@ def _builder(name: str) -> Callable[..., VQKD]:
             "depth": variant.decoder_depth, "num_heads": variant.decoder_heads,
         }  # fmt: skip
         kwargs = {"quantize_kmeans_init": not frozen, **kwargs}
-        model = VQKD(
-            encoder, decoder, n_code, code_dim, decoder_out_dim=decoder_out_dim, teacher=teacher, **kwargs
-        )  # fmt: skip
+        model = VQKD(encoder, decoder, n_code, code_dim, decoder_out_dim=decoder_out_dim, teacher=teacher, **kwargs)
         if weights is not None:
             load_tokenizer_weights(model, weights, str(pretrained_weight))
         return model.eval().requires_grad_(False) if frozen else model

@@ -106,8 +106,7 @@ class NormEMAVectorQuantizer(nn.Module):
     def nearest(self, features: Tensor) -> Tensor:
         """Unit features (M, D) -> index of the most similar code (M,), always in fp32."""
         with torch.autocast(features.device.type, enabled=False):
-            codes = self.embedding.weight.float().t()
-            return torch.cat([(part.float() @ codes).argmax(dim=1) for part in features.split(ROWS_PER_CHUNK)])
+            return most_similar(features.float(), self.embedding.weight.float())
 
     @torch.no_grad()
     def update(self, features: Tensor, indices: Tensor) -> None:
@@ -169,6 +168,11 @@ class NormEMAVectorQuantizer(nn.Module):
         return {"codes_used": used, "unused_code": self.num_tokens - used, "perplexity": float(perplexity) * (used > 0)}
 
 
+def most_similar(features: Tensor, codes: Tensor) -> Tensor:
+    """Unit features (M, D), unit codes (K, D) -> index of the most similar code (M,), in chunks of bounded memory."""
+    return torch.cat([(part @ codes.t()).argmax(dim=1) for part in features.split(ROWS_PER_CHUNK)])
+
+
 def count_and_sum(features: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
     """Features (M, D) by code: counts (K,) and sums (K, D), without a one-hot matrix and without a synchronisation."""
     counts = features.new_zeros(n_codes).index_add_(0, indices, features.new_ones(len(indices)))
@@ -192,7 +196,6 @@ def cosine_kmeans(features: Tensor, n_codes: int, rounds: int = 10) -> Tensor:
         random = torch.randn(missing, features.shape[1], generator=generator).to(features)
         return torch.cat((centres, unit(random)))
     for _ in range(rounds):
-        nearest = torch.cat([(part @ centres.t()).argmax(dim=1) for part in features.split(ROWS_PER_CHUNK)])
-        counts, sums = count_and_sum(features, nearest, n_codes)
+        counts, sums = count_and_sum(features, most_similar(features, centres), n_codes)
         centres = torch.where(counts[:, None] > 0, unit(sums), centres)
     return centres

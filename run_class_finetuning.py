@@ -71,6 +71,13 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.
     )
 
 
+def load_fitting(model: modeling_finetune.VisionTransformer, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Load what fits; returns it, and the names that the file had nothing for (indices aside: they are the model's own)."""
+    fitting = modeling_finetune.remap_pretrained(weights, model)
+    missing = model.load_state_dict(fitting, strict=False).missing_keys
+    return fitting, [key for key in missing if "relative_position_index" not in key]
+
+
 def load_pretrained(model: modeling_finetune.VisionTransformer, args: argparse.Namespace) -> None:
     """--finetune: what fits is used; what does not is named."""
     weights: dict[str, Tensor] = model_zoo.load_state_dict(args.finetune, args.model_key)
@@ -78,10 +85,9 @@ def load_pretrained(model: modeling_finetune.VisionTransformer, args: argparse.N
         weights = {key: value for key, value in weights.items() if args.model_filter_name in key}
     if args.model_prefix:
         weights = {k.removeprefix(args.model_prefix): v for k, v in weights.items() if k.startswith(args.model_prefix)}
-    fitting = modeling_finetune.remap_pretrained(weights, model)
+    fitting, missing = load_fitting(model, weights)
     if not any(key.startswith("blocks.") for key in fitting):
         raise UserError(f"--finetune {args.finetune}: none of its weights fits {args.model}; is it another size of model?")
-    missing = [k for k in model.load_state_dict(fitting, strict=False).missing_keys if "relative_position_index" not in k]
     unused = [key for key in weights if key not in fitting and "relative_position" not in key]
     log.info(f"pretrained {args.finetune}: {len(fitting)} tensors used")
     log.info(f"           new in this model: {', '.join(missing) or 'nothing'}")
@@ -163,8 +169,7 @@ def evaluate(args: argparse.Namespace, run: run_state.Run) -> None:
     if len(weights["head.bias"]) != nb_classes:
         raise UserError(f"{source} tells {len(weights['head.bias'])} classes apart, the validation images have {nb_classes}")
     model = build_model(args, nb_classes)
-    fitting = modeling_finetune.remap_pretrained(weights, model)
-    missing = [k for k in model.load_state_dict(fitting, strict=False).missing_keys if "relative_position_index" not in k]
+    _, missing = load_fitting(model, weights)
     if missing:
         raise UserError(f"{source} is not the model that --model and the flags around it describe: it lacks {missing[0]}")
     stage = FinetuningStage(run.device, run.precision, build_eval_loader(validation, args, run.launch))
