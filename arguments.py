@@ -86,6 +86,14 @@ def positive(text: str) -> int:
     return value
 
 
+def image_size(text: str) -> int | tuple[int, int]:
+    """`224`: a square's side; `384x512`: height x width."""
+    sides = [positive(part) for part in text.lower().split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a side in pixels nor height x width, such as 384x512")
+    return sides[0] if len(set(sides)) == 1 else (sides[0], sides[1])
+
+
 def fraction(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
@@ -155,7 +163,8 @@ def add_optimizer_flags(
     )
 
 
-def add_data_flags(parser: argparse.ArgumentParser, data_set: str, color_jitter: float) -> None:
+def add_data_flags(parser: argparse.ArgumentParser, data_set: str, color_jitter: float, any_shape: bool = False) -> None:
+    """`any_shape`: the stage also takes images that are not square."""
     g = parser.add_argument_group("data")
     g.add_argument("--data_path", required=True, help="folder of images (flat, nested or one folder a class)")
     g.add_argument("--eval_data_path", default="", help="held-out images, laid out like --data_path")
@@ -164,7 +173,8 @@ def add_data_flags(parser: argparse.ArgumentParser, data_set: str, color_jitter:
     g.add_argument("--image_folder_class_index_file", default=None,
                    help='JSON lines, one {"class": name, "files": [paths below data_path]} a line')  # fmt: skip
     g.add_argument("--download", action="store_true", help="let torchvision download CIFAR-100")
-    g.add_argument("--input_size", type=positive, default=224, help="side of the square input in pixels")
+    shape = "side of the square input in pixels" + (", or height x width, such as 384x512" if any_shape else "")
+    g.add_argument("--input_size", type=image_size if any_shape else positive, default=224, help=shape)
     g.add_argument(
         "--min_crop_scale", type=fraction, default=0.08, help="smallest share of the image a crop covers; BEiT v2: 0.2"
     )

@@ -151,6 +151,12 @@ class Variant(NamedTuple):
     img_size: int = 224
     encoder_depth: int | None = None
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Width, depth of the encoder, depth of the decoder."""
+        size = SIZES[self.size]
+        return size.embed_dim, self.encoder_depth or size.depth, self.decoder_depth
+
 
 VARIANTS = {
     "vqkd_encoder_base_decoder_1x768x12_clip": Variant("base", 1, 12, "clip"),
@@ -221,6 +227,35 @@ globals().update(MODELS)
 
 def create_model(name: str, **kwargs: Any) -> VQKD:
     return pick(MODELS, name, "tokenizer")(**kwargs)
+
+
+def open_tokenizer(source: str, flag: str = "--tokenizer_weight") -> tuple[VQKD, dict[str, Any]]:
+    """The frozen tokenizer in a file (path, URL or published name), built from what the file says of itself.
+
+    Returns it and the flags it was trained with ({} for published files). `flag` names the source in messages.
+    """
+    content = model_zoo.load_file(model_zoo.fetch(source))
+    weights = model_zoo.weights_in(content, source)
+    flags = model_zoo.plain_flags(content.get("args")) if isinstance(content, dict) else {}
+    codebook, positions = weights.get("quantize.embedding.weight"), weights.get("encoder.pos_embed")
+    if codebook is None or positions is None:
+        raise UserError(f"{flag} {source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)")
+    shape = (positions.shape[-1], depth_of(weights, "encoder"), depth_of(weights, "decoder"))
+    fitting = [name for name, variant in VARIANTS.items() if variant.shape == shape]
+    name = flags["model"] if flags.get("model") in VARIANTS else next(iter(fitting), None)
+    if name is None:
+        raise UserError(f"{flag} {source}: its width and depths, {shape}, are those of none of {', '.join(VARIANTS)}")
+    side = grid_of(positions.shape[1] - 1) * PATCH_SIZE
+    n_code, code_dim = codebook.shape
+    model = create_model(
+        name, as_tokenizer=True, pretrained=True, pretrained_weight=source, img_size=side, n_code=n_code, code_dim=code_dim
+    )
+    return model, flags
+
+
+def depth_of(weights: dict[str, Tensor], part: str) -> int:
+    """How many blocks `encoder` or `decoder` has."""
+    return len({key.split(".")[2] for key in weights if key.startswith(f"{part}.blocks.")})
 
 
 def read_tokenizer(name: str, source: str | None, n_code: int, code_dim: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -16,6 +16,7 @@ import distributed
 import engine
 import model_zoo
 import modeling_finetune
+import pretrained
 import run_state
 from datasets import build_finetuning_dataset
 from distributed import log
@@ -23,13 +24,14 @@ from engine_for_finetuning import FinetuningStage
 from errors import UserError, pick, tells_the_user
 from optim_factory import LayerDecayValueAssigner, build_schedule, create_optimizer, layer_decay_values
 from samplers import build_eval_loader
+from vit_backbone import as_pair
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("BEiT fine-tuning for classification")
     arguments.add_finetuning_flags(parser)
     arguments.add_vit_flags(parser)
-    arguments.add_data_flags(parser, data_set="IMNET", color_jitter=0.4)
+    arguments.add_data_flags(parser, data_set="IMNET", color_jitter=0.4, any_shape=True)
     arguments.add_optimizer_flags(
         parser,
         lr=5e-4,
@@ -44,7 +46,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     _, patch_size, _ = pick(modeling_finetune.VARIANTS, args.model, "fine-tuning model")
-    if args.input_size % patch_size:
+    if any(side % patch_size for side in as_pair(args.input_size)):
         raise UserError(f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}")
     if args.robust_test:
         raise UserError("--robust_test is not available yet: evaluate with --eval --eval_data_path")
@@ -71,13 +73,6 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.
     )
 
 
-def load_fitting(model: modeling_finetune.VisionTransformer, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Load what fits; returns it, and the names that the file had nothing for (indices aside: they are the model's own)."""
-    fitting = modeling_finetune.remap_pretrained(weights, model)
-    missing = model.load_state_dict(fitting, strict=False).missing_keys
-    return fitting, [key for key in missing if "relative_position_index" not in key]
-
-
 def load_pretrained(model: modeling_finetune.VisionTransformer, args: argparse.Namespace) -> None:
     """--finetune: what fits is used; what does not is named."""
     weights: dict[str, Tensor] = model_zoo.load_state_dict(args.finetune, args.model_key)
@@ -85,15 +80,7 @@ def load_pretrained(model: modeling_finetune.VisionTransformer, args: argparse.N
         weights = {key: value for key, value in weights.items() if args.model_filter_name in key}
     if args.model_prefix:
         weights = {k.removeprefix(args.model_prefix): v for k, v in weights.items() if k.startswith(args.model_prefix)}
-    fitting, missing = load_fitting(model, weights)
-    if not any(key.startswith("blocks.") for key in fitting):
-        raise UserError(f"--finetune {args.finetune}: none of its weights fits {args.model}; is it another size of model?")
-    unused = [key for key in weights if key not in fitting and "relative_position" not in key]
-    log.info(f"pretrained {args.finetune}: {len(fitting)} tensors used")
-    log.info(f"           new in this model: {', '.join(missing) or 'nothing'}")
-    log.info(
-        f"           left out: {', '.join(unused[:6]) or 'nothing'}{f' and {len(unused) - 6} more' if len(unused) > 6 else ''}"
-    )
+    pretrained.load_fitting(model, weights, f"--finetune {args.finetune}")
 
 
 def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
@@ -169,7 +156,7 @@ def evaluate(args: argparse.Namespace, run: run_state.Run) -> None:
     if len(weights["head.bias"]) != nb_classes:
         raise UserError(f"{source} tells {len(weights['head.bias'])} classes apart, the validation images have {nb_classes}")
     model = build_model(args, nb_classes)
-    _, missing = load_fitting(model, weights)
+    missing = pretrained.load_fitting(model, weights, source)
     if missing:
         raise UserError(f"{source} is not the model that --model and the flags around it describe: it lacks {missing[0]}")
     stage = FinetuningStage(run.device, run.precision, build_eval_loader(validation, args, run.launch))
