@@ -54,7 +54,8 @@ class Entry:
     model: str = ""
     classes: int | None = None
     sha256_prefix: str | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)  # percent; codebook_usage is a share, loss is a loss
+    params: float | None = None  # millions, of the model in the file; None: not known
+    metrics: Mapping[str, float] = field(default_factory=dict)  # percent; usage of the codebook is a share
 
     @property
     def urls(self) -> list[str]:
@@ -64,46 +65,58 @@ class Entry:
 CLASSES = {"intermediate": 21841, "finetuned": 1000, "segmentation": 150}  # of the heads in the files
 
 
-def _entry(name: str, kind: str, sha256_prefix: str | None = None, **metrics: float) -> Entry:
+def _entry(name: str, kind: str, sha256_prefix: str | None = None, params: float | None = None, **metrics: float) -> Entry:
     """The row of a published name: its file and the builder it fits follow from the name."""
     folder = "v1.0" if name.startswith("beit_") else "BEiT-v2"
     model = name.split("_pt")[0].replace("beitv2", "beit")
     if kind == "pretrained":
         model += "_8k_vocab" if folder == "v1.0" else "_8k_vocab_cls_pt"
     file = f"{folder}/{name}-{sha256_prefix}.pth" if sha256_prefix else f"{folder}/{name}.pth"
-    return Entry(file, kind, "" if kind == "segmentation" else model, CLASSES.get(kind), sha256_prefix, metrics)
+    return Entry(file, kind, "" if kind == "segmentation" else model, CLASSES.get(kind), sha256_prefix, params, metrics)
 
 
 ROWS: list[tuple[str, str, dict[str, Any]]] = [
-    ("vqkd_encoder_base_decoder_1x768x12_clip", "tokenizer", {"sha256_prefix": "d93179da", "codebook_usage": 1.0}),
-    ("vqkd_encoder_base_decoder_3x768x12_clip", "tokenizer", {"sha256_prefix": "d5036aa7", "codebook_usage": 0.97}),
-    ("vqkd_encoder_base_decoder_1x768x12_dino", "tokenizer", {"sha256_prefix": "663c55d7", "codebook_usage": 1.0}),
-    ("beitv2_base_patch16_224_pt1k_300e", "pretrained", {}),
-    ("beitv2_base_patch16_224_pt1k", "pretrained", {}),
-    ("beitv2_large_patch16_224_pt1k_300e", "pretrained", {}),
-    ("beitv2_large_patch16_224_pt1k", "pretrained", {}),
-    ("beitv2_base_patch16_224_pt1k_ft21k", "intermediate", {}),
-    ("beitv2_large_patch16_224_pt1k_ft21k", "intermediate", {}),
-    ("beitv2_base_patch16_224_pt1k_300e_ft1k", "finetuned", {"top1": 85.0}),
-    ("beitv2_base_patch16_224_pt1k_ft1k", "finetuned", {"top1": 85.5, "top5": 97.5}),
-    ("beitv2_base_patch16_224_pt1k_ft21kto1k", "finetuned", {"top1": 86.458, "top5": 97.978, "loss": 0.569}),
-    ("beitv2_large_patch16_224_pt1k_300e_ft1k", "finetuned", {"top1": 86.6}),
-    ("beitv2_large_patch16_224_pt1k_ft1k", "finetuned", {"top1": 87.3, "top5": 98.2}),
-    ("beitv2_large_patch16_224_pt1k_ft21kto1k", "finetuned", {"top1": 88.37, "top5": 98.578, "loss": 0.493}),
+    (
+        "vqkd_encoder_base_decoder_1x768x12_clip",
+        "tokenizer",
+        {"params": 94.7, "sha256_prefix": "d93179da", "usage": 1.0},
+    ),
+    (
+        "vqkd_encoder_base_decoder_3x768x12_clip",
+        "tokenizer",
+        {"params": 108.8, "sha256_prefix": "d5036aa7", "usage": 0.97},
+    ),
+    (
+        "vqkd_encoder_base_decoder_1x768x12_dino",
+        "tokenizer",
+        {"params": 94.9, "sha256_prefix": "663c55d7", "usage": 1.0},
+    ),
+    ("beitv2_base_patch16_224_pt1k_300e", "pretrained", {"params": 106.1}),
+    ("beitv2_base_patch16_224_pt1k", "pretrained", {"params": 106.1}),
+    ("beitv2_large_patch16_224_pt1k_300e", "pretrained", {"params": 336.7}),
+    ("beitv2_large_patch16_224_pt1k", "pretrained", {"params": 336.7}),
+    ("beitv2_base_patch16_224_pt1k_ft21k", "intermediate", {"params": 102.6}),
+    ("beitv2_large_patch16_224_pt1k_ft21k", "intermediate", {"params": 325.8}),
+    ("beitv2_base_patch16_224_pt1k_300e_ft1k", "finetuned", {"params": 86.5, "top1": 85.0}),
+    ("beitv2_base_patch16_224_pt1k_ft1k", "finetuned", {"params": 86.5, "top1": 85.5, "top5": 97.5}),
+    ("beitv2_base_patch16_224_pt1k_ft21kto1k", "finetuned", {"params": 86.5, "top1": 86.458, "top5": 97.978, "loss": 0.569}),
+    ("beitv2_large_patch16_224_pt1k_300e_ft1k", "finetuned", {"params": 304.4, "top1": 86.6}),
+    ("beitv2_large_patch16_224_pt1k_ft1k", "finetuned", {"params": 304.4, "top1": 87.3, "top5": 98.2}),
+    ("beitv2_large_patch16_224_pt1k_ft21kto1k", "finetuned", {"params": 304.4, "top1": 88.37, "top5": 98.578, "loss": 0.493}),
     ("beitv2_base_patch16_224_pt1k_ftade20k", "segmentation", {"miou": 53.1}),
     ("beitv2_base_patch16_224_pt1k_ft21ktoade20k", "segmentation", {"miou": 53.5}),
     ("beitv2_large_patch16_224_pt1k_ftade20k", "segmentation", {"miou": 56.7}),
     ("beitv2_large_patch16_224_pt1k_ft21ktoade20k", "segmentation", {"miou": 57.54, "macc": 68.78, "aacc": 86.22}),
-    ("beit_base_patch16_224_pt22k", "pretrained", {}),
-    ("beit_large_patch16_224_pt22k", "pretrained", {}),
-    ("beit_base_patch16_224_pt22k_ft22k", "intermediate", {}),
-    ("beit_large_patch16_224_pt22k_ft22k", "intermediate", {}),
-    ("beit_base_patch16_224_pt22k_ft1k", "finetuned", {"top1": 83.7}),
-    ("beit_base_patch16_224_pt22k_ft22kto1k", "finetuned", {"top1": 85.2}),
-    ("beit_base_patch16_384_pt22k_ft22kto1k", "finetuned", {"top1": 86.82, "top5": 98.124, "loss": 0.565}),
-    ("beit_large_patch16_224_pt22k_ft22kto1k", "finetuned", {"top1": 87.396, "top5": 98.282, "loss": 0.515}),
-    ("beit_large_patch16_384_pt22k_ft22kto1k", "finetuned", {"top1": 88.408, "top5": 98.602, "loss": 0.479}),
-    ("beit_large_patch16_512_pt22k_ft22kto1k", "finetuned", {"top1": 88.6, "top5": 98.658, "loss": 0.474}),
+    ("beit_base_patch16_224_pt22k", "pretrained", {"params": 92.0}),
+    ("beit_large_patch16_224_pt22k", "pretrained", {"params": 311.5}),
+    ("beit_base_patch16_224_pt22k_ft22k", "intermediate", {"params": 102.6}),
+    ("beit_large_patch16_224_pt22k_ft22k", "intermediate", {"params": 325.8}),
+    ("beit_base_patch16_224_pt22k_ft1k", "finetuned", {"params": 86.5, "top1": 83.7}),
+    ("beit_base_patch16_224_pt22k_ft22kto1k", "finetuned", {"params": 86.5, "top1": 85.2}),
+    ("beit_base_patch16_384_pt22k_ft22kto1k", "finetuned", {"params": 86.7, "top1": 86.82, "top5": 98.124, "loss": 0.565}),
+    ("beit_large_patch16_224_pt22k_ft22kto1k", "finetuned", {"params": 304.4, "top1": 87.396, "top5": 98.282, "loss": 0.515}),
+    ("beit_large_patch16_384_pt22k_ft22kto1k", "finetuned", {"params": 305.0, "top1": 88.408, "top5": 98.602, "loss": 0.479}),
+    ("beit_large_patch16_512_pt22k_ft22kto1k", "finetuned", {"params": 305.7, "top1": 88.6, "top5": 98.658, "loss": 0.474}),
 ]
 ENTRIES = {name: _entry(name, kind, **facts) for name, kind, facts in ROWS}
 ENTRIES["dall_e_encoder"] = Entry("https://cdn.openai.com/dall-e/encoder.pkl", "tokenizer-v1")
@@ -134,7 +147,7 @@ def fetch(source: str | os.PathLike[str], sha256_prefix: str | None = None) -> p
         if not path.is_file():
             raise UserError(f"{source}: there is no such file")
         return _checked(path, expected)
-    target = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / name
+    target = _cache_folder() / name
     if not target.exists():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +157,10 @@ def fetch(source: str | os.PathLike[str], sha256_prefix: str | None = None) -> p
         except PermissionError as error:
             raise UserError(f"cannot write {target} ({error.strerror}); TORCH_HOME names another folder") from error
     return target
+
+
+def _cache_folder() -> pathlib.Path:
+    return pathlib.Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def _no_such_file(source: str) -> UserError:
@@ -353,6 +370,35 @@ def weights_in(content: Any, source: str, keys: str = "model|module") -> dict[st
     return tensors
 
 
+PURPOSES = {
+    "tokenizer": "gives BEiT v2 pretraining its targets: --tokenizer_model NAME --tokenizer_weight NAME; usage of the codebook",
+    "tokenizer-v1": "gives BEiT v1 pretraining its targets: --tokenizer_model dall-e --tokenizer_weight NAME",
+    "pretrained": "without labels: to fine-tune (--finetune NAME), probe, or pretrain on (--resume NAME)",
+    "intermediate": "fine-tuned on ImageNet-21k's 21,841 classes: to fine-tune on (--finetune NAME)",
+    "finetuned": "ImageNet-1k classifiers; accuracies in percent: to use or evaluate (--eval --finetune NAME)",
+    "segmentation": "ADE20K's 150 classes; mIoU in percent",
+}
+
+
+def table() -> str:
+    """The published weights by purpose: name, millions of parameters, size on this machine's disk, published results."""
+    lines = []
+    for kind, purpose in PURPOSES.items():
+        lines += [f"{kind}: {purpose}", f"  {'name':44}{'params':>8}{'cached':>10}  published"]
+        for name, entry in ENTRIES.items():
+            if entry.kind == kind:
+                params = f"{entry.params:.1f} M" if entry.params else "-"
+                published = ", ".join(f"{metric} {value:g}" for metric, value in entry.metrics.items())
+                lines.append(f"  {name:44}{params:>8}{_cached_size(entry):>10}  {published or '-'}")
+        lines.append("")
+    return "\n".join([*lines, f"Downloads go to {_cache_folder()}; TORCH_HOME moves it."])
+
+
+def _cached_size(entry: Entry) -> str:
+    path = _cache_folder() / pathlib.PurePosixPath(entry.file).name
+    return f"{path.stat().st_size / 2**20:.0f} MiB" if path.is_file() else "-"
+
+
 @tells_the_user
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="List the published weights, or download some of them.")
@@ -362,8 +408,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         pick(ENTRIES, name, "weights")
     for name in names:
         print(fetch(name))
-    for name, entry in () if names else ENTRIES.items():
-        print(f"{name:46}{entry.kind:14}{', '.join(f'{k} {v:g}' for k, v in entry.metrics.items())}")
+    if not names:
+        print(table())
 
 
 if __name__ == "__main__":

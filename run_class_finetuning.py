@@ -107,6 +107,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Setup ──
     run = run_state.start_run(parser, args)
 
+    made_for = modeling_finetune.VARIANTS[args.model][2]
+    if made_for >= 224 and as_pair(args.input_size) != as_pair(made_for):
+        log.warning(f"warning: {args.model} is used at --input_size {args.input_size}; the {made_for} in its name is not read")
+
     if args.eval:
         evaluate(args, run)
         distributed.stop()

@@ -22,6 +22,9 @@ import safetensors.torch
 import torch
 
 import model_zoo
+import modeling_finetune
+import modeling_pretrain
+import modeling_vqkd
 from errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -107,10 +110,36 @@ def test_table_names_files_builders_and_results() -> None:
 
 def test_main_prints_the_table_and_knows_its_names(capsys: pytest.CaptureFixture[str]) -> None:
     model_zoo.main([])
-    assert "top1 85.5" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "top1 85.5" in out
+    assert all(name in out for name in model_zoo.ENTRIES)
     with pytest.raises(SystemExit):
         model_zoo.main(["beitv2_base_patch16_224_pt1"])
     assert "beitv2_base_patch16_224_pt1k" in capsys.readouterr().err
+
+
+def test_the_table_shows_what_is_on_this_disk(hub: pathlib.Path) -> None:
+    hub.mkdir(parents=True)
+    (hub / "beit_base_patch16_224_pt22k.pth").write_bytes(bytes(3 * 2**20))
+    row = next(line for line in model_zoo.table().splitlines() if "beit_base_patch16_224_pt22k " in line)
+    assert "3 MiB" in row
+
+
+def test_the_parameter_counts_are_those_of_the_models() -> None:
+    positions = {"use_abs_pos_emb": False, "init_values": 0.1}
+    for name, entry in model_zoo.ENTRIES.items():
+        with torch.device("meta"):
+            if entry.kind == "tokenizer":
+                model = modeling_vqkd.create_model(name, as_tokenizer=True)
+            elif entry.kind == "pretrained":
+                layers = {"early_layers": 9 if "base" in name else 21}
+                model = modeling_pretrain.create_model(entry.model, use_shared_rel_pos_bias=True, **positions, **layers)
+            elif entry.kind in ("intermediate", "finetuned"):
+                own = {"use_rel_pos_bias": True, "num_classes": entry.classes}
+                model = modeling_finetune.create_model(entry.model, **positions, **own)
+            else:
+                continue
+        assert entry.params == round(sum(p.numel() for p in model.parameters()) / 1e6, 1), name
 
 
 # ------------------------------------------------------------------------------------------------------------- fetching
