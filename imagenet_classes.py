@@ -65,8 +65,8 @@ def logits_of(folders: Sequence[str], robust: RobustSet, where: str) -> list[int
     unknown = [folder for folder in folders if folder not in number]
     if unknown:
         raise UserError(
-            f"{where}: class folder '{unknown[0]}' is none of ImageNet-1k's WordNet ids such as n01440764 (in all "
-            f"{len(unknown)} of {len(folders)} folders are not); give the folder in which {robust.name}'s class folders lie"
+            f"{where}: class folder '{unknown[0]}' is none of ImageNet-1k's WordNet ids such as n01440764 ("
+            f"{len(unknown)} of {len(folders)} folders are none); give the folder in which {robust.name}'s class folders lie"
         )
     if len(folders) != robust.classes:
         raise UserError(

@@ -276,7 +276,7 @@ def test_robustness_folders_and_models_that_are_not_imagenets(weights, imagenet_
     torch.save(renamed, tmp_path / "renamed.pth")
     stripes = photos(tmp_path / "stripes", per_class=1)
     for folder, model, message in (
-        (stripes, path, "class folder 'a' is none of ImageNet-1k's WordNet ids such as n01440764 (in all 2 of 2 folders"),
+        (stripes, path, "class folder 'a' is none of ImageNet-1k's WordNet ids such as n01440764 (2 of 2 folders"),
         (imagenet_r, tmp_path / "seven.pth", "needs a model of ImageNet's 1000 classes"),
         (imagenet_r, tmp_path / "renamed.pth", "tells 1000 others apart"),
     ):
