@@ -8,19 +8,22 @@ from collections.abc import Sequence
 import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 import arguments
 import checkpointing
 import distributed
 import engine
+import imagenet_classes
 import model_zoo
 import modeling_finetune
 import pretrained
 import run_state
+import trained_classifier
+from confusion import as_table, described
 from datasets import build_finetuning_dataset
 from distributed import log
-from engine_for_finetuning import FinetuningStage
+from engine_for_finetuning import FinetuningStage, SomeLogits, WithMirrorImage
 from errors import UserError, pick, tells_the_user
 from optim_factory import LayerDecayValueAssigner, build_schedule, create_optimizer, layer_decay_values
 from samplers import build_eval_loader
@@ -31,7 +34,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("BEiT fine-tuning for classification")
     arguments.add_finetuning_flags(parser)
     arguments.add_vit_flags(parser)
-    arguments.add_data_flags(parser, data_set="IMNET", color_jitter=0.4, any_shape=True)
+    arguments.add_data_flags(parser, data_set="IMNET", color_jitter=0.4, needs_training_data=False, any_shape=True)
     arguments.add_optimizer_flags(
         parser,
         lr=5e-4,
@@ -48,12 +51,32 @@ def check(args: argparse.Namespace) -> None:
     _, patch_size, _ = pick(modeling_finetune.VARIANTS, args.model, "fine-tuning model")
     if any(side % patch_size for side in as_pair(args.input_size)):
         raise UserError(f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}")
-    if args.robust_test:
-        raise UserError("--robust_test is not available yet: evaluate with --eval --eval_data_path")
+    check_evaluation(args)
     if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
         raise UserError("--cutmix_minmax takes two numbers, the smallest and the largest share of the image")
+
+
+def check_evaluation(args: argparse.Namespace) -> None:
     if args.eval and not (args.resume or args.finetune):
-        raise UserError("--eval needs the model to evaluate: --resume path/to/checkpoint.pth")
+        raise UserError(
+            "--eval needs the model to evaluate: --resume path/to/checkpoint.pth, or --finetune and a published name"
+        )
+    if not args.data_path and not (args.eval and args.eval_data_path and args.data_set != "CIFAR"):
+        raise UserError("--data_path is missing: name the folder of the images (--eval needs --eval_data_path alone)")
+    if args.worst_classes < 0:
+        raise UserError(f"--worst_classes {args.worst_classes}: give 0 or more")
+    used = {"robust_test": args.robust_test, "tta_flip": args.tta_flip}
+    used["worst_classes"] = args.worst_classes != arguments.WORST_CLASSES
+    for name, given in used.items():
+        if given and not args.eval:
+            raise UserError(f"--{name} acts on a finished model: add --eval --resume path/to/checkpoint.pth, or leave it out")
+    if args.robust_test:
+        robust = imagenet_classes.robust_set(args.robust_test)
+        if not args.eval_data_path or args.data_set == "CIFAR":
+            raise UserError(
+                f"--robust_test {args.robust_test}: give the folder of {robust.name}'s class folders as "
+                "--eval_data_path (and not --data_set CIFAR)"
+            )
 
 
 def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.VisionTransformer:
@@ -76,11 +99,7 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.
 def load_pretrained(model: modeling_finetune.VisionTransformer, args: argparse.Namespace) -> None:
     """--finetune: what fits is used; what does not is named."""
     weights: dict[str, Tensor] = model_zoo.load_state_dict(args.finetune, args.model_key)
-    if args.model_filter_name:
-        weights = {key: value for key, value in weights.items() if args.model_filter_name in key}
-    if args.model_prefix:
-        weights = {k.removeprefix(args.model_prefix): v for k, v in weights.items() if k.startswith(args.model_prefix)}
-    pretrained.load_fitting(model, weights, f"--finetune {args.finetune}")
+    pretrained.load_fitting(model, trained_classifier.select(weights, args), f"--finetune {args.finetune}")
 
 
 def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
@@ -112,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.warning(f"warning: {args.model} is used at --input_size {args.input_size}; the {made_for} in its name is not read")
 
     if args.eval:
-        evaluate(args, run)
+        evaluate(parser, args, run)
         distributed.stop()
         return
 
@@ -131,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.model_ema:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device=torch.device("cpu") if args.model_ema_force_cpu else None)
     mixup = build_mixup(args, nb_classes)
-    stage = FinetuningStage(run.device, run.precision, validation_loader, mixup, args.smoothing)
+    stage = FinetuningStage(run.device, run.precision, validation_loader, mixup, args.smoothing, dataset.classes)
 
     # ── Optimizer: deeper layers learn slower ──
     layers = LayerDecayValueAssigner(layer_decay_values(args.layer_decay, model.get_num_layers()))
@@ -150,24 +169,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
-def evaluate(args: argparse.Namespace, run: run_state.Run) -> None:
+def evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace, run: run_state.Run) -> None:
     """--eval: accuracy of --resume (or --finetune) on the validation images; needs no training images."""
-    source = args.resume or args.finetune
-    weights = model_zoo.load_state_dict(source, args.model_key)
-    if "head.bias" not in weights:
-        raise UserError(f"{source} holds no classifier (no head.bias): fine-tune it first")
-    validation, nb_classes = build_finetuning_dataset(args, train=False)
-    if len(weights["head.bias"]) != nb_classes:
-        raise UserError(f"{source} tells {len(weights['head.bias'])} classes apart, the validation images have {nb_classes}")
-    model = build_model(args, nb_classes)
-    missing = pretrained.load_fitting(model, weights, source)
-    if missing:
-        raise UserError(f"{source} is not the model that --model and the flags around it describe: it lacks {missing[0]}")
-    stage = FinetuningStage(run.device, run.precision, build_eval_loader(validation, args, run.launch))
-    results = stage.evaluate(model.to(run.device))
-    log.info("  ".join(f"{name} {value:.4g}" for name, value in results.items()))
+    trained = trained_classifier.read(args)
+    where = f"--eval_data_path {args.eval_data_path}" if args.eval_data_path else f"--data_path {args.data_path}"
+    name = "validation"
+    indices: list[int] | None = None
+    if args.robust_test:
+        robust = imagenet_classes.robust_set(args.robust_test)
+        name = robust.name
+        trained_classifier.refuse_other_than_imagenet(trained, robust)
+        images, _ = build_finetuning_dataset(args, train=False, own_classes=True)
+        indices = imagenet_classes.logits_of(images.classes or (), robust, where)
+    else:
+        images, _ = build_finetuning_dataset(args, train=False, classes=trained.classes)
+        trained_classifier.refuse_other_classes(trained, images.classes or (), where)
+
+    model = build_model(args, trained.nb_classes)
+    trained_classifier.load(trained, model, parser, args)
+    measured: nn.Module = model if indices is None else SomeLogits(model, indices)
+    if args.tta_flip:
+        measured = WithMirrorImage(measured)
+    stage = FinetuningStage(run.device, run.precision, build_eval_loader(images, args, run.launch))
+    results, confusion = stage.measure(measured.to(run.device))
+
+    log.info(f"{name}  " + "  ".join(f"{key} {value:.4g}" for key, value in results.items()))
+    worst = described(confusion.worst(args.worst_classes), images.classes or ())
+    for line in as_table(worst) if worst else ():
+        log.info(line)
     if args.output_dir:
-        checkpointing.write_json(args.output_dir, "eval.json", results)
+        how = {"set": name, "weights": trained.source, "model_ema": args.model_ema, "tta_flip": args.tta_flip}
+        checkpointing.write_json(args.output_dir, "eval.json", results | how | {"worst_classes": worst})
 
 
 if __name__ == "__main__":
