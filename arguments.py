@@ -82,6 +82,17 @@ def spelled(parser: argparse.ArgumentParser, name: str, value: Any) -> str:
     return options[0] if options else f"no --{name}"
 
 
+def warn_of_idle_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, idle: dict[str, str]) -> None:
+    """`idle`: name of a flag -> why it does nothing beside the other flags. One warning a reason, of what was set."""
+    by_reason: dict[str, list[str]] = {}
+    for name in changed_flags(parser, args):
+        if name in idle:
+            by_reason.setdefault(idle[name], []).append(f"--{name}")
+    for reason, names in by_reason.items():
+        verb = "do" if len(names) > 1 else "does"
+        logging.getLogger("beit").warning(f"warning: {', '.join(names)} {verb} nothing here: {reason}")
+
+
 def true_or_false(text: str) -> bool:
     if text.lower() in ("true", "1", "yes", "on"):
         return True
@@ -222,24 +233,32 @@ def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--num_mask_patches", type=int, default=None, help="masked patches; default: 75 of 196, scaled to the grid")
     g.add_argument("--max_mask_patches_per_block", type=int, default=None)
     g.add_argument("--min_mask_patches_per_block", type=int, default=None, help="default: 16 on a 14 x 14 grid, scaled")
+    g.add_argument("--mask_type", default="block", choices=("block", "random"), help="rectangles, or single patches")
+    g.add_argument("--no_mask", action="store_true", help="mask nothing, predict every patch")
+    g.add_argument("--predict", default=None, choices=("masked", "all"),
+                   help="the patches that count in the loss; default: masked, with --no_mask all")  # fmt: skip
+    g.add_argument("--target", default="tokens", choices=("tokens", "pixels"),
+                   help="what a patch predicts: its code, or its normalised pixels (then no tokenizer is needed)")  # fmt: skip
     g.add_argument("--early_layers", type=int, default=9, help="CLS head: patch tokens come from this block; large: 21")
     g.add_argument("--head_layers", type=int, default=2, help="CLS head: blocks of the head")
     g.add_argument("--shared_lm_head", type=true_or_false, default=True, help="CLS head: predict with the main branch's head")
     g.add_argument("--decoupling_aug", type=true_or_false, default=False, help="does nothing")
     g = parser.add_argument_group("tokenizer")
-    g.add_argument("--tokenizer_model", default="vqkd_encoder_base_decoder_3x768x12_clip")
+    g.add_argument("--tokenizer_model", default="vqkd_encoder_base_decoder_3x768x12_clip", help="or dall-e: BEiT v1's dVAE")
     g.add_argument(
         "--tokenizer_weight", default=None, help="path, URL (in quotes) or published name; default: the model's name"
     )
-    g.add_argument("--second_input_size", type=positive, default=224, help="side of the tokenizer's view")
+    g.add_argument("--second_input_size", type=positive, default=None,
+                   help="side of the tokenizer's view; default: what gives the model's grid, 224 (dall-e: 112)")  # fmt: skip
     g.add_argument("--second_interpolation", default="bicubic", help="how the tokenizer's view is resized")
-    g.add_argument("--codebook_size", type=positive, default=8192)
-    g.add_argument("--codebook_dim", type=positive, default=32)
+    g.add_argument("--codebook_size", type=positive, default=8192, help="codes of the tokenizer")
+    g.add_argument("--codebook_dim", type=positive, default=32, help="their dimension; dall-e has none")
 
 
 def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("tokenizer")
     g.add_argument("--model", default="vqkd_encoder_base_decoder_3x768x12_clip")
+    g.add_argument("--decoder_depth", type=positive, default=None, help="blocks of the decoder; default: the model name's")
     g.add_argument("--codebook_n_emd", type=positive, default=8192, help="codes; fewer for small data")
     g.add_argument("--codebook_emd_dim", type=positive, default=32, help="dimension of a code")
     g.add_argument("--ema_decay", type=float, default=0.99, help="decay of the codebook's moving average")

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from distributed import barrier, is_main
 from errors import UserError, pick
-from masking_generator import MaskingGenerator, scaled_mask_count, scaled_min_block
+from masking_generator import MASK_TYPES, MaskingGenerator, scaled_mask_count, scaled_min_block
 from samplers import Key
 from transforms import (
     PretrainingViews,
@@ -226,33 +226,39 @@ def _images_below(root: str) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------------------- builders
-def build_pretraining_dataset(args: Any, grid: int, held_out: str = "") -> ImageFiles:
+def build_pretraining_dataset(args: Any, grid: int, held_out: str = "", tokenizer_stride: int | None = 16) -> ImageFiles:
     """Unlabelled images with the two views and a mask of a grid x grid patch grid (PretrainingViews).
 
-    `held_out`: a folder (--eval_data_path) whose images are read instead, the same way.
+    `held_out`: a folder (--eval_data_path) whose images are read instead, the same way. `tokenizer_stride`: pixels of the
+    tokenizer's view for each patch, where --second_input_size is not given; None: there is no such view.
     """
-    count = scaled_mask_count(grid) if args.num_mask_patches is None else args.num_mask_patches
-    smallest = args.min_mask_patches_per_block
-    smallest = scaled_min_block(grid) if smallest is None else smallest
-    try:
-        masks = MaskingGenerator(grid, count, smallest, args.max_mask_patches_per_block)
-    except ValueError as error:
-        raise UserError(f"--min_mask_patches_per_block, --max_mask_patches_per_block: {error}") from None
     mean, std = normalisation(args.imagenet_default_mean_and_std)
     views = PretrainingViews(
         args.input_size,
-        args.second_input_size,
+        None if tokenizer_stride is None else args.second_input_size or grid * tokenizer_stride,
         args.min_crop_scale,
         args.color_jitter,
         args.train_interpolation,
         args.second_interpolation,
         mean,
         std,
-        masks,
+        build_masks(args, grid),
         args.vflip,
     )
     samples = find_images(held_out, "--eval_data_path")[0] if held_out else _unlabelled(args, train=True)
     return ImageFiles(samples, views, args.seed)
+
+
+def build_masks(args: Any, grid: int) -> MaskingGenerator:
+    """The masks that the flags ask for; empty ones with --no_mask."""
+    count = scaled_mask_count(grid) if args.num_mask_patches is None else args.num_mask_patches
+    smallest = args.min_mask_patches_per_block
+    smallest = scaled_min_block(grid) if smallest is None else smallest
+    generator = MASK_TYPES[args.mask_type]
+    try:
+        return generator(grid, 0 if args.no_mask else count, smallest, args.max_mask_patches_per_block)
+    except ValueError as error:
+        raise UserError(f"--min_mask_patches_per_block, --max_mask_patches_per_block: {error}") from None
 
 
 def build_vqkd_dataset(args: Any) -> ImageFiles:

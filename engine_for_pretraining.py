@@ -1,6 +1,6 @@
-"""Masked image modelling: one step of BEiT and BEiT v2.
+"""Masked image modelling: one step of BEiT and BEiT v2, and of the ablations of what is predicted.
 
-Shapes: B batch, N patches, K codes, M masked patches of the whole batch.
+Shapes: B batch, N patches, P predicted patches of the whole batch (the masked ones, or all B * N), V values for each.
 """
 
 from __future__ import annotations
@@ -8,66 +8,88 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-import distributed
 import visualization
 from distributed import Precision
 from engine import evaluation_batches, samples_to_show, to_device
-from metrics import RunningMeans, accuracy
+from errors import UserError
+from metrics import RunningMeans
+from pretraining_targets import Target
 from run_state import Stage
 
 
 class PretrainingStage(Stage):
-    """Predict the frozen tokenizer's code of every masked patch, once or (with the CLS head) twice."""
+    """Predict the target (pretraining_targets) of every masked patch, once or (with the CLS head) twice.
+
+    Args:
+        target: codes of a frozen tokenizer, or pixels.
+        dataset: for pictures; `mean_std`: how its images are normalised.
+        held_out: loader of --eval_data_path.
+        predict_all: the visible patches count in the loss too.
+        nothing_masked: the masks are empty.
+    """
 
     def __init__(
         self,
-        tokenizer: Any,
-        n_codes: int,
+        target: Target,
         device: torch.device,
         precision: Precision,
         dataset: Dataset,
         mean_std: tuple[Any, Any],
         held_out: DataLoader | None = None,
+        predict_all: bool = False,
+        nothing_masked: bool = False,
     ) -> None:
-        self.tokenizer, self.n_codes, self.device, self.precision = tokenizer, n_codes, device, precision
+        self.target, self.device, self.precision = target, device, precision
         self.dataset, self.mean_std, self.held_out = dataset, mean_std, held_out
-        self.code_counts = torch.zeros(n_codes, device=device)  # of this epoch's targets
+        self.predict_all, self.nothing_masked = predict_all, nothing_masked
+        which = "all patches, none of them masked" if nothing_masked else "all patches" if predict_all else "masked patches"
+        self.task = f"{target.name} of {which}"
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of the branches' cross-entropies over the masked patches (BEiT v2, section 3.2)."""
-        codes = self.masked_codes(batch)
-        outputs = model(batch["image"], batch["mask"])
-        branches = outputs if isinstance(outputs, tuple) else (outputs,)
-        losses = [F.cross_entropy(logits.float(), codes) for logits in branches]
-        logs = {f"mlm_acc{suffix(i, branches)}": accuracy(logits, codes) for i, logits in enumerate(branches)}
+        """Sum of the branches' losses over the predicted patches (BEiT v2, section 3.2)."""
+        masked = self.masked_patches(batch["mask"])
+        target = self.target.of(batch)
+        if not self.predict_all:
+            target = target.index_select(0, masked)
+        branches = self.predictions(model, batch)
+        losses = [self.target.loss(prediction, target) for prediction in branches]
+        logs: dict[str, Tensor] = {}
+        for i, prediction in enumerate(branches):
+            logs |= {f"{name}{suffix(i, branches)}": acc for name, acc in self.accuracies(prediction, target, masked).items()}
         if len(branches) > 1:
             logs |= {f"loss{suffix(i, branches)}": loss for i, loss in enumerate(losses)}
         if model.training:
-            self.code_counts.index_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))
+            self.target.count(target)
         return torch.stack(losses).sum(), logs
 
-    @torch.no_grad()
-    def masked_codes(self, batch: dict[str, Any]) -> Tensor:
-        """The visual tokens of the masked patches, (M,) int64 in row-major order."""
-        codes = self.tokenizer.get_codebook_indices(batch["tokenizer_image"])
-        positions = batch["mask"].flatten().nonzero().squeeze(1)  # on the host: no synchronisation
-        return codes.flatten().index_select(0, positions.to(codes.device, non_blocking=True))
+    def masked_patches(self, mask: Tensor) -> Tensor:
+        """Where the masked patches are among all B * N, (M,) int64 on the device, from a mask (B, N) on the host."""
+        return mask.flatten().nonzero().squeeze(1).to(self.device, non_blocking=True)  # no synchronisation
+
+    def predictions(self, model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
+        """What each branch says of the predicted patches, (P, V)."""
+        outputs = model(batch["image"], batch["mask"], return_all_tokens=self.predict_all)
+        branches = outputs if isinstance(outputs, tuple) else (outputs,)
+        return [branch.flatten(0, -2) for branch in branches]  # all tokens come as (B, N, V)
+
+    def accuracies(self, prediction: Tensor, target: Tensor, masked: Tensor) -> dict[str, Tensor]:
+        """`mlm_acc` is of the masked patches whatever is predicted, so that runs compare; `all_acc` of all patches."""
+        right = self.target.right(prediction, target)
+        if right is None:
+            return {}
+        if not self.predict_all:
+            return {"mlm_acc": right.mean()}
+        of_masked = {} if self.nothing_masked else {"mlm_acc": right.index_select(0, masked).mean()}
+        return of_masked | {"all_acc": right.mean()}
 
     def start_epoch(self, epoch: int) -> None:
-        self.code_counts.zero_()
+        self.target.start_epoch()
 
     def end_epoch(self) -> dict[str, float]:
-        """What a model that always says the commonest code would score: accuracy means something above that share."""
-        counts = self.code_counts.clone()
-        distributed.all_reduce_sum(counts)
-        return {
-            "majority_code_share": float(counts.max() / counts.sum().clamp(min=1)),
-            "target_codes": int((counts > 0).sum()),
-        }
+        return self.target.end_epoch()
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -79,41 +101,46 @@ class PretrainingStage(Stage):
         for batch in evaluation_batches(self.held_out, self.device):
             with self.precision.autocast():
                 loss, logs = self.step(model, batch)
-            means.add({"loss": loss} | logs, weight=float(batch["mask"].sum()))
+            predicted = batch["mask"].numel() if self.predict_all else batch["mask"].sum()
+            means.add({"loss": loss} | logs, weight=float(predicted))
         return {f"test_{name}": value for name, value in means.read(over_all_ranks=True).items()}
 
     @torch.no_grad()
     def pictures(self, model: Any, count: int = 6) -> dict[str, Tensor]:
-        """Each row: the image, what the model sees of it, the target tokens, and the target with its masked ones predicted."""
+        """Each row: the image, what the model sees of it, then the target's own: token maps before and after, or pixels."""
         samples = samples_to_show(self.dataset, count)
         if not samples:
             return {}
         model.eval()
-        batch = {key: torch.stack([s[key] for s in samples]) for key in ("image", "tokenizer_image", "mask")}
+        names = {"image", "tokenizer_image", "mask"} & samples[0].keys()
+        batch: dict[str, Any] = {name: torch.stack([sample[name] for sample in samples]) for name in names}
         moved = to_device(batch, self.device)
         with self.precision.autocast():
-            codes = self.tokenizer.get_codebook_indices(moved["tokenizer_image"]).cpu()
-            outputs = model(moved["image"], batch["mask"])
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs
-        predicted = codes.clone()
-        predicted[batch["mask"]] = logits.argmax(dim=1).cpu()
-        rows = []
-        for image, mask, target, guess in zip(batch["image"], batch["mask"], codes, predicted, strict=True):
-            grid = model.patch_embed.patch_shape
+            targets = self.target.of(moved)
+            answer = self.target.answer(self.predictions(model, moved)[0])
+        answered = targets.clone()
+        answered[slice(None) if self.predict_all else self.masked_patches(batch["mask"])] = answer
+        rows, grid = [], model.patch_embed.patch_shape
+        per_image = (part.cpu().unflatten(0, (len(samples), -1)) for part in (targets, answered))
+        for image, mask, target, answers in zip(batch["image"], batch["mask"], *per_image, strict=True):
             shown = visualization.denormalise(image, *self.mean_std)
-            hidden, size = mask.view(grid), image.shape[-2:]
-            maps = [visualization.token_map(c.view(grid), self.n_codes, size) for c in (target, guess)]
-            rows.append(visualization.side_by_side([shown, visualization.masked_image(shown, hidden), *maps]))
-        return {"masked_tokens": visualization.stacked(rows)}
+            seen = visualization.masked_image(shown, mask.view(grid))
+            own = self.target.pictures(target, answers, grid, image.shape[-2:])
+            rows.append(visualization.side_by_side([shown, seen, *own]))
+        return {f"masked_{self.target.name}": visualization.stacked(rows)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"code_counts": self.code_counts}
+        return self.target.state_dict() | {"task": self.task}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if distributed.is_main():  # the saved counts are rank 0's share
-            self.code_counts.copy_(state["code_counts"])
+        if state.get("task", self.task) != self.task:
+            raise UserError(
+                f"the checkpoint was trained on the {state['task']}, this run is on the {self.task}: go on with the same "
+                "--target, --predict and --no_mask, or give this run an --output_dir of its own"
+            )
+        self.target.load_state_dict(state)
 
 
-def suffix(index: int, branches: tuple[Tensor, ...]) -> str:
+def suffix(index: int, branches: list[Tensor]) -> str:
     """Published names: `mlm_acc` for one branch, `mlm_acc_1` and `mlm_acc_2` for main and CLS branch."""
     return f"_{index + 1}" if len(branches) > 1 else ""

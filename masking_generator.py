@@ -1,4 +1,7 @@
-"""Blockwise masking (BEiT v1, algorithm 1): rectangles are masked until the budget of patches is used up."""
+"""Blockwise masking (BEiT v1, algorithm 1): rectangles are masked until the budget of patches is used up.
+
+Beside it, the ablation that masks single patches.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ class MaskingGenerator:
             left -= added
         # A block never exceeds what is left, so cells may be missing at the end but are never too many.
         if left > 0:
-            mask.flat[random.sample(np.flatnonzero(mask == 0).tolist(), left)] = 1
+            mask_cells(mask, left)
         return mask
 
     def _mask_block(self, mask: npt.NDArray[np.int_], most: int) -> int:
@@ -77,6 +80,26 @@ class MaskingGenerator:
                 block[:] = 1
                 return added
         return 0
+
+
+class RandomMaskingGenerator(MaskingGenerator):
+    """Single patches, each as likely as any other (BEiT's ablation of blockwise masking). What describes blocks is not used."""
+
+    def __repr__(self) -> str:
+        return f"RandomMaskingGenerator({self.num_masking_patches} of {self.height}x{self.width} patches)"
+
+    def __call__(self) -> npt.NDArray[np.int_]:
+        mask = np.zeros((self.height, self.width), dtype=int)
+        mask_cells(mask, self.num_masking_patches)
+        return mask
+
+
+def mask_cells(mask: npt.NDArray[np.int_], count: int) -> None:
+    """Mask `count` of the cells that are not masked yet, in place."""
+    mask.flat[random.sample(np.flatnonzero(mask == 0).tolist(), count)] = 1
+
+
+MASK_TYPES = {"block": MaskingGenerator, "random": RandomMaskingGenerator}
 
 
 def scaled_mask_count(grid: int) -> int:

@@ -24,7 +24,10 @@ from vit_backbone import (
 
 
 class VisionTransformerForMaskedImageModeling(Trunk):
-    """ViT that predicts the visual token of every masked patch (BEiT, section 2.3)."""
+    """ViT that predicts the visual token of every masked patch (BEiT, section 2.3).
+
+    `vocab_size`: K, the values that the head gives for a patch; --target pixels asks for those of a patch's pixels instead.
+    """
 
     def __init__(
         self,

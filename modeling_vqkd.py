@@ -152,10 +152,10 @@ class Variant(NamedTuple):
     encoder_depth: int | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Width, depth of the encoder, depth of the decoder."""
+    def encoder_shape(self) -> tuple[int, int]:
+        """Width and depth."""
         size = SIZES[self.size]
-        return size.embed_dim, self.encoder_depth or size.depth, self.decoder_depth
+        return size.embed_dim, self.encoder_depth or size.depth
 
 
 VARIANTS = {
@@ -191,14 +191,19 @@ def _builder(name: str) -> Callable[..., VQKD]:
         code_dim: int = 32,
         teacher: Any = None,
         decoder_out_dim: int | None = None,
+        decoder_depth: int | None = None,
         **kwargs: Any,
     ) -> VQKD:
-        """A tokenizer to train, or with as_tokenizer a frozen one in eval: with `pretrained_weight` when `pretrained`."""
+        """A tokenizer to train, or with as_tokenizer a frozen one in eval: with `pretrained_weight` when `pretrained`.
+
+        `decoder_depth`: blocks of the decoder; default: the weights', else the name's.
+        """
         frozen = as_tokenizer or as_tokenzer
         weights = None
         if pretrained:
             weights, flags = read_tokenizer(name, pretrained_weight, n_code, code_dim)
             decoder_out_dim = len(weights["decode_task_layer.2.bias"])  # the teacher's width, whoever that was
+            decoder_depth = decoder_depth_of(weights, decoder_depth, str(pretrained_weight or name))
             kwargs.setdefault("process_type", flags.get("process_type", "default"))
         if decoder_out_dim is None:
             decoder_out_dim = TEACHER_DIMS[variant.teacher] if teacher is None else teacher.dim
@@ -209,7 +214,7 @@ def _builder(name: str) -> Callable[..., VQKD]:
         }  # fmt: skip
         decoder = {
             "img_size": img_size // PATCH_SIZE, "patch_size": 1, "num_classes": 0, "embed_dim": width,
-            "depth": variant.decoder_depth, "num_heads": variant.decoder_heads,
+            "depth": decoder_depth or variant.decoder_depth, "num_heads": variant.decoder_heads,
         }  # fmt: skip
         kwargs = {"quantize_kmeans_init": not frozen, **kwargs}
         model = VQKD(encoder, decoder, n_code, code_dim, decoder_out_dim=decoder_out_dim, teacher=teacher, **kwargs)
@@ -240,11 +245,11 @@ def open_tokenizer(source: str, flag: str = "--tokenizer_weight") -> tuple[VQKD,
     codebook, positions = weights.get("quantize.embedding.weight"), weights.get("encoder.pos_embed")
     if codebook is None or positions is None:
         raise UserError(f"{flag} {source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)")
-    shape = (positions.shape[-1], depth_of(weights, "encoder"), depth_of(weights, "decoder"))
-    fitting = [name for name, variant in VARIANTS.items() if variant.shape == shape]
+    shape = (positions.shape[-1], depth_of(weights, "encoder"))
+    fitting = [name for name, variant in VARIANTS.items() if variant.encoder_shape == shape]
     name = flags["model"] if flags.get("model") in VARIANTS else next(iter(fitting), None)
     if name is None:
-        raise UserError(f"{flag} {source}: its width and depths, {shape}, are those of none of {', '.join(VARIANTS)}")
+        raise UserError(f"{flag} {source}: width and depth of its encoder, {shape}, are those of none of {', '.join(VARIANTS)}")
     side = grid_of(positions.shape[1] - 1) * PATCH_SIZE
     n_code, code_dim = codebook.shape
     model = create_model(
@@ -280,6 +285,14 @@ def read_tokenizer(name: str, source: str | None, n_code: int, code_dim: int) ->
     own = ("encoder.", "decoder.", "encode_task_layer.", "decode_task_layer.", "quantize.", "target_")
     flags = content.get("args") if isinstance(content, dict) else None
     return {key: value for key, value in weights.items() if key.startswith(own)}, model_zoo.plain_flags(flags)
+
+
+def decoder_depth_of(weights: dict[str, Tensor], asked: int | None, source: str) -> int:
+    """Blocks of the decoder in a tokenizer's state dict; UserError when another number was asked for."""
+    depth = depth_of(weights, "decoder")
+    if asked not in (None, depth):
+        raise UserError(f"the tokenizer in {source} has a decoder of {depth} blocks: leave --decoder_depth {asked} out")
+    return depth
 
 
 def load_tokenizer_weights(model: VQKD, weights: dict[str, Tensor], source: str) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import torch
+from torch import nn
+
 import arguments
 import distributed
 import engine
+import modeling_dvae
 import modeling_pretrain
 import modeling_vqkd
 import run_state
@@ -16,9 +20,13 @@ from distributed import log
 from engine_for_pretraining import PretrainingStage
 from errors import UserError, pick, tells_the_user
 from optim_factory import build_schedule, create_optimizer
+from pretraining_targets import Pixels, Target, Tokens
 from samplers import build_eval_loader
 from transforms import normalisation
 from vit_backbone import SIZES
+
+DALL_E = ("dall-e", "dall_e")
+STRIDES = dict.fromkeys(modeling_vqkd.VARIANTS, modeling_vqkd.PATCH_SIZE) | dict.fromkeys(DALL_E, modeling_dvae.PATCH_SIZE)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -41,41 +49,121 @@ def get_parser() -> argparse.ArgumentParser:
 def patch_grid(args: argparse.Namespace) -> int:
     """Side of the student's patch grid; refuses, before any work, flags that cannot go together."""
     size, patch_size, _ = pick(modeling_pretrain.VARIANTS, args.model, "pretraining model")
-    pick(modeling_vqkd.VARIANTS, args.tokenizer_model, "tokenizer")
     if args.input_size % patch_size:
         raise UserError(f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}")
     grid = args.input_size // patch_size
-    if args.second_input_size != grid * modeling_vqkd.PATCH_SIZE:
-        raise UserError(
-            f"--second_input_size {args.second_input_size} gives the tokenizer another grid than the model's {grid} x {grid}: "
-            f"use {grid * modeling_vqkd.PATCH_SIZE}"
-        )
-    masked = args.num_mask_patches
-    if masked is not None and not 0 < masked <= grid * grid:
-        raise UserError(f"--num_mask_patches {masked}: the image has {grid} x {grid} patches; leave the flag out to mask 38 %")
-    depth = SIZES[size].depth
-    if args.model.endswith("_cls_pt") and not 0 < args.early_layers <= depth:
-        raise UserError(f"--early_layers {args.early_layers} must lie between 1 and {args.model}'s depth, {depth}")
+    check_tokenizer_view(args, grid)
+    check_masks(args, grid)
+    if has_cls_head(args):
+        check_cls_head(args, SIZES[size].depth)
     return grid
 
 
-def build_tokenizer(args: argparse.Namespace) -> modeling_vqkd.VQKD:
+def check_tokenizer_view(args: argparse.Namespace, grid: int) -> None:
+    stride = tokenizer_stride(args)
+    if stride is not None and args.second_input_size not in (None, grid * stride):
+        raise UserError(
+            f"--second_input_size {args.second_input_size} gives the tokenizer another grid than the model's {grid} x {grid}: "
+            f"use {grid * stride}, or leave it out"
+        )
+
+
+def check_masks(args: argparse.Namespace, grid: int) -> None:
+    masked = args.num_mask_patches
+    if args.no_mask and masked:
+        raise UserError(f"--num_mask_patches {masked} and --no_mask contradict each other: leave one of them out")
+    if args.no_mask and args.predict == "masked":
+        raise UserError("--no_mask leaves nothing for --predict masked: leave it out, then all patches are predicted")
+    if masked is not None and not args.no_mask and not 0 < masked <= grid * grid:
+        raise UserError(
+            f"--num_mask_patches {masked}: the image has {grid} x {grid} patches; leave the flag out to mask 38 %, or give "
+            "--no_mask to mask none"
+        )
+
+
+def check_cls_head(args: argparse.Namespace, depth: int) -> None:
+    if not 0 < args.early_layers <= depth:
+        raise UserError(f"--early_layers {args.early_layers} must lie between 1 and {args.model}'s depth, {depth}")
+    if args.head_layers < 1:
+        raise UserError(
+            f"--head_layers {args.head_layers} must be 1 or more: the CLS token reaches the patches through these blocks "
+            f"alone. Without the CLS head: --model {args.model.removesuffix('_cls_pt')}"
+        )
+
+
+def has_cls_head(args: argparse.Namespace) -> bool:
+    return args.model.endswith("_cls_pt")
+
+
+def uses_dall_e(args: argparse.Namespace) -> bool:
+    return args.tokenizer_model in DALL_E
+
+
+def predicts_all(args: argparse.Namespace) -> bool:
+    return args.no_mask or args.predict == "all"
+
+
+def tokenizer_stride(args: argparse.Namespace) -> int | None:
+    """Pixels of the tokenizer's view for each patch; None where there is no tokenizer."""
+    return None if args.target == "pixels" else pick(STRIDES, args.tokenizer_model, "tokenizer")
+
+
+def idle_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Flag -> why it does nothing beside the others."""
+    idle: dict[str, str] = {}
+    if not has_cls_head(args):
+        idle |= dict.fromkeys(("early_layers", "head_layers", "shared_lm_head"), f"{args.model} has no CLS head")
+    if args.no_mask or args.mask_type == "random":
+        reason = "--no_mask" if args.no_mask else "--mask_type random"
+        idle |= dict.fromkeys(("min_mask_patches_per_block", "max_mask_patches_per_block"), f"{reason} has no blocks")
+    if args.no_mask:
+        idle["mask_type"] = "--no_mask masks nothing"
+    if args.target == "pixels":
+        names = ("tokenizer_model", "tokenizer_weight", "second_input_size", "second_interpolation")
+        idle |= dict.fromkeys((*names, "codebook_size", "codebook_dim"), "--target pixels has no tokenizer")
+    elif uses_dall_e(args):
+        idle["codebook_dim"] = f"the codes of {args.tokenizer_model} have no dimension"
+    return idle
+
+
+def build_target(args: argparse.Namespace, device: torch.device) -> Target:
+    """What the patches predict: the codes of a frozen tokenizer, or their pixels."""
+    if args.target == "pixels":
+        patch_size = modeling_pretrain.VARIANTS[args.model][1]
+        return Pixels(patch_size, normalisation(args.imagenet_default_mean_and_std))
+    tokenizer = build_tokenizer(args).to(device)
+    dim = "" if uses_dall_e(args) else f" of dim {args.codebook_dim}"
+    log.info(f"tokenizer  {args.tokenizer_model}, {args.codebook_size} codes{dim}")
+    return Tokens(tokenizer, args.codebook_size, device)
+
+
+def build_tokenizer(args: argparse.Namespace) -> nn.Module:
+    """Frozen, with `get_codebook_indices` (B, 3, height, width) in [0, 1] -> (B, N)."""
+    if uses_dall_e(args):
+        encoder = modeling_dvae.load_dall_e_encoder(args.tokenizer_weight)
+        if encoder.vocab_size != args.codebook_size:
+            raise UserError(
+                f"the dVAE in {args.tokenizer_weight or 'dall_e_encoder'} has {encoder.vocab_size} codes, not "
+                f"{args.codebook_size}: pass --codebook_size {encoder.vocab_size}"
+            )
+        return encoder
     return modeling_vqkd.create_model(
         args.tokenizer_model,
         as_tokenizer=True,
         pretrained=True,
         pretrained_weight=args.tokenizer_weight,
-        img_size=args.second_input_size,
+        img_size=patch_grid(args) * modeling_vqkd.PATCH_SIZE,
         n_code=args.codebook_size,
         code_dim=args.codebook_dim,
     )
 
 
-def build_model(args: argparse.Namespace) -> modeling_pretrain.VisionTransformerForMaskedImageModeling:
+def build_model(args: argparse.Namespace, values: int) -> modeling_pretrain.VisionTransformerForMaskedImageModeling:
+    """`values`: how many the head gives for a patch."""
     return modeling_pretrain.create_model(
         args.model,
         img_size=args.input_size,
-        vocab_size=args.codebook_size,
+        vocab_size=values,
         drop_path_rate=args.drop_path,
         init_values=args.layer_scale_init_value,
         use_abs_pos_emb=args.abs_pos_emb,
@@ -94,19 +182,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ── Setup ──
     run = run_state.start_run(parser, args)
+    arguments.warn_of_idle_flags(parser, args, idle_flags(args))
 
     # ── Data: two views of one crop, and a mask ──
-    dataset = build_pretraining_dataset(args, grid)
-    held_out = build_pretraining_dataset(args, grid, args.eval_data_path) if args.eval_data_path else None
+    stride = tokenizer_stride(args)
+    dataset = build_pretraining_dataset(args, grid, tokenizer_stride=stride)
+    held_out = build_pretraining_dataset(args, grid, args.eval_data_path, stride) if args.eval_data_path else None
     held_out_loader = build_eval_loader(held_out, args, run.launch) if held_out is not None else None
     data = run_state.training_data(dataset, run)
 
-    # ── Models: the student, and the frozen tokenizer that gives its targets ──
-    tokenizer = build_tokenizer(args).to(run.device)
-    log.info(f"tokenizer  {args.tokenizer_model}, {args.codebook_size} codes of dim {args.codebook_dim}")
-    model = build_model(args).to(run.device)
+    # ── What is predicted (the codes of a frozen tokenizer, or pixels), and the student that predicts it ──
+    target = build_target(args, run.device)
+    model = build_model(args, target.width).to(run.device)
     mean_std = normalisation(args.imagenet_default_mean_and_std)
-    stage = PretrainingStage(tokenizer, args.codebook_size, run.device, run.precision, dataset, mean_std, held_out_loader)
+    stage = PretrainingStage(
+        target, run.device, run.precision, dataset, mean_std, held_out_loader, predicts_all(args), args.no_mask
+    )
+    log.info(f"target     {stage.task}")
 
     # ── Optimizer ──
     optimizer = create_optimizer(args, model)

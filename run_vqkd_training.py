@@ -58,6 +58,7 @@ def build_model(args: argparse.Namespace, weights: str | None = None) -> modelin
         process_type=args.process_type,
         quantize_kmeans_init=args.quantize_kmeans_init or args.quantizer_warmup_steps > 0,
         teacher=teacher,
+        decoder_depth=args.decoder_depth,
     )
 
 

@@ -101,13 +101,14 @@ class PretrainingViews:
     """Two sizes of one random crop, and a mask.
 
     Gives {"image": (3, S, S) normalised float, for the network; "tokenizer_image": (3, S2, S2) float in [0, 1], for the
-    tokenizer; "mask": (H*W,) bool, row-major, True = masked}. `mask_generator()` gives the (H, W) mask.
+    tokenizer, only with a `second_size`; "mask": (H*W,) bool, row-major, True = masked}. `mask_generator()` gives the
+    (H, W) mask.
     """
 
     def __init__(
         self,
         input_size: int,
-        second_size: int,
+        second_size: int | None,
         min_crop_scale: float,
         color_jitter: float,
         interpolation: str,
@@ -128,10 +129,13 @@ class PretrainingViews:
     def __call__(self, image: Image.Image) -> dict[str, torch.Tensor]:
         crop = self.crop(image)
         first = resized_tensor(crop, self.first[0], interpolation(self.first[1]))
-        same = self.first == self.second  # the recipes' case: resize once
-        second = first if same else resized_tensor(crop, self.second[0], interpolation(self.second[1]))
-        mask = torch.as_tensor(self.mask_generator(), dtype=torch.bool).flatten()
-        return {"image": F.normalize(first, self.mean, self.std), "tokenizer_image": second, "mask": mask}
+        views = {"image": F.normalize(first, self.mean, self.std)}
+        second_size, second_interpolation = self.second
+        if second_size is not None:
+            same = self.first == self.second  # the recipes' case: resize once
+            views["tokenizer_image"] = first if same else resized_tensor(crop, second_size, interpolation(second_interpolation))
+        views["mask"] = torch.as_tensor(self.mask_generator(), dtype=torch.bool).flatten()
+        return views
 
 
 class TokenizerViews:

@@ -21,6 +21,7 @@ SCRIPTS = {
 DEVIATING = {
     ("run_beitv2_pretraining", "--num_mask_patches"),  # scaled to the grid: 75 of 196
     ("run_beitv2_pretraining", "--min_mask_patches_per_block"),  # the same: 16 on 14 x 14
+    ("run_beitv2_pretraining", "--second_input_size"),  # what gives the model's grid: 224 for VQ-KD
     ("run_beitv2_pretraining", "--second_interpolation"),  # bicubic, as in the recipe
     ("run_vqkd_training", "--teacher_model_type"),  # the teacher in the tokenizer's name; clip for the default one
     ("run_class_finetuning", "--eval_data_path"),  # '' rather than None

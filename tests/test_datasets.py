@@ -66,6 +66,8 @@ def arguments(root, **changed):
         "num_mask_patches": None,
         "min_mask_patches_per_block": None,
         "max_mask_patches_per_block": None,
+        "mask_type": "block",
+        "no_mask": False,
         "aa": "rand-m9-mstd0.5-inc1",
         "reprob": 0.25,
         "remode": "pixel",
