@@ -10,11 +10,11 @@ FLOORS = {
     "encode_images visualize_attention export_checkpoint benchmark",
     5: "engine_for_vqkd engine_for_pretraining engine_for_finetuning engine_for_linear_eval engine_for_segmentation",
     4: "engine",
-    3: "run_state modeling_vqkd datasets pretrained trained_classifier pretraining_targets",
+    3: "run_state modeling_vqkd datasets pretrained trained_classifier pretraining_targets weight_source",
     2: "modeling_pretrain modeling_finetune modeling_segmentation modeling_dvae vqkd_teachers norm_ema_quantizer "
     "checkpointing metrics confusion samplers interruption",
     1: "vit_backbone transforms masking_generator optim_factory model_zoo distributed arguments visualization utils "
-    "imagenet_classes",
+    "imagenet_classes weight_formats",
     0: "errors",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
