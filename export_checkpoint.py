@@ -23,6 +23,7 @@ import weight_formats
 import weight_source
 from distributed import log
 from errors import UserError, pick, tells_the_user
+from imagenet_classes import in_words, synsets
 from modeling_finetune import brief
 from transforms import default_crop_pct, normalisation
 from vit_backbone import SIZES, Trunk, relative_position_index
@@ -204,7 +205,7 @@ def class_names(given: str | None, count: int) -> list[str] | None:
     if not count:
         raise UserError("--class_names: the checkpoint holds no classifier to name the classes of")
     if given == "imagenet-1k":
-        names = weight_source.imagenet_names()
+        names = synsets()
     else:
         try:
             text = Path(given).read_text(encoding="utf-8")
@@ -282,13 +283,15 @@ def write_timm(model: Model, args: argparse.Namespace) -> Written:
 def write_huggingface(model: Model, args: argparse.Namespace) -> Written:
     """--to huggingface: a folder for from_pretrained."""
     folder = Path(args.output)
-    heads = {weight_formats.CLASSIFIER: model.settings["num_classes"], weight_formats.MASKED_IMAGE: model.vocab_size}
+    codes = 0 if predicts_pixels(model) else model.vocab_size
+    heads = {weight_formats.CLASSIFIER: model.settings["num_classes"], weight_formats.MASKED_IMAGE: codes}
     own = next((name for name, size in heads.items() if size), weight_formats.BACKBONE)
     architecture = own if args.architecture == "auto" else args.architecture
     if not heads.get(architecture, 1):
         raise UserError(f"--architecture {architecture}: {args.checkpoint} has no such head; {own} fits it")
     drop_path = model.flags.get("drop_path", 0.1)
-    config = weight_formats.huggingface_config(model.settings, architecture, model.vocab_size, drop_path, model.classes)
+    names = [in_words(name) for name in model.classes] if model.classes else None
+    config = weight_formats.huggingface_config(model.settings, architecture, model.vocab_size, drop_path, names)
     preprocessor = weight_formats.huggingface_preprocessor(model.settings["img_size"][0], model.prepared)
     converted = weight_formats.to_huggingface(model.weights, architecture)
     files = [folder / name for name in (WEIGHT_FILES[0], "config.json", "preprocessor_config.json")]
@@ -303,6 +306,11 @@ def write_huggingface(model: Model, args: argparse.Namespace) -> Written:
 
 
 WRITERS = {"safetensors": write_ours, "timm": write_timm, "huggingface": write_huggingface}
+
+
+def predicts_pixels(model: Model) -> bool:
+    """--target pixels of pretraining, BEiT's ablation: such a head gives no codes."""
+    return model.flags.get("target") == "pixels"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -328,7 +336,9 @@ def report(source: Source, model: Model, written: Written) -> str:
     weights, *others = written.files
     size = checkpointing.size_of(written.converted.weights) / 2**20
     s, prepared = model.settings, model.prepared
-    head = f"{s['num_classes']} classes" if s["num_classes"] else f"{model.vocab_size} codes" if model.vocab_size else "no head"
+    head = f"{s['num_classes']} classes" if s["num_classes"] else "no head"
+    if model.vocab_size:
+        head = f"{model.vocab_size} {'values of pixels' if predicts_pixels(model) else 'codes'}"
     values = [", ".join(f"{value:g}" for value in triple) for triple in prepared[:2]]
     lines = [
         ("read", f"{source.path}, {NAMES_OF[source.library]}"),
@@ -350,7 +360,7 @@ def report(source: Source, model: Model, written: Written) -> str:
 def brief_classes(names: list[str] | None) -> str:
     if names is None:
         return "without names (--class_names gives them)"
-    return "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return "; ".join(map(in_words, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @tells_the_user

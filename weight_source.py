@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import safetensors
 import safetensors.torch
 import torch
-from timm.data import ImageNetInfo
 from torch import Tensor
 
 import checkpointing
@@ -19,14 +18,15 @@ import model_zoo
 import modeling_finetune
 import weight_formats
 from errors import UserError
+from imagenet_classes import in_words, synsets
 from weight_formats import Companion
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the folders of Hugging Face and timm
 
 
 class Source(NamedTuple):
-    """Weights under our names, the flags of their training ({} where unknown), the names of the classes, and what another
-    library says of the model."""
+    """Weights under our names, the flags of their training ({} where unknown), the names of the classes (of their folders:
+    ImageNet's are WordNet ids), and what another library says of the model."""
 
     weights: dict[str, Tensor]
     flags: dict[str, Any]
@@ -59,7 +59,7 @@ def read(checkpoint: str, expected: str = "auto", ema: bool = False) -> Source:
     classes = ((content.get("stage") or {}) | inside(path, "stage")).get("classes")
     if published is not None:  # v2 was trained with ImageNet's mean and std, v1 with 0.5 (docs/recipes.md)
         flags = {"imagenet_default_mean_and_std": path.stem.startswith("beitv2"), **flags}
-        classes = imagenet_names() if published.classes == 1000 else None
+        classes = synsets() if published.classes == 1000 else None
     companion = Companion(None, None, None, None)
     try:
         if library == "huggingface" and config:
@@ -69,7 +69,7 @@ def read(checkpoint: str, expected: str = "auto", ema: bool = False) -> Source:
         weights = modeling_finetune.our_names(weight_formats.to_our_names(found))
     except UserError as error:
         raise UserError(f"--checkpoint {checkpoint}: {error}") from None
-    return Source(weights, flags, companion.classes or classes, companion, library, path)
+    return Source(weights, flags, folder_names(companion.classes) or classes, companion, library, path)
 
 
 def locate(source: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
@@ -107,10 +107,12 @@ def inside(path: Path, key: str) -> dict[str, Any]:
     return json.loads(text) if text.startswith("{") else {}
 
 
-def imagenet_names() -> list[str]:
-    """ImageNet-1k's classes in words, in the order of a classifier's logits."""
-    info = ImageNetInfo("imagenet-1k")
-    return [info.index_to_description(number) for number in range(info.num_classes())]
+def folder_names(names: list[str] | None) -> list[str] | None:
+    """Class names of another library as those of the folders that our data sets take them from: ImageNet's are WordNet ids."""
+    if names is None or len(names) != len(synsets()):
+        return names
+    same = sum(name.split(",")[0] == in_words(synset) for name, synset in zip(names, synsets(), strict=True))
+    return synsets() if same > 0.9 * len(names) else names  # lists of them differ in a few words
 
 
 def save(path: Path, weights: dict[str, Tensor], flags: dict[str, Any] | None = None, classes: list[str] | None = None) -> None:

@@ -18,6 +18,7 @@ import export_checkpoint
 import modeling_finetune
 import modeling_pretrain
 import weight_formats
+from imagenet_classes import synsets
 from transforms import IMAGENET_MEAN, IMAGENET_STD, eval_view, load_image
 
 HEADS = ("--num_heads", "4")  # not to be read from the shapes of a model without tables
@@ -271,6 +272,16 @@ def test_another_size_resizes_the_tables(tmp_path):
     assert_same(load_file(export(hf, "safetensors", tmp_path / "back.safetensors")), larger.state_dict())
 
 
+def test_a_head_that_predicts_pixels_is_none_of_hugging_face_s(tmp_path, capsys):
+    source = tmp_path / "pt.pth"
+    torch.save({"model": pretraining().state_dict(), "args": FLAGS | {"target": "pixels"}}, source)
+    folder = export(source, "huggingface", tmp_path / "hf")
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["BeitModel"]
+    assert "lm_head.weight" in capsys.readouterr().out
+    flags = ("--architecture", "BeitForMaskedImageModeling")
+    assert "BeitModel fits it" in refusal(capsys, source, "huggingface", tmp_path / "no", *flags)
+
+
 # ── What cannot be done ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -359,5 +370,7 @@ def test_published_classifiers_know_imagenet(tmp_path):
     model = modeling_finetune.VisionTransformer(**TINY | BLOCK_BIAS, num_classes=1000)
     torch.save({"model": model.state_dict()}, tmp_path / "beitv2_base_patch16_224_pt1k_ft1k.pth")
     hf = export(tmp_path / "beitv2_base_patch16_224_pt1k_ft1k.pth", "huggingface", tmp_path / "hf")
-    assert json.loads((hf / "config.json").read_text())["id2label"]["0"] == "tench, Tinca tinca"
+    assert json.loads((hf / "config.json").read_text())["id2label"]["0"] == "tench"
+    content = torch.load(export(hf, "safetensors", tmp_path / "back.pth"), weights_only=True)
+    assert content["stage"]["classes"] == synsets()  # as the folders are called
     assert np.allclose(json.loads((hf / "preprocessor_config.json").read_text())["image_mean"], IMAGENET_MEAN)
