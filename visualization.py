@@ -78,8 +78,9 @@ def join(pictures: Sequence[Tensor], dim: int) -> Tensor:
     return torch.cat(pieces[1:], dim=dim)
 
 
-def enlarged(image: Tensor, factor: int) -> Tensor:
-    """(3, height, width) -> (3, factor * height, factor * width), smooth."""
+def enlarged(image: Tensor, shorter: int = 160) -> Tensor:
+    """A small picture smoothly enlarged by the whole number that brings its shorter side closest to `shorter` pixels."""
+    factor = max(1, round(shorter / min(image.shape[1:])))
     if factor == 1:
         return image
     return F.interpolate(image[None], scale_factor=factor, mode="bicubic", align_corners=False)[0].clamp(0, 1)

@@ -28,7 +28,6 @@ from transforms import eval_view, load_image, normalisation
 from vit_backbone import as_pair
 
 MOST_PIXELS = 1024 * 1024  # T x T numbers in every block, H x T x T in one: about 4 GB for a base model with 16-pixel patches
-SMALLEST = 160  # pictures are enlarged to this many pixels, so that there is room for a caption
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -189,7 +188,7 @@ def rows_of_image(name: str, image: Tensor, model: VisionTransformer, shown: Ten
     blocks, grid = blocks_to_show(args.layer, len(model.blocks)), model.patch_embed.patch_shape
     queries = {query: query_token(query, grid) for query in args.query}
     maps = dict(zip(queries, attention_of(model, image, blocks, list(queries.values())).unbind(2), strict=True))
-    shown = visualization.enlarged(shown, max(1, round(SMALLEST / min(shown.shape[1:]))))
+    shown = visualization.enlarged(shown)  # room for a caption
     if args.mean_only:
         title = visualization.captioned(mark_queries(shown, list(queries.values()), grid), name)
         means = [
