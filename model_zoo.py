@@ -11,9 +11,11 @@ import contextlib
 import difflib
 import hashlib
 import http.client
+import io
 import logging
 import os
 import pathlib
+import pickletools
 import re
 import sys
 import urllib.error
@@ -308,12 +310,48 @@ def load_file(path: str | os.PathLike[str], safe: Sequence[Any] = ()) -> Any:
             warnings.simplefilter("ignore")  # torch.jit is deprecated, but OpenAI's CLIP is a TorchScript archive
             if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
                 return torch.jit.load(path, map_location="cpu").state_dict()
-            with torch.serialization.safe_globals([*_harmless_globals(), *safe]):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True if members else None)
+            # Only who expects a module (`safe`) needs the rewriting; it costs a copy of the file in memory.
+            source = path if members or not safe else _with_classes_called(path)
+            called = (_class_alone, f"{__name__}.{_class_alone.__name__}")
+            with torch.serialization.safe_globals([*_harmless_globals(), called, *safe]):
+                return torch.load(source, map_location="cpu", weights_only=True, mmap=True if members else None)
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; change its permissions") from error
     except Exception as error:  # a damaged file may fail in any way
         raise _unreadable(path, error) from error
+
+
+def _class_alone(kind: str, cls: Any, file: str | None, source: str | None) -> Any:
+    """The class in an old-format file's note about one: ("module", class, its source file, its source)."""
+    return cls
+
+
+def _with_classes_called(path: pathlib.Path) -> io.BytesIO:
+    """An old-format file that torch can read with weights_only=True although a module was pickled in it.
+
+    torch gives every module class the persistent id ("module", class, file, source) in this format, and refuses any such
+    id when it may not run code, whatever globals are safe. Here each becomes the call `_class_alone("module", ...)`, of the
+    same value: so torch's own rule decides about every class, as it does in the new format. Nothing is run here.
+    """
+    data = path.read_bytes()
+    with io.BytesIO(data) as file:
+        for _ in range(3):  # a magic number, the version, sizes of the writer's types; the fourth pickle is the content
+            list(pickletools.genops(file))
+        steps = list(pickletools.genops(file))
+    texts: dict[Any, Any] = {}  # memo slot -> the string in it: "module" is written once, then taken from the memo
+    pieces, end, mark = [], 0, 0
+    for i, (code, argument, position) in enumerate(steps):
+        if code.name == "MARK":
+            mark = i
+        elif "PUT" in code.name and steps[i - 1][0].name == "BINUNICODE":
+            texts[argument] = steps[i - 1][1]
+        elif code.name == "BINPERSID":  # of the tuple that began at the last mark
+            first, kind, _ = steps[mark + 1]
+            if (texts.get(kind) if "GET" in first.name else kind) == "module":
+                start = steps[mark][2] or 0
+                pieces += [data[end:start], f"c{__name__}\n{_class_alone.__name__}\n".encode(), data[start:position], b"R"]
+                end = (position or 0) + 1
+    return io.BytesIO(b"".join([*pieces, data[end:]]))
 
 
 def _unreadable(path: pathlib.Path, error: Exception) -> UserError:

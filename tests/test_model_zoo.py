@@ -245,11 +245,17 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: pathlib.Path, new_format:
     assert not trace.exists()
 
 
-def test_whole_pickled_module_is_refused(tmp_path: pathlib.Path) -> None:
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
+@pytest.mark.parametrize("new_format", [True, False])
+def test_whole_pickled_module_is_refused_unless_its_classes_are_safe(tmp_path: pathlib.Path, new_format: bool) -> None:
+    path, module = tmp_path / "module.pth", torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    torch.save({"model": module, "module": "module"}, path, _use_new_zipfile_serialization=new_format)
+    with pytest.raises(UserError, match=r"torch\.nn\.modules\.container\.Sequential"):
+        model_zoo.load_file(path)
     with pytest.raises(UserError, match=r"torch\.nn\.modules\.linear\.Linear"):
-        model_zoo.load_file(tmp_path / "module.pth")
-    assert isinstance(model_zoo.load_file(tmp_path / "module.pth", safe=[torch.nn.Linear]), torch.nn.Linear)
+        model_zoo.load_file(path, safe=[torch.nn.Sequential])
+    loaded = model_zoo.load_file(path, safe=[torch.nn.Sequential, torch.nn.Linear])
+    assert torch.equal(loaded["model"](torch.ones(2)), module(torch.ones(2)))
+    assert loaded["module"] == "module"
 
 
 @pytest.mark.parametrize("new_format", [True, False])
