@@ -23,6 +23,7 @@ from torchvision.utils import save_image
 import arguments
 import code_files
 import distributed
+import modeling_dvae
 import modeling_vqkd
 import visualization
 from code_files import Parts
@@ -32,6 +33,7 @@ from errors import UserError, tells_the_user
 from samplers import build_eval_loader
 from transforms import View, eval_view, load_image
 
+DALL_E_SIZE = 112  # 14 x 14 tokens, as in BEiT v1
 SHEET, SHEET_COLUMNS = 16, 8  # token maps on one picture
 SECONDS_BETWEEN_LINES = 30
 MINUTES_TO_WAIT = 24 * 60  # for the slowest process: their shares are equal, their machines may not be
@@ -40,12 +42,17 @@ NAMED = 5  # files that cannot be read, in the message on the terminal
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Images to visual tokens")
-    parser.add_argument("--tokenizer_weight", required=True, help="of VQ-KD training: path, URL (in quotes) or published name")
+    parser.add_argument("--tokenizer_model", default="vqkd", choices=("vqkd", "dall-e"),
+                        help="vqkd: built from what its file holds; dall-e: BEiT v1's dVAE")  # fmt: skip
+    parser.add_argument("--tokenizer_weight", default=None,
+                        help="path, URL (in quotes) or published name; needed but for dall-e: default OpenAI's")  # fmt: skip
     parser.add_argument("--data_path", required=True, help="folder of images, however nested, or one image")
     parser.add_argument("--output_dir", required=True, help="folder for the codes; what an earlier run left there is replaced")
     parser.add_argument("--format", default="npy", choices=("npy", "jsonl"),
-                        help="npy: codes.npy (images, patches) and files.txt; jsonl: codes.jsonl, an object an image")  # fmt: skip
-    parser.add_argument("--maps", type=int, default=0, help="draw the token maps of the first N images")
+                        help="npy: codes.npy (images, patches), files.txt; jsonl: codes.jsonl, an object an image")  # fmt: skip
+    parser.add_argument("--maps", type=arguments.positive, default=0, help="draw the token maps of the first N images")
+    parser.add_argument("--input_size", type=arguments.positive, default=None,
+                        help="side of the input in pixels: the tokenizer's own, VQ-KD takes no other; dall-e: 112")  # fmt: skip
     parser.add_argument("--crop_pct", type=float, default=None,
                         help="share of the shorter side in the centre crop; default: evaluation's, 0.875")  # fmt: skip
     parser.add_argument("--batch_size", type=arguments.positive, default=64, help="images per process and step")
@@ -65,15 +72,27 @@ class Tokenizer:
     """What encoding needs to know of a tokenizer, whichever kind it is. `grid`: rows and columns of patches."""
 
     model: Any
+    source: str
     n_codes: int
     input_size: int
     grid: tuple[int, int]
 
 
 def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
+    if args.tokenizer_model == "dall-e":
+        dvae = modeling_dvae.load_dall_e_encoder(args.tokenizer_weight)
+        size = args.input_size or DALL_E_SIZE
+        if size % modeling_dvae.PATCH_SIZE:
+            raise UserError(f"--input_size {size} is not a multiple of DALL-E's {modeling_dvae.PATCH_SIZE} pixels a token")
+        side = size // modeling_dvae.PATCH_SIZE
+        return Tokenizer(dvae, args.tokenizer_weight or modeling_dvae.PUBLISHED, dvae.vocab_size, size, (side, side))
+    if not args.tokenizer_weight:
+        raise UserError("--tokenizer_weight is missing: the checkpoint of VQ-KD training, or a published name")
     model, _ = modeling_vqkd.open_tokenizer(args.tokenizer_weight)
-    patches = model.encoder.patch_embed
-    return Tokenizer(model, model.quantize.num_tokens, patches.img_size[0], patches.patch_shape)
+    size, grid = model.encoder.patch_embed.img_size[0], model.encoder.patch_embed.patch_shape
+    if args.input_size not in (None, size):
+        raise UserError(f"--input_size {args.input_size}: this tokenizer was trained on {size} pixels and encodes no others")
+    return Tokenizer(model, args.tokenizer_weight, model.quantize.num_tokens, size, grid)
 
 
 class EveryImage(ImageFiles):
@@ -145,7 +164,7 @@ def files_to_encode(data_path: str) -> list[str]:
 def finish(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: View) -> None:
     """Join the shares into the finished folder, and say what is in it."""
     about = code_files.join(parts, args.format, {
-        "data_path": root_of(args.data_path), "tokenizer_weight": args.tokenizer_weight, "input_size": tokenizer.input_size,
+        "data_path": root_of(args.data_path), "tokenizer_weight": tokenizer.source, "input_size": tokenizer.input_size,
         "crop_pct": args.crop_pct, "view": described(view), "amp_dtype": args.amp_dtype,
     })  # fmt: skip
     if about["skipped"]:
@@ -188,7 +207,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = files_to_encode(args.data_path)
     tokenizer = open_tokenizer(args)
     view = eval_view(tokenizer.input_size, args.crop_pct)
-    log.info(f"tokenizer  {args.tokenizer_weight}: {tokenizer.n_codes} codes, {' x '.join(map(str, tokenizer.grid))} patches")
+    rows, columns = tokenizer.grid
+    log.info(f"tokenizer  {tokenizer.source}: {tokenizer.n_codes} codes, {rows} x {columns} patches")
     log.info(f"images     {len(files)}: {described(view)}")
     parts = Parts(Path(args.output_dir), launch.world_size, tokenizer.n_codes, tokenizer.grid)
 
