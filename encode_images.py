@@ -32,6 +32,7 @@ from distributed import Launch, log
 from errors import UserError, tells_the_user
 from samplers import build_eval_loader
 from transforms import View, eval_view, load_image
+from utils import printable
 
 DALL_E_SIZE = 112  # 14 x 14 tokens, as in BEiT v1
 SHEET, SHEET_COLUMNS = 16, 8  # token maps on one picture
@@ -168,7 +169,7 @@ def finish(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: V
         "crop_pct": args.crop_pct, "view": described(view), "amp_dtype": args.amp_dtype,
     })  # fmt: skip
     if about["skipped"]:
-        named = ", ".join(itertools.islice(parts.lines("skipped"), NAMED))
+        named = printable(", ".join(itertools.islice(parts.lines("skipped"), NAMED)))
         log.warning(f"skipped    {about['skipped']} files that cannot be read, all in skipped.txt: {named}")
     log.info(f"codes      {about['images']} images in {parts.folder}/codes.{args.format}, "
              f"{about['codes_used']} of {parts.n_codes} codes used, perplexity {about['perplexity']:.1f}")  # fmt: skip
@@ -227,11 +228,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if distributed.is_main():
             finish(args, parts, tokenizer, view)
             draw_maps(args, parts, view)
-            parts.remove()
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({error})") from None
     except RuntimeError as error:
         raise distributed.explained(error) from None
+    finally:
+        if distributed.is_main():
+            parts.remove()
     distributed.stop()
 
 

@@ -25,6 +25,7 @@ from distributed import log
 from errors import UserError, tells_the_user
 from modeling_finetune import VisionTransformer
 from transforms import eval_view, load_image, normalisation
+from utils import printable
 from vit_backbone import as_pair
 
 MOST_PIXELS = 1024 * 1024  # T x T numbers in every block, H x T x T in one: about 4 GB for a base model with 16-pixel patches
@@ -118,7 +119,7 @@ def read_images(sources: Sequence[str], count: int) -> Iterator[tuple[str, Image
             try:
                 image = load_image(path)
             except Exception as error:  # PIL raises nearly anything for broken files
-                log.warning(f"cannot read {path} ({error}): left out")
+                log.warning(printable(f"cannot read {path} ({error}): left out"))
                 continue
             shown += 1
             yield Path(path).name, image
