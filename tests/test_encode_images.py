@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -288,24 +289,32 @@ def encoded(data, weights, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def invented(encoded, tmp_path_factory):
+    """The same images with codes 0 to 5 at random."""
+    out = shutil.copytree(encoded, tmp_path_factory.mktemp("invented") / "codes")
+    np.save(out / "codes.npy", np.random.RandomState(0).randint(0, 6, (10, 4)).astype(np.uint16))
+    return out
+
+
 def page(encoded, path, *more):
     visualize_codebook.main(["--encoded", str(encoded), "--output", str(path), *more])
     return Page(path)
 
 
-def test_the_page_shows_patches_that_have_the_code_and_needs_nothing_else(encoded, tmp_path):
-    codes, names = np.load(encoded / "codes.npy"), names_in(encoded)
+def test_the_page_shows_patches_that_have_the_code_and_needs_nothing_else(invented, tmp_path):
+    codes, names = np.load(invented / "codes.npy"), names_in(invented)
     counts = np.bincount(codes.ravel(), minlength=16)
     unused = int(np.flatnonzero(counts == 0)[0])
     ranked = np.argsort(-counts, kind="stable")
     chosen = [int(ranked[1]), unused, int(ranked[0])]
-    found = page(encoded, tmp_path / "page.html", "--codes", *map(str, chosen), "--examples", "3")
+    found = page(invented, tmp_path / "page.html", "--codes", *map(str, chosen), "--examples", "8")
     assert list(found.pictures) == [None, *(f"code-{code}" for code in chosen)]  # None: the histogram before them
     assert len(found.pictures[None]) == 1
     assert found.pictures[f"code-{unused}"] == []
     assert "Does not occur in these images" in found.text
     for code in (chosen[0], chosen[2]):
-        assert len(found.pictures[f"code-{code}"]) == min(3, counts[code])
+        assert len(found.pictures[f"code-{code}"]) == min(8, counts[code])
         images = []
         for alt in found.pictures[f"code-{code}"]:
             shown, row, column, name = re.fullmatch(r"code (\d+): patch (\d+),(\d+) of (.*)", alt).groups()
