@@ -55,8 +55,8 @@ def read(checkpoint: str, expected: str = "auto", ema: bool = False) -> Source:
         names = "Hugging Face's" if huggingface else "ours, which are timm's too"
         raise UserError(f"--from {expected}: the names in {checkpoint} are {names}; --from auto sees by itself")
     published = model_zoo.ENTRIES.get(path.stem)
-    flags = {**(content.get("args") or {}), **inside(path, "args")}
-    classes = ((content.get("stage") or {}) | inside(path, "stage")).get("classes")
+    flags = content.get("args") or {}
+    classes = (content.get("stage") or {}).get("classes")
     if published is not None:  # v2 was trained with ImageNet's mean and std, v1 with 0.5 (docs/recipes.md)
         flags = {"imagenet_default_mean_and_std": path.stem.startswith("beitv2"), **flags}
         classes = synsets() if published.classes == 1000 else None
@@ -66,7 +66,7 @@ def read(checkpoint: str, expected: str = "auto", ema: bool = False) -> Source:
             companion = weight_formats.read_huggingface_config(config, preprocessor)
         elif library == "timm":
             companion = weight_formats.read_timm_config(config)
-        weights = modeling_finetune.our_names(weight_formats.to_our_names(found))
+        weights = modeling_finetune.our_names(found)
     except UserError as error:
         raise UserError(f"--checkpoint {checkpoint}: {error}") from None
     return Source(weights, flags, folder_names(companion.classes) or classes, companion, library, path)
@@ -96,15 +96,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}): mend it, or take it away") from None
     return content if isinstance(content, dict) else {}
-
-
-def inside(path: Path, key: str) -> dict[str, Any]:
-    """What export_checkpoint put into the head of a safetensors file, which has no place but text; {} elsewhere."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safetensors.safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(key, "")
-    return json.loads(text) if text.startswith("{") else {}
 
 
 def folder_names(names: list[str] | None) -> list[str] | None:
