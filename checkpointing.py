@@ -16,6 +16,7 @@ import torch
 
 import distributed
 import model_zoo
+import weight_files
 from distributed import log
 from errors import UserError
 
@@ -191,10 +192,10 @@ def intact(path: Path) -> bool:
 
 def read(path: Path) -> dict[str, Any]:
     """A training checkpoint, or a published weight file (then only `model` is in it, and what `head` finds)."""
-    content = model_zoo.load_file(path)
+    content = weight_files.load_file(path)
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        return content | {"args": model_zoo.plain_flags(content.get("args"))}
-    return {"model": model_zoo.load_state_dict(str(path)), **head(path)}
+        return content | {"args": weight_files.plain_flags(content.get("args"))}
+    return {"model": weight_files.load_state_dict(path), **head(path)}
 
 
 def head(path: Path) -> dict[str, Any]:

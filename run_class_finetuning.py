@@ -20,6 +20,7 @@ import modeling_finetune
 import pretrained
 import run_state
 import trained_classifier
+import weight_files
 from confusion import as_table, described
 from datasets import build_finetuning_dataset
 from distributed import log
@@ -98,7 +99,7 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.
 
 def load_pretrained(model: modeling_finetune.VisionTransformer, args: argparse.Namespace) -> None:
     """--finetune: what fits is used; what does not is named."""
-    weights: dict[str, Tensor] = model_zoo.load_state_dict(args.finetune, args.model_key)
+    weights: dict[str, Tensor] = weight_files.load_state_dict(model_zoo.fetch(args.finetune), args.model_key)
     pretrained.load_fitting(model, trained_classifier.select(weights, args), f"--finetune {args.finetune}")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import arguments
 import model_zoo
+import weight_files
 from checkpointing import head, plain
 from distributed import log
 from errors import UserError
@@ -49,17 +50,17 @@ def read(args: argparse.Namespace) -> TrainedClassifier:
     """--resume, else --finetune; with --model_ema the moving average of the weights in it."""
     source = args.resume or args.finetune
     path = model_zoo.fetch(source)
-    content = model_zoo.load_file(path)
+    content = weight_files.load_file(path)
     more = {**head(path), **(content if isinstance(content, Mapping) else {})}
     if args.model_ema and not isinstance(more.get("model_ema"), Mapping):
         raise UserError(f"{source} holds no moving average of the weights (model_ema): leave --model_ema out")
-    weights = model_zoo.weights_in(content, source, "model_ema" if args.model_ema else args.model_key)
+    weights = weight_files.weights_in(content, source, "model_ema" if args.model_ema else args.model_key)
     weights = our_names(select(weights, args))
     if "head.bias" not in weights:
         raise UserError(f"{source} holds no classifier (no head.bias): fine-tune it first")
     stage = more.get("stage")
     classes = stage.get("classes") if isinstance(stage, Mapping) else None
-    return TrainedClassifier(source, weights, model_zoo.plain_flags(more.get("args")), classes)
+    return TrainedClassifier(source, weights, weight_files.plain_flags(more.get("args")), classes)
 
 
 def load(

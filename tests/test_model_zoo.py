@@ -25,6 +25,7 @@ import model_zoo
 import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
+import weight_files
 from errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -270,7 +271,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: pathlib.Path, new_format:
     trace, path = tmp_path / "trace", tmp_path / "bad.pth"
     torch.save({"model": {"w": torch.ones(2)}, "x": RunsCode(str(trace))}, path, _use_new_zipfile_serialization=new_format)
     with pytest.raises(UserError, match=r"bad\.pth holds Python objects \(\w+\.system\)"):
-        model_zoo.load_file(path)
+        weight_files.load_file(path)
     assert not trace.exists()
 
 
@@ -279,10 +280,10 @@ def test_whole_pickled_module_is_refused_unless_its_classes_are_safe(tmp_path: p
     path, module = tmp_path / "module.pth", torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
     torch.save({"model": module, "module": "module"}, path, _use_new_zipfile_serialization=new_format)
     with pytest.raises(UserError, match=r"torch\.nn\.modules\.container\.Sequential"):
-        model_zoo.load_file(path)
+        weight_files.load_file(path)
     with pytest.raises(UserError, match=r"torch\.nn\.modules\.linear\.Linear"):
-        model_zoo.load_file(path, safe=[torch.nn.Sequential])
-    loaded = model_zoo.load_file(path, safe=[torch.nn.Sequential, torch.nn.Linear])
+        weight_files.load_file(path, safe=[torch.nn.Sequential])
+    loaded = weight_files.load_file(path, safe=[torch.nn.Sequential, torch.nn.Linear])
     assert torch.equal(loaded["model"](torch.ones(2)), module(torch.ones(2)))
     assert loaded["module"] == "module"
 
@@ -296,7 +297,7 @@ def test_flags_and_numpy_values_are_read(tmp_path: pathlib.Path, new_format: boo
         "best": np.float32(2),
     }
     torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=new_format)
-    loaded = model_zoo.load_file(tmp_path / "c.pth")
+    loaded = weight_files.load_file(tmp_path / "c.pth")
     assert loaded["args"] == content["args"]
     assert np.array_equal(loaded["table"], content["table"])
     assert loaded["best"] == 2
@@ -310,7 +311,7 @@ def test_numpy_scalars_under_the_other_numpys_names(tmp_path: pathlib.Path) -> N
     raw = (tmp_path / "n.pth").read_bytes()
     assert name in raw
     (tmp_path / "n.pth").write_bytes(raw.replace(b"c" + name + b"\n", b"c" + other + b"\n"))
-    assert model_zoo.load_file(tmp_path / "n.pth") == {"x": 0.5}
+    assert weight_files.load_file(tmp_path / "n.pth") == {"x": 0.5}
 
 
 def test_safetensors_and_torchscript(tmp_path: pathlib.Path) -> None:
@@ -319,7 +320,7 @@ def test_safetensors_and_torchscript(tmp_path: pathlib.Path) -> None:
     linear = torch.nn.Sequential(torch.nn.Linear(2, 3))
     torch.jit.trace(linear, torch.ones(1, 2)).save(str(tmp_path / "script.pt"))
     for path, wanted in (("w.safetensors", weights), ("script.pt", linear.state_dict())):
-        loaded = model_zoo.load_state_dict(str(tmp_path / path))
+        loaded = weight_files.load_state_dict(str(tmp_path / path))
         assert loaded.keys() == wanted.keys()
         assert all(torch.equal(loaded[key], wanted[key]) for key in wanted)
 
@@ -339,7 +340,7 @@ def test_damaged_files_are_named(tmp_path: pathlib.Path, kind: str) -> None:
         }.get(kind, b"")
     )
     with pytest.raises(UserError, match=f"{path.name} is no weight file or an incomplete one"):
-        model_zoo.load_file(path)
+        weight_files.load_file(path)
 
 
 def test_state_dict_is_found_under_its_key(tmp_path: pathlib.Path) -> None:
@@ -347,7 +348,7 @@ def test_state_dict_is_found_under_its_key(tmp_path: pathlib.Path) -> None:
 
     def load(content: Any, keys: str = "model|module") -> float:
         torch.save(content, tmp_path / "w.pth")
-        return model_zoo.load_state_dict(str(tmp_path / "w.pth"), keys)["w"].item()
+        return weight_files.load_state_dict(str(tmp_path / "w.pth"), keys)["w"].item()
 
     assert load({"module": two, "model": one, "epoch": 3}) == 1
     assert load({"module": two, "model": one}, "model_ema|module") == 2
