@@ -282,6 +282,13 @@ def test_positions(name, data, tmp_path):
         assert weights[table].abs().max() > 0  # it starts at 0
     lines = log_lines(tmp_path)
     assert lines[1]["train_loss"] < lines[0]["train_loss"]
+    # without positions nothing tells one masked patch of an image from another
+    model = modeling_pretrain.create_model(PLAIN[1], img_size=32, vocab_size=768, init_values=0.1, early_layers=4,
+        use_abs_pos_emb="pos_embed" in weights, use_shared_rel_pos_bias=table in weights)  # fmt: skip
+    model.load_state_dict({key: value for key, value in weights.items() if "cls_pt" not in key})
+    mask = torch.tensor([[True, False, False, True]])
+    first, second = model.eval()(torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), mask)
+    assert torch.allclose(first, second, atol=1e-5) == (name == "none")
 
 
 # ── DALL-E's tokenizer ───────────────────────────────────────────────────────────────────────────────────────────────
