@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import distributed
+import knn
 import visualization
 from distributed import Precision
 from engine import evaluation_batches, samples_to_show, to_device
@@ -32,9 +33,11 @@ class PretrainingStage(Stage):
         dataset: Dataset,
         mean_std: tuple[Any, Any],
         held_out: DataLoader | None = None,
+        knn_probe: knn.Probe | None = None,
     ) -> None:
         self.tokenizer, self.n_codes, self.device, self.precision = tokenizer, n_codes, device, precision
         self.dataset, self.mean_std, self.held_out = dataset, mean_std, held_out
+        self.knn_probe = knn_probe
         self.code_counts = torch.zeros(n_codes, device=device)  # of this epoch's targets
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -81,6 +84,22 @@ class PretrainingStage(Stage):
                 loss, logs = self.step(model, batch)
             means.add({"loss": loss} | logs, weight=float(batch["mask"].sum()))
         return {f"test_{name}": value for name, value in means.read(over_all_ranks=True).items()}
+
+    @torch.no_grad()
+    def probe(self, model: Any, epoch: int) -> dict[str, float]:
+        """k-NN accuracy of the student's last layer (--knn_freq): of its CLS token where that is trained, else of the mean."""
+        probe, features = self.knn_probe, "cls" if hasattr(model, "cls_pt_layers") else "mean"
+        if probe is None or not probe.due(epoch):
+            return {}
+        model.eval()
+
+        def encode(images: Tensor) -> Tensor:
+            with self.precision.autocast():
+                return knn.pool(model.encode(images, None).float(), features)
+
+        batches = [evaluation_batches(loader, self.device, "--knn_data_path") for loader in (probe.train, probe.validation)]
+        train, own = (knn.extract(of_split, encode) for of_split in batches)
+        return probe.measure(train, own, self.device)
 
     @torch.no_grad()
     def pictures(self, model: Any, count: int = 6) -> dict[str, Tensor]:

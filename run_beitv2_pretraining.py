@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import arguments
 import distributed
 import engine
+import knn
 import modeling_pretrain
 import modeling_vqkd
 import run_state
-from datasets import build_pretraining_dataset
+from datasets import build_knn_datasets, build_pretraining_dataset
 from distributed import log
 from engine_for_pretraining import PretrainingStage
 from errors import UserError, pick, tells_the_user
@@ -34,6 +35,7 @@ def get_parser() -> argparse.ArgumentParser:
         epochs=300,
         lr_help="as it is, not scaled; 1.5e-3 for a batch of 2048",
     )
+    arguments.add_knn_monitor_flags(parser)
     arguments.add_run_flags(parser, save_ckpt_freq=20)
     return parser
 
@@ -56,6 +58,8 @@ def patch_grid(args: argparse.Namespace) -> int:
     depth = SIZES[size].depth
     if args.model.endswith("_cls_pt") and not 0 < args.early_layers <= depth:
         raise UserError(f"--early_layers {args.early_layers} must lie between 1 and {args.model}'s depth, {depth}")
+    if args.knn_freq < 0 or bool(args.knn_freq) != bool(args.knn_data_path):
+        raise UserError("--knn_freq (epochs, above 0) and --knn_data_path (labelled images) act together: give both or neither")
     return grid
 
 
@@ -86,6 +90,17 @@ def build_model(args: argparse.Namespace) -> modeling_pretrain.VisionTransformer
     )
 
 
+def build_knn_probe(args: argparse.Namespace, run: run_state.Run) -> knn.Probe | None:
+    """--knn_freq: labelled images to measure the student by while it learns."""
+    if not args.knn_freq:
+        return None
+    train, validation, classes = build_knn_datasets(args)
+    train_loader, validation_loader = (build_eval_loader(split, args, run.launch) for split in (train, validation))
+    return knn.Probe(
+        train_loader, validation_loader, classes, args.knn_freq, args.knn_temperature, args.knn_standardize
+    )  # fmt: skip
+
+
 @tells_the_user
 def main(argv: Sequence[str] | None = None) -> None:
     parser = get_parser()
@@ -99,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = build_pretraining_dataset(args, grid)
     held_out = build_pretraining_dataset(args, grid, args.eval_data_path) if args.eval_data_path else None
     held_out_loader = build_eval_loader(held_out, args, run.launch) if held_out is not None else None
+    knn_probe = build_knn_probe(args, run)
     data = run_state.training_data(dataset, run)
 
     # ── Models: the student, and the frozen tokenizer that gives its targets ──
@@ -106,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.info(f"tokenizer  {args.tokenizer_model}, {args.codebook_size} codes of dim {args.codebook_dim}")
     model = build_model(args).to(run.device)
     mean_std = normalisation(args.imagenet_default_mean_and_std)
-    stage = PretrainingStage(tokenizer, args.codebook_size, run.device, run.precision, dataset, mean_std, held_out_loader)
+    stage = PretrainingStage(
+        tokenizer, args.codebook_size, run.device, run.precision, dataset, mean_std, held_out_loader, knn_probe
+    )  # fmt: skip
 
     # ── Optimizer ──
     optimizer = create_optimizer(args, model)

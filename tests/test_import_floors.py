@@ -12,7 +12,7 @@ FLOORS = {
     4: "engine",
     3: "run_state modeling_vqkd datasets pretrained",
     2: "modeling_pretrain modeling_finetune modeling_segmentation modeling_dvae vqkd_teachers norm_ema_quantizer "
-    "checkpointing metrics samplers interruption",
+    "checkpointing metrics samplers interruption knn",
     1: "vit_backbone transforms masking_generator optim_factory model_zoo distributed arguments visualization utils",
     0: "errors",
 }
