@@ -108,6 +108,13 @@ def positive(text: str) -> int:
     return value
 
 
+def above_zero(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
+
+
 def image_size(text: str) -> int | tuple[int, int]:
     """`224`: a square's side; `384x512`: height x width."""
     sides = [positive(part) for part in text.lower().split("x")]
@@ -253,6 +260,44 @@ def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--second_interpolation", default="bicubic", help="how the tokenizer's view is resized")
     g.add_argument("--codebook_size", type=positive, default=8192, help="codes of the tokenizer")
     g.add_argument("--codebook_dim", type=positive, default=32, help="their dimension; dall-e has none")
+
+
+def add_knn_monitor_flags(parser: argparse.ArgumentParser) -> None:
+    """k-NN accuracy while a model pretrains (knn.py)."""
+    g = parser.add_argument_group("k-NN during pretraining")
+    g.add_argument("--knn_freq", type=int, default=0, help="epochs between k-NN evaluations of the student; 0: none")
+    g.add_argument("--knn_data_path", default="", help="labelled images for it: train/class/image and val/class/image")
+    add_knn_flags(g)
+
+
+def add_knn_flags(group: Any) -> None:
+    group.add_argument("--knn_temperature", type=above_zero, default=0.07, help="a neighbour's vote is exp(similarity / this)")
+    group.add_argument("--knn_standardize", action="store_true",
+                       help="channels to mean 0 and std 1 over the training images before they are compared")  # fmt: skip
+
+
+def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
+    g = parser.add_argument_group("what is evaluated")
+    mode = g.add_mutually_exclusive_group()
+    mode.add_argument("--linear", dest="mode", action="store_const", const="linear", default="linear",
+                      help="train a linear classifier on every layer (the default)")  # fmt: skip
+    mode.add_argument("--knn", dest="mode", action="store_const", const="knn", default="linear",
+                      help="k nearest neighbours among the training images; trains nothing")  # fmt: skip
+    g.add_argument("--finetune", required=True, help="the frozen backbone: path, URL (in quotes) or published name")
+    g.add_argument("--num_heads", type=positive, default=None, help="for files of an unknown size without position bias")
+    g.add_argument("--features", default="auto", choices=("auto", "cls", "mean", "cls_mean"),
+                   help="CLS token, mean of the patch tokens, or both in a row; auto: cls for files of BEiT v2's "
+                   "pretraining, else cls_mean (--linear) or mean (--knn)")  # fmt: skip
+    g.add_argument("--nb_classes", type=int, default=0, help="0: as many as the data has")
+    g.add_argument("--label_fraction", type=fraction, default=1.0, help="train on a fixed, class-balanced share of the labels")
+    g.add_argument("--crop_pct", type=float, default=None, help="centre crop; default 0.875, 1.0 from 384 pixels up")
+    g = parser.add_argument_group("linear probe")
+    g.add_argument("--cached_features", action="store_true",
+                   help="compute features once, from centre crops, not random ones: fast, not the published way")  # fmt: skip
+    g = parser.add_argument_group("k-NN")
+    g.add_argument("--knn_k", type=positive, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
+    g.add_argument("--knn_layer", type=positive, default=None, help="block whose output is compared, from 1; default: the last")
+    add_knn_flags(g)
 
 
 def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:

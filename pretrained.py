@@ -90,3 +90,9 @@ def open_backbone(
         raise UserError(f"--input_size: {error}") from None
     load_fitting(model, weights, f"{flag} {source}")
     return model.eval().requires_grad_(False), flags
+
+
+def has_cls_head(source: str) -> bool:
+    """Whether a file is of BEiT v2's pretraining, where the CLS token learns to stand for the image."""
+    weights = modeling_finetune.our_names(checkpointing.read(model_zoo.fetch(source))["model"])
+    return any(key.startswith("cls_pt_layers.") for key in weights)

@@ -48,6 +48,10 @@ class Stage:
         """Entries for log.txt, with their `test_` in front; {} where there is nothing to evaluate on."""
         return {}
 
+    def probe(self, model: nn.Module, epoch: int) -> dict[str, float]:
+        """More entries like evaluate's, from an evaluation with a frequency of its own; {} where none is due after `epoch`."""
+        return {}
+
     def better(self, test: dict[str, float]) -> float | None:
         """What to maximise for checkpoint-best.pth; None: this stage has no best."""
         return None
@@ -127,12 +131,14 @@ class TrainingData:
         return self.sampler.steps_per_epoch
 
 
-def training_data(dataset: Any, run: Run) -> TrainingData:
+def training_data(dataset: Any, run: Run, num_workers: int | None = None) -> TrainingData:
+    """`num_workers`: 0 for what is in memory already; default: --num_workers."""
     args, launch = run.args, run.launch
+    workers = args.num_workers if num_workers is None else num_workers
     sampler = ResumableSampler(
         len(dataset), args.batch_size, args.update_freq, launch.rank, launch.world_size, args.seed
     )  # fmt: skip
-    loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and run.device.type == "cuda", persistent=True)
+    loader = build_loader(dataset, sampler, workers, args.pin_mem and run.device.type == "cuda", persistent=True)
     if sampler.shrunk:
         log.warning(
             f"warning: {len(dataset)} images do not fill one batch of {args.batch_size} x {launch.world_size} processes x "

@@ -13,7 +13,7 @@ FLOORS = {
     4: "engine modeling_pixel_decoder",
     3: "run_state modeling_vqkd datasets pretrained trained_classifier pretraining_targets weight_source code_files",
     2: "modeling_pretrain modeling_finetune modeling_segmentation modeling_dvae vqkd_teachers norm_ema_quantizer "
-    "checkpointing metrics confusion samplers interruption",
+    "checkpointing metrics confusion samplers interruption knn",
     1: "vit_backbone transforms masking_generator optim_factory model_zoo distributed arguments visualization "
     "utils imagenet_classes weight_formats weight_files pages",
     0: "errors",

@@ -16,6 +16,7 @@ import modeling_pretrain
 import modeling_vqkd
 import run_beitv2_pretraining
 import run_class_finetuning
+import run_linear_eval
 import run_vqkd_training
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,7 @@ ENTRIES = {
     "run_vqkd_training.py": run_vqkd_training,
     "run_beitv2_pretraining.py": run_beitv2_pretraining,
     "run_class_finetuning.py": run_class_finetuning,
+    "run_linear_eval.py": run_linear_eval,
 }
 
 # name: model, teacher
@@ -75,6 +77,12 @@ FINETUNING = {
     "large_v1_pt22k_ft22k": (8, 32, 2, 2e-5, 30, 5, 0.9, 0.4, 0, 0, 1e-8, "beit_large_patch16_224_pt22k_ft22k"),
 }
 FINETUNING = {f"finetune_{name}": row for name, row in FINETUNING.items()}
+# name: features, from
+LINEAR = {
+    "linear_base_v2_1600e": ("cls", "beitv2_base_patch16_224_pt1k"),
+    "linear_base_v1_pt22k": ("cls_mean", "beit_base_patch16_224_pt22k"),
+    "linear_large_v1_pt22k": ("cls_mean", "beit_large_patch16_224_pt22k"),
+}
 
 
 def call(name: str, *flags: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -106,7 +114,7 @@ def expect(run: SimpleNamespace, **values: object) -> None:
 
 
 def test_every_recipe_has_a_row_here_and_the_other_way_round():
-    assert RECIPES.keys() == {*VQKD, *PRETRAINING, *PRETRAINING_V1, *FINETUNING}
+    assert RECIPES.keys() == {*VQKD, *PRETRAINING, *PRETRAINING_V1, *FINETUNING, *LINEAR}
     assert ABLATION_FILES.keys() == ABLATIONS.keys()
 
 
@@ -119,7 +127,7 @@ def test_tokenizer_recipes(name):
     expect(run, batch_size=64, epochs=100, warmup_epochs=10, lr=5e-5, min_lr=1e-5, weight_decay=1e-4, opt_betas=[0.9, 0.99])
     expect(run, codebook_n_emd=8192, codebook_emd_dim=32, ema_decay=0.99, quantize_kmeans_init=True, rec_loss_type="cosine")
     expect(run, min_crop_scale=0.08, color_jitter=0, train_interpolation="bicubic", process_type="default", opt="adamw")
-    run_vqkd_training.check(run.args)
+    run_vqkd_training.check(run_vqkd_training.get_parser(), run.args)
     assert model in modeling_vqkd.VARIANTS
     assert model in model_zoo.ENTRIES
 
@@ -208,6 +216,21 @@ def test_finetuning_recipes(name):
     assert published.kind == ("intermediate" if "ft2" in name else "pretrained")
     assert published.model.startswith(run.args.model)
     assert run.args.model in modeling_finetune.VARIANTS
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_probe_recipes(name):
+    features, weights = LINEAR[name]
+    run = dry_run(name)
+    assert (run.entry, run.gpus, run.batch) == (run_linear_eval, 8, 1024)
+    assert run.args.lr * run.batch / 256 == pytest.approx(4e-3)
+    expect(run, finetune=weights, features=features, data_set="IMNET", data_path="/data", output_dir="/out", nb_classes=1000)
+    expect(run, batch_size=128, epochs=100, opt="adamw", min_lr=0, weight_decay=0, min_crop_scale=0.08, color_jitter=0)
+    assert run.args.imagenet_default_mean_and_std is ("v2" in name)
+    assert run.args.mode == "linear"
+    assert not run.args.cached_features
+    run_linear_eval.check(run_linear_eval.get_parser(), run.args)
+    assert model_zoo.ENTRIES[weights].kind == "pretrained"
 
 
 @pytest.mark.parametrize("name", RECIPES)
