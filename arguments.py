@@ -22,6 +22,7 @@ OBSOLETE = {
     "local_rank": "",  # torch.distributed.launch passes it on its own: nothing to say
     "dist_eval": "evaluation is always shared by all processes, and every image counts once",
 }
+WORST_CLASSES = 10
 
 
 class Flags(argparse.Namespace):
@@ -71,6 +72,16 @@ def warn_of_obsolete_flags(parser: argparse.ArgumentParser, args: argparse.Names
             logging.getLogger("beit").warning(f"warning: --{name} does nothing: {OBSOLETE[name]}")
 
 
+def spelled(parser: argparse.ArgumentParser, name: str, value: Any) -> str:
+    """How a command line asks for this value of a flag: --input_size 224, --use_cls, no --abs_pos_emb."""
+    if isinstance(value, (list, tuple)):
+        return f"--{name} {('x' if name == 'input_size' else ' ').join(map(str, value))}"
+    if not isinstance(value, bool):
+        return f"no --{name}" if value is None else f"--{name} {value}"
+    options = [action.option_strings[0] for action in parser._actions if action.dest == name and action.const is value]
+    return options[0] if options else f"no --{name}"
+
+
 def warn_of_idle_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, idle: dict[str, str]) -> None:
     """`idle`: name of a flag -> why it does nothing beside the other flags. One warning a reason, of what was set."""
     by_reason: dict[str, list[str]] = {}
@@ -95,6 +106,14 @@ def positive(text: str) -> int:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} must be above 0")
     return value
+
+
+def image_size(text: str) -> int | tuple[int, int]:
+    """`224`: a square's side; `384x512`: height x width."""
+    sides = [positive(part) for part in text.lower().split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a side in pixels nor height x width, such as 384x512")
+    return sides[0] if len(set(sides)) == 1 else (sides[0], sides[1])
 
 
 def fraction(text: str) -> float:
@@ -166,16 +185,24 @@ def add_optimizer_flags(
     )
 
 
-def add_data_flags(parser: argparse.ArgumentParser, data_set: str, color_jitter: float) -> None:
+def add_data_flags(
+    parser: argparse.ArgumentParser,
+    data_set: str,
+    color_jitter: float,
+    needs_training_data: bool = True,
+    any_shape: bool = False,
+) -> None:
+    """`any_shape`: the stage also takes images that are not square."""
     g = parser.add_argument_group("data")
-    g.add_argument("--data_path", required=True, help="folder of images (flat, nested or one folder a class)")
+    g.add_argument("--data_path", required=needs_training_data, help="folder of images (flat, nested or one folder a class)")
     g.add_argument("--eval_data_path", default="", help="held-out images, laid out like --data_path")
     g.add_argument("--data_set", default=data_set, choices=("image_folder", "IMNET", "CIFAR"),
                    help="image_folder: a folder; IMNET: train/ and val/ below data_path; CIFAR: CIFAR-100")  # fmt: skip
     g.add_argument("--image_folder_class_index_file", default=None,
                    help='JSON lines, one {"class": name, "files": [paths below data_path]} a line')  # fmt: skip
     g.add_argument("--download", action="store_true", help="let torchvision download CIFAR-100")
-    g.add_argument("--input_size", type=positive, default=224, help="side of the square input in pixels")
+    shape = "side of the square input in pixels" + (", or height x width, such as 384x512" if any_shape else "")
+    g.add_argument("--input_size", type=image_size if any_shape else positive, default=224, help=shape)
     g.add_argument(
         "--min_crop_scale", type=fraction, default=0.08, help="smallest share of the image a crop covers; BEiT v2: 0.2"
     )
@@ -250,6 +277,13 @@ def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--teacher_input_size", type=positive, default=224)
     g.add_argument("--standardize_teacher", default="auto", choices=("auto", "on", "off"),
                    help="give each channel of the target mean 0 and std 1; auto: for CNN teachers")  # fmt: skip
+    g = parser.add_argument_group("pixel decoder (a look at what the tokens keep; nothing else uses it)")
+    g.add_argument("--train_pixel_decoder", action="store_true",
+                   help="train a decoder from the codes of the frozen --tokenizer_weight to pixels; of these flags, "
+                   "--lr is then 2e-3 unless given, --min_lr 1e-5, --epochs 20, --warmup_epochs 1")  # fmt: skip
+    g.add_argument("--tokenizer_weight", default=None, help="the trained tokenizer: path, URL (in quotes) or published name")
+    g.add_argument("--pixel_decoder_depth", type=positive, default=4, help="blocks of the pixel decoder")
+    g.add_argument("--pixel_decoder_dim", type=positive, default=256, help="its width, a multiple of 32")
     g = parser.add_argument_group("evaluation")
     g.add_argument("--eval", action="store_true", help="evaluate --resume and stop")
     g.add_argument("--disable_eval", action="store_true", help="no evaluation during training")
@@ -275,7 +309,11 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--layer_decay", type=float, default=0.9, help="learning rate factor per layer down; see docs/recipes")
     g.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true")
     g.add_argument("--label_fraction", type=fraction, default=1.0, help="train on a fixed, class-balanced share of the labels")
-    g.add_argument("--model_ema", action="store_true", help="also keep and evaluate a moving average of the weights")
+    g.add_argument(
+        "--model_ema",
+        action="store_true",
+        help="also keep and evaluate a moving average of the weights; with --eval: evaluate it",
+    )
     g.add_argument("--model_ema_decay", type=float, default=0.9999)
     g.add_argument("--model_ema_force_cpu", action="store_true", help="keep it in main memory")
     g = parser.add_argument_group("augmentation")
@@ -296,7 +334,11 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and stop")
     g.add_argument("--disable_eval_during_finetuning", action="store_true")
     g.add_argument("--dist_eval", action="store_true", default=False, help="does nothing: always on")
-    g.add_argument("--robust_test", default=None, help="ImageNet-A, ImageNet-R or ImageNet-Sketch")
+    g.add_argument("--robust_test", default=None,
+                   help="--eval_data_path is ImageNet-A, ImageNet-R or ImageNet-Sketch, of a 1000-class model")  # fmt: skip
+    g.add_argument("--tta_flip", action="store_true", help="--eval: mean probability of each image and its mirror image")
+    g.add_argument("--worst_classes", type=int, default=WORST_CLASSES,
+                   help="--eval: show so many classes of lowest recall and what they are taken for; 0: none")  # fmt: skip
     add_switch(g, "save_ckpt", "no_save_ckpt", True, "write checkpoints")
     g.add_argument("--enable_deepspeed", action="store_true", help="does nothing")
     g.add_argument("--load-tar", action="store_true", help="does nothing")

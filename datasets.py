@@ -98,6 +98,11 @@ def find_images(root: str, flag: str = "--data_path") -> tuple[Samples, None]:
     return samples, None
 
 
+def find_images_or_file(path: str, flag: str = "--data_path") -> list[str]:
+    """`path` itself when it is a file, whatever its name ends in, else every image below it, in the order of the paths."""
+    return [path] if os.path.isfile(path) else [str(source) for source, _ in find_images(path, flag)[0]]
+
+
 def find_classes_folder(
     root: str, flag: str = "--data_path", classes: Sequence[str] | None = None
 ) -> tuple[Samples, Sequence[str]]:
@@ -274,13 +279,16 @@ def build_held_out_dataset(args: Any) -> ImageFiles | None:
     return ImageFiles(_unlabelled(args, train=False), eval_view(args.input_size), args.seed)
 
 
-def build_finetuning_dataset(args: Any, train: bool, own_classes: bool = False) -> tuple[ImageFiles, int]:
+def build_finetuning_dataset(
+    args: Any, train: bool, own_classes: bool = False, classes: Sequence[str] | None = None
+) -> tuple[ImageFiles, int]:
     """Labelled images and the number of classes, which must be --nb_classes unless that is 0.
 
     The validation split takes its label numbers from the training split's class names; with `own_classes` from its own
-    folders (ImageNet-A and -R: 200 of the model's 1000, so --nb_classes is not compared).
+    folders (ImageNet-A and -R: 200 of the model's 1000, so --nb_classes is not compared). `classes`: the names and order
+    that a finished model was trained with, so that the training split need not be there.
     """
-    samples, classes = _labelled(args, train, own_classes)
+    samples, classes = _labelled(args, train, own_classes, classes)
     if args.nb_classes not in (0, len(classes)) and not own_classes:
         raise UserError(
             f"--nb_classes {args.nb_classes}: the data has {len(classes)} classes; correct one of them, or leave "
@@ -331,7 +339,7 @@ def _unlabelled(args: Any, train: bool) -> Samples:
     return [(source, None) for source, _ in samples]
 
 
-def _labelled(args: Any, train: bool, own_classes: bool) -> tuple[Samples, Sequence[str]]:
+def _labelled(args: Any, train: bool, own_classes: bool, classes: Sequence[str] | None = None) -> tuple[Samples, Sequence[str]]:
     folder, flag = _split_folder(args, train)
     index = args.image_folder_class_index_file
     if args.data_set == "CIFAR":
@@ -340,10 +348,11 @@ def _labelled(args: Any, train: bool, own_classes: bool) -> tuple[Samples, Seque
         return read_class_index(index, folder, flag) if index else find_classes_folder(folder, flag)
     if not folder:
         raise UserError("--eval_data_path is missing: name the validation folder, or --disable_eval_during_finetuning")
+    if own_classes or classes or not args.data_path:  # absent when only evaluating a finished model
+        return find_classes_folder(folder, flag, classes)
     training_folder, training_flag = _split_folder(args, train=True)
-    classes: Sequence[str] | None = None
-    if index and not own_classes:
+    if index:
         classes = read_class_index(index, training_folder, training_flag)[1]
-    elif os.path.isdir(training_folder) and not own_classes:  # absent when only evaluating a finished model
+    elif os.path.isdir(training_folder):
         classes = _class_folders(training_folder)
     return find_classes_folder(folder, flag, classes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,14 +14,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import distributed
+from confusion import Confusion
 from distributed import Precision
 from engine import evaluation_batches
+from errors import UserError
 from metrics import accuracy, top_k_correct
 from run_state import Stage
+from trained_classifier import first_difference
 
 
 class FinetuningStage(Stage):
-    """Cross-entropy with label smoothing, or with mixed images and labels (mixup, cutmix)."""
+    """Cross-entropy with label smoothing, or with mixed images and labels (mixup, cutmix).
+
+    `classes`: the names behind the labels; a checkpoint keeps them, so that other images are labelled the same way.
+    """
 
     def __init__(
         self,
@@ -28,9 +36,10 @@ class FinetuningStage(Stage):
         validation: DataLoader | None = None,
         mixup: Mixup | None = None,
         smoothing: float = 0.0,
+        classes: Sequence[str] | None = None,
     ) -> None:
         self.device, self.precision, self.validation = device, precision, validation
-        self.mixup, self.smoothing = mixup, smoothing
+        self.mixup, self.smoothing, self.classes = mixup, smoothing, list(classes or ())
         self.soft_cross_entropy = SoftTargetCrossEntropy()
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -44,45 +53,79 @@ class FinetuningStage(Stage):
         loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
         return loss, {"class_acc": accuracy(logits, labels)}
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Top-1 and top-5 accuracy in percent, balanced accuracy (mean over classes) and loss on the validation images."""
+        return self.measure(model)[0]
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module) -> tuple[dict[str, float], Confusion]:
+        """Top-1 and top-5 accuracy in percent, balanced accuracy (mean over classes) and loss on the validation images, and
+        which classes were taken for which. {} without validation images."""
+        confusion = Confusion(self.device)
         if self.validation is None:
-            return {}
+            return {}, confusion
         model.eval()
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, top 1, top 5, images
-        per_class = torch.zeros(0, device=self.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, top 5, images
         for batch in evaluation_batches(self.validation, self.device):
             labels = batch["label"]
             with self.precision.autocast():
                 logits = model(batch["image"]).float()
-            if len(per_class) == 0:
-                per_class = torch.zeros(2 * logits.shape[1], device=self.device)  # correct, then total, of each class
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            counts = [top_k_correct(logits, labels, 1), top_k_correct(logits, labels, 5), loss.new_tensor(len(labels))]
-            sums += torch.stack([loss, *counts]).double()
-            hit = (logits.argmax(dim=1) == labels).float()
-            per_class.index_add_(0, labels, hit)
-            per_class.index_add_(0, labels + logits.shape[1], torch.ones_like(hit))
-        per_class = self.same_length(per_class)
-        distributed.all_reduce_sum(sums, per_class)
-        correct, total = per_class.chunk(2)
-        seen = total > 0
-        balanced = float((correct[seen] / total[seen]).mean()) if bool(seen.any()) else float("nan")
-        loss_sum, top1, top5, images = sums.tolist()
+            sums += torch.stack([loss, top_k_correct(logits, labels, 5), loss.new_tensor(len(labels))]).double()
+            confusion.add(labels, logits.argmax(dim=1))
+        distributed.all_reduce_sum(sums)
+        confusion.sum_over_ranks()
+        correct, total = confusion.by_class()
+        loss_sum, top5, images = sums.tolist()
         images = max(images, 1.0)
-        return {
+        results = {
             "test_loss": loss_sum / images,
-            "test_acc1": 100 * top1 / images,
+            "test_acc1": 100 * int(correct.sum()) / images,
             "test_acc5": 100 * top5 / images,
-            "test_balanced_acc": 100 * balanced,
-            "test_images": int(images),
+            "test_balanced_acc": 100 * float((correct.double() / total).mean()),  # NaN without images
+            "test_images": int(images) if len(total) else 0,
         }
-
-    def same_length(self, counts: Tensor) -> Tensor:
-        """A rank without a single image must still take part in the sum."""
-        longest = max(distributed.gather_objects(len(counts)))
-        return torch.cat((counts, counts.new_zeros(longest - len(counts))))
+        return results, confusion
 
     def better(self, test: dict[str, float]) -> float | None:
         return test.get("test_acc1")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"classes": self.classes} if self.classes else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        theirs = state.get("classes") or self.classes  # older checkpoints hold no names
+        if self.classes and theirs != self.classes:
+            raise UserError(
+                f"the checkpoint to resume was trained on other classes: {first_difference(theirs, self.classes)}; give "
+                "--data_path the same class folders, or start anew from these weights with --finetune and another --output_dir"
+            )
+
+
+class SomeLogits(nn.Module):
+    """A classifier that chooses among some of its classes only, in the order of `indices`."""
+
+    def __init__(self, model: nn.Module, indices: Sequence[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("indices", torch.tensor(indices))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, height, width) -> (B, len(indices))"""
+        return self.model(images)[:, self.indices]
+
+
+class WithMirrorImage(nn.Module):
+    """A classifier that sees each image and its mirror image and answers with the mean of both probabilities.
+
+    Of the probabilities, not of the logits: each view has one vote of equal weight, whereas one with large logits would
+    outvote the other; and the mean is a distribution, so that the loss remains one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, height, width) -> logarithm of the mean probabilities (B, classes), which is its own log-softmax."""
+        views = [self.model(view).float().log_softmax(dim=1) for view in (images, images.flip(-1))]
+        return torch.logaddexp(*views) - math.log(2)

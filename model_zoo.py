@@ -1,4 +1,4 @@
-"""Weights by name, path or URL: find them, download them once, check them, read them without running any code.
+"""Weights by name, path or URL: find them, download them once, check them.
 
 `python model_zoo.py` prints the published weights with the accuracy that was published for each;
 `python model_zoo.py NAME ...` downloads them (say, on a login node) and prints where they lie.
@@ -11,24 +11,18 @@ import contextlib
 import difflib
 import hashlib
 import http.client
-import io
 import logging
 import os
 import pathlib
-import pickletools
 import re
 import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-import warnings
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
 from tqdm import tqdm
 
@@ -56,7 +50,8 @@ class Entry:
     model: str = ""
     classes: int | None = None
     sha256_prefix: str | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)  # percent; codebook_usage is a share, loss is a loss
+    params: float | None = None  # millions, of the model in the file; None: not known
+    metrics: Mapping[str, float] = field(default_factory=dict)  # percent; usage of the codebook is a share
 
     @property
     def urls(self) -> list[str]:
@@ -66,46 +61,58 @@ class Entry:
 CLASSES = {"intermediate": 21841, "finetuned": 1000, "segmentation": 150}  # of the heads in the files
 
 
-def _entry(name: str, kind: str, sha256_prefix: str | None = None, **metrics: float) -> Entry:
+def _entry(name: str, kind: str, sha256_prefix: str | None = None, params: float | None = None, **metrics: float) -> Entry:
     """The row of a published name: its file and the builder it fits follow from the name."""
     folder = "v1.0" if name.startswith("beit_") else "BEiT-v2"
     model = name.split("_pt")[0].replace("beitv2", "beit")
     if kind == "pretrained":
         model += "_8k_vocab" if folder == "v1.0" else "_8k_vocab_cls_pt"
     file = f"{folder}/{name}-{sha256_prefix}.pth" if sha256_prefix else f"{folder}/{name}.pth"
-    return Entry(file, kind, "" if kind == "segmentation" else model, CLASSES.get(kind), sha256_prefix, metrics)
+    return Entry(file, kind, "" if kind == "segmentation" else model, CLASSES.get(kind), sha256_prefix, params, metrics)
 
 
 ROWS: list[tuple[str, str, dict[str, Any]]] = [
-    ("vqkd_encoder_base_decoder_1x768x12_clip", "tokenizer", {"sha256_prefix": "d93179da", "codebook_usage": 1.0}),
-    ("vqkd_encoder_base_decoder_3x768x12_clip", "tokenizer", {"sha256_prefix": "d5036aa7", "codebook_usage": 0.97}),
-    ("vqkd_encoder_base_decoder_1x768x12_dino", "tokenizer", {"sha256_prefix": "663c55d7", "codebook_usage": 1.0}),
-    ("beitv2_base_patch16_224_pt1k_300e", "pretrained", {}),
-    ("beitv2_base_patch16_224_pt1k", "pretrained", {}),
-    ("beitv2_large_patch16_224_pt1k_300e", "pretrained", {}),
-    ("beitv2_large_patch16_224_pt1k", "pretrained", {}),
-    ("beitv2_base_patch16_224_pt1k_ft21k", "intermediate", {}),
-    ("beitv2_large_patch16_224_pt1k_ft21k", "intermediate", {}),
-    ("beitv2_base_patch16_224_pt1k_300e_ft1k", "finetuned", {"top1": 85.0}),
-    ("beitv2_base_patch16_224_pt1k_ft1k", "finetuned", {"top1": 85.5, "top5": 97.5}),
-    ("beitv2_base_patch16_224_pt1k_ft21kto1k", "finetuned", {"top1": 86.458, "top5": 97.978, "loss": 0.569}),
-    ("beitv2_large_patch16_224_pt1k_300e_ft1k", "finetuned", {"top1": 86.6}),
-    ("beitv2_large_patch16_224_pt1k_ft1k", "finetuned", {"top1": 87.3, "top5": 98.2}),
-    ("beitv2_large_patch16_224_pt1k_ft21kto1k", "finetuned", {"top1": 88.37, "top5": 98.578, "loss": 0.493}),
+    (
+        "vqkd_encoder_base_decoder_1x768x12_clip",
+        "tokenizer",
+        {"params": 94.7, "sha256_prefix": "d93179da", "usage": 1.0},
+    ),
+    (
+        "vqkd_encoder_base_decoder_3x768x12_clip",
+        "tokenizer",
+        {"params": 108.8, "sha256_prefix": "d5036aa7", "usage": 0.97},
+    ),
+    (
+        "vqkd_encoder_base_decoder_1x768x12_dino",
+        "tokenizer",
+        {"params": 94.9, "sha256_prefix": "663c55d7", "usage": 1.0},
+    ),
+    ("beitv2_base_patch16_224_pt1k_300e", "pretrained", {"params": 106.1}),
+    ("beitv2_base_patch16_224_pt1k", "pretrained", {"params": 106.1}),
+    ("beitv2_large_patch16_224_pt1k_300e", "pretrained", {"params": 336.7}),
+    ("beitv2_large_patch16_224_pt1k", "pretrained", {"params": 336.7}),
+    ("beitv2_base_patch16_224_pt1k_ft21k", "intermediate", {"params": 102.6}),
+    ("beitv2_large_patch16_224_pt1k_ft21k", "intermediate", {"params": 325.8}),
+    ("beitv2_base_patch16_224_pt1k_300e_ft1k", "finetuned", {"params": 86.5, "top1": 85.0}),
+    ("beitv2_base_patch16_224_pt1k_ft1k", "finetuned", {"params": 86.5, "top1": 85.5, "top5": 97.5}),
+    ("beitv2_base_patch16_224_pt1k_ft21kto1k", "finetuned", {"params": 86.5, "top1": 86.458, "top5": 97.978, "loss": 0.569}),
+    ("beitv2_large_patch16_224_pt1k_300e_ft1k", "finetuned", {"params": 304.4, "top1": 86.6}),
+    ("beitv2_large_patch16_224_pt1k_ft1k", "finetuned", {"params": 304.4, "top1": 87.3, "top5": 98.2}),
+    ("beitv2_large_patch16_224_pt1k_ft21kto1k", "finetuned", {"params": 304.4, "top1": 88.37, "top5": 98.578, "loss": 0.493}),
     ("beitv2_base_patch16_224_pt1k_ftade20k", "segmentation", {"miou": 53.1}),
     ("beitv2_base_patch16_224_pt1k_ft21ktoade20k", "segmentation", {"miou": 53.5}),
     ("beitv2_large_patch16_224_pt1k_ftade20k", "segmentation", {"miou": 56.7}),
     ("beitv2_large_patch16_224_pt1k_ft21ktoade20k", "segmentation", {"miou": 57.54, "macc": 68.78, "aacc": 86.22}),
-    ("beit_base_patch16_224_pt22k", "pretrained", {}),
-    ("beit_large_patch16_224_pt22k", "pretrained", {}),
-    ("beit_base_patch16_224_pt22k_ft22k", "intermediate", {}),
-    ("beit_large_patch16_224_pt22k_ft22k", "intermediate", {}),
-    ("beit_base_patch16_224_pt22k_ft1k", "finetuned", {"top1": 83.7}),
-    ("beit_base_patch16_224_pt22k_ft22kto1k", "finetuned", {"top1": 85.2}),
-    ("beit_base_patch16_384_pt22k_ft22kto1k", "finetuned", {"top1": 86.82, "top5": 98.124, "loss": 0.565}),
-    ("beit_large_patch16_224_pt22k_ft22kto1k", "finetuned", {"top1": 87.396, "top5": 98.282, "loss": 0.515}),
-    ("beit_large_patch16_384_pt22k_ft22kto1k", "finetuned", {"top1": 88.408, "top5": 98.602, "loss": 0.479}),
-    ("beit_large_patch16_512_pt22k_ft22kto1k", "finetuned", {"top1": 88.6, "top5": 98.658, "loss": 0.474}),
+    ("beit_base_patch16_224_pt22k", "pretrained", {"params": 92.0}),
+    ("beit_large_patch16_224_pt22k", "pretrained", {"params": 311.5}),
+    ("beit_base_patch16_224_pt22k_ft22k", "intermediate", {"params": 102.6}),
+    ("beit_large_patch16_224_pt22k_ft22k", "intermediate", {"params": 325.8}),
+    ("beit_base_patch16_224_pt22k_ft1k", "finetuned", {"params": 86.5, "top1": 83.7}),
+    ("beit_base_patch16_224_pt22k_ft22kto1k", "finetuned", {"params": 86.5, "top1": 85.2}),
+    ("beit_base_patch16_384_pt22k_ft22kto1k", "finetuned", {"params": 86.7, "top1": 86.82, "top5": 98.124, "loss": 0.565}),
+    ("beit_large_patch16_224_pt22k_ft22kto1k", "finetuned", {"params": 304.4, "top1": 87.396, "top5": 98.282, "loss": 0.515}),
+    ("beit_large_patch16_384_pt22k_ft22kto1k", "finetuned", {"params": 305.0, "top1": 88.408, "top5": 98.602, "loss": 0.479}),
+    ("beit_large_patch16_512_pt22k_ft22kto1k", "finetuned", {"params": 305.7, "top1": 88.6, "top5": 98.658, "loss": 0.474}),
 ]
 ENTRIES = {name: _entry(name, kind, **facts) for name, kind, facts in ROWS}
 ENTRIES["dall_e_encoder"] = Entry("https://cdn.openai.com/dall-e/encoder.pkl", "tokenizer-v1")
@@ -136,7 +143,7 @@ def fetch(source: str | os.PathLike[str], sha256_prefix: str | None = None) -> p
         if not path.is_file():
             raise UserError(f"{source}: there is no such file")
         return _checked(path, expected)
-    target = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / name
+    target = _cache_folder() / name
     if not target.exists():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +153,10 @@ def fetch(source: str | os.PathLike[str], sha256_prefix: str | None = None) -> p
         except PermissionError as error:
             raise UserError(f"cannot write {target} ({error.strerror}); TORCH_HOME names another folder") from error
     return target
+
+
+def _cache_folder() -> pathlib.Path:
+    return pathlib.Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def _no_such_file(source: str) -> UserError:
@@ -279,116 +290,34 @@ def _accept(part: pathlib.Path, target: pathlib.Path, sha256_prefix: str | None,
     os.replace(part, target)
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
-def _harmless_globals() -> list[Any]:
-    """What checkpoints hold besides tensors: flags, paths, numpy scalars and arrays under numpy 1's and 2's names."""
-    scalar, reconstruct = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
-    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
-    names = [(f, f"{module}.{f.__name__}") for module in modules for f in (scalar, reconstruct)]
-    dtypes = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
-    paths = [(pathlib.PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
-    return [argparse.Namespace, np.ndarray, np.dtype, *names, *sorted(dtypes, key=str), *paths]
+# ----------------------------------------------------------------------------------------------------------------- table
+PURPOSES = {
+    "tokenizer": "gives BEiT v2 pretraining its targets: --tokenizer_model NAME --tokenizer_weight NAME; usage of the codebook",
+    "tokenizer-v1": "gives BEiT v1 pretraining its targets: --tokenizer_model dall-e --tokenizer_weight NAME",
+    "pretrained": "without labels: to fine-tune (--finetune NAME), probe, or pretrain on (--resume NAME)",
+    "intermediate": "fine-tuned on ImageNet-21k's 21,841 classes: to fine-tune on (--finetune NAME)",
+    "finetuned": "ImageNet-1k classifiers; accuracies in percent: to use or evaluate (--eval --finetune NAME)",
+    "segmentation": "ADE20K's 150 classes; mIoU in percent",
+}
 
 
-def load_file(path: str | os.PathLike[str], safe: Sequence[Any] = ()) -> Any:
-    """What a weight file holds, on the CPU: safetensors, torch.save (new or old), TorchScript (its state dict).
-
-    Python code pickled into a file is never run. `safe`: more globals a torch file may name, as
-    `torch.serialization.safe_globals` takes them. UserError: not there, damaged, no weight file, or with code in it.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        members: list[str] = []
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                members = archive.namelist()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit is deprecated, but OpenAI's CLIP is a TorchScript archive
-            if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
-                return torch.jit.load(path, map_location="cpu").state_dict()
-            # Only who expects a module (`safe`) needs the rewriting; it costs a copy of the file in memory.
-            source = path if members or not safe else _with_classes_called(path)
-            called = (_class_alone, f"{__name__}.{_class_alone.__name__}")
-            with torch.serialization.safe_globals([*_harmless_globals(), called, *safe]):
-                return torch.load(source, map_location="cpu", weights_only=True, mmap=True if members else None)
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; change its permissions") from error
-    except Exception as error:  # a damaged file may fail in any way
-        raise _unreadable(path, error) from error
+def table() -> str:
+    """The published weights by purpose: name, millions of parameters, size on this machine's disk, published results."""
+    lines = []
+    for kind, purpose in PURPOSES.items():
+        lines += [f"{kind}: {purpose}", f"  {'name':44}{'params':>8}{'cached':>10}  published"]
+        for name, entry in ENTRIES.items():
+            if entry.kind == kind:
+                params = f"{entry.params:.1f} M" if entry.params else "-"
+                published = ", ".join(f"{metric} {value:g}" for metric, value in entry.metrics.items())
+                lines.append(f"  {name:44}{params:>8}{_cached_size(entry):>10}  {published or '-'}")
+        lines.append("")
+    return "\n".join([*lines, f"Downloads go to {_cache_folder()}; TORCH_HOME moves it."])
 
 
-def _class_alone(kind: str, cls: Any, file: str | None, source: str | None) -> Any:
-    """The class in an old-format file's note about one: ("module", class, its source file, its source)."""
-    return cls
-
-
-def _with_classes_called(path: pathlib.Path) -> io.BytesIO:
-    """An old-format file that torch can read with weights_only=True although a module was pickled in it.
-
-    torch gives every module class the persistent id ("module", class, file, source) in this format, and refuses any such
-    id when it may not run code, whatever globals are safe. Here each becomes the call `_class_alone("module", ...)`, of the
-    same value: so torch's own rule decides about every class, as it does in the new format. Nothing is run here.
-    """
-    data = path.read_bytes()
-    with io.BytesIO(data) as file:
-        for _ in range(3):  # a magic number, the version, sizes of the writer's types; the fourth pickle is the content
-            list(pickletools.genops(file))
-        steps = list(pickletools.genops(file))
-    texts: dict[Any, Any] = {}  # memo slot -> the string in it: "module" is written once, then taken from the memo
-    pieces, end, mark = [], 0, 0
-    for i, (code, argument, position) in enumerate(steps):
-        if code.name == "MARK":
-            mark = i
-        elif "PUT" in code.name and steps[i - 1][0].name == "BINUNICODE":
-            texts[argument] = steps[i - 1][1]
-        elif code.name == "BINPERSID":  # of the tuple that began at the last mark
-            first, kind, _ = steps[mark + 1]
-            if (texts.get(kind) if "GET" in first.name else kind) == "module":
-                start = steps[mark][2] or 0
-                pieces += [data[end:start], f"c{__name__}\n{_class_alone.__name__}\n".encode(), data[start:position], b"R"]
-                end = (position or 0) + 1
-    return io.BytesIO(b"".join([*pieces, data[end:]]))
-
-
-def _unreadable(path: pathlib.Path, error: Exception) -> UserError:
-    code = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if code:
-        return UserError(
-            f"{path} holds Python objects ({code.group(1)}), which are not loaded because they can run any code; if "
-            "you trust the file, keep only its tensors: "
-            f"torch.save(torch.load('{path}', weights_only=False)['model'], 'clean.pth')"
-        )
-    why = (str(error).strip().splitlines() or [""])[0][:100]
-    return UserError(
-        f"{path} is no weight file or an incomplete one ({type(error).__name__}: {why}); delete it and get it again"
-    )
-
-
-def load_state_dict(source: str, keys: str = "model|module") -> dict[str, torch.Tensor]:
-    """The tensors in `source` (see `fetch`) under the first of `keys` that it has, else `state_dict`, else its top."""
-    return weights_in(load_file(fetch(source)), source, keys)
-
-
-def plain_flags(args: Any) -> dict[str, Any]:
-    """The flags in a checkpoint: a dictionary, the argparse Namespace of published files, or {}."""
-    return dict(args) if isinstance(args, Mapping) else vars(args) if isinstance(args, argparse.Namespace) else {}
-
-
-def weights_in(content: Any, source: str, keys: str = "model|module") -> dict[str, torch.Tensor]:
-    """As load_state_dict, of a file that is read already; `source` is for the message."""
-    found = content
-    if isinstance(content, Mapping):
-        inside = [key for key in (*keys.split("|"), "state_dict") if isinstance(content.get(key), Mapping)]
-        found = content[inside[0]] if inside else content
-    tensors = {k: v for k, v in found.items() if isinstance(v, torch.Tensor)} if isinstance(found, Mapping) else {}
-    if not tensors:
-        holds = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
-        raise UserError(f"{source} holds no weights under {keys}|state_dict nor at its top; it holds: {holds or 'nothing'}")
-    return tensors
+def _cached_size(entry: Entry) -> str:
+    path = _cache_folder() / pathlib.PurePosixPath(entry.file).name
+    return f"{path.stat().st_size / 2**20:.0f} MiB" if path.is_file() else "-"
 
 
 @tells_the_user
@@ -400,8 +329,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         pick(ENTRIES, name, "weights")
     for name in names:
         print(fetch(name))
-    for name, entry in () if names else ENTRIES.items():
-        print(f"{name:46}{entry.kind:14}{', '.join(f'{k} {v:g}' for k, v in entry.metrics.items())}")
+    if not names:
+        print(table())
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from scipy.interpolate import RectBivariateSpline
 from torch import Tensor, nn
 
-from errors import pick
-from vit_backbone import SIZES, Block, LayerNorm, Trunk, init_linear_and_norm, rescale_outputs
+from errors import UserError, pick
+from utils import grid_of
+from vit_backbone import SIZES, Block, LayerNorm, Trunk, as_pair, init_linear_and_norm, rescale_outputs
+from weight_formats import SHARED_TABLE, to_our_names
 
 __all__ = ["MODELS", "Block", "VisionTransformer", "create_model", "remap_pretrained", "resize_rel_pos_bias_table"]
 
@@ -131,31 +133,42 @@ def create_model(name: str, **kwargs: Any) -> VisionTransformer:
 # ── Weights of another model into this one ───────────────────────────────────────────────────────────────────────────
 
 
-def resize_rel_pos_bias_table(table: Tensor, dst_grid: int) -> Tensor:
-    """Bias table (rows, H) of a square grid -> table of a dst_grid x dst_grid grid; the three CLS rows are kept.
+def resize_rel_pos_bias_table(
+    table: Tensor, dst_grid: int | tuple[int, int], src_grid: tuple[int, int] | None = None
+) -> Tensor:
+    """Bias table (rows, H) of one grid -> table of another, (height, width) or a square's side; the three CLS rows are kept.
 
-    Source distances are spaced geometrically (1, 1+q, 1+q+q^2, ...) so that the farthest one meets the target's: near
-    offsets keep their values, far ones are stretched. Cubic spline per head (BEiT's fine-tuning at other resolutions).
+    `src_grid` None: the table is a square grid's. Source distances are spaced geometrically (1, 1+q, 1+q+q^2, ...) so that
+    the farthest one meets the target's: near offsets keep their values, far ones are stretched. Cubic spline per head
+    (BEiT's fine-tuning at other resolutions), each axis by itself. ValueError: the rows do not fit the source grid.
     """
     patch_rows, cls_rows = table[:-3], table[-3:]
-    src_side, dst_side = round(len(patch_rows) ** 0.5), 2 * dst_grid - 1
-    if src_side * src_side != len(patch_rows):
-        raise ValueError(f"a bias table of {len(table)} rows does not belong to a square grid")
-    if src_side == dst_side:
+    if src_grid is None:
+        src_grid = (round(len(patch_rows) ** 0.5) + 1) // 2, (round(len(patch_rows) ** 0.5) + 1) // 2
+    src, dst = [[2 * side - 1 for side in as_pair(grid)] for grid in (src_grid, dst_grid)]
+    if src[0] * src[1] != len(patch_rows):
+        raise ValueError(f"a bias table of {len(table)} rows does not belong to a grid of {src_grid[0]} x {src_grid[1]}")
+    if src == dst:
         return table.clone()
-    source = _geometric_coordinates(src_side // 2, dst_side // 2)
-    target = np.arange(-(dst_side // 2), dst_side // 2 + 1, dtype=np.float64)
+    sources = [_geometric_coordinates(s // 2, d // 2) for s, d in zip(src, dst, strict=True)]
+    targets = [_unit_coordinates(d // 2) for d in dst]
+    orders = [min(3, s - 1) for s in src]
     heads = []
-    for values in patch_rows.T.reshape(-1, src_side, src_side).double().cpu().numpy():
-        order = min(3, src_side - 1)
-        spline = RectBivariateSpline(source, source, values, kx=order, ky=order)
-        heads.append(torch.from_numpy(spline(target, target)).flatten())
+    for values in patch_rows.T.reshape(-1, *src).double().cpu().numpy():
+        spline = RectBivariateSpline(*sources, values, kx=orders[0], ky=orders[1])
+        heads.append(torch.from_numpy(spline(*targets)).flatten())
     resized = torch.stack(heads, dim=1).to(table)
     return torch.cat((resized, cls_rows))
 
 
+def _unit_coordinates(reach: int) -> np.ndarray:
+    return np.arange(-reach, reach + 1, dtype=np.float64)
+
+
 def _geometric_coordinates(steps: int, reach: int) -> np.ndarray:
     """Symmetric coordinates with `steps` distances each side; the ratio is bisected until the farthest meets `reach`."""
+    if steps == reach:  # this axis keeps its length
+        return _unit_coordinates(steps)
     low, high, ratio = 1.01, 1.5, 1.01
     while high - low > 1e-6:
         ratio = (low + high) / 2
@@ -167,41 +180,101 @@ def _geometric_coordinates(steps: int, reach: int) -> np.ndarray:
     return np.concatenate((-distances[::-1], [0.0], distances))
 
 
-def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Absolute positions (1, 1 + n*n, C) -> (1, 1 + height*width, C), patches bicubic, CLS kept."""
+def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], src_grid: tuple[int, int] | None = None) -> Tensor:
+    """Absolute positions (1, 1 + h*w, C) -> (1, 1 + height*width, C), patches bicubic, CLS kept. `src_grid` None: square."""
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
-    side = round(patches.shape[1] ** 0.5)
-    patches = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, C, n, n)
+    height, width = src_grid or as_pair(grid_of(patches.shape[1]))
+    patches = patches.reshape(1, height, width, -1).permute(0, 3, 1, 2)  # (1, C, h, w)
     patches = F.interpolate(patches.float(), size=grid, mode="bicubic", align_corners=False).to(pos_embed)
     return torch.cat((cls, patches.flatten(2).transpose(1, 2)), dim=1)
+
+
+def our_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries under our names: without the wrappers' prefixes, `module.` (DDP) and `backbone.` (segmentation), and
+    from Hugging Face's or timm's names."""
+    bare = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state_dict.items()}
+    return to_our_names(bare)
+
+
+def patch_grid(weights: dict[str, Tensor]) -> tuple[int, int] | None:
+    """(height, width) in patches of the model that `weights` are of; None for a model without positions.
+
+    The index of a relative bias tells a grid of any shape. Without it the grid is taken to be square; UserError if it
+    cannot be.
+    """
+    for key, index in weights.items():
+        if key.endswith("relative_position_index"):
+            first_row = index[1, 1:].tolist()  # from patch 0: falls by 1 along a row, then by more
+            falls = (i for i in range(1, len(first_row)) if first_row[i - 1] - first_row[i] != 1)
+            width = next(falls, len(first_row))
+            return len(first_row) // width, width
+    table = next((value for key, value in weights.items() if key.endswith("relative_position_bias_table")), None)
+    positions = weights.get("pos_embed")
+    try:
+        if table is not None:
+            side = (grid_of(len(table) - 3) + 1) // 2
+        elif positions is not None:
+            side = grid_of(positions.shape[1] - 1)
+        else:
+            return None
+    except ValueError as error:
+        raise UserError(f"the weights do not say what their patch grid is, and it is not square: {error}") from None
+    return side, side
 
 
 def remap_pretrained(state_dict: dict[str, Tensor], model: Trunk) -> dict[str, Tensor]:
     """The entries of a checkpoint that `model` can take, under its names and in its shapes. Pure: nothing is modified.
 
-    Strips `module.` and `backbone.`, copies a shared bias table to every block, resizes tables and absolute positions
-    to the model's grid, and leaves out a head of another size and all that the model lacks (lm_head, cls_pt_layers).
+    Takes timm's and Hugging Face's names too, strips `module.` and `backbone.`, copies a shared bias table to every
+    block, resizes tables and absolute positions to the model's grid, and leaves out a head of another size and all that
+    the model lacks (lm_head, cls_pt_layers).
     """
-    wanted = model.state_dict()
-    grid = model.patch_embed.patch_shape
-    source: dict[str, Tensor] = {}
-    for key, value in state_dict.items():
-        for prefix in ("module.", "backbone."):
-            key = key.removeprefix(prefix)
-        source[key] = value
-    shared = source.get("rel_pos_bias.relative_position_bias_table")
+    wanted, grid = model.state_dict(), model.patch_embed.patch_shape
+    source = our_names(state_dict)
+    shared = source.get(SHARED_TABLE)
     if shared is not None:
         for key in wanted:
             if key.endswith(".attn.relative_position_bias_table"):
                 source.setdefault(key, shared)
+    src_grid = patch_grid(source) or grid
     remapped = {}
     for key, value in source.items():
         if key not in wanted or key.endswith("relative_position_index"):
             continue  # the index is the model's own: it depends on the grid alone
-        if value.shape != wanted[key].shape and key.endswith("relative_position_bias_table"):
-            value = resize_rel_pos_bias_table(value, grid[0])
-        elif value.shape != wanted[key].shape and key == "pos_embed":
-            value = resize_pos_embed(value, grid)
+        if src_grid != grid and key.endswith("relative_position_bias_table"):
+            value = resize_rel_pos_bias_table(value, grid, src_grid)
+        elif src_grid != grid and key == "pos_embed":
+            value = resize_pos_embed(value, grid, src_grid)
         if value.shape == wanted[key].shape:
             remapped[key] = value.clone()
     return remapped
+
+
+def remapping_report(state_dict: dict[str, Tensor], model: Trunk, remapped: dict[str, Tensor]) -> list[str]:
+    """What remap_pretrained did, one line each: used, resized, copied to blocks, left out, new in the model."""
+    source = our_names(state_dict)
+    wanted = [key for key in model.state_dict() if not key.endswith("relative_position_index")]
+    src_grid, grid = patch_grid(source), model.patch_embed.patch_shape
+    resized = [key for key in remapped if key.endswith("relative_position_bias_table") or key == "pos_embed"]
+    left_out = [key for key in source if key not in remapped and not key.endswith("relative_position_index")]
+    copies = [key for key in remapped if key not in source]
+    lines = [f"used       {len(remapped)} of the model's {len(wanted)} tensors"]
+    if src_grid is not None and src_grid != grid and resized:
+        lines.append(
+            f"resized    {len(resized)} position tables: {src_grid[0]} x {src_grid[1]} -> {grid[0]} x {grid[1]} patches"
+        )
+    if copies:
+        lines.append(f"copied     the shared relative position bias to {len(copies)} blocks")
+        left_out = [key for key in left_out if key != SHARED_TABLE]
+    lines.append(f"left out   {brief(left_out)}")
+    lines.append(f"new        {brief([key for key in wanted if key not in remapped])}")
+    return lines
+
+
+def brief(names: list[str]) -> str:
+    """`lm_head.weight, lm_head.bias, cls_pt_layers.* (26)`: names of one module together where they are many."""
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        modules.setdefault(name.split(".")[0], []).append(name)
+    shown = [f"{module}.* ({len(own)})" if len(own) > 2 else ", ".join(own) for module, own in modules.items()]
+    return ", ".join(shown) or "nothing"

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import model_zoo
+import weight_files
 from errors import UserError, pick
 from modeling_finetune import VisionTransformer
 from norm_ema_quantizer import NormEMAVectorQuantizer
@@ -151,6 +152,12 @@ class Variant(NamedTuple):
     img_size: int = 224
     encoder_depth: int | None = None
 
+    @property
+    def encoder_shape(self) -> tuple[int, int]:
+        """Width and depth."""
+        size = SIZES[self.size]
+        return size.embed_dim, self.encoder_depth or size.depth
+
 
 VARIANTS = {
     "vqkd_encoder_base_decoder_1x768x12_clip": Variant("base", 1, 12, "clip"),
@@ -228,14 +235,47 @@ def create_model(name: str, **kwargs: Any) -> VQKD:
     return pick(MODELS, name, "tokenizer")(**kwargs)
 
 
+def open_tokenizer(source: str, flag: str = "--tokenizer_weight") -> tuple[VQKD, dict[str, Any]]:
+    """The frozen tokenizer in a file (path, URL or published name), built from what the file says of itself.
+
+    Returns it and the flags it was trained with ({} for published files). `flag` names the source in messages.
+    """
+    content = weight_files.load_file(model_zoo.fetch(source))
+    weights = weight_files.weights_in(content, source)
+    flags = weight_files.plain_flags(content.get("args")) if isinstance(content, dict) else {}
+    settings = settings_of(weights, flags, f"{flag} {source}")
+    return create_model(**settings, as_tokenizer=True, pretrained=True, pretrained_weight=source), flags
+
+
+def settings_of(weights: dict[str, Tensor], flags: dict[str, Any], source: str) -> dict[str, Any]:
+    """The arguments of create_model for the tokenizer whose weights these are. `source` is for messages."""
+    codebook, positions = weights.get("quantize.embedding.weight"), weights.get("encoder.pos_embed")
+    if codebook is None or positions is None:
+        raise UserError(f"{source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)")
+    shape = (positions.shape[-1], depth_of(weights, "encoder"))
+    fitting = [name for name, variant in VARIANTS.items() if variant.encoder_shape == shape]
+    name = flags["model"] if flags.get("model") in VARIANTS else next(iter(fitting), None)
+    if name is None:
+        raise UserError(f"{source}: width and depth of its encoder, {shape}, are those of none of {', '.join(VARIANTS)}")
+    side = grid_of(positions.shape[1] - 1) * PATCH_SIZE
+    codes = {"n_code": codebook.shape[0], "code_dim": codebook.shape[1]}
+    return {"name": name, "img_size": side, **codes, "decoder_depth": depth_of(weights, "decoder")}
+
+
+def depth_of(weights: dict[str, Tensor], part: str) -> int:
+    """How many blocks `encoder` or `decoder` has."""
+    start = f"{part}.blocks."
+    return len({key[len(start) :].split(".")[0] for key in weights if key.startswith(start)})
+
+
 def read_tokenizer(name: str, source: str | None, n_code: int, code_dim: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A tokenizer's state dict, checked against the codebook asked for, and the flags it was trained with, if known.
 
     Teacher, scaling and loss entries of released files are left out.
     """
     source = source or name
-    content = model_zoo.load_file(model_zoo.fetch(source))
-    weights = model_zoo.weights_in(content, source)
+    content = weight_files.load_file(model_zoo.fetch(source))
+    weights = weight_files.weights_in(content, source)
     codebook = weights.get("quantize.embedding.weight")
     if codebook is None or "decode_task_layer.2.bias" not in weights:
         raise UserError(f"--tokenizer_weight {source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)")
@@ -249,12 +289,12 @@ def read_tokenizer(name: str, source: str | None, n_code: int, code_dim: int) ->
         raise UserError(f"the tokenizer in {source} was never given a codebook: its training ended in the quantizer's warm-up")
     own = ("encoder.", "decoder.", "encode_task_layer.", "decode_task_layer.", "quantize.", "target_")
     flags = content.get("args") if isinstance(content, dict) else None
-    return {key: value for key, value in weights.items() if key.startswith(own)}, model_zoo.plain_flags(flags)
+    return {key: value for key, value in weights.items() if key.startswith(own)}, weight_files.plain_flags(flags)
 
 
 def decoder_depth_of(weights: dict[str, Tensor], asked: int | None, source: str) -> int:
     """Blocks of the decoder in a tokenizer's state dict; UserError when another number was asked for."""
-    depth = len({key.split(".")[2] for key in weights if key.startswith("decoder.blocks.")})
+    depth = depth_of(weights, "decoder")
     if asked not in (None, depth):
         raise UserError(f"the tokenizer in {source} has a decoder of {depth} blocks: leave --decoder_depth {asked} out")
     return depth

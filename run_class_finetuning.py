@@ -8,28 +8,34 @@ from collections.abc import Sequence
 import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 import arguments
 import checkpointing
 import distributed
 import engine
+import imagenet_classes
 import model_zoo
 import modeling_finetune
+import pretrained
 import run_state
+import trained_classifier
+import weight_files
+from confusion import as_table, described
 from datasets import build_finetuning_dataset
 from distributed import log
-from engine_for_finetuning import FinetuningStage
+from engine_for_finetuning import FinetuningStage, SomeLogits, WithMirrorImage
 from errors import UserError, pick, tells_the_user
 from optim_factory import LayerDecayValueAssigner, build_schedule, create_optimizer, layer_decay_values
 from samplers import build_eval_loader
+from vit_backbone import as_pair
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("BEiT fine-tuning for classification")
     arguments.add_finetuning_flags(parser)
     arguments.add_vit_flags(parser)
-    arguments.add_data_flags(parser, data_set="IMNET", color_jitter=0.4)
+    arguments.add_data_flags(parser, data_set="IMNET", color_jitter=0.4, needs_training_data=False, any_shape=True)
     arguments.add_optimizer_flags(
         parser,
         lr=5e-4,
@@ -44,14 +50,34 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     _, patch_size, _ = pick(modeling_finetune.VARIANTS, args.model, "fine-tuning model")
-    if args.input_size % patch_size:
+    if any(side % patch_size for side in as_pair(args.input_size)):
         raise UserError(f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}")
-    if args.robust_test:
-        raise UserError("--robust_test is not available yet: evaluate with --eval --eval_data_path")
+    check_evaluation(args)
     if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
         raise UserError("--cutmix_minmax takes two numbers, the smallest and the largest share of the image")
+
+
+def check_evaluation(args: argparse.Namespace) -> None:
     if args.eval and not (args.resume or args.finetune):
-        raise UserError("--eval needs the model to evaluate: --resume path/to/checkpoint.pth")
+        raise UserError(
+            "--eval needs the model to evaluate: --resume path/to/checkpoint.pth, or --finetune and a published name"
+        )
+    if not args.data_path and not (args.eval and args.eval_data_path and args.data_set != "CIFAR"):
+        raise UserError("--data_path is missing: name the folder of the images (--eval needs --eval_data_path alone)")
+    if args.worst_classes < 0:
+        raise UserError(f"--worst_classes {args.worst_classes}: give 0 or more")
+    used = {"robust_test": args.robust_test, "tta_flip": args.tta_flip}
+    used["worst_classes"] = args.worst_classes != arguments.WORST_CLASSES
+    for name, given in used.items():
+        if given and not args.eval:
+            raise UserError(f"--{name} acts on a finished model: add --eval --resume path/to/checkpoint.pth, or leave it out")
+    if args.robust_test:
+        robust = imagenet_classes.robust_set(args.robust_test)
+        if not args.eval_data_path or args.data_set == "CIFAR":
+            raise UserError(
+                f"--robust_test {args.robust_test}: give the folder of {robust.name}'s class folders as "
+                "--eval_data_path (and not --data_set CIFAR)"
+            )
 
 
 def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.VisionTransformer:
@@ -71,29 +97,10 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.
     )
 
 
-def load_fitting(model: modeling_finetune.VisionTransformer, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Load what fits; returns it, and the names that the file had nothing for (indices aside: they are the model's own)."""
-    fitting = modeling_finetune.remap_pretrained(weights, model)
-    missing = model.load_state_dict(fitting, strict=False).missing_keys
-    return fitting, [key for key in missing if "relative_position_index" not in key]
-
-
 def load_pretrained(model: modeling_finetune.VisionTransformer, args: argparse.Namespace) -> None:
     """--finetune: what fits is used; what does not is named."""
-    weights: dict[str, Tensor] = model_zoo.load_state_dict(args.finetune, args.model_key)
-    if args.model_filter_name:
-        weights = {key: value for key, value in weights.items() if args.model_filter_name in key}
-    if args.model_prefix:
-        weights = {k.removeprefix(args.model_prefix): v for k, v in weights.items() if k.startswith(args.model_prefix)}
-    fitting, missing = load_fitting(model, weights)
-    if not any(key.startswith("blocks.") for key in fitting):
-        raise UserError(f"--finetune {args.finetune}: none of its weights fits {args.model}; is it another size of model?")
-    unused = [key for key in weights if key not in fitting and "relative_position" not in key]
-    log.info(f"pretrained {args.finetune}: {len(fitting)} tensors used")
-    log.info(f"           new in this model: {', '.join(missing) or 'nothing'}")
-    log.info(
-        f"           left out: {', '.join(unused[:6]) or 'nothing'}{f' and {len(unused) - 6} more' if len(unused) > 6 else ''}"
-    )
+    weights: dict[str, Tensor] = weight_files.load_state_dict(model_zoo.fetch(args.finetune), args.model_key)
+    pretrained.load_fitting(model, trained_classifier.select(weights, args), f"--finetune {args.finetune}")
 
 
 def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
@@ -120,8 +127,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Setup ──
     run = run_state.start_run(parser, args)
 
+    made_for = modeling_finetune.VARIANTS[args.model][2]
+    if made_for >= 224 and as_pair(args.input_size) != as_pair(made_for):
+        log.warning(f"warning: {args.model} is used at --input_size {args.input_size}; the {made_for} in its name is not read")
+
     if args.eval:
-        evaluate(args, run)
+        evaluate(parser, args, run)
         distributed.stop()
         return
 
@@ -140,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.model_ema:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device=torch.device("cpu") if args.model_ema_force_cpu else None)
     mixup = build_mixup(args, nb_classes)
-    stage = FinetuningStage(run.device, run.precision, validation_loader, mixup, args.smoothing)
+    stage = FinetuningStage(run.device, run.precision, validation_loader, mixup, args.smoothing, dataset.classes)
 
     # ── Optimizer: deeper layers learn slower ──
     layers = LayerDecayValueAssigner(layer_decay_values(args.layer_decay, model.get_num_layers()))
@@ -159,24 +170,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
-def evaluate(args: argparse.Namespace, run: run_state.Run) -> None:
+def evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace, run: run_state.Run) -> None:
     """--eval: accuracy of --resume (or --finetune) on the validation images; needs no training images."""
-    source = args.resume or args.finetune
-    weights = model_zoo.load_state_dict(source, args.model_key)
-    if "head.bias" not in weights:
-        raise UserError(f"{source} holds no classifier (no head.bias): fine-tune it first")
-    validation, nb_classes = build_finetuning_dataset(args, train=False)
-    if len(weights["head.bias"]) != nb_classes:
-        raise UserError(f"{source} tells {len(weights['head.bias'])} classes apart, the validation images have {nb_classes}")
-    model = build_model(args, nb_classes)
-    _, missing = load_fitting(model, weights)
-    if missing:
-        raise UserError(f"{source} is not the model that --model and the flags around it describe: it lacks {missing[0]}")
-    stage = FinetuningStage(run.device, run.precision, build_eval_loader(validation, args, run.launch))
-    results = stage.evaluate(model.to(run.device))
-    log.info("  ".join(f"{name} {value:.4g}" for name, value in results.items()))
+    trained = trained_classifier.read(args)
+    where = f"--eval_data_path {args.eval_data_path}" if args.eval_data_path else f"--data_path {args.data_path}"
+    name = "validation"
+    indices: list[int] | None = None
+    if args.robust_test:
+        robust = imagenet_classes.robust_set(args.robust_test)
+        name = robust.name
+        trained_classifier.refuse_other_than_imagenet(trained, robust)
+        images, _ = build_finetuning_dataset(args, train=False, own_classes=True)
+        indices = imagenet_classes.logits_of(images.classes or (), robust, where)
+    else:
+        images, _ = build_finetuning_dataset(args, train=False, classes=trained.classes)
+        trained_classifier.refuse_other_classes(trained, images.classes or (), where)
+
+    model = build_model(args, trained.nb_classes)
+    trained_classifier.load(trained, model, parser, args)
+    measured: nn.Module = model if indices is None else SomeLogits(model, indices)
+    if args.tta_flip:
+        measured = WithMirrorImage(measured)
+    stage = FinetuningStage(run.device, run.precision, build_eval_loader(images, args, run.launch))
+    results, confusion = stage.measure(measured.to(run.device))
+
+    log.info(f"{name}  " + "  ".join(f"{key} {value:.4g}" for key, value in results.items()))
+    worst = described(confusion.worst(args.worst_classes), images.classes or ())
+    for line in as_table(worst) if worst else ():
+        log.info(line)
     if args.output_dir:
-        checkpointing.write_json(args.output_dir, "eval.json", results)
+        how = {"set": name, "weights": trained.source, "model_ema": args.model_ema, "tta_flip": args.tta_flip}
+        checkpointing.write_json(args.output_dir, "eval.json", results | how | {"worst_classes": worst})
 
 
 if __name__ == "__main__":

@@ -150,8 +150,25 @@ class TokenizerViews:
         return {"image": resized_tensor(self.crop(image), self.size, interpolation(self.mode))}
 
 
+class ResizeToCover:
+    """Keeps the aspect ratio; the smallest image that a rectangle (height, width) lies in, in pixels."""
+
+    def __init__(self, size: tuple[int, int], mode: InterpolationMode) -> None:
+        self.size, self.mode = size, mode
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        scale = max(self.size[0] / image.height, self.size[1] / image.width)
+        sides = (max(self.size[0], round(image.height * scale)), max(self.size[1], round(image.width * scale)))
+        return F.resize(image, list(sides), self.mode)
+
+
+def default_crop_pct(size: int | tuple[int, int]) -> float:
+    """The share of the (square) image that evaluation sees: 0.875, all of it from 384 pixels up and at 32 and below."""
+    return 0.875 if SMALL < np.max(size) < 384 else 1.0
+
+
 def eval_view(
-    size: int,
+    size: int | tuple[int, int],
     crop_pct: float | None = None,
     interpolation: str = "bicubic",
     mean: Sequence[float] | None = None,
@@ -159,21 +176,28 @@ def eval_view(
 ) -> View:
     """The centre of the image, {"image": (3, size, size)}: shorter side to size / crop_pct, then a centre crop.
 
-    `crop_pct` None: 0.875, and 1.0 from 384 pixels up and for CIFAR's 32 and below. `mean` None: stays in [0, 1].
+    `size` (height, width): the image is made to cover that rectangle / crop_pct. `crop_pct` None: 0.875, and 1.0 from
+    384 pixels up and for CIFAR's 32 and below. `mean` None: stays in [0, 1].
     """
     if crop_pct is None:
-        crop_pct = 0.875 if SMALL < size < 384 else 1.0
+        crop_pct = default_crop_pct(size)
     if not 0 < crop_pct <= 1:
         raise UserError(f"--crop_pct {crop_pct}: give a share above 0 and up to 1 (or leave it out)")
     mode = pick(MODES, interpolation, "interpolation")
-    steps = [T.Resize(int(size / crop_pct), mode), T.CenterCrop(size), T.ToTensor()]
+    if not isinstance(size, int) and size[0] == size[1]:
+        size = size[0]
+    if isinstance(size, int):
+        resize: Any = T.Resize(int(size / crop_pct), mode)
+    else:
+        resize = ResizeToCover((int(size[0] / crop_pct), int(size[1] / crop_pct)), mode)
+    steps = [resize, T.CenterCrop(size), T.ToTensor()]
     if mean is not None and std is not None:
         steps.append(T.Normalize(mean, std))
     return ImageOnly(T.Compose(steps))
 
 
 def finetuning_view(
-    size: int,
+    size: int | tuple[int, int],
     mean: Sequence[float],
     std: Sequence[float],
     aa: str | None = "rand-m9-mstd0.5-inc1",
@@ -188,8 +212,9 @@ def finetuning_view(
 ) -> View:
     """timm's augmentation for training a classifier: {"image": (3, size, size) normalised float}.
 
-    `aa`: timm's policy string; '' or 'none' switches it off, and only then `color_jitter` acts. Random erasing:
-    `reprob`, `remode` (const, rand, pixel), `recount`. Up to 32 pixels: a crop of the image padded by 4.
+    `size`: side or (height, width). `aa`: timm's policy string; '' or 'none' switches it off, and only then
+    `color_jitter` acts. Random erasing: `reprob`, `remode` (const, rand, pixel), `recount`. Up to 32 pixels: a crop of
+    the image padded by 4.
     """
     _check_ranges(min_crop_scale, color_jitter, vflip)
     _check_interpolation("--train_interpolation", interpolation)
@@ -216,7 +241,7 @@ def finetuning_view(
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"--aa {aa}: timm knows no such policy ({error}); try rand-m9-mstd0.5-inc1 or none") from None
     _keep_posterize_in_range(augment)
-    if size <= SMALL:
+    if np.max(size) <= SMALL:
         # Resize only acts on images that are not of this size already; then shift by up to 4 pixels.
         shift = [T.Resize(size, InterpolationMode.BICUBIC), T.RandomCrop(size, padding=4)]
         first = T.Compose([*shift, T.RandomHorizontalFlip(hflip), T.RandomVerticalFlip(vflip)])

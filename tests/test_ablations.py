@@ -266,7 +266,7 @@ def test_a_pixel_run_is_fine_tuned_and_looked_at(data, tmp_path, capsys):
     run_beitv2_pretraining.main(pixel_flags(data, tmp_path / "pt", "--epochs", "1"))
     weights = tmp_path / "pt/checkpoint.pth"
     run_class_finetuning.main(finetuning_flags(data, tmp_path / "ft", "--finetune", str(weights), "--epochs", "1"))
-    assert re.search("left out: .*lm_head.weight", capsys.readouterr().out)
+    assert re.search("left out   .*lm_head.weight", capsys.readouterr().out)
     picture, photo = tmp_path / "attention.png", next(data.rglob("*.jpg"))
     visualize_attention.main(["--checkpoint", str(weights), "--image", str(photo), "--output", str(picture)])
     assert picture.exists()

@@ -158,8 +158,8 @@ def test_a_tokenizer_goes_into_pretraining_and_that_into_fine_tuning(data, tmp_p
     assert "test_mlm_acc_1" in log_lines(tmp_path / "pt")[0]
     run_class_finetuning.main(finetuning_flags(data, tmp_path / "ft", "--finetune", str(tmp_path / "pt/checkpoint.pth")))
     out = capsys.readouterr().out
-    assert "tensors used" in out
-    assert "head.weight" in out.split("new in this model:")[1].splitlines()[0]
+    assert "used       " in out
+    assert "head.weight" in out.split("new        ")[1].splitlines()[0]
     photo = next(data.rglob("*.jpg"))
     for source in ("pt", "ft"):
         target = tmp_path / f"{source}.png"

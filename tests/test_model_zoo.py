@@ -22,6 +22,10 @@ import safetensors.torch
 import torch
 
 import model_zoo
+import modeling_finetune
+import modeling_pretrain
+import modeling_vqkd
+import weight_files
 from errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -107,10 +111,36 @@ def test_table_names_files_builders_and_results() -> None:
 
 def test_main_prints_the_table_and_knows_its_names(capsys: pytest.CaptureFixture[str]) -> None:
     model_zoo.main([])
-    assert "top1 85.5" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "top1 85.5" in out
+    assert all(name in out for name in model_zoo.ENTRIES)
     with pytest.raises(SystemExit):
         model_zoo.main(["beitv2_base_patch16_224_pt1"])
     assert "beitv2_base_patch16_224_pt1k" in capsys.readouterr().err
+
+
+def test_the_table_shows_what_is_on_this_disk(hub: pathlib.Path) -> None:
+    hub.mkdir(parents=True)
+    (hub / "beit_base_patch16_224_pt22k.pth").write_bytes(bytes(3 * 2**20))
+    row = next(line for line in model_zoo.table().splitlines() if "beit_base_patch16_224_pt22k " in line)
+    assert "3 MiB" in row
+
+
+def test_the_parameter_counts_are_those_of_the_models() -> None:
+    positions = {"use_abs_pos_emb": False, "init_values": 0.1}
+    for name, entry in model_zoo.ENTRIES.items():
+        with torch.device("meta"):
+            if entry.kind == "tokenizer":
+                model = modeling_vqkd.create_model(name, as_tokenizer=True)
+            elif entry.kind == "pretrained":
+                layers = {"early_layers": 9 if "base" in name else 21}
+                model = modeling_pretrain.create_model(entry.model, use_shared_rel_pos_bias=True, **positions, **layers)
+            elif entry.kind in ("intermediate", "finetuned"):
+                own = {"use_rel_pos_bias": True, "num_classes": entry.classes}
+                model = modeling_finetune.create_model(entry.model, **positions, **own)
+            else:
+                continue
+        assert entry.params == round(sum(p.numel() for p in model.parameters()) / 1e6, 1), name
 
 
 # ------------------------------------------------------------------------------------------------------------- fetching
@@ -241,7 +271,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: pathlib.Path, new_format:
     trace, path = tmp_path / "trace", tmp_path / "bad.pth"
     torch.save({"model": {"w": torch.ones(2)}, "x": RunsCode(str(trace))}, path, _use_new_zipfile_serialization=new_format)
     with pytest.raises(UserError, match=r"bad\.pth holds Python objects \(\w+\.system\)"):
-        model_zoo.load_file(path)
+        weight_files.load_file(path)
     assert not trace.exists()
 
 
@@ -250,10 +280,10 @@ def test_whole_pickled_module_is_refused_unless_its_classes_are_safe(tmp_path: p
     path, module = tmp_path / "module.pth", torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
     torch.save({"model": module, "module": "module"}, path, _use_new_zipfile_serialization=new_format)
     with pytest.raises(UserError, match=r"torch\.nn\.modules\.container\.Sequential"):
-        model_zoo.load_file(path)
+        weight_files.load_file(path)
     with pytest.raises(UserError, match=r"torch\.nn\.modules\.linear\.Linear"):
-        model_zoo.load_file(path, safe=[torch.nn.Sequential])
-    loaded = model_zoo.load_file(path, safe=[torch.nn.Sequential, torch.nn.Linear])
+        weight_files.load_file(path, safe=[torch.nn.Sequential])
+    loaded = weight_files.load_file(path, safe=[torch.nn.Sequential, torch.nn.Linear])
     assert torch.equal(loaded["model"](torch.ones(2)), module(torch.ones(2)))
     assert loaded["module"] == "module"
 
@@ -267,7 +297,7 @@ def test_flags_and_numpy_values_are_read(tmp_path: pathlib.Path, new_format: boo
         "best": np.float32(2),
     }
     torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=new_format)
-    loaded = model_zoo.load_file(tmp_path / "c.pth")
+    loaded = weight_files.load_file(tmp_path / "c.pth")
     assert loaded["args"] == content["args"]
     assert np.array_equal(loaded["table"], content["table"])
     assert loaded["best"] == 2
@@ -281,7 +311,7 @@ def test_numpy_scalars_under_the_other_numpys_names(tmp_path: pathlib.Path) -> N
     raw = (tmp_path / "n.pth").read_bytes()
     assert name in raw
     (tmp_path / "n.pth").write_bytes(raw.replace(b"c" + name + b"\n", b"c" + other + b"\n"))
-    assert model_zoo.load_file(tmp_path / "n.pth") == {"x": 0.5}
+    assert weight_files.load_file(tmp_path / "n.pth") == {"x": 0.5}
 
 
 def test_safetensors_and_torchscript(tmp_path: pathlib.Path) -> None:
@@ -290,7 +320,7 @@ def test_safetensors_and_torchscript(tmp_path: pathlib.Path) -> None:
     linear = torch.nn.Sequential(torch.nn.Linear(2, 3))
     torch.jit.trace(linear, torch.ones(1, 2)).save(str(tmp_path / "script.pt"))
     for path, wanted in (("w.safetensors", weights), ("script.pt", linear.state_dict())):
-        loaded = model_zoo.load_state_dict(str(tmp_path / path))
+        loaded = weight_files.load_state_dict(str(tmp_path / path))
         assert loaded.keys() == wanted.keys()
         assert all(torch.equal(loaded[key], wanted[key]) for key in wanted)
 
@@ -310,7 +340,7 @@ def test_damaged_files_are_named(tmp_path: pathlib.Path, kind: str) -> None:
         }.get(kind, b"")
     )
     with pytest.raises(UserError, match=f"{path.name} is no weight file or an incomplete one"):
-        model_zoo.load_file(path)
+        weight_files.load_file(path)
 
 
 def test_state_dict_is_found_under_its_key(tmp_path: pathlib.Path) -> None:
@@ -318,7 +348,7 @@ def test_state_dict_is_found_under_its_key(tmp_path: pathlib.Path) -> None:
 
     def load(content: Any, keys: str = "model|module") -> float:
         torch.save(content, tmp_path / "w.pth")
-        return model_zoo.load_state_dict(str(tmp_path / "w.pth"), keys)["w"].item()
+        return weight_files.load_state_dict(str(tmp_path / "w.pth"), keys)["w"].item()
 
     assert load({"module": two, "model": one, "epoch": 3}) == 1
     assert load({"module": two, "model": one}, "model_ema|module") == 2

@@ -1,0 +1,92 @@
+"""Backbones from weight files: what a file holds, built from the shapes in it, and a report of what of it was used."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+import checkpointing
+import model_zoo
+import modeling_finetune
+from distributed import log
+from errors import UserError
+from modeling_finetune import VisionTransformer
+from vit_backbone import SIZES, Trunk, as_pair
+from weight_formats import SHARED_TABLE
+
+
+def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[str]:
+    """Load what fits of `weights` and say in a block of lines what was used; returns the names that stayed new.
+
+    UserError when not one block of the transformer fits. `source` names the weights, as in "--finetune out/pt.pth".
+    """
+    fitting = modeling_finetune.remap_pretrained(weights, model)
+    if not any(key.startswith("blocks.") for key in fitting):
+        held = f" (it holds {modeling_finetune.brief(list(weights))})" if weights else ""
+        raise UserError(f"{source}: none of its weights fits the model{held}; is it another size of model?")
+    missing = model.load_state_dict(fitting, strict=False).missing_keys
+    first, *rest = modeling_finetune.remapping_report(weights, model, fitting)
+    log.info("\n".join([f"weights    {source}", f"           {first}", *(f"           {line}" for line in rest)]))
+    return [key for key in missing if not key.endswith("relative_position_index")]  # an index is the model's own
+
+
+def architecture(weights: dict[str, Tensor], flags: dict[str, Any], num_heads: int | None = None) -> dict[str, Any]:
+    """The arguments of the VisionTransformer whose weights these are, without a head, read from their shapes.
+
+    `flags`: those of the training run, {} where unknown. Only heads and the grid of a model without positions cannot be
+    read from shapes alone: they follow from the flags, the table of sizes, or `num_heads`.
+    """
+    blocks = {int(found.group(1)) for key in weights if (found := re.match(r"blocks\.(\d+)\.", key))}
+    if not blocks or "patch_embed.proj.weight" not in weights or "cls_token" not in weights:
+        raise UserError(f"no vision transformer is in it, but {modeling_finetune.brief(list(weights))}")
+    width, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    tables = [value for key, value in weights.items() if key.endswith("relative_position_bias_table")]
+    rows = [size for size in SIZES.values() if (size.embed_dim, size.depth) == (width, len(blocks))]
+    heads = num_heads or (tables[0].shape[1] if tables else rows[0].num_heads if rows else None)
+    if heads is None or width % heads:
+        raise UserError(f"how many heads the {width} channels of each layer are cut into is not known: --num_heads says it")
+    hidden = weights["blocks.0.mlp.fc1.weight"].shape[0]
+    ratio, grid = hidden / width, modeling_finetune.patch_grid(weights)
+    size = tuple(side * patch_size for side in grid) if grid else as_pair(flags.get("input_size") or 224)
+    return {
+        "img_size": size,
+        "patch_size": patch_size,
+        "in_chans": in_chans,
+        "num_classes": 0,
+        "embed_dim": width,
+        "depth": len(blocks),
+        "num_heads": heads,
+        "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,  # Block rounds down
+        "qkv_bias": "blocks.0.attn.q_bias" in weights,
+        "init_values": 0.1 if "blocks.0.gamma_1" in weights else 0,
+        "use_abs_pos_emb": "pos_embed" in weights,
+        "use_rel_pos_bias": "blocks.0.attn.relative_position_bias_table" in weights,
+        "use_shared_rel_pos_bias": SHARED_TABLE in weights,
+        "use_mean_pooling": "fc_norm.weight" in weights,
+    }
+
+
+def open_backbone(
+    source: str, input_size: int | tuple[int, int] | None = None, num_heads: int | None = None, flag: str = "--checkpoint"
+) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The transformer in a file (path, URL or published name) of pretraining or fine-tuning, in eval, without its heads.
+
+    Returns it and the flags it was trained with ({} for published files). `input_size`: side or (height, width) in pixels
+    to use it at, the position tables are resized; default: its own. `flag` names the source in messages.
+    """
+    content = checkpointing.read(model_zoo.fetch(source))
+    weights, flags = modeling_finetune.our_names(content["model"]), content.get("args") or {}
+    try:
+        settings = architecture(weights, flags, num_heads)
+    except UserError as error:
+        raise UserError(f"{flag} {source}: {error}") from None
+    if input_size is not None:
+        settings["img_size"] = input_size
+    try:
+        model = VisionTransformer(**settings)
+    except ValueError as error:
+        raise UserError(f"--input_size: {error}") from None
+    load_fitting(model, weights, f"{flag} {source}")
+    return model.eval().requires_grad_(False), flags

@@ -1,0 +1,148 @@
+"""What of a weight file a model takes: grids of any shape, shared and own bias, prefixes, and a report of all of it."""
+
+import pytest
+import torch
+from golden_values import TINY, fill
+from tiny_runs import finetuning_flags, photos
+
+import modeling_finetune
+import modeling_pretrain
+import modeling_vqkd
+import pretrained
+import run_class_finetuning
+from errors import UserError
+from modeling_finetune import VisionTransformer, patch_grid, remap_pretrained, resize_rel_pos_bias_table
+
+
+def vit(size=64, **settings):
+    settings = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1, "num_classes": 10} | settings
+    return fill(VisionTransformer(**(TINY | {"img_size": size} | settings)), 3).eval()
+
+
+def shared(size=64):
+    model = modeling_pretrain.VisionTransformerForMaskedImageModelingCLS(
+        **(TINY | {"img_size": size}), vocab_size=8, use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1,
+        early_layers=3,
+    )  # fmt: skip
+    return fill(model, 4).eval()
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 64), (48, 128), (64, 64)])
+def test_the_grid_is_read_from_the_index(size):
+    assert patch_grid(vit(size).state_dict()) == (size[0] // 16, size[1] // 16)
+
+
+def test_a_grid_without_an_index_is_taken_as_square_or_refused():
+    weights = {key: value for key, value in vit(96).state_dict().items() if "index" not in key}
+    assert patch_grid(weights) == (6, 6)
+    weights = {key: value for key, value in vit((64, 112)).state_dict().items() if "index" not in key}
+    with pytest.raises(UserError, match="not square"):
+        patch_grid(weights)
+
+
+def test_a_bias_that_depends_on_rows_alone_stays_so_on_a_grid_that_is_not_square():
+    """Stretching the columns of a 5 x 5 grid to 9 must not touch the rows, and keeps their order."""
+    height = width = 5
+    dy = torch.arange(-(height - 1), height).float()
+    table = torch.cat((dy[:, None].expand(-1, 2 * width - 1).reshape(-1, 1), torch.tensor([[7.0], [8.0], [9.0]])))
+    wide = resize_rel_pos_bias_table(table, (5, 9))
+    assert wide.shape == (9 * 17 + 3, 1)
+    torch.testing.assert_close(wide[:-3].view(9, 17), dy[:, None].expand(9, 17), atol=1e-5, rtol=0)
+    assert wide[-3:].flatten().tolist() == [7, 8, 9]
+    tall = resize_rel_pos_bias_table(table, (9, 5), (5, 5))[:-3].view(17, 9)
+    assert (tall.diff(dim=0) > 0).all() and torch.allclose(tall, tall[:, :1].expand(-1, 9), atol=1e-5)
+
+
+def test_square_and_per_axis_resizing_agree():
+    table = torch.randn(13 * 13 + 3, 2)
+    assert torch.equal(resize_rel_pos_bias_table(table, 12), resize_rel_pos_bias_table(table, (12, 12), (7, 7)))
+
+
+@pytest.mark.parametrize("size", [96, (64, 96), (112, 48)])
+def test_weights_go_to_another_grid_and_give_finite_logits(size):
+    source, target = vit(), vit(size)
+    fitting = remap_pretrained(source.state_dict(), target)
+    assert set(target.state_dict()) - set(fitting) == {k for k in target.state_dict() if k.endswith("position_index")}
+    target.load_state_dict(fitting, strict=False)
+    with torch.no_grad():
+        assert target(torch.rand(1, 3, *target.patch_embed.img_size)).isfinite().all()
+
+
+def test_rows_and_columns_are_told_apart():
+    """A 4 x 6 model's tables have as many rows as a 6 x 4 model's: they must be resized all the same."""
+    wide, tall = vit((64, 96)), vit((96, 64))
+    key = "blocks.0.attn.relative_position_bias_table"
+    assert wide.state_dict()[key].shape == tall.state_dict()[key].shape
+    assert not torch.equal(remap_pretrained(wide.state_dict(), tall)[key], wide.state_dict()[key])
+
+
+def test_the_report_names_what_was_used_resized_copied_dropped_and_new(capsys):
+    source, target = shared(), vit(96)
+    weights = {f"module.{key}": value for key, value in source.state_dict().items()}
+    fitting = remap_pretrained(weights, target)
+    report = modeling_finetune.remapping_report(weights, target, fitting)
+    text = "\n".join(report)
+    assert "resized    4 position tables: 4 x 4 -> 6 x 6 patches" in text
+    assert "copied     the shared relative position bias to 4 blocks" in text
+    assert "cls_pt_layers.* (30)" in text and "lm_head.weight, lm_head.bias" in text and "mask_token" in text
+    assert report[-1] == "new        fc_norm.weight, fc_norm.bias, head.weight, head.bias"
+    resized = resize_rel_pos_bias_table(source.state_dict()["rel_pos_bias.relative_position_bias_table"], 6)
+    for block in range(4):
+        assert torch.equal(fitting[f"blocks.{block}.attn.relative_position_bias_table"], resized)
+    unchanged = vit()
+    report = modeling_finetune.remapping_report(unchanged.state_dict(), unchanged, unchanged.state_dict())
+    assert report[-2:] == ["left out   nothing", "new        nothing"] and not any("resized" in line for line in report)
+
+
+def test_weights_of_another_size_are_refused():
+    with pytest.raises(UserError, match=r"--finetune x.pth: none of its weights fits"):
+        pretrained.load_fitting(vit(), {"layer1.conv.weight": torch.zeros(3)}, "--finetune x.pth")
+
+
+@pytest.mark.parametrize(
+    "build", [vit, shared, lambda: vit(use_abs_pos_emb=True, use_rel_pos_bias=False, use_mean_pooling=False)]
+)
+def test_a_backbone_is_rebuilt_from_its_file_alone(build, tmp_path):
+    source = build()
+    torch.save({"model": source.state_dict()}, tmp_path / "w.pth")
+    model, flags = pretrained.open_backbone(str(tmp_path / "w.pth"), num_heads=4)
+    assert flags == {}
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        tokens, bias = source.embed(x), source.shared_bias()
+        for block in source.blocks:
+            tokens = block(tokens, bias)
+        torch.testing.assert_close(model.get_intermediate_layers(x)[-1], tokens, atol=1e-6, rtol=1e-5)
+    other, _ = pretrained.open_backbone(str(tmp_path / "w.pth"), input_size=(96, 128), num_heads=4)
+    assert other.patch_embed.patch_shape == (6, 8)
+
+
+def test_heads_that_nothing_tells_are_asked_for(tmp_path):
+    weights = vit(use_abs_pos_emb=True, use_rel_pos_bias=False).state_dict()
+    torch.save({"model": weights}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="--num_heads"):
+        pretrained.open_backbone(str(tmp_path / "w.pth"))
+    torch.save({"model": {"conv.weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"--checkpoint .*no vision transformer"):
+        pretrained.open_backbone(str(tmp_path / "other.pth"))
+
+
+def test_a_tokenizer_is_rebuilt_from_its_file_alone(tmp_path):
+    model = modeling_vqkd.create_model(
+        "vqkd_encoder_demo_decoder_1x128x4_hog", img_size=48, n_code=24, code_dim=8, as_tokenizer=True
+    )
+    torch.save({"model": model.state_dict()}, tmp_path / "t.pth")
+    opened, _ = modeling_vqkd.open_tokenizer(str(tmp_path / "t.pth"))
+    x = torch.rand(2, 3, 48, 48)
+    assert torch.equal(opened.get_codebook_indices(x), model.get_codebook_indices(x))
+
+
+def test_fine_tuning_on_images_that_are_not_square(tmp_path):
+    data = photos(tmp_path / "data", per_class=2)
+    flags = finetuning_flags(data, tmp_path / "square", "--epochs", "1", "--batch_size", "2")
+    run_class_finetuning.main(flags)
+    wide = finetuning_flags(data, tmp_path / "wide", "--epochs", "1", "--batch_size", "2", "--input_size", "32x64")
+    run_class_finetuning.main([*wide, "--finetune", str(tmp_path / "square/checkpoint.pth")])
+    weights = torch.load(tmp_path / "wide/checkpoint.pth", weights_only=True)["model"]
+    assert patch_grid(weights) == (2, 4)
+    run_class_finetuning.main([*wide, "--eval", "--resume", str(tmp_path / "wide/checkpoint.pth")])
