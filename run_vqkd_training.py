@@ -31,7 +31,7 @@ ONLY_FOR_THE_PIXEL_DECODER = ("tokenizer_weight", "pixel_decoder_depth", "pixel_
 NOT_FOR_THE_PIXEL_DECODER = (
     "model", "codebook_n_emd", "codebook_emd_dim", "ema_decay", "quantize_kmeans_init", "quantizer_warmup_steps",
     "revive_dead_codes", "process_type", "teacher_model_type", "teacher_weight", "teacher_input_size",
-    "standardize_teacher", "eval", "calculate_codebook_usage",
+    "standardize_teacher", "decoder_depth", "eval", "calculate_codebook_usage",
 )  # fmt: skip
 
 

@@ -127,7 +127,7 @@ def test_tokenizer_recipes(name):
     expect(run, batch_size=64, epochs=100, warmup_epochs=10, lr=5e-5, min_lr=1e-5, weight_decay=1e-4, opt_betas=[0.9, 0.99])
     expect(run, codebook_n_emd=8192, codebook_emd_dim=32, ema_decay=0.99, quantize_kmeans_init=True, rec_loss_type="cosine")
     expect(run, min_crop_scale=0.08, color_jitter=0, train_interpolation="bicubic", process_type="default", opt="adamw")
-    run_vqkd_training.check(run_vqkd_training.get_parser(), run.args)
+    run_vqkd_training.check(run.entry.get_parser(), run.args)
     assert model in modeling_vqkd.VARIANTS
     assert model in model_zoo.ENTRIES
 
