@@ -10,6 +10,7 @@ import modeling_pretrain
 import modeling_vqkd
 import pretrained
 import run_class_finetuning
+import weight_formats
 from errors import UserError
 from modeling_finetune import VisionTransformer, patch_grid, remap_pretrained, resize_rel_pos_bias_table
 
@@ -146,3 +147,12 @@ def test_fine_tuning_on_images_that_are_not_square(tmp_path):
     weights = torch.load(tmp_path / "wide/checkpoint.pth", weights_only=True)["model"]
     assert patch_grid(weights) == (2, 4)
     run_class_finetuning.main([*wide, "--eval", "--resume", str(tmp_path / "wide/checkpoint.pth")])
+
+
+def test_hugging_faces_file_is_fine_tuned_from_directly():
+    source = vit()
+    theirs = weight_formats.to_huggingface(source.state_dict(), weight_formats.CLASSIFIER).weights
+    assert not theirs.keys() & source.state_dict().keys()
+    fitting, target = remap_pretrained(theirs, vit()), source.state_dict()
+    assert fitting.keys() == {key for key in target if not key.endswith("position_index")}
+    assert all(torch.equal(value, target[key]) for key, value in fitting.items())
