@@ -45,7 +45,7 @@ class PixelDecoder(nn.Module):
         self.grid = grid
         self.to_pixels = nn.ConvTranspose2d(dim, 3, 2 * PATCH_SIZE, stride=PATCH_SIZE, padding=PATCH_SIZE // 2)
         truncated_normal_(self.to_pixels.weight, std=0.02, cut=2.0)
-        nn.init.zeros_(self.to_pixels.bias)  # type: ignore[arg-type]
+        self.to_pixels.bias.data.zero_()
 
     def forward(self, z: Tensor) -> Tensor:
         """Code vectors (B, D, h, w) -> images (B, 3, h * P, w * P) in [0, 1], fp32."""
