@@ -74,6 +74,25 @@ def test_random_crops_are_the_default_and_the_backbone_stays_as_it_is(folder, we
     assert torch.allclose(content["model"]["std"], features.std(0, correction=0), rtol=1e-2)
 
 
+@pytest.mark.parametrize(("more", "cropped"), [([], True), (["--cached_features"], False)])
+def test_training_images_are_only_cropped_and_flipped(more, cropped, folder, weights, tmp_path, monkeypatch):
+    built, build = [], run_linear_eval.build_finetuning_dataset
+
+    def remembered(args, train, **how):
+        built.append((train, build(args, train, **how)[0]))
+        return build(args, train, **how)
+
+    monkeypatch.setattr(run_linear_eval, "build_finetuning_dataset", remembered)
+    run_linear_eval.main(flags(folder, weights, tmp_path, "--epochs", "1", *more))
+    train = next(dataset for of_training, dataset in built if of_training)
+    assert torch.equal(train[0, 3]["image"], train[1, 3]["image"]) is not cropped  # two epochs
+    parts = train.transform.transform.transforms
+    acting = [step for part in parts for step in getattr(part, "transforms", [part]) if getattr(step, "hue", 0) is not None]
+    steps = [type(step).__name__ for step in acting]  # a colour jitter of strength 0 has None for a range
+    assert steps[:2] == ["Resize", "RandomCrop" if cropped else "CenterCrop"]  # above 32 pixels: RandomResizedCrop
+    assert not {"ColorJitter", "RandomErasing", "RandAugment"} & set(steps)
+
+
 def test_heads_see_channels_of_mean_0_and_variance_1():
     features = torch.randn(50, 3, 8) * torch.logspace(-1, 3, 8) + 5
     heads = LinearHeads(3, 8, 8)
