@@ -10,7 +10,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,3 +129,23 @@ def weights_in(content: Any, source: str, keys: str = "model|module") -> dict[st
         holds = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
         raise UserError(f"{source} holds no weights under {keys}|state_dict nor at its top; it holds: {holds or 'nothing'}")
     return tensors
+
+
+KINDS = {  # a key that only this kind of file has -> what it is, and what it is for
+    "quantize.embedding.weight": "a VQ-KD tokenizer (for --tokenizer_weight of pretraining)",
+    "tokenizer.quantize.embedding.weight": "a pixel decoder (for visualize_reconstruction.py)",
+    "heads.0.weight": "a linear probe (of run_linear_eval.py)",
+    "blocks.input.w": "DALL-E's encoder (for --tokenizer_weight with --tokenizer_model dall-e)",
+    "decode_head.conv_seg.weight": "a segmentation model",
+    "lm_head.weight": "a model of masked image modelling (for --finetune)",
+    "head.weight": "a classifier (for --finetune, or --eval --resume)",
+    "blocks.0.norm1.weight": "a vision transformer without a head",
+}
+
+
+def kind_of(keys: Iterable[str]) -> str:
+    """What a file with these keys is, in words with an article."""
+    present = set(keys)
+    found = next((what for key, what in KINDS.items() if key in present), None)
+    names = sorted(present)
+    return found or f"no file of ours (it holds {', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
