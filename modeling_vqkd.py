@@ -305,9 +305,10 @@ def load_tokenizer_weights(model: VQKD, weights: dict[str, Tensor], source: str)
     missing = [key for key in wanted if key not in weights and not key.startswith("target_")]
     misfits = [key for key, value in weights.items() if key in wanted and wanted[key].shape != value.shape]
     if missing or misfits:
-        sides = ""
-        if "encoder.pos_embed" in misfits:
-            side = grid_of(weights["encoder.pos_embed"].shape[1] - 1) * PATCH_SIZE
-            sides = f" (it was trained on {side}-pixel images: --second_input_size {side})"
-        raise UserError(f"{source} does not fit --tokenizer_model: {(misfits + missing)[0]} differs{sides}")
+        own = settings_of(weights, {}, source)
+        side, fitting = own["img_size"], own["name"]
+        reason = f"it is a {fitting}, or of that size"
+        if "encoder.pos_embed" in misfits and weights["encoder.pos_embed"].shape[-1] == wanted["encoder.pos_embed"].shape[-1]:
+            reason = f"it was trained on {side}-pixel images: --second_input_size {side}"
+        raise UserError(f"{source} does not fit --tokenizer_model ({(misfits + missing)[0]} differs): {reason}")
     model.load_state_dict(weights, strict=False)

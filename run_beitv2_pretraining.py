@@ -199,6 +199,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = run_state.start_run(parser, args)
     arguments.warn_of_idle_flags(parser, args, idle_flags(args))
 
+    # ── What is predicted: the codes of a frozen tokenizer, or pixels. First: a wrong file is told at once ──
+    target = build_target(args, run.device)
+
     # ── Data: two views of one crop, and a mask ──
     stride = tokenizer_stride(args)
     dataset = build_pretraining_dataset(args, grid, tokenizer_stride=stride)
@@ -207,8 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     knn_probe = build_knn_probe(args, run)
     data = run_state.training_data(dataset, run)
 
-    # ── What is predicted (the codes of a frozen tokenizer, or pixels), and the student that predicts it ──
-    target = build_target(args, run.device)
+    # ── The student ──
     model = build_model(args, target.width).to(run.device)
     mean_std = normalisation(args.imagenet_default_mean_and_std)
     stage = PretrainingStage(
