@@ -245,7 +245,7 @@ def test_a_run_goes_on_with_its_own_task_alone(data, codes, tmp_path, capsys):
     for more, sentence in (
         (["--predict", "all"], "trained on the tokens of masked patches, this run is on the tokens of all patches"),
         (["--no_mask", "--num_mask_patches", "0"], "none of them masked: go on with the same --target"),
-        (["--target", "pixels"], "holds another model than --model and the flags around it describe"),
+        (["--target", "pixels"], "of another shape than this run's model"),
     ):
         with pytest.raises(SystemExit):
             pretrain(data, tmp_path, codes, *more)
