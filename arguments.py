@@ -301,6 +301,20 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
     add_knn_flags(g)
 
 
+def add_shown_image_flags(parser: argparse.ArgumentParser) -> None:
+    """Which images a script draws (viewing.py)."""
+    parser.add_argument("--image", required=True, nargs="+", help="image files, or folders of images")
+    parser.add_argument("--count", type=positive, default=8, help="images of each folder, evenly spread")
+
+
+def add_view_flags(parser: argparse.ArgumentParser) -> None:
+    """One view of an image in all scripts that look at it, so that its tokens are the same in each."""
+    parser.add_argument("--crop_pct", type=fraction, default=None,
+                        help="share of the shorter side in the centre crop; default: evaluation's, 0.875 (1.0 from 384 pixels "
+                        "up and at 32)")  # fmt: skip
+    parser.add_argument("--device", default="cuda", help="cuda (each process its own GPU; the CPU if there is none) or cpu")
+
+
 def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("tokenizer")
     g.add_argument("--model", default="vqkd_encoder_base_decoder_3x768x12_clip")

@@ -25,13 +25,14 @@ import code_files
 import distributed
 import modeling_dvae
 import modeling_vqkd
+import viewing
 import visualization
 from code_files import Parts
 from datasets import ImageFiles, Samples, find_images_or_file
 from distributed import Launch, log
 from errors import UserError, tells_the_user
 from samplers import build_eval_loader
-from transforms import View, eval_view, load_image
+from transforms import View, eval_view
 from utils import printable
 
 DALL_E_SIZE = 112  # 14 x 14 tokens, as in BEiT v1
@@ -54,12 +55,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--maps", type=arguments.positive, default=0, help="draw the token maps of the first N images")
     parser.add_argument("--input_size", type=arguments.positive, default=None,
                         help="side of the input in pixels: the tokenizer's own, VQ-KD takes no other; dall-e: 112")  # fmt: skip
-    parser.add_argument("--crop_pct", type=float, default=None,
-                        help="share of the shorter side in the centre crop; default: evaluation's, 0.875")  # fmt: skip
+    arguments.add_view_flags(parser)
     parser.add_argument("--batch_size", type=arguments.positive, default=64, help="images per process and step")
     parser.add_argument("--amp_dtype", default="fp32", choices=("fp32", "bf16", "fp16", "auto"),
                         help="fp32: exact; half precision is faster on GPUs and gives some patches another code")  # fmt: skip
-    parser.add_argument("--device", default="cuda", help="cuda (each process its own GPU; the CPU if there is none) or cpu")
     parser.add_argument("--num_workers", type=int, default=10, help="data processes per process; capped at the cores")
     arguments.add_switch(parser, "pin_mem", "no_pin_mem", True, "page-locked batches: faster copies to a GPU")
     return parser
@@ -179,11 +178,17 @@ def draw_maps(args: argparse.Namespace, parts: Parts, view: View) -> None:
     """The first --maps images above their token maps, SHEET of them on a picture."""
     for old in parts.folder.glob("token_maps-*.png"):
         old.unlink()
-    named = itertools.islice(parts.images(), args.maps)
+    root = root_of(args.data_path)
+    readable = (
+        (name, codes, picture)
+        for name, codes in parts.images()
+        if (picture := viewing.read_or_leave_out(os.path.join(root, name))) is not None
+    )
+    shown = itertools.islice(readable, args.maps)
     for number in itertools.count():
         images, maps = [], []
-        for name, codes in itertools.islice(named, SHEET):
-            image = visualization.enlarged(view(load_image(os.path.join(root_of(args.data_path), name)))["image"])
+        for name, codes, picture in itertools.islice(shown, SHEET):
+            image = visualization.enlarged(view(picture)["image"])
             grid = torch.from_numpy(codes.astype(np.int64))
             images.append(visualization.captioned(image, name))
             maps.append(visualization.token_map(grid, parts.n_codes, image.shape[1:]))

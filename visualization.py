@@ -49,17 +49,25 @@ def token_map(codes: Tensor, n_codes: int, size: Sequence[int]) -> Tensor:
     return stretch(colours.permute(2, 0, 1), size)
 
 
-def reconstructions(images: Sequence[Tensor], codes: Tensor, n_codes: int, drawn: Sequence[Tensor], a_row: int = 8) -> Tensor:
-    """Images, the token maps of their codes (B, h, w), and what a decoder drew of the codes; `a_row` images a row."""
-    maps = [token_map(c.cpu(), n_codes, images[0].shape[-2:]) for c in codes]
-    blank = torch.ones_like(images[0])
-    rows = []
-    for start in range(0, len(images), a_row):
-        for kind in (images, maps, drawn):
-            row = list(kind[start : start + a_row])
-            if start > 0:  # the last row is as wide as the others
-                row += [blank] * (a_row - len(row))
-            rows.append(side_by_side(row))
+def reconstructions(
+    images: Sequence[Tensor],
+    codes: Tensor,
+    n_codes: int,
+    drawn: Sequence[Tensor],
+    captions: Sequence[Sequence[str]] | None = None,
+    a_row: int = 8,
+) -> Tensor:
+    """Images, the token maps of their codes (B, h, w), and what a decoder drew of the codes; `a_row` images a row.
+
+    `captions`: for each image three texts, of it, its tokens and what was drawn; pictures are then enlarged to hold them.
+    """
+    if captions is not None:
+        images, drawn = [enlarged(image) for image in images], [enlarged(image) for image in drawn]
+    kinds = [images, [token_map(c.cpu(), n_codes, images[0].shape[-2:]) for c in codes], drawn]
+    if captions is not None:
+        texts = zip(*captions, strict=True)
+        kinds = [list(map(captioned, kind, said)) for kind, said in zip(kinds, texts, strict=True)]
+    rows = [side_by_side(kind[start : start + a_row]) for start in range(0, len(images), a_row) for kind in kinds]
     return stacked(rows)
 
 

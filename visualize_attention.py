@@ -6,26 +6,24 @@ Shapes: H heads, h x w grid of N patches, T = 1 + N tokens with CLS in front, L 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import save_image
 
 import arguments
 import distributed
 import modeling_finetune
 import pretrained
+import viewing
 import visualization
-from datasets import find_images_or_file
 from distributed import log
 from errors import UserError, tells_the_user
 from modeling_finetune import VisionTransformer
-from transforms import eval_view, load_image, normalisation
-from utils import printable
+from transforms import eval_view, normalisation
 from vit_backbone import as_pair
 
 MOST_PIXELS = 1024 * 1024  # T x T numbers in every block, H x T x T in one: about 4 GB for a base model with 16-pixel patches
@@ -34,10 +32,11 @@ MOST_PIXELS = 1024 * 1024  # T x T numbers in every block, H x T x T in one: abo
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Attention maps")
     parser.add_argument("--checkpoint", required=True, help=f"of pretraining or fine-tuning: {arguments.WEIGHTS}")
-    parser.add_argument("--image", required=True, nargs="+", help="image files, or folders of images")
-    parser.add_argument("--count", type=arguments.positive, default=8, help="images of each folder, evenly spread")
-    parser.add_argument("--output", default="attention.png", help="PNG to write")
-    parser.add_argument("--num_heads", type=int, default=None, help="for files of an unknown size without position bias")
+    arguments.add_shown_image_flags(parser)
+    parser.add_argument("--output", default="attention.png", help="picture to write, best a PNG")
+    parser.add_argument(
+        "--num_heads", type=arguments.positive, default=None, help="for files of an unknown size without position bias"
+    )
     parser.add_argument(
         "--layer", type=block_or_all, default=-1, help="block to look at, -1: the last; all: each block's mean over heads"
     )
@@ -59,7 +58,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--imagenet_default_mean_and_std", action="store_true", help="the checkpoint's own setting if it has one"
     )
-    parser.add_argument("--device", default="cpu")
+    arguments.add_view_flags(parser)
     return parser
 
 
@@ -73,6 +72,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--layer all shows means over heads already: leave --mean_only out")
     if args.keep_aspect and not isinstance(args.input_size, int | None):
         raise UserError("--keep_aspect takes the shorter side alone, such as --input_size 384")
+    if args.keep_aspect and args.crop_pct is not None:
+        raise UserError("--crop_pct has no effect with --keep_aspect, which shows whole images: leave one out")
     for query in args.query:
         query_token(query, None)
     if args.input_size is not None:
@@ -109,22 +110,14 @@ def blocks_to_show(layer: int | None, depth: int) -> list[int]:
     return [layer % depth]
 
 
-def read_images(sources: Sequence[str], count: int) -> Iterator[tuple[str, Image.Image]]:
-    """(name, image) of the files, and of `count` files of each folder; what does not decode is named and left out."""
-    shown = 0
-    for source in sources:
-        paths = find_images_or_file(source, "--image")
-        taken = min(count, len(paths))
-        for path in [paths[number * len(paths) // taken] for number in range(taken)]:
-            try:
-                image = load_image(path)
-            except Exception as error:  # PIL raises nearly anything for broken files
-                log.warning(printable(f"cannot read {path} ({error}): left out"))
-                continue
-            shown += 1
-            yield Path(path).name, image
-    if not shown:
-        raise UserError(f"--image {' '.join(sources)}: no image could be read")
+def mean_and_std(args: argparse.Namespace, flags: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The checkpoint's own (its `flags`) if it says how it was trained, else what the flag chooses."""
+    imagenet = flags.get("imagenet_default_mean_and_std", args.imagenet_default_mean_and_std)
+    if args.imagenet_default_mean_and_std and not imagenet:
+        log.warning(
+            f"warning: {args.checkpoint} was trained with mean and std 0.5: --imagenet_default_mean_and_std is left out"
+        )
+    return normalisation(imagenet)
 
 
 # ── At the size of an image ──────────────────────────────────────────────────────────────────────────────────────────
@@ -210,22 +203,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     check(args)
     distributed.set_up_logging(0)
+    paths = viewing.find_shown(args.image, args.count)
+    viewing.prepare_output(args.output, viewing.PICTURES)
     device = distributed.pick_device(args.device)
     model, flags = pretrained.open_backbone(args.checkpoint, args.input_size, args.num_heads)
     own = resized = model.to(device)
     blocks_to_show(args.layer, len(model.blocks))
-    mean, std = normalisation(flags.get("imagenet_default_mean_and_std", args.imagenet_default_mean_and_std))
+    mean, std = mean_and_std(args, flags)
     rows = []
-    for name, picture in read_images(args.image, args.count):
+    for path, picture in viewing.read_shown(paths):
         size = own.patch_embed.img_size
         if args.keep_aspect:
             size = whole_image_size(picture, min(size), own.patch_size)
         if resized.patch_embed.img_size != size:
             resized = at_size(own, size)
-        image = eval_view(size, crop_pct=1.0, mean=mean, std=std)(picture)["image"]
-        rows += rows_of_image(name, image.to(device), resized, visualization.denormalise(image, mean, std), args)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    save_image(visualization.stacked(rows), args.output)
+        crop_pct = 1.0 if args.keep_aspect else args.crop_pct
+        image = eval_view(size, crop_pct, mean=mean, std=std)(picture)["image"]
+        rows += rows_of_image(Path(path).name, image.to(device), resized, visualization.denormalise(image, mean, std), args)
+    viewing.save_picture(visualization.stacked(rows), args.output)
     shown = "every block, mean over heads" if args.layer is None else f"block {args.layer}"
     log.info(f"{args.output}: {len(rows)} rows, {shown}, query {' '.join(args.query)}")
 

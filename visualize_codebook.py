@@ -20,11 +20,12 @@ import arguments
 import code_files
 import distributed
 import pages
+import viewing
 import visualization
 from code_files import BLOCK, Encoded
 from distributed import log
 from errors import UserError, tells_the_user
-from transforms import View, eval_view, load_image
+from transforms import eval_view
 
 OUTSIDE = 0.85  # grey around the image, where a patch lies at its border
 
@@ -125,13 +126,6 @@ def cut_out(image: Tensor, row: int, column: int, patch: int, context: int) -> T
     return visualization.framed(picture, before * factor, before * factor, patch * factor, patch * factor)
 
 
-def read_view(root: str, name: str, view: View) -> Tensor:
-    try:
-        return view(load_image(os.path.join(root, name)))["image"]
-    except Exception as error:  # PIL raises nearly anything
-        raise UserError(f"{name} of {root} cannot be read ({error}): --data_path says where the images are now") from None
-
-
 def summary(encoded: Encoded, counts: np.ndarray, root: str) -> str:
     about, used, commonest = encoded.about, int((counts > 0).sum()), int(counts.argmax())
     height, width = about["grid"]
@@ -165,17 +159,24 @@ def sections(args: argparse.Namespace, encoded: Encoded, counts: np.ndarray, cho
     }
     names = encoded.names(image for patches in examples.values() for image, _ in patches)
     colours = visualization.code_colours(len(counts))
+    broken: set[int] = set()
     for code, sample in zip(chosen, samples, strict=True):
         shown = []
         for image, place in examples[code]:
+            opened = None if image in broken else viewing.read_or_leave_out(os.path.join(root, names[image]))
+            if opened is None:
+                broken.add(image)
+                continue
             row, column = divmod(place, columns)
-            picture = cut_out(read_view(root, names[image], view), row, column, patch, args.context)
+            picture = cut_out(view(opened)["image"], row, column, patch, args.context)
             shown.append(pages.picture(picture, f"code {code}: patch {row},{column} of {names[image]}"))
         said = f"{counts[code]:,} patches, {counts[code] / counts.sum():.2%} of all, in {sample.found:,} images."
         if not counts[code]:
             said = "Does not occur in these images."
         parts = [pages.paragraph(said), *([pages.pictures(shown)] if shown else [])]
         yield pages.section(f"Code {code}", *parts, anchor=f"code-{code}", colour=colours[code].tolist())
+    if broken and len(broken) == len(names):
+        raise UserError(f"no image of {root} could be read: --data_path says where the images are now")
 
 
 @tells_the_user
@@ -184,8 +185,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.set_up_logging(0)
     if args.context % 2 == 0:
         raise UserError(f"--context {args.context}: give an odd number of patches, so that one is in the middle")
+    viewing.prepare_output(args.output, viewing.PAGES)
     encoded = code_files.read(args.encoded, "--encoded")
     root = args.data_path or encoded.about["data_path"]
+    if not os.path.isdir(root):
+        raise UserError(f"{root}, the folder of the images, is not there: --data_path says where they are now")
     counts = count_codes(encoded)
     chosen, how = choose_codes(args, counts)
     page = pages.document(
@@ -198,7 +202,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
         *sections(args, encoded, counts, chosen, root),
     )
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text(page, encoding="utf-8", errors="backslashreplace")
     log.info(f"{args.output}: {len(chosen)} codes, {len(page) / 2**10:.0f} KiB")
 

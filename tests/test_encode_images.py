@@ -229,7 +229,7 @@ def test_token_maps_show_the_image_above_its_codes(data, weights, tmp_path, monk
         (["--input_size", "64"], "trained on 32 pixels"),
         (["--tokenizer_weight", ""], "--tokenizer_weight is missing"),
         (["--tokenizer_model", "dall-e"], "is not DALL-E's encoder"),
-        (["--crop_pct", "2"], "--crop_pct 2"),
+        (["--crop_pct", "2"], "--crop_pct: 2 must lie above 0"),
         (["--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere"),
     ],
 )
@@ -402,7 +402,10 @@ def test_the_patch_is_in_the_middle_of_the_cut_out(place):
     [
         (["--codes", "16"], "--codes 16: the codebook has 16 codes, 0 to 15"),
         (["--context", "2"], "--context 2"),
-        (["--data_path", "/nowhere"], "--data_path"),
+        (["--data_path", "/nowhere"], "/nowhere, the folder of the images, is not there: --data_path"),
+        (["--data_path", "."], "no image of . could be read: --data_path"),
+        (["--output", "."], "--output .: is a folder; name the file in it, such as name.html"),
+        (["--output", "page.png"], "--output page.png: the name must end in .html"),
         (["--encoded", "/nowhere"], "--encoded /nowhere: codes.npy of encode_images.py is needed"),
     ],
 )
@@ -411,6 +414,31 @@ def test_a_mistake_about_the_page_is_one_line(more, message, encoded, tmp_path, 
         page(encoded, tmp_path / "page.html", *more)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_image_that_is_gone_is_named_and_left_out(data, weights, tmp_path, capsys):
+    images = shutil.copytree(data, tmp_path / "images")
+    encode_images.main(flags(weights, images, tmp_path / "codes"))
+    (images / "a/0.jpg").unlink()
+    capsys.readouterr()
+    path = tmp_path / "page.html"
+    shown = page(tmp_path / "codes", path, "--codes", *map(str, range(16)))
+    said = capsys.readouterr().out
+    assert said.count("a/0.jpg") >= 1 and said.count("left out") == 1
+    alts = [alt for alts in shown.pictures.values() for alt in alts]
+    assert any("a/1.jpg" in alt for alt in alts) and not any("a/0.jpg" in alt for alt in alts)
+
+
+def test_token_maps_leave_out_what_has_gone_since(data, weights, tmp_path, monkeypatch, capsys):
+    images, join = shutil.copytree(data, tmp_path / "images"), encode_images.finish
+    monkeypatch.setattr(encode_images, "finish", lambda *args: (join(*args), (images / "a/0.jpg").unlink()))
+    encode_images.main(flags(weights, images, tmp_path / "out", "--maps", "3"))
+    assert "a/0.jpg" in capsys.readouterr().out
+    picture = np.asarray(Image.open(tmp_path / "out/token_maps-0.png").convert("RGB")) / 255
+    codes = torch.from_numpy(np.load(tmp_path / "out/codes.npy")[1].astype(int)).view(2, 2)
+    want = visualization.token_map(codes, 16, (160, 160)).permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(picture[-160:, :160], want, atol=0.01)
+    assert picture.shape[1] == 3 * 160 + 2 * visualization.GAP
 
 
 def test_codes_without_their_description_are_refused(encoded, tmp_path, capsys):

@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,12 +12,16 @@ from test_entries import kill_after
 from tiny_runs import SIZE, TOKENIZER, assert_same_weights, checkpoint, log_lines, photos, tokenizer, vqkd_flags
 
 import arguments
+import encode_images
 import metrics
 import modeling_pixel_decoder
 import modeling_vqkd
 import run_vqkd_training
+import visualization
+import visualize_attention
 import visualize_reconstruction
 from modeling_pixel_decoder import Reconstructor
+from visualization import CAPTION
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +123,70 @@ def test_the_checkpoint_alone_is_enough(data, tmp_path, capsys):
     capsys.readouterr()
     picture = tmp_path / "new/folder/reconstruction.png"
     files = [str(data / "a/0.jpg"), str(data / "b")]
-    visualize_reconstruction.main(["--checkpoint", str(saved), "--image", *files, "--most", "9", "--output", str(picture)])
+    visualize_reconstruction.main(["--checkpoint", str(saved), "--image", *files, "--count", "9", "--output", str(picture)])
     lines = capsys.readouterr().out
     assert len(re.findall(r"^ *\d+\.\d\d dB \(mean colour \d+\.\d\d\) .*\.jpg$", lines, flags=re.MULTILINE)) == 9
-    assert Image.open(picture).size == (8 * 34 - 2, 6 * 34 - 2)  # 8 images and 1: two bands of three rows
+    assert Image.open(picture).size == (8 * 162 - 2, 6 * (160 + CAPTION + 2) - 2)  # 8 images and 1: two bands of three rows
+
+
+@pytest.fixture(scope="module")
+def pixels(data, codes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pixels")
+    run_vqkd_training.main(flags(data, codes, out, "--epochs", "1"))
+    return out / "checkpoint.pth"
+
+
+def drawn_of(pixels, images, out, monkeypatch, *more):
+    """(codes, captions) of a call of visualize_reconstruction.py."""
+    seen, draw = [], visualization.reconstructions
+
+    def spy(images, codes, n_codes, drawn, captions):
+        seen.extend((codes.flatten(1).tolist(), captions))
+        return draw(images, codes, n_codes, drawn, captions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(visualization, "reconstructions", spy)
+        visualize_reconstruction.main(["--checkpoint", str(pixels), "--image", str(images), "--output", str(out), *more])
+    return seen
+
+
+@pytest.mark.parametrize("view", [[], ["--crop_pct", "0.5"]])
+def test_an_image_has_the_same_tokens_in_every_script(view, data, codes, pixels, tmp_path, monkeypatch):
+    own = ["--tokenizer_weight", str(codes), "--data_path", str(data), "--output_dir", str(tmp_path / "codes")]
+    encode_images.main([*own, "--num_workers", "0", "--device", "cpu", *view])
+    shown, captions = drawn_of(pixels, data, tmp_path / "x.png", monkeypatch, "--count", "99", "--device", "cpu", *view)
+    assert shown == np.load(tmp_path / "codes/codes.npy").tolist()
+    names = [Path(line).name for line in (tmp_path / "codes/files.txt").read_text().splitlines()]
+    assert [caption[0] for caption in captions] == names
+    assert all(re.fullmatch(r"drawn: \d+\.\d\d dB", caption[2]) for caption in captions)
+
+
+def test_the_scripts_that_look_share_flags_and_defaults():
+    scripts = (encode_images, visualize_attention, visualize_reconstruction)
+    shared = [{name: script.get_parser().get_default(name) for name in ("crop_pct", "device")} for script in scripts]
+    assert shared == [{"crop_pct": None, "device": "cuda"}] * 3
+    assert [script.get_parser().get_default("count") for script in scripts[1:]] == [8, 8]
+
+
+def test_a_broken_image_of_a_folder_is_left_out(data, pixels, tmp_path, capsys):
+    folder = shutil.copytree(data / "a", tmp_path / "images")
+    (folder / "1.jpg").write_bytes(b"no image")
+    (folder / "2.jpg").write_bytes((folder / "3.jpg").read_bytes()[:200])
+    given = ["--checkpoint", str(pixels), "--output", str(tmp_path / "x.png"), "--image"]
+    visualize_reconstruction.main([*given, str(folder)])
+    lines = capsys.readouterr().out
+    assert lines.count("left out") == 2 and lines.count(" dB ") == len(list(folder.iterdir())) - 2 + 1
+    for source, message in ((folder / "2.jpg", r"--image .*2\.jpg: cannot be read"), ("/nowhere", "--image /nowhere: no such")):
+        refused(visualize_reconstruction.main, [*given, str(source)], message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [(".", r"--output .*: is a folder"), ("x.xyz", r"--output .*x\.xyz: the name must end in \.png")]
+)
+def test_the_name_of_the_picture_is_looked_at_before_the_model(name, message, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(visualize_reconstruction, "open_reconstructor", None)
+    own = ["--checkpoint", "x.pth", "--image", str(data), "--output", str(tmp_path / name)]
+    refused(visualize_reconstruction.main, own, message, capsys)
 
 
 def test_psnr():

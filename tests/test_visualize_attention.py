@@ -5,9 +5,10 @@ import pytest
 import torch
 from golden_values import TINY, fill
 from PIL import Image
-from tiny_runs import photos
+from tiny_runs import photos, student
 
 import pretrained
+import viewing
 import visualization
 import visualize_attention
 from modeling_finetune import VisionTransformer
@@ -31,7 +32,8 @@ def data(tmp_path_factory):
 
 def figure(weights, images, path, *more):
     """(height, width, 3) in [0, 1]."""
-    visualize_attention.main(["--checkpoint", str(weights), "--image", *map(str, images), "--output", str(path), *more])
+    fixed = ["--checkpoint", str(weights), "--image", *map(str, images), "--output", str(path), "--device", "cpu"]
+    visualize_attention.main([*fixed, *more])
     return np.asarray(Image.open(path).convert("RGB")) / 255
 
 
@@ -198,8 +200,7 @@ def test_whole_images_each_in_its_shape(weights, tmp_path, capsys):
         (["--keep_aspect", "--input_size", "32x64"], "--keep_aspect takes the shorter side alone"),
         (["--input_size", "2048"], "2048 x 2048 pixels does not fit"),
         (["--input_size", "40"], "--input_size"),
-        (["--image", "/nowhere"], "--image /nowhere: no such folder"),
-        (["--image", __file__], "no image could be read"),
+        (["--crop_pct", "1.0", "--keep_aspect"], "--crop_pct has no effect with --keep_aspect"),
     ],
 )
 def test_a_users_mistake_is_one_line(more, message, weights, data, tmp_path, capsys):
@@ -208,3 +209,111 @@ def test_a_users_mistake_is_one_line(more, message, weights, data, tmp_path, cap
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+# ── Which images, which file, which view ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def mixed(data, tmp_path):
+    """Three images of a folder and what no decoder takes: an unknown format, a file cut off, and a header that lies."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    whole = (data / "a/0.jpg").read_bytes()
+    for name, content in {"0": whole, "1": b"no image", "2": whole, "3": whole[:200], "4": b"", "5": whole}.items():
+        (folder / f"{name}.jpg").write_bytes(content)
+    return folder
+
+
+def test_a_broken_image_of_a_folder_is_named_and_left_out(mixed, weights, tmp_path, capsys):
+    picture = figure(weights, [mixed], tmp_path / "x.png", "--mean_only")
+    assert picture.shape[:2] == (high(3), wide(2))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "cannot read" in line]
+    assert [next(name for name in "012345" if f"{name}.jpg" in line) for line in lines] == ["1", "3", "4"]
+
+
+def test_whatever_a_decoder_raises_leaves_one_image_out(mixed, monkeypatch):
+    def load(path):
+        if path.endswith("2.jpg"):
+            raise SyntaxError("broken PNG file")  # as PIL does
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(viewing, "load_image", load)
+    shown = [path[-5:] for path, _ in viewing.read_shown(viewing.find_shown([str(mixed)], 9))]
+    assert shown == ["0.jpg", "1.jpg", "3.jpg", "4.jpg", "5.jpg"]
+    with pytest.raises(viewing.UserError, match=r"2\.jpg: cannot be read \(broken PNG file\)"):
+        viewing.find_shown([str(mixed / "2.jpg")], 9)
+    with pytest.raises(viewing.UserError, match="no image could be read"):
+        list(viewing.read_shown([str(mixed / "2.jpg")]))
+
+
+def test_the_images_of_a_folder_are_evenly_spread(tmp_path):
+    for number in range(10):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    one = str(tmp_path / "7.png")
+    shown = viewing.find_shown([str(tmp_path), one], 4)
+    assert [path[-5] for path in shown] == ["0", "2", "5", "7", "7"]
+    assert len(viewing.find_shown([str(tmp_path)], 99)) == 10
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--image", "/nowhere", "--image /nowhere: no such file or folder"),
+        ("--image", __file__, f"--image {__file__}: cannot be read"),
+        ("--output", "{}", "{}: is a folder; name the file in it, such as {}/name.png"),
+        ("--output", "{}/new/", "{}/new/: is a folder"),
+        ("--output", "{}/x.xyz", "{}/x.xyz: the name must end in .png .jpg"),
+        ("--output", "{}/x", "{}/x: the name must end in"),
+        ("--output", "{}/file/x.png", "{}/file/x.png: its folder cannot be made"),
+    ],
+)
+def test_images_and_output_are_looked_at_before_the_model(flag, value, message, data, tmp_path, capsys, monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(pretrained, "open_backbone", load)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        figure("x.pth", [data], tmp_path / "x.png", flag, value.format(tmp_path))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message.replace("{}", str(tmp_path)) in error and flag in error and error.count("\n") == 1
+
+
+def test_a_picture_too_large_for_its_format_is_one_line(tmp_path):
+    picture = torch.zeros(3, 70_000, 1)
+    viewing.save_picture(picture, str(tmp_path / "x.png"))
+    with pytest.raises(
+        viewing.UserError, match=r"--output .*x.jpg: 1 x 70000 pixels cannot be written .* PNG takes every size"
+    ):
+        viewing.save_picture(picture, str(tmp_path / "x.jpg"))
+
+
+@pytest.mark.parametrize("ending", viewing.PICTURES)
+def test_every_accepted_ending_can_be_written(ending, tmp_path):
+    name = str(tmp_path / f"new/x{ending.upper()}")
+    viewing.prepare_output(name, viewing.PICTURES)
+    viewing.save_picture(torch.rand(3, 16, 16), name)
+    assert (tmp_path / f"new/x{ending.upper()}").stat().st_size > 0
+
+
+def test_the_view_is_that_of_evaluation_unless_told(weights, tmp_path):
+    """A red border of 3 pixels around 64: gone in the middle 87.5 %, there with --crop_pct 1 and in whole images."""
+    pixels = np.full((64, 64, 3), (255, 0, 0), dtype=np.uint8)
+    pixels[3:-3, 3:-3] = (0, 0, 255)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    size = ["--input_size", "64", "--mean_only"]
+    for more, corner in (([], 0), (["--crop_pct", "1.0"], 1), (["--keep_aspect"], 1)):
+        picture = figure(weights, [tmp_path / "x.png"], tmp_path / "out.png", *size, *more)
+        assert picture[CAPTION + 2, 2] == pytest.approx((corner, 0, 1 - corner), abs=0.02)
+
+
+def test_a_normalisation_that_is_not_the_checkpoints_is_told(data, tmp_path, capsys):
+    own = student(tmp_path / "student.pth", imagenet_default_mean_and_std=False)
+    image, flag = data / "a/0.jpg", "--imagenet_default_mean_and_std"
+    plain = figure(own, [image], tmp_path / "x.png")
+    assert "warning" not in capsys.readouterr().out
+    asked = figure(own, [image], tmp_path / "x.png", flag)
+    assert f"warning: {own} was trained with mean and std 0.5: {flag} is left out" in capsys.readouterr().out
+    assert np.array_equal(plain, asked)
