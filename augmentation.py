@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers; hue is never changed here
 LEVELS = np.arange(256)
@@ -36,16 +39,18 @@ class Draws:
     height: int
     width: int
 
-    def box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """The crop as (left, top, right, bottom) of the unflipped image, which may have been decoded to a smaller `size`."""
+    def box(self) -> tuple[int, int, int, int]:
+        """The crop as (left, top, right, bottom) of the image that is not flipped."""
         left = self.size[0] - self.left - self.width if self.hflip else self.left
         top = self.size[1] - self.top - self.height if self.vflip else self.top
-        if size == self.size:
-            return left, top, left + self.width, top + self.height
-        across, down = size[0] / self.size[0], size[1] / self.size[1]
-        left, right = round(left * across), round((left + self.width) * across)
-        top, bottom = round(top * down), round((top + self.height) * down)
-        return left, top, max(right, left + 1), max(bottom, top + 1)
+        return left, top, left + self.width, top + self.height
+
+
+class Drawn(NamedTuple):
+    """An image and what was drawn for it before it was decoded, perhaps to a smaller size."""
+
+    image: Image.Image
+    draws: Draws
 
 
 class Drawing:
@@ -82,7 +87,7 @@ def exact_crop(image: Image.Image, draws: Draws) -> Image.Image:
         before = kinds.index(CONTRAST)
         image = retouched(image, draws.operations[:before])
         pivot = mean_grey(image)
-    crop = retouched(image.crop(draws.box(image.size)), draws.operations[before:], pivot)
+    crop = retouched(image.crop(draws.box()), draws.operations[before:], pivot)
     if draws.hflip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return crop.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if draws.vflip else crop
@@ -113,6 +118,37 @@ def retouched(image: Image.Image, operations: Iterable[tuple[int, float]], pivot
 
 def looked_up(image: Image.Image, table: Image.Image) -> Image.Image:
     return image if table is RAMP else image.point(list(table.tobytes()) * 3)
+
+
+# ── Resizing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def resized(image: Image.Image, size: int, mode: InterpolationMode) -> torch.Tensor:
+    """(3, size, size) uint8; the aspect ratio is not kept."""
+    return _as_tensor(F.resize(image, [size, size], mode)).contiguous()
+
+
+def resized_faster(drawn: Drawn, size: int, mode: InterpolationMode) -> torch.Tensor:
+    """The same of a crop by torch's vectorised kernels, in a third of the time, within one level.
+
+    By PIL where torch has no such mode, and where the image was decoded to a smaller size, whose pixels the crop cuts.
+    """
+    image, draws = drawn
+    if image.size != draws.size:
+        across, down = image.width / draws.size[0], image.height / draws.size[1]
+        left, top, right, bottom = draws.box()
+        box = (left * across, top * down, right * across, bottom * down)
+        return _as_tensor(image.resize((size, size), Image.Resampling[mode.value.upper()], box=box)).contiguous()
+    crop = image.crop(draws.box())
+    if mode not in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):
+        return resized(crop, size, mode)
+    return torch.nn.functional.interpolate(_as_tensor(crop)[None], (size, size), mode=mode.value, antialias=True)[0]
+
+
+def _as_tensor(image: Image.Image) -> torch.Tensor:
+    """(3, height, width) uint8, its memory in the order of the image."""
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)  # half the time of numpy's way
+    return values.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
 # ── Behind the resize, on tensors ────────────────────────────────────────────────────────────────────────────────────

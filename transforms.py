@@ -10,7 +10,7 @@ import contextlib
 import functools
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,18 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from augmentation import Drawing, Draws, as_numbers, exact_crop, jitter_and_flip, jitter_and_flip_all, sampled_pivot
+from augmentation import (
+    Drawing,
+    Drawn,
+    Draws,
+    as_numbers,
+    exact_crop,
+    jitter_and_flip,
+    jitter_and_flip_all,
+    resized,
+    resized_faster,
+    sampled_pivot,
+)
 from errors import UserError, pick
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -33,6 +44,7 @@ MODES = {name: InterpolationMode(name) for name in ("bicubic", "bilinear", "lanc
 Source = str | np.ndarray  # an image file, or an (H, W, 3) uint8 image in memory
 View = Callable[[Image.Image], dict[str, torch.Tensor]]
 PIPELINES = dict.fromkeys(("exact", "fast"))
+DECODED_TO_SHOWN = 1.5  # a crop is decoded to so many times the pixels of a view's side, or more: 9 dB nearer than 1
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 Size = tuple[int, int]  # width, height
 
@@ -111,31 +123,6 @@ class RandomCrop:
         return exact_crop(image, self.draw(image.size))
 
 
-def resized(image: Image.Image, size: int, mode: InterpolationMode) -> torch.Tensor:
-    """(3, size, size) uint8; the aspect ratio is not kept."""
-    return _as_tensor(F.resize(image, [size, size], mode)).contiguous()
-
-
-def resized_faster(image: Image.Image, size: int, mode: InterpolationMode) -> torch.Tensor:
-    """The same within one level by torch's vectorised kernels, in a third of the time; other modes than these two by PIL."""
-    if mode not in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):
-        return resized(image, size, mode)
-    return torch.nn.functional.interpolate(_as_tensor(image)[None], (size, size), mode=mode.value, antialias=True)[0]
-
-
-def _as_tensor(image: Image.Image) -> torch.Tensor:
-    """(3, height, width) uint8, its memory in the order of the image."""
-    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)  # half the time of numpy's way
-    return values.view(image.height, image.width, 3).permute(2, 0, 1)
-
-
-class Drawn(NamedTuple):
-    """An image and what was drawn for it before it was decoded, perhaps to a smaller size."""
-
-    image: Image.Image
-    draws: Draws
-
-
 class Crops:
     """Views that are one random crop, resized to some sizes.
 
@@ -165,7 +152,7 @@ class Crops:
 
         def enough(size: Size) -> Size:
             drawn.append(self.crop.draw(size))
-            needed = max(side for side, _ in self.sizes().values())
+            needed = DECODED_TO_SHOWN * max(side for side, _ in self.sizes().values())
             shrink = min(drawn[0].width, drawn[0].height) / needed
             return int(-(-size[0] // shrink)), int(-(-size[1] // shrink))
 
@@ -178,8 +165,8 @@ class Crops:
         if not self.fast:
             crop = exact_crop(image, draws)
             return {name: resized(crop, side, interpolation(mode)) for name, (side, mode) in self.sizes().items()}
-        pivot, crop = sampled_pivot(image, draws.operations), image.crop(draws.box(image.size))
-        views = {name: resized_faster(crop, side, interpolation(mode)) for name, (side, mode) in self.sizes().items()}
+        pivot, drawn = sampled_pivot(image, draws.operations), Drawn(image, draws)
+        views = {name: resized_faster(drawn, side, interpolation(mode)) for name, (side, mode) in self.sizes().items()}
         if self.augment_on_device:
             return views | {"draws": as_numbers(draws, pivot)}
         return {name: jitter_and_flip(view, draws, pivot) for name, view in views.items()}

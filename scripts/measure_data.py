@@ -27,7 +27,7 @@ from torchvision.transforms import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from augmentation import as_numbers, exact_crop, jitter_and_flip, sampled_pivot
+from augmentation import Drawn, as_numbers, exact_crop, jitter_and_flip, resized, resized_faster, sampled_pivot
 from datasets import find_images
 from distributed import keep_freed_memory
 from masking_generator import MaskingGenerator
@@ -35,10 +35,7 @@ from transforms import (
     ASPECT_RANGE,
     HALF_MEAN,
     HALF_STD,
-    Drawn,
     PretrainingViews,
-    resized,
-    resized_faster,
 )
 from utils import seeded
 
@@ -87,11 +84,11 @@ def ours(size: int, jitter: float, pipeline: str, on_device: bool = False) -> Ca
             sample["image"] = resized(crop, size, MODE)
             yield "crop, resize"
         else:
-            image, draws = image
             yield "decode"
-            sample["image"] = resized_faster(image.crop(draws.box(image.size)), size, MODE)
+            draws = image.draws
+            sample["image"] = resized_faster(image, size, MODE)
             yield "crop, resize"
-            pivot = sampled_pivot(image, draws.operations)
+            pivot = sampled_pivot(image.image, draws.operations)
             if on_device:
                 sample["draws"] = as_numbers(draws, pivot)
             else:
