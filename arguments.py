@@ -224,6 +224,16 @@ def add_data_flags(
     )
 
 
+def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
+    """Of the stages that train on one random crop (pretraining, the tokenizer); fine-tuning has timm's augmentation."""
+    g = parser.add_argument_group("speed of the data")
+    g.add_argument("--data_pipeline", default="exact", choices=("exact", "fast"),
+                   help="exact: torchvision's transforms, bit for bit; fast: colours jittered behind the resize, and large "
+                   "JPEGs decoded at a reduced size (docs/performance.md: times, and how far pixels differ)")  # fmt: skip
+    g.add_argument("--augment_on_device", action="store_true",
+                   help="with --data_pipeline fast: jitter and flip batches on the device, with the same result")  # fmt: skip
+
+
 def add_vit_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("backbone")
     add_switch(g, "rel_pos_bias", "disable_rel_pos_bias", True, "relative position bias")

@@ -46,6 +46,9 @@ class ImageFiles(Dataset[dict[str, Any]]):
 
     A file that does not decode is replaced by the next one that does (same random numbers, its own label). After 1 % of
     the data set, at least 10 files, in a row the sample is {"failed": [...]} without an image.
+
+    A view with `read`, `pack` and `finish` (transforms.Crops) reads the files itself; its samples are packed, as they travel
+    to the device, and `finish` makes of a batch of them what the network takes.
     """
 
     def __init__(self, samples: Samples, transform: View, seed: int = 0, classes: Sequence[str] | None = None) -> None:
@@ -68,18 +71,24 @@ class ImageFiles(Dataset[dict[str, Any]]):
     def __getitem__(self, key: int | Key) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         failed: list[str] = []
-        with seeded(self.seed, epoch, index):
-            for place in range(index, index + self.most_failures):
+        read, pack = getattr(self.transform, "read", load_image), getattr(self.transform, "pack", self.transform)
+        for place in range(index, index + self.most_failures):
+            with seeded(self.seed, epoch, index):  # anew for each file: a view may draw before it decodes
                 place %= len(self)
                 source = self.source(place)
                 try:
-                    image = load_image(source)
+                    image = read(source)
                 except Exception as error:  # PIL raises nearly anything for broken files, DecompressionBombError too
                     failed.append(f"{source} ({_reason(error)})")
                     continue
                 label = {} if self.labels is None else {"label": int(self.labels[place])}
-                return {**self.transform(image), **label, "index": index, "failed": failed}
+                return {**pack(image), **label, "index": index, "failed": failed}
         return {"failed": failed}
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of samples, on the device, as the network takes it."""
+        finish = getattr(self.transform, "finish", None)
+        return finish(batch) if finish else batch
 
 
 def _reason(error: Exception) -> str:
@@ -249,6 +258,8 @@ def build_pretraining_dataset(args: Any, grid: int, held_out: str = "", tokenize
         std,
         build_masks(args, grid),
         args.vflip,
+        args.data_pipeline,
+        args.augment_on_device,
     )
     samples = find_images(held_out, "--eval_data_path")[0] if held_out else _unlabelled(args, train=True)
     return ImageFiles(samples, views, args.seed)
@@ -268,7 +279,15 @@ def build_masks(args: Any, grid: int) -> MaskingGenerator:
 
 def build_vqkd_dataset(args: Any) -> ImageFiles:
     """Unlabelled images in [0, 1]: crops and flips."""
-    view = TokenizerViews(args.input_size, args.min_crop_scale, args.color_jitter, args.train_interpolation, args.vflip)
+    view = TokenizerViews(
+        args.input_size,
+        args.min_crop_scale,
+        args.color_jitter,
+        args.train_interpolation,
+        args.vflip,
+        args.data_pipeline,
+        args.augment_on_device,
+    )
     return ImageFiles(_unlabelled(args, train=True), view, args.seed)
 
 

@@ -26,8 +26,9 @@ from errors import UserError
 from interruption import StopSignal
 from metrics import Reporter, RunningMeans, clock
 from optim_factory import Schedule
-from run_state import Run, Stage, TrainingData, TrainState, save
+from run_state import Run, Stage, TrainingData, TrainState, finisher, save
 from samplers import BadFiles, close
+from transfer import to_device
 from utils import derive_seed, seed_all
 
 BAD_STEPS_TO_GIVE_UP = 10
@@ -136,7 +137,7 @@ def train_one_epoch(
         micro_batches = reporter.waiting_for(batches, args.update_freq)
         for batch in micro_batches:
             bad_files.add(batch["failed"], found_image="image" in batch)
-        logs = accumulate_gradients(state, stage, micro_batches, run)
+        logs = accumulate_gradients(state, stage, micro_batches, run, data)
         norm = take_step(state, args.clip_grad)
         watch.add(logs["loss"], norm, micro_batches)
         state.means.add(logs | {"grad_norm": norm})
@@ -168,7 +169,9 @@ def current_lr(state: TrainState) -> float:
     return max(group["lr"] for group in state.optimizer.param_groups)
 
 
-def accumulate_gradients(state: TrainState, stage: Stage, micro_batches: list[dict[str, Any]], run: Run) -> dict[str, Tensor]:
+def accumulate_gradients(
+    state: TrainState, stage: Stage, micro_batches: list[dict[str, Any]], run: Run, data: TrainingData
+) -> dict[str, Tensor]:
     """Forward and backward of each micro-batch; the ranks exchange gradients at the last one. Means of the logs."""
     # What a step draws (drop path, mixup) depends on the run's seed, the step and the rank alone: a resumed run draws the same.
     seed_all(derive_seed(run.args.seed, "step", state.step, run.launch.rank), run.device)
@@ -177,9 +180,10 @@ def accumulate_gradients(state: TrainState, stage: Stage, micro_batches: list[di
         last = index + 1 == len(micro_batches)
         ddp = isinstance(state.runner, DistributedDataParallel)
         quiet = cast(Any, state.runner).no_sync() if ddp and not last else contextlib.nullcontext()
+        batch = data.finish(to_device(batch, run.device))
         with quiet:
             with run.precision.autocast():
-                loss, parts = stage.step(state.runner, to_device(batch, run.device))
+                loss, parts = stage.step(state.runner, batch)
             # A loss that is not finite makes every gradient NaN, so that all ranks skip the step without having to ask.
             sound = torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
             state.scaler.scale(loss * sound / len(micro_batches)).backward()
@@ -194,26 +198,24 @@ def evaluation_batches(loader: DataLoader, device: torch.device, flag: str = "--
 
     `flag` names the images' folder in messages.
     """
-    bad_files = BadFiles(flag=flag)
+    bad_files, finish = BadFiles(flag=flag), finisher(loader.dataset)
     bad_files.start_epoch(len(cast(Any, loader.dataset)))
     for batch in loader:
         bad_files.add(batch["failed"], found_image="image" in batch)
-        yield to_device(batch, device)
+        yield finish(to_device(batch, device))
 
 
 def samples_to_show(dataset: Any, count: int) -> list[dict[str, Any]]:
     """`count` samples spread over the data set, always the same ones, for pictures and statistics."""
     count = min(count, len(dataset))
     samples = (dataset[index * len(dataset) // count] for index in range(count))
-    return [sample for sample in samples if "image" in sample]
+    return [finished(sample, dataset) for sample in samples if "image" in sample]
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Tensors move, but for the mask: its positions are listed on the host, which spares a synchronisation."""
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) and key != "mask" else value
-        for key, value in batch.items()
-    }
+def finished(sample: dict[str, Any], dataset: Any) -> dict[str, Any]:
+    """A sample of the data set as the network takes it: its tensors alone."""
+    batch = {name: value[None] for name, value in sample.items() if isinstance(value, Tensor)}
+    return {name: value[0] for name, value in finisher(dataset)(batch).items()}
 
 
 def take_step(state: TrainState, clip_grad: float | None) -> Tensor:

@@ -35,6 +35,7 @@ def get_parser() -> argparse.ArgumentParser:
     arguments.add_pretraining_flags(parser)
     arguments.add_vit_flags(parser)
     arguments.add_data_flags(parser, data_set="image_folder", color_jitter=0.4)
+    arguments.add_pipeline_flags(parser)
     arguments.add_optimizer_flags(
         parser,
         lr=5e-4,

@@ -7,6 +7,7 @@ import math
 import subprocess
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,15 @@ class TrainingData:
     @property
     def steps_per_epoch(self) -> int:
         return self.sampler.steps_per_epoch
+
+    @property
+    def finish(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        return finisher(self.loader.dataset)
+
+
+def finisher(dataset: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What makes of the data set's batches, on the device, what the network takes (ImageFiles.finish)."""
+    return getattr(dataset, "finish", lambda batch: batch)
 
 
 def training_data(dataset: Any, run: Run, num_workers: int | None = None) -> TrainingData:

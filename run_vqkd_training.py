@@ -39,6 +39,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("VQ-KD tokenizer training")
     arguments.add_vqkd_flags(parser)
     arguments.add_data_flags(parser, data_set="image_folder", color_jitter=0.0)
+    arguments.add_pipeline_flags(parser)
     arguments.add_optimizer_flags(
         parser,
         lr=5e-5,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from distributed import Launch, is_main, log
+from distributed import Launch, is_main, keep_freed_memory, log
 from errors import UserError
 from utils import derive_seed
 
@@ -149,6 +149,7 @@ def _workers(asked: int) -> int:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # images come and go: 10 % of a worker's time
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the main process's to handle
         signal.signal(number, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks about EXIF blocks and large images, once per worker

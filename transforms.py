@@ -1,11 +1,13 @@
 """Reading an image, and views of it: PIL RGB in, dictionaries of tensors out.
 
-Random views draw from the global generators, which the data set seeds per sample (utils.seeded).
+Random views draw from the global generators, which the data set seeds per sample (utils.seeded). Crops travel to the
+device as uint8 (`pack`) and become floats there (`finish`), a quarter of the bytes in each queue between.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +20,18 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from augmentation import (
+    Drawing,
+    Drawn,
+    Draws,
+    as_numbers,
+    exact_crop,
+    jitter_and_flip,
+    jitter_and_flip_all,
+    resized,
+    resized_faster,
+    sampled_pivot,
+)
 from errors import UserError, pick
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -29,17 +43,38 @@ MODES = {name: InterpolationMode(name) for name in ("bicubic", "bilinear", "lanc
 
 Source = str | np.ndarray  # an image file, or an (H, W, 3) uint8 image in memory
 View = Callable[[Image.Image], dict[str, torch.Tensor]]
+PIPELINES = dict.fromkeys(("exact", "fast"))
+DECODED_TO_SHOWN = 1.5  # a crop is decoded to so many times the pixels of a view's side, or more: 9 dB nearer than 1
+TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+Size = tuple[int, int]  # width, height
 
 
-def load_image(source: Source) -> Image.Image:
-    """RGB, upright (EXIF), 8 bits; raises whatever PIL raises for what it cannot decode."""
+def load_image(source: Source, enough: Callable[[Size], Size] | None = None) -> Image.Image:
+    """RGB, upright (EXIF), 8 bits; raises whatever PIL raises for what it cannot decode.
+
+    `enough`: told the size of a JPEG before it is decoded, says which size is large enough; it may then be decoded to a
+    half, a quarter or an eighth of its size, but to no less than that.
+    """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     with Image.open(source) as image:
+        # PIL takes a while to find out that a JPEG has no orientation
+        may_turn = image.format != "JPEG" or not image.info.keys().isdisjoint(("exif", "xmp"))
+        if enough is not None and image.format == "JPEG":
+            _reduce(image, enough, may_turn)
         image.load()
-        with contextlib.suppress(Exception):  # a broken EXIF block does not make a broken picture
-            ImageOps.exif_transpose(image, in_place=True)
+        if may_turn:
+            with contextlib.suppress(Exception):  # a broken EXIF block does not make a broken picture
+                ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image)
+
+
+def _reduce(image: Image.Image, enough: Callable[[Size], Size], may_turn: bool) -> None:
+    turned = False
+    with contextlib.suppress(Exception):  # a broken EXIF block
+        turned = may_turn and image.getexif().get(0x0112, 1) in TURNED
+    width, height = enough((image.height, image.width) if turned else image.size)
+    image.draft(None, (height, width) if turned else (width, height))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -52,7 +87,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # What lies under transparent pixels is arbitrary: show them on white, as a page would.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # PIL would copy an image that is RGB already
 
 
 def interpolation(name: str) -> InterpolationMode:
@@ -82,22 +117,82 @@ class RandomCrop:
 
     def __init__(self, min_crop_scale: float, color_jitter: float, vflip: float) -> None:
         _check_ranges(min_crop_scale, color_jitter, vflip)
-        jitter = [T.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter else []
-        self.jitter_and_flip = T.Compose([*jitter, T.RandomHorizontalFlip(0.5), T.RandomVerticalFlip(vflip)])
-        self.area_range = [min_crop_scale, 1.0]
+        self.draw = Drawing([min_crop_scale, 1.0], ASPECT_RANGE, color_jitter, vflip)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        image = self.jitter_and_flip(image)
-        top, left, height, width = T.RandomResizedCrop.get_params(image, self.area_range, ASPECT_RANGE)
-        return F.crop(image, top, left, height, width)
+        return exact_crop(image, self.draw(image.size))
 
 
-def resized_tensor(image: Image.Image, size: int, mode: InterpolationMode) -> torch.Tensor:
-    """(3, size, size) float in [0, 1]; the aspect ratio is not kept."""
-    return F.to_tensor(F.resize(image, [size, size], mode))
+class Crops:
+    """Views that are one random crop, resized to some sizes.
+
+    `pipeline` exact: as torchvision's transforms on PIL images, bit for bit. fast: a JPEG is decoded no larger than the
+    resize needs, resized by torch, and jittered behind the resize; with `augment_on_device` the jitter and the flips are
+    left to `finish`, with the same result.
+    """
+
+    def __init__(self, crop: RandomCrop, pipeline: str, augment_on_device: bool) -> None:
+        pick(PIPELINES, pipeline, "--data_pipeline")
+        if augment_on_device and pipeline != "fast":
+            raise UserError(
+                "--augment_on_device jitters colours behind the resize, which --data_pipeline exact does not: add "
+                "--data_pipeline fast, or leave it out"
+            )
+        self.crop, self.fast, self.augment_on_device = crop, pipeline == "fast", augment_on_device
+
+    def sizes(self) -> dict[str, tuple[int, str]]:
+        """Name of a view -> side and interpolation."""
+        raise NotImplementedError
+
+    def read(self, source: Source) -> Image.Image | Drawn:
+        """An image for `pack`; raises what load_image raises."""
+        if not self.fast:
+            return load_image(source)
+        drawn: list[Draws] = []
+
+        def enough(size: Size) -> Size:
+            drawn.append(self.crop.draw(size))
+            needed = DECODED_TO_SHOWN * max(side for side, _ in self.sizes().values())
+            shrink = min(drawn[0].width, drawn[0].height) / needed
+            return int(-(-size[0] // shrink)), int(-(-size[1] // shrink))
+
+        image = load_image(source, enough)
+        return Drawn(image, drawn[0] if drawn else self.crop.draw(image.size))
+
+    def pack(self, image: Image.Image | Drawn) -> dict[str, torch.Tensor]:
+        """A sample as it travels: each view (3, S, S) uint8, and what `finish` needs to know."""
+        image, draws = image if isinstance(image, Drawn) else Drawn(image, self.crop.draw(image.size))
+        if not self.fast:
+            crop = exact_crop(image, draws)
+            return {name: resized(crop, side, interpolation(mode)) for name, (side, mode) in self.sizes().items()}
+        pivot, drawn = sampled_pivot(image, draws.operations), Drawn(image, draws)
+        views = {name: resized_faster(drawn, side, interpolation(mode)) for name, (side, mode) in self.sizes().items()}
+        if self.augment_on_device:
+            return views | {"draws": as_numbers(draws, pivot)}
+        return {name: jitter_and_flip(view, draws, pivot) for name, view in views.items()}
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of packed samples, on any device, as the network takes it: views (B, 3, S, S) float in [0, 1]."""
+        batch = dict(batch)
+        draws = batch.pop("draws", None)
+        for name in self.sizes():
+            images = batch[name] if draws is None else jitter_and_flip_all(batch[name], draws)
+            batch[name] = images.contiguous().float() / _numbers((255.0,), images.device)
+        return batch
+
+    def __call__(self, image: Image.Image | Drawn) -> dict[str, torch.Tensor]:
+        """One finished sample."""
+        batch = {name: value[None] for name, value in self.pack(image).items()}
+        return {name: value[0] for name, value in self.finish(batch).items()}
 
 
-class PretrainingViews:
+@functools.cache
+def _numbers(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """(C, 1, 1) on the device. Divided by as a tensor: GPUs multiply by the reciprocal of a number, which rounds otherwise."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+class PretrainingViews(Crops):
     """Two sizes of one random crop, and a mask.
 
     Gives {"image": (3, S, S) normalised float, for the network; "tokenizer_image": (3, S2, S2) float in [0, 1], for the
@@ -117,37 +212,55 @@ class PretrainingViews:
         std: Sequence[float],
         mask_generator: Callable[[], Any],
         vflip: float = 0.0,
+        pipeline: str = "exact",
+        augment_on_device: bool = False,
     ) -> None:
         _check_interpolation("--train_interpolation", interpolation)
         _check_interpolation("--second_interpolation", second_interpolation)
-        self.crop = RandomCrop(min_crop_scale, color_jitter, vflip)
+        super().__init__(RandomCrop(min_crop_scale, color_jitter, vflip), pipeline, augment_on_device)
         self.first = input_size, interpolation
         self.second = second_size, second_interpolation
-        self.mean, self.std = list(mean), list(std)
+        self.mean, self.std = tuple(mean), tuple(std)
         self.mask_generator = mask_generator
 
-    def __call__(self, image: Image.Image) -> dict[str, torch.Tensor]:
-        crop = self.crop(image)
-        first = resized_tensor(crop, self.first[0], interpolation(self.first[1]))
-        views = {"image": F.normalize(first, self.mean, self.std)}
+    def sizes(self) -> dict[str, tuple[int, str]]:
         second_size, second_interpolation = self.second
-        if second_size is not None:
-            same = self.first == self.second  # the recipes' case: resize once
-            views["tokenizer_image"] = first if same else resized_tensor(crop, second_size, interpolation(second_interpolation))
-        views["mask"] = torch.as_tensor(self.mask_generator(), dtype=torch.bool).flatten()
-        return views
+        if second_size is None or self.first == self.second:  # the latter in the recipes: resize once
+            return {"image": self.first}
+        return {"image": self.first, "tokenizer_image": (second_size, second_interpolation)}
+
+    def pack(self, image: Image.Image | Drawn) -> dict[str, torch.Tensor]:
+        views = super().pack(image)
+        return views | {"mask": torch.as_tensor(self.mask_generator(), dtype=torch.bool).flatten()}
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch = super().finish(batch)
+        image = batch["image"]
+        if self.first == self.second:
+            batch["tokenizer_image"] = image
+        batch["image"] = (image - _numbers(self.mean, image.device)).div_(_numbers(self.std, image.device))
+        return batch
 
 
-class TokenizerViews:
+class TokenizerViews(Crops):
     """A random crop for tokenizer training: {"image": (3, S, S) float in [0, 1]}; models normalise for themselves."""
 
-    def __init__(self, size: int, min_crop_scale: float, color_jitter: float, interpolation: str, vflip: float = 0.0) -> None:
+    def __init__(
+        self,
+        size: int,
+        min_crop_scale: float,
+        color_jitter: float,
+        interpolation: str,
+        vflip: float = 0.0,
+        pipeline: str = "exact",
+        augment_on_device: bool = False,
+    ) -> None:
         _check_interpolation("--train_interpolation", interpolation)
-        self.crop = RandomCrop(min_crop_scale, color_jitter, vflip)
+        super().__init__(RandomCrop(min_crop_scale, color_jitter, vflip), pipeline, augment_on_device)
         self.size, self.mode = size, interpolation
 
-    def __call__(self, image: Image.Image) -> dict[str, torch.Tensor]:
-        return {"image": resized_tensor(self.crop(image), self.size, interpolation(self.mode))}
+    def sizes(self) -> dict[str, tuple[int, str]]:
+        return {"image": (self.size, self.mode)}
 
 
 class ResizeToCover:

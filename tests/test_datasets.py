@@ -74,6 +74,8 @@ def arguments(root, **changed):
         "recount": 1,
         "crop_pct": None,
         "vflip": 0.0,
+        "data_pipeline": "exact",
+        "augment_on_device": False,
     }
     return Namespace(**{**flags, **changed})
 

@@ -13,9 +13,9 @@ FLOORS = {
     4: "engine modeling_pixel_decoder pretrained trained_classifier viewing",
     3: "run_state modeling_vqkd datasets pretraining_targets weight_source code_files",
     2: "modeling_pretrain modeling_finetune modeling_segmentation modeling_dvae vqkd_teachers norm_ema_quantizer "
-    "checkpointing metrics confusion samplers interruption knn",
-    1: "vit_backbone transforms masking_generator optim_factory model_zoo distributed arguments visualization "
-    "utils imagenet_classes weight_formats weight_files pages",
+    "checkpointing metrics confusion samplers interruption knn transforms",
+    1: "vit_backbone augmentation masking_generator optim_factory model_zoo distributed arguments visualization "
+    "utils imagenet_classes weight_formats weight_files pages transfer",
     0: "errors",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

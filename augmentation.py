@@ -1,0 +1,212 @@
+"""One random crop of an image with its colour jitter and flips: drawn before a pixel is touched, applied to few of them.
+
+Two ways give nearly the same picture. `exact_crop` is torchvision's ColorJitter, flips and crop, bit for bit, on the
+pixels of the crop as far as that is possible. `jitter_and_flip` works behind the resize, on uint8 tensors and on any
+device, and gives the same numbers on all of them (docs/performance.md says how far it is from the exact way).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from torch import Tensor
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers; hue is never changed here
+LEVELS = np.arange(256)
+RAMP = Image.frombytes("L", (256, 1), bytes(range(256)))
+PIVOT_SIDE = 64  # the contrast's pivot is read from so many rows and columns of the image, behind the resize
+Operations = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What was drawn for an image of `size` (width, height); the crop's place is that in the flipped image."""
+
+    size: tuple[int, int]
+    operations: Operations  # of the jitter, in their order, each with its factor
+    hflip: bool
+    vflip: bool
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def box(self) -> tuple[int, int, int, int]:
+        """The crop as (left, top, right, bottom) of the image that is not flipped."""
+        left = self.size[0] - self.left - self.width if self.hflip else self.left
+        top = self.size[1] - self.top - self.height if self.vflip else self.top
+        return left, top, left + self.width, top + self.height
+
+
+class Drawn(NamedTuple):
+    """An image and what was drawn for it before it was decoded, perhaps to a smaller size."""
+
+    image: Image.Image
+    draws: Draws
+
+
+class Drawing:
+    """Draws as torchvision's ColorJitter, RandomHorizontalFlip, RandomVerticalFlip and RandomResizedCrop do, in this order."""
+
+    def __init__(self, area_range: list[float], aspect_range: list[float], color_jitter: float, vflip: float) -> None:
+        self.jitter = T.ColorJitter(color_jitter, color_jitter, color_jitter) if color_jitter else None
+        self.area_range, self.aspect_range, self.vflip = area_range, aspect_range, vflip
+
+    def __call__(self, size: tuple[int, int]) -> Draws:
+        """`size`: width and height of the whole image."""
+        operations: Operations = ()
+        if self.jitter is not None:
+            ranges = (self.jitter.brightness, self.jitter.contrast, self.jitter.saturation)
+            order, *factors, _ = T.ColorJitter.get_params(*ranges, None)
+            operations = tuple((kind, factors[kind]) for kind in order.tolist() if kind != HUE)
+        hflip, vflip = torch.rand(1).item() < 0.5, torch.rand(1).item() < self.vflip
+        shape_alone = torch.empty((size[1], size[0]), device="meta")
+        place = T.RandomResizedCrop.get_params(shape_alone, self.area_range, self.aspect_range)
+        return Draws(size, operations, hflip, vflip, *place)
+
+
+# ── Exactly, on PIL images ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def exact_crop(image: Image.Image, draws: Draws) -> Image.Image:
+    """The crop of the jittered and flipped RGB `image`, bit for bit, without jittering what is cut off.
+
+    Only contrast looks at other pixels: its pivot is the mean grey of the whole image as the operations before it left it.
+    """
+    kinds = [kind for kind, _ in draws.operations]
+    before, pivot = 0, 0
+    if CONTRAST in kinds:
+        before = kinds.index(CONTRAST)
+        image = retouched(image, draws.operations[:before])
+        pivot = mean_grey(image)
+    crop = retouched(image.crop(draws.box()), draws.operations[before:], pivot)
+    if draws.hflip:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return crop.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if draws.vflip else crop
+
+
+def mean_grey(image: Image.Image) -> int:
+    """The grey that PIL's ImageEnhance.Contrast turns about."""
+    counts = np.array(image.convert("L").histogram())
+    return int(counts @ LEVELS / counts.sum() + 0.5)
+
+
+def retouched(image: Image.Image, operations: Iterable[tuple[int, float]], pivot: int = 0) -> Image.Image:
+    """The operations one after the other, each rounded to uint8 as PIL does.
+
+    Brightness and contrast are the same function for every pixel and channel: a table, which PIL itself computes from the
+    256 values, and neighbours of them are one table.
+    """
+    table = RAMP
+    for kind, factor in operations:
+        if kind == SATURATION:
+            image, table = looked_up(image, table), RAMP
+            image = ImageEnhance.Color(image).enhance(factor)
+        else:
+            base = Image.new("L", RAMP.size, pivot if kind == CONTRAST else 0)
+            table = Image.blend(base, table, factor)
+    return looked_up(image, table)
+
+
+def looked_up(image: Image.Image, table: Image.Image) -> Image.Image:
+    return image if table is RAMP else image.point(list(table.tobytes()) * 3)
+
+
+# ── Resizing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def resized(image: Image.Image, size: int, mode: InterpolationMode) -> torch.Tensor:
+    """(3, size, size) uint8; the aspect ratio is not kept."""
+    return _as_tensor(F.resize(image, [size, size], mode)).contiguous()
+
+
+def resized_faster(drawn: Drawn, size: int, mode: InterpolationMode) -> torch.Tensor:
+    """The same of a crop by torch's vectorised kernels, in a third of the time, within one level.
+
+    By PIL where torch has no such mode, and where the image was decoded to a smaller size, whose pixels the crop cuts.
+    """
+    image, draws = drawn
+    if image.size != draws.size:
+        across, down = image.width / draws.size[0], image.height / draws.size[1]
+        left, top, right, bottom = draws.box()
+        box = (left * across, top * down, right * across, bottom * down)
+        return _as_tensor(image.resize((size, size), Image.Resampling[mode.value.upper()], box=box)).contiguous()
+    crop = image.crop(draws.box())
+    if mode not in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):
+        return resized(crop, size, mode)
+    return torch.nn.functional.interpolate(_as_tensor(crop)[None], (size, size), mode=mode.value, antialias=True)[0]
+
+
+def _as_tensor(image: Image.Image) -> torch.Tensor:
+    """(3, height, width) uint8, its memory in the order of the image."""
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)  # half the time of numpy's way
+    return values.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+# ── Behind the resize, on tensors ────────────────────────────────────────────────────────────────────────────────────
+
+
+def sampled_pivot(image: Image.Image, operations: Operations) -> int:
+    """The contrast's pivot from one pixel in many; 0 where nothing changes the contrast."""
+    kinds = [kind for kind, _ in operations]
+    if CONTRAST not in kinds:
+        return 0
+    sides = min(PIVOT_SIDE, image.width), min(PIVOT_SIDE, image.height)
+    sample = image.resize(sides, Image.Resampling.NEAREST)
+    for kind, factor in operations[: kinds.index(CONTRAST)]:
+        enhance = ImageEnhance.Brightness if kind == BRIGHTNESS else ImageEnhance.Color
+        sample = enhance(sample).enhance(factor)
+    return mean_grey(sample)
+
+
+def jitter_and_flip(image: Tensor, draws: Draws, pivot: int) -> Tensor:
+    """One image (3, height, width) uint8 -> the same shape, jittered and flipped as drawn."""
+    if draws.operations:
+        x = image.float()
+        for kind, factor in draws.operations:
+            blend_(x, grey(x) if kind == SATURATION else pivot if kind == CONTRAST else 0, factor)
+        image = x.to(torch.uint8)
+    flipped = [dim for dim, flip in ((-1, draws.hflip), (-2, draws.vflip)) if flip]
+    return image.flip(flipped) if flipped else image
+
+
+def as_numbers(draws: Draws, pivot: int) -> Tensor:
+    """What `jitter_and_flip_all` needs of the draws: (9,) float, three operations, their factors, pivot, flips."""
+    filled = (*draws.operations, *[(BRIGHTNESS, 1.0)] * (3 - len(draws.operations)))
+    kinds, factors = zip(*filled, strict=True)
+    return torch.tensor([*kinds, *factors, pivot, draws.hflip, draws.vflip], dtype=torch.float32)
+
+
+def jitter_and_flip_all(images: Tensor, numbers: Tensor) -> Tensor:
+    """`jitter_and_flip` for a batch (B, 3, height, width) uint8 with numbers (B, 9); no value is read from the device."""
+    x = images.float()
+    kinds, factors, pivot, hflip, vflip = numbers[:, :, None, None, None].split([3, 3, 1, 1, 1], dim=1)
+    for place in range(3):
+        kind = kinds[:, place]
+        base = torch.where(kind == SATURATION, grey(x), torch.where(kind == CONTRAST, pivot[:, 0], 0.0))
+        blend_(x, base, factors[:, place])
+    x = torch.where(hflip[:, 0] > 0, x.flip(-1), x)
+    return torch.where(vflip[:, 0] > 0, x.flip(-2), x).to(torch.uint8)
+
+
+def blend_(x: Tensor, base: Tensor | int, factor: Tensor | float) -> None:
+    """PIL's Image.blend, in place: away from `base` by `factor`, clipped and cut to whole numbers."""
+    if isinstance(base, Tensor) or base != 0:
+        x.sub_(base).mul_(factor).add_(base)
+    else:
+        x.mul_(factor)
+    x.clamp_(0, 255).floor_()
+
+
+def grey(x: Tensor) -> Tensor:
+    """PIL's conversion to L, (..., 3, height, width) -> (..., 1, height, width), in floats: its sums stay below 2**24."""
+    red, green, blue = x.split(1, dim=-3)
+    return (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).mul_(2**-16).floor_()

@@ -1,0 +1,332 @@
+"""The pipelines of the data: exact is torchvision's bit for bit, fast is near it, and the device augments as a worker does."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageStat
+from tiny_runs import assert_same_weights, log_lines, photos, pretraining_flags, tokenizer, vqkd_flags
+from torchvision import transforms as T
+from torchvision.transforms import functional as F
+
+import augmentation
+import run_beitv2_pretraining
+import run_class_finetuning
+import run_vqkd_training
+import transforms
+from augmentation import BRIGHTNESS, CONTRAST, SATURATION, Draws
+from datasets import ImageFiles
+from errors import UserError
+from masking_generator import MaskingGenerator
+from samplers import ResumableSampler, build_loader
+from transfer import to_device
+from transforms import ASPECT_RANGE, HALF_MEAN, HALF_STD, PretrainingViews, RandomCrop, TokenizerViews, load_image
+from utils import seeded
+
+SIZES = [(500, 375), (375, 500), (90, 70), (33, 32), (7, 300), (400, 5), (3, 2), (1, 1)]
+ORDERS = list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION)))
+ADJUST = {BRIGHTNESS: F.adjust_brightness, CONTRAST: F.adjust_contrast, SATURATION: F.adjust_saturation}
+
+
+def scene(width=500, height=375, seed=0) -> Image.Image:
+    """Like a photo: smooth shades, hard edges, saturated and clipped places, some noise."""
+    rng = np.random.RandomState(seed)
+    shades = Image.fromarray(rng.randint(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    values = np.array(shades).astype(np.float32)
+    for _ in range(6):
+        top, left = rng.randint(0, height), rng.randint(0, width)
+        values[top : top + height // 4, left : left + width // 4] = rng.choice([0, 255, 40, 210], 3)
+    return Image.fromarray((values + 6 * rng.randn(height, width, 3)).clip(0, 255).astype(np.uint8))
+
+
+def crop_of_torchvision(image, min_crop_scale, color_jitter, vflip):
+    jitter = [T.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter else []
+    image = T.Compose([*jitter, T.RandomHorizontalFlip(0.5), T.RandomVerticalFlip(vflip)])(image)
+    return F.crop(image, *T.RandomResizedCrop.get_params(image, [min_crop_scale, 1.0], ASPECT_RANGE))
+
+
+def pretraining(size=64, second: int | None = 64, jitter=0.4, vflip=0.0, pipeline="exact", on_device=False, mode="bicubic"):
+    masks = MaskingGenerator(4, 6)
+    return PretrainingViews(size, second, 0.2, jitter, mode, mode, HALF_MEAN, HALF_STD, masks, vflip, pipeline, on_device)
+
+
+def levels(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """How many of 255 levels two views in [0, 1] differ by."""
+    return 255 * (one - other).abs()
+
+
+# ── Exact ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("jitter", "vflip"), [(0.4, 0.0), (0.4, 0.5), (1.5, 0.0), (0.0, 0.5)])
+def test_a_crop_is_torchvisions_bit_for_bit(size, jitter, vflip):
+    image = scene(*size)
+    crops = set()
+    for seed in range(12):
+        with seeded(seed):
+            expected = crop_of_torchvision(image, 0.2, jitter, vflip)
+            drawn_last = torch.rand(1)
+        with seeded(seed):
+            crop = RandomCrop(0.2, jitter, vflip)(image)
+            assert torch.equal(torch.rand(1), drawn_last)  # as many numbers were drawn
+        assert crop.size == expected.size
+        assert crop.tobytes() == expected.tobytes()
+        crops.add(crop.tobytes())
+    assert len(crops) > 3 or max(size) <= 3
+
+
+@pytest.mark.parametrize("order", [*ORDERS, (SATURATION, CONTRAST), (CONTRAST,), (BRIGHTNESS, SATURATION), ()])
+@pytest.mark.parametrize("factors", [(0.6, 0.6, 0.6), (1.4, 1.4, 1.4), (1.37, 0.71, 1.21), (0.8, 1.3, 0.0), (1.0, 1.0, 1.0)])
+def test_every_order_of_the_jitter_is_exact(order, factors):
+    image = scene(120, 90)
+    draws = Draws(image.size, tuple((kind, factors[kind]) for kind in order), True, True, 11, 23, 40, 50)
+    whole = image
+    for kind in order:
+        whole = ADJUST[kind](whole, factors[kind])
+    expected = F.crop(F.vflip(F.hflip(whole)), 11, 23, 40, 50)
+    assert augmentation.exact_crop(image, draws).tobytes() == expected.tobytes()
+
+
+def test_the_pivot_is_pils():
+    for seed in range(20):
+        image = scene(60, 41, seed)
+        assert augmentation.mean_grey(image) == int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5)
+
+
+@pytest.mark.parametrize("second", [None, 64, 32])
+def test_exact_views_are_the_published_steps(second):
+    image = scene()
+    for seed in range(6):
+        with seeded(seed):
+            crop = crop_of_torchvision(image, 0.2, 0.4, 0.0)
+            mask = torch.as_tensor(MaskingGenerator(4, 6)(), dtype=torch.bool).flatten()
+        with seeded(seed):
+            sample = pretraining(64, second)(image)
+        first = F.to_tensor(F.resize(crop, [64, 64], transforms.MODES["bicubic"]))
+        assert torch.equal(sample["image"], F.normalize(first, HALF_MEAN, HALF_STD))
+        assert torch.equal(sample["mask"], mask)
+        assert ("tokenizer_image" in sample) == (second is not None)
+        if second is not None:
+            resized = F.to_tensor(F.resize(crop, [second, second], transforms.MODES["bicubic"]))
+            assert torch.equal(sample["tokenizer_image"], resized)
+
+
+# ── Fast ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (90, 70), (33, 32)])
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear", "lanczos", "random"])
+def test_fast_shows_the_same_crop(size, mode):
+    """The scene is harder than photos, which differ by half a level (docs/performance.md): much of it is clipped."""
+    image, means, crops = scene(*size), [], []
+    for seed in range(10):
+        samples = []
+        for pipeline in ("exact", "fast"):
+            with seeded(seed):
+                samples.append(pretraining(pipeline=pipeline, mode=mode, vflip=0.5)(image))
+        exact, fast = samples
+        means.append(float(levels(exact["tokenizer_image"], fast["tokenizer_image"]).mean()))
+        assert torch.equal(exact["mask"], fast["mask"])
+        torch.testing.assert_close(fast["image"] * 0.5 + 0.5, fast["tokenizer_image"])
+        crops.append(fast["tokenizer_image"])
+    assert max(means) < 3
+    assert sum(means) / len(means) < 1.5
+    assert levels(crops[0], crops[1]).mean() > 10  # the bounds mean something
+
+
+def test_without_jitter_fast_is_within_a_level():
+    for seed in range(8):
+        views = []
+        for pipeline in ("exact", "fast"):
+            with seeded(seed):
+                views.append(TokenizerViews(96, 0.2, 0.0, "bicubic", 0.5, pipeline)(scene(seed=seed))["image"])
+        assert levels(*views).max() < 1.01
+        assert levels(*views).mean() < 0.02
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_fast_takes_every_size(size):
+    for seed in range(4):
+        with seeded(seed):
+            sample = pretraining(32, 48, pipeline="fast")(scene(*size))
+        assert sample["image"].shape == (3, 32, 32)
+        assert sample["tokenizer_image"].shape == (3, 48, 48)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_jitter_on_tensors_is_pils_within_rounding(order):
+    image = scene(64, 48)
+    for factors in ((0.6, 0.7, 0.8), (1.4, 1.3, 1.2), (1.1, 0.8, 1.4)):
+        operations = tuple((kind, factors[kind]) for kind in order)
+        draws = Draws(image.size, operations, False, False, 0, 0, 48, 64)
+        before = operations[: order.index(CONTRAST)]
+        pivot = augmentation.mean_grey(augmentation.retouched(image, before))
+        ours = augmentation.jitter_and_flip(F.pil_to_tensor(image), draws, pivot)
+        difference = (ours.int() - F.pil_to_tensor(augmentation.retouched(image, operations, pivot)).int()).abs()
+        assert difference.max() <= 2
+        assert difference.float().mean() < 0.01
+        assert abs(augmentation.sampled_pivot(image, operations) - pivot) <= 2
+
+
+def test_the_sampled_pivot_of_a_large_image():
+    for seed in range(6):
+        image = scene(seed=seed)
+        operations = ((BRIGHTNESS, 1.3), (SATURATION, 1.2), (CONTRAST, 0.7))
+        whole = ImageEnhance.Color(ImageEnhance.Brightness(image).enhance(1.3)).enhance(1.2)
+        assert abs(augmentation.sampled_pivot(image, operations) - augmentation.mean_grey(whole)) <= 2
+
+
+# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def files_of_many_kinds(folder: Path) -> dict[str, str]:
+    image, turned = scene(), Image.Exif()
+    turned[0x0112] = 6
+    transparent = image.convert("RGBA")
+    transparent.putalpha(image.convert("L"))
+    kinds = {
+        "rgb.jpg": (image, {"quality": 92}),
+        "grey.jpg": (image.convert("L"), {"quality": 92}),
+        "cmyk.jpg": (image.convert("CMYK"), {"quality": 92}),
+        "progressive.jpg": (image, {"quality": 92, "progressive": True}),
+        "turned.jpg": (image, {"quality": 92, "exif": turned}),
+        "turned_large.jpg": (scene(1600, 1200), {"quality": 92, "exif": turned}),
+        "rgba.png": (transparent, {}),
+        "palette.png": (image.quantize(64), {}),
+        "grey.png": (image.convert("L"), {}),
+        "lossy.webp": (image, {"quality": 90}),
+    }
+    for name, (picture, options) in kinds.items():
+        picture.save(folder / name, **options)
+    return {name: str(folder / name) for name in kinds}
+
+
+def test_both_pipelines_read_every_kind_of_file(tmp_path):
+    for name, file in files_of_many_kinds(tmp_path).items():
+        for seed in range(4):
+            with seeded(seed):
+                expected = crop_of_torchvision(load_image(file), 0.2, 0.4, 0.0)
+            samples = {}
+            for pipeline in ("exact", "fast"):
+                views = pretraining(96, 96, pipeline=pipeline)
+                with seeded(seed):
+                    samples[pipeline] = views(views.read(file))["tokenizer_image"]
+            resized = F.to_tensor(F.resize(expected, [96, 96], transforms.MODES["bicubic"]))
+            assert torch.equal(samples["exact"], resized), name
+            assert levels(samples["exact"], samples["fast"]).mean() < 1.5, name
+
+
+def test_large_jpegs_are_decoded_no_larger_than_needed(tmp_path):
+    files = files_of_many_kinds(tmp_path)
+    views = pretraining(64, None, pipeline="fast")
+    sizes = set()
+    for seed in range(12):
+        with seeded(seed):
+            drawn = views.read(files["turned_large.jpg"])
+        assert isinstance(drawn, transforms.Drawn)
+        assert drawn.draws.size == (1200, 1600)  # upright
+        shrink = 1200 / drawn.image.width
+        assert drawn.image.size == (1200 / shrink, 1600 / shrink)
+        assert min(drawn.draws.width, drawn.draws.height) / shrink >= transforms.DECODED_TO_SHOWN * 64
+        sizes.add(shrink)
+    assert sizes <= {2.0, 4.0, 8.0}
+    assert len(sizes) > 1
+    with seeded(0):
+        small = views.read(files["rgba.png"])
+    assert isinstance(small, transforms.Drawn)
+    assert small.image.size == small.draws.size == (500, 375)
+    exact = pretraining(64, None).read(files["turned_large.jpg"])
+    assert isinstance(exact, Image.Image)
+    assert exact.size == (1200, 1600)
+
+
+@pytest.mark.parametrize("pipeline", ["exact", "fast"])
+def test_a_replaced_file_gets_the_same_random_numbers(tmp_path, pipeline):
+    files = files_of_many_kinds(tmp_path)
+    whole = Path(files["rgb.jpg"]).read_bytes()
+    (tmp_path / "broken.jpg").write_bytes(whole[: len(whole) // 2])  # its size is known before the decoding fails
+    good, broken = (files["rgb.jpg"], None), (str(tmp_path / "broken.jpg"), None)
+    replaced = ImageFiles([broken, good], pretraining(pipeline=pipeline))[3, 0]
+    itself = ImageFiles([good, good], pretraining(pipeline=pipeline))[3, 0]
+    assert len(replaced["failed"]) == 1
+    assert torch.equal(replaced["image"], itself["image"])
+    assert torch.equal(replaced["mask"], itself["mask"])
+
+
+# ── To the device ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.4])
+@pytest.mark.parametrize("second", [None, 64, 32])
+def test_the_device_augments_as_a_worker_does(tmp_path, jitter, second):
+    samples = [(file, None) for file in files_of_many_kinds(tmp_path).values()]
+    batches = []
+    for on_device in (False, True):
+        views = pretraining(64, second, jitter=jitter, vflip=0.5, pipeline="fast", on_device=on_device)
+        dataset = ImageFiles(samples, views, seed=2)
+        batch = next(iter(build_loader(dataset, ResumableSampler(10, 10, 1, 0, 1, seed=0), 0, pin_memory=False)))
+        assert batch["image"].dtype == torch.uint8
+        assert ("draws" in batch) == on_device
+        assert ("tokenizer_image" in batch) == (second == 32)  # equal views travel once
+        batches.append(dataset.finish(to_device(batch, torch.device("cpu"))))
+    assert batches[0].keys() == batches[1].keys()
+    for name in {"image", "tokenizer_image"} & batches[0].keys():
+        assert batches[0][name].dtype == torch.float32
+        assert torch.equal(batches[0][name], batches[1][name])
+    assert torch.equal(batches[0]["mask"], batches[1]["mask"])
+    raw = [ImageFiles(samples, pretraining(pipeline="fast", jitter=jitter, vflip=0.5, on_device=True), seed=2)[0, 0]]
+    assert not torch.equal(raw[0]["image"].float() / 255 * 2 - 1, batches[0]["image"][0])  # something was left to do
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gets_the_pixels_that_the_cpu_gets(tmp_path):
+    samples = [(file, None) for file in files_of_many_kinds(tmp_path).values()]
+    for pipeline, on_device in (("exact", False), ("fast", True)):
+        dataset = ImageFiles(samples, pretraining(64, 32, vflip=0.5, pipeline=pipeline, on_device=on_device))
+        batch = next(iter(build_loader(dataset, ResumableSampler(10, 10, 1, 0, 1, seed=0), 0, pin_memory=True)))
+        here = dataset.finish(to_device(batch, torch.device("cpu")))
+        there = dataset.finish(to_device(batch, torch.device("cuda", 0)))
+        assert there["mask"].device.type == "cpu"
+        for name in ("image", "tokenizer_image"):
+            assert torch.equal(here[name], there[name].cpu())
+
+
+def test_a_quarter_of_the_bytes_travel():
+    sample = pretraining(64, 64).pack(scene())
+    assert sum(value.nbytes for name, value in sample.items() if name != "mask") == 3 * 64 * 64
+
+
+# ── Runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_runs_do_not_depend_on_who_augments(tmp_path):
+    data, codes = photos(tmp_path / "photos"), tokenizer(tmp_path / "tokenizer.pth")
+    for name, more in {"worker": [], "device": ["--augment_on_device"]}.items():
+        flags = ["--data_pipeline", "fast", "--epochs", "1", "--eval_data_path", str(data), "--image_freq", "1", *more]
+        run_beitv2_pretraining.main(pretraining_flags(data, tmp_path / name, codes, *flags))
+        run_vqkd_training.main(vqkd_flags(data, tmp_path / f"{name}_vqkd", *flags, "--color_jitter", "0.4"))
+    for stage in ("", "_vqkd"):
+        assert_same_weights(tmp_path / f"worker{stage}/checkpoint.pth", tmp_path / f"device{stage}/checkpoint.pth")
+        lines = [log_lines(tmp_path / f"{name}{stage}")[0] for name in ("worker", "device")]
+        assert [line["train_loss"] for line in lines] == [lines[0]["train_loss"]] * 2
+        assert [line["test_loss"] for line in lines] == [lines[0]["test_loss"]] * 2
+        pictures = [sorted((tmp_path / f"{name}{stage}/pictures").iterdir()) for name in ("worker", "device")]
+        assert pictures[0]
+        assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
+
+
+def test_what_cannot_act_is_refused(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"--augment_on_device.*add --data_pipeline fast"):
+        TokenizerViews(32, 0.2, 0.4, "bicubic", augment_on_device=True)
+    with pytest.raises(UserError, match=r"--data_pipeline.*fsat.*did you mean fast"):
+        TokenizerViews(32, 0.2, 0.4, "bicubic", pipeline="fsat")
+    data, codes = photos(tmp_path / "photos"), tokenizer(tmp_path / "tokenizer.pth")
+    with pytest.raises(SystemExit) as stop:
+        run_beitv2_pretraining.main(pretraining_flags(data, tmp_path / "out", codes, "--augment_on_device"))
+    assert stop.value.code == 2
+    assert "--data_pipeline fast" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_class_finetuning.get_parser().parse_args(["--data_path", str(data), "--data_pipeline", "fast"])
