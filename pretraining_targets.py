@@ -16,6 +16,7 @@ from torch import Tensor
 
 import distributed
 import visualization
+from vit_backbone import at_mask
 
 
 class Target:
@@ -24,8 +25,9 @@ class Target:
     name: str  # for the log and for pictures
     width: int  # V
 
-    def of(self, batch: dict[str, Any]) -> Tensor:
-        """A batch on the device -> the target of every patch: (B * N, ...), images one after the other, row-major."""
+    def of(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
+        """A batch on the device (its mask on the host) -> the targets of every patch, (B * N, ...), images one after the
+        other, row-major; or of the masked patches alone (M, ...)."""
         raise NotImplementedError
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -71,8 +73,8 @@ class Tokens(Target):
         self.code_counts = torch.zeros(n_codes, device=device)  # of this epoch's targets
 
     @torch.no_grad()
-    def of(self, batch: dict[str, Any]) -> Tensor:
-        return self.tokenizer.get_codebook_indices(batch["tokenizer_image"]).flatten()
+    def of(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
+        return self.tokenizer.get_codebook_indices(batch["tokenizer_image"], batch["mask"] if masked_only else None).flatten()
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(prediction.float(), target)
@@ -121,9 +123,10 @@ class Pixels(Target):
         self.patch_size, self.mean_std = patch_size, mean_std
         self.width = 3 * patch_size**2
 
-    def of(self, batch: dict[str, Any]) -> Tensor:
+    def of(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
         side = self.patch_size
-        return rearrange(batch["image"], "b c (h row) (w col) -> (b h w) (c row col)", row=side, col=side)
+        pixels = rearrange(batch["image"], "b c (h row) (w col) -> (b h w) (c row col)", row=side, col=side)
+        return at_mask(pixels, batch["mask"]) if masked_only else pixels
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(prediction.float(), target)

@@ -129,6 +129,11 @@ def pick_masked(mask: Tensor, device: torch.device, with_cls: bool) -> Picked | 
     return Picked(flat.to(device, non_blocking=True), query.to(device, non_blocking=True), len(mask))
 
 
+def at_mask(values: Tensor, mask: Tensor) -> Tensor:
+    """Of one value a patch, (B * N, ...), those of the patches in a mask (B, N) that is best held on the host: (M, ...)."""
+    return values.index_select(0, mask.flatten().nonzero().squeeze(1).to(values.device, non_blocking=True))
+
+
 class RelativePositionBias(nn.Module):
     """One table shared by all blocks; the forward pass gathers it once: () -> (H, T, T)."""
 
