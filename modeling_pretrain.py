@@ -188,7 +188,7 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
                 early = tokens
         return tokens, early[:, 1:], bias
 
-    def aggregate_into_cls(self, last: Tensor, early: Tensor, bias: Tensor | None, picked: Picked | None) -> Tensor:
+    def aggregate_into_cls(self, last: Tensor, early: Tensor, bias: Tensor | None, picked: Picked | None = None) -> Tensor:
         """[last CLS; early patches] through the head's layers: (B, T, C), or only the picked tokens (B, R, C)."""
         bridged = torch.cat((last[:, :1], early), dim=1)
         for block in self.cls_pt_layers[:-1]:
