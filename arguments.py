@@ -277,6 +277,13 @@ def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--teacher_input_size", type=positive, default=224)
     g.add_argument("--standardize_teacher", default="auto", choices=("auto", "on", "off"),
                    help="give each channel of the target mean 0 and std 1; auto: for CNN teachers")  # fmt: skip
+    g = parser.add_argument_group("pixel decoder (a look at what the tokens keep; nothing else uses it)")
+    g.add_argument("--train_pixel_decoder", action="store_true",
+                   help="train a decoder from the codes of the frozen --tokenizer_weight to pixels; of these flags, "
+                   "--lr is then 2e-3 unless given, --min_lr 1e-5, --epochs 20, --warmup_epochs 1")  # fmt: skip
+    g.add_argument("--tokenizer_weight", default=None, help="the trained tokenizer: path, URL (in quotes) or published name")
+    g.add_argument("--pixel_decoder_depth", type=positive, default=4, help="blocks of the pixel decoder")
+    g.add_argument("--pixel_decoder_dim", type=positive, default=256, help="its width, a multiple of 32")
     g = parser.add_argument_group("evaluation")
     g.add_argument("--eval", action="store_true", help="evaluate --resume and stop")
     g.add_argument("--disable_eval", action="store_true", help="no evaluation during training")

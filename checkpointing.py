@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 import distributed
@@ -189,11 +190,21 @@ def intact(path: Path) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A training checkpoint, or a published weight file (then only `model` is in it)."""
+    """A training checkpoint, or a published weight file (then only `model` is in it, and what `head` finds)."""
     content = model_zoo.load_file(path)
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         return content | {"args": model_zoo.plain_flags(content.get("args"))}
-    return {"model": model_zoo.load_state_dict(str(path))}
+    return {"model": model_zoo.load_state_dict(str(path)), **head(path)}
+
+
+def head(path: Path) -> dict[str, Any]:
+    """Plain data that export_checkpoint put into the head of a safetensors file, which has no other place for it: `args`
+    and `stage`; {} for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safetensors.safe_open(path, "pt") as file:
+        texts = file.metadata() or {}
+    return {key: json.loads(texts[key]) for key in ("args", "stage") if texts.get(key, "").startswith("{")}
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:

@@ -98,6 +98,11 @@ def find_images(root: str, flag: str = "--data_path") -> tuple[Samples, None]:
     return samples, None
 
 
+def find_images_or_file(path: str, flag: str = "--data_path") -> list[str]:
+    """`path` itself when it is a file, whatever its name ends in, else every image below it, in the order of the paths."""
+    return [path] if os.path.isfile(path) else [str(source) for source, _ in find_images(path, flag)[0]]
+
+
 def find_classes_folder(
     root: str, flag: str = "--data_path", classes: Sequence[str] | None = None
 ) -> tuple[Samples, Sequence[str]]:

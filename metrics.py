@@ -77,6 +77,12 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == targets).float().mean()
 
 
+def psnr(images: Tensor, others: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each pair of images (B, 3, height, width) in [0, 1]: (B,), in dB; equal ones have 100."""
+    error = (images.float() - others.float()).square().mean(dim=(1, 2, 3))
+    return -10 * error.clamp(min=1e-10).log10()
+
+
 class Reporter:
     """Progress on the terminal, log.txt, TensorBoard and pictures. Rank 0 reports; the others only time their loaders."""
 

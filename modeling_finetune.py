@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from errors import UserError, pick
 from utils import grid_of
 from vit_backbone import SIZES, Block, LayerNorm, Picked, Trunk, as_pair, init_linear_and_norm, rescale_outputs
+from weight_formats import SHARED_TABLE, to_our_names
 
 __all__ = ["MODELS", "Block", "VisionTransformer", "create_model", "remap_pretrained", "resize_rel_pos_bias_table"]
 
@@ -199,12 +200,11 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], src_grid: tuple[i
     return torch.cat((cls, patches.flatten(2).transpose(1, 2)), dim=1)
 
 
-SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
-
-
 def our_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries without the wrappers' prefixes, `module.` (DDP) and `backbone.` (segmentation)."""
-    return {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state_dict.items()}
+    """The entries under our names: without the wrappers' prefixes, `module.` (DDP) and `backbone.` (segmentation), and
+    from Hugging Face's or timm's names."""
+    bare = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state_dict.items()}
+    return to_our_names(bare)
 
 
 def patch_grid(weights: dict[str, Tensor]) -> tuple[int, int] | None:
@@ -236,8 +236,9 @@ def patch_grid(weights: dict[str, Tensor]) -> tuple[int, int] | None:
 def remap_pretrained(state_dict: dict[str, Tensor], model: Trunk) -> dict[str, Tensor]:
     """The entries of a checkpoint that `model` can take, under its names and in its shapes. Pure: nothing is modified.
 
-    Strips `module.` and `backbone.`, copies a shared bias table to every block, resizes tables and absolute positions
-    to the model's grid, and leaves out a head of another size and all that the model lacks (lm_head, cls_pt_layers).
+    Takes timm's and Hugging Face's names too, strips `module.` and `backbone.`, copies a shared bias table to every
+    block, resizes tables and absolute positions to the model's grid, and leaves out a head of another size and all that
+    the model lacks (lm_head, cls_pt_layers).
     """
     wanted, grid = model.state_dict(), model.patch_embed.patch_shape
     source = our_names(state_dict)

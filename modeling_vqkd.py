@@ -252,25 +252,29 @@ def open_tokenizer(source: str, flag: str = "--tokenizer_weight") -> tuple[VQKD,
     content = model_zoo.load_file(model_zoo.fetch(source))
     weights = model_zoo.weights_in(content, source)
     flags = model_zoo.plain_flags(content.get("args")) if isinstance(content, dict) else {}
+    settings = settings_of(weights, flags, f"{flag} {source}")
+    return create_model(**settings, as_tokenizer=True, pretrained=True, pretrained_weight=source), flags
+
+
+def settings_of(weights: dict[str, Tensor], flags: dict[str, Any], source: str) -> dict[str, Any]:
+    """The arguments of create_model for the tokenizer whose weights these are. `source` is for messages."""
     codebook, positions = weights.get("quantize.embedding.weight"), weights.get("encoder.pos_embed")
     if codebook is None or positions is None:
-        raise UserError(f"{flag} {source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)")
+        raise UserError(f"{source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)")
     shape = (positions.shape[-1], depth_of(weights, "encoder"))
     fitting = [name for name, variant in VARIANTS.items() if variant.encoder_shape == shape]
     name = flags["model"] if flags.get("model") in VARIANTS else next(iter(fitting), None)
     if name is None:
-        raise UserError(f"{flag} {source}: width and depth of its encoder, {shape}, are those of none of {', '.join(VARIANTS)}")
+        raise UserError(f"{source}: width and depth of its encoder, {shape}, are those of none of {', '.join(VARIANTS)}")
     side = grid_of(positions.shape[1] - 1) * PATCH_SIZE
-    n_code, code_dim = codebook.shape
-    model = create_model(
-        name, as_tokenizer=True, pretrained=True, pretrained_weight=source, img_size=side, n_code=n_code, code_dim=code_dim
-    )
-    return model, flags
+    codes = {"n_code": codebook.shape[0], "code_dim": codebook.shape[1]}
+    return {"name": name, "img_size": side, **codes, "decoder_depth": depth_of(weights, "decoder")}
 
 
 def depth_of(weights: dict[str, Tensor], part: str) -> int:
     """How many blocks `encoder` or `decoder` has."""
-    return len({key.split(".")[2] for key in weights if key.startswith(f"{part}.blocks.")})
+    start = f"{part}.blocks."
+    return len({key[len(start) :].split(".")[0] for key in weights if key.startswith(start)})
 
 
 def read_tokenizer(name: str, source: str | None, n_code: int, code_dim: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -161,11 +161,15 @@ class NormEMAVectorQuantizer(nn.Module):
 
     def usage(self) -> dict[str, float]:
         """Codes used since start_epoch, and the perplexity exp(entropy) of their use. Synchronises the device."""
-        total = self.cluster_size.sum()
-        shares = self.cluster_size / total.clamp(min=1e-12)
-        perplexity = torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum())
         used = int((self.cluster_size > 0).sum())
-        return {"codes_used": used, "unused_code": self.num_tokens - used, "perplexity": float(perplexity) * (used > 0)}
+        return {"codes_used": used, "unused_code": self.num_tokens - used, "perplexity": perplexity(self.cluster_size)}
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp(entropy) of how often each code (K,) is used: so many codes, used equally, are as hard to guess. 0 without any."""
+    total = counts.sum()
+    shares = counts / total.clamp(min=1e-12)
+    return float(torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()) * (total > 0))
 
 
 def most_similar(features: Tensor, codes: Tensor) -> Tensor:

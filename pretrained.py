@@ -14,6 +14,7 @@ from distributed import log
 from errors import UserError
 from modeling_finetune import VisionTransformer
 from vit_backbone import SIZES, Trunk, as_pair
+from weight_formats import SHARED_TABLE
 
 
 def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[str]:
@@ -46,7 +47,8 @@ def architecture(weights: dict[str, Tensor], flags: dict[str, Any], num_heads: i
     heads = num_heads or (tables[0].shape[1] if tables else rows[0].num_heads if rows else None)
     if heads is None or width % heads:
         raise UserError(f"how many heads the {width} channels of each layer are cut into is not known: --num_heads says it")
-    grid = modeling_finetune.patch_grid(weights)
+    hidden = weights["blocks.0.mlp.fc1.weight"].shape[0]
+    ratio, grid = hidden / width, modeling_finetune.patch_grid(weights)
     size = tuple(side * patch_size for side in grid) if grid else as_pair(flags.get("input_size") or 224)
     return {
         "img_size": size,
@@ -56,12 +58,12 @@ def architecture(weights: dict[str, Tensor], flags: dict[str, Any], num_heads: i
         "embed_dim": width,
         "depth": len(blocks),
         "num_heads": heads,
-        "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,  # Block rounds down
         "qkv_bias": "blocks.0.attn.q_bias" in weights,
         "init_values": 0.1 if "blocks.0.gamma_1" in weights else 0,
         "use_abs_pos_emb": "pos_embed" in weights,
         "use_rel_pos_bias": "blocks.0.attn.relative_position_bias_table" in weights,
-        "use_shared_rel_pos_bias": modeling_finetune.SHARED_TABLE in weights,
+        "use_shared_rel_pos_bias": SHARED_TABLE in weights,
         "use_mean_pooling": "fc_norm.weight" in weights,
     }
 

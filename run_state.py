@@ -166,8 +166,10 @@ class TrainState:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
-def new_state(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, ema: ModelEmaV3 | None = None) -> TrainState:
-    """Wrap the model for as many processes as there are. The model is on its device already."""
+def new_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, ema: ModelEmaV3 | None = None, name: str = ""
+) -> TrainState:
+    """Wrap the model for as many processes as there are. It is on its device already. `name`: for the log, if not --model."""
     runner = model
     if run.launch.world_size > 1:
         # No device_ids: DDP would move the mask to the GPU, whose positions are listed on the host. Buffers are not
@@ -177,7 +179,7 @@ def new_state(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, ema:
             runner = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision.dtype is torch.float16)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info(f"model      {run.args.model}, {count / 1e6:.2f} M trainable parameters")
+    log.info(f"model      {name or run.args.model}, {count / 1e6:.2f} M trainable parameters")
     return TrainState(model, runner, optimizer, scaler, ema, epoch=run.args.start_epoch)
 
 

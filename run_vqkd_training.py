@@ -6,20 +6,33 @@ import argparse
 import math
 from collections.abc import Sequence
 
+import torch
+from torch.utils.data import DataLoader
+
 import arguments
 import checkpointing
 import distributed
 import engine
+import modeling_pixel_decoder
 import modeling_vqkd
 import run_state
-from datasets import build_held_out_dataset, build_vqkd_dataset
+from datasets import ImageFiles, build_held_out_dataset, build_vqkd_dataset
 from distributed import log
+from engine_for_pixel_decoder import PixelDecoderStage
 from engine_for_vqkd import TokenizerStage
 from errors import UserError, tells_the_user
 from norm_ema_quantizer import FEATURES_PER_CODE
 from optim_factory import build_schedule, create_optimizer
 from samplers import build_eval_loader
 from vqkd_teachers import build_teacher, check_name
+
+PIXEL_DECODER_DEFAULTS = {"lr": 2e-3, "min_lr": 1e-5, "epochs": 20, "warmup_epochs": 1.0}  # not the tokenizer's
+ONLY_FOR_THE_PIXEL_DECODER = ("tokenizer_weight", "pixel_decoder_depth", "pixel_decoder_dim")
+NOT_FOR_THE_PIXEL_DECODER = (
+    "model", "codebook_n_emd", "codebook_emd_dim", "ema_decay", "quantize_kmeans_init", "quantizer_warmup_steps",
+    "revive_dead_codes", "process_type", "teacher_model_type", "teacher_weight", "teacher_input_size",
+    "standardize_teacher", "eval", "calculate_codebook_usage",
+)  # fmt: skip
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -62,7 +75,27 @@ def build_model(args: argparse.Namespace, weights: str | None = None) -> modelin
     )
 
 
-def check(args: argparse.Namespace) -> None:
+def parse_flags(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = get_parser()
+    args = arguments.parse(parser, argv)
+    if args.train_pixel_decoder:
+        parser.description = "Pixel decoder training"
+        parser.set_defaults(**PIXEL_DECODER_DEFAULTS)
+        args = arguments.parse(parser, argv)
+    return parser, args
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    without_effect = NOT_FOR_THE_PIXEL_DECODER if args.train_pixel_decoder else ONLY_FOR_THE_PIXEL_DECODER
+    idle = [name for name in arguments.changed_flags(parser, args) if name in without_effect]
+    if idle:
+        word = "with" if args.train_pixel_decoder else "without"
+        raise UserError(f"--{idle[0]} has no effect {word} --train_pixel_decoder: leave it out")
+    if args.train_pixel_decoder:
+        modeling_pixel_decoder.heads_of(args.pixel_decoder_dim)
+        if not args.tokenizer_weight:
+            raise UserError("--train_pixel_decoder needs a trained tokenizer: --tokenizer_weight path/to/checkpoint.pth")
+        return
     if args.input_size % modeling_vqkd.PATCH_SIZE:
         raise UserError(f"--input_size {args.input_size} is not a multiple of the patch size {modeling_vqkd.PATCH_SIZE}")
     check_name(args.teacher_model_type or modeling_vqkd.default_teacher(args.model))
@@ -87,9 +120,8 @@ def check_warmup(args: argparse.Namespace, steps: int, images_per_step: int) -> 
 
 @tells_the_user
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = get_parser()
-    args = arguments.parse(parser, argv)
-    check(args)
+    parser, args = parse_flags(argv)
+    check(parser, args)
 
     # ── Setup ──
     run = run_state.start_run(parser, args)
@@ -97,11 +129,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluate(args, run)
         distributed.stop()
         return
+    if args.train_pixel_decoder:
+        train_pixel_decoder(args, run)
+        distributed.stop()
+        return
 
     # ── Data ──
     dataset = build_vqkd_dataset(args)
-    held_out = None if args.disable_eval else build_held_out_dataset(args)
-    held_out_loader = build_eval_loader(held_out, args, run.launch) if held_out is not None else None
+    _, held_out_loader = held_out_data(args, run)
     data = run_state.training_data(dataset, run)
     check_warmup(args, args.epochs * data.steps_per_epoch, data.sampler.global_batch)
 
@@ -112,10 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     # ── Optimizer: the learning rate grows with the total batch ──
-    lr = args.lr * data.sampler.global_batch / 128
-    log.info(f"lr         {lr:.3g} = {args.lr:g} x {data.sampler.global_batch} / 128")
     optimizer = create_optimizer(args, model)
-    schedule = build_schedule(args, lr, data.steps_per_epoch)
+    schedule = build_schedule(args, scaled_lr(args, data), data.steps_per_epoch)
     state = run_state.new_state(model, optimizer, run)
 
     # ── Resume ──
@@ -126,6 +159,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Loop ──
     engine.fit(state, stage, data, schedule, run)
     distributed.stop()
+
+
+def held_out_data(args: argparse.Namespace, run: run_state.Run) -> tuple[ImageFiles | None, DataLoader | None]:
+    """The held-out images and their loader, or nothing where there are none or nobody wants them."""
+    held_out = None if args.disable_eval else build_held_out_dataset(args)
+    return held_out, None if held_out is None else build_eval_loader(held_out, args, run.launch)
+
+
+def scaled_lr(args: argparse.Namespace, data: run_state.TrainingData) -> float:
+    lr = args.lr * data.sampler.global_batch / 128
+    log.info(f"lr         {lr:.3g} = {args.lr:g} x {data.sampler.global_batch} / 128")
+    return lr
+
+
+def train_pixel_decoder(args: argparse.Namespace, run: run_state.Run) -> None:
+    """--train_pixel_decoder: a decoder from the codes of the frozen --tokenizer_weight to pixels. There is no teacher."""
+    # ── Tokenizer, decoder ──
+    tokenizer, _ = modeling_vqkd.open_tokenizer(args.tokenizer_weight)
+    codebook = tokenizer.quantize.embedding.weight.clone()
+    model = modeling_pixel_decoder.Reconstructor(tokenizer, args.pixel_decoder_depth, args.pixel_decoder_dim)
+    if args.input_size != model.image_size:
+        raise UserError(
+            f"--input_size {args.input_size}: the tokenizer in {args.tokenizer_weight} reads images of {model.image_size} "
+            f"pixels: --input_size {model.image_size}"
+        )
+    log.info(f"tokenizer  {args.tokenizer_weight}: {model.n_codes} codes, {model.grid[0]} x {model.grid[1]} tokens an image")
+
+    # ── Data ──
+    dataset = build_vqkd_dataset(args)
+    held_out, held_out_loader = held_out_data(args, run)
+    data = run_state.training_data(dataset, run)
+    stage = PixelDecoderStage(run.device, run.precision, held_out or dataset, held_out_loader)
+
+    # ── Optimizer, resume, loop ──
+    optimizer = create_optimizer(args, model.to(run.device))
+    schedule = build_schedule(args, scaled_lr(args, data), data.steps_per_epoch)
+    name = f"pixel decoder {args.pixel_decoder_depth}x{args.pixel_decoder_dim}"
+    state = run_state.new_state(model, optimizer, run, name=name)
+    run_state.resume(state, stage, run)
+    if not torch.equal(tokenizer.quantize.embedding.weight.cpu(), codebook):
+        raise UserError(
+            f"--tokenizer_weight {args.tokenizer_weight} is not the tokenizer that the checkpoint to resume was trained on: "
+            "name that one, or another --output_dir"
+        )
+    engine.fit(state, stage, data, schedule, run)
 
 
 def evaluate(args: argparse.Namespace, run: run_state.Run) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 import arguments
 import model_zoo
-from checkpointing import plain
+from checkpointing import head, plain
 from distributed import log
 from errors import UserError
 from imagenet_classes import RobustSet, synsets
-from modeling_finetune import VisionTransformer, remap_pretrained
+from modeling_finetune import VisionTransformer, our_names, remap_pretrained
 
 # What the model is made of, and what its images look like: flags that should be those of the training.
 SHAPING = ("model", "use_mean_pooling", "abs_pos_emb", "rel_pos_bias", "qkv_bias", "layer_scale_init_value")
@@ -48,12 +48,13 @@ def select(weights: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Te
 def read(args: argparse.Namespace) -> TrainedClassifier:
     """--resume, else --finetune; with --model_ema the moving average of the weights in it."""
     source = args.resume or args.finetune
-    content = model_zoo.load_file(model_zoo.fetch(source))
-    more = content if isinstance(content, Mapping) else {}
+    path = model_zoo.fetch(source)
+    content = model_zoo.load_file(path)
+    more = {**head(path), **(content if isinstance(content, Mapping) else {})}
     if args.model_ema and not isinstance(more.get("model_ema"), Mapping):
         raise UserError(f"{source} holds no moving average of the weights (model_ema): leave --model_ema out")
     weights = model_zoo.weights_in(content, source, "model_ema" if args.model_ema else args.model_key)
-    weights = {key.removeprefix("module."): value for key, value in select(weights, args).items()}
+    weights = our_names(select(weights, args))
     if "head.bias" not in weights:
         raise UserError(f"{source} holds no classifier (no head.bias): fine-tune it first")
     stage = more.get("stage")
@@ -79,7 +80,7 @@ def load(
 
 def left_out(weights: Mapping[str, Tensor], fitting: Mapping[str, Tensor]) -> list[str]:
     """What the model has no place for; a bias table that all blocks share is used when it went into every block."""
-    unused = [key for key in weights if key.removeprefix("backbone.") not in fitting and not key.endswith("position_index")]
+    unused = [key for key in weights if key not in fitting and not key.endswith("position_index")]
     if any(key.startswith("blocks.") and key.endswith("relative_position_bias_table") for key in fitting):
         unused = [key for key in unused if not key.endswith("rel_pos_bias.relative_position_bias_table")]
     return unused

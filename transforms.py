@@ -162,6 +162,11 @@ class ResizeToCover:
         return F.resize(image, list(sides), self.mode)
 
 
+def default_crop_pct(size: int | tuple[int, int]) -> float:
+    """The share of the (square) image that evaluation sees: 0.875, all of it from 384 pixels up and at 32 and below."""
+    return 0.875 if SMALL < np.max(size) < 384 else 1.0
+
+
 def eval_view(
     size: int | tuple[int, int],
     crop_pct: float | None = None,
@@ -175,7 +180,7 @@ def eval_view(
     384 pixels up and for CIFAR's 32 and below. `mean` None: stays in [0, 1].
     """
     if crop_pct is None:
-        crop_pct = 0.875 if SMALL < np.max(size) < 384 else 1.0
+        crop_pct = default_crop_pct(size)
     if not 0 < crop_pct <= 1:
         raise UserError(f"--crop_pct {crop_pct}: give a share above 0 and up to 1 (or leave it out)")
     mode = pick(MODES, interpolation, "interpolation")

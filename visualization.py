@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 MASK_GREY = 0.45
 GAP = 2  # white pixels between neighbouring pictures
+CAPTION = 16  # height of a line of text in pixels
+RED = (0.9, 0.1, 0.1)
 
 
 def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -46,23 +49,81 @@ def token_map(codes: Tensor, n_codes: int, size: Sequence[int]) -> Tensor:
     return stretch(colours.permute(2, 0, 1), size)
 
 
+def reconstructions(images: Sequence[Tensor], codes: Tensor, n_codes: int, drawn: Sequence[Tensor], a_row: int = 8) -> Tensor:
+    """Images, the token maps of their codes (B, h, w), and what a decoder drew of the codes; `a_row` images a row."""
+    maps = [token_map(c.cpu(), n_codes, images[0].shape[-2:]) for c in codes]
+    blank = torch.ones_like(images[0])
+    rows = []
+    for start in range(0, len(images), a_row):
+        for kind in (images, maps, drawn):
+            row = list(kind[start : start + a_row])
+            if start > 0:  # the last row is as wide as the others
+                row += [blank] * (a_row - len(row))
+            rows.append(side_by_side(row))
+    return stacked(rows)
+
+
 def side_by_side(pictures: Sequence[Tensor]) -> Tensor:
-    """A row of pictures of one height."""
+    """A row of pictures; lower ones are filled up with white at the bottom."""
     return join(pictures, dim=2)
 
 
 def stacked(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of one width under each other."""
+    """Rows under each other; narrower ones are filled up with white on the right."""
     return join(rows, dim=1)
 
 
+def gallery(pictures: Sequence[Tensor], columns: int) -> Tensor:
+    """Pictures in reading order, at most `columns` in a row."""
+    return stacked([side_by_side(pictures[start : start + columns]) for start in range(0, len(pictures), columns)])
+
+
 def join(pictures: Sequence[Tensor], dim: int) -> Tensor:
+    other = 3 - dim
+    longest = max(picture.shape[other] for picture in pictures)
     pieces: list[Tensor] = []
     for picture in pictures:
-        shape = list(picture.shape)
+        missing = longest - picture.shape[other]
+        margin = (0, 0, 0, missing) if dim == 2 else (0, missing, 0, 0)
+        filled = F.pad(picture.cpu().float(), margin, value=1.0)
+        shape = list(filled.shape)
         shape[dim] = GAP
-        pieces += [torch.ones(shape), picture.cpu().float()]
+        pieces += [torch.ones(shape), filled]
     return torch.cat(pieces[1:], dim=dim)
+
+
+def enlarged(image: Tensor, shorter: int = 160) -> Tensor:
+    """A small picture smoothly enlarged by the whole number that brings its shorter side closest to `shorter` pixels."""
+    factor = max(1, round(shorter / min(image.shape[1:])))
+    if factor == 1:
+        return image
+    return F.interpolate(image[None], scale_factor=factor, mode="bicubic", align_corners=False)[0].clamp(0, 1)
+
+
+def captioned(picture: Tensor, text: str) -> Tensor:
+    """The picture under a line of text, which is shortened in the middle where it is too long."""
+    font, width = ImageFont.load_default(CAPTION - 4), picture.shape[2]
+    text = text.encode(errors="replace").decode()  # names of files may be no UTF-8
+    shown, kept = text, len(text)
+    while font.getlength(shown) > width - 2 and kept > 2:
+        kept -= 1
+        shown = text[: kept // 2] + "..." + text[len(text) - (kept - kept // 2) :]
+    strip = Image.new("L", (width, CAPTION), 255)
+    ImageDraw.Draw(strip).text((1, 0), shown, fill=0, font=font)
+    line = torch.from_numpy(np.array(strip)).float() / 255
+    return torch.cat((line.expand(3, -1, -1), picture.cpu().float()), dim=1)
+
+
+def framed(
+    picture: Tensor, top: int, left: int, height: int, width: int, line: int = 2, colour: Sequence[float] = RED
+) -> Tensor:
+    """A copy with a line of that many pixels around the rectangle: outside it, or over its edge at the picture's border."""
+    bottom, right = min(top + height + line, picture.shape[1]), min(left + width + line, picture.shape[2])
+    top, left = max(top - line, 0), max(left - line, 0)
+    frame = torch.zeros(picture.shape[1:], dtype=torch.bool)
+    frame[top:bottom, left:right] = True
+    frame[top + line : bottom - line, left + line : right - line] = False
+    return torch.where(frame, torch.tensor(colour).view(3, 1, 1), picture.cpu().float())
 
 
 def heat_overlay(image: Tensor, heat: Tensor) -> Tensor:
@@ -72,6 +133,23 @@ def heat_overlay(image: Tensor, heat: Tensor) -> Tensor:
     low, high = torch.tensor([0.05, 0.05, 0.35]).view(3, 1, 1), torch.tensor([1.0, 0.9, 0.1]).view(3, 1, 1)
     colour = low + (high - low) * smooth
     return 0.45 * image.cpu().float() + 0.55 * colour
+
+
+def most_of(weights: Tensor, share: float) -> Tensor:
+    """The fewest cells that hold at least `share` of the sum of weights (h, w) >= 0: (h, w) bool, True = kept."""
+    ordered, places = weights.flatten().double().sort(descending=True, stable=True)
+    before = ordered.cumsum(0) - ordered  # what the larger cells hold
+    kept = torch.zeros_like(places, dtype=torch.bool)
+    kept[places] = before < share * ordered.sum()
+    return kept.view(weights.shape)
+
+
+def spotlight(image: Tensor, kept: Tensor) -> Tensor:
+    """The image as it is where `kept` (h, w) is True, dark blue elsewhere."""
+    cover = stretch(kept.float()[None], image.shape[-2:])
+    image = image.cpu().float()
+    dark = 0.4 * image + 0.6 * torch.tensor([0.05, 0.05, 0.35]).view(3, 1, 1)
+    return image * cover + dark * (1 - cover)
 
 
 def usage_histogram(counts: Tensor, height: int = 120, width: int = 512) -> Tensor:

@@ -1,35 +1,61 @@
-"""What a patch attends to: python visualize_attention.py --checkpoint out/checkpoint.pth --image photo.jpg"""
+"""What a patch attends to: python visualize_attention.py --checkpoint out/checkpoint.pth --image photo.jpg
+
+Shapes: H heads, h x w grid of N patches, T = 1 + N tokens with CLS in front, L blocks, Q queries.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.utils import save_image
 
 import arguments
 import distributed
+import modeling_finetune
 import pretrained
 import visualization
+from datasets import find_images_or_file
 from distributed import log
 from errors import UserError, tells_the_user
+from modeling_finetune import VisionTransformer
 from transforms import eval_view, load_image, normalisation
+from utils import printable
+from vit_backbone import as_pair
+
+MOST_PIXELS = 1024 * 1024  # T x T numbers in every block, H x T x T in one: about 4 GB for a base model with 16-pixel patches
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Attention maps")
     parser.add_argument("--checkpoint", required=True, help="of pretraining or fine-tuning: path, URL or published name")
-    parser.add_argument("--image", required=True, nargs="+", help="image files, one row each")
+    parser.add_argument("--image", required=True, nargs="+", help="image files, or folders of images")
+    parser.add_argument("--count", type=arguments.positive, default=8, help="images of each folder, evenly spread")
     parser.add_argument("--output", default="attention.png", help="PNG to write")
     parser.add_argument("--num_heads", type=int, default=None, help="for files of an unknown size without position bias")
-    parser.add_argument("--layer", type=int, default=-1, help="block to look at, -1: the last")
-    parser.add_argument("--query", default="cls", help="cls, or row,column of a patch")
+    parser.add_argument(
+        "--layer", type=block_or_all, default=-1, help="block to look at, -1: the last; all: each block's mean over heads"
+    )
+    parser.add_argument("--query", nargs="+", default=["cls"], help="who attends: cls, or row,column of a patch; a row each")
+    parser.add_argument(
+        "--mean_only", action="store_true", help="no single heads: one row an image, the mean over heads for each query"
+    )
+    parser.add_argument(
+        "--threshold", type=arguments.fraction, default=None,
+        help="show the fewest patches that hold this share of the attention, such as 0.6, not a heat map",
+    )  # fmt: skip
     parser.add_argument(
         "--input_size", type=arguments.image_size, default=None, help="side, or height x width; default: the model's"
     )
+    parser.add_argument(
+        "--keep_aspect", action="store_true", help="whole images, --input_size is their shorter side; else a centre crop"
+    )
+    parser.add_argument("--columns", type=arguments.positive, default=8, help="pictures in a line")
     parser.add_argument(
         "--imagenet_default_mean_and_std", action="store_true", help="the checkpoint's own setting if it has one"
     )
@@ -37,52 +63,171 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def query_row(query: str, grid: tuple[int, int]) -> int:
-    """Token number of `cls` or `row,column`."""
+def block_or_all(text: str) -> int | None:
+    """None stands for all."""
+    return None if text == "all" else int(text)
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.mean_only and args.layer is None:
+        raise UserError("--layer all shows means over heads already: leave --mean_only out")
+    if args.keep_aspect and not isinstance(args.input_size, int | None):
+        raise UserError("--keep_aspect takes the shorter side alone, such as --input_size 384")
+    for query in args.query:
+        query_token(query, None)
+    if args.input_size is not None:
+        check_size(as_pair(args.input_size))
+
+
+def check_size(size: tuple[int, int]) -> None:
+    if size[0] * size[1] > MOST_PIXELS:
+        raise UserError(
+            f"--input_size: attention at {size[0]} x {size[1]} pixels does not fit into memory; choose a smaller one"
+        )
+
+
+def query_token(query: str, grid: tuple[int, int] | None) -> int:
+    """Token number of `cls` or `row,column`; without a grid only the spelling is checked."""
     if query == "cls":
         return 0
     try:
         row, column = (int(part) for part in query.split(","))
     except ValueError:
         raise UserError(f"--query {query}: give cls or row,column, such as 3,5") from None
+    if grid is None:
+        return -1
     if not (0 <= row < grid[0] and 0 <= column < grid[1]):
-        raise UserError(f"--query {query}: the grid has {grid[0]} rows and {grid[1]} columns")
+        raise UserError(f"--query {query}: the grid has {grid[0]} rows and {grid[1]} columns, counted from 0")
     return 1 + row * grid[1] + column
 
 
-def attention_row(image: Tensor, maps: Tensor, grid: tuple[int, int], token: int) -> Tensor:
-    """The image, the mean over heads, then each head: what `token` gives to every patch. maps: (H, T, T)."""
-    heads = maps[:, token, 1:].reshape(-1, *grid)
-    shown = [visualization.heat_overlay(image, heat) for heat in (heads.mean(0), *heads)]
-    return visualization.side_by_side([image, *shown])
+def blocks_to_show(layer: int | None, depth: int) -> list[int]:
+    if layer is None:
+        return list(range(depth))
+    if not -depth <= layer < depth:
+        raise UserError(f"--layer {layer}: the model has {depth} blocks, 0 to {depth - 1}")
+    return [layer % depth]
+
+
+def read_images(sources: Sequence[str], count: int) -> Iterator[tuple[str, Image.Image]]:
+    """(name, image) of the files, and of `count` files of each folder; what does not decode is named and left out."""
+    shown = 0
+    for source in sources:
+        paths = find_images_or_file(source, "--image")
+        taken = min(count, len(paths))
+        for path in [paths[number * len(paths) // taken] for number in range(taken)]:
+            try:
+                image = load_image(path)
+            except Exception as error:  # PIL raises nearly anything for broken files
+                log.warning(printable(f"cannot read {path} ({error}): left out"))
+                continue
+            shown += 1
+            yield Path(path).name, image
+    if not shown:
+        raise UserError(f"--image {' '.join(sources)}: no image could be read")
+
+
+# ── At the size of an image ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def whole_image_size(image: Image.Image, shorter: int, patch: int) -> tuple[int, int]:
+    """(height, width) in the image's aspect ratio, to the nearest patch; its shorter side is `shorter`."""
+    scale = shorter / min(image.size)
+    height, width = (max(shorter, round(side * scale / patch) * patch) for side in (image.height, image.width))
+    check_size((height, width))
+    return height, width
+
+
+def at_size(model: VisionTransformer, size: tuple[int, int]) -> VisionTransformer:
+    """`model` for images of (height, width), its position tables resized; itself where it has that size."""
+    if model.patch_embed.img_size == size:
+        return model
+    weights = model.state_dict()
+    first: Any = model.blocks[0]
+    settings = pretrained.architecture(weights, {}, first.attn.num_heads)
+    other = VisionTransformer(**settings | {"img_size": size})
+    other.load_state_dict(modeling_finetune.remap_pretrained(weights, other), strict=False)
+    return other.to(model.cls_token.device).eval().requires_grad_(False)
+
+
+def attention_of(model: VisionTransformer, image: Tensor, blocks: list[int], tokens: list[int]) -> Tensor:
+    """What each of Q tokens gives to every patch, (L, H, Q, h, w) on the CPU; what it gives to CLS is left out."""
+    maps = [model.attention_maps(image[None], block)[0][:, tokens, 1:].cpu() for block in blocks]
+    return torch.stack(maps).unflatten(-1, model.patch_embed.patch_shape)
+
+
+# ── Drawing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def mark_queries(image: Tensor, tokens: Sequence[int], grid: Sequence[int]) -> Tensor:
+    """A frame around the patch of every token but CLS; the image may be enlarged."""
+    patch = image.shape[1] // grid[0], image.shape[2] // grid[1]
+    for place in (token - 1 for token in tokens if token > 0):
+        image = visualization.framed(image, place // grid[1] * patch[0], place % grid[1] * patch[1], *patch)
+    return image
+
+
+def draw(image: Tensor, heat: Tensor, caption: str, threshold: float | None, tokens: Sequence[int] = ()) -> Tensor:
+    """One captioned picture: a heat map (h, w) over the image, or the patches that hold `threshold` of its sum."""
+    if threshold is None:
+        picture = visualization.heat_overlay(image, heat)
+    else:
+        kept = visualization.most_of(heat, threshold)
+        picture, caption = visualization.spotlight(image, kept), f"{caption}: {int(kept.sum())} of {kept.numel()}"
+    return visualization.captioned(mark_queries(picture, tokens, heat.shape), caption)
+
+
+def named_maps(maps: Tensor, blocks: list[int]) -> list[tuple[str, Tensor]]:
+    """One query's maps (L, H, h, w) as (caption, (h, w)): the blocks' means, or of one block the mean and the heads."""
+    if len(blocks) > 1:
+        return [(f"block {block}", heat) for block, heat in zip(blocks, maps.mean(1), strict=True)]
+    return [("mean", maps[0].mean(0)), *((f"head {number}", heat) for number, heat in enumerate(maps[0]))]
+
+
+def rows_of_image(name: str, image: Tensor, model: VisionTransformer, shown: Tensor, args: argparse.Namespace) -> list[Tensor]:
+    """The rows of the figure for one image: normalised (3, height, width) for the model, in [0, 1] for the eye (`shown`)."""
+    blocks, grid = blocks_to_show(args.layer, len(model.blocks)), model.patch_embed.patch_shape
+    queries = {query: query_token(query, grid) for query in args.query}
+    maps = dict(zip(queries, attention_of(model, image, blocks, list(queries.values())).unbind(2), strict=True))
+    shown = visualization.enlarged(shown)  # room for a caption
+    if args.mean_only:
+        title = visualization.captioned(mark_queries(shown, list(queries.values()), grid), name)
+        means = [
+            draw(shown, maps[query][0].mean(0), f"query {query}", args.threshold, [token]) for query, token in queries.items()
+        ]
+        return [visualization.gallery([title, *means], args.columns)]
+    rows = []
+    for query, token in queries.items():
+        title = visualization.captioned(mark_queries(shown, [token], grid), f"{name}, query {query}")
+        pictures = [draw(shown, heat, caption, args.threshold) for caption, heat in named_maps(maps[query], blocks)]
+        rows.append(visualization.gallery([title, *pictures], args.columns))
+    return rows
 
 
 @tells_the_user
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
+    check(args)
     distributed.set_up_logging(0)
     device = distributed.pick_device(args.device)
     model, flags = pretrained.open_backbone(args.checkpoint, args.input_size, args.num_heads)
-    model.to(device)
-    if not -len(model.blocks) <= args.layer < len(model.blocks):
-        raise UserError(f"--layer {args.layer}: the model has {len(model.blocks)} blocks, 0 to {len(model.blocks) - 1}")
+    own = resized = model.to(device)
+    blocks_to_show(args.layer, len(model.blocks))
     mean, std = normalisation(flags.get("imagenet_default_mean_and_std", args.imagenet_default_mean_and_std))
-    view = eval_view(model.patch_embed.img_size, crop_pct=1.0, mean=mean, std=std)
-    token = query_row(args.query, model.patch_embed.patch_shape)
     rows = []
-    for path in args.image:
-        try:
-            image = view(load_image(path))["image"]
-        except OSError as error:
-            raise UserError(f"--image {path}: cannot be read ({error})") from None
-        maps = model.attention_maps(image[None].to(device), args.layer)[0].cpu()
-        rows.append(attention_row(visualization.denormalise(image, mean, std), maps, model.patch_embed.patch_shape, token))
+    for name, picture in read_images(args.image, args.count):
+        size = own.patch_embed.img_size
+        if args.keep_aspect:
+            size = whole_image_size(picture, min(size), own.patch_size)
+        if resized.patch_embed.img_size != size:
+            resized = at_size(own, size)
+        image = eval_view(size, crop_pct=1.0, mean=mean, std=std)(picture)["image"]
+        rows += rows_of_image(name, image.to(device), resized, visualization.denormalise(image, mean, std), args)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     save_image(visualization.stacked(rows), args.output)
-    log.info(
-        f"{args.output}: each row the image, the mean over heads, then the heads of block {args.layer}, query {args.query}"
-    )
+    shown = "every block, mean over heads" if args.layer is None else f"block {args.layer}"
+    log.info(f"{args.output}: {len(rows)} rows, {shown}, query {' '.join(args.query)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,242 @@
+"""Images to visual tokens: python encode_images.py --tokenizer_weight vqkd.pth --data_path photos --output_dir out/codes
+
+Every process encodes its share of the sorted files into files of its own; the first process then joins them in order, so
+that memory does not grow with the number of images, and what carries a final name is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.utils import save_image
+
+import arguments
+import code_files
+import distributed
+import modeling_dvae
+import modeling_vqkd
+import visualization
+from code_files import Parts
+from datasets import ImageFiles, Samples, find_images_or_file
+from distributed import Launch, log
+from errors import UserError, tells_the_user
+from samplers import build_eval_loader
+from transforms import View, eval_view, load_image
+from utils import printable
+
+DALL_E_SIZE = 112  # 14 x 14 tokens, as in BEiT v1
+SHEET, SHEET_COLUMNS = 16, 8  # token maps on one picture
+SECONDS_BETWEEN_LINES = 30
+MINUTES_TO_WAIT = 24 * 60  # for the slowest process: their shares are equal, their machines may not be
+NAMED = 5  # files that cannot be read, in the message on the terminal
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = arguments.new_parser("Images to visual tokens")
+    parser.add_argument("--tokenizer_model", default="vqkd", choices=("vqkd", "dall-e"),
+                        help="vqkd: built from what its file holds; dall-e: BEiT v1's dVAE")  # fmt: skip
+    parser.add_argument("--tokenizer_weight", default=None,
+                        help="path, URL (in quotes) or published name; needed but for dall-e: default OpenAI's")  # fmt: skip
+    parser.add_argument("--data_path", required=True, help="folder of images, however nested, or one image")
+    parser.add_argument("--output_dir", required=True, help="folder for the codes; what an earlier run left there is replaced")
+    parser.add_argument("--format", default="npy", choices=("npy", "jsonl"),
+                        help="npy: codes.npy (images, patches), files.txt; jsonl: codes.jsonl, an object an image")  # fmt: skip
+    parser.add_argument("--maps", type=arguments.positive, default=0, help="draw the token maps of the first N images")
+    parser.add_argument("--input_size", type=arguments.positive, default=None,
+                        help="side of the input in pixels: the tokenizer's own, VQ-KD takes no other; dall-e: 112")  # fmt: skip
+    parser.add_argument("--crop_pct", type=float, default=None,
+                        help="share of the shorter side in the centre crop; default: evaluation's, 0.875")  # fmt: skip
+    parser.add_argument("--batch_size", type=arguments.positive, default=64, help="images per process and step")
+    parser.add_argument("--amp_dtype", default="fp32", choices=("fp32", "bf16", "fp16", "auto"),
+                        help="fp32: exact; half precision is faster on GPUs and gives some patches another code")  # fmt: skip
+    parser.add_argument("--device", default="cuda", help="cuda (each process its own GPU; the CPU if there is none) or cpu")
+    parser.add_argument("--num_workers", type=int, default=10, help="data processes per process; capped at the cores")
+    arguments.add_switch(parser, "pin_mem", "no_pin_mem", True, "page-locked batches: faster copies to a GPU")
+    return parser
+
+
+# ── Tokenizer and images ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What encoding needs to know of a tokenizer, whichever kind it is. `grid`: rows and columns of patches."""
+
+    model: Any
+    source: str
+    n_codes: int
+    input_size: int
+    grid: tuple[int, int]
+
+
+def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
+    if args.tokenizer_model == "dall-e":
+        dvae = modeling_dvae.load_dall_e_encoder(args.tokenizer_weight)
+        size = args.input_size or DALL_E_SIZE
+        if size % modeling_dvae.PATCH_SIZE:
+            raise UserError(f"--input_size {size} is not a multiple of DALL-E's {modeling_dvae.PATCH_SIZE} pixels a token")
+        side = size // modeling_dvae.PATCH_SIZE
+        return Tokenizer(dvae, args.tokenizer_weight or modeling_dvae.PUBLISHED, dvae.vocab_size, size, (side, side))
+    if not args.tokenizer_weight:
+        raise UserError("--tokenizer_weight is missing: the checkpoint of VQ-KD training, or a published name")
+    model, _ = modeling_vqkd.open_tokenizer(args.tokenizer_weight)
+    size, grid = model.encoder.patch_embed.img_size[0], model.encoder.patch_embed.patch_shape
+    if args.input_size not in (None, size):
+        raise UserError(f"--input_size {args.input_size}: this tokenizer was trained on {size} pixels and encodes no others")
+    return Tokenizer(model, args.tokenizer_weight, model.quantize.num_tokens, size, grid)
+
+
+class EveryImage(ImageFiles):
+    """One sample for every file, in order: a file that does not decode is not replaced, `readable` is False and it is black."""
+
+    def __init__(self, samples: Samples, view: View, size: int) -> None:
+        super().__init__(samples, view)
+        self.most_failures, self.size = 1, size
+
+    def __getitem__(self, key: Any) -> dict[str, Any]:
+        sample = super().__getitem__(key)
+        if "image" in sample:
+            return {**sample, "readable": True}
+        index = key[1] if isinstance(key, tuple) else key
+        return {"image": torch.zeros(3, self.size, self.size), "index": index, "failed": sample["failed"], "readable": False}
+
+
+def described(view: Any) -> str:
+    """An eval_view of a square in words."""
+    resize, crop = view.transform.transforms[:2]
+    size = " x ".join(map(str, crop.size))
+    return f"shorter side to {resize.size} pixels ({resize.interpolation.value}), then the central {size}"
+
+
+# ── Encoding: this process's share ───────────────────────────────────────────────────────────────────────────────────
+
+
+@torch.no_grad()
+def encode_share(
+    args: argparse.Namespace, files: list[str], tokenizer: Tokenizer, view: View, launch: Launch, device: torch.device
+) -> Iterator[tuple[Tensor, list[str], list[str]]]:
+    """Batch by batch: codes (images, N) of this rank's readable images, their names, and the failures."""
+    start, stop = (len(files) * rank // launch.world_size for rank in (launch.rank, launch.rank + 1))
+    if start == stop:
+        return
+    dataset = EveryImage([(path, None) for path in files[start:stop]], view, tokenizer.input_size)
+    precision = distributed.choose_precision(args.amp_dtype, device)
+    model, root = tokenizer.model.to(device), root_of(args.data_path)
+    done, started = 0, time.monotonic()
+    reported = started
+    for batch in build_eval_loader(dataset, args, Launch()):  # the share is cut already
+        readable = batch["readable"]
+        with precision.autocast():
+            codes = model.get_codebook_indices(batch["image"].to(device, non_blocking=True))
+        names = [os.path.relpath(str(dataset.source(index)), root) for index in batch["index"][readable].tolist()]
+        yield codes.cpu()[readable], names, batch["failed"]
+        done, now = done + len(readable), time.monotonic()
+        if now - reported > SECONDS_BETWEEN_LINES:
+            log.info(f"encoded    {done} of this process's {len(dataset)} images, {done / (now - started):.0f} images/s")
+            reported = now
+
+
+def root_of(data_path: str) -> str:
+    """The folder that names of files are relative to."""
+    return os.path.abspath(data_path if os.path.isdir(data_path) else os.path.dirname(data_path))
+
+
+def files_to_encode(data_path: str) -> list[str]:
+    files = find_images_or_file(data_path)
+    fine = [path for path in files if len(path.splitlines()) == 1]
+    if len(fine) < len(files):  # files.txt has a line for each
+        log.warning(f"left out   {len(files) - len(fine)} files with a line break in their name")
+    return [os.path.abspath(path) for path in fine]
+
+
+# ── What comes out ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def finish(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: View) -> None:
+    """Join the shares into the finished folder, and say what is in it."""
+    about = code_files.join(parts, args.format, {
+        "data_path": root_of(args.data_path), "tokenizer_weight": tokenizer.source, "input_size": tokenizer.input_size,
+        "crop_pct": args.crop_pct, "view": described(view), "amp_dtype": args.amp_dtype,
+    })  # fmt: skip
+    if about["skipped"]:
+        named = printable(", ".join(itertools.islice(parts.lines("skipped"), NAMED)))
+        log.warning(f"skipped    {about['skipped']} files that cannot be read, all in skipped.txt: {named}")
+    log.info(f"codes      {about['images']} images in {parts.folder}/codes.{args.format}, "
+             f"{about['codes_used']} of {parts.n_codes} codes used, perplexity {about['perplexity']:.1f}")  # fmt: skip
+
+
+def draw_maps(args: argparse.Namespace, parts: Parts, view: View) -> None:
+    """The first --maps images above their token maps, SHEET of them on a picture."""
+    for old in parts.folder.glob("token_maps-*.png"):
+        old.unlink()
+    named = itertools.islice(parts.images(), args.maps)
+    for number in itertools.count():
+        images, maps = [], []
+        for name, codes in itertools.islice(named, SHEET):
+            image = visualization.enlarged(view(load_image(os.path.join(root_of(args.data_path), name)))["image"])
+            grid = torch.from_numpy(codes.astype(np.int64))
+            images.append(visualization.captioned(image, name))
+            maps.append(visualization.token_map(grid, parts.n_codes, image.shape[1:]))
+        if not images:
+            return
+        rows = [
+            visualization.side_by_side(row[start : start + SHEET_COLUMNS])
+            for start in range(0, len(images), SHEET_COLUMNS)
+            for row in (images, maps)
+        ]
+        path = parts.folder / f"token_maps-{number}.png"
+        save_image(visualization.stacked(rows), path)
+        log.info(f"maps       {path}")
+
+
+@tells_the_user
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments.parse(get_parser(), argv)
+
+    # ── Setup ──
+    launch, device = distributed.start(args.device, timeout_minutes=MINUTES_TO_WAIT)
+    files = files_to_encode(args.data_path)
+    tokenizer = open_tokenizer(args)
+    view = eval_view(tokenizer.input_size, args.crop_pct)
+    rows, columns = tokenizer.grid
+    log.info(f"tokenizer  {tokenizer.source}: {tokenizer.n_codes} codes, {rows} x {columns} patches")
+    log.info(f"images     {len(files)}: {described(view)}")
+    parts = Parts(Path(args.output_dir), launch.world_size, tokenizer.n_codes, tokenizer.grid)
+
+    try:
+        # ── Encode: each process its share ──
+        parts.folder.mkdir(parents=True, exist_ok=True)
+        if distributed.is_main():
+            parts.remove()  # what a killed run left
+        distributed.barrier()
+        with code_files.share_writer(parts, launch.rank) as add:
+            for codes, names, skipped in encode_share(args, files, tokenizer, view, launch, device):
+                add(codes, names, skipped)
+        distributed.barrier()
+
+        # ── Join ──
+        if distributed.is_main():
+            finish(args, parts, tokenizer, view)
+            draw_maps(args, parts, view)
+    except OSError as error:
+        raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({error})") from None
+    except RuntimeError as error:
+        raise distributed.explained(error) from None
+    finally:
+        if distributed.is_main():
+            parts.remove()
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

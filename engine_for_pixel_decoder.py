@@ -1,0 +1,63 @@
+"""What tokens keep: one step of training a pixel decoder on the codes of a frozen tokenizer, and its PSNR."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import visualization
+from distributed import Precision
+from engine import evaluation_batches, samples_to_show
+from metrics import RunningMeans, psnr
+from run_state import Stage
+
+
+class PixelDecoderStage(Stage):
+    """Draw each image from its codes; mean absolute error.
+
+    PSNR (dB, the mean over images) stands beside that of an image's mean colour, which takes no token to tell.
+    """
+
+    def __init__(self, device: torch.device, precision: Precision, shown: Dataset, held_out: DataLoader | None = None) -> None:
+        self.device, self.precision, self.shown, self.held_out = device, precision, shown, held_out
+
+    def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        return compare(model(batch["image"]), batch["image"])
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        if self.held_out is None:
+            return {}
+        model.eval()
+        means = RunningMeans()
+        for batch in evaluation_batches(self.held_out, self.device):
+            with self.precision.autocast():
+                loss, logs = self.step(model, batch)
+            means.add({"loss": loss} | logs, weight=len(batch["image"]))
+        return {f"test_{name}": value for name, value in means.read(over_all_ranks=True).items()}
+
+    def better(self, test: dict[str, float]) -> float | None:
+        return test.get("test_psnr")
+
+    @torch.no_grad()
+    def pictures(self, model: Any, count: int = 8) -> dict[str, Tensor]:
+        """Images, their token maps, and what was drawn from the tokens."""
+        images = [sample["image"] for sample in samples_to_show(self.shown, count)]
+        if not images:
+            return {}
+        model.eval()
+        with self.precision.autocast():
+            codes = model.encode(torch.stack(images).to(self.device))
+            drawn = model.decode(codes)
+        return {"reconstruction": visualization.reconstructions(images, codes, model.n_codes, list(drawn))}
+
+
+def compare(drawn: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Images (B, 3, height, width) in [0, 1] -> (loss (), means over the batch of the measures)."""
+    loss = F.l1_loss(drawn, images)
+    mean_colour = images.mean(dim=(2, 3), keepdim=True)
+    return loss, {"psnr": psnr(drawn.detach(), images).mean(), "psnr_mean_colour": psnr(mean_colour, images).mean()}

@@ -1,0 +1,71 @@
+"""HTML pages of one file: pictures are embedded, nothing is loaded from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2rem 0 0; }
+p { margin: .3rem 0; max-width: 48rem; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th { text-align: left; font-weight: normal; opacity: .75; padding: .1rem 1.5rem .1rem 0; vertical-align: top; }
+td { overflow-wrap: anywhere; }
+img { max-width: 100%; height: auto; }
+.pictures { display: flex; flex-wrap: wrap; gap: 6px; margin: .5rem 0; }
+.swatch { display: inline-block; width: 1em; height: 1em; vertical-align: -.12em; margin-right: .3em; border: 1px solid #8888; }
+"""
+
+
+def picture(image: Tensor, alt: str, form: str = "JPEG") -> str:
+    """An <img> of (3, height, width) in [0, 1]; `alt` is what it shows, in words. `form`: JPEG, or PNG for drawings."""
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    file = io.BytesIO()
+    settings = {"quality": 88, "subsampling": 0} if form == "JPEG" else {"optimize": True}
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, form, **settings)
+    data = base64.b64encode(file.getvalue()).decode("ascii")
+    text = html.escape(alt)
+    height, width = image.shape[1:]
+    return f'<img src="data:image/{form.lower()};base64,{data}" width="{width}" height="{height}" alt="{text}" title="{text}">'
+
+
+def pictures(images: Iterable[str]) -> str:
+    """<img>s beside each other."""
+    return '<div class="pictures">\n' + "\n".join(images) + "\n</div>"
+
+
+def paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
+def table(rows: Iterable[tuple[str, str]]) -> str:
+    """Two columns, what and how much."""
+    cells = (f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(value)}</td></tr>' for name, value in rows)
+    return "<table>\n" + "\n".join(cells) + "\n</table>"
+
+
+def section(title: str, *parts: str, anchor: str, colour: Iterable[float] | None = None) -> str:
+    """A heading and what is under it; `anchor`: its name in links; `colour`: a swatch before the title, RGB in [0, 1]."""
+    swatch = ""
+    if colour is not None:
+        code = "".join(f"{round(255 * channel):02x}" for channel in colour)
+        swatch = f'<span class="swatch" style="background:#{code}"></span>'
+    heading = f"<h2>{swatch}{html.escape(title)}</h2>"
+    return "\n".join([f'<section id="{html.escape(anchor)}">', heading, *parts, "</section>"])
+
+
+def document(title: str, *parts: str) -> str:
+    """The whole page; the parts are HTML."""
+    name = html.escape(title)
+    head = f'<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n<title>{name}</title>'
+    body = "\n".join([f"<h1>{name}</h1>", *parts])
+    inside = f"<head>\n{head}\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>"
+    return f'<!DOCTYPE html>\n<html lang="en">\n{inside}\n</html>\n'

@@ -1,0 +1,181 @@
+"""The pixel decoder: it learns to draw from codes alone, the tokenizer stays as it was, and its file needs no other."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_entries import kill_after
+from tiny_runs import SIZE, TOKENIZER, assert_same_weights, checkpoint, log_lines, photos, tokenizer, vqkd_flags
+
+import arguments
+import metrics
+import modeling_pixel_decoder
+import modeling_vqkd
+import run_vqkd_training
+import visualize_reconstruction
+from modeling_pixel_decoder import Reconstructor
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    return tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.pth")
+
+
+def flags(data: Path, codes: Path, out: Path, *more: str) -> list[str]:
+    own = ["--train_pixel_decoder", "--tokenizer_weight", str(codes), "--data_path", str(data), "--output_dir", str(out)]
+    small = ["--pixel_decoder_depth", "1", "--pixel_decoder_dim", "64", "--batch_size", "4", "--epochs", "2"]
+    return [*own, *small, *SIZE, *more]
+
+
+def four_photos(folder: Path) -> Path:
+    """Half dark, half light, the border in four directions: images that four tokens can tell apart."""
+    folder.mkdir()
+    for number in range(4):
+        image = torch.full((32, 32, 3), 40, dtype=torch.uint8)
+        (image if number % 2 else image.transpose(0, 1))[:, 16 * (number // 2) :][:, :16] = 200
+        Image.fromarray(image.numpy()).save(folder / f"{number}.png")
+    return folder
+
+
+def test_it_draws_what_the_codes_tell_and_beats_the_mean_colour(codes, tmp_path):
+    images, out = four_photos(tmp_path / "images"), tmp_path / "out"
+    longer = ["--epochs", "150", "--lr", "0.1", "--eval_freq", "150", "--print_freq", "1000"]  # times 4 / 128
+    run_vqkd_training.main([*flags(images, codes, out, *longer), "--min_crop_scale", "1", "--eval_data_path", str(images)])
+    first, last = log_lines(out)[0], log_lines(out)[-1]
+    assert last["test_psnr_mean_colour"] == pytest.approx(10.07, abs=0.01)  # half the range is 160 / 255: -20 log10(80 / 255)
+    assert last["test_psnr"] > last["test_psnr_mean_colour"] + 6
+    assert last["train_psnr"] > first["train_psnr"] + 6
+    assert (out / "checkpoint-best.pth").exists()
+
+
+def test_the_tokenizer_stays_as_it_was(data, codes, tmp_path):
+    run_vqkd_training.main(flags(data, codes, tmp_path, "--weight_decay", "0.1"))
+    saved, before = checkpoint(tmp_path / "checkpoint.pth"), checkpoint(codes)["model"]
+    assert before.keys() <= {key.removeprefix("tokenizer.") for key in saved["model"]}
+    assert all(torch.equal(value, saved["model"][f"tokenizer.{key}"]) for key, value in before.items())
+    trained = sum(len(group["params"]) for group in saved["optimizer"]["param_groups"])
+    assert trained == sum(1 for _ in modeling_pixel_decoder.PixelDecoder((2, 2), 8, 1, 64).parameters())
+
+
+def test_training_leaves_the_tokenizer_in_eval_and_without_gradients():
+    model = Reconstructor(modeling_vqkd.create_model(TOKENIZER, img_size=32, n_code=16, code_dim=8), 1, 32).train()
+    assert model.decoder.training
+    assert not any(module.training for module in model.tokenizer.modules())
+    model(torch.rand(2, 3, 32, 32)).mean().backward()
+    assert all(p.grad is None for p in model.tokenizer.parameters())
+    assert all(p.grad is not None for name, p in model.decoder.named_parameters())
+
+
+def test_pixels_come_from_the_codes_alone():
+    torch.manual_seed(0)
+    model = Reconstructor(modeling_vqkd.create_model(TOKENIZER, img_size=32, n_code=16, code_dim=8, as_tokenizer=True), 1, 32)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        drawn = model.eval()(images)
+    assert drawn.shape == images.shape
+    assert float(drawn.min()) >= 0 and float(drawn.max()) <= 1
+    assert torch.equal(drawn, model.decode(model.encode(images)))
+    other = (model.encode(images) + 1) % 16
+    assert not torch.equal(drawn, model.decode(other))
+
+
+def test_resumption_is_exact(data, codes, tmp_path, monkeypatch):
+    run_vqkd_training.main(flags(data, codes, tmp_path / "whole"))
+    broken = flags(data, codes, tmp_path / "broken", "--save_ckpt_steps", "2")
+    kill_after(6, monkeypatch)  # of 4 an epoch
+    with pytest.raises(KeyboardInterrupt):
+        run_vqkd_training.main(broken)
+    monkeypatch.undo()
+    run_vqkd_training.main(broken)
+    assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "broken/checkpoint.pth")
+    losses = [[line["train_loss"] for line in log_lines(tmp_path / name)] for name in ("whole", "broken")]
+    assert losses[0] == losses[1]
+
+
+def test_the_checkpoint_alone_is_enough(data, tmp_path, capsys):
+    """Also where the tokenizer scales images in another way: that is in no tokenizer's weights."""
+    tokenizer_file = tmp_path / "vqkd/checkpoint.pth"
+    run_vqkd_training.main(vqkd_flags(data, tmp_path / "vqkd", "--process_type", "imagenet_norm"))
+    run_vqkd_training.main(flags(data, tokenizer_file, tmp_path / "pixels", "--image_freq", "1"))
+    images = torch.rand(2, 3, 32, 32)
+    expected = modeling_vqkd.open_tokenizer(str(tokenizer_file))[0].get_codebook_indices(images)
+    shutil.rmtree(tmp_path / "vqkd")
+    saved = tmp_path / "pixels/checkpoint.pth"
+    model = modeling_pixel_decoder.open_reconstructor(str(saved))
+    assert torch.equal(model.encode(images).flatten(1), expected)
+    assert model.tokenizer.input_mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert [path.name for path in (tmp_path / "pixels/pictures").iterdir()]
+
+    capsys.readouterr()
+    picture = tmp_path / "new/folder/reconstruction.png"
+    files = [str(data / "a/0.jpg"), str(data / "b")]
+    visualize_reconstruction.main(["--checkpoint", str(saved), "--image", *files, "--most", "9", "--output", str(picture)])
+    lines = capsys.readouterr().out
+    assert len(re.findall(r"^ *\d+\.\d\d dB \(mean colour \d+\.\d\d\) .*\.jpg$", lines, flags=re.MULTILINE)) == 9
+    assert Image.open(picture).size == (8 * 34 - 2, 6 * 34 - 2)  # 8 images and 1: two bands of three rows
+
+
+def test_psnr():
+    black = torch.zeros(3, 3, 4, 4)
+    off = torch.tensor([0.1, 1.0, 0.0]).view(3, 1, 1, 1).expand_as(black)
+    assert metrics.psnr(off, black).tolist() == pytest.approx([20.0, 0.0, 100.0], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tokenizer_weight", ""], "--train_pixel_decoder needs a trained tokenizer: --tokenizer_weight"),
+        (["--input_size", "64"], r"--input_size 64: .* images of 32 pixels: --input_size 32"),
+        (["--pixel_decoder_dim", "40"], "--pixel_decoder_dim 40: give a multiple of 32"),
+        (["--teacher_model_type", "clip"], "--teacher_model_type has no effect with --train_pixel_decoder"),
+        (["--codebook_n_emd", "16"], "--codebook_n_emd has no effect with"),
+        (["--eval"], "--eval has no effect with"),
+        (["--tokenizer_weight", "/nowhere.pth"], "/nowhere.pth"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(more, message, data, codes, tmp_path, capsys):
+    refused(run_vqkd_training.main, flags(data, codes, tmp_path, *more), message, capsys)
+
+
+def test_its_flags_are_refused_where_they_do_nothing(data, codes, tmp_path, capsys):
+    flag = ["--tokenizer_weight", str(codes)]
+    refused(run_vqkd_training.main, vqkd_flags(data, tmp_path, *flag), "no effect without --train_pixel_decoder", capsys)
+
+
+def test_another_tokenizer_than_the_resumed_one_is_refused(data, codes, tmp_path, capsys):
+    other = checkpoint(codes)
+    other["model"]["quantize.embedding.weight"] = other["model"]["quantize.embedding.weight"].flip(0)
+    torch.save(other, tmp_path / "other.pth")
+    run_vqkd_training.main(flags(data, codes, tmp_path / "out", "--epochs", "1"))
+    again = flags(data, tmp_path / "other.pth", tmp_path / "out")
+    refused(run_vqkd_training.main, again, "is not the tokenizer that the checkpoint", capsys)
+
+
+def test_a_tokenizer_is_no_pixel_decoder(data, codes, capsys):
+    arguments_ = ["--checkpoint", str(codes), "--image", str(data)]
+    refused(visualize_reconstruction.main, arguments_, "holds no pixel decoder: run_vqkd_training.py", capsys)
+
+
+def refused(main, argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error
+
+
+def test_the_mode_has_its_own_defaults_and_keeps_what_is_given():
+    _, args = run_vqkd_training.parse_flags(["--train_pixel_decoder", "--data_path", "x", "--epochs", "3"])
+    assert (args.lr, args.epochs) == (2e-3, 3)
+    parser, args = run_vqkd_training.parse_flags(["--data_path", "x"])
+    assert (args.lr, args.epochs) == (5e-5, 100)
+    assert arguments.changed_flags(parser, args) == {"data_path": "x"}

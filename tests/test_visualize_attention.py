@@ -1,0 +1,210 @@
+"""Attention maps: the right rows of the right matrix at any size, the patches that hold a share of it, and their figure."""
+
+import numpy as np
+import pytest
+import torch
+from golden_values import TINY, fill
+from PIL import Image
+from tiny_runs import photos
+
+import pretrained
+import visualization
+import visualize_attention
+from modeling_finetune import VisionTransformer
+from visualization import CAPTION, GAP, RED
+
+SIDE = 160 + CAPTION  # of a captioned picture: 48 to 64 pixels enlarged
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    settings = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1, "num_classes": 0, "img_size": 32}
+    path = tmp_path_factory.mktemp("weights") / "w.pth"
+    torch.save({"model": fill(VisionTransformer(**(TINY | settings)), 3).state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return photos(tmp_path_factory.mktemp("photos"), per_class=2)
+
+
+def figure(weights, images, path, *more):
+    """(height, width, 3) in [0, 1]."""
+    visualize_attention.main(["--checkpoint", str(weights), "--image", *map(str, images), "--output", str(path), *more])
+    return np.asarray(Image.open(path).convert("RGB")) / 255
+
+
+def high(pictures):
+    return pictures * SIDE + (pictures - 1) * GAP
+
+
+def wide(pictures):
+    return pictures * 160 + (pictures - 1) * GAP
+
+
+# ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.999, 1.0])
+def test_the_kept_patches_hold_the_share_and_are_the_fewest(share):
+    for seed in range(20):
+        weights = torch.rand(5, 7, generator=torch.Generator().manual_seed(seed)) ** 4
+        kept = visualization.most_of(weights, share)
+        total, inside = weights.double().sum(), weights.double()[kept]
+        assert kept.shape == weights.shape and inside.sum() >= share * total * (1 - 1e-12)
+        assert inside.sum() - inside.min() < share * total  # one fewer, and be it the smallest, is too few
+        assert not kept.all() or share > 0.99
+        assert (weights[~kept] <= inside.min()).all()
+
+
+def test_equal_weights_and_a_single_peak():
+    assert visualization.most_of(torch.ones(4, 5), 0.6).sum() == 12
+    peak = torch.zeros(3, 3)
+    peak[1, 2] = 1
+    assert visualization.most_of(peak, 0.99).nonzero().tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (96, 96), (48, 80)])
+def test_maps_at_any_size_are_the_rows_of_the_attention(size, weights):
+    model, _ = pretrained.open_backbone(str(weights), size)
+    image, grid = torch.rand(3, *size), (size[0] // 16, size[1] // 16)
+    tokens = [0, 1 + grid[1], grid[0] * grid[1]]
+    maps = visualize_attention.attention_of(model, image, [1, 3], tokens)
+    assert maps.shape == (2, 4, 3, *grid)
+    for number, block in enumerate((1, 3)):
+        whole = model.attention_maps(image[None], block)[0]
+        assert whole.shape == (4, 1 + grid[0] * grid[1], 1 + grid[0] * grid[1])
+        torch.testing.assert_close(whole.sum(-1), torch.ones(whole.shape[:2]))
+        for query, token in enumerate(tokens):
+            for row, column in ((0, 1), (grid[0] - 1, 0)):
+                want = whole[:, token, 1 + row * grid[1] + column]
+                assert torch.equal(maps[number, :, query, row, column], want)
+
+
+def test_a_model_at_another_size_is_the_one_its_file_gives(weights):
+    """Not resized twice: from the file's own grid, whatever size was used last."""
+    own, _ = pretrained.open_backbone(str(weights))
+    want, _ = pretrained.open_backbone(str(weights), (48, 80))
+    other = visualize_attention.at_size(own, (48, 80)).state_dict()
+    assert other.keys() == want.state_dict().keys()
+    assert all(torch.equal(value, other[key]) for key, value in want.state_dict().items())
+    assert visualize_attention.at_size(own, (32, 32)) is own
+
+
+@pytest.mark.parametrize(
+    ("sides", "size"), [((100, 100), (64, 64)), ((200, 100), (64, 128)), ((100, 163), (112, 64)), ((640, 633), (64, 64))]
+)
+def test_whole_images_keep_their_shape_to_the_nearest_patch(sides, size):
+    assert visualize_attention.whole_image_size(Image.new("RGB", sides), 64, 16) == size  # PIL: width first
+
+
+def test_queries_are_counted_row_by_row():
+    assert visualize_attention.query_token("cls", (3, 5)) == 0
+    assert visualize_attention.query_token("0,0", (3, 5)) == 1
+    assert visualize_attention.query_token("2,1", (3, 5)) == 12
+
+
+# ── Drawing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("token", "box"), [(7, (62, 14, 129, 33)), (1, (0, 0, 65, 17)), (15, (126, 62, 191, 79))])
+def test_the_frame_is_around_the_query(token, box):
+    """3 x 5 patches of 64 x 16 pixels; the line is 2 wide, outside the patch where there is room. CLS has no frame."""
+    picture = visualize_attention.mark_queries(torch.zeros(3, 192, 80), [0, token], (3, 5))
+    red = (picture == torch.tensor(RED).view(3, 1, 1)).all(0).nonzero()
+    assert (*red.amin(0).tolist(), *red.amax(0).tolist()) == box  # top, left, bottom, right
+
+
+def test_the_spotlight_is_on_the_kept_patches():
+    image = torch.rand(3, 32, 48)
+    kept = torch.tensor([[True, False, False], [False, False, True]])
+    picture = visualization.spotlight(image, kept)
+    assert torch.equal(picture[:, :16, :16], image[:, :16, :16]) and torch.equal(picture[:, 16:, 32:], image[:, 16:, 32:])
+    assert not torch.isclose(picture[:, :16, 16:], image[:, :16, 16:]).all(0).any()
+
+
+def test_captions_fit_and_leave_the_picture_alone():
+    picture = torch.rand(3, 20, 60)
+    for text in ("head 0", "a name that is longer than sixty pixels.jpg", "no\udcff utf-8", "\N{HIRAGANA LETTER A}"):
+        captioned = visualization.captioned(picture, text)
+        assert captioned.shape == (3, 20 + CAPTION, 60)
+        assert torch.equal(captioned[:, CAPTION:], picture)
+        assert captioned[:, :CAPTION].min() < 0.5
+
+
+def test_pictures_of_several_sizes_are_joined_with_white():
+    pictures = [torch.zeros(3, 4, 5), torch.zeros(3, 6, 3), torch.zeros(3, 2, 2)]
+    joined = visualization.gallery(pictures, columns=2)
+    assert joined.shape == (3, 6 + GAP + 2, 5 + GAP + 3)
+    assert (joined == 0).sum() == 3 * (20 + 18 + 4)
+
+
+# ── The figure ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_row_for_each_query_with_the_mean_and_every_head(weights, data, tmp_path):
+    image = data / "a/0.jpg"
+    picture = figure(weights, [image], tmp_path / "x.png", "--query", "cls", "1,0")
+    assert picture.shape[:2] == (high(2), wide(6))  # the image, the mean, 4 heads
+    red = np.isclose(picture, RED, atol=0.01).all(-1).nonzero()
+    top = SIDE + GAP + CAPTION + 80  # of patch 1,0 in the second row's first picture
+    assert (red[0].min(), red[0].max(), red[1].min(), red[1].max()) == (top - 2, top + 79, 0, 81)
+    narrow = figure(weights, [image], tmp_path / "x.png", "--query", "cls", "1,0", "--columns", "3")
+    assert narrow.shape[:2] == (high(4), wide(3))
+
+
+def test_a_figure_of_reference_points_and_one_of_the_blocks(weights, data, tmp_path):
+    points = ["--query", "cls", "0,0", "1,1", "--mean_only"]
+    assert figure(weights, [data], tmp_path / "x.png", *points).shape[:2] == (high(4), wide(4))
+    blocks = ["--query", "cls", "--layer", "all", "--count", "1"]
+    assert figure(weights, [data], tmp_path / "x.png", *blocks).shape[:2] == (high(1), wide(5))
+    assert figure(weights, [data / "a", data / "b"], tmp_path / "x.png", *blocks).shape[:2] == (high(2), wide(5))
+
+
+def test_the_mean_is_that_of_the_heads_and_the_threshold_changes_the_picture(weights, data, tmp_path):
+    args = visualize_attention.get_parser().parse_args(["--checkpoint", "x", "--image", "x", "--threshold", "0.6"])
+    maps = torch.rand(1, 4, 3, 5)
+    named = visualize_attention.named_maps(maps, [3])
+    assert [name for name, _ in named] == ["mean", "head 0", "head 1", "head 2", "head 3"]
+    torch.testing.assert_close(named[0][1], torch.stack([heat for _, heat in named[1:]]).mean(0))
+    blocks = visualize_attention.named_maps(torch.rand(2, 4, 3, 5), [0, 1])
+    assert [name for name, _ in blocks] == ["block 0", "block 1"]
+    assert args.threshold == 0.6
+    image = data / "a/0.jpg"
+    heat, kept = (figure(weights, [image], tmp_path / "x.png", *more) for more in ([], ["--threshold", "0.6"]))
+    assert heat.shape == kept.shape and not np.array_equal(heat, kept)
+
+
+def test_whole_images_each_in_its_shape(weights, tmp_path, capsys):
+    for name, size in (("1.png", (96, 48)), ("2.png", (48, 96))):
+        Image.fromarray(np.random.RandomState(0).randint(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "3.png").write_bytes(b"no image")
+    picture = figure(
+        weights, [tmp_path], tmp_path / "out/x.png", "--keep_aspect", "--query", "1,3", "--mean_only", "--input_size", "64"
+    )
+    assert picture.shape[:2] == (2 * CAPTION + GAP + 128 + 256, 2 * 256 + GAP)  # 64 x 128 and 128 x 64, enlarged by 2
+    out = capsys.readouterr().out
+    assert "3.png" in out and "left out" in out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--query", "2,0"], "--query 2,0: the grid has 2 rows and 2 columns"),
+        (["--query", "left"], "--query left: give cls or row,column"),
+        (["--layer", "4"], "--layer 4: the model has 4 blocks"),
+        (["--layer", "all", "--mean_only"], "leave --mean_only out"),
+        (["--keep_aspect", "--input_size", "32x64"], "--keep_aspect takes the shorter side alone"),
+        (["--input_size", "2048"], "2048 x 2048 pixels does not fit"),
+        (["--input_size", "40"], "--input_size"),
+        (["--image", "/nowhere"], "--image /nowhere: no such folder"),
+        (["--image", __file__], "no image could be read"),
+    ],
+)
+def test_a_users_mistake_is_one_line(more, message, weights, data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        figure(weights, [data], tmp_path / "x.png", *more)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,207 @@
+"""What the codes of a tokenizer stand for: python visualize_codebook.py --encoded out/codes --output codebook.html
+
+Reads what encode_images.py wrote and the images, no tokenizer. N patches an image, K codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import arguments
+import code_files
+import distributed
+import pages
+import visualization
+from code_files import BLOCK, Encoded
+from distributed import log
+from errors import UserError, tells_the_user
+from transforms import View, eval_view, load_image
+
+OUTSIDE = 0.85  # grey around the image, where a patch lies at its border
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = arguments.new_parser("The patches behind each code")
+    parser.add_argument("--encoded", required=True, help="--output_dir of encode_images.py (--format npy)")
+    parser.add_argument("--data_path", default=None, help="where the images are now; default: where they were encoded")
+    parser.add_argument("--output", default="codebook.html", help="page to write, one file with all pictures in it")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--codes", type=int, nargs="+", default=None, help="these codes, such as 3 17 99")
+    choice.add_argument("--top", type=arguments.positive, default=None, help="the N most used codes")
+    choice.add_argument("--spread", type=arguments.positive, default=24, help="N codes from the most to the least used")
+    parser.add_argument("--examples", type=arguments.positive, default=12, help="patches of each code, of different images")
+    parser.add_argument("--context", type=arguments.positive, default=3, help="side of what is shown of the image, in patches")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of examples")
+    return parser
+
+
+# ── Which codes, which patches ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def blocks_of(codes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the first image, codes of up to BLOCK images)."""
+    for start in range(0, len(codes), BLOCK):
+        yield start, codes[start : start + BLOCK]
+
+
+def count_codes(encoded: Encoded) -> np.ndarray:
+    """How many patches have each code, (K,)."""
+    counts = np.zeros(encoded.about["n_codes"], dtype=np.int64)
+    for _, block in blocks_of(encoded.codes):
+        counts += np.bincount(block.ravel(), minlength=len(counts))
+    return counts
+
+
+def choose_codes(args: argparse.Namespace, counts: np.ndarray) -> tuple[list[int], str]:
+    """The codes of the page in its order, and how they were chosen."""
+    if args.codes is not None:
+        for code in args.codes:
+            if not 0 <= code < len(counts):
+                raise UserError(f"--codes {code}: the codebook has {len(counts)} codes, 0 to {len(counts) - 1}")
+        return list(dict.fromkeys(args.codes)), "The codes asked for."
+    used = np.argsort(-counts, kind="stable")[: int((counts > 0).sum())]
+    if args.top is not None:
+        return used[: args.top].tolist(), f"The {min(args.top, len(used))} most used codes, the most used first."
+    ranks = np.unique(np.linspace(0, len(used) - 1, args.spread).round().astype(int))
+    return used[ranks].tolist(), f"{len(ranks)} codes at even distances in the order from the most to the least used."
+
+
+@dataclass
+class Sample:
+    """A uniform sample of the images that have a code, and how many have it. Each image draws a key, the smallest stay."""
+
+    images: np.ndarray
+    keys: np.ndarray
+    found: int = 0
+
+    def add(self, images: np.ndarray, most: int, rng: np.random.Generator) -> None:
+        self.found += len(images)
+        keys = np.concatenate((self.keys, rng.random(len(images))))
+        kept = np.argsort(keys)[:most]
+        self.images, self.keys = np.concatenate((self.images, images))[kept], keys[kept]
+
+
+def sample_images(codes: np.ndarray, chosen: list[int], n_codes: int, most: int, seed: int) -> list[Sample]:
+    """For each chosen code up to `most` of the images that have it, in one pass over the codes (images, N)."""
+    rng = np.random.default_rng(seed)
+    place = np.full(n_codes, -1)
+    place[chosen] = np.arange(len(chosen))
+    samples = [Sample(np.zeros(0, dtype=np.int64), np.zeros(0)) for _ in chosen]
+    for start, block in blocks_of(codes):
+        places = place[block]
+        for number in np.unique(places[places >= 0]):
+            samples[number].add(start + np.flatnonzero((places == number).any(axis=1)), most, rng)
+    return samples
+
+
+def patches_of(codes: np.ndarray, code: int, images: np.ndarray, most: int, seed: int) -> list[tuple[int, int]]:
+    """(image, patch): a random one of each image, then further ones of the same images up to `most`."""
+    rng = np.random.default_rng((seed, code))
+    places = [(int(image), rng.permutation(np.flatnonzero(codes[image] == code))) for image in np.sort(images)]
+    rounds = max((len(found) for _, found in places), default=0)
+    return [(image, int(found[turn])) for turn in range(rounds) for image, found in places if turn < len(found)][:most]
+
+
+# ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cut_out(image: Tensor, row: int, column: int, patch: int, context: int) -> Tensor:
+    """The patch in the middle of `context` x `context` patches, enlarged, framed; grey where the image has ended."""
+    before, side = context // 2 * patch, context * patch
+    margin = F.pad(image, (before, side, before, side), value=OUTSIDE)
+    picture = visualization.enlarged(margin[:, row * patch :, column * patch :][:, :side, :side])
+    if context == 1:
+        return picture
+    factor = picture.shape[1] // side
+    return visualization.framed(picture, before * factor, before * factor, patch * factor, patch * factor)
+
+
+def read_view(root: str, name: str, view: View) -> Tensor:
+    try:
+        return view(load_image(os.path.join(root, name)))["image"]
+    except Exception as error:  # PIL raises nearly anything
+        raise UserError(f"{name} of {root} cannot be read ({error}): --data_path says where the images are now") from None
+
+
+def summary(encoded: Encoded, counts: np.ndarray, root: str) -> str:
+    about, used, commonest = encoded.about, int((counts > 0).sum()), int(counts.argmax())
+    height, width = about["grid"]
+    histogram = visualization.usage_histogram(torch.from_numpy(counts))
+    return "\n".join([
+        pages.table([
+            ("images", f"{about['images']:,} of {root}"),
+            ("patches", f"{counts.sum():,}, {height} x {width} an image"),
+            ("codes used", f"{used:,} of {len(counts):,} ({used / len(counts):.1%})"),
+            ("perplexity", f"{about['perplexity']:.1f}: as many codes, used equally, would be as hard to guess"),
+            ("commonest code", f"{commonest}: {counts[commonest] / counts.sum():.1%} of the patches"),
+            ("view of an image", about["view"]),
+            ("tokenizer", about["tokenizer_weight"]),
+        ]),
+        pages.picture(histogram, "How often each code is used, most used first, on a logarithmic scale", "PNG"),
+        pages.paragraph("How often each code is used: most used first, on a logarithmic scale."),
+    ])  # fmt: skip
+
+
+def sections(args: argparse.Namespace, encoded: Encoded, counts: np.ndarray, chosen: list[int], root: str) -> Iterator[str]:
+    about = encoded.about
+    view, patch, columns = (
+        eval_view(about["input_size"], about["crop_pct"]),
+        about["input_size"] // about["grid"][0],
+        about["grid"][1],
+    )
+    samples = sample_images(encoded.codes, chosen, len(counts), args.examples, args.seed)
+    examples = {
+        code: patches_of(encoded.codes, code, sample.images, args.examples, args.seed)
+        for code, sample in zip(chosen, samples, strict=True)
+    }
+    names = encoded.names(image for patches in examples.values() for image, _ in patches)
+    colours = visualization.code_colours(len(counts))
+    for code, sample in zip(chosen, samples, strict=True):
+        shown = []
+        for image, place in examples[code]:
+            row, column = divmod(place, columns)
+            picture = cut_out(read_view(root, names[image], view), row, column, patch, args.context)
+            shown.append(pages.picture(picture, f"code {code}: patch {row},{column} of {names[image]}"))
+        said = f"{counts[code]:,} patches, {counts[code] / counts.sum():.2%} of all, in {sample.found:,} images."
+        if not counts[code]:
+            said = "Does not occur in these images."
+        parts = [pages.paragraph(said), *([pages.pictures(shown)] if shown else [])]
+        yield pages.section(f"Code {code}", *parts, anchor=f"code-{code}", colour=colours[code].tolist())
+
+
+@tells_the_user
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments.parse(get_parser(), argv)
+    distributed.set_up_logging(0)
+    if args.context % 2 == 0:
+        raise UserError(f"--context {args.context}: give an odd number of patches, so that one is in the middle")
+    encoded = code_files.read(args.encoded, "--encoded")
+    root = args.data_path or encoded.about["data_path"]
+    counts = count_codes(encoded)
+    chosen, how = choose_codes(args, counts)
+    page = pages.document(
+        "Codebook",
+        summary(encoded, counts, root),
+        pages.paragraph(
+            f"{how} Each picture is a patch, framed in red, in the {args.context} x {args.context} patches around it; grey "
+            "lies outside the image. The patches of a code are drawn at random, from different images as far as there are "
+            "any. The square before a code is its colour in the token maps of encode_images.py."
+        ),
+        *sections(args, encoded, counts, chosen, root),
+    )
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.output).write_text(page, encoding="utf-8", errors="backslashreplace")
+    log.info(f"{args.output}: {len(chosen)} codes, {len(page) / 2**10:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main()

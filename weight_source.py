@@ -1,0 +1,131 @@
+"""Weights of whatever library, with what is written in the file and beside it: flags, configuration, class names."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import checkpointing
+import model_zoo
+import modeling_finetune
+import weight_formats
+from errors import UserError
+from imagenet_classes import in_words, synsets
+from weight_formats import Companion
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the folders of Hugging Face and timm
+
+
+class Source(NamedTuple):
+    """Weights under our names, the flags of their training ({} where unknown), the names of the classes (of their folders:
+    ImageNet's are WordNet ids), and what another library says of the model."""
+
+    weights: dict[str, Tensor]
+    flags: dict[str, Any]
+    classes: list[str] | None
+    companion: Companion
+    library: str
+    path: Path
+
+
+def read(checkpoint: str, expected: str = "auto", ema: bool = False) -> Source:
+    """`checkpoint`: a file, a folder of timm or Hugging Face, a URL or a published name. `expected`: whose names it has,
+    "ours", "timm", "huggingface" or "auto". `ema`: the moving average of the weights instead of the last ones.
+
+    UserError: as model_zoo.fetch; names of another library; no moving average; another kind of model.
+    """
+    path, config, preprocessor = locate(checkpoint)
+    content = checkpointing.read(path)
+    if ema and not isinstance(content.get("model_ema"), dict):
+        raise UserError(
+            f"--ema: {checkpoint} holds no moving average of the weights; run_class_finetuning keeps one with --model_ema"
+        )
+    found = content["model_ema" if ema else "model"]
+    huggingface = weight_formats.is_huggingface(found)
+    library = "huggingface" if huggingface else "timm" if "architecture" in config else "ours"
+    if expected != "auto" and huggingface != (expected == "huggingface"):
+        names = "Hugging Face's" if huggingface else "ours, which are timm's too"
+        raise UserError(f"--from {expected}: the names in {checkpoint} are {names}; --from auto sees by itself")
+    published = model_zoo.ENTRIES.get(path.stem)
+    flags = content.get("args") or {}
+    classes = (content.get("stage") or {}).get("classes")
+    if published is not None:  # v2 was trained with ImageNet's mean and std, v1 with 0.5 (docs/recipes.md)
+        flags = {"imagenet_default_mean_and_std": path.stem.startswith("beitv2"), **flags}
+        classes = synsets() if published.classes == 1000 else None
+    companion = Companion(None, None, None, None)
+    try:
+        if library == "huggingface" and config:
+            companion = weight_formats.read_huggingface_config(config, preprocessor)
+        elif library == "timm":
+            companion = weight_formats.read_timm_config(config)
+        weights = modeling_finetune.our_names(found)
+    except UserError as error:
+        raise UserError(f"--checkpoint {checkpoint}: {error}") from None
+    return Source(weights, flags, folder_names(companion.classes) or classes, companion, library, path)
+
+
+def locate(source: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The weight file, and the config.json and preprocessor_config.json that belong to it ({} where there is none)."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+        if not present:
+            raise UserError(f"--checkpoint {source}: a folder without {' or '.join(WEIGHT_FILES)}; name the weight file itself")
+        path = present[0]
+    else:
+        path = model_zoo.fetch(source)
+    if path.name not in WEIGHT_FILES:
+        config = read_json(path.with_suffix(".json"))  # as export_checkpoint puts it beside a file for timm
+        return path, (config if "architecture" in config else {}), {}
+    return path, read_json(path.with_name("config.json")), read_json(path.with_name("preprocessor_config.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): mend it, or take it away") from None
+    return content if isinstance(content, dict) else {}
+
+
+def folder_names(names: list[str] | None) -> list[str] | None:
+    """Class names of another library as those of the folders that our data sets take them from: ImageNet's are WordNet ids."""
+    if names is None or len(names) != len(synsets()):
+        return names
+    same = sum(name.split(",")[0] == in_words(synset) for name, synset in zip(names, synsets(), strict=True))
+    return synsets() if same > 0.9 * len(names) else names  # lists of them differ in a few words
+
+
+def save(path: Path, weights: dict[str, Tensor], flags: dict[str, Any] | None = None, classes: list[str] | None = None) -> None:
+    """Weights to a .safetensors or .pth file, atomically.
+
+    Flags and the names of the classes lie beside the weights in a .pth, as text in the head of a .safetensors.
+    """
+    stage = {"stage": {"classes": classes}} if classes else {}
+    extra: dict[str, Any] = {} if flags is None else {"args": flags, **stage}
+    tensors = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
+    part = path.with_name(f".{path.name}.{os.getpid()}{checkpointing.PART}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix != ".safetensors":
+            checkpointing.write({"model": tensors, **extra} if extra else tensors, path)
+            return
+        part.touch()
+        mode = part.stat().st_mode
+        safetensors.torch.save_file(tensors, part, {"format": "pt", **{key: json.dumps(value) for key, value in extra.items()}})
+        part.chmod(mode)  # safetensors makes files that only their owner can read
+        os.replace(part, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UserError(f"--output {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
