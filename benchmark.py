@@ -19,15 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.functional import cross_entropy
 
 import arguments
 import distributed
@@ -35,31 +31,26 @@ import engine
 import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
+from benchmark_images import CLASSES, PHOTO, masks, photos, pretraining_view, random_batch, random_masks
 from benchmark_peers import Settings, Transformers, Worker, timm_model
 from benchmark_plain import PlainClassifier, PlainPretraining, PlainQuantizer, PlainViews, PlainVQKD, read_plainly
-from benchmark_turns import PHASES, Clock, Contender, Contest, Local, Mark, Row, bytes_of, hold, matmul_speed
+from benchmark_steps import ADAMW, CLIP_GRAD, MarkedTokens, Ours, classification_loss, enliven, inference, textbook
+from benchmark_turns import PHASES, Clock, Contender, Contest, Local, Mark, bytes_of, hold, matmul_speed, table
 from datasets import ImageFiles
 from distributed import log
 from engine_for_finetuning import FinetuningStage
 from engine_for_pretraining import PretrainingStage
 from engine_for_vqkd import TokenizerStage
 from errors import UserError, tells_the_user
-from masking_generator import MaskingGenerator, scaled_mask_count, scaled_min_block
 from norm_ema_quantizer import NormEMAVectorQuantizer
-from optim_factory import create_optimizer, get_parameter_groups
-from pretraining_targets import Tokens
-from run_state import Run, Stage, TrainState
+from run_state import Run
 from samplers import ResumableSampler, build_loader, close
-from transforms import HALF_MEAN, HALF_STD, PretrainingViews, TokenizerViews, finetuning_view
+from transforms import HALF_MEAN, HALF_STD, TokenizerViews, finetuning_view
 from utils import seed_all, seeded
 from vit_backbone import SIZES
 from vqkd_teachers import build_teacher
 
-ADAMW = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-8}
-CLIP_GRAD = 3.0
 CLOSE = 1e-4  # losses in fp32, relative to a loss above 1
-CLASSES = 1000
-PHOTO = (500, 375)  # ImageNet's usual size
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -80,100 +71,6 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Ours(Stage):
-    """The training loop's own step on a stage of ours, which says where its phases end."""
-
-    def __init__(self, stage: Stage, model: nn.Module, run: Run) -> None:
-        self.stage, self.run = stage, run
-        self.mark: Mark = lambda phase: None
-        flags = argparse.Namespace(
-            opt="adamw", lr=ADAMW["lr"], opt_betas=ADAMW["betas"], opt_eps=ADAMW["eps"], weight_decay=0.05
-        )
-        runner = torch.compile(model) if run.args.compile else model
-        scaler = torch.amp.GradScaler(run.device.type, enabled=False)
-        self.state = TrainState(model, runner, create_optimizer(flags, model), scaler)  # type: ignore[arg-type]
-        model.train()
-
-    def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        result = self.stage.step(model, batch)
-        self.mark("forward")
-        return result
-
-    def gradients(self, batch: dict[str, Any]) -> Tensor:
-        return engine.accumulate_gradients(self.state, self, [batch], self.run)["loss"]
-
-    def __call__(self, batch: dict[str, Any], mark: Mark) -> Tensor:
-        self.mark = mark
-        loss = self.gradients(batch)
-        mark("backward")
-        engine.take_step(self.state, CLIP_GRAD)
-        mark("optimizer")
-        return loss
-
-    def flops(self, batch: dict[str, Any]) -> int:
-        """Of all matrix products and convolutions in forward, backward and the frozen networks; the step is not taken."""
-        eager, self.state.runner = self.state.runner, self.state.model
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention would not be counted
-            self.gradients(batch)
-        self.state.runner = eager
-        self.state.optimizer.zero_grad()
-        return counter.get_total_flops()
-
-
-def textbook(
-    model: nn.Module,
-    run: Run,
-    loss_of: Callable[[dict[str, Any], Mark], Tensor],
-    name: str = "plain",
-    fused: bool = False,
-    beside: nn.Module | None = None,
-) -> Local:
-    """A training step as everybody writes it, with AdamW in torch's default form or, as ours, fused.
-
-    `beside`: a frozen network, for the count of memory.
-    """
-    model.train()
-    optimizer = torch.optim.AdamW(get_parameter_groups(model, 0.05), fused=fused or None, **ADAMW)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def work(batch: dict[str, Any], mark: Mark) -> Tensor:
-        with run.precision.autocast():
-            loss = loss_of(batch, mark)
-        mark("forward")
-        loss.backward()
-        mark("backward")
-        nn.utils.clip_grad_norm_(parameters, CLIP_GRAD)
-        optimizer.step()
-        optimizer.zero_grad()
-        mark("optimizer")
-        return loss.detach()
-
-    frozen = [] if beside is None else [beside]
-    return Local(name, work, run.device, lambda: bytes_of(model, *frozen, optimizer=optimizer))
-
-
-def inference(name: str, model: nn.Module, run: Run) -> Local:
-    @torch.no_grad()
-    def work(batch: dict[str, Any], mark: Mark) -> Tensor:
-        model.eval()
-        with run.precision.autocast():
-            loss = F.cross_entropy(model(batch["image"]).float(), batch["label"])
-        mark("forward")
-        return loss
-
-    return Local(name, work, run.device, lambda: bytes_of(model))
-
-
-def enliven(model: nn.Module) -> None:
-    """Small random values where initialisation leaves zeros (biases, tables): a mistake in what they do must show."""
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-
-
 def tolerance(run: Run) -> float | None:
     return None if run.precision.dtype else CLOSE
 
@@ -185,18 +82,6 @@ def variant(table: dict[str, Any], size: str, ending: str = "") -> str:
 
 
 # ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class MarkedTokens(Tokens):
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.ours: Ours | None = None
-
-    def of(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
-        codes = super().of(batch, masked_only)
-        if self.ours is not None:
-            self.ours.mark("tokenizer")
-        return codes
 
 
 def pretraining(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
@@ -213,7 +98,7 @@ def pretraining(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     view = pretraining_view(size)
     stage = PretrainingStage(target, run.device, run.precision, ImageFiles([], view), (HALF_MEAN, HALF_STD))
     target.ours = ours = Ours(stage, model, run)
-    batch = random_batch(args, run, size) | {"mask": random_masks(args, size // 16)}
+    batch = random_batch(args.batch_size, size, run.device) | {"mask": random_masks(args.batch_size, size // 16, args.seed)}
     flops = ours.flops(batch)
 
     plain, plain_tokenizer = PlainPretraining(model), PlainVQKD(tokenizer)
@@ -223,7 +108,7 @@ def pretraining(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
         with torch.no_grad():
             codes = plain_tokenizer.codes_of(batch["tokenizer_image"])[masked]
         mark("tokenizer")
-        return torch.stack([F.cross_entropy(logits.float(), codes) for logits in plain(batch["image"], masked)]).sum()
+        return torch.stack([cross_entropy(logits.float(), codes) for logits in plain(batch["image"], masked)]).sum()
 
     keeps = functools.partial(bytes_of, model, tokenizer, optimizer=ours.state.optimizer)
     contenders = [Local("ours", ours, run.device, keeps), textbook(plain, run, loss_of, beside=plain_tokenizer)]
@@ -236,9 +121,9 @@ def vqkd(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     size = modeling_vqkd.image_size(name)
     teacher = build_teacher(args.teacher, None if args.teacher == "hog" else "random", grid=size // 16)
     model = modeling_vqkd.create_model(name, teacher=teacher, quantize_kmeans_init=False).to(run.device)
-    batch = random_batch(args, run, size)
+    batch = random_batch(args.batch_size, size, run.device)
     batch["image"] = batch["tokenizer_image"]
-    plain, keeps_teacher = PlainVQKD(model), model.teacher
+    plain = PlainVQKD(model)
     stage = TokenizerStage(model, run.device, run.precision, ImageFiles([], view := TokenizerViews(size, 0.2, 0.0, "bicubic")))
     ours = Ours(stage, model, run)
     flops = Ours(TokenizerStage(probe := copy.deepcopy(model), run.device, run.precision, stage.dataset), probe, run).flops(
@@ -252,9 +137,9 @@ def vqkd(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
         ours.mark("tokenizer")
         return features
 
-    teacher.targets = marked
-    keeps = functools.partial(bytes_of, model, keeps_teacher, optimizer=ours.state.optimizer)
-    textbook_way = textbook(plain, run, lambda batch, mark: plain(batch["image"], mark), beside=keeps_teacher)
+    teacher.targets = marked  # type: ignore[method-assign,assignment]
+    keeps = functools.partial(bytes_of, model, teacher, optimizer=ours.state.optimizer)
+    textbook_way = textbook(plain, run, lambda batch, mark: plain(batch["image"], mark), beside=teacher)
     contenders = [Local("ours", ours, run.device, keeps), textbook_way]
     yield Contest(f"vqkd {name}, teacher {args.teacher}", contenders, batch, args.batch_size, tolerance(run), flops, view=view)
 
@@ -266,7 +151,7 @@ def finetuning(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     model = modeling_finetune.create_model(name, num_classes=CLASSES, **bias).to(run.device)
     enliven(model)
     size = model.patch_embed.img_size[0]
-    batch = random_batch(args, run, size)
+    batch = random_batch(args.batch_size, size, run.device)
     settings = Settings(run.device, "bf16" if run.precision.dtype else "fp32", ADAMW, CLIP_GRAD)
     plain, theirs = PlainClassifier(model), timm_model(model).to(run.device)
     ours = Ours(FinetuningStage(run.device, run.precision), model, run)
@@ -292,10 +177,6 @@ def finetuning(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     finally:
         if worker:
             worker.close()
-
-
-def classification_loss(model: nn.Module) -> Callable[[dict[str, Any], Mark], Tensor]:
-    return lambda batch, mark: F.cross_entropy(model(batch["image"]).float(), batch["label"])
 
 
 def quantizer(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
@@ -354,43 +235,6 @@ def data(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
 STAGES = {"pretrain": pretraining, "vqkd": vqkd, "finetune": finetuning, "quantizer": quantizer, "data": data}
 
 
-# ── Images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def masks(grid: int) -> MaskingGenerator:
-    return MaskingGenerator(grid, scaled_mask_count(grid), scaled_min_block(grid))
-
-
-def random_masks(args: argparse.Namespace, grid: int) -> Tensor:
-    """(B, N) bool, on the host as in training."""
-    generator = masks(grid)
-    with seeded(args.seed, "masks"):
-        return torch.stack([torch.from_numpy(generator()).flatten().bool() for _ in range(args.batch_size)])
-
-
-def pretraining_view(size: int) -> PretrainingViews:
-    return PretrainingViews(size, size, 0.2, 0.4, "bicubic", "bicubic", HALF_MEAN, HALF_STD, masks(size // 16))
-
-
-def random_batch(args: argparse.Namespace, run: Run, size: int) -> dict[str, Any]:
-    pixels = torch.rand(args.batch_size, 3, size, size).to(run.device)
-    labels = torch.randint(CLASSES, (args.batch_size,)).to(run.device)
-    return {"image": (pixels - 0.5) / 0.5, "tokenizer_image": pixels, "label": labels, "failed": []}
-
-
-def photos(folder: Path, count: int) -> list[str]:
-    """JPEG files about as large as ImageNet's (100 kB): coarse shapes with fine noise."""
-    width, height = PHOTO
-    paths = []
-    for index in range(count):
-        rng = np.random.RandomState(index)
-        coarse = Image.fromarray(rng.randint(0, 256, (24, 32, 3), dtype=np.uint8)).resize(PHOTO, Image.Resampling.BICUBIC)
-        pixels = np.asarray(coarse) + rng.randn(height, width, 3) * 12
-        paths.append(str(folder / f"{index}.jpg"))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
-    return paths
-
-
 def through_loader(contest: Contest, args: argparse.Namespace, run: Run) -> dict[str, float]:
     """Our step fed by files and the training's own loader, medians by phase: what turns cannot show is the wait for data,
     because workers would read on while the others take theirs."""
@@ -423,8 +267,9 @@ def machine(run: Run, side: int) -> tuple[dict[str, Any], float]:
     cuda = run.device.type == "cuda"
     facts = {
         "device": torch.cuda.get_device_name(run.device) if cuda else f"{processor()}, {torch.get_num_threads()} threads",
-        "precision": str(run.precision), "matmul_tflops": speed / 1e12, "matmul_side": side, "python": platform.python_version(),
-        "torch": torch.__version__, "timm": timm.__version__, "torchvision": torchvision.__version__,
+        "precision": str(run.precision), "matmul_tflops": speed / 1e12, "matmul_side": side,
+        "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
+        "torchvision": torchvision.__version__,
     }  # fmt: skip
     return facts, speed
 
@@ -434,19 +279,6 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return platform.processor()
-
-
-def table(rows: Sequence[Row]) -> list[str]:
-    """Times in ms; `x ours`: time divided by ours in the same round, median (min-max); peak in MiB."""
-    lines = [f"{'':14}{'images/s':>9}{'ms':>9}" + "".join(f"{phase:>10}" for phase in PHASES) + f"{'of matmul':>10}{'peak':>8}"]
-    lines[0] += f"{'x ours':>19}{'peak x ours':>13}"
-    for row in rows:
-        share = "" if row.utilisation is None else f"{row.utilisation:.0%}"
-        phases = "".join(f"{row.ms[phase]:10.1f}" for phase in PHASES)
-        ratio = f"{row.ratio:.2f} ({row.ratio_min:.2f}-{row.ratio_max:.2f})"
-        times = f"{row.name:14}{row.images_per_s:9.1f}{row.ms['step']:9.1f}{phases}{share:>10}"
-        lines.append(f"{times}{row.peak_bytes / 2**20:8.0f}{ratio:>19}{row.peak_ratio:13.2f}")
-    return lines
 
 
 def measure(contest: Contest, args: argparse.Namespace, run: Run, matmul: float) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from modeling_finetune import VisionTransformer
-from modeling_pretrain import VisionTransformerForMaskedImageModelingCLS
 from modeling_vqkd import VQKD
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from vit_backbone import Attention, Block, Trunk
@@ -67,8 +66,8 @@ def embedded(trunk: Trunk, x: Tensor, mask: Tensor | None = None) -> Tensor:
     return tokens if trunk.pos_embed is None else tokens + trunk.pos_embed
 
 
-def encoded(model: VisionTransformer, x: Tensor) -> Tensor:
-    """Images -> all tokens after the last block, (B, T, C)"""
+def encoded(model: Any, x: Tensor) -> Tensor:
+    """Images, a VisionTransformer -> all tokens after its last block, (B, T, C)"""
     tokens = embedded(model, x)
     shared = None if model.rel_pos_bias is None else gathered(model.rel_pos_bias)
     for layer in model.blocks:
@@ -81,7 +80,7 @@ class PlainClassifier(nn.Module):
 
     def __init__(self, model: VisionTransformer) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model)
+        self.model: Any = copy.deepcopy(model)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images -> logits (B, classes)"""
@@ -89,11 +88,11 @@ class PlainClassifier(nn.Module):
 
 
 class PlainPretraining(nn.Module):
-    """A copy of our model with the CLS head."""
+    """A copy of our VisionTransformerForMaskedImageModelingCLS."""
 
-    def __init__(self, model: VisionTransformerForMaskedImageModelingCLS) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model)
+        self.model: Any = copy.deepcopy(model)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Images, mask (B, N) -> logits of the masked patches (M, K) by the main and by the CLS branch"""
@@ -159,12 +158,12 @@ class PlainVQKD(nn.Module):
         teacher = model.__dict__.pop("teacher")
         try:
             model.__dict__["teacher"] = None
-            self.model = copy.deepcopy(model)
+            self.model: Any = copy.deepcopy(model)
         finally:
             model.__dict__["teacher"] = teacher
         self.quantize = PlainQuantizer(model.quantize)
         del self.model.quantize
-        self.targets_of = None if teacher is None else teacher.targets
+        self.targets_of: Any = None if teacher is None else teacher.targets
 
     def code_vectors(self, x: Tensor) -> Tensor:
         """Images in [0, 1] -> (B, N, d), not normalised"""

@@ -36,13 +36,15 @@ class Peer:
     """The model with its optimizer, and the batch; both come in files."""
 
     def __init__(self, order: dict[str, Any]) -> None:
-        from transformers import BeitConfig
+        import transformers
 
         torch.set_num_threads(order["threads"])
         self.device = torch.device(order["device"])
         self.dtype = {"bf16": torch.bfloat16, "fp32": None}[order["amp_dtype"]]
         settings = {key: value for key, value in order["config"].items() if key not in ("architectures", "torch_dtype")}
-        self.model = loaded(BeitConfig(**settings), torch.load(order["weights"], weights_only=True)).to(self.device)
+        self.model = loaded(transformers.BeitConfig(**settings), torch.load(order["weights"], weights_only=True)).to(
+            self.device
+        )
         batch = torch.load(order["batch"], weights_only=True)
         self.images, self.labels = (batch[name].to(self.device) for name in ("image", "label"))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **order["optimizer"])
@@ -85,13 +87,14 @@ class Peer:
 
 def loaded(config: Any, weights: dict[str, Tensor]) -> Any:
     """The classifier with these weights under the hub's names; transformers' own loader knows its modules' names."""
+    import transformers
     from safetensors.torch import save_file
-    from transformers import BeitForImageClassification
 
+    architecture: Any = transformers.BeitForImageClassification
     with tempfile.TemporaryDirectory() as folder:
         save_file({key: value.contiguous() for key, value in weights.items()}, f"{folder}/model.safetensors", {"format": "pt"})
         config.save_pretrained(folder)
-        model, info = BeitForImageClassification.from_pretrained(folder, output_loading_info=True)
+        model, info = architecture.from_pretrained(folder, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"]:
         raise RuntimeError(f"transformers did not take these weights: {info}")
     return model
