@@ -16,6 +16,7 @@ from torch import Tensor
 
 import distributed
 import visualization
+from norm_ema_quantizer import first_maximum
 from vit_backbone import at_mask
 
 
@@ -80,7 +81,7 @@ class Tokens(Target):
         return F.cross_entropy(prediction.float(), target)
 
     def answer(self, prediction: Tensor) -> Tensor:
-        return prediction.argmax(dim=1)
+        return first_maximum(prediction)
 
     def right(self, prediction: Tensor, target: Tensor) -> Tensor:
         return (self.answer(prediction) == target).float()
