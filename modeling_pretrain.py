@@ -176,7 +176,9 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
         asked = (hidden, return_all_tokens, return_patch_tokens)
         return self.predict(last, *asked, self.norm, self.lm_head), self.predict(bridged, *asked, cls_norm, cls_head)
 
-    def encode_both(self, x: Tensor, masked: Tensor | None, picked: Picked | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def encode_both(
+        self, x: Tensor, masked: Tensor | None, picked: Picked | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens after the last block, (B, T, C) or those picked (B, R, C), CLS first; patch tokens after block
         `early_layers` (B, N, C); and the shared bias."""
         tokens, bias = self.embed(x, masked), self.shared_bias()
