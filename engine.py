@@ -11,7 +11,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -137,7 +137,7 @@ def train_one_epoch(
         micro_batches = reporter.waiting_for(batches, args.update_freq)
         for batch in micro_batches:
             bad_files.add(batch["failed"], found_image="image" in batch)
-        logs = accumulate_gradients(state, stage, micro_batches, run, data)
+        logs = accumulate_gradients(state, stage, micro_batches, run, data.finish)
         norm = take_step(state, args.clip_grad)
         watch.add(logs["loss"], norm, micro_batches)
         state.means.add(logs | {"grad_norm": norm})
@@ -170,9 +170,16 @@ def current_lr(state: TrainState) -> float:
 
 
 def accumulate_gradients(
-    state: TrainState, stage: Stage, micro_batches: list[dict[str, Any]], run: Run, data: TrainingData
+    state: TrainState,
+    stage: Stage,
+    micro_batches: list[dict[str, Any]],
+    run: Run,
+    finish: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> dict[str, Tensor]:
-    """Forward and backward of each micro-batch; the ranks exchange gradients at the last one. Means of the logs."""
+    """Forward and backward of each micro-batch; the ranks exchange gradients at the last one. Means of the logs.
+
+    `finish`: what is left to do to a batch on the device before the network takes it (uint8 to floats).
+    """
     # What a step draws (drop path, mixup) depends on the run's seed, the step and the rank alone: a resumed run draws the same.
     seed_all(derive_seed(run.args.seed, "step", state.step, run.launch.rank), run.device)
     logs: dict[str, Tensor] = {}
@@ -180,7 +187,7 @@ def accumulate_gradients(
         last = index + 1 == len(micro_batches)
         ddp = isinstance(state.runner, DistributedDataParallel)
         quiet = cast(Any, state.runner).no_sync() if ddp and not last else contextlib.nullcontext()
-        batch = data.finish(to_device(batch, run.device))
+        batch = finish(to_device(batch, run.device))
         with quiet:
             with run.precision.autocast():
                 loss, parts = stage.step(state.runner, batch)

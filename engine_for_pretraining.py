@@ -54,9 +54,7 @@ class PretrainingStage(Stage):
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the branches' losses over the predicted patches (BEiT v2, section 3.2)."""
         masked = self.masked_patches(batch["mask"])
-        target = self.target.of(batch)
-        if not self.predict_all:
-            target = target.index_select(0, masked)
+        target = self.target.of(batch, masked_only=not self.predict_all)
         branches = self.predictions(model, batch)
         losses = [self.target.loss(prediction, target) for prediction in branches]
         logs: dict[str, Tensor] = {}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import model_zoo
 import weight_files
 from errors import UserError
+from vit_backbone import at_mask
 
 PATCH_SIZE = 8  # pixels per token: three poolings; 112 x 112 pixels give BEiT's 14 x 14 grid
 GROUPS = 4
@@ -111,11 +112,15 @@ class DallEEncoder(nn.Module):
             return output(x.float())
 
     @torch.no_grad()
-    def get_codebook_indices(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> token of every 8 x 8 pixels, row by row (B, N) int64."""
+    def get_codebook_indices(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> token of every 8 x 8 pixels, row by row (B, N) int64.
+
+        With a mask (B, N): those of its M patches alone, (M,).
+        """
         if not x.is_floating_point():
             raise ValueError(f"images must be floating-point numbers in [0, 1], not {x.dtype}")
-        return self(map_pixels(x.float())).argmax(dim=1).flatten(1)  # B K h w -> B N
+        codes = self(map_pixels(x.float())).argmax(dim=1).flatten(1)  # B K h w -> B N
+        return codes if bool_masked_pos is None else at_mask(codes.flatten(), bool_masked_pos)
 
 
 # ----------------------------------------------------------------------------------------------------- reading its file

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from errors import UserError, pick
 from utils import grid_of
-from vit_backbone import SIZES, Block, LayerNorm, Trunk, as_pair, init_linear_and_norm, rescale_outputs
+from vit_backbone import SIZES, Block, LayerNorm, Picked, Trunk, as_pair, init_linear_and_norm, rescale_outputs
 from weight_formats import SHARED_TABLE, to_our_names
 
 __all__ = ["MODELS", "Block", "VisionTransformer", "create_model", "remap_pretrained", "resize_rel_pos_bias_table"]
@@ -66,12 +66,23 @@ class VisionTransformer(Trunk):
             self.head.weight.data.mul_(init_scale)
             self.head.bias.data.mul_(init_scale)
 
-    def forward_features(self, x: Tensor, return_patch_tokens: bool = False, return_all_tokens: bool = False) -> Tensor:
-        """Pooled features (B, C); or the normalised patch tokens (B, N, C); or all tokens (B, T, C)."""
+    def forward_features(
+        self,
+        x: Tensor,
+        return_patch_tokens: bool = False,
+        return_all_tokens: bool = False,
+        picked: Picked | None = None,
+    ) -> Tensor:
+        """Pooled features (B, C); or the normalised patch tokens (B, N, C); or all tokens (B, T, C).
+
+        `picked`: only those of all tokens, (B, R, C); the last block computes no others.
+        """
         tokens, bias = self.embed(x), self.shared_bias()
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             tokens = block(tokens, bias)
-        tokens = self.norm(tokens)
+        tokens = self.norm(self.blocks[-1](tokens, bias, picked))
+        if picked is not None:
+            return tokens if self.fc_norm is None else self.fc_norm(tokens)
         if return_all_tokens or return_patch_tokens:
             kept = tokens if return_all_tokens else tokens[:, 1:]
             return kept if self.fc_norm is None else self.fc_norm(kept)

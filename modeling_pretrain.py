@@ -6,7 +6,7 @@ Shapes: B batch, N patches, T = 1 + N tokens with CLS in front, C width, K codes
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,33 @@ from errors import UserError, pick
 from vit_backbone import (
     SIZES,
     LayerNorm,
+    Picked,
     Trunk,
     drop_path_ramp,
     init_linear_and_norm,
+    pick_masked,
     rescale_outputs,
     truncated_normal_,
 )
+
+
+class MaskedPatches(NamedTuple):
+    """The masked patches, M of the batch, and the tokens that the last blocks must compute for their sake.
+
+    Only masked patches reach the heads, so the last block of each branch computes no other token (`alone`), but for CLS
+    where it is read too (`with_cls`). Both are None where the images have different numbers of masked patches.
+    """
+
+    positions: Tensor  # (M,) int64 among the B * T tokens
+    alone: Picked | None
+    with_cls: Picked | None
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """The masked patches (M, C) of all tokens (B, T, C), or of the picked ones, which end with the masked patches."""
+        per_image = len(self.positions) // len(tokens)
+        if tokens.shape[1] > per_image + 1:
+            return tokens.flatten(0, 1).index_select(0, self.positions)
+        return tokens[:, -per_image:].flatten(0, 1)
 
 
 class VisionTransformerForMaskedImageModeling(Trunk):
@@ -81,35 +102,38 @@ class VisionTransformerForMaskedImageModeling(Trunk):
         (B, N, K); with return_patch_tokens the normalised patch tokens (B, N, C).
         A mask on the CPU beside images on a GPU spares a synchronisation: the positions are listed on the host.
         """
-        masked, positions = self.place_mask(x, bool_masked_pos)
-        tokens = self.encode(x, masked)
-        return self.predict(tokens, positions, return_all_tokens, return_patch_tokens, self.norm, self.lm_head)
+        masked, hidden = self.place_mask(x, bool_masked_pos)
+        every_patch = return_all_tokens or return_patch_tokens
+        tokens = self.encode(x, masked, None if every_patch else hidden.alone)
+        return self.predict(tokens, hidden, return_all_tokens, return_patch_tokens, self.norm, self.lm_head)
 
-    def place_mask(self, x: Tensor, bool_masked_pos: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """The mask on the images' device, and the masked positions in the tokens flattened to (B * T): (M,) int64."""
+    def place_mask(self, x: Tensor, bool_masked_pos: Tensor | None) -> tuple[Tensor | None, MaskedPatches]:
+        """The mask on the images' device, and where in the tokens the masked patches are."""
         if bool_masked_pos is None:
-            return None, torch.zeros(0, dtype=torch.int64, device=x.device)
+            return None, MaskedPatches(torch.zeros(0, dtype=torch.int64, device=x.device), None, None)
         mask = bool_masked_pos.flatten(1).to(torch.bool)
         patches = mask.flatten().nonzero().squeeze(1)  # in (B * N)
         positions = patches + patches // mask.shape[1] + 1  # one CLS token before each image's patches
-        return mask.to(x.device, non_blocking=True), positions.to(x.device, non_blocking=True)
+        alone, with_cls = (pick_masked(mask, x.device, with_cls) for with_cls in (False, True))
+        hidden = MaskedPatches(positions.to(x.device, non_blocking=True), alone, with_cls)
+        return mask.to(x.device, non_blocking=True), hidden
 
-    def encode(self, x: Tensor, masked: Tensor | None) -> Tensor:
-        """Images -> tokens after the last block, (B, T, C)."""
+    def encode(self, x: Tensor, masked: Tensor | None, picked: Picked | None = None) -> Tensor:
+        """Images -> tokens after the last block, (B, T, C) or only the picked ones (B, R, C)."""
         tokens, bias = self.embed(x, masked), self.shared_bias()
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             tokens = block(tokens, bias)
-        return tokens
+        return self.blocks[-1](tokens, bias, picked)
 
     def predict(
-        self, tokens: Tensor, positions: Tensor, all_tokens: bool, patch_tokens: bool, norm: nn.Module, head: nn.Module
+        self, tokens: Tensor, hidden: MaskedPatches, all_tokens: bool, patch_tokens: bool, norm: nn.Module, head: nn.Module
     ) -> Tensor:
         """Only what is asked for passes the norm and the large head."""
         if patch_tokens:
             return norm(tokens[:, 1:])
         if all_tokens:
             return head(norm(tokens[:, 1:]))
-        return head(norm(tokens.flatten(0, 1).index_select(0, positions)))
+        return head(norm(hidden.of(tokens)))
 
 
 class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImageModeling):
@@ -144,29 +168,34 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
         return_all_tokens: bool = False,
         return_patch_tokens: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        masked, positions = self.place_mask(x, bool_masked_pos)
-        last, early, bias = self.encode_both(x, masked)
-        bridged = self.aggregate_into_cls(last, early, bias)
+        masked, hidden = self.place_mask(x, bool_masked_pos)
+        every_patch = return_all_tokens or return_patch_tokens
+        last, early, bias = self.encode_both(x, masked, None if every_patch else hidden.with_cls)
+        bridged = self.aggregate_into_cls(last, early, bias, None if every_patch else hidden.alone)
         cls_norm, cls_head = (self.norm, self.lm_head) if self.shared_lm_head else (self.cls_pt_norm, self.cls_pt_lm_head)
-        asked = (positions, return_all_tokens, return_patch_tokens)
+        asked = (hidden, return_all_tokens, return_patch_tokens)
         return self.predict(last, *asked, self.norm, self.lm_head), self.predict(bridged, *asked, cls_norm, cls_head)
 
-    def encode_both(self, x: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens after the last block (B, T, C), patch tokens after block `early_layers` (B, N, C), and the shared bias."""
+    def encode_both(
+        self, x: Tensor, masked: Tensor | None, picked: Picked | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens after the last block, (B, T, C) or those picked (B, R, C), CLS first; patch tokens after block
+        `early_layers` (B, N, C); and the shared bias."""
         tokens, bias = self.embed(x, masked), self.shared_bias()
-        early = tokens
+        early, depth = tokens, len(self.blocks)
         for layer, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, bias)
+            last_alone = layer == depth and layer > self.early_layers
+            tokens = block(tokens, bias, picked if last_alone else None)
             if layer == self.early_layers:
-                early = tokens[:, 1:]
-        return tokens, early, bias
+                early = tokens
+        return tokens, early[:, 1:], bias
 
-    def aggregate_into_cls(self, last: Tensor, early: Tensor, bias: Tensor | None) -> Tensor:
-        """The last CLS token (before any norm) joins the early patch tokens for the head layers: (B, T, C)."""
+    def aggregate_into_cls(self, last: Tensor, early: Tensor, bias: Tensor | None, picked: Picked | None = None) -> Tensor:
+        """[last CLS; early patches] through the head's layers: (B, T, C), or only the picked tokens (B, R, C)."""
         bridged = torch.cat((last[:, :1], early), dim=1)
-        for block in self.cls_pt_layers:
+        for block in self.cls_pt_layers[:-1]:
             bridged = block(bridged, bias)
-        return bridged
+        return self.cls_pt_layers[-1](bridged, bias, picked)
 
 
 # ── Variants: name -> (row of SIZES, patch size, image size); `_cls_pt` adds the CLS head ────────────────────────────

@@ -21,7 +21,7 @@ from modeling_finetune import VisionTransformer
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils import grid_of
-from vit_backbone import SIZES, init_linear_and_norm
+from vit_backbone import SIZES, Picked, at_mask, init_linear_and_norm, pick_masked
 from vqkd_teachers import TEACHER_DIMS
 
 INPUT_MEAN_STD = {
@@ -85,9 +85,12 @@ class VQKD(nn.Module):
         """Images (B, 3, height, width) in [0, 1] -> what the encoder sees."""
         return (x - self.input_mean) / self.input_std
 
-    def features(self, x: Tensor) -> Tensor:
-        """Pre-processed images -> code vectors before normalisation (B, N, D), fp32 also under autocast."""
-        tokens = self.encoder.forward_features(x, return_patch_tokens=True)
+    def features(self, x: Tensor, picked: Picked | None = None) -> Tensor:
+        """Pre-processed images -> code vectors before normalisation (B, N, D), fp32 also under autocast.
+
+        `picked`: of these patches alone, (B, R, D).
+        """
+        tokens = self.encoder.forward_features(x, return_patch_tokens=True, picked=picked)
         with torch.autocast(x.device.type, enabled=False):
             return self.encode_task_layer(tokens.float())
 
@@ -99,10 +102,17 @@ class VQKD(nn.Module):
         return z_q, indices, loss
 
     @torch.no_grad()
-    def get_codebook_indices(self, x: Tensor) -> Tensor:
-        """Images (B, 3, height, width) in [0, 1] -> code of every patch (B, N) int64. Writes no state."""
-        features = F.normalize(self.features(self.pre_process(x)), dim=-1)
-        return self.quantize.nearest(features.flatten(0, 1)).view(len(x), -1)
+    def get_codebook_indices(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
+        """Images (B, 3, height, width) in [0, 1] -> code of every patch (B, N) int64. Writes no state.
+
+        With a mask (B, N), best on the host: the codes of its M patches alone, (M,), in row-major order.
+        """
+        picked = None if bool_masked_pos is None else pick_masked(bool_masked_pos, x.device, with_cls=False)
+        features = F.normalize(self.features(self.pre_process(x), picked), dim=-1)
+        codes = self.quantize.nearest(features.flatten(0, 1))
+        if picked is not None:
+            return codes
+        return codes.view(len(x), -1) if bool_masked_pos is None else at_mask(codes, bool_masked_pos)
 
     # ── decoding and distillation ────────────────────────────────────────────────────────────────────────────────────
 

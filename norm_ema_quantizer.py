@@ -15,6 +15,8 @@ import distributed
 
 FEATURES_PER_CODE = 16  # k-means after a warm-up waits until this many features per code are at hand
 ROWS_PER_CHUNK = 32768  # similarities are taken for so many features at once: 32768 x 8192 in fp32 is 1 GiB
+ROWS_IN_CACHE = 256  # and on a CPU for so few that they stay in its cache: 256 x 8192 is 8 MiB
+CODES_PER_BLOCK = 128
 
 
 def unit(x: Tensor) -> Tensor:
@@ -174,7 +176,20 @@ def perplexity(counts: Tensor) -> float:
 
 def most_similar(features: Tensor, codes: Tensor) -> Tensor:
     """Unit features (M, D), unit codes (K, D) -> index of the most similar code (M,), in chunks of bounded memory."""
-    return torch.cat([(part @ codes.t()).argmax(dim=1) for part in features.split(ROWS_PER_CHUNK)])
+    rows = ROWS_IN_CACHE if features.device.type == "cpu" else ROWS_PER_CHUNK
+    return torch.cat([first_maximum(part @ codes.t()) for part in features.split(rows)])
+
+
+def first_maximum(similarity: Tensor) -> Tensor:
+    """argmax of each row of (M, K): (M,).
+
+    On a CPU torch's maximum is vectorised and its argmax is not: so first which block of codes, then which code in it.
+    """
+    if similarity.device.type != "cpu" or similarity.shape[1] % CODES_PER_BLOCK:
+        return similarity.argmax(dim=1)
+    blocks = similarity.unflatten(1, (-1, CODES_PER_BLOCK))
+    block = blocks.amax(dim=2).argmax(dim=1)
+    return block * CODES_PER_BLOCK + blocks[torch.arange(len(block)), block].argmax(dim=1)
 
 
 def count_and_sum(features: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:

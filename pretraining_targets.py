@@ -16,6 +16,8 @@ from torch import Tensor
 
 import distributed
 import visualization
+from norm_ema_quantizer import first_maximum
+from vit_backbone import at_mask
 
 
 class Target:
@@ -24,8 +26,9 @@ class Target:
     name: str  # for the log and for pictures
     width: int  # V
 
-    def of(self, batch: dict[str, Any]) -> Tensor:
-        """A batch on the device -> the target of every patch: (B * N, ...), images one after the other, row-major."""
+    def of(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
+        """A batch on the device (its mask on the host) -> the targets of every patch, (B * N, ...), images one after the
+        other, row-major; or of the masked patches alone (M, ...)."""
         raise NotImplementedError
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -71,14 +74,14 @@ class Tokens(Target):
         self.code_counts = torch.zeros(n_codes, device=device)  # of this epoch's targets
 
     @torch.no_grad()
-    def of(self, batch: dict[str, Any]) -> Tensor:
-        return self.tokenizer.get_codebook_indices(batch["tokenizer_image"]).flatten()
+    def of(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
+        return self.tokenizer.get_codebook_indices(batch["tokenizer_image"], batch["mask"] if masked_only else None).flatten()
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(prediction.float(), target)
 
     def answer(self, prediction: Tensor) -> Tensor:
-        return prediction.argmax(dim=1)
+        return first_maximum(prediction)
 
     def right(self, prediction: Tensor, target: Tensor) -> Tensor:
         return (self.answer(prediction) == target).float()
@@ -121,9 +124,10 @@ class Pixels(Target):
         self.patch_size, self.mean_std = patch_size, mean_std
         self.width = 3 * patch_size**2
 
-    def of(self, batch: dict[str, Any]) -> Tensor:
+    def of(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
         side = self.patch_size
-        return rearrange(batch["image"], "b c (h row) (w col) -> (b h w) (c row col)", row=side, col=side)
+        pixels = rearrange(batch["image"], "b c (h row) (w col) -> (b h w) (c row col)", row=side, col=side)
+        return at_mask(pixels, batch["mask"]) if masked_only else pixels
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(prediction.float(), target)

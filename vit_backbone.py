@@ -96,6 +96,44 @@ def gather_bias(table: Tensor, index: Tensor) -> Tensor:
     return rearrange(bias, "(q k) h -> h q k", q=index.shape[0])
 
 
+class Picked(NamedTuple):
+    """Tokens of a batch that somebody will read, equally many of each image: the last block computes no others.
+
+    Keys and values still come from all tokens, so what is computed is exactly what it was.
+    """
+
+    flat: Tensor  # (B * R,) int64, among the B * T tokens
+    query: Tensor  # (B * R,) int64, among one image's T tokens
+    images: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, R, C)"""
+        return x.flatten(0, 1).index_select(0, self.flat).unflatten(0, (self.images, -1))
+
+    def bias_of(self, bias: Tensor) -> Tensor:
+        """(H, T, T) -> the rows of the picked queries, (B, H, R, T)."""
+        return rearrange(bias.index_select(1, self.query), "h (b r) t -> b h r t", b=self.images)
+
+
+def pick_masked(mask: Tensor, device: torch.device, with_cls: bool) -> Picked | None:
+    """The masked patches of each image, after its CLS token if asked for, from a mask (B, N) best held on the host.
+
+    None where the images have different numbers of them, or none at all.
+    """
+    per_image = mask.sum(dim=1)
+    if len(mask) == 0 or int(per_image[0]) == 0 or bool((per_image != per_image[0]).any()):
+        return None
+    chosen = F.pad(mask, (1, 0), value=with_cls)  # the CLS token stands before the patches
+    flat = chosen.flatten().nonzero().squeeze(1)
+    query = flat % chosen.shape[1]
+    return Picked(flat.to(device, non_blocking=True), query.to(device, non_blocking=True), len(mask))
+
+
+def at_mask(values: Tensor, mask: Tensor) -> Tensor:
+    """Of one value a patch, (B * N, ...), those of the patches in a mask (B, N) that is best held on the host: (M, ...)."""
+    return values.index_select(0, mask.flatten().nonzero().squeeze(1).to(values.device, non_blocking=True))
+
+
 class RelativePositionBias(nn.Module):
     """One table shared by all blocks; the forward pass gathers it once: () -> (H, T, T)."""
 
@@ -147,24 +185,35 @@ class Attention(nn.Module):
         own = gather_bias(self.relative_position_bias_table, self.relative_position_index)
         return own if shared is None else own + shared
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) -> query, key, value, each (B, H, T, D)."""
+    def project(self, x: Tensor, picked: Picked | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) -> query (B, H, T, D), or of the picked tokens alone (B, H, R, D); key and value (B, H, T, D)."""
         bias = None
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
-        return q, k, v
+        if picked is None:
+            qkv = F.linear(x, self.qkv.weight, bias)
+            q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
+            return q, k, v
+        width = x.shape[-1]
+        kv = F.linear(x, self.qkv.weight[width:], None if bias is None else bias[width:])
+        k, v = rearrange(kv, "b t (two h d) -> two b h t d", two=2, h=self.num_heads)
+        q = F.linear(picked.of(x), self.qkv.weight[:width], self.q_bias)
+        return rearrange(q, "b r (h d) -> b h r d", h=self.num_heads), k, v
 
-    def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
-        q, k, v = self.project(x)
+    def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None, picked: Picked | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C), or what the picked tokens gather, (B, R, C)."""
+        q, k, v = self.project(x, picked)
         bias = self.position_bias(rel_pos_bias)
+        if bias is not None:
+            bias = bias[None] if picked is None else picked.bias_of(bias)
         drop = self.attn_drop if self.training else 0.0
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
-            # torch's fused kernels have no fast bf16 backward pass on the CPU: plainly is 2 to 5 times as fast there.
+        learned_bias = bias is not None and bias.requires_grad
+        if q.device.type == "cpu" and torch.is_grad_enabled() and (q.dtype == torch.bfloat16 or learned_bias):
+            # torch's fused kernels have no fast bf16 backward pass on the CPU (plainly is 2 to 5 times as fast), and none
+            # at all for the bias: what torch does instead is as plain, but 1.15 times as slow and keeps more.
             out, _ = plain_attention(q, k, v, bias, self.scale, drop)
         else:
-            mask = None if bias is None else bias.to(q.dtype)[None]
+            mask = None if bias is None else bias.to(q.dtype)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, scale=self.scale)
         return self.proj_drop(self.proj(rearrange(out, "b h t d -> b t (h d)")))
 
@@ -226,8 +275,11 @@ class Block(nn.Module):
         self.gamma_1 = nn.Parameter(init_values * torch.ones(dim)) if layer_scale else None
         self.gamma_2 = nn.Parameter(init_values * torch.ones(dim)) if layer_scale else None
 
-    def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path(scaled(self.gamma_1, self.attn(self.norm1(x), rel_pos_bias)))
+    def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None, picked: Picked | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C), or the picked tokens alone (B, R, C)."""
+        attended = self.attn(self.norm1(x), rel_pos_bias, picked)
+        x = x if picked is None else picked.of(x)
+        x = x + self.drop_path(scaled(self.gamma_1, attended))
         return x + self.drop_path(scaled(self.gamma_2, self.mlp(self.norm2(x))))
 
     def attention_weights(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:

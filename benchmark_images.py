@@ -1,0 +1,52 @@
+"""What benchmark.py feeds the stages: random batches, and files as large as ImageNet's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from masking_generator import MaskingGenerator, scaled_mask_count, scaled_min_block
+from transforms import HALF_MEAN, HALF_STD, PretrainingViews
+from utils import seeded
+
+CLASSES = 1000
+PHOTO = (500, 375)  # ImageNet's usual size
+
+
+def masks(grid: int) -> MaskingGenerator:
+    return MaskingGenerator(grid, scaled_mask_count(grid), scaled_min_block(grid))
+
+
+def random_masks(batch_size: int, grid: int, seed: int) -> Tensor:
+    """(B, N) bool, on the host as in training."""
+    generator = masks(grid)
+    with seeded(seed, "masks"):
+        return torch.stack([torch.from_numpy(generator()).flatten().bool() for _ in range(batch_size)])
+
+
+def pretraining_view(size: int) -> PretrainingViews:
+    return PretrainingViews(size, size, 0.2, 0.4, "bicubic", "bicubic", HALF_MEAN, HALF_STD, masks(size // 16))
+
+
+def random_batch(batch_size: int, size: int, device: torch.device) -> dict[str, Any]:
+    pixels = torch.rand(batch_size, 3, size, size).to(device)
+    labels = torch.randint(CLASSES, (batch_size,)).to(device)
+    return {"image": (pixels - 0.5) / 0.5, "tokenizer_image": pixels, "label": labels, "failed": []}
+
+
+def photos(folder: Path, count: int) -> list[str]:
+    """JPEG files about as large as ImageNet's (100 kB): coarse shapes with fine noise."""
+    width, height = PHOTO
+    paths = []
+    for index in range(count):
+        rng = np.random.RandomState(index)
+        coarse = Image.fromarray(rng.randint(0, 256, (24, 32, 3), dtype=np.uint8)).resize(PHOTO, Image.Resampling.BICUBIC)
+        pixels = np.asarray(coarse) + rng.randn(height, width, 3) * 12
+        paths.append(str(folder / f"{index}.jpg"))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
+    return paths
