@@ -8,14 +8,13 @@ from collections.abc import Sequence
 import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 import arguments
 import checkpointing
 import distributed
 import engine
 import imagenet_classes
-import model_zoo
 import modeling_finetune
 import pretrained
 import run_state
@@ -97,10 +96,15 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.
     )
 
 
-def load_pretrained(model: modeling_finetune.VisionTransformer, args: argparse.Namespace) -> None:
-    """--finetune: what fits is used; what does not is named."""
-    weights: dict[str, Tensor] = weight_files.load_state_dict(model_zoo.fetch(args.finetune), args.model_key)
-    pretrained.load_fitting(model, trained_classifier.select(weights, args), f"--finetune {args.finetune}")
+def load_pretrained(
+    model: modeling_finetune.VisionTransformer, parser: argparse.ArgumentParser, args: argparse.Namespace
+) -> None:
+    """--finetune: what fits is used; what does not is named, and so are flags that should be those of its training."""
+    content, more = trained_classifier.open_file(args.finetune)
+    weights = trained_classifier.select(weight_files.weights_in(content, args.finetune, args.model_key), args)
+    pretrained.load_fitting(model, weights, f"--finetune {args.finetune}")
+    flags = weight_files.plain_flags(more.get("args"))
+    trained_classifier.warn_of_other_pretraining(modeling_finetune.our_names(weights), flags, parser, args)
 
 
 def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
@@ -145,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Model, from pretrained weights ──
     model = build_model(args, nb_classes)
     if args.finetune:
-        load_pretrained(model, args)
+        load_pretrained(model, parser, args)
     model.to(run.device)
     ema = None
     if args.model_ema:
