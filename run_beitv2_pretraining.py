@@ -128,6 +128,8 @@ def idle_flags(args: argparse.Namespace) -> dict[str, str]:
         idle |= dict.fromkeys((*names, "codebook_size", "codebook_dim"), "--target pixels has no tokenizer")
     elif uses_dall_e(args):
         idle["codebook_dim"] = f"the codes of {args.tokenizer_model} have no dimension"
+    if not args.knn_freq:
+        idle |= dict.fromkeys(("knn_temperature", "knn_standardize"), "without --knn_freq there is no k-NN")
     return idle
 
 

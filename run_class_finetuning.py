@@ -151,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = build_model(args, nb_classes)
     if weights is not None:  # what fits is used; what does not is named
         pretrained.load_fitting(model, weights.weights, f"--finetune {args.finetune}")
+        trained_classifier.warn_of_other_pretraining(weights.weights, weights.flags, parser, args)
     model.to(run.device)
     ema = None
     if args.model_ema:

@@ -26,6 +26,11 @@ from samplers import build_eval_loader
 
 STATISTICS_IMAGES = 10_000  # training images that give each channel's mean and variance
 CROPS = ("min_crop_scale", "color_jitter", "vflip", "train_interpolation")  # flags of random crops
+OF_TRAINING = (  # --batch_size and --amp_dtype are not among them: features are computed with both
+    "update_freq", "epochs", "opt", "opt_eps", "opt_betas", "momentum", "clip_grad", "weight_decay", "weight_decay_end", "lr",
+    "min_lr", "warmup_epochs", "warmup_steps", "start_epoch", "resume", "save_ckpt_freq", "save_ckpt_steps", "keep_ckpts",
+    "detect_anomaly", "print_freq", "eval_freq", "image_freq", "log_dir",
+)  # fmt: skip
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -60,8 +65,13 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         raise UserError("--eval_data_path is missing: name the folder of validation images, with the classes of --data_path")
 
 
+def idle_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Flag -> why it does nothing beside the others."""
+    return dict.fromkeys(OF_TRAINING, "--knn trains nothing") if args.mode == "knn" else {}
+
+
 def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenBackbone, argparse.Namespace]:
-    """The backbone of --finetune, and the settings of the images that it takes."""
+    """The backbone of --finetune, and the flags with the settings of the images (or cached features) that it takes."""
     model, flags = pretrained.open_backbone(args.finetune, args.input_size, args.num_heads, flag="--finetune")
     depth = len(model.blocks)
     if args.knn_layer is not None and args.knn_layer > depth:
@@ -80,7 +90,8 @@ def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenB
     log.info(f"features   {features} of {what}, {encode.dim} numbers each; images normalised by {statistics}")
     images = {"input_size": model.patch_embed.img_size, "imagenet_default_mean_and_std": imagenet}
     no_augmentation = {"aa": "none", "reprob": 0.0, "remode": "pixel", "recount": 1}  # but crop and flip
-    return encode, argparse.Namespace(**{**args.plain(), **images, **no_augmentation})
+    in_memory = {"num_workers": 0} if args.cached_features else {}  # then there are no images to read in the background
+    return encode, argparse.Namespace(**{**args.plain(), **images, **no_augmentation, **in_memory})
 
 
 def extract(dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str) -> knn.Features:
@@ -96,6 +107,25 @@ def cached(dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag
     return CachedFeatures(knn.of_all_ranks(extract(dataset, encode, run, flag), run.device))
 
 
+def build_data(encode: FrozenBackbone, settings: argparse.Namespace, run: run_state.Run) -> tuple[Any, Any, int]:
+    """Training and validation images, or their features (CachedFeatures), and the number of classes."""
+    cache = run.args.cached_features
+    train, classes = build_finetuning_dataset(settings, train=True, augment=not cache)
+    validation, _ = build_finetuning_dataset(settings, train=False)
+    if not cache:
+        return train, validation, classes
+    return cached(train, encode, run, "--data_path"), cached(validation, encode, run, "--eval_data_path"), classes
+
+
+def measure_channels(
+    heads: LinearHeads, features: Callable[[Tensor], Tensor], train: Any, settings: argparse.Namespace, run: run_state.Run
+) -> None:
+    """Mean and variance of each channel over evenly spread training images in centre crops; `train`: as of build_data."""
+    plain = train if run.args.cached_features else build_finetuning_dataset(settings, train=True, augment=False)[0]
+    loader = build_eval_loader(plain, settings, run.launch, every=-(-len(plain) // STATISTICS_IMAGES))
+    heads.standardize_by(features(batch["image"]) for batch in evaluation_batches(loader, run.device, "--data_path"))
+
+
 @tells_the_user
 def main(argv: Sequence[str] | None = None) -> None:
     parser = get_parser()
@@ -104,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ── Setup ──
     run = run_state.start_run(parser, args)
+    arguments.warn_of_idle_flags(parser, args, idle_flags(args))
 
     # ── The frozen backbone ──
     encode, settings = open_backbone(args, run)
@@ -114,17 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     # ── Data: images, or their features ──
-    dataset: Any
-    validation: Any
-    dataset, classes = build_finetuning_dataset(settings, train=True, augment=not args.cached_features)
-    validation, _ = build_finetuning_dataset(settings, train=False)
-    features: Callable[[Tensor], Tensor] = encode
-    if args.cached_features:
-        dataset, validation = cached(dataset, encode, run, "--data_path"), cached(validation, encode, run, "--eval_data_path")
-        features = torch.nn.Identity()
-        settings.num_workers = 0  # in memory already
+    train, validation, classes = build_data(encode, settings, run)
+    features: Callable[[Tensor], Tensor] = torch.nn.Identity() if args.cached_features else encode
     validation_loader = build_eval_loader(validation, settings, run.launch)
-    data = run_state.training_data(dataset, run, settings.num_workers)
+    data = run_state.training_data(train, run, settings.num_workers)
 
     # ── Model: a classifier for each layer ──
     heads = LinearHeads(encode.layers, encode.dim, classes).to(run.device)
@@ -141,9 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Resume; a new run first measures each channel ──
     run_state.resume(state, stage, run)
     if state.step == 0:
-        plain = dataset if args.cached_features else build_finetuning_dataset(settings, train=True, augment=False)[0]
-        loader = build_eval_loader(plain, settings, run.launch, every=-(-len(plain) // STATISTICS_IMAGES))
-        heads.standardize_by(features(batch["image"]) for batch in evaluation_batches(loader, run.device, "--data_path"))
+        measure_channels(heads, features, train, settings, run)
 
     # ── Loop ──
     engine.fit(state, stage, data, schedule, run)

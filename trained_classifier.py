@@ -22,6 +22,8 @@ from modeling_finetune import VisionTransformer, remap_pretrained
 # What the model is made of, and what its images look like: flags that should be those of the training.
 SHAPING = ("model", "use_mean_pooling", "abs_pos_emb", "rel_pos_bias", "qkv_bias", "layer_scale_init_value")
 SEEING = ("input_size", "imagenet_default_mean_and_std", "crop_pct")
+# What fine-tuning must be told again, because it builds a model of its own: else positions are dropped or start anew.
+KEPT_FROM_PRETRAINING = ("abs_pos_emb", "rel_pos_bias", "imagenet_default_mean_and_std")
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,31 @@ def warn_of_other_sight(
         log.warning(
             f"warning: {trained.source} was trained on images of another size than --input_size {args.input_size}: its "
             "positions were interpolated, and its accuracy may suffer"
+        )
+
+
+def warn_of_other_pretraining(
+    weights: Mapping[str, Tensor],
+    flags: Mapping[str, Any],
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+) -> None:
+    """Fine-tuning may use other positions or another normalisation than --finetune's training, but is told.
+
+    `flags`: of that training, {} where unknown. The positions are then what the weights hold; a tokenizer's normalisation
+    is its --process_type.
+    """
+    known: dict[str, Any] = {"abs_pos_emb": "pos_embed" in weights}
+    known["rel_pos_bias"] = any(key.endswith("relative_position_bias_table") for key in weights)
+    known |= flags
+    if "process_type" in flags:
+        known["imagenet_default_mean_and_std"] = flags["process_type"] == "imagenet_norm"
+    pairs = differing(known, parser, args, KEPT_FROM_PRETRAINING)
+    if pairs:
+        log.warning(
+            f"warning: --finetune {args.finetune} was trained with {', '.join(theirs for theirs, _ in pairs)} and is "
+            f"fine-tuned with {', '.join(ours for _, ours in pairs)}: give the flags of its training, unless the change "
+            "is meant"
         )
 
 

@@ -279,10 +279,11 @@ POSITIONS = {
     "both": ["--abs_pos_emb"],
     "none": ["--disable_rel_pos_bias"],
 }
+DEFAULT_POSITIONS = {"--abs_pos_emb": "no --abs_pos_emb", "--disable_rel_pos_bias": "--rel_pos_bias"}
 
 
 @pytest.mark.parametrize("name", POSITIONS)
-def test_positions(name, data, tmp_path):
+def test_positions(name, data, tmp_path, capsys):
     run_beitv2_pretraining.main(pixel_flags(data, tmp_path, *POSITIONS[name]))
     weights = checkpoint(tmp_path / "checkpoint.pth")["model"]
     table = "rel_pos_bias.relative_position_bias_table"
@@ -292,6 +293,18 @@ def test_positions(name, data, tmp_path):
         assert weights[table].abs().max() > 0  # it starts at 0
     lines = log_lines(tmp_path)
     assert lines[1]["train_loss"] < lines[0]["train_loss"]
+    # fine-tuning with the same flags takes all positions over; with the default ones it says what it leaves out or lacks
+    weights_file = str(tmp_path / "checkpoint.pth")
+    for flags in (POSITIONS[name], []):
+        run_class_finetuning.main(finetuning_flags(data, "", "--finetune", weights_file, "--epochs", "1", *flags))
+        out = capsys.readouterr().out
+        same = flags == POSITIONS[name]
+        assert ("was trained with" in out) != same
+        assert ("pos_embed" in out) == (not same and "--abs_pos_emb" in POSITIONS[name])
+        if not same:
+            theirs = ", ".join(POSITIONS[name])
+            ours = ", ".join(DEFAULT_POSITIONS[flag] for flag in POSITIONS[name])
+            assert f"{weights_file} was trained with {theirs} and is fine-tuned with {ours}: give" in out
     # without positions nothing tells one masked patch of an image from another
     model = modeling_pretrain.create_model(PLAIN[1], img_size=32, vocab_size=768, init_values=0.1, early_layers=4,
         use_abs_pos_emb="pos_embed" in weights, use_shared_rel_pos_bias=table in weights)  # fmt: skip
@@ -374,6 +387,8 @@ def test_impossible_combinations_are_refused(flags, message, capsys):
         (["--mask_type", "random", "--min_mask_patches_per_block", "2"],
          "--min_mask_patches_per_block does nothing here: --mask_type random has no blocks"),
         (["--no_mask", "--num_mask_patches", "0", "--mask_type", "random"], "--mask_type does nothing here: --no_mask"),
+        (["--knn_standardize", "--knn_temperature", "0.5"],
+         "--knn_standardize, --knn_temperature do nothing here: without --knn_freq there is no k-NN"),
     ],
 )  # fmt: skip
 def test_flags_without_effect_are_named(flags, warning, data, codes, tmp_path, capsys):

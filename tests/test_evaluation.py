@@ -18,6 +18,7 @@ import confusion
 import imagenet_classes
 import modeling_finetune
 import run_class_finetuning
+import trained_classifier
 from confusion import Confusion, WorstClass, as_table, described
 from datasets import build_finetuning_dataset
 from engine_for_finetuning import SomeLogits, WithMirrorImage
@@ -479,3 +480,26 @@ def test_two_processes_count_every_image_once(trained, tmp_path):
     assert sum(line["images"] for line in two["worst_classes"]) == 8
     assert two.pop("test_loss") == pytest.approx(one.pop("test_loss"), rel=1e-5)
     assert two == one
+
+
+TABLE, EMBEDDING = "blocks.0.attn.relative_position_bias_table", "pos_embed"
+
+
+@pytest.mark.parametrize(
+    ("keys", "flags", "theirs"),
+    [
+        ([TABLE], {}, None),  # published files tell nothing of their normalisation
+        ([TABLE], {"imagenet_default_mean_and_std": False}, None),
+        ([TABLE], {"imagenet_default_mean_and_std": True}, "--imagenet_default_mean_and_std"),
+        ([EMBEDDING], {}, "--abs_pos_emb, --disable_rel_pos_bias"),  # somebody else's ViT: its weights say it
+        ([EMBEDDING], {"process_type": "imagenet_norm", "imagenet_default_mean_and_std": False},  # a tokenizer's encoder
+         "--abs_pos_emb, --disable_rel_pos_bias, --imagenet_default_mean_and_std"),
+        ([TABLE], {"process_type": "default", "imagenet_default_mean_and_std": True}, None),
+    ],
+)  # fmt: skip
+def test_fine_tuning_unlike_the_pretraining_is_told(keys, flags, theirs, caplog):
+    parser = run_class_finetuning.get_parser()
+    args = parser.parse_args(["--finetune", "x.pth"])
+    with caplog.at_level("WARNING", logger="beit"):
+        trained_classifier.warn_of_other_pretraining(dict.fromkeys(keys, torch.zeros(1)), flags, parser, args)
+    assert caplog.messages == [] if theirs is None else f"x.pth was trained with {theirs} and is fine" in caplog.messages[0]

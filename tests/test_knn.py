@@ -121,6 +121,28 @@ def test_the_script_finds_every_image_nearest_to_itself(tmp_path, capsys):
     assert "k is cut" in out
 
 
+def test_flags_of_training_are_named_with_k_nn(tmp_path, capsys):
+    data, weights = photos(tmp_path / "data", per_class=2), student(tmp_path / "student.pth")
+    flags = ["--finetune", str(weights), "--data_set", "image_folder", "--data_path", str(data), "--device", "cpu"]
+    flags += ["--eval_data_path", str(data), "--num_workers", "0", "--amp_dtype", "fp32", "--batch_size", "2"]
+    run_linear_eval.main([*flags, "--knn"])
+    assert "warning" not in capsys.readouterr().out.replace("k is cut", "")
+    run_linear_eval.main([*flags, "--knn", "--epochs", "3", "--lr", "5", "--opt", "sgd", "--save_ckpt_freq", "1"])
+    assert "warning: --epochs, --lr, --opt, --save_ckpt_freq do nothing here: --knn trains nothing" in capsys.readouterr().out
+    run_linear_eval.main([*flags, "--epochs", "1", "--lr", "5"])
+    assert "nothing here" not in capsys.readouterr().out
+
+
+def test_every_flag_of_the_optimizer_is_idle_or_read_with_k_nn():
+    """A new flag of the optimizer or of the checkpoints is put into one of the two."""
+    groups = {group.title: group for group in run_linear_eval.get_parser()._action_groups}
+    read = {"batch_size", "amp_dtype", "warmup_lr"}  # warmup_lr is warned of everywhere
+    read |= {"output_dir", "device", "seed", "num_workers", "pin_mem"}
+    read |= {"auto_resume"}  # without a checkpoint there is nothing to go on from, whatever it says
+    found = {action.dest for title in ("optimisation", "run") for action in groups[title]._group_actions}
+    assert found == {*run_linear_eval.OF_TRAINING} | read
+
+
 @pytest.fixture(scope="module")
 def split(tmp_path_factory):
     folder = tmp_path_factory.mktemp("labelled")

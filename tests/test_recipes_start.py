@@ -8,6 +8,10 @@ from test_recipes import ABLATION_FILES, RECIPES, dry_run
 import modeling_dvae
 import modeling_finetune
 import modeling_pretrain
+import run_beitv2_pretraining
+import run_linear_eval
+import run_vqkd_training
+from vit_backbone import SIZES
 
 ALL = [*RECIPES, *(f"ablations/{name}" for name in ABLATION_FILES)]
 SMALL = [*tiny_runs.SIZE, "--batch_size", "4", "--update_freq", "1", "--epochs", "1"]
@@ -31,24 +35,32 @@ def small(tmp_path_factory):
     return root
 
 
-def stand_ins(name, flags, small):
-    """Flags that make a recipe small; what makes it this recipe (its switches, its schedule's shape) stays."""
-    script = name.split("/")[-1]
-    if script.startswith("vqkd"):
-        model = ["--model", tiny_runs.TOKENIZER, "--teacher_model_type", "hog", "--teacher_input_size", "32"]
-        return [*model, "--codebook_n_emd", "16", "--codebook_emd_dim", "8"]
-    if script.startswith(("pretrain", "v1")):
-        model = tiny_runs.STUDENT if "--early_layers" in flags else tiny_runs.STUDENT.removesuffix("_cls_pt")
+def stand_ins(name, run, small):
+    """Flags that make a recipe small; what makes it this recipe (its switches, its schedule's shape) stays, or shrinks."""
+    flags, args = run.flags, run.args
+    if run.entry is run_vqkd_training:
+        teacher = ["--teacher_weight", "random"] if "teacher" in name else ["--teacher_model_type", "hog"]
+        more = ["--model", tiny_runs.TOKENIZER, *teacher, "--teacher_input_size", "32"]
+        return [
+            *more,
+            "--codebook_n_emd",
+            str(args.codebook_n_emd // 512),
+            "--codebook_emd_dim",
+            str(args.codebook_emd_dim // 4),
+        ]
+    if run.entry is run_beitv2_pretraining:
+        model = tiny_runs.STUDENT if args.model.endswith("_cls_pt") else tiny_runs.STUDENT.removesuffix("_cls_pt")
         more = ["--model", model, "--codebook_size", "16"]
         if "--early_layers" in flags:
-            more += ["--early_layers", "4", "--tokenizer_model", tiny_runs.TOKENIZER, "--codebook_dim", "8"]
+            early = args.early_layers * SIZES["demo"].depth // SIZES[args.model.split("_")[1]].depth
+            more += ["--early_layers", str(early), "--tokenizer_model", tiny_runs.TOKENIZER, "--codebook_dim", "8"]
             more += ["--tokenizer_weight", str(small / "vqkd.pth"), "--second_input_size", "32"]
         else:
             more += ["--tokenizer_weight", str(small / "dvae.pth"), "--second_input_size", "16"]
         steps = ["--warmup_steps", "1"] if "--warmup_steps" in flags else []
         return [*more, *steps, *(["--num_mask_patches", "2"] if "--no_mask" not in flags else [])]
     weights = "intermediate.pth" if "ft2" in name else "pretrained.pth"
-    model = [] if script.startswith("linear") else ["--model", "beit_demo_patch16_128"]
+    model = [] if run.entry is run_linear_eval else ["--model", "beit_demo_patch16_128"]
     return [*model, "--nb_classes", "2", "--finetune", str(small / weights)]
 
 
@@ -59,7 +71,7 @@ def test_a_recipe_trains(name, small, tmp_path, capsys):
     if "image_folder" in run.flags:
         images = images / "train"
     where = ["--data_path", str(images), "--output_dir", str(tmp_path), "--log_dir", str(tmp_path)]
-    run.entry.main([*run.flags, *where, *SMALL, *stand_ins(name, run.flags, small)])
+    run.entry.main([*run.flags, *where, *SMALL, *stand_ins(name, run, small)])
     (line,) = tiny_runs.log_lines(tmp_path)
     assert line["train_loss"] == pytest.approx(line["train_loss"])  # a number
     evaluated = ("IMNET" in run.flags) and "--disable_eval_during_finetuning" not in run.flags
