@@ -130,7 +130,8 @@ class TrainingData:
 def training_data(dataset: Any, run: Run) -> TrainingData:
     args, launch = run.args, run.launch
     sampler = ResumableSampler(
-        len(dataset), args.batch_size, args.update_freq, launch.rank, launch.world_size, args.seed
+        len(dataset), args.batch_size, args.update_freq, launch.rank, launch.world_size, args.seed,
+        shard_sizes=getattr(dataset, "shard_sizes", None),
     )  # fmt: skip
     loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and run.device.type == "cuda", persistent=True)
     if sampler.shrunk:

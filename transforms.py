@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ Source = str | np.ndarray  # an image file, or an (H, W, 3) uint8 image in memor
 View = Callable[[Image.Image], dict[str, torch.Tensor]]
 
 
-def load_image(source: Source) -> Image.Image:
+def load_image(source: Source | IO[bytes]) -> Image.Image:
     """RGB, upright (EXIF), 8 bits; raises whatever PIL raises for what it cannot decode."""
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
