@@ -147,6 +147,9 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
     g.add_argument(
         "--eval_freq", type=positive, default=1, help="epochs between evaluations; the last epoch is always evaluated"
     )
+    g.add_argument("--grad_checkpointing", action="store_true",
+                   help="keep less for the backward pass and compute it again: less memory, a third more time")  # fmt: skip
+    g.add_argument("--compile", action="store_true", help="torch.compile: a slow first step, then faster ones (GPU)")
     g.add_argument("--image_freq", type=int, default=5, help="epochs between pictures; 0: none")
     g.add_argument("--num_workers", type=int, default=10, help="data processes per training process; capped at the cores")
     add_switch(g, "pin_mem", "no_pin_mem", True, "page-locked batches: faster copies to a GPU")

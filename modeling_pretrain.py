@@ -85,6 +85,8 @@ class VisionTransformerForMaskedImageModeling(Trunk):
         tokens = self.encode(x, masked)
         return self.predict(tokens, positions, return_all_tokens, return_patch_tokens, self.norm, self.lm_head)
 
+    compiled_methods: tuple[str, ...] = ("encode",)
+
     def place_mask(self, x: Tensor, bool_masked_pos: Tensor | None) -> tuple[Tensor | None, Tensor]:
         """The mask on the images' device, and the masked positions in the tokens flattened to (B * T): (M,) int64."""
         if bool_masked_pos is None:
@@ -150,6 +152,8 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
         cls_norm, cls_head = (self.norm, self.lm_head) if self.shared_lm_head else (self.cls_pt_norm, self.cls_pt_lm_head)
         asked = (positions, return_all_tokens, return_patch_tokens)
         return self.predict(last, *asked, self.norm, self.lm_head), self.predict(bridged, *asked, cls_norm, cls_head)
+
+    compiled_methods = ("encode_both", "aggregate_into_cls")
 
     def encode_both(self, x: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens after the last block (B, T, C), patch tokens after block `early_layers` (B, N, C), and the shared bias."""

@@ -207,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ── Resume ──
     run_state.resume(state, stage, run)
+    run_state.compile_networks(run, data, model, *target.networks())
 
     # ── Loop ──
     engine.fit(state, stage, data, schedule, run)

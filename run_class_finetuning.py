@@ -163,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ── Resume ──
     run_state.resume(state, stage, run)
+    run_state.compile_networks(run, data, model)
 
     # ── Loop ──
     engine.fit(state, stage, data, schedule, run)

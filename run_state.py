@@ -19,12 +19,14 @@ from torch.utils.data import DataLoader
 
 import arguments
 import checkpointing
+import compilation
 import distributed
 from distributed import Launch, Precision, choose_precision, log
 from errors import UserError
 from metrics import RunningMeans
 from samplers import ResumableSampler, build_loader
 from utils import seed_all
+from vit_backbone import recompute_blocks
 
 
 class Stage:
@@ -86,6 +88,8 @@ class Run:
 def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run:
     """Join the other processes, choose device and precision, seed, and say what was asked for."""
     launch, device = distributed.start(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
+    if args.compile:
+        compilation.require_compiler(device)
     run = Run(args, launch, device, choose_precision(args.amp_dtype, device))
     seed_all(args.seed, device)  # the same on every rank: all build the same model
     log.info(f"── {parser.description} ──")
@@ -167,10 +171,19 @@ class TrainState:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
+def compile_networks(run: Run, data: TrainingData, *networks: Any) -> None:
+    """--compile, for the model and the frozen networks beside it. Before the first step: weights are loaded, averages begun."""
+    if run.args.compile:
+        count = compilation.compile_networks(data.sampler.batch_size, *networks)
+        log.info(f"compile    {count} parts of the networks, in the first step (a minute or more)")
+
+
 def new_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, ema: ModelEmaV3 | None = None, name: str = ""
 ) -> TrainState:
     """Wrap the model for as many processes as there are. It is on its device already. `name`: for the log, if not --model."""
+    if run.args.grad_checkpointing:
+        recompute_blocks(model)
     runner = model
     if run.launch.world_size > 1:
         # No device_ids: DDP would move the mask to the GPU, whose positions are listed on the host. Buffers are not

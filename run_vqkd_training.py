@@ -155,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_state.resume(state, stage, run)
     if model.teacher.standardize and state.step == 0:
         stage.calibrate_targets()
+    run_state.compile_networks(run, data, model, model.teacher)
 
     # ── Loop ──
     engine.fit(state, stage, data, schedule, run)
@@ -203,6 +204,7 @@ def train_pixel_decoder(args: argparse.Namespace, run: run_state.Run) -> None:
             f"--tokenizer_weight {args.tokenizer_weight} is not the tokenizer that the checkpoint to resume was trained on: "
             "name that one, or another --output_dir"
         )
+    run_state.compile_networks(run, data, model)
     engine.fit(state, stage, data, schedule, run)
 
 

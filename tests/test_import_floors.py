@@ -15,7 +15,7 @@ FLOORS = {
     2: "modeling_pretrain modeling_finetune modeling_segmentation modeling_dvae vqkd_teachers norm_ema_quantizer "
     "checkpointing metrics confusion samplers interruption",
     1: "vit_backbone transforms masking_generator optim_factory model_zoo distributed arguments visualization "
-    "utils imagenet_classes weight_formats pages shards",
+    "utils imagenet_classes weight_formats pages shards compilation",
     0: "errors",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
