@@ -188,9 +188,13 @@ def new_state(
     if run.launch.world_size > 1:
         # No device_ids: DDP would move the mask to the GPU, whose positions are listed on the host. Buffers are not
         # broadcast: the quantizer keeps its own equal everywhere. (Newer torch renames the flag and warns.)
+        # Every step is the same graph, so no search for unused parameters, and one without a gradient is no error. Torch
+        # refuses that with a first micro-batch that is not exchanged.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            runner = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            runner = DistributedDataParallel(
+                model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=run.args.update_freq == 1
+            )
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision.dtype is torch.float16)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(f"model      {name or run.args.model}, {count / 1e6:.2f} M trainable parameters")
