@@ -23,6 +23,9 @@ OBSOLETE = {
     "dist_eval": "evaluation is always shared by all processes, and every image counts once",
 }
 WORST_CLASSES = 10
+# What flags for weights take. Everywhere model_zoo.fetch reads it; of teachers and pixel decoders nothing was published.
+FILE_OR_URL = "path or URL (in quotes)"
+WEIGHTS = "path, URL (in quotes) or published name"
 
 
 class Flags(argparse.Namespace):
@@ -108,6 +111,13 @@ def positive(text: str) -> int:
     return value
 
 
+def above_zero(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
+
+
 def image_size(text: str) -> int | tuple[int, int]:
     """`224`: a square's side; `384x512`: height x width."""
     sides = [positive(part) for part in text.lower().split("x")]
@@ -136,7 +146,7 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
     g.add_argument("--log_dir", default=None, help="TensorBoard files; default: --output_dir")
     g.add_argument("--device", default="cuda", help="cuda (each process its own GPU; the CPU if there is none) or cpu")
     g.add_argument("--seed", type=int, default=0, help="samples, masks and initial weights derive from it")
-    g.add_argument("--resume", default="", help="checkpoint to go on from: a path or URL")
+    g.add_argument("--resume", default="", help=f"checkpoint to go on from: {WEIGHTS}")
     add_switch(g, "auto_resume", "no_auto_resume", True, "go on from output_dir/checkpoint.pth if there is one")
     g.add_argument("--start_epoch", type=int, default=0, help="epoch to start at; a resumed run knows its own")
     g.add_argument("--save_ckpt_freq", type=positive, default=save_ckpt_freq, help="keep a checkpoint every so many epochs")
@@ -147,9 +157,6 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
     g.add_argument(
         "--eval_freq", type=positive, default=1, help="epochs between evaluations; the last epoch is always evaluated"
     )
-    g.add_argument("--grad_checkpointing", action="store_true",
-                   help="keep less for the backward pass and compute it again: less memory, a third more time")  # fmt: skip
-    g.add_argument("--compile", action="store_true", help="torch.compile: a slow first step, then faster ones (GPU)")
     g.add_argument("--image_freq", type=int, default=5, help="epochs between pictures; 0: none")
     g.add_argument("--num_workers", type=int, default=10, help="data processes per training process; capped at the cores")
     add_switch(g, "pin_mem", "no_pin_mem", True, "page-locked batches: faster copies to a GPU")
@@ -159,6 +166,14 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
     g.add_argument("--dist_on_itp", action="store_true", help="read rank and world size from Open MPI's variables")
     g.add_argument("--world_size", type=int, default=1, help="does nothing")
     g.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="does nothing")
+
+
+def add_step_flags(parser: argparse.ArgumentParser) -> None:
+    """How a step is computed, not what; for the stages that train a ViT."""
+    g = parser.add_argument_group("memory and speed")
+    g.add_argument("--grad_checkpointing", action="store_true",
+                   help="keep less for the backward pass and compute it again: less memory, a third more time")  # fmt: skip
+    g.add_argument("--compile", action="store_true", help="torch.compile: a slow first step, then faster ones (GPU)")
 
 
 def add_optimizer_flags(
@@ -251,14 +266,50 @@ def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--decoupling_aug", type=true_or_false, default=False, help="does nothing")
     g = parser.add_argument_group("tokenizer")
     g.add_argument("--tokenizer_model", default="vqkd_encoder_base_decoder_3x768x12_clip", help="or dall-e: BEiT v1's dVAE")
-    g.add_argument(
-        "--tokenizer_weight", default=None, help="path, URL (in quotes) or published name; default: the model's name"
-    )
+    g.add_argument("--tokenizer_weight", default=None, help=f"{WEIGHTS}; default: the model's name")
     g.add_argument("--second_input_size", type=positive, default=None,
                    help="side of the tokenizer's view; default: what gives the model's grid, 224 (dall-e: 112)")  # fmt: skip
     g.add_argument("--second_interpolation", default="bicubic", help="how the tokenizer's view is resized")
     g.add_argument("--codebook_size", type=positive, default=8192, help="codes of the tokenizer")
     g.add_argument("--codebook_dim", type=positive, default=32, help="their dimension; dall-e has none")
+
+
+def add_knn_monitor_flags(parser: argparse.ArgumentParser) -> None:
+    """k-NN accuracy while a model pretrains (knn.py)."""
+    g = parser.add_argument_group("k-NN during pretraining")
+    g.add_argument("--knn_freq", type=int, default=0, help="epochs between k-NN evaluations of the student; 0: none")
+    g.add_argument("--knn_data_path", default="", help="labelled images for it: train/class/image and val/class/image")
+    add_knn_flags(g)
+
+
+def add_knn_flags(group: Any) -> None:
+    group.add_argument("--knn_temperature", type=above_zero, default=0.07, help="a neighbour's vote is exp(similarity / this)")
+    group.add_argument("--knn_standardize", action="store_true",
+                       help="channels to mean 0 and std 1 over the training images before they are compared")  # fmt: skip
+
+
+def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
+    g = parser.add_argument_group("what is evaluated")
+    mode = g.add_mutually_exclusive_group()
+    mode.add_argument("--linear", dest="mode", action="store_const", const="linear", default="linear",
+                      help="train a linear classifier on every layer (the default)")  # fmt: skip
+    mode.add_argument("--knn", dest="mode", action="store_const", const="knn", default="linear",
+                      help="k nearest neighbours among the training images; trains nothing")  # fmt: skip
+    g.add_argument("--finetune", required=True, help=f"the frozen backbone: {WEIGHTS}")
+    g.add_argument("--num_heads", type=positive, default=None, help="for files of an unknown size without position bias")
+    g.add_argument("--features", default="auto", choices=("auto", "cls", "mean", "cls_mean"),
+                   help="CLS token, mean of the patch tokens, or both in a row; auto: cls for files of BEiT v2's "
+                   "pretraining, else cls_mean (--linear) or mean (--knn)")  # fmt: skip
+    g.add_argument("--nb_classes", type=int, default=0, help="0: as many as the data has")
+    g.add_argument("--label_fraction", type=fraction, default=1.0, help="train on a fixed, class-balanced share of the labels")
+    g.add_argument("--crop_pct", type=float, default=None, help="centre crop; default 0.875, 1.0 from 384 pixels up")
+    g = parser.add_argument_group("linear probe")
+    g.add_argument("--cached_features", action="store_true",
+                   help="compute features once, from centre crops, not random ones: fast, not the published way")  # fmt: skip
+    g = parser.add_argument_group("k-NN")
+    g.add_argument("--knn_k", type=positive, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
+    g.add_argument("--knn_layer", type=positive, default=None, help="block whose output is compared, from 1; default: the last")
+    add_knn_flags(g)
 
 
 def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
@@ -278,7 +329,7 @@ def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--teacher_model_type", default=None,
                    help="clip, dino, hog, efficientnet_lite0 or timm:<name>; default: the one in the model's name")  # fmt: skip
     g.add_argument(
-        "--teacher_weight", default=None, help="path or URL of the teacher's weights; default: timm downloads its own"
+        "--teacher_weight", default=None, help=f"the teacher's weights: {FILE_OR_URL}; default: timm downloads its own"
     )
     g.add_argument("--teacher_input_size", type=positive, default=224)
     g.add_argument("--standardize_teacher", default="auto", choices=("auto", "on", "off"),
@@ -287,8 +338,8 @@ def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--train_pixel_decoder", action="store_true",
                    help="train a decoder from the codes of the frozen --tokenizer_weight to pixels; of these flags, "
                    "--lr is then 2e-3 unless given, --min_lr 1e-5, --epochs 20, --warmup_epochs 1")  # fmt: skip
-    g.add_argument("--tokenizer_weight", default=None, help="the trained tokenizer: path, URL (in quotes) or published name")
-    g.add_argument("--pixel_decoder_depth", type=positive, default=4, help="blocks of the pixel decoder")
+    g.add_argument("--tokenizer_weight", default=None, help=f"the trained tokenizer: {WEIGHTS}")
+    g.add_argument("--pixel_decoder_depth", type=positive, default=2, help="blocks of the pixel decoder")
     g.add_argument("--pixel_decoder_dim", type=positive, default=256, help="its width, a multiple of 32")
     g = parser.add_argument_group("evaluation")
     g.add_argument("--eval", action="store_true", help="evaluate --resume and stop")
@@ -303,7 +354,7 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("classifier")
     g.add_argument("--model", default="beit_base_patch16_224")
     g.add_argument("--nb_classes", type=int, default=0, help="0: as many as the data has")
-    g.add_argument("--finetune", default="", help="pretrained weights: path, URL (in quotes) or published name")
+    g.add_argument("--finetune", default="", help=f"pretrained weights: {WEIGHTS}")
     g.add_argument("--model_key", default="model|module", help="where the weights are in that file, first hit wins")
     g.add_argument("--model_prefix", default="", help="prefix of the keys to take, e.g. encoder.")
     g.add_argument("--model_filter_name", default="", help="take only keys that contain this text")

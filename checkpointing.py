@@ -16,6 +16,7 @@ import torch
 
 import distributed
 import model_zoo
+import weight_files
 from distributed import log
 from errors import UserError
 
@@ -191,10 +192,10 @@ def intact(path: Path) -> bool:
 
 def read(path: Path) -> dict[str, Any]:
     """A training checkpoint, or a published weight file (then only `model` is in it, and what `head` finds)."""
-    content = model_zoo.load_file(path)
+    content = weight_files.load_file(path)
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        return content | {"args": model_zoo.plain_flags(content.get("args"))}
-    return {"model": model_zoo.load_state_dict(str(path)), **head(path)}
+        return content | {"args": weight_files.plain_flags(content.get("args"))}
+    return {"model": weight_files.load_state_dict(path), **head(path)}
 
 
 def head(path: Path) -> dict[str, Any]:
@@ -211,9 +212,14 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path:
     """Strict: a resumed model must be the one that was saved."""
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"{path} holds another model than --model and the flags around it describe: {first[:300]}") from None
+    except RuntimeError:
+        own = model.state_dict()
+        different = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
+        different += [key for key in weights if key not in own]
+        raise UserError(
+            f"{path} is {weight_files.kind_of(weights)} of another shape than this run's model ({different[0]} differs): give "
+            "the flags it was trained with, start from it with --finetune, or name another --output_dir"
+        ) from None
     if distributed.is_main():
         log.info(f"weights from {path}")
 

@@ -325,13 +325,14 @@ def build_held_out_dataset(args: Any) -> ImageFiles | None:
 
 
 def build_finetuning_dataset(
-    args: Any, train: bool, own_classes: bool = False, classes: Sequence[str] | None = None
+    args: Any, train: bool, own_classes: bool = False, classes: Sequence[str] | None = None, augment: bool = True
 ) -> tuple[ImageFiles, int]:
     """Labelled images and the number of classes, which must be --nb_classes unless that is 0.
 
     The validation split takes its label numbers from the training split's class names; with `own_classes` from its own
     folders (ImageNet-A and -R: 200 of the model's 1000, so --nb_classes is not compared). `classes`: the names and order
-    that a finished model was trained with, so that the training split need not be there.
+    that a finished model was trained with, so that the training split need not be there. `augment` False: the training
+    images as validation sees them.
     """
     samples, classes = _labelled(args, train, own_classes, classes)
     if args.nb_classes not in (0, len(classes)) and not own_classes:
@@ -340,11 +341,11 @@ def build_finetuning_dataset(
             "--nb_classes out to take the number from the data"
         )
     mean, std = normalisation(args.imagenet_default_mean_and_std)
-    if not train:
+    if train:  # Not args.seed: runs that differ in the seed alone are compared on the same labels.
+        samples = class_balanced_share(samples, args.label_fraction, seed=0)
+    if not train or not augment:
         view = eval_view(args.input_size, args.crop_pct, mean=mean, std=std)
         return ImageFiles(samples, view, args.seed, classes), len(classes)
-    # Not args.seed: runs that differ in the seed alone are compared on the same labels.
-    samples = class_balanced_share(samples, args.label_fraction, seed=0)
     view = finetuning_view(
         args.input_size,
         mean,
@@ -359,6 +360,18 @@ def build_finetuning_dataset(
         vflip=args.vflip,
     )
     return ImageFiles(samples, view, args.seed, classes), len(classes)
+
+
+def build_knn_datasets(args: Any) -> tuple[ImageFiles, ImageFiles, int]:
+    """Labelled images of --knn_data_path in centre crops: those of train/, those of val/, and the number of classes."""
+    folder = args.knn_data_path
+    if not all(os.path.isdir(os.path.join(folder, split)) for split in ("train", "val")):
+        raise UserError(f"--knn_data_path {folder}: a folder that holds train/ and val/, each with class folders, is expected")
+    train, classes = find_classes_folder(os.path.join(folder, "train"), "--knn_data_path")
+    validation, _ = find_classes_folder(os.path.join(folder, "val"), "--knn_data_path", classes)
+    mean, std = normalisation(args.imagenet_default_mean_and_std)
+    view = eval_view(args.input_size, mean=mean, std=std)
+    return ImageFiles(train, view, args.seed, classes), ImageFiles(validation, view, args.seed, classes), len(classes)
 
 
 def _split_folder(args: Any, train: bool) -> tuple[str, str]:

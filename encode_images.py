@@ -46,7 +46,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer_model", default="vqkd", choices=("vqkd", "dall-e"),
                         help="vqkd: built from what its file holds; dall-e: BEiT v1's dVAE")  # fmt: skip
     parser.add_argument("--tokenizer_weight", default=None,
-                        help="path, URL (in quotes) or published name; needed but for dall-e: default OpenAI's")  # fmt: skip
+                        help=f"{arguments.WEIGHTS}; needed but for dall-e: default OpenAI's")  # fmt: skip
     parser.add_argument("--data_path", required=True, help="folder of images, however nested, or one image")
     parser.add_argument("--output_dir", required=True, help="folder for the codes; what an earlier run left there is replaced")
     parser.add_argument("--format", default="npy", choices=("npy", "jsonl"),

@@ -77,6 +77,7 @@ def train_epochs(
         state.epoch, state.samples = epoch + 1, 0
         run.saver.wait()  # evaluation starts data processes: no other thread may run while they are forked
         test = evaluate(state, stage) if due(epoch, args.eval_freq, args.epochs) else {}
+        test |= stage.probe(state.model, epoch)
         score = stage.better(test)
         # The line in log.txt first: a run killed between the two repeats the epoch, and then replaces the line.
         reporter.epoch(epoch, train, test)
@@ -188,9 +189,12 @@ def accumulate_gradients(state: TrainState, stage: Stage, micro_batches: list[di
     return logs
 
 
-def evaluation_batches(loader: DataLoader, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Batches on the device; files that do not decode are named, and too many of them end the run, as in training."""
-    bad_files = BadFiles(flag="--eval_data_path")
+def evaluation_batches(loader: DataLoader, device: torch.device, flag: str = "--eval_data_path") -> Iterator[dict[str, Any]]:
+    """Batches on the device; files that do not decode are named, and too many of them end the run, as in training.
+
+    `flag` names the images' folder in messages.
+    """
+    bad_files = BadFiles(flag=flag)
     bad_files.start_epoch(len(cast(Any, loader.dataset)))
     for batch in loader:
         bad_files.add(batch["failed"], found_image="image" in batch)

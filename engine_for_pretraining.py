@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+import knn
 import visualization
 from distributed import Precision
 from engine import evaluation_batches, samples_to_show, to_device
@@ -29,6 +30,7 @@ class PretrainingStage(Stage):
         held_out: loader of --eval_data_path.
         predict_all: the visible patches count in the loss too.
         nothing_masked: the masks are empty.
+        knn_probe: k-NN every few epochs (--knn_freq).
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class PretrainingStage(Stage):
         held_out: DataLoader | None = None,
         predict_all: bool = False,
         nothing_masked: bool = False,
+        knn_probe: knn.Probe | None = None,
     ) -> None:
         self.target, self.device, self.precision = target, device, precision
         self.dataset, self.mean_std, self.held_out = dataset, mean_std, held_out
-        self.predict_all, self.nothing_masked = predict_all, nothing_masked
+        self.predict_all, self.nothing_masked, self.knn_probe = predict_all, nothing_masked, knn_probe
         which = "all patches, none of them masked" if nothing_masked else "all patches" if predict_all else "masked patches"
         self.task = f"{target.name} of {which}"
 
@@ -104,6 +107,22 @@ class PretrainingStage(Stage):
             predicted = batch["mask"].numel() if self.predict_all else batch["mask"].sum()
             means.add({"loss": loss} | logs, weight=float(predicted))
         return {f"test_{name}": value for name, value in means.read(over_all_ranks=True).items()}
+
+    @torch.no_grad()
+    def probe(self, model: Any, epoch: int) -> dict[str, float]:
+        """k-NN accuracy of the student's last layer (--knn_freq): of its CLS token where that is trained, else of the mean."""
+        probe, features = self.knn_probe, "cls" if hasattr(model, "cls_pt_layers") else "mean"
+        if probe is None or not probe.due(epoch):
+            return {}
+        model.eval()
+
+        def encode(images: Tensor) -> Tensor:
+            with self.precision.autocast():
+                return knn.pool(model.encode(images, None).float(), features)
+
+        batches = [evaluation_batches(loader, self.device, "--knn_data_path") for loader in (probe.train, probe.validation)]
+        train, own = (knn.extract(of_split, encode) for of_split in batches)
+        return probe.measure(train, own, self.device)
 
     @torch.no_grad()
     def pictures(self, model: Any, count: int = 6) -> dict[str, Tensor]:

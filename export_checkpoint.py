@@ -26,7 +26,7 @@ from errors import UserError, pick, tells_the_user
 from imagenet_classes import in_words, synsets
 from modeling_finetune import brief
 from transforms import default_crop_pct, normalisation
-from vit_backbone import SIZES, Trunk, relative_position_index
+from vit_backbone import SIZES, Trunk
 from weight_formats import INDEX, Converted, Preprocessing
 from weight_source import WEIGHT_FILES, Source
 
@@ -112,13 +112,11 @@ def open_model(source: Source, args: argparse.Namespace) -> Model:
     """Build the model that the weights are of and load them: what does not fit together is found here."""
     weights, companion = source.weights, source.companion
     row = SIZES[variants()[args.model][0]] if args.model else None
-    heads = args.num_heads or companion.num_heads or (row.num_heads if row else None)
-    if companion.img_size is not None and "patch_embed.proj.weight" in weights:
-        patch = weights["patch_embed.proj.weight"].shape[-1]  # timm's files do not hold the index that tells the grid
-        grid = (companion.img_size[0] // patch, companion.img_size[1] // patch)
-        weights = {f"blocks.0.attn.{INDEX}": relative_position_index(grid), **weights}
+    heads = args.num_heads or companion.num_heads
+    if heads is None and row is not None and not any(key.endswith(weight_formats.TABLE) for key in weights):
+        heads = row.num_heads
     try:
-        settings = pretrained.architecture(weights, {"input_size": companion.img_size, **source.flags}, heads)
+        settings = pretrained.architecture(weights, source.flags, heads)
     except UserError as error:
         raise UserError(f"--checkpoint {args.checkpoint}: {error}") from None
     if args.input_size is not None:
@@ -257,7 +255,7 @@ def our_flags(model: Model) -> dict[str, Any]:
     if model.vocab_size:
         return flags | {"codebook_size": model.vocab_size}
     head = {"nb_classes": s["num_classes"], "use_mean_pooling": s["use_mean_pooling"], "qkv_bias": s["qkv_bias"]}
-    return flags | head | {"crop_pct": model.prepared.crop_pct}
+    return flags | head | {"crop_pct": weight_source.crop_flag(model.prepared.crop_pct, s["img_size"])}
 
 
 def as_flag(size: tuple[int, int]) -> int | tuple[int, int]:

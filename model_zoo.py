@@ -1,7 +1,11 @@
-"""Weights by name, path or URL: find them, download them once, check them, read them without running any code.
+"""Weights by name, path or URL: find them, download them once, check them.
 
 `python model_zoo.py` prints the published weights with the accuracy that was published for each;
 `python model_zoo.py NAME ...` downloads them (say, on a login node) and prints where they lie.
+
+BEIT_MIRRORS names copies of the published files: base URLs (https:// or file://, blanks between them), tried in turn before
+the published address. A base ends where the published folder begins (`BASE/BEiT-v2/NAME.pth`, `BASE/v1.0/NAME.pth`,
+`BASE/dall-e/encoder.pkl`), or holds the bare files (`BASE/NAME.pth`); both are asked for, in this order.
 """
 
 from __future__ import annotations
@@ -11,24 +15,18 @@ import contextlib
 import difflib
 import hashlib
 import http.client
-import io
 import logging
 import os
 import pathlib
-import pickletools
 import re
 import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-import warnings
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import safetensors.torch
 import torch
 from tqdm import tqdm
 
@@ -60,8 +58,18 @@ class Entry:
     metrics: Mapping[str, float] = field(default_factory=dict)  # percent; usage of the codebook is a share
 
     @property
-    def urls(self) -> list[str]:
+    def name(self) -> str:
+        return self.file.rsplit("/", 1)[-1]
+
+    @property
+    def published(self) -> list[str]:
         return [self.file] if "://" in self.file else [mirror + self.file for mirror in MIRRORS]
+
+    @property
+    def urls(self) -> list[str]:
+        """To be tried in turn: the user's mirrors, then what was published."""
+        relative = urllib.parse.urlsplit(self.file).path.lstrip("/")
+        return [base + file for base in _users_mirrors() for file in (relative, self.name)] + self.published
 
 
 CLASSES = {"intermediate": 21841, "finetuned": 1000, "segmentation": 150}  # of the heads in the files
@@ -121,44 +129,50 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("beit_large_patch16_512_pt22k_ft22kto1k", "finetuned", {"params": 305.7, "top1": 88.6, "top5": 98.658, "loss": 0.474}),
 ]
 ENTRIES = {name: _entry(name, kind, **facts) for name, kind, facts in ROWS}
-ENTRIES["dall_e_encoder"] = Entry("https://cdn.openai.com/dall-e/encoder.pkl", "tokenizer-v1")
+ENTRIES["dall_e_encoder"] = Entry("https://cdn.openai.com/dall-e/encoder.pkl", "tokenizer-v1", params=53.8)
 
 
 # ------------------------------------------------------------------------------------------------------------- fetching
+class Wanted(NamedTuple):
+    """A file to be downloaded."""
+
+    urls: list[str]  # tried in turn
+    place: str  # where it lies, relative to the cache folder
+    sha256_prefix: str | None
+    guessed: bool  # the prefix was only read off the file's name
+
+
 def fetch(source: str | os.PathLike[str], sha256_prefix: str | None = None) -> pathlib.Path:
     """The file behind `source`: an existing path, a name of ENTRIES, or a URL (https://, file://, http:// see below).
 
     A download goes to `checkpoints/` in torch.hub's folder (TORCH_HOME moves it), once, also when several processes ask
-    at the same time; one that broke off is resumed. It must match `sha256_prefix`, or the prefix the zoo knows, or one
-    in the file's name (`-d5036aa7.pth`). http:// is refused unless the host is this machine or BEIT_ALLOW_HTTP=1.
-    UserError: nothing there, unreachable, another hash.
+    at the same time; one that broke off is resumed. Published files and those with a hash in their name lie there under
+    torch.hub's names, others in a folder for their address. A file must match `sha256_prefix`, or the prefix the zoo
+    knows, or one in its name (`-d5036aa7.pth`), also when it was put there by hand. http:// is refused unless the host is
+    this machine or BEIT_ALLOW_HTTP=1. UserError: nothing there, unreachable, another hash.
     """
     source = os.fspath(source)
     if os.path.isfile(here := os.path.expanduser(source)):  # pathlib's is_file fails on a URL longer than a file name
         return _checked(pathlib.Path(here), sha256_prefix)
     if source not in ENTRIES and "://" not in source:
         raise _no_such_file(source)
-    urls, published_prefix = _addresses(source)
-    parts = urllib.parse.urlsplit(urls[0])
-    name = pathlib.PurePosixPath(urllib.parse.unquote(parts.path)).name
-    if not name:
-        raise UserError(f"{source} names no file: give the URL of the weights themselves")
-    expected = sha256_prefix or published_prefix or _hash_in_name(name)
-    if parts.scheme == "file":  # in place: under a cache's one name per file, two folders' checkpoint.pth would mix
+    parts = urllib.parse.urlsplit(source)
+    if parts.scheme == "file":
         path = pathlib.Path(urllib.request.url2pathname(parts.path))
         if not path.is_file():
             raise UserError(f"{source}: there is no such file")
-        return _checked(path, expected)
-    target = _cache_folder() / name
+        return _checked(path, sha256_prefix or _hash_in_name(path.name), guessed=sha256_prefix is None)
+    wanted = _wanted(source, sha256_prefix)
+    target = _cache_folder() / wanted.place
     if not target.exists():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with _one_process_at_a_time(target):
                 if not target.exists():
-                    _download(urls, target, expected)
+                    _download(wanted, target)
         except PermissionError as error:
             raise UserError(f"cannot write {target} ({error.strerror}); TORCH_HOME names another folder") from error
-    return target
+    return _checked(target, wanted.sha256_prefix, wanted.guessed, cached=True)
 
 
 def _cache_folder() -> pathlib.Path:
@@ -174,10 +188,10 @@ def _no_such_file(source: str) -> UserError:
     return UserError(f"{source} is neither a file, nor a URL, nor a name of published weights; {offer}")
 
 
-def _addresses(source: str) -> tuple[list[str], str | None]:
-    """URLs to try in turn, and the published hash's prefix, for a name of ENTRIES or a URL."""
-    if source in ENTRIES:
-        return ENTRIES[source].urls, ENTRIES[source].sha256_prefix
+def _wanted(source: str, sha256_prefix: str | None) -> Wanted:
+    """What to download for a name of ENTRIES or a URL."""
+    if entry := ENTRIES.get(source):
+        return Wanted(entry.urls, entry.name, sha256_prefix or entry.sha256_prefix, guessed=False)
     _refuse_unsafe(source)
     parts = urllib.parse.urlsplit(source)
     query = urllib.parse.parse_qs(parts.query)
@@ -186,11 +200,33 @@ def _addresses(source: str) -> tuple[list[str], str | None]:
             f"the URL {source} was cut at its first '&', and every flag after it was lost: the shell takes an unquoted "
             "'&' for the end of the command; put the whole URL in quotes"
         )
-    if parts.hostname in FORMER_HOSTS:
-        for entry in ENTRIES.values():
-            if entry.file.rsplit("/", 1)[-1] == parts.path.rsplit("/", 1)[-1]:
-                return [source, *entry.urls], entry.sha256_prefix
-    return [source], None
+    name = pathlib.PurePosixPath(urllib.parse.unquote(parts.path)).name
+    if name in ("", ".."):
+        raise UserError(f"{source} names no file: give the URL of the weights themselves")
+    for entry in ENTRIES.values():
+        if source.split("?")[0] in entry.published or (parts.hostname in FORMER_HOSTS and entry.name == name):
+            urls = list(dict.fromkeys([source, *entry.urls]))
+            return Wanted(urls, entry.name, sha256_prefix or entry.sha256_prefix, guessed=False)
+    in_name = _hash_in_name(name)
+    place = name if in_name else f"{_address_hash(parts)}/{name}"  # any two runs have a checkpoint-best.pth
+    return Wanted([source], place, sha256_prefix or in_name, guessed=not sha256_prefix)
+
+
+def _address_hash(parts: urllib.parse.SplitResult) -> str:
+    """8 hex digits of host and path, and of a query that may choose the file; a signature does not, and changes."""
+    signed = any(key.lower().endswith(("sig", "signature")) for key in urllib.parse.parse_qs(parts.query))
+    address = f"{parts.netloc.rpartition('@')[2].lower()}{parts.path}" + ("" if signed else f"?{parts.query}")
+    return hashlib.sha256(address.encode()).hexdigest()[:8]
+
+
+def _users_mirrors() -> list[str]:
+    """The base URLs in BEIT_MIRRORS, each with a slash at its end."""
+    bases = os.environ.get("BEIT_MIRRORS", "").split()
+    for base in bases:
+        if "://" not in base or "?" in base:
+            raise UserError(f"BEIT_MIRRORS: {base} is no https:// or file:// address to which /BEiT-v2/NAME.pth can be added")
+        _refuse_unsafe(base)
+    return [base.rstrip("/") + "/" for base in bases]
 
 
 def _refuse_unsafe(url: str) -> None:
@@ -205,8 +241,8 @@ def _refuse_unsafe(url: str) -> None:
 
 
 def _hash_in_name(name: str) -> str | None:
-    """`weights-d5036aa7.pth` -> d5036aa7, torch.hub's convention; a date such as -20240131.pth is no hash."""
-    found = re.search(r"-(?!20[0-9]{6}\.)([0-9a-f]{8,64})\.", name)
+    """`weights-d5036aa7.pth` -> d5036aa7, torch.hub's convention. Digits alone are rather a date or a number of a run."""
+    found = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.", name)
     return found.group(1) if found else None
 
 
@@ -218,10 +254,40 @@ def _digest(path: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
-def _checked(path: pathlib.Path, sha256_prefix: str | None) -> pathlib.Path:
-    """`path`, the user's own file; with a prefix only if its hash begins with it."""
-    if sha256_prefix and not (digest := _digest(path)).startswith(sha256_prefix.lower()):
-        raise UserError(f"{path} has sha256 {digest[:8]}... instead of {sha256_prefix}: it is damaged or another file")
+def _digest_once(path: pathlib.Path) -> str:
+    """The hash of a file in the cache. A note beside it spares every process of every run the reading of the file."""
+    version = _version(path)
+    with contextlib.suppress(OSError, ValueError):
+        *known, digest = _note(path).read_text().split()
+        if known == version and len(digest) == 64:  # shorter: another process is writing it
+            return digest
+    digest = _digest(path)
+    _take_note(path, version, digest)
+    return digest
+
+
+def _note(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + ".checked")
+
+
+def _version(path: pathlib.Path) -> list[str]:
+    """Size in bytes and time of change in ns: a file that is replaced has others."""
+    stat = path.stat()
+    return [str(stat.st_size), str(stat.st_mtime_ns)]
+
+
+def _take_note(path: pathlib.Path, version: list[str], digest: str) -> None:
+    with contextlib.suppress(OSError):  # a cache that many share may be read-only
+        _note(path).write_text(" ".join([*version, digest]))
+
+
+def _checked(path: pathlib.Path, sha256_prefix: str | None, guessed: bool = False, cached: bool = False) -> pathlib.Path:
+    """`path`; with a prefix only if its hash begins with it. Notes are written in the cache only, not in users' folders."""
+    if sha256_prefix and not (digest := (_digest_once if cached else _digest)(path)).startswith(sha256_prefix.lower()):
+        way_out = "; delete it and run again" if cached else ""
+        if guessed:
+            way_out += f"; if {sha256_prefix} in its name is no hash, give its path instead of the URL"
+        raise UserError(f"{path} has sha256 {digest[:8]}... instead of {sha256_prefix}: it is damaged or another file{way_out}")
     return path
 
 
@@ -237,25 +303,33 @@ def _one_process_at_a_time(target: pathlib.Path) -> Iterator[None]:
     lock.unlink(missing_ok=True)
 
 
-def _download(urls: Sequence[str], target: pathlib.Path, sha256_prefix: str | None) -> None:
-    """The file at `target`, complete and checked, from the first of `urls` that gives it; or a UserError."""
+def _download(wanted: Wanted, target: pathlib.Path) -> None:
+    """The file at `target`, complete and checked, from the first of the URLs that gives it; or a UserError."""
     part = target.with_name(target.name + ".part")
-    reason: Exception | None = None
-    for url in urls:
+    failures = []
+    for url in wanted.urls:
+        reason: object = None
         for _ in range(5):
             before = part.stat().st_size if part.exists() else 0
             try:
                 _receive(url, part)
-                return _accept(part, target, sha256_prefix, url)
+                return _accept(part, target, wanted, url)
             except PermissionError:
                 raise
+            except UserError as error:  # another file, or an unsafe redirection: the next address may do better
+                if url == wanted.urls[-1]:
+                    raise
+                log.warning(f"warning: {error}")
+                reason = "refused"
+                break
             except (OSError, http.client.HTTPException) as error:
                 reason = error
             if isinstance(reason, urllib.error.HTTPError) and reason.code == 416:  # nothing after `before`: start anew
                 part.unlink(missing_ok=True)
             elif not part.exists() or part.stat().st_size <= before:
                 break  # no progress: asking again would not help
-    raise UserError(f"cannot download {urls[0]} ({reason}); download it elsewhere, put it at {target} and run again")
+        failures.append(f"{url} ({reason})")
+    raise UserError(f"cannot download {', nor '.join(failures)}; download it elsewhere, put it at {target} and run again")
 
 
 def _receive(url: str, part: pathlib.Path) -> None:
@@ -284,130 +358,26 @@ def _receive(url: str, part: pathlib.Path) -> None:
         raise ConnectionError(f"the connection broke off after {part.stat().st_size} of {total} bytes")
 
 
-def _accept(part: pathlib.Path, target: pathlib.Path, sha256_prefix: str | None, url: str) -> None:
+def _accept(part: pathlib.Path, target: pathlib.Path, wanted: Wanted, url: str) -> None:
     part.with_name(part.name + ".from").unlink(missing_ok=True)
-    digest = _digest(part)
-    if sha256_prefix and not digest.startswith(sha256_prefix.lower()):
-        part.unlink()
-        raise UserError(
-            f"what came from {url} has sha256 {digest[:8]}... instead of {sha256_prefix} and was deleted; run again, "
-            f"or put the right file at {target}"
-        )
-    os.replace(part, target)
+    if (prefix := wanted.sha256_prefix) is None:
+        os.replace(part, target)
+        return
+    version, digest = _version(part), _digest(part)
+    if digest.startswith(prefix.lower()):
+        os.replace(part, target)
+        _take_note(target, version, digest)
+        return
+    came = f"what came from {url} has sha256 {digest[:8]}... instead of {prefix}"
+    if wanted.guessed:
+        kept = target.with_name(f"unchecked_{target.name}")
+        os.replace(part, kept)
+        raise UserError(f"{came}, as in its name; if that is no hash, use what came: it is kept as {kept}")
+    part.unlink()
+    raise UserError(f"{came} and was deleted; run again, or put the right file at {target}")
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
-def _harmless_globals() -> list[Any]:
-    """What checkpoints hold besides tensors: flags, paths, numpy scalars and arrays under numpy 1's and 2's names."""
-    scalar, reconstruct = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
-    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
-    names = [(f, f"{module}.{f.__name__}") for module in modules for f in (scalar, reconstruct)]
-    dtypes = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
-    paths = [(pathlib.PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
-    return [argparse.Namespace, np.ndarray, np.dtype, *names, *sorted(dtypes, key=str), *paths]
-
-
-def load_file(path: str | os.PathLike[str], safe: Sequence[Any] = ()) -> Any:
-    """What a weight file holds, on the CPU: safetensors, torch.save (new or old), TorchScript (its state dict).
-
-    Python code pickled into a file is never run. `safe`: more globals a torch file may name, as
-    `torch.serialization.safe_globals` takes them. UserError: not there, damaged, no weight file, or with code in it.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        members: list[str] = []
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                members = archive.namelist()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit is deprecated, but OpenAI's CLIP is a TorchScript archive
-            if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
-                return torch.jit.load(path, map_location="cpu").state_dict()
-            # Only who expects a module (`safe`) needs the rewriting; it costs a copy of the file in memory.
-            source = path if members or not safe else _with_classes_called(path)
-            called = (_class_alone, f"{__name__}.{_class_alone.__name__}")
-            with torch.serialization.safe_globals([*_harmless_globals(), called, *safe]):
-                return torch.load(source, map_location="cpu", weights_only=True, mmap=True if members else None)
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; change its permissions") from error
-    except Exception as error:  # a damaged file may fail in any way
-        raise _unreadable(path, error) from error
-
-
-def _class_alone(kind: str, cls: Any, file: str | None, source: str | None) -> Any:
-    """The class in an old-format file's note about one: ("module", class, its source file, its source)."""
-    return cls
-
-
-def _with_classes_called(path: pathlib.Path) -> io.BytesIO:
-    """An old-format file that torch can read with weights_only=True although a module was pickled in it.
-
-    torch gives every module class the persistent id ("module", class, file, source) in this format, and refuses any such
-    id when it may not run code, whatever globals are safe. Here each becomes the call `_class_alone("module", ...)`, of the
-    same value: so torch's own rule decides about every class, as it does in the new format. Nothing is run here.
-    """
-    data = path.read_bytes()
-    with io.BytesIO(data) as file:
-        for _ in range(3):  # a magic number, the version, sizes of the writer's types; the fourth pickle is the content
-            list(pickletools.genops(file))
-        steps = list(pickletools.genops(file))
-    texts: dict[Any, Any] = {}  # memo slot -> the string in it: "module" is written once, then taken from the memo
-    pieces, end, mark = [], 0, 0
-    for i, (code, argument, position) in enumerate(steps):
-        if code.name == "MARK":
-            mark = i
-        elif "PUT" in code.name and steps[i - 1][0].name == "BINUNICODE":
-            texts[argument] = steps[i - 1][1]
-        elif code.name == "BINPERSID":  # of the tuple that began at the last mark
-            first, kind, _ = steps[mark + 1]
-            if (texts.get(kind) if "GET" in first.name else kind) == "module":
-                start = steps[mark][2] or 0
-                pieces += [data[end:start], f"c{__name__}\n{_class_alone.__name__}\n".encode(), data[start:position], b"R"]
-                end = (position or 0) + 1
-    return io.BytesIO(b"".join([*pieces, data[end:]]))
-
-
-def _unreadable(path: pathlib.Path, error: Exception) -> UserError:
-    code = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if code:
-        return UserError(
-            f"{path} holds Python objects ({code.group(1)}), which are not loaded because they can run any code; if "
-            "you trust the file, keep only its tensors: "
-            f"torch.save(torch.load('{path}', weights_only=False)['model'], 'clean.pth')"
-        )
-    why = (str(error).strip().splitlines() or [""])[0][:100]
-    return UserError(
-        f"{path} is no weight file or an incomplete one ({type(error).__name__}: {why}); delete it and get it again"
-    )
-
-
-def load_state_dict(source: str, keys: str = "model|module") -> dict[str, torch.Tensor]:
-    """The tensors in `source` (see `fetch`) under the first of `keys` that it has, else `state_dict`, else its top."""
-    return weights_in(load_file(fetch(source)), source, keys)
-
-
-def plain_flags(args: Any) -> dict[str, Any]:
-    """The flags in a checkpoint: a dictionary, the argparse Namespace of published files, or {}."""
-    return dict(args) if isinstance(args, Mapping) else vars(args) if isinstance(args, argparse.Namespace) else {}
-
-
-def weights_in(content: Any, source: str, keys: str = "model|module") -> dict[str, torch.Tensor]:
-    """As load_state_dict, of a file that is read already; `source` is for the message."""
-    found = content
-    if isinstance(content, Mapping):
-        inside = [key for key in (*keys.split("|"), "state_dict") if isinstance(content.get(key), Mapping)]
-        found = content[inside[0]] if inside else content
-    tensors = {k: v for k, v in found.items() if isinstance(v, torch.Tensor)} if isinstance(found, Mapping) else {}
-    if not tensors:
-        holds = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
-        raise UserError(f"{source} holds no weights under {keys}|state_dict nor at its top; it holds: {holds or 'nothing'}")
-    return tensors
-
-
+# ----------------------------------------------------------------------------------------------------------------- table
 PURPOSES = {
     "tokenizer": "gives BEiT v2 pretraining its targets: --tokenizer_model NAME --tokenizer_weight NAME; usage of the codebook",
     "tokenizer-v1": "gives BEiT v1 pretraining its targets: --tokenizer_model dall-e --tokenizer_weight NAME",
@@ -419,22 +389,28 @@ PURPOSES = {
 
 
 def table() -> str:
-    """The published weights by purpose: name, millions of parameters, size on this machine's disk, published results."""
+    """The published weights by purpose: name, millions of parameters, about how large the download is, size on this
+    machine's disk, published results."""
     lines = []
     for kind, purpose in PURPOSES.items():
-        lines += [f"{kind}: {purpose}", f"  {'name':44}{'params':>8}{'cached':>10}  published"]
+        lines += [f"{kind}: {purpose}", f"  {'name':44}{'params':>8}{'download':>11}{'cached':>10}  published"]
         for name, entry in ENTRIES.items():
             if entry.kind == kind:
                 params = f"{entry.params:.1f} M" if entry.params else "-"
+                download = f"~{_size(entry.params * 1e6 * 4)}" if entry.params else "-"  # of fp32
                 published = ", ".join(f"{metric} {value:g}" for metric, value in entry.metrics.items())
-                lines.append(f"  {name:44}{params:>8}{_cached_size(entry):>10}  {published or '-'}")
+                lines.append(f"  {name:44}{params:>8}{download:>11}{_cached_size(entry):>10}  {published or '-'}")
         lines.append("")
     return "\n".join([*lines, f"Downloads go to {_cache_folder()}; TORCH_HOME moves it."])
 
 
 def _cached_size(entry: Entry) -> str:
-    path = _cache_folder() / pathlib.PurePosixPath(entry.file).name
-    return f"{path.stat().st_size / 2**20:.0f} MiB" if path.is_file() else "-"
+    path = _cache_folder() / entry.name
+    return _size(path.stat().st_size) if path.is_file() else "-"
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 2**20:.0f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.1f} GiB"
 
 
 @tells_the_user

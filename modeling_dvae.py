@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model_zoo
+import weight_files
 from errors import UserError
 
 PATCH_SIZE = 8  # pixels per token: three poolings; 112 x 112 pixels give BEiT's 14 x 14 grid
@@ -147,10 +148,10 @@ def load_dall_e_encoder(path: str | None = None) -> DallEEncoder:
     `state_dict`, in any floating-point type. Sizes are the file's. UserError: another file than such an encoder.
     """
     source = path or PUBLISHED
-    content = model_zoo.load_file(model_zoo.fetch(source), safe=[(PickledModule, name) for name in CLASSES])
+    content = weight_files.load_file(model_zoo.fetch(source), safe=[(PickledModule, name) for name in CLASSES])
     if isinstance(content, PickledModule):
         content = dict(pickled_parameters(content))
-    state = model_zoo.weights_in(content, source, "model")
+    state = weight_files.weights_in(content, source, "model")
     with torch.device("meta"):  # shapes only: the weights are in the file
         model = DallEEncoder(*sizes_in(state, source))
     check_fit(model, state, source)

@@ -152,12 +152,15 @@ def resize_rel_pos_bias_table(
         raise ValueError(f"a bias table of {len(table)} rows does not belong to a grid of {src_grid[0]} x {src_grid[1]}")
     if src == dst:
         return table.clone()
-    sources = [_geometric_coordinates(s // 2, d // 2) for s, d in zip(src, dst, strict=True)]
+    tables = patch_rows.T.reshape(-1, *src).double().cpu().numpy()
+    for axis, side in enumerate(src):  # a single row or column says nothing of distances: it counts for all of them
+        tables = tables.repeat(3, axis=1 + axis) if side == 1 else tables
+        src[axis] = max(side, 3)
+    sources = [_geometric_coordinates(s // 2, max(d // 2, 1)) for s, d in zip(src, dst, strict=True)]
     targets = [_unit_coordinates(d // 2) for d in dst]
-    orders = [min(3, s - 1) for s in src]
     heads = []
-    for values in patch_rows.T.reshape(-1, *src).double().cpu().numpy():
-        spline = RectBivariateSpline(*sources, values, kx=orders[0], ky=orders[1])
+    for values in tables:
+        spline = RectBivariateSpline(*sources, values, kx=min(3, src[0] - 1), ky=min(3, src[1] - 1))
         heads.append(torch.from_numpy(spline(*targets)).flatten())
     resized = torch.stack(heads, dim=1).to(table)
     return torch.cat((resized, cls_rows))
@@ -238,7 +241,12 @@ def remap_pretrained(state_dict: dict[str, Tensor], model: Trunk) -> dict[str, T
         for key in wanted:
             if key.endswith(".attn.relative_position_bias_table"):
                 source.setdefault(key, shared)
-    src_grid = patch_grid(source) or grid
+    positions = [key for key in wanted if key == "pos_embed" or key.endswith("relative_position_bias_table")]
+    told = any(key.endswith("relative_position_index") for key in source)
+    if not told and all(key in source and source[key].shape == wanted[key].shape for key in positions):
+        src_grid = grid  # as many rows, and nothing says that they lie otherwise
+    else:
+        src_grid = patch_grid(source) or grid
     remapped = {}
     for key, value in source.items():
         if key not in wanted or key.endswith("relative_position_index"):

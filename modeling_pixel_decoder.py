@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import model_zoo
 import modeling_vqkd
+import weight_files
 from errors import UserError
 from modeling_finetune import VisionTransformer
 from modeling_vqkd import PATCH_SIZE, VQKD
@@ -44,7 +45,7 @@ class PixelDecoder(nn.Module):
         self.grid = grid
         self.to_pixels = nn.ConvTranspose2d(dim, 3, 2 * PATCH_SIZE, stride=PATCH_SIZE, padding=PATCH_SIZE // 2)
         truncated_normal_(self.to_pixels.weight, std=0.02, cut=2.0)
-        nn.init.zeros_(self.to_pixels.bias)  # type: ignore[arg-type]
+        self.to_pixels.bias.data.zero_()
 
     def forward(self, z: Tensor) -> Tensor:
         """Code vectors (B, D, h, w) -> images (B, 3, h * P, w * P) in [0, 1], fp32."""
@@ -102,7 +103,7 @@ class Reconstructor(nn.Module):
 
 def open_reconstructor(source: str, flag: str = "--checkpoint") -> Reconstructor:
     """The model in a file of `run_vqkd_training.py --train_pixel_decoder` (path or URL), in eval; no other file is needed."""
-    weights = model_zoo.weights_in(model_zoo.load_file(model_zoo.fetch(source)), source)
+    weights = weight_files.weights_in(weight_files.load_file(model_zoo.fetch(source)), source)
     if "decoder.to_pixels.weight" not in weights:
         raise UserError(f"{flag} {source} holds no pixel decoder: run_vqkd_training.py --train_pixel_decoder trains one")
     own = {key.removeprefix("tokenizer."): value for key, value in weights.items() if key.startswith("tokenizer.")}

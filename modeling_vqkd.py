@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import model_zoo
+import weight_files
 from errors import UserError, pick
 from modeling_finetune import VisionTransformer
 from norm_ema_quantizer import NormEMAVectorQuantizer
@@ -239,9 +240,9 @@ def open_tokenizer(source: str, flag: str = "--tokenizer_weight") -> tuple[VQKD,
 
     Returns it and the flags it was trained with ({} for published files). `flag` names the source in messages.
     """
-    content = model_zoo.load_file(model_zoo.fetch(source))
-    weights = model_zoo.weights_in(content, source)
-    flags = model_zoo.plain_flags(content.get("args")) if isinstance(content, dict) else {}
+    content = weight_files.load_file(model_zoo.fetch(source))
+    weights = weight_files.weights_in(content, source)
+    flags = weight_files.plain_flags(content.get("args")) if isinstance(content, dict) else {}
     settings = settings_of(weights, flags, f"{flag} {source}")
     return create_model(**settings, as_tokenizer=True, pretrained=True, pretrained_weight=source), flags
 
@@ -273,8 +274,8 @@ def read_tokenizer(name: str, source: str | None, n_code: int, code_dim: int) ->
     Teacher, scaling and loss entries of released files are left out.
     """
     source = source or name
-    content = model_zoo.load_file(model_zoo.fetch(source))
-    weights = model_zoo.weights_in(content, source)
+    content = weight_files.load_file(model_zoo.fetch(source))
+    weights = weight_files.weights_in(content, source)
     codebook = weights.get("quantize.embedding.weight")
     if codebook is None or "decode_task_layer.2.bias" not in weights:
         raise UserError(f"--tokenizer_weight {source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)")
@@ -288,7 +289,7 @@ def read_tokenizer(name: str, source: str | None, n_code: int, code_dim: int) ->
         raise UserError(f"the tokenizer in {source} was never given a codebook: its training ended in the quantizer's warm-up")
     own = ("encoder.", "decoder.", "encode_task_layer.", "decode_task_layer.", "quantize.", "target_")
     flags = content.get("args") if isinstance(content, dict) else None
-    return {key: value for key, value in weights.items() if key.startswith(own)}, model_zoo.plain_flags(flags)
+    return {key: value for key, value in weights.items() if key.startswith(own)}, weight_files.plain_flags(flags)
 
 
 def decoder_depth_of(weights: dict[str, Tensor], asked: int | None, source: str) -> int:
@@ -304,9 +305,10 @@ def load_tokenizer_weights(model: VQKD, weights: dict[str, Tensor], source: str)
     missing = [key for key in wanted if key not in weights and not key.startswith("target_")]
     misfits = [key for key, value in weights.items() if key in wanted and wanted[key].shape != value.shape]
     if missing or misfits:
-        sides = ""
-        if "encoder.pos_embed" in misfits:
-            side = grid_of(weights["encoder.pos_embed"].shape[1] - 1) * PATCH_SIZE
-            sides = f" (it was trained on {side}-pixel images: --second_input_size {side})"
-        raise UserError(f"{source} does not fit --tokenizer_model: {(misfits + missing)[0]} differs{sides}")
+        own = settings_of(weights, {}, source)
+        side, fitting = own["img_size"], own["name"]
+        reason = f"it is a {fitting}, or of that size"
+        if "encoder.pos_embed" in misfits and weights["encoder.pos_embed"].shape[-1] == wanted["encoder.pos_embed"].shape[-1]:
+            reason = f"it was trained on {side}-pixel images: --second_input_size {side}"
+        raise UserError(f"{source} does not fit --tokenizer_model ({(misfits + missing)[0]} differs): {reason}")
     model.load_state_dict(weights, strict=False)

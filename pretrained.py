@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-import checkpointing
-import model_zoo
 import modeling_finetune
+import weight_files
+import weight_source
 from distributed import log
 from errors import UserError
 from modeling_finetune import VisionTransformer
@@ -24,8 +24,7 @@ def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[
     """
     fitting = modeling_finetune.remap_pretrained(weights, model)
     if not any(key.startswith("blocks.") for key in fitting):
-        held = f" (it holds {modeling_finetune.brief(list(weights))})" if weights else ""
-        raise UserError(f"{source}: none of its weights fits the model{held}; is it another size of model?")
+        raise UserError(f"{source} is {weight_files.kind_of(weights)}: none of its weights fits this model")
     missing = model.load_state_dict(fitting, strict=False).missing_keys
     first, *rest = modeling_finetune.remapping_report(weights, model, fitting)
     log.info("\n".join([f"weights    {source}", f"           {first}", *(f"           {line}" for line in rest)]))
@@ -40,10 +39,12 @@ def architecture(weights: dict[str, Tensor], flags: dict[str, Any], num_heads: i
     """
     blocks = {int(found.group(1)) for key in weights if (found := re.match(r"blocks\.(\d+)\.", key))}
     if not blocks or "patch_embed.proj.weight" not in weights or "cls_token" not in weights:
-        raise UserError(f"no vision transformer is in it, but {modeling_finetune.brief(list(weights))}")
+        raise UserError(f"it is {weight_files.kind_of(weights)}, and no vision transformer")
     width, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
     tables = [value for key, value in weights.items() if key.endswith("relative_position_bias_table")]
     rows = [size for size in SIZES.values() if (size.embed_dim, size.depth) == (width, len(blocks))]
+    if tables and num_heads not in (None, tables[0].shape[1]):
+        raise UserError(f"--num_heads {num_heads}: the file's position tables are of {tables[0].shape[1]} heads; leave it out")
     heads = num_heads or (tables[0].shape[1] if tables else rows[0].num_heads if rows else None)
     if heads is None or width % heads:
         raise UserError(f"how many heads the {width} channels of each layer are cut into is not known: --num_heads says it")
@@ -76,8 +77,7 @@ def open_backbone(
     Returns it and the flags it was trained with ({} for published files). `input_size`: side or (height, width) in pixels
     to use it at, the position tables are resized; default: its own. `flag` names the source in messages.
     """
-    content = checkpointing.read(model_zoo.fetch(source))
-    weights, flags = modeling_finetune.our_names(content["model"]), content.get("args") or {}
+    weights, flags, *_ = weight_source.read(source, flag=flag)
     try:
         settings = architecture(weights, flags, num_heads)
     except UserError as error:
@@ -88,5 +88,13 @@ def open_backbone(
         model = VisionTransformer(**settings)
     except ValueError as error:
         raise UserError(f"--input_size: {error}") from None
-    load_fitting(model, weights, f"{flag} {source}")
+    missing = load_fitting(model, weights, f"{flag} {source}")
+    if not set(missing) <= {"norm.weight", "norm.bias"}:  # which nothing here reads
+        raise UserError(f"{flag} {source} is incomplete: it lacks {modeling_finetune.brief(missing)}")
     return model.eval().requires_grad_(False), flags
+
+
+def has_cls_head(source: str) -> bool:
+    """Whether a file is of BEiT v2's pretraining, where the CLS token learns to stand for the image."""
+    weights = weight_source.read(source, flag="--finetune").weights
+    return any(key.startswith("cls_pt_layers.") for key in weights)

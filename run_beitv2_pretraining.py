@@ -11,11 +11,12 @@ from torch import nn
 import arguments
 import distributed
 import engine
+import knn
 import modeling_dvae
 import modeling_pretrain
 import modeling_vqkd
 import run_state
-from datasets import build_pretraining_dataset
+from datasets import build_knn_datasets, build_pretraining_dataset
 from distributed import log
 from engine_for_pretraining import PretrainingStage
 from errors import UserError, pick, tells_the_user
@@ -42,6 +43,8 @@ def get_parser() -> argparse.ArgumentParser:
         epochs=300,
         lr_help="as it is, not scaled; 1.5e-3 for a batch of 2048",
     )
+    arguments.add_knn_monitor_flags(parser)
+    arguments.add_step_flags(parser)
     arguments.add_run_flags(parser, save_ckpt_freq=20)
     return parser
 
@@ -56,6 +59,8 @@ def patch_grid(args: argparse.Namespace) -> int:
     check_masks(args, grid)
     if has_cls_head(args):
         check_cls_head(args, SIZES[size].depth)
+    if args.knn_freq < 0 or bool(args.knn_freq) != bool(args.knn_data_path):
+        raise UserError("--knn_freq (epochs, above 0) and --knn_data_path (labelled images) act together: give both or neither")
     return grid
 
 
@@ -174,6 +179,17 @@ def build_model(args: argparse.Namespace, values: int) -> modeling_pretrain.Visi
     )
 
 
+def build_knn_probe(args: argparse.Namespace, run: run_state.Run) -> knn.Probe | None:
+    """--knn_freq: labelled images to measure the student by while it learns."""
+    if not args.knn_freq:
+        return None
+    train, validation, classes = build_knn_datasets(args)
+    train_loader, validation_loader = (build_eval_loader(split, args, run.launch) for split in (train, validation))
+    return knn.Probe(
+        train_loader, validation_loader, classes, args.knn_freq, args.knn_temperature, args.knn_standardize
+    )  # fmt: skip
+
+
 @tells_the_user
 def main(argv: Sequence[str] | None = None) -> None:
     parser = get_parser()
@@ -184,19 +200,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = run_state.start_run(parser, args)
     arguments.warn_of_idle_flags(parser, args, idle_flags(args))
 
+    # ── What is predicted: the codes of a frozen tokenizer, or pixels. First: a wrong file is told at once ──
+    target = build_target(args, run.device)
+
     # ── Data: two views of one crop, and a mask ──
     stride = tokenizer_stride(args)
     dataset = build_pretraining_dataset(args, grid, tokenizer_stride=stride)
     held_out = build_pretraining_dataset(args, grid, args.eval_data_path, stride) if args.eval_data_path else None
     held_out_loader = build_eval_loader(held_out, args, run.launch) if held_out is not None else None
+    knn_probe = build_knn_probe(args, run)
     data = run_state.training_data(dataset, run)
 
-    # ── What is predicted (the codes of a frozen tokenizer, or pixels), and the student that predicts it ──
-    target = build_target(args, run.device)
+    # ── The student ──
     model = build_model(args, target.width).to(run.device)
     mean_std = normalisation(args.imagenet_default_mean_and_std)
     stage = PretrainingStage(
-        target, run.device, run.precision, dataset, mean_std, held_out_loader, predicts_all(args), args.no_mask
+        target,
+        run.device,
+        run.precision,
+        dataset,
+        mean_std,
+        held_out_loader,
+        predict_all=predicts_all(args),
+        nothing_masked=args.no_mask,
+        knn_probe=knn_probe,
     )
     log.info(f"target     {stage.task}")
 

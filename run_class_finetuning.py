@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 
 import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 import arguments
 import checkpointing
 import distributed
 import engine
 import imagenet_classes
-import model_zoo
 import modeling_finetune
 import pretrained
 import run_state
 import trained_classifier
+import weight_source
 from confusion import as_table, described
 from datasets import build_finetuning_dataset
 from distributed import log
@@ -43,6 +44,7 @@ def get_parser() -> argparse.ArgumentParser:
         epochs=30,
         lr_help="of the head; deeper layers by --layer_decay",
     )
+    arguments.add_step_flags(parser)
     arguments.add_run_flags(parser, save_ckpt_freq=5)
     return parser
 
@@ -96,10 +98,12 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.
     )
 
 
-def load_pretrained(model: modeling_finetune.VisionTransformer, args: argparse.Namespace) -> None:
-    """--finetune: what fits is used; what does not is named."""
-    weights: dict[str, Tensor] = model_zoo.load_state_dict(args.finetune, args.model_key)
-    pretrained.load_fitting(model, trained_classifier.select(weights, args), f"--finetune {args.finetune}")
+def read_pretrained(args: argparse.Namespace) -> weight_source.Source | None:
+    """--finetune, before the images are looked for: a wrong file is told at once."""
+    if not args.finetune:
+        return None
+    picked = functools.partial(trained_classifier.select, args=args)
+    return weight_source.read(args.finetune, keys=args.model_key, picked=picked, flag="--finetune")
 
 
 def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
@@ -135,16 +139,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         distributed.stop()
         return
 
+    # ── Pretrained weights ──
+    weights = read_pretrained(args)
+
     # ── Data ──
     dataset, nb_classes = build_finetuning_dataset(args, train=True)
     validation = None if args.disable_eval_during_finetuning else build_finetuning_dataset(args, train=False)[0]
     validation_loader = build_eval_loader(validation, args, run.launch) if validation is not None else None
     data = run_state.training_data(dataset, run)
 
-    # ── Model, from pretrained weights ──
+    # ── Model ──
     model = build_model(args, nb_classes)
-    if args.finetune:
-        load_pretrained(model, args)
+    if weights is not None:  # what fits is used; what does not is named
+        pretrained.load_fitting(model, weights.weights, f"--finetune {args.finetune}")
     model.to(run.device)
     ema = None
     if args.model_ema:

@@ -50,6 +50,10 @@ class Stage:
         """Entries for log.txt, with their `test_` in front; {} where there is nothing to evaluate on."""
         return {}
 
+    def probe(self, model: nn.Module, epoch: int) -> dict[str, float]:
+        """More entries like evaluate's, from an evaluation with a frequency of its own; {} where none is due after `epoch`."""
+        return {}
+
     def better(self, test: dict[str, float]) -> float | None:
         """What to maximise for checkpoint-best.pth; None: this stage has no best."""
         return None
@@ -88,7 +92,7 @@ class Run:
 def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run:
     """Join the other processes, choose device and precision, seed, and say what was asked for."""
     launch, device = distributed.start(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
-    if args.compile:
+    if getattr(args, "compile", False):  # a flag of the stages that train a ViT, as is the next
         compilation.require_compiler(device)
     run = Run(args, launch, device, choose_precision(args.amp_dtype, device))
     seed_all(args.seed, device)  # the same on every rank: all build the same model
@@ -131,13 +135,15 @@ class TrainingData:
         return self.sampler.steps_per_epoch
 
 
-def training_data(dataset: Any, run: Run) -> TrainingData:
+def training_data(dataset: Any, run: Run, num_workers: int | None = None) -> TrainingData:
+    """`num_workers`: 0 for what is in memory already; default: --num_workers."""
     args, launch = run.args, run.launch
+    workers = args.num_workers if num_workers is None else num_workers
     sampler = ResumableSampler(
         len(dataset), args.batch_size, args.update_freq, launch.rank, launch.world_size, args.seed,
         shard_sizes=getattr(dataset, "shard_sizes", None),
     )  # fmt: skip
-    loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and run.device.type == "cuda", persistent=True)
+    loader = build_loader(dataset, sampler, workers, args.pin_mem and run.device.type == "cuda", persistent=True)
     if sampler.shrunk:
         log.warning(
             f"warning: {len(dataset)} images do not fill one batch of {args.batch_size} x {launch.world_size} processes x "
@@ -182,7 +188,7 @@ def new_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, ema: ModelEmaV3 | None = None, name: str = ""
 ) -> TrainState:
     """Wrap the model for as many processes as there are. It is on its device already. `name`: for the log, if not --model."""
-    if run.args.grad_checkpointing:
+    if getattr(run.args, "grad_checkpointing", False):
         recompute_blocks(model)
     runner = model
     if run.launch.world_size > 1:

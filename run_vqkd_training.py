@@ -31,7 +31,7 @@ ONLY_FOR_THE_PIXEL_DECODER = ("tokenizer_weight", "pixel_decoder_depth", "pixel_
 NOT_FOR_THE_PIXEL_DECODER = (
     "model", "codebook_n_emd", "codebook_emd_dim", "ema_decay", "quantize_kmeans_init", "quantizer_warmup_steps",
     "revive_dead_codes", "process_type", "teacher_model_type", "teacher_weight", "teacher_input_size",
-    "standardize_teacher", "eval", "calculate_codebook_usage",
+    "standardize_teacher", "decoder_depth", "eval", "calculate_codebook_usage",
 )  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def get_parser() -> argparse.ArgumentParser:
         epochs=100,
         lr_help="for a total batch of 128; scaled by total / 128",
     )
+    arguments.add_step_flags(parser)
     arguments.add_run_flags(parser, save_ckpt_freq=20)
     return parser
 

@@ -102,10 +102,13 @@ def shuffled_by_shards(sizes: Sequence[int], generator: torch.Generator) -> torc
 
 
 class EvalSampler(Sampler[list[Key]]):
-    """Batches of keys (0, index): every index once over all ranks. No padding: ranks may differ by one."""
+    """Batches of keys (0, index): every index once over all ranks. No padding: ranks may differ by one.
 
-    def __init__(self, length: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.indices, self.batch_size = range(rank, length, world_size), batch_size
+    `every`: only each such index.
+    """
+
+    def __init__(self, length: int, batch_size: int, rank: int, world_size: int, every: int = 1) -> None:
+        self.indices, self.batch_size = range(rank * every, length, world_size * every), batch_size
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
@@ -115,9 +118,9 @@ class EvalSampler(Sampler[list[Key]]):
             yield [(0, index) for index in self.indices[start : start + self.batch_size]]
 
 
-def build_eval_loader(dataset: Any, args: argparse.Namespace, launch: Launch) -> DataLoader[dict[str, Any]]:
-    """This rank's share of the data set, every image once over all ranks."""
-    sampler = EvalSampler(len(dataset), args.batch_size, launch.rank, launch.world_size)
+def build_eval_loader(dataset: Any, args: argparse.Namespace, launch: Launch, every: int = 1) -> DataLoader[dict[str, Any]]:
+    """This rank's share of the data set, every image once over all ranks; `every`: only each such image."""
+    sampler = EvalSampler(len(dataset), args.batch_size, launch.rank, launch.world_size, every)
     return build_loader(dataset, sampler, args.num_workers, args.pin_mem)
 
 

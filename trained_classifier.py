@@ -11,11 +11,13 @@ from torch import Tensor
 
 import arguments
 import model_zoo
-from checkpointing import head, plain
+import weight_files
+import weight_source
+from checkpointing import plain
 from distributed import log
 from errors import UserError
 from imagenet_classes import RobustSet, synsets
-from modeling_finetune import VisionTransformer, our_names, remap_pretrained
+from modeling_finetune import VisionTransformer, remap_pretrained
 
 # What the model is made of, and what its images look like: flags that should be those of the training.
 SHAPING = ("model", "use_mean_pooling", "abs_pos_emb", "rel_pos_bias", "qkv_bias", "layer_scale_init_value")
@@ -47,19 +49,13 @@ def select(weights: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Te
 
 def read(args: argparse.Namespace) -> TrainedClassifier:
     """--resume, else --finetune; with --model_ema the moving average of the weights in it."""
-    source = args.resume or args.finetune
-    path = model_zoo.fetch(source)
-    content = model_zoo.load_file(path)
-    more = {**head(path), **(content if isinstance(content, Mapping) else {})}
-    if args.model_ema and not isinstance(more.get("model_ema"), Mapping):
-        raise UserError(f"{source} holds no moving average of the weights (model_ema): leave --model_ema out")
-    weights = model_zoo.weights_in(content, source, "model_ema" if args.model_ema else args.model_key)
-    weights = our_names(select(weights, args))
-    if "head.bias" not in weights:
-        raise UserError(f"{source} holds no classifier (no head.bias): fine-tune it first")
-    stage = more.get("stage")
-    classes = stage.get("classes") if isinstance(stage, Mapping) else None
-    return TrainedClassifier(source, weights, model_zoo.plain_flags(more.get("args")), classes)
+    source, flag = (args.resume, "--resume") if args.resume else (args.finetune, "--finetune")
+    read = weight_source.read(
+        source, ema=args.model_ema, keys=args.model_key, picked=lambda weights: select(weights, args), flag=flag
+    )
+    if "head.bias" not in read.weights:
+        raise UserError(f"{flag} {source} is {weight_files.kind_of(read.weights)}: --eval needs a classifier")
+    return TrainedClassifier(source, read.weights, read.flags, read.classes)
 
 
 def load(
@@ -105,7 +101,9 @@ def warn_of_other_sight(
             f"warning: {trained.source} was trained with {', '.join(theirs for theirs, _ in pairs)} and is evaluated with "
             f"{', '.join(ours for _, ours in pairs)}: its accuracy may suffer"
         )
-    elif any(value.shape != trained.weights.get(key, value).shape for key, value in fitting.items()):
+    if "input_size" not in trained.flags and any(
+        value.shape != trained.weights.get(key, value).shape for key, value in fitting.items()
+    ):
         log.warning(
             f"warning: {trained.source} was trained on images of another size than --input_size {args.input_size}: its "
             "positions were interpolated, and its accuracy may suffer"

@@ -33,7 +33,7 @@ MOST_PIXELS = 1024 * 1024  # T x T numbers in every block, H x T x T in one: abo
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Attention maps")
-    parser.add_argument("--checkpoint", required=True, help="of pretraining or fine-tuning: path, URL or published name")
+    parser.add_argument("--checkpoint", required=True, help=f"of pretraining or fine-tuning: {arguments.WEIGHTS}")
     parser.add_argument("--image", required=True, nargs="+", help="image files, or folders of images")
     parser.add_argument("--count", type=arguments.positive, default=8, help="images of each folder, evenly spread")
     parser.add_argument("--output", default="attention.png", help="PNG to write")

@@ -24,7 +24,9 @@ from transforms import eval_view, load_image
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Reconstructions from tokens")
-    parser.add_argument("--checkpoint", required=True, help="of run_vqkd_training.py --train_pixel_decoder: path or URL")
+    parser.add_argument(
+        "--checkpoint", required=True, help=f"of run_vqkd_training.py --train_pixel_decoder: {arguments.FILE_OR_URL}"
+    )
     parser.add_argument("--image", required=True, nargs="+", help="image files, or folders of them")
     parser.add_argument("--most", type=arguments.positive, default=16, help="of a folder: so many images, evenly spread")
     parser.add_argument("--output", default="reconstruction.png", help="PNG to write")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +17,13 @@ from torch import Tensor
 import checkpointing
 import model_zoo
 import modeling_finetune
+import weight_files
 import weight_formats
 from errors import UserError
 from imagenet_classes import in_words, synsets
-from weight_formats import Companion
+from transforms import default_crop_pct, normalisation
+from vit_backbone import as_pair, relative_position_index
+from weight_formats import INDEX, TABLE, Companion
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the folders of Hugging Face and timm
 
@@ -36,30 +40,42 @@ class Source(NamedTuple):
     path: Path
 
 
-def read(checkpoint: str, expected: str = "auto", ema: bool = False) -> Source:
+def read(
+    checkpoint: str,
+    expected: str = "auto",
+    ema: bool = False,
+    keys: str = "model|module",
+    picked: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    flag: str = "--checkpoint",
+) -> Source:
     """`checkpoint`: a file, a folder of timm or Hugging Face, a URL or a published name. `expected`: whose names it has,
-    "ours", "timm", "huggingface" or "auto". `ema`: the moving average of the weights instead of the last ones.
+    "ours", "timm", "huggingface" or "auto". `ema`: the moving average of the weights instead of the last ones; `keys`: where
+    in the file the weights are; `picked`: takes a part of them, under the file's own names. `flag`: for messages.
 
     UserError: as model_zoo.fetch; names of another library; no moving average; another kind of model.
     """
-    path, config, preprocessor = locate(checkpoint)
-    content = checkpointing.read(path)
-    if ema and not isinstance(content.get("model_ema"), dict):
+    path, config, preprocessor = locate(checkpoint, flag)
+    content = weight_files.load_file(path)
+    beside = {**checkpointing.head(path), **(content if isinstance(content, dict) else {})}
+    if ema and not isinstance(beside.get("model_ema"), dict):
         raise UserError(
-            f"--ema: {checkpoint} holds no moving average of the weights; run_class_finetuning keeps one with --model_ema"
+            f"{flag} {checkpoint} holds no moving average of the weights (model_ema), which run_class_finetuning keeps with "
+            "--model_ema: ask for the weights themselves"
         )
-    found = content["model_ema" if ema else "model"]
+    found = weight_files.weights_in(content, checkpoint, "model_ema" if ema else keys)
+    found = found if picked is None else picked(found)
     huggingface = weight_formats.is_huggingface(found)
     library = "huggingface" if huggingface else "timm" if "architecture" in config else "ours"
     if expected != "auto" and huggingface != (expected == "huggingface"):
         names = "Hugging Face's" if huggingface else "ours, which are timm's too"
         raise UserError(f"--from {expected}: the names in {checkpoint} are {names}; --from auto sees by itself")
     published = model_zoo.ENTRIES.get(path.stem)
-    flags = content.get("args") or {}
-    classes = (content.get("stage") or {}).get("classes")
+    flags = weight_files.plain_flags(beside.get("args"))
+    stage = beside.get("stage")
+    classes = stage.get("classes") if isinstance(stage, dict) else None
     if published is not None:  # v2 was trained with ImageNet's mean and std, v1 with 0.5 (docs/recipes.md)
         flags = {"imagenet_default_mean_and_std": path.stem.startswith("beitv2"), **flags}
-        classes = synsets() if published.classes == 1000 else None
+        classes = synsets() if len(found.get("head.bias", ())) == len(synsets()) else None
     companion = Companion(None, None, None, None)
     try:
         if library == "huggingface" and config:
@@ -68,17 +84,53 @@ def read(checkpoint: str, expected: str = "auto", ema: bool = False) -> Source:
             companion = weight_formats.read_timm_config(config)
         weights = modeling_finetune.our_names(found)
     except UserError as error:
-        raise UserError(f"--checkpoint {checkpoint}: {error}") from None
+        raise UserError(f"{flag} {checkpoint}: {error}") from None
+    flags = {**flags_of(companion), **flags}
+    weights = with_grid(weights, flags.get("input_size"))
     return Source(weights, flags, folder_names(companion.classes) or classes, companion, library, path)
 
 
-def locate(source: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+def flags_of(companion: Companion) -> dict[str, Any]:
+    """What another library says of its images, as our flags."""
+    size, prepared = companion.img_size, companion.prepared
+    flags: dict[str, Any] = {}
+    if size is not None:
+        flags["input_size"] = size[0] if size[0] == size[1] else size
+    if prepared is not None:
+        flags["imagenet_default_mean_and_std"] = prepared[:2] == normalisation(True)
+        flags["crop_pct"] = crop_flag(prepared.crop_pct, size or 224)
+    return flags
+
+
+def crop_flag(crop_pct: float, size: int | tuple[int, int]) -> float | None:
+    """--crop_pct; None where ours, left out, crops the same pixels."""
+    side = min(as_pair(size))
+    return None if int(side / crop_pct) == int(side / default_crop_pct(size)) else crop_pct
+
+
+def with_grid(weights: dict[str, Tensor], size: Any) -> dict[str, Tensor]:
+    """The weights with an index of relative positions, which tells a grid of any shape, where the size of the images is
+    known, fits, and nothing else tells the grid: absolute positions do not, and timm's files hold no index."""
+    patches = weights.get("patch_embed.proj.weight")
+    if size is None or patches is None or any(key.endswith(INDEX) for key in weights):
+        return weights
+    (height, width), patch = as_pair(size), patches.shape[-1]
+    grid = height // patch, width // patch
+    table = next((value for key, value in weights.items() if key.endswith(TABLE)), None)
+    if "pos_embed" in weights:
+        fits = weights["pos_embed"].shape[1] == grid[0] * grid[1] + 1
+    else:
+        fits = table is not None and len(table) == (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+    return {**weights, f"blocks.0.attn.{INDEX}": relative_position_index(grid)} if fits else weights
+
+
+def locate(source: str, flag: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The weight file, and the config.json and preprocessor_config.json that belong to it ({} where there is none)."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
         if not present:
-            raise UserError(f"--checkpoint {source}: a folder without {' or '.join(WEIGHT_FILES)}; name the weight file itself")
+            raise UserError(f"{flag} {source}: a folder without {' or '.join(WEIGHT_FILES)}; name the weight file itself")
         path = present[0]
     else:
         path = model_zoo.fetch(source)

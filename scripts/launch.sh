@@ -7,7 +7,7 @@
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-recipe="scripts/$(basename "$0")"
+recipe=${recipe:-scripts/$(basename "$0")} # scripts/ablations/ set it: they call a recipe with one switch
 dry_run=$([ "${DRY_RUN:-0}" = 0 ] || echo yes)
 
 for name in DATA OUTPUT; do

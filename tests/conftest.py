@@ -1,5 +1,6 @@
 """One thread a test process: the suite runs in parallel processes, and tiny models gain nothing from more."""
 
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,3 +14,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was():
+    """A `main` sets up the project's logger; without this, what a later test captures of it depends on the order of tests."""
+    log = logging.getLogger("beit")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = before

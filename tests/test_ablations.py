@@ -32,6 +32,7 @@ import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
 import visualize_attention
+from datasets import build_masks
 from engine_for_pretraining import PretrainingStage
 from errors import UserError
 from masking_generator import RandomMaskingGenerator
@@ -120,6 +121,15 @@ def test_mask_type_random_masks_single_patches(data, codes, tmp_path, monkeypatc
     assert masks.sum(dim=1).tolist() == [2] * 16
     assert len({tuple(mask.tolist()) for mask in masks}) > 3
     assert "train_mlm_acc_1" in lines[0]
+
+
+def test_masks_follow_the_flags():
+    def masked(*flags):
+        args = arguments.parse(run_beitv2_pretraining.get_parser(), ["--data_path", "x", *flags])
+        return int(build_masks(args, 14)().sum())
+
+    assert [masked(), masked("--mask_type", "random"), masked("--no_mask")] == [75, 75, 0]
+    assert masked("--mask_type", "random", "--num_mask_patches", "98") == 98
 
 
 # ── what is predicted ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -235,7 +245,7 @@ def test_a_run_goes_on_with_its_own_task_alone(data, codes, tmp_path, capsys):
     for more, sentence in (
         (["--predict", "all"], "trained on the tokens of masked patches, this run is on the tokens of all patches"),
         (["--no_mask", "--num_mask_patches", "0"], "none of them masked: go on with the same --target"),
-        (["--target", "pixels"], "holds another model than --model and the flags around it describe"),
+        (["--target", "pixels"], "of another shape than this run's model"),
     ):
         with pytest.raises(SystemExit):
             pretrain(data, tmp_path, codes, *more)
@@ -282,6 +292,13 @@ def test_positions(name, data, tmp_path):
         assert weights[table].abs().max() > 0  # it starts at 0
     lines = log_lines(tmp_path)
     assert lines[1]["train_loss"] < lines[0]["train_loss"]
+    # without positions nothing tells one masked patch of an image from another
+    model = modeling_pretrain.create_model(PLAIN[1], img_size=32, vocab_size=768, init_values=0.1, early_layers=4,
+        use_abs_pos_emb="pos_embed" in weights, use_shared_rel_pos_bias=table in weights)  # fmt: skip
+    model.load_state_dict({key: value for key, value in weights.items() if "cls_pt" not in key})
+    mask = torch.tensor([[True, False, False, True]])
+    first, second = model.eval()(torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), mask)
+    assert torch.allclose(first, second, atol=1e-5) == (name == "none")
 
 
 # ── DALL-E's tokenizer ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,9 +8,13 @@ import torch
 from golden_values import GOLDEN
 
 import arguments
+import encode_images
 import run_beitv2_pretraining
 import run_class_finetuning
+import run_linear_eval
 import run_vqkd_training
+import visualize_attention
+import visualize_reconstruction
 
 SCRIPTS = {
     "run_vqkd_training": run_vqkd_training,
@@ -54,6 +58,26 @@ def test_published_flags_and_defaults(script, flag, kind, default):
     assert action is not None, f"{script} does not accept {flag}"
     if (script, flag) not in DEVIATING and "://" not in default:
         assert action.default == expected(kind, default)
+
+
+@pytest.mark.parametrize(
+    ("module", "flag", "takes"),
+    [
+        (run_vqkd_training, "--resume", arguments.WEIGHTS),
+        (run_vqkd_training, "--teacher_weight", arguments.FILE_OR_URL),
+        (run_vqkd_training, "--tokenizer_weight", arguments.WEIGHTS),
+        (run_beitv2_pretraining, "--resume", arguments.WEIGHTS),
+        (run_beitv2_pretraining, "--tokenizer_weight", arguments.WEIGHTS),
+        (run_class_finetuning, "--resume", arguments.WEIGHTS),
+        (run_class_finetuning, "--finetune", arguments.WEIGHTS),
+        (run_linear_eval, "--finetune", arguments.WEIGHTS),
+        (encode_images, "--tokenizer_weight", arguments.WEIGHTS),
+        (visualize_attention, "--checkpoint", arguments.WEIGHTS),
+        (visualize_reconstruction, "--checkpoint", arguments.FILE_OR_URL),
+    ],
+)
+def test_flags_for_weights_say_alike_what_they_take(module, flag, takes):
+    assert takes in module.get_parser()._option_string_actions[flag].help
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

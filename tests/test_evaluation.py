@@ -449,6 +449,9 @@ def test_published_weights_by_name_without_their_flags(trained, tmp_path, capsys
     classifier(3, tmp_path / "checkpoints" / f"{name}.pth")
     flags = eval_flags(trained / "data", tmp_path / "out", "--finetune", name)
     run_class_finetuning.main(flags)
+    assert "trained with --imagenet_default_mean_and_std and is evaluated with no" in capsys.readouterr().out
+    flags.append("--imagenet_default_mean_and_std")
+    run_class_finetuning.main(flags)
     assert results(tmp_path / "out")["weights"] == name
     assert "warning" not in capsys.readouterr().out
     run_class_finetuning.main([*flags, "--input_size", "48"])  # the file tells by the shape of its bias tables

@@ -10,12 +10,12 @@ FLOORS = {
     "encode_images visualize_attention visualize_codebook visualize_reconstruction export_checkpoint benchmark",
     5: "engine_for_vqkd engine_for_pretraining engine_for_finetuning engine_for_linear_eval engine_for_segmentation "
     "engine_for_pixel_decoder",
-    4: "engine modeling_pixel_decoder",
-    3: "run_state modeling_vqkd datasets pretrained trained_classifier pretraining_targets weight_source code_files",
+    4: "engine modeling_pixel_decoder pretrained trained_classifier",
+    3: "run_state modeling_vqkd datasets pretraining_targets weight_source code_files",
     2: "modeling_pretrain modeling_finetune modeling_segmentation modeling_dvae vqkd_teachers norm_ema_quantizer "
-    "checkpointing metrics confusion samplers interruption",
+    "checkpointing metrics confusion samplers interruption knn",
     1: "vit_backbone transforms masking_generator optim_factory model_zoo distributed arguments visualization "
-    "utils imagenet_classes weight_formats pages shards compilation",
+    "utils imagenet_classes weight_formats weight_files pages shards compilation",
     0: "errors",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

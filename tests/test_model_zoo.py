@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import hashlib
 import http.server
 import os
 import pathlib
+import random
+import re
 import socket
 import subprocess
 import sys
@@ -22,24 +25,29 @@ import safetensors.torch
 import torch
 
 import model_zoo
+import modeling_dvae
 import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
+import weight_files
 from errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-BODY = os.urandom(3_000_000)
+BODY = random.Random(1).randbytes(3_000_000)
 HASH = hashlib.sha256(BODY).hexdigest()[:8]
+assert re.search("[a-f]", HASH)  # else no name could carry it
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves BODY under every path that ends in .pth; `break_after`: after how many bytes each answer breaks off."""
+    """Serves BODY, or what `bodies` has for a path, under every path that ends in .pth; `break_after`: after how many bytes
+    each answer breaks off."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.requests: list[tuple[str, str | None]] = []  # path, Range
+        self.bodies: dict[str, bytes] = {}
         self.break_after: list[int] = []
         self.ranges = True
         self.etag = '"1"'
@@ -56,18 +64,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.path.split("?")[0].endswith(".pth"):
             self.send_error(404)
             return
+        body = self.server.bodies.get(self.path, BODY)
         unchanged = self.headers.get("If-Range") in (None, self.server.etag)
         start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.server.ranges and unchanged else 0
-        if start >= len(BODY):
+        if start >= len(body):
             self.send_error(416)
             return
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(BODY) - start))
+        self.send_header("Content-Length", str(len(body) - start))
         self.send_header("ETag", self.server.etag)
         self.end_headers()
         time.sleep(self.server.pause)
-        end = start + self.server.break_after.pop(0) if self.server.break_after else len(BODY)
-        self.wfile.write(BODY[start:end])
+        end = start + self.server.break_after.pop(0) if self.server.break_after else len(body)
+        self.wfile.write(body[start:end])
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -85,7 +94,8 @@ def server() -> Iterator[Server]:
 def hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("BEIT_ALLOW_HTTP", raising=False)
+    for name in ("BEIT_ALLOW_HTTP", "BEIT_MIRRORS"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path / "home" / "hub" / "checkpoints"
 
 
@@ -122,7 +132,15 @@ def test_the_table_shows_what_is_on_this_disk(hub: pathlib.Path) -> None:
     hub.mkdir(parents=True)
     (hub / "beit_base_patch16_224_pt22k.pth").write_bytes(bytes(3 * 2**20))
     row = next(line for line in model_zoo.table().splitlines() if "beit_base_patch16_224_pt22k " in line)
-    assert "3 MiB" in row
+    assert row.split() == ["beit_base_patch16_224_pt22k", "92.0", "M", "~351", "MiB", "3", "MiB", "-"]
+
+
+def test_the_table_shows_about_how_much_is_downloaded() -> None:
+    rows = {line.split()[0]: line for line in model_zoo.table().splitlines() if line.startswith("  ")}
+    assert " ~330 MiB " in rows["beitv2_base_patch16_224_pt1k_ft1k"]  # 86.5 M x 4 bytes
+    assert " ~205 MiB " in rows["dall_e_encoder"]  # as OpenAI's file is
+    assert " ~1.1 GiB " in rows["beitv2_large_patch16_224_pt1k_ft1k"]
+    assert "~" not in rows["beitv2_base_patch16_224_pt1k_ftade20k"]
 
 
 def test_the_parameter_counts_are_those_of_the_models() -> None:
@@ -134,6 +152,8 @@ def test_the_parameter_counts_are_those_of_the_models() -> None:
             elif entry.kind == "pretrained":
                 layers = {"early_layers": 9 if "base" in name else 21}
                 model = modeling_pretrain.create_model(entry.model, use_shared_rel_pos_bias=True, **positions, **layers)
+            elif entry.kind == "tokenizer-v1":
+                model = modeling_dvae.DallEEncoder()
             elif entry.kind in ("intermediate", "finetuned"):
                 own = {"use_rel_pos_bias": True, "num_classes": entry.classes}
                 model = modeling_finetune.create_model(entry.model, **positions, **own)
@@ -149,7 +169,65 @@ def test_download_once_under_the_name_without_query(server: Server, hub: pathlib
     assert path.read_bytes() == BODY
     assert model_zoo.fetch(f"{server.url}some/weights-{HASH}.pth?sv=1&sig={'other' * 100}") == path
     assert [request for request, _ in server.requests] == [f"/some/weights-{HASH}.pth?sv=1&sig=abc%3D"]
-    assert [p.name for p in hub.iterdir()] == [path.name]  # no .part, no .lock
+    assert {p.name for p in hub.iterdir()} == {path.name, path.name + ".checked"}  # no .part, no .lock
+
+
+def test_one_file_name_at_two_addresses_is_two_files(server: Server, hub: pathlib.Path) -> None:
+    server.bodies = {"/a/checkpoint-best.pth": b"A", "/b/checkpoint-best.pth": b"B", "/b/checkpoint-best.pth?run=2": b"C"}
+    files = {path: model_zoo.fetch(server.url.rstrip("/") + path) for path in server.bodies}
+    assert {path: file.read_bytes() for path, file in files.items()} == server.bodies
+    assert all(file.name == "checkpoint-best.pth" and file.parent.parent == hub for file in files.values())
+    signed = [model_zoo.fetch(f"{server.url}a/checkpoint-best.pth?se=2&sig={i}") for i in range(2)]
+    assert signed[0] == signed[1]
+    assert len(server.requests) == 4
+
+
+def test_published_files_and_hashed_names_lie_where_torch_hub_put_them(server: Server, hub: pathlib.Path) -> None:
+    hub.mkdir(parents=True)
+    published = "beit_base_patch16_224_pt22k.pth"
+    plain = {
+        f"https://github.com/addf400/files/releases/download/v1.0/{published}": published,
+        f"https://unilm.blob.core.windows.net/x/{published}?sv=1&sig=2": published,
+        "https://cdn.openai.com/dall-e/encoder.pkl": "encoder.pkl",
+        "dall_e_encoder": "encoder.pkl",
+        f"https://example.com/w-{HASH}.pth": f"w-{HASH}.pth",
+    }
+    for source, name in plain.items():
+        (hub / name).write_bytes(BODY)
+        assert model_zoo.fetch(source) == hub / name
+    model_zoo.fetch(server.url + published)  # somebody's: must not pass for the published one
+    assert len(server.requests) == 1
+
+
+def test_a_file_put_into_the_cache_by_hand_is_checked(hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.mkdir(parents=True)
+    name = "vqkd_encoder_base_decoder_1x768x12_clip"
+    path = hub / f"{name}-d93179da.pth"
+    path.write_text("garbage")
+    for _ in range(2):  # the note beside it makes no difference
+        with pytest.raises(UserError, match=r"-d93179da\.pth has sha256 [0-9a-f]{8}\.\.\. instead of d93179da: .*delete it"):
+            model_zoo.fetch(name)
+    assert path.read_text() == "garbage"  # not ours to delete
+    path.write_bytes(BODY)  # the right file, in the place of the wrong one
+    monkeypatch.setitem(model_zoo.ENTRIES, name, dataclasses.replace(model_zoo.ENTRIES[name], sha256_prefix=HASH))
+    assert model_zoo.fetch(name) == path
+
+
+def test_a_cached_file_is_read_for_its_hash_once(server: Server, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = []
+    digest = model_zoo._digest
+    monkeypatch.setattr(model_zoo, "_digest", lambda path: [hashed.append(path.name), digest(path)][1])
+    hub.mkdir(parents=True)
+    (hub / f"by-hand-{HASH}.pth").write_bytes(BODY)
+    for _ in range(3):
+        path = model_zoo.fetch(f"{server.url}by-hand-{HASH}.pth")
+        model_zoo.fetch(f"{server.url}w-{HASH}.pth")
+    assert hashed == [path.name, f"w-{HASH}.pth.part"]
+    os.utime(path, ns=(1, 1))
+    model_zoo.fetch(f"{server.url}by-hand-{HASH}.pth")
+    (hub / f"{path.name}.checked").write_text("cut sh")
+    model_zoo.fetch(f"{server.url}by-hand-{HASH}.pth")
+    assert hashed[2:] == [path.name] * 2
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["server resumes", "server starts anew"])
@@ -163,34 +241,53 @@ def test_partial_file_of_an_earlier_run_is_resumed(server: Server, hub: pathlib.
     server.break_after = [1_000_000, 0]
     with pytest.raises(UserError, match=r"broke off.*run again"):
         model_zoo.fetch(f"{server.url}w.pth")
-    assert (hub / "w.pth.part").stat().st_size == 1_000_000
+    (part,) = hub.glob("*/w.pth.part")
+    assert part.stat().st_size == 1_000_000
     assert model_zoo.fetch(f"{server.url}w.pth").read_bytes() == BODY
     assert [asked for _, asked in server.requests][2:] == ["bytes=1000000-"]
 
 
 @pytest.mark.parametrize("changed", ["file", "address"])
-def test_partial_file_of_another_file_is_not_mixed_in(server: Server, hub: pathlib.Path, changed: str) -> None:
+def test_partial_file_of_another_file_is_not_mixed_in(
+    server: Server, hub: pathlib.Path, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_zoo, "MIRRORS", [server.url + "one/"])
     server.break_after = [1_000_000, 0]
     with pytest.raises(UserError):
-        model_zoo.fetch(f"{server.url}run1/w.pth")
-    (hub / "w.pth.part").write_bytes(b"?" * 1_000_000)  # what the earlier version held
+        model_zoo.fetch("beit_base_patch16_224_pt22k")
+    (part,) = hub.glob("*.part")
+    part.write_bytes(b"?" * 1_000_000)  # what the earlier version held
     server.etag = '"2"' if changed == "file" else '"1"'
-    url = server.url + ("run1/w.pth" if changed == "file" else "run2/w.pth")
-    assert model_zoo.fetch(url).read_bytes() == BODY
+    monkeypatch.setattr(model_zoo, "MIRRORS", [server.url + ("one/" if changed == "file" else "two/")])
+    assert model_zoo.fetch("beit_base_patch16_224_pt22k").read_bytes() == BODY
 
 
 def test_partial_file_that_is_already_whole(server: Server, hub: pathlib.Path) -> None:
     hub.mkdir(parents=True)
-    (hub / "w.pth.part").write_bytes(BODY)
-    assert model_zoo.fetch(f"{server.url}w.pth").read_bytes() == BODY
+    (hub / f"w-{HASH}.pth.part").write_bytes(BODY)
+    assert model_zoo.fetch(f"{server.url}w-{HASH}.pth").read_bytes() == BODY
+    assert [asked for _, asked in server.requests] == [f"bytes={len(BODY)}-", None]
 
 
 def test_wrong_hash_is_refused_and_deleted(server: Server, hub: pathlib.Path) -> None:
-    for url, prefix in ((f"{server.url}w-0123abcd.pth", None), (f"{server.url}w.pth", "0123abcd")):
-        with pytest.raises(UserError, match="instead of 0123abcd and was deleted"):
-            model_zoo.fetch(url, prefix)
-    assert not [p for p in hub.iterdir() if not p.name.endswith(".lock")]
-    assert model_zoo.fetch(f"{server.url}w-20240131.pth").exists()  # a date is no hash
+    with pytest.raises(UserError, match="instead of 0123abcd and was deleted"):
+        model_zoo.fetch(f"{server.url}w.pth", "0123abcd")
+    assert not [p for p in hub.rglob("*") if p.is_file() and p.suffix != ".lock"]
+
+
+def test_a_hash_that_only_the_name_tells_deletes_nothing(server: Server, hub: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"instead of 0123abcd, as in its name; .*kept as .*/unchecked_w-0123abcd\.pth"):
+        model_zoo.fetch(f"{server.url}w-0123abcd.pth")
+    assert model_zoo.fetch(hub / "unchecked_w-0123abcd.pth").read_bytes() == BODY
+    (hub / "w-0123abcd.pth").write_bytes(BODY)
+    with pytest.raises(UserError, match="give its path instead"):
+        model_zoo.fetch(f"{server.url}w-0123abcd.pth")
+    assert model_zoo.fetch(hub / "w-0123abcd.pth").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("name", ["m-1234567890.pth", "w-20240131.pth", "w-19991231.pth"])
+def test_a_number_in_a_name_is_no_hash(server: Server, name: str) -> None:
+    assert model_zoo.fetch(server.url + name).read_bytes() == BODY
 
 
 def test_mirrors_are_tried_in_turn(server: Server, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,12 +298,60 @@ def test_mirrors_are_tried_in_turn(server: Server, hub: pathlib.Path, monkeypatc
     assert model_zoo.fetch(dead) == hub / "beitv2_base_patch16_224_pt1k.pth"
 
 
+def test_the_users_mirrors_come_first(
+    server: Server, hub: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copies"
+    (folder / "BEiT-v2").mkdir(parents=True)
+    name = "beitv2_base_patch16_224_pt1k"
+    (folder / "BEiT-v2" / f"{name}.pth").write_bytes(b"in the published folder")
+    (folder / "beit_base_patch16_224_pt22k.pth").write_bytes(b"bare")
+    monkeypatch.setattr(model_zoo, "MIRRORS", [f"{server.url}published/"])
+    monkeypatch.setenv("BEIT_MIRRORS", f"http://127.0.0.1:{closed_port()} {folder.as_uri()} {server.url}mirror/")
+    assert model_zoo.fetch(name).read_bytes() == b"in the published folder"
+    assert model_zoo.fetch("beit_base_patch16_224_pt22k").read_bytes() == b"bare"
+    assert not server.requests
+    model_zoo.fetch("beit_base_patch16_224_pt22k_ft1k")
+    assert [path for path, _ in server.requests] == ["/mirror/v1.0/beit_base_patch16_224_pt22k_ft1k.pth"]
+    assert not list(hub.glob("*.part*"))
+    (folder / "encoder.pkl").write_bytes(b"DALL-E")
+    assert model_zoo.fetch("dall_e_encoder") == hub / "encoder.pkl"
+
+
+def test_a_mirror_with_another_file_is_passed_over(server: Server, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "vqkd_encoder_base_decoder_1x768x12_clip"
+    monkeypatch.setitem(model_zoo.ENTRIES, name, dataclasses.replace(model_zoo.ENTRIES[name], sha256_prefix=HASH))
+    monkeypatch.setattr(model_zoo, "MIRRORS", [server.url])
+    monkeypatch.setenv("BEIT_MIRRORS", f"{server.url}login")
+    server.bodies = {f"/login/{part}{name}-d93179da.pth": b"<html>" for part in ("BEiT-v2/", "")}
+    assert model_zoo.fetch(name).read_bytes() == BODY
+    assert len(server.requests) == 3
+
+
+def test_unreachable_mirrors_are_all_named(hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = closed_port()
+    monkeypatch.setattr(model_zoo, "MIRRORS", [f"http://127.0.0.1:{port}/published/"])
+    monkeypatch.setenv("BEIT_MIRRORS", f"http://127.0.0.1:{port}/mirror")
+    with pytest.raises(UserError, match=r"/mirror/v1\.0/beit.* nor .*/mirror/beit.* nor .*/published/v1\.0/beit.*put it at"):
+        model_zoo.fetch("beit_base_patch16_224_pt22k")
+
+
+@pytest.mark.parametrize("base", ["/data/beit", "https://example.com/x?sig=1", "http://example.com/"])
+def test_what_cannot_be_a_mirror_is_refused(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEIT_MIRRORS", base)
+    with pytest.raises(UserError, match=f"{re.escape(base)}.*https://"):
+        model_zoo.fetch("beit_base_patch16_224_pt22k")
+
+
 def test_unreachable_says_what_and_where_to_put_it(hub: pathlib.Path) -> None:
     url = f"http://127.0.0.1:{closed_port()}/w.pth"
     with pytest.raises(UserError) as error:
         model_zoo.fetch(url)
     assert url in str(error.value)
-    assert str(hub / "w.pth") in str(error.value)
+    place = pathlib.Path(re.findall(r"put it at (\S+)", str(error.value))[0])
+    assert place.is_relative_to(hub)
+    place.write_bytes(BODY)
+    assert model_zoo.fetch(url) == place
 
 
 def test_missing_on_the_server(server: Server) -> None:
@@ -270,7 +415,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: pathlib.Path, new_format:
     trace, path = tmp_path / "trace", tmp_path / "bad.pth"
     torch.save({"model": {"w": torch.ones(2)}, "x": RunsCode(str(trace))}, path, _use_new_zipfile_serialization=new_format)
     with pytest.raises(UserError, match=r"bad\.pth holds Python objects \(\w+\.system\)"):
-        model_zoo.load_file(path)
+        weight_files.load_file(path)
     assert not trace.exists()
 
 
@@ -279,10 +424,10 @@ def test_whole_pickled_module_is_refused_unless_its_classes_are_safe(tmp_path: p
     path, module = tmp_path / "module.pth", torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
     torch.save({"model": module, "module": "module"}, path, _use_new_zipfile_serialization=new_format)
     with pytest.raises(UserError, match=r"torch\.nn\.modules\.container\.Sequential"):
-        model_zoo.load_file(path)
+        weight_files.load_file(path)
     with pytest.raises(UserError, match=r"torch\.nn\.modules\.linear\.Linear"):
-        model_zoo.load_file(path, safe=[torch.nn.Sequential])
-    loaded = model_zoo.load_file(path, safe=[torch.nn.Sequential, torch.nn.Linear])
+        weight_files.load_file(path, safe=[torch.nn.Sequential])
+    loaded = weight_files.load_file(path, safe=[torch.nn.Sequential, torch.nn.Linear])
     assert torch.equal(loaded["model"](torch.ones(2)), module(torch.ones(2)))
     assert loaded["module"] == "module"
 
@@ -296,7 +441,7 @@ def test_flags_and_numpy_values_are_read(tmp_path: pathlib.Path, new_format: boo
         "best": np.float32(2),
     }
     torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=new_format)
-    loaded = model_zoo.load_file(tmp_path / "c.pth")
+    loaded = weight_files.load_file(tmp_path / "c.pth")
     assert loaded["args"] == content["args"]
     assert np.array_equal(loaded["table"], content["table"])
     assert loaded["best"] == 2
@@ -310,7 +455,7 @@ def test_numpy_scalars_under_the_other_numpys_names(tmp_path: pathlib.Path) -> N
     raw = (tmp_path / "n.pth").read_bytes()
     assert name in raw
     (tmp_path / "n.pth").write_bytes(raw.replace(b"c" + name + b"\n", b"c" + other + b"\n"))
-    assert model_zoo.load_file(tmp_path / "n.pth") == {"x": 0.5}
+    assert weight_files.load_file(tmp_path / "n.pth") == {"x": 0.5}
 
 
 def test_safetensors_and_torchscript(tmp_path: pathlib.Path) -> None:
@@ -319,7 +464,7 @@ def test_safetensors_and_torchscript(tmp_path: pathlib.Path) -> None:
     linear = torch.nn.Sequential(torch.nn.Linear(2, 3))
     torch.jit.trace(linear, torch.ones(1, 2)).save(str(tmp_path / "script.pt"))
     for path, wanted in (("w.safetensors", weights), ("script.pt", linear.state_dict())):
-        loaded = model_zoo.load_state_dict(str(tmp_path / path))
+        loaded = weight_files.load_state_dict(str(tmp_path / path))
         assert loaded.keys() == wanted.keys()
         assert all(torch.equal(loaded[key], wanted[key]) for key in wanted)
 
@@ -339,7 +484,7 @@ def test_damaged_files_are_named(tmp_path: pathlib.Path, kind: str) -> None:
         }.get(kind, b"")
     )
     with pytest.raises(UserError, match=f"{path.name} is no weight file or an incomplete one"):
-        model_zoo.load_file(path)
+        weight_files.load_file(path)
 
 
 def test_state_dict_is_found_under_its_key(tmp_path: pathlib.Path) -> None:
@@ -347,7 +492,7 @@ def test_state_dict_is_found_under_its_key(tmp_path: pathlib.Path) -> None:
 
     def load(content: Any, keys: str = "model|module") -> float:
         torch.save(content, tmp_path / "w.pth")
-        return model_zoo.load_state_dict(str(tmp_path / "w.pth"), keys)["w"].item()
+        return weight_files.load_state_dict(str(tmp_path / "w.pth"), keys)["w"].item()
 
     assert load({"module": two, "model": one, "epoch": 3}) == 1
     assert load({"module": two, "model": one}, "model_ema|module") == 2

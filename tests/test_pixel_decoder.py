@@ -70,6 +70,7 @@ def test_training_leaves_the_tokenizer_in_eval_and_without_gradients():
     assert model.decoder.training
     assert not any(module.training for module in model.tokenizer.modules())
     model(torch.rand(2, 3, 32, 32)).mean().backward()
+    assert not any(p.requires_grad for p in model.tokenizer.parameters())
     assert all(p.grad is None for p in model.tokenizer.parameters())
     assert all(p.grad is not None for name, p in model.decoder.named_parameters())
 

@@ -1,15 +1,18 @@
 """What of a weight file a model takes: grids of any shape, shared and own bias, prefixes, and a report of all of it."""
 
 import pytest
+import safetensors.torch
 import torch
 from golden_values import TINY, fill
-from tiny_runs import finetuning_flags, photos
+from tiny_runs import finetuning_flags, photos, tokenizer
 
 import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
 import pretrained
 import run_class_finetuning
+import weight_formats
+import weight_source
 from errors import UserError
 from modeling_finetune import VisionTransformer, patch_grid, remap_pretrained, resize_rel_pos_bias_table
 
@@ -95,7 +98,9 @@ def test_the_report_names_what_was_used_resized_copied_dropped_and_new(capsys):
 
 
 def test_weights_of_another_size_are_refused():
-    with pytest.raises(UserError, match=r"--finetune x.pth: none of its weights fits"):
+    with pytest.raises(
+        UserError, match=r"--finetune x.pth is no file of ours \(it holds layer1.conv.weight\): none of its weights fits"
+    ):
         pretrained.load_fitting(vit(), {"layer1.conv.weight": torch.zeros(3)}, "--finetune x.pth")
 
 
@@ -146,3 +151,72 @@ def test_fine_tuning_on_images_that_are_not_square(tmp_path):
     weights = torch.load(tmp_path / "wide/checkpoint.pth", weights_only=True)["model"]
     assert patch_grid(weights) == (2, 4)
     run_class_finetuning.main([*wide, "--eval", "--resume", str(tmp_path / "wide/checkpoint.pth")])
+
+
+def test_hugging_faces_file_is_fine_tuned_from_directly():
+    source = vit()
+    theirs = weight_formats.to_huggingface(source.state_dict(), weight_formats.CLASSIFIER).weights
+    assert not theirs.keys() & source.state_dict().keys()
+    fitting, target = remap_pretrained(theirs, vit()), source.state_dict()
+    assert fitting.keys() == {key for key in target if not key.endswith("position_index")}
+    assert all(torch.equal(value, target[key]) for key, value in fitting.items())
+
+
+def test_a_grid_that_only_looks_square_keeps_its_positions(tmp_path):
+    """4 x 16 patches are 64, as are 8 x 8: the model itself, and the flags in its file, say which."""
+    source = vit((64, 256), use_abs_pos_emb=True, use_rel_pos_bias=False)
+    assert torch.equal(remap_pretrained(source.state_dict(), source)["pos_embed"], source.pos_embed)
+    torch.save({"model": source.state_dict(), "args": {"input_size": [64, 256]}}, tmp_path / "w.pth")
+    model, _ = pretrained.open_backbone(str(tmp_path / "w.pth"), num_heads=4)
+    assert model.patch_embed.patch_shape == (4, 16) and torch.equal(model.pos_embed, source.pos_embed)
+    other = remap_pretrained(weight_source.read(str(tmp_path / "w.pth")).weights, vit((128, 128), use_abs_pos_emb=True))
+    assert not torch.equal(other["pos_embed"], source.pos_embed)
+
+
+def test_a_single_row_of_patches_is_resized():
+    source, target = vit((16, 128)), vit((64, 64))
+    key = "blocks.0.attn.relative_position_bias_table"
+    table = remap_pretrained(source.state_dict(), target)[key][:-3].view(7, 7, 4)
+    assert torch.allclose(table, table[:1].expand(7, 7, 4), atol=1e-5)  # nothing was learnt about rows
+    assert table.std() > 0
+
+
+def test_heads_other_than_the_files_are_refused(tmp_path):
+    torch.save({"model": vit().state_dict()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="position tables are of 4 heads"):
+        pretrained.open_backbone(str(tmp_path / "w.pth"), num_heads=8)
+
+
+def test_half_a_file_is_refused(tmp_path):
+    weights = {key: value for key, value in vit().state_dict().items() if "blocks.2.mlp" not in key}
+    torch.save({"model": weights}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="incomplete: it lacks blocks"):
+        pretrained.open_backbone(str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("kind", ["VQ-KD tokenizer", "linear probe"])
+def test_mixed_up_files_are_called_by_their_name(kind, tmp_path, capsys):
+    data = photos(tmp_path / "data", per_class=1)
+    path = tokenizer(tmp_path / "w.pth")
+    if kind == "linear probe":
+        torch.save({"model": {"heads.0.weight": torch.zeros(2, 2)}}, path)
+    with pytest.raises(SystemExit):
+        run_class_finetuning.main(finetuning_flags(data, tmp_path / "out", "--finetune", str(path)))
+    assert f"--finetune {path} is a {kind}" in capsys.readouterr().err
+
+
+def test_resuming_from_another_kind_of_model_says_what_it_is(tmp_path, capsys):
+    data = photos(tmp_path / "data", per_class=1)
+    torch.save({"model": shared().state_dict()}, tmp_path / "pt.pth")
+    with pytest.raises(SystemExit):
+        run_class_finetuning.main(finetuning_flags(data, tmp_path / "out", "--resume", str(tmp_path / "pt.pth")))
+    assert "is a model of masked image modelling (for --finetune) of another shape" in capsys.readouterr().err
+
+
+def test_a_folder_of_hugging_face_is_fine_tuned_from(tmp_path, capsys):
+    data = photos(tmp_path / "data", per_class=1)
+    theirs = weight_formats.to_huggingface(vit(32, embed_dim=128, depth=6).state_dict(), weight_formats.CLASSIFIER).weights
+    (tmp_path / "hf").mkdir()
+    safetensors.torch.save_file(theirs, tmp_path / "hf/model.safetensors")
+    run_class_finetuning.main(finetuning_flags(data, tmp_path / "out", "--finetune", str(tmp_path / "hf"), "--epochs", "1"))
+    assert "new        head.weight, head.bias" in capsys.readouterr().out

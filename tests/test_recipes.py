@@ -16,15 +16,18 @@ import modeling_pretrain
 import modeling_vqkd
 import run_beitv2_pretraining
 import run_class_finetuning
+import run_linear_eval
 import run_vqkd_training
 
 ROOT = Path(__file__).parent.parent
-SHELL_FILES = sorted((ROOT / "scripts").glob("*.sh"))
+SHELL_FILES = sorted((ROOT / "scripts").rglob("*.sh"))
 RECIPES = {path.stem: path.read_text() for path in SHELL_FILES if "\nlaunch run_" in path.read_text()}
+ABLATION_FILES = {path.stem: path.read_text() for path in SHELL_FILES if path.parent.name == "ablations"}
 ENTRIES = {
     "run_vqkd_training.py": run_vqkd_training,
     "run_beitv2_pretraining.py": run_beitv2_pretraining,
     "run_class_finetuning.py": run_class_finetuning,
+    "run_linear_eval.py": run_linear_eval,
 }
 
 # name: model, teacher
@@ -39,6 +42,25 @@ PRETRAINING = {
     "pretrain_base_1600e": ("base", 1600, 16, 128, 9, 0.1, 0.1, [0.9, 0.999]),
     "pretrain_large_300e": ("large", 300, 64, 32, 21, 1e-5, 0.0, [0.9, 0.98]),
     "pretrain_large_1600e": ("large", 1600, 64, 32, 21, 1e-5, 0.1, [0.9, 0.999]),
+}
+# BEiT v1. name: size, data, epochs, warm-up, GPUs, batch of each, layer_scale_init_value, ImageNet's mean and std
+PRETRAINING_V1 = {
+    "pretrain_base_v1_in1k": ("base", "imagenet-1k", 800, {"warmup_epochs": 10}, 16, 128, 0.1, True),
+    "pretrain_large_v1_in1k": ("large", "imagenet-1k", 800, {"warmup_epochs": 10}, 64, 32, 1e-5, True),
+    "pretrain_base_v1_in22k": ("base", "imagenet-22k", 150, {"warmup_steps": 10000}, 16, 128, 0.1, False),
+    "pretrain_large_v1_in22k": ("large", "imagenet-22k", 150, {"warmup_steps": 10000}, 64, 32, 1e-5, False),
+}
+# name: what differs from pretrain_base_v1_in1k, published top-1 and mIoU (None: not published)
+ABLATIONS = {
+    "v1_300e": ({}, "82.86", "44.65"),
+    "v1_random_masks": ({"mask_type": "random"}, "82.77", "42.93"),
+    "v1_pixels": ({"target": "pixels"}, "81.04", "41.38"),
+    "v1_pixels_random_masks": ({"target": "pixels", "mask_type": "random"}, "80.50", "37.09"),
+    "v1_predict_all": ({"predict": "all"}, "82.59", "40.93"),
+    "v1_no_mask": ({"no_mask": True, "num_mask_patches": 0}, "81.67", "36.73"),
+    "v1_positions_absolute": ({"abs_pos_emb": True, "rel_pos_bias": False}, None, None),
+    "v1_positions_both": ({"abs_pos_emb": True}, None, None),
+    "v1_positions_none": ({"rel_pos_bias": False}, None, None),
 }
 # name: GPUs, batch, update_freq, lr, epochs, warmup_epochs, layer_decay, drop_path, mixup, cutmix, weight_decay, from
 FINETUNING = {
@@ -55,6 +77,12 @@ FINETUNING = {
     "large_v1_pt22k_ft22k": (8, 32, 2, 2e-5, 30, 5, 0.9, 0.4, 0, 0, 1e-8, "beit_large_patch16_224_pt22k_ft22k"),
 }
 FINETUNING = {f"finetune_{name}": row for name, row in FINETUNING.items()}
+# name: features, from
+LINEAR = {
+    "linear_base_v2_1600e": ("cls", "beitv2_base_patch16_224_pt1k"),
+    "linear_base_v1_pt22k": ("cls_mean", "beit_base_patch16_224_pt22k"),
+    "linear_large_v1_pt22k": ("cls_mean", "beit_large_patch16_224_pt22k"),
+}
 
 
 def call(name: str, *flags: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -86,7 +114,8 @@ def expect(run: SimpleNamespace, **values: object) -> None:
 
 
 def test_every_recipe_has_a_row_here_and_the_other_way_round():
-    assert RECIPES.keys() == {*VQKD, *PRETRAINING, *FINETUNING}
+    assert RECIPES.keys() == {*VQKD, *PRETRAINING, *PRETRAINING_V1, *FINETUNING, *LINEAR}
+    assert ABLATION_FILES.keys() == ABLATIONS.keys()
 
 
 @pytest.mark.parametrize("name", VQKD)
@@ -98,7 +127,7 @@ def test_tokenizer_recipes(name):
     expect(run, batch_size=64, epochs=100, warmup_epochs=10, lr=5e-5, min_lr=1e-5, weight_decay=1e-4, opt_betas=[0.9, 0.99])
     expect(run, codebook_n_emd=8192, codebook_emd_dim=32, ema_decay=0.99, quantize_kmeans_init=True, rec_loss_type="cosine")
     expect(run, min_crop_scale=0.08, color_jitter=0, train_interpolation="bicubic", process_type="default", opt="adamw")
-    run_vqkd_training.check(run.args)
+    run_vqkd_training.check(run.entry.get_parser(), run.args)
     assert model in modeling_vqkd.VARIANTS
     assert model in model_zoo.ENTRIES
 
@@ -118,6 +147,50 @@ def test_pretraining_recipes(name):
     assert run.args.model in modeling_pretrain.VARIANTS
     assert run.args.tokenizer_model in modeling_vqkd.VARIANTS
     assert model_zoo.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer"
+
+
+@pytest.mark.parametrize("name", PRETRAINING_V1)
+def test_pretraining_recipes_of_v1(name):
+    size, data, epochs, warm_up, gpus, batch_size, layer_scale, imagenet_mean = PRETRAINING_V1[name]
+    assert f"DATA=/path/to/{data}" in RECIPES[name]
+    run = dry_run(name)
+    assert (run.entry, run.gpus, run.batch) == (run_beitv2_pretraining, gpus, 2048)
+    expect(run, model=f"beit_{size}_patch16_224_8k_vocab", data_set="image_folder", data_path="/data", output_dir="/out")
+    expect(run, epochs=epochs, batch_size=batch_size, layer_scale_init_value=layer_scale, drop_path=0.1, **warm_up)
+    expect(run, lr=1.5e-3, clip_grad=3.0, weight_decay=0.05, opt="adamw", opt_eps=1e-8, opt_betas=[0.9, 0.999])
+    expect(run, num_mask_patches=75, min_mask_patches_per_block=16, min_crop_scale=0.08, color_jitter=0.4)
+    expect(run, second_input_size=112, second_interpolation="lanczos", codebook_size=8192)
+    expect(run, tokenizer_model="dall-e", tokenizer_weight="dall_e_encoder")
+    assert run.args.imagenet_default_mean_and_std is imagenet_mean
+    assert (run.args.rel_pos_bias, run.args.abs_pos_emb) == (True, False)
+    assert run_beitv2_pretraining.patch_grid(run.args) == 14
+    assert (
+        run_beitv2_pretraining.idle_flags(run.args).keys() & arguments.changed_flags(run.entry.get_parser(), run.args) == set()
+    )
+    assert model_zoo.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer-v1"
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_change_one_thing(name):
+    switches, top1, miou = ABLATIONS[name]
+    base, run = dry_run("pretrain_base_v1_in1k"), dry_run(f"ablations/{name}")
+    assert (run.entry, run.launcher) == (base.entry, base.launcher)
+    differing = {key: value for key, value in vars(run.args).items() if value != getattr(base.args, key)}
+    assert differing == {"epochs": 300, **switches}
+    assert run_beitv2_pretraining.patch_grid(run.args) == 14
+    expected = re.search(r"^# Expected: (.*)$", ABLATION_FILES[name], flags=re.MULTILINE)[1]
+    assert expected.startswith(f"{top1} % top-1" if top1 else "not published")
+    assert miou is None or f" {miou} mIoU" in expected
+
+
+def test_an_ablation_explains_itself_and_takes_more_flags(tmp_path):
+    done = call("ablations/v1_pixels", OUTPUT="/out")
+    assert done.returncode == 2
+    assert "bash scripts/ablations/v1_pixels.sh [more flags]" in done.stderr
+    assert dry_run("ablations/v1_pixels", "--epochs", "7", GPUS="2").args.epochs == 7
+    (tmp_path / "photos").mkdir()
+    words = shlex.split(call("ablations/v1_pixels", cwd=tmp_path, DATA="photos", OUTPUT="out", DRY_RUN="1").stdout)
+    assert words[words.index("--data_path") + 1] == str(tmp_path / "photos")
 
 
 @pytest.mark.parametrize("name", FINETUNING)
@@ -143,6 +216,21 @@ def test_finetuning_recipes(name):
     assert published.kind == ("intermediate" if "ft2" in name else "pretrained")
     assert published.model.startswith(run.args.model)
     assert run.args.model in modeling_finetune.VARIANTS
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_probe_recipes(name):
+    features, weights = LINEAR[name]
+    run = dry_run(name)
+    assert (run.entry, run.gpus, run.batch) == (run_linear_eval, 8, 1024)
+    assert run.args.lr * run.batch / 256 == pytest.approx(4e-3)
+    expect(run, finetune=weights, features=features, data_set="IMNET", data_path="/data", output_dir="/out", nb_classes=1000)
+    expect(run, batch_size=128, epochs=100, opt="adamw", min_lr=0, weight_decay=0, min_crop_scale=0.08, color_jitter=0)
+    assert run.args.imagenet_default_mean_and_std is ("v2" in name)
+    assert run.args.mode == "linear"
+    assert not run.args.cached_features
+    run_linear_eval.check(run_linear_eval.get_parser(), run.args)
+    assert model_zoo.ENTRIES[weights].kind == "pretrained"
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -242,3 +330,5 @@ def test_the_launcher_gets_the_flags_as_they_are(tmp_path):
 def test_the_documentation_has_a_row_for_each():
     text = (ROOT / "docs/recipes.md").read_text()
     assert [name for name in RECIPES if f"`{name}.sh`" not in text] == []
+    text = (ROOT / "docs/pretraining.md").read_text()
+    assert [name for name in ABLATION_FILES if f"`{name}.sh`" not in text] == []

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import modeling_pretrain
 import modeling_vqkd
 
 SIZE = ["--input_size", "32", "--device", "cpu", "--amp_dtype", "fp32", "--num_workers", "0", "--image_freq", "0"]
@@ -32,6 +33,15 @@ def tokenizer(path: Path) -> Path:
     model = modeling_vqkd.create_model(TOKENIZER, img_size=32, n_code=16, code_dim=8, as_tokenizer=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+def student(path: Path, name: str = STUDENT, **flags: object) -> Path:
+    """A pretraining checkpoint of random weights for 32-pixel images; `flags` are those it says it was trained with."""
+    torch.manual_seed(2)
+    more = {"early_layers": 4, "head_layers": 1, "use_abs_pos_emb": False, "use_shared_rel_pos_bias": True}
+    model = modeling_pretrain.create_model(name, img_size=32, vocab_size=16, init_values=0.1, **more)
+    torch.save({"model": model.state_dict(), "args": flags}, path)
     return path
 
 

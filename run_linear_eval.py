@@ -1,0 +1,171 @@
+"""What a frozen backbone has learnt: a linear probe of every layer, or k nearest neighbours (docs/evaluation.md)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import arguments
+import checkpointing
+import distributed
+import engine
+import knn
+import pretrained
+import run_state
+from datasets import ImageFiles, build_finetuning_dataset
+from distributed import log
+from engine import evaluation_batches
+from engine_for_linear_eval import CachedFeatures, FrozenBackbone, LinearHeads, LinearStage
+from errors import UserError, tells_the_user
+from optim_factory import build_schedule, create_optimizer
+from samplers import build_eval_loader
+
+STATISTICS_IMAGES = 10_000  # training images that give each channel's mean and variance
+CROPS = ("min_crop_scale", "color_jitter", "vflip", "train_interpolation")  # flags of random crops
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = arguments.new_parser("BEiT linear probe and k-NN on frozen features")
+    arguments.add_linear_eval_flags(parser)
+    arguments.add_data_flags(parser, data_set="IMNET", color_jitter=0.0, any_shape=True)
+    arguments.add_optimizer_flags(
+        parser,
+        lr=1e-3,
+        min_lr=0.0,
+        weight_decay=0.0,
+        epochs=100,
+        lr_help="for a total batch of 256; scaled by total / 256: 4e-3 for the recipe's 8 x 128",
+    )
+    arguments.add_run_flags(parser, save_ckpt_freq=20)
+    parser.set_defaults(input_size=None, warmup_epochs=0)  # None: the backbone's own
+    return parser
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse, before any work, flags that cannot act together."""
+    changed = arguments.changed_flags(parser, args)
+    centre = "--knn" if args.mode == "knn" else "--cached_features" if args.cached_features else ""
+    for name in changed:
+        if centre and name in CROPS:
+            raise UserError(f"--{name} acts on random crops, and {centre} takes centre crops: leave one of them out")
+        if args.mode == "knn" and name == "cached_features":
+            raise UserError("--cached_features acts with --linear: --knn computes each feature once in any case")
+        if args.mode == "linear" and name.startswith("knn_"):
+            raise UserError(f"--{name} acts with --knn alone: add --knn, or leave it out")
+    if args.data_set == "image_folder" and not args.eval_data_path:
+        raise UserError("--eval_data_path is missing: name the folder of validation images, with the classes of --data_path")
+
+
+def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenBackbone, argparse.Namespace]:
+    """The backbone of --finetune, and the settings of the images that it takes."""
+    model, flags = pretrained.open_backbone(args.finetune, args.input_size, args.num_heads, flag="--finetune")
+    depth = len(model.blocks)
+    if args.knn_layer is not None and args.knn_layer > depth:
+        raise UserError(f"--knn_layer {args.knn_layer}: the backbone has {depth} blocks, 1 to {depth}")
+    features = args.features
+    if features == "auto":
+        without_cls_head = "mean" if args.mode == "knn" else "cls_mean"
+        features = "cls" if pretrained.has_cls_head(args.finetune) else without_cls_head
+    layer = (args.knn_layer or depth) if args.mode == "knn" else None
+    encode = FrozenBackbone(model.to(run.device), features, run.precision, layer)
+    imagenet = flags.get("imagenet_default_mean_and_std", args.imagenet_default_mean_and_std)
+    if args.imagenet_default_mean_and_std and not imagenet:
+        log.warning(f"warning: {args.finetune} was trained with mean and std 0.5: --imagenet_default_mean_and_std is left out")
+    what = f"layer {layer}" if layer else f"{depth} layers"
+    statistics = "ImageNet's mean and std" if imagenet else "mean and std 0.5"
+    log.info(f"features   {features} of {what}, {encode.dim} numbers each; images normalised by {statistics}")
+    images = {"input_size": model.patch_embed.img_size, "imagenet_default_mean_and_std": imagenet}
+    no_augmentation = {"aa": "none", "reprob": 0.0, "remode": "pixel", "recount": 1}  # but crop and flip
+    return encode, argparse.Namespace(**{**args.plain(), **images, **no_augmentation})
+
+
+def extract(dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str) -> knn.Features:
+    """Features of this rank's share of the data set, each image once over all ranks."""
+    loader = build_eval_loader(dataset, run.args, run.launch)
+    return knn.extract(evaluation_batches(loader, run.device, flag), encode)
+
+
+def cached(dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str) -> CachedFeatures:
+    """Features of all images, in every process."""
+    size = len(dataset) * encode.layers * encode.dim * 4 / 2**30
+    log.info(f"features   of {len(dataset):,} images of {flag}, computed once: {size:.2f} GiB in each process")
+    return CachedFeatures(knn.of_all_ranks(extract(dataset, encode, run, flag), run.device))
+
+
+@tells_the_user
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = get_parser()
+    args = arguments.parse(parser, argv)
+    check(parser, args)
+
+    # ── Setup ──
+    run = run_state.start_run(parser, args)
+
+    # ── The frozen backbone ──
+    encode, settings = open_backbone(args, run)
+
+    if args.mode == "knn":
+        evaluate_knn(encode, settings, run)
+        distributed.stop()
+        return
+
+    # ── Data: images, or their features ──
+    dataset: Any
+    validation: Any
+    dataset, classes = build_finetuning_dataset(settings, train=True, augment=not args.cached_features)
+    validation, _ = build_finetuning_dataset(settings, train=False)
+    features: Callable[[Tensor], Tensor] = encode
+    if args.cached_features:
+        dataset, validation = cached(dataset, encode, run, "--data_path"), cached(validation, encode, run, "--eval_data_path")
+        features = torch.nn.Identity()
+        settings.num_workers = 0  # in memory already
+    validation_loader = build_eval_loader(validation, settings, run.launch)
+    data = run_state.training_data(dataset, run, settings.num_workers)
+
+    # ── Model: a classifier for each layer ──
+    heads = LinearHeads(encode.layers, encode.dim, classes).to(run.device)
+    source = {"--finetune": args.finetune, "--features": encode.features}
+    stage = LinearStage(features, run.device, run.precision, validation_loader, source)
+
+    # ── Optimizer ──
+    lr = args.lr * data.sampler.global_batch / 256
+    log.info(f"lr         {lr:.3g} = {args.lr:g} x {data.sampler.global_batch} / 256")
+    optimizer = create_optimizer(args, heads)
+    schedule = build_schedule(args, lr, data.steps_per_epoch)
+    state = run_state.new_state(heads, optimizer, run, name=f"{encode.layers} linear heads")
+
+    # ── Resume; a new run first measures each channel ──
+    run_state.resume(state, stage, run)
+    if state.step == 0:
+        plain = dataset if args.cached_features else build_finetuning_dataset(settings, train=True, augment=False)[0]
+        loader = build_eval_loader(plain, settings, run.launch, every=-(-len(plain) // STATISTICS_IMAGES))
+        heads.standardize_by(features(batch["image"]) for batch in evaluation_batches(loader, run.device, "--data_path"))
+
+    # ── Loop ──
+    engine.fit(state, stage, data, schedule, run)
+    distributed.stop()
+
+
+def evaluate_knn(encode: FrozenBackbone, settings: argparse.Namespace, run: run_state.Run) -> None:
+    """--knn: accuracy for each number of neighbours."""
+    args = run.args
+    train, classes = build_finetuning_dataset(settings, train=True, augment=False)
+    validation, _ = build_finetuning_dataset(settings, train=False)
+    log.info(f"data       {len(train):,} training and {len(validation):,} validation images of {classes} classes")
+    bank = knn.of_all_ranks(extract(train, encode, run, "--data_path"), run.device)
+    own = extract(validation, encode, run, "--eval_data_path")
+    results = knn.accuracies(
+        bank, own, classes, run.device, args.knn_k, args.knn_temperature, args.knn_standardize
+    )  # fmt: skip
+    for k in args.knn_k:
+        log.info(f"k = {k:<6} top-1 {results[f'knn{k}_acc1']:.2f} %  top-5 {results[f'knn{k}_acc5']:.2f} %")
+    if args.output_dir:
+        checkpointing.write_json(args.output_dir, "knn.json", results)
+
+
+if __name__ == "__main__":
+    main()

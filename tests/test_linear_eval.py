@@ -1,0 +1,195 @@
+"""Linear probe: every layer's classifier learns, the backbone does not; resumption and several processes are exact."""
+
+import re
+
+import pytest
+import torch
+from test_launchers import two_processes
+from tiny_runs import SIZE, STUDENT, assert_same_weights, checkpoint, log_lines, photos, student
+
+import engine_for_linear_eval
+import pretrained
+import run_linear_eval
+from distributed import Precision
+from engine_for_linear_eval import FrozenBackbone, LinearHeads
+
+LAYERS = 6  # of the demo size
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return student(tmp_path_factory.mktemp("weights") / "student.pth")
+
+
+def flags(data, weights, out, *more):
+    where = ["--data_set", "image_folder", "--data_path", str(data), "--eval_data_path", str(data), "--output_dir", str(out)]
+    return [*where, *SIZE, "--finetune", str(weights), "--batch_size", "4", "--epochs", "2", "--lr", "0.1", *more]
+
+
+def test_every_layer_learns_to_tell_stripes_apart(folder, weights, tmp_path):
+    more = ["--features", "cls_mean", "--epochs", "40", "--lr", "5", "--eval_freq", "20"]
+    run_linear_eval.main(flags(folder, weights, tmp_path, "--cached_features", *more))
+    last = log_lines(tmp_path)[-1]
+    of_layers = [last[f"test_acc1_layer{layer}"] for layer in range(1, LAYERS + 1)]
+    assert min(of_layers) >= 90
+    assert last["test_acc1"] == max(of_layers) == of_layers[last["test_layer"] - 1]
+    assert last["test_images"] == 16
+    assert last["train_loss"] < 0.7 * LAYERS * 0.6931  # without learning: log 2 a layer
+    heads = checkpoint(tmp_path / "checkpoint-best.pth")["model"]
+    assert heads.keys() == {"mean", "std", *(f"heads.{i}.{part}" for i in range(LAYERS) for part in ("weight", "bias"))}
+    assert heads["heads.5.weight"].shape == (2, 256)
+
+
+def test_random_crops_are_the_default_and_the_backbone_stays_as_it_is(folder, weights, tmp_path, monkeypatch):
+    opened = []
+
+    def remembered(*args, **kwargs):
+        opened.append(open_backbone(*args, **kwargs))
+        return opened[-1]
+
+    open_backbone = pretrained.open_backbone
+    monkeypatch.setattr(pretrained, "open_backbone", remembered)
+    run_linear_eval.main(flags(folder, weights, tmp_path, "--features", "cls_mean"))
+    model = opened[0][0]
+    fresh, _ = open_backbone(str(weights), 32)
+    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in model.state_dict().items())
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    lines = log_lines(tmp_path)
+    assert lines[1]["train_loss"] < lines[0]["train_loss"]
+    content = checkpoint(tmp_path / "checkpoint.pth")
+    assert content["model"]["heads.0.weight"].shape == (2, 256)
+    # Statistics of the channels: of the training images in centre crops, each once.
+    args = run_linear_eval.get_parser().parse_args(flags(folder, weights, tmp_path))
+    args.aa, args.reprob, args.remode, args.recount = "none", 0.0, "pixel", 1
+    images = run_linear_eval.build_finetuning_dataset(args, train=True, augment=False)[0]
+    batch = torch.stack([images[index]["image"] for index in range(len(images))])
+    features = FrozenBackbone(fresh, "cls_mean", Precision("cpu", None))(batch)
+    assert torch.allclose(content["model"]["mean"], features.mean(0), atol=1e-4)
+    assert torch.allclose(content["model"]["std"], features.std(0, correction=0), rtol=1e-2)
+
+
+@pytest.mark.parametrize(("more", "cropped"), [([], True), (["--cached_features"], False)])
+def test_training_images_are_only_cropped_and_flipped(more, cropped, folder, weights, tmp_path, monkeypatch):
+    built, build = [], run_linear_eval.build_finetuning_dataset
+
+    def remembered(args, train, **how):
+        built.append((train, build(args, train, **how)[0]))
+        return build(args, train, **how)
+
+    monkeypatch.setattr(run_linear_eval, "build_finetuning_dataset", remembered)
+    run_linear_eval.main(flags(folder, weights, tmp_path, "--epochs", "1", *more))
+    train = next(dataset for of_training, dataset in built if of_training)
+    assert torch.equal(train[0, 3]["image"], train[1, 3]["image"]) is not cropped  # two epochs
+    parts = train.transform.transform.transforms
+    acting = [step for part in parts for step in getattr(part, "transforms", [part]) if getattr(step, "hue", 0) is not None]
+    steps = [type(step).__name__ for step in acting]  # a colour jitter of strength 0 has None for a range
+    assert steps[:2] == ["Resize", "RandomCrop" if cropped else "CenterCrop"]  # above 32 pixels: RandomResizedCrop
+    assert not {"ColorJitter", "RandomErasing", "RandAugment"} & set(steps)
+
+
+def test_heads_see_channels_of_mean_0_and_variance_1():
+    features = torch.randn(50, 3, 8) * torch.logspace(-1, 3, 8) + 5
+    heads = LinearHeads(3, 8, 8)
+    heads.standardize_by(features.split(7))
+    for head in heads.heads:
+        torch.nn.init.eye_(head.weight)
+    logits = heads(features)  # (3, 50, 8)
+    assert logits.shape == (3, 50, 8)
+    assert logits.mean(1).abs().max() < 1e-4
+    assert logits.var(1, correction=0).sub(1).abs().max() < 1e-3
+
+
+def test_layers_do_not_disturb_each_other(folder, weights, tmp_path, monkeypatch):
+    """The first layer's classifier ends the same whether the others are there or not."""
+    run_linear_eval.main(flags(folder, weights, tmp_path / "all", "--cached_features"))
+    original = engine_for_linear_eval.FrozenBackbone.__call__
+    monkeypatch.setattr(engine_for_linear_eval.FrozenBackbone, "__call__", lambda self, images: original(self, images)[:, :1])
+    monkeypatch.setattr(run_linear_eval, "LinearHeads", lambda layers, dim, classes: LinearHeads(1, dim, classes))
+    run_linear_eval.main(flags(folder, weights, tmp_path / "first", "--cached_features"))
+    both = [checkpoint(tmp_path / name / "checkpoint.pth")["model"]["heads.0.weight"] for name in ("all", "first")]
+    assert torch.allclose(*both, rtol=1e-5, atol=1e-7)
+    assert both[0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("more", [[], ["--cached_features"]])
+def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_ends(more, folder, weights, tmp_path):
+    more = [*more, "--epochs", "3", "--save_ckpt_freq", "1"]
+    run_linear_eval.main(flags(folder, weights, tmp_path / "whole", *more))
+    first = ["--resume", str(tmp_path / "whole/checkpoint-0.pth")]
+    run_linear_eval.main(flags(folder, weights, tmp_path / "resumed", *more, *first))
+    assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "resumed/checkpoint.pth")
+    assert [line["epoch"] for line in log_lines(tmp_path / "resumed")] == [1, 2]
+
+
+def test_two_processes_end_where_one_ends(folder, weights, tmp_path):
+    odd = photos(tmp_path / "odd", per_class=5)
+    (odd / "b" / "0.jpg").unlink()  # 9 images to validate: the ranks hold 5 and 4
+    more = ["--cached_features", "--eval_data_path", str(odd)]
+    two_processes("run_linear_eval.py", flags(folder, weights, tmp_path / "two", *more))
+    run_linear_eval.main(flags(folder, weights, tmp_path / "one", *more, "--batch_size", "8"))
+    for mine, other in zip(log_lines(tmp_path / "two"), log_lines(tmp_path / "one"), strict=True):
+        assert mine["test_images"] == 9
+        for key in mine.keys() - {"seconds"}:
+            assert mine[key] == pytest.approx(other[key], rel=1e-3, abs=1e-3), key
+
+
+def test_the_learning_rate_is_for_256_images(folder, weights, tmp_path, capsys):
+    run_linear_eval.main(flags(folder, weights, tmp_path, "--cached_features", "--lr", "1e-3"))
+    assert "lr         1.56e-05 = 0.001 x 4 / 256" in capsys.readouterr().out
+    parsed = run_linear_eval.get_parser().parse_args(["--data_path", "x", "--finetune", "y"])
+    assert parsed.lr * 8 * 128 / 256 == pytest.approx(4e-3)  # the recipe
+
+
+def test_which_features_a_file_gives(weights, folder, tmp_path, capsys):
+    without = student(tmp_path / "without.pth", STUDENT.removesuffix("_cls_pt"))
+    expected = {(weights, "--linear"): "cls of 6", (without, "--linear"): "cls_mean of 6", (weights, "--knn"): "cls of layer 6"}
+    expected |= {(without, "--knn"): "mean of layer 6"}
+    for (file, mode), text in expected.items():
+        run_linear_eval.main(flags(folder, file, tmp_path / f"{text}", mode, "--epochs", "1"))
+        assert f"features   {text}" in capsys.readouterr().out
+
+
+def test_the_checkpoints_normalisation_counts(folder, tmp_path, capsys):
+    for own in (True, False):
+        file = student(tmp_path / f"{own}.pth", imagenet_default_mean_and_std=own)
+        run_linear_eval.main(flags(folder, file, "", "--knn", "--imagenet_default_mean_and_std"))
+        out = capsys.readouterr().out
+        assert ("ImageNet's mean and std" in out) is own
+        assert ("was trained with mean and std 0.5" in out) is not own
+
+
+def test_classifiers_of_another_backbone_are_not_resumed(folder, weights, tmp_path, capsys):
+    run_linear_eval.main(flags(folder, weights, tmp_path / "out", "--cached_features"))
+    other = student(tmp_path / "other.pth")
+    with pytest.raises(SystemExit):
+        run_linear_eval.main(flags(folder, other, tmp_path / "out", "--cached_features"))
+    assert "were trained with --finetune" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--cached_features", "--vflip", "0.5"], "--vflip acts on random crops, and --cached_features takes centre crops"),
+        (["--knn", "--min_crop_scale", "0.5"], "--min_crop_scale acts on random crops, and --knn takes centre"),
+        (["--knn", "--cached_features"], "--cached_features acts with --linear"),
+        (["--knn_k", "5"], "--knn_k acts with --knn alone"),
+        (["--knn", "--knn_layer", "7"], "--knn_layer 7: the backbone has 6 blocks, 1 to 6"),
+        (["--eval_data_path", ""], "--eval_data_path is missing: name the folder of validation images"),
+        (["--finetune", "/nowhere.pth"], "/nowhere.pth is neither a file, nor a URL"),
+        (["--nb_classes", "3"], "--nb_classes 3: the data has 2 classes"),
+        (["--input_size", "40"], "--input_size: input size .* is not a multiple of the patch size"),
+    ],
+)
+def test_what_cannot_act_is_refused_in_one_sentence(more, message, folder, weights, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_linear_eval.main(flags(folder, weights, "", *more))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert "Traceback" not in error
