@@ -17,7 +17,7 @@ OBSOLETE = {
     "decoupling_aug": "both views always share one crop and flip",
     "resplit": "random erasing never splits the augmentations here",
     "enable_deepspeed": "mixed precision (--amp_dtype) and DDP take its place",
-    "load_tar": "put the images in folders (--data_set image_folder)",
+    "load_tar": "tar files are read with --data_set webdataset (scripts/make_shards.py writes them)",
     "world_size": "the launcher (torchrun, torch.distributed.launch, srun) says how many processes there are",
     "local_rank": "",  # torch.distributed.launch passes it on its own: nothing to say
     "dist_eval": "evaluation is always shared by all processes, and every image counts once",
@@ -168,6 +168,14 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
     g.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="does nothing")
 
 
+def add_step_flags(parser: argparse.ArgumentParser) -> None:
+    """How a step is computed, not what; for the stages that train a ViT."""
+    g = parser.add_argument_group("memory and speed")
+    g.add_argument("--grad_checkpointing", action="store_true",
+                   help="keep less for the backward pass and compute it again: less memory, a third more time")  # fmt: skip
+    g.add_argument("--compile", action="store_true", help="torch.compile: a slow first step, then faster ones (GPU)")
+
+
 def add_optimizer_flags(
     parser: argparse.ArgumentParser, lr: float, min_lr: float, weight_decay: float, epochs: int, lr_help: str
 ) -> None:
@@ -204,10 +212,13 @@ def add_data_flags(
 ) -> None:
     """`any_shape`: the stage also takes images that are not square."""
     g = parser.add_argument_group("data")
-    g.add_argument("--data_path", required=needs_training_data, help="folder of images (flat, nested or one folder a class)")
+    g.add_argument("--data_path", required=needs_training_data,
+                   help="folder of images (flat, nested or one folder a class); "
+                   "webdataset: 'shards/{000000..000146}.tar'")  # fmt: skip
     g.add_argument("--eval_data_path", default="", help="held-out images, laid out like --data_path")
-    g.add_argument("--data_set", default=data_set, choices=("image_folder", "IMNET", "CIFAR"),
-                   help="image_folder: a folder; IMNET: train/ and val/ below data_path; CIFAR: CIFAR-100")  # fmt: skip
+    g.add_argument("--data_set", default=data_set, choices=("image_folder", "IMNET", "CIFAR", "webdataset"),
+                   help="image_folder: a folder; IMNET: train/ and val/ below data_path; CIFAR: CIFAR-100; "
+                   "webdataset: tar shards (docs/data.md)")  # fmt: skip
     g.add_argument("--image_folder_class_index_file", default=None,
                    help='JSON lines, one {"class": name, "files": [paths below data_path]} a line')  # fmt: skip
     g.add_argument("--download", action="store_true", help="let torchvision download CIFAR-100")

@@ -18,6 +18,7 @@ import torchvision
 from PIL import UnidentifiedImageError
 from torch.utils.data import Dataset
 
+import shards
 from distributed import barrier, is_main
 from errors import UserError, pick
 from masking_generator import MASK_TYPES, MaskingGenerator, scaled_mask_count, scaled_min_block
@@ -36,9 +37,9 @@ from utils import derive_seed, seeded
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 ACCEPTED = f"accepted: {' '.join(EXTENSIONS)}"
-DATA_SETS = dict.fromkeys(("image_folder", "IMNET", "CIFAR"))
+DATA_SETS = dict.fromkeys(("image_folder", "IMNET", "CIFAR", "webdataset"))
 
-Samples = Sequence[tuple[Source, int | None]]
+Samples = Sequence[tuple[Source | shards.Member, int | None]]
 
 
 class ImageFiles(Dataset[dict[str, Any]]):
@@ -52,19 +53,27 @@ class ImageFiles(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, samples: Samples, transform: View, seed: int = 0, classes: Sequence[str] | None = None) -> None:
-        sources = [source for source, _ in samples]
-        # One array of bytes: the reference counts of a million strings would copy them into every worker process.
-        paths = [os.fsencode(source) for source in sources if isinstance(source, str)]
-        self.sources: Any = np.array(paths) if paths else sources
-        labels = [label for _, label in samples if label is not None]
-        self.labels = np.array(labels, dtype=np.int64) if labels else None
+        self.sources: Any
+        self.labels: np.ndarray | None
+        self.shard_sizes: list[int] | None = None  # images of each shard, which are read together
+        if isinstance(samples, shards.Members):
+            self.sources, self.labels, self.shard_sizes = samples, samples.labels, samples.sizes()
+        else:
+            sources = [source for source, _ in samples]
+            # One array of bytes: the reference counts of a million strings would copy them into every worker process.
+            paths = [os.fsencode(source) for source in sources if isinstance(source, str)]
+            self.sources = np.array(paths) if paths else sources
+            labels = [label for _, label in samples if label is not None]
+            self.labels = np.array(labels, dtype=np.int64) if labels else None
         self.transform, self.seed, self.classes = transform, seed, classes
         self.most_failures = min(len(samples), max(10, len(samples) // 100))
 
     def __len__(self) -> int:
         return len(self.sources)
 
-    def source(self, index: int) -> Source:
+    def source(self, index: int) -> Source | shards.Member:
+        if isinstance(self.sources, shards.Members):
+            return self.sources.member(index)
         source = self.sources[index]
         return os.fsdecode(source) if isinstance(source, bytes) else source
 
@@ -77,7 +86,7 @@ class ImageFiles(Dataset[dict[str, Any]]):
                 place %= len(self)
                 source = self.source(place)
                 try:
-                    image = read(source)
+                    image = read(source.read() if isinstance(source, shards.Member) else source)
                 except Exception as error:  # PIL raises nearly anything for broken files, DecompressionBombError too
                     failed.append(f"{source} ({_reason(error)})")
                     continue
@@ -194,6 +203,36 @@ def find_cifar(root: str, train: bool, download: bool = False) -> tuple[Samples,
     return list(zip(data.data, data.targets, strict=True)), data.classes
 
 
+def find_shards(
+    pattern: str, flag: str = "--data_path", classes: Sequence[str] | None = None
+) -> tuple[shards.Members, list[str] | None]:
+    """The images of tar shards and, where they have labels, the classes' names: those in classes.txt, else the numbers.
+
+    `classes`: the names that exist and their order; numbers without names are taken to be in that order. One rank looks
+    through shards without an index, the others read the index that it leaves.
+    """
+    paths = shards.find_shards(pattern, flag)
+    if not is_main():
+        barrier()
+    members = shards.members_of(paths, EXTENSIONS, flag)
+    if is_main():
+        barrier()
+    if members.labels is None:
+        return members, None
+    most = int(members.labels.max()) + 1
+    own = shards.class_names(paths)
+    names = own or list(classes or map(str, range(most)))
+    if most > len(names):
+        raise UserError(f"{flag} {pattern}: there is a label {most - 1}, but only {len(names)} classes are known")
+    if classes is None or own is None or own == list(classes):
+        return members, names
+    unknown = sorted(set(own) - set(classes))
+    if unknown:
+        raise UserError(f"{flag} {pattern}: class '{unknown[0]}' is no class of the training data (in all {len(unknown)})")
+    theirs = np.array([list(classes).index(name) for name in own])
+    return members.with_labels(theirs[members.labels]), list(classes)
+
+
 def class_balanced_share(samples: Samples, fraction: float, seed: int = 0) -> Samples:
     """max(1, round(fraction * n)) of each class's n images, in the old order.
 
@@ -210,6 +249,8 @@ def class_balanced_share(samples: Samples, fraction: float, seed: int = 0) -> Sa
     for label, indices in by_class.items():
         random.Random(derive_seed(seed, "label_fraction", -1 if label is None else label)).shuffle(indices)
         kept += indices[: max(1, round(fraction * len(indices)))]
+    if isinstance(samples, shards.Members):
+        return samples.take(sorted(kept))
     return [samples[index] for index in sorted(kept)]
 
 
@@ -261,7 +302,11 @@ def build_pretraining_dataset(args: Any, grid: int, held_out: str = "", tokenize
         args.data_pipeline,
         args.augment_on_device,
     )
-    samples = find_images(held_out, "--eval_data_path")[0] if held_out else _unlabelled(args, train=True)
+    if held_out:
+        find = find_shards if args.data_set == "webdataset" else find_images
+        samples = without_labels(find(held_out, "--eval_data_path")[0])
+    else:
+        samples = _unlabelled(args, train=True)
     return ImageFiles(samples, views, args.seed)
 
 
@@ -293,7 +338,7 @@ def build_vqkd_dataset(args: Any) -> ImageFiles:
 
 def build_held_out_dataset(args: Any) -> ImageFiles | None:
     """Unlabelled images in [0, 1], centre crops: --eval_data_path, or the data set's own split; None without either."""
-    if args.data_set == "image_folder" and not args.eval_data_path:
+    if args.data_set in ("image_folder", "webdataset") and not args.eval_data_path:
         return None
     return ImageFiles(_unlabelled(args, train=False), eval_view(args.input_size), args.seed)
 
@@ -351,6 +396,8 @@ def build_knn_datasets(args: Any) -> tuple[ImageFiles, ImageFiles, int]:
 def _split_folder(args: Any, train: bool) -> tuple[str, str]:
     """(folder of the split, the flag that says so); the folder is '' when no flag says where the split is."""
     pick(DATA_SETS, args.data_set, "--data_set")
+    if args.data_set == "webdataset" and getattr(args, "image_folder_class_index_file", None):
+        raise UserError("--image_folder_class_index_file lists files of a folder; shards say themselves what is in them")
     if train:
         return (os.path.join(args.data_path, "train") if args.data_set == "IMNET" else args.data_path), "--data_path"
     if args.eval_data_path or args.data_set != "IMNET":
@@ -364,10 +411,18 @@ def _unlabelled(args: Any, train: bool) -> Samples:
     samples: Samples
     if args.data_set == "CIFAR":
         samples = find_cifar(args.data_path, train, args.download)[0]
+    elif args.data_set == "webdataset":
+        samples = find_shards(folder, flag)[0]
     elif train and index:
         samples = read_class_index(index, folder, flag)[0]
     else:
         samples = find_images(folder, flag)[0]
+    return without_labels(samples)
+
+
+def without_labels(samples: Samples) -> Samples:
+    if isinstance(samples, shards.Members):
+        return samples.with_labels(None)
     return [(source, None) for source, _ in samples]
 
 
@@ -376,6 +431,8 @@ def _labelled(args: Any, train: bool, own_classes: bool, classes: Sequence[str] 
     index = args.image_folder_class_index_file
     if args.data_set == "CIFAR":
         return find_cifar(args.data_path, train, args.download)
+    if args.data_set == "webdataset":
+        return _labelled_shards(args, train, own_classes, classes)
     if train:
         return read_class_index(index, folder, flag) if index else find_classes_folder(folder, flag)
     if not folder:
@@ -388,3 +445,21 @@ def _labelled(args: Any, train: bool, own_classes: bool, classes: Sequence[str] 
     elif os.path.isdir(training_folder):
         classes = _class_folders(training_folder)
     return find_classes_folder(folder, flag, classes)
+
+
+def _labelled_shards(
+    args: Any, train: bool, own_classes: bool, classes: Sequence[str] | None
+) -> tuple[shards.Members, Sequence[str]]:
+    """As for folders; the validation shards take their names from the training shards'."""
+    folder, flag = _split_folder(args, train)
+    if not folder:
+        raise UserError("--eval_data_path is missing: name the validation shards, or --disable_eval_during_finetuning")
+    if not train and classes is None and not own_classes and args.data_path:
+        classes = find_shards(*_split_folder(args, train=True))[1]
+    members, names = find_shards(folder, flag, classes)
+    if names is None:
+        raise UserError(
+            f"{flag} {folder}: these shards have no labels; scripts/make_shards.py --classes writes them (as .cls) from one "
+            "folder a class"
+        )
+    return members, names

@@ -91,6 +91,8 @@ class DallEEncoder(nn.Module):
     def train(self, mode: bool = True) -> DallEEncoder:
         return super().train(False)
 
+    compiled_methods = ("forward",)
+
     def forward(self, x: Tensor) -> Tensor:
         """Mapped images (B, 3, H, W) (see map_pixels) -> logits (B, K, h, w) in fp32.
 

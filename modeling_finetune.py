@@ -88,6 +88,8 @@ class VisionTransformer(Trunk):
             return kept if self.fc_norm is None else self.fc_norm(kept)
         return tokens[:, 0] if self.fc_norm is None else self.fc_norm(tokens[:, 1:].mean(dim=1))
 
+    compiled_methods = ("forward_features",)
+
     def forward(self, x: Tensor, return_patch_tokens: bool = False, return_all_tokens: bool = False) -> Tensor:
         """Images (B, in_chans, height, width) -> logits (B, num_classes), or the head of each token asked for."""
         return self.head(self.forward_features(x, return_patch_tokens, return_all_tokens))

@@ -107,6 +107,8 @@ class VisionTransformerForMaskedImageModeling(Trunk):
         tokens = self.encode(x, masked, None if every_patch else hidden.alone)
         return self.predict(tokens, hidden, return_all_tokens, return_patch_tokens, self.norm, self.lm_head)
 
+    compiled_methods: tuple[str, ...] = ("encode",)
+
     def place_mask(self, x: Tensor, bool_masked_pos: Tensor | None) -> tuple[Tensor | None, MaskedPatches]:
         """The mask on the images' device, and where in the tokens the masked patches are."""
         if bool_masked_pos is None:
@@ -175,6 +177,8 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
         cls_norm, cls_head = (self.norm, self.lm_head) if self.shared_lm_head else (self.cls_pt_norm, self.cls_pt_lm_head)
         asked = (hidden, return_all_tokens, return_patch_tokens)
         return self.predict(last, *asked, self.norm, self.lm_head), self.predict(bridged, *asked, cls_norm, cls_head)
+
+    compiled_methods = ("encode_both", "aggregate_into_cls")
 
     def encode_both(
         self, x: Tensor, masked: Tensor | None, picked: Picked | None = None

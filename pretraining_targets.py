@@ -35,6 +35,10 @@ class Target:
         """What the head gave (P, V) and the targets of those patches -> mean loss ()."""
         raise NotImplementedError
 
+    def networks(self) -> list[Any]:
+        """Frozen ones that it computes with."""
+        return []
+
     def answer(self, prediction: Tensor) -> Tensor:
         """Predictions (P, V) as values of the same kind as the targets."""
         raise NotImplementedError
@@ -76,6 +80,9 @@ class Tokens(Target):
     @torch.no_grad()
     def of(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
         return self.tokenizer.get_codebook_indices(batch["tokenizer_image"], batch["mask"] if masked_only else None).flatten()
+
+    def networks(self) -> list[Any]:
+        return [self.tokenizer]
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(prediction.float(), target)

@@ -45,6 +45,7 @@ def get_parser() -> argparse.ArgumentParser:
         lr_help="as it is, not scaled; 1.5e-3 for a batch of 2048",
     )
     arguments.add_knn_monitor_flags(parser)
+    arguments.add_step_flags(parser)
     arguments.add_run_flags(parser, save_ckpt_freq=20)
     return parser
 
@@ -236,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ── Resume ──
     run_state.resume(state, stage, run)
+    run_state.compile_networks(run, data, model, *target.networks())
 
     # ── Loop ──
     engine.fit(state, stage, data, schedule, run)

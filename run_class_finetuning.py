@@ -44,6 +44,7 @@ def get_parser() -> argparse.ArgumentParser:
         epochs=30,
         lr_help="of the head; deeper layers by --layer_decay",
     )
+    arguments.add_step_flags(parser)
     arguments.add_run_flags(parser, save_ckpt_freq=5)
     return parser
 
@@ -170,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ── Resume ──
     run_state.resume(state, stage, run)
+    run_state.compile_networks(run, data, model)
 
     # ── Loop ──
     engine.fit(state, stage, data, schedule, run)

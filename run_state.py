@@ -20,12 +20,14 @@ from torch.utils.data import DataLoader
 
 import arguments
 import checkpointing
+import compilation
 import distributed
 from distributed import Launch, Precision, choose_precision, log
 from errors import UserError
 from metrics import RunningMeans
 from samplers import ResumableSampler, build_loader
 from utils import seed_all
+from vit_backbone import recompute_blocks
 
 
 class Stage:
@@ -91,6 +93,8 @@ class Run:
 def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run:
     """Join the other processes, choose device and precision, seed, and say what was asked for."""
     launch, device = distributed.start(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
+    if getattr(args, "compile", False):  # a flag of the stages that train a ViT, as is the next
+        compilation.require_compiler(device)
     run = Run(args, launch, device, choose_precision(args.amp_dtype, device))
     seed_all(args.seed, device)  # the same on every rank: all build the same model
     log.info(f"── {parser.description} ──")
@@ -146,7 +150,8 @@ def training_data(dataset: Any, run: Run, num_workers: int | None = None) -> Tra
     args, launch = run.args, run.launch
     workers = args.num_workers if num_workers is None else num_workers
     sampler = ResumableSampler(
-        len(dataset), args.batch_size, args.update_freq, launch.rank, launch.world_size, args.seed
+        len(dataset), args.batch_size, args.update_freq, launch.rank, launch.world_size, args.seed,
+        shard_sizes=getattr(dataset, "shard_sizes", None),
     )  # fmt: skip
     loader = build_loader(dataset, sampler, workers, args.pin_mem and run.device.type == "cuda", persistent=True)
     if sampler.shrunk:
@@ -182,17 +187,30 @@ class TrainState:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
+def compile_networks(run: Run, data: TrainingData, *networks: Any) -> None:
+    """--compile, for the model and the frozen networks beside it. Before the first step: weights are loaded, averages begun."""
+    if run.args.compile:
+        count = compilation.compile_networks(data.sampler.batch_size, *networks)
+        log.info(f"compile    {count} parts of the networks, in the first step (a minute or more)")
+
+
 def new_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, ema: ModelEmaV3 | None = None, name: str = ""
 ) -> TrainState:
     """Wrap the model for as many processes as there are. It is on its device already. `name`: for the log, if not --model."""
+    if getattr(run.args, "grad_checkpointing", False):
+        recompute_blocks(model)
     runner = model
     if run.launch.world_size > 1:
         # No device_ids: DDP would move the mask to the GPU, whose positions are listed on the host. Buffers are not
         # broadcast: the quantizer keeps its own equal everywhere. (Newer torch renames the flag and warns.)
+        # Every step is the same graph, so no search for unused parameters, and one without a gradient is no error. Torch
+        # refuses that with a first micro-batch that is not exchanged.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            runner = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            runner = DistributedDataParallel(
+                model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=run.args.update_freq == 1
+            )
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision.dtype is torch.float16)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(f"model      {name or run.args.model}, {count / 1e6:.2f} M trainable parameters")

@@ -48,6 +48,7 @@ def get_parser() -> argparse.ArgumentParser:
         epochs=100,
         lr_help="for a total batch of 128; scaled by total / 128",
     )
+    arguments.add_step_flags(parser)
     arguments.add_run_flags(parser, save_ckpt_freq=20)
     return parser
 
@@ -156,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_state.resume(state, stage, run)
     if model.teacher.standardize and state.step == 0:
         stage.calibrate_targets()
+    run_state.compile_networks(run, data, model, model.teacher)
 
     # ── Loop ──
     engine.fit(state, stage, data, schedule, run)
@@ -204,6 +206,7 @@ def train_pixel_decoder(args: argparse.Namespace, run: run_state.Run) -> None:
             f"--tokenizer_weight {args.tokenizer_weight} is not the tokenizer that the checkpoint to resume was trained on: "
             "name that one, or another --output_dir"
         )
+    run_state.compile_networks(run, data, model)
     engine.fit(state, stage, data, schedule, run)
 
 

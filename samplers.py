@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from errors import UserError
 from utils import derive_seed
 
 Key = tuple[int, int]  # (epoch, index)
+SHARDS_AT_ONCE = 16  # an epoch mixes the images of so many shards at a time, so that these stay in the system's file cache
 
 
 class ResumableSampler(Sampler[list[Key]]):
@@ -32,6 +33,9 @@ class ResumableSampler(Sampler[list[Key]]):
     `samples_done` samples therefore does not depend on how many ranks or how large a batch produced them.
     With fewer samples than one step takes, `batch_size` shrinks until a single step covers them all (`shrunk`), and the
     order wraps around to give every rank the same number.
+
+    `shard_sizes`: indices follow each other in files of so many images. Then the order of the files is shuffled, and the
+    images of SHARDS_AT_ONCE files at a time, so that the reading moves through the files rather than about in all of them.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class ResumableSampler(Sampler[list[Key]]):
         world_size: int,
         seed: int,
         shuffle: bool = True,
+        shard_sizes: Sequence[int] | None = None,
     ) -> None:
         if min(length, batch_size, update_freq, world_size) < 1:
             raise ValueError(f"length {length}, batch {batch_size}, update_freq {update_freq}, world {world_size}: 1 or more")
@@ -50,7 +55,7 @@ class ResumableSampler(Sampler[list[Key]]):
         self.shrunk = length < batch_size * ways
         self.batch_size = -(-length // ways) if self.shrunk else batch_size
         self.length, self.update_freq, self.rank, self.world_size = length, update_freq, rank, world_size
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.shard_sizes = seed, shuffle, shard_sizes
         self.global_batch = self.batch_size * ways  # samples of one optimizer step
         self.steps_per_epoch = max(1, length // self.global_batch)
         self.set_position(0, 0)
@@ -63,7 +68,7 @@ class ResumableSampler(Sampler[list[Key]]):
         """This epoch's global order of all indices, int64; when shrunk, wrapped around to one whole step."""
         if self.shuffle:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-            order = torch.randperm(self.length, generator=generator)
+            order = shuffled_by_shards(self.shard_sizes or [self.length], generator)
         else:
             order = torch.arange(self.length)
         return order.repeat(-(-self.global_batch // self.length))[: self.global_batch] if self.shrunk else order
@@ -83,6 +88,17 @@ class ResumableSampler(Sampler[list[Key]]):
         for micro in range(len(self)):
             start = done + micro * across + self.rank * self.batch_size
             yield [(epoch, index) for index in order[start : start + self.batch_size].tolist()]
+
+
+def shuffled_by_shards(sizes: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """All indices below sum(sizes), int64: the shards shuffled, and SHARDS_AT_ONCE of them at a time image by image. Up to so
+    many shards it is randperm."""
+    if len(sizes) <= SHARDS_AT_ONCE:
+        return torch.randperm(sum(sizes), generator=generator)
+    shards = torch.arange(sum(sizes)).split(list(sizes))
+    shuffled = [shards[i] for i in torch.randperm(len(shards), generator=generator).tolist()]
+    windows = [torch.cat(shuffled[i : i + SHARDS_AT_ONCE]) for i in range(0, len(shuffled), SHARDS_AT_ONCE)]
+    return torch.cat([window[torch.randperm(len(window), generator=generator)] for window in windows])
 
 
 class EvalSampler(Sampler[list[Key]]):

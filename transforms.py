@@ -10,7 +10,7 @@ import contextlib
 import functools
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 Size = tuple[int, int]  # width, height
 
 
-def load_image(source: Source, enough: Callable[[Size], Size] | None = None) -> Image.Image:
+def load_image(source: Source | IO[bytes], enough: Callable[[Size], Size] | None = None) -> Image.Image:
     """RGB, upright (EXIF), 8 bits; raises whatever PIL raises for what it cannot decode.
 
     `enough`: told the size of a JPEG before it is decoded, says which size is large enough; it may then be decoded to a
@@ -144,7 +144,7 @@ class Crops:
         """Name of a view -> side and interpolation."""
         raise NotImplementedError
 
-    def read(self, source: Source) -> Image.Image | Drawn:
+    def read(self, source: Source | IO[bytes]) -> Image.Image | Drawn:
         """An image for `pack`; raises what load_image raises."""
         if not self.fast:
             return load_image(source)

@@ -46,6 +46,8 @@ class Teacher(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
+    compiled_methods = ("features",)
+
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) in the teacher's own normalisation -> (B, N, D)."""
         raise NotImplementedError

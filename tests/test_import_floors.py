@@ -14,8 +14,8 @@ FLOORS = {
     3: "run_state modeling_vqkd datasets pretraining_targets weight_source code_files benchmark_peers benchmark_images",
     2: "modeling_pretrain modeling_finetune modeling_segmentation modeling_dvae vqkd_teachers norm_ema_quantizer "
     "checkpointing metrics confusion samplers interruption knn transforms",
-    1: "vit_backbone augmentation masking_generator optim_factory model_zoo distributed arguments visualization "
-    "utils imagenet_classes weight_formats weight_files pages transfer benchmark_turns benchmark_worker",
+    1: "vit_backbone augmentation masking_generator optim_factory model_zoo distributed arguments visualization utils "
+    "imagenet_classes weight_formats weight_files pages transfer shards compilation benchmark_turns benchmark_worker",
     0: "errors",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -1,0 +1,100 @@
+"""Pack a folder of images into tar shards of WebDataset's layout, for --data_set webdataset (docs/data.md).
+
+    python scripts/make_shards.py FOLDER OUT --images_per_shard 8720 [--classes]
+
+Images are copied as they are, in an order shuffled by --seed, so that each shard is a sample of the whole: training mixes a
+few shards at a time. OUT receives 000000.tar, 000001.tar, ..., the index of each, and with --classes classes.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import webdataset  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import shards  # noqa: E402
+from arguments import positive  # noqa: E402
+from datasets import EXTENSIONS, Samples, find_classes_folder, find_images  # noqa: E402
+from errors import UserError, tells_the_user  # noqa: E402
+from utils import derive_seed  # noqa: E402
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="images, however nested; with --classes one folder a class")
+    parser.add_argument("out", type=Path, help="where the shards go; without shards yet")
+    parser.add_argument("--images_per_shard", type=positive, required=True, help="100 MB to 1 GB a shard is a good size")
+    parser.add_argument("--classes", action="store_true", help="also write labels: the classes' numbers, and classes.txt")
+    parser.add_argument("--seed", type=int, default=0, help="the order of the images derives from it (default: 0)")
+    return parser
+
+
+@tells_the_user
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    samples: Samples
+    samples, classes = find_classes_folder(args.folder, "FOLDER") if args.classes else find_images(args.folder, "FOLDER")
+    make_empty(args.out)
+    order = list(range(len(samples)))
+    random.Random(derive_seed(args.seed, "shards")).shuffle(order)
+    count = math.ceil(len(order) / args.images_per_shard)
+    digits = max(6, len(str(count - 1)))
+    if classes is not None:
+        write_class_names(args.out / shards.CLASS_NAMES, classes)
+    for number in tqdm(range(count), desc="shards", disable=None):
+        first = number * args.images_per_shard
+        chosen = range(first, min(first + args.images_per_shard, len(order)))
+        write_shard(args.out / f"{number:0{digits}d}.tar", ((place, *samples[order[place]]) for place in chosen))
+    pattern = args.out / f"{{{0:0{digits}d}..{count - 1:0{digits}d}}}.tar"
+    print(f"{len(samples):,} images in {count} shards: --data_set webdataset --data_path '{pattern}'")
+
+
+def make_empty(out: Path) -> None:
+    """Make the folder; refuse one that has shards, which might be read together with the new ones."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"OUT {out}: cannot be made ({error.strerror})") from None
+    if any(out.glob("*.tar")):
+        raise UserError(f"OUT {out}: has shards already; remove them, or name another folder")
+
+
+def write_class_names(path: Path, classes: Sequence[str]) -> None:
+    broken = [name for name in classes if "\n" in name]
+    if broken:
+        raise UserError(f"FOLDER: the class name {broken[0]!r} holds a line break, which {path.name} cannot hold: rename it")
+    path.write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+
+
+def write_shard(path: Path, samples: Any) -> None:
+    """`samples`: (place in the whole order, path, label or None). The shard appears when it is whole."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
+            for place, source, label in samples:
+                stem, kind = os.path.splitext(os.path.basename(source))
+                key = f"{place:08d}_{re.sub(r'[^A-Za-z0-9_-]', '-', stem)[:60]}"  # dots would end it; tar names are short
+                content: dict[str, Any] = {"__key__": key, kind[1:].lower(): Path(source).read_bytes()}
+                writer.write(content if label is None else content | {"cls": str(label).encode()})
+        os.replace(temporary, path)
+        shards.keep_index(str(path), EXTENSIONS, shards.scan(str(path), EXTENSIONS))
+    except OSError as error:
+        raise UserError(f"could not write {path} ({error.strerror}: {error.filename or 'the disk'}); start anew") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

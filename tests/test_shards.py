@@ -1,0 +1,320 @@
+"""Tar shards: what is found in them, their index, the order of an epoch, exact resumption, plain words for what is wrong."""
+
+import importlib.util
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_datasets import arguments, write_image
+from tiny_runs import (
+    assert_same_weights,
+    checkpoint,
+    finetuning_flags,
+    log_lines,
+    photos,
+    pretraining_flags,
+    tokenizer,
+    vqkd_flags,
+)
+
+import datasets
+import run_beitv2_pretraining
+import run_class_finetuning
+import run_vqkd_training
+import shards
+from datasets import EXTENSIONS, build_finetuning_dataset, build_vqkd_dataset, find_shards
+from errors import UserError
+from samplers import SHARDS_AT_ONCE, ResumableSampler, build_loader, shuffled_by_shards
+from transforms import load_image
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def make_shards():
+    spec = importlib.util.spec_from_file_location("make_shards", ROOT / "scripts" / "make_shards.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return photos(tmp_path_factory.mktemp("photos"), per_class=12)
+
+
+@pytest.fixture(scope="module")
+def packed(folder, make_shards, tmp_path_factory):
+    """24 labelled photos in five shards."""
+    out = tmp_path_factory.mktemp("shards")
+    make_shards([str(folder), str(out), "--images_per_shard", "5", "--classes"])
+    return out
+
+
+def pattern(out):
+    return f"{out}/{{000000..000004}}.tar"
+
+
+def write_tar(path, members, **how):
+    with tarfile.open(path, "w", **how) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def jpeg(tmp_path, seed=0):
+    return Path(write_image(tmp_path / f"{seed}.jpg", seed)).read_bytes()
+
+
+# ── What is found ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_shards_hold_each_file_of_the_folder_once_as_it_is_with_its_label(folder, packed):
+    members, classes = find_shards(pattern(packed))
+    assert classes == ["a", "b"]
+    assert members.sizes() == [5, 5, 5, 5, 4]
+    inside = sorted((member.read().getvalue(), label) for member, label in members)
+    assert inside == sorted((path.read_bytes(), "ab".index(path.parent.name)) for path in folder.rglob("*.jpg"))
+    assert [label for _, label in members] != sorted(label for _, label in members)  # shuffled: a shard is a sample of all
+
+
+def test_the_webdataset_library_reads_what_we_wrote(packed):
+    import webdataset
+
+    samples = list(webdataset.WebDataset(pattern(packed), shardshuffle=False))
+    members, _ = find_shards(pattern(packed))
+    assert [(sample["jpg"], int(sample["cls"])) for sample in samples] == [
+        (member.read().getvalue(), label) for member, label in members
+    ]
+
+
+@pytest.mark.parametrize("kind", ["braces", "folder", "list", "stars"])
+def test_ways_to_name_shards(kind, packed):
+    names = [str(packed / f"00000{i}.tar") for i in range(5)]
+    text = {"braces": pattern(packed), "folder": str(packed), "list": "::".join(names), "stars": f"{packed}/*.tar"}[kind]
+    assert shards.find_shards(text, "--data_path") == names
+
+
+def test_foreign_shards_with_long_names_and_more_kinds(tmp_path):
+    one, two = jpeg(tmp_path, 1), jpeg(tmp_path, 2)
+    members = [
+        ("deep/" * 40 + "x.jpg", one),  # longer than a header: its own record in the tar file
+        ("no_image.cls", b"3"),
+        ("y.seg.png", b"not ours"),
+        ("y.cls", b"1\n"),
+        ("y.JPEG", two),
+        ("y.png", b"a second image of the same sample"),
+        (".hidden.jpg", one),
+    ]
+    for how in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        path = write_tar(tmp_path / f"{how}.tar", members, format=how)
+        index = shards.scan(path, EXTENSIONS)
+        found = [shards.Member(path, *place).read().getvalue() for place in index.places.tolist()]
+        assert found == [one, two]
+        assert index.labels.tolist() == [-1, 1]
+    with pytest.raises(UserError, match=r"x\.jpg has no label \(\.cls\)|deep.* has no label"):
+        shards.members_of([path], EXTENSIONS, "--data_path")
+
+
+def test_class_numbers_without_names_and_names_in_another_order(tmp_path):
+    for name, labels in (("train", (0, 2, 1)), ("val", (2, 0))):
+        (tmp_path / name).mkdir()
+        members = [(f"{i}.{kind}", data) for i, label in enumerate(labels)
+                   for kind, data in (("jpg", jpeg(tmp_path, i)), ("cls", str(label).encode()))]  # fmt: skip
+        write_tar(tmp_path / name / "0.tar", members)
+    flags = arguments(tmp_path / "train", eval_data_path=str(tmp_path / "val"), data_set="webdataset")
+    train, count = build_finetuning_dataset(flags, train=True)
+    assert (count, train.classes, train.labels.tolist()) == (3, ["0", "1", "2"], [0, 2, 1])
+    assert build_finetuning_dataset(flags, train=False)[0].labels.tolist() == [2, 0]
+    (tmp_path / "train" / "classes.txt").write_text("cat\ndog\nowl\n")
+    (tmp_path / "val" / "classes.txt").write_text("owl\nfox\ncat\n")
+    with pytest.raises(UserError, match="class 'fox' is no class of the training data"):
+        build_finetuning_dataset(flags, train=False)
+    (tmp_path / "val" / "classes.txt").write_text("owl\ndog\ncat\n")
+    assert build_finetuning_dataset(flags, train=False)[0].labels.tolist() == [0, 2]
+    half = arguments(tmp_path / "train", data_set="webdataset", label_fraction=0.5)
+    assert len(build_finetuning_dataset(half, train=True)[0]) == 3  # at least one image a class
+
+
+# ── The index beside a shard ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_kept_index_saves_reading_the_shard_and_another_shards_is_not_believed(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(tmp_path, 1)), ("b.jpg", jpeg(tmp_path, 2))])
+    first = shards.index_of(path, EXTENSIONS)
+    scans = []
+    monkeypatch.setattr(shards, "scan", lambda *asked, scan=shards.scan: scans.append(asked) or scan(*asked))
+    assert shards.index_of(path, EXTENSIONS).places.tolist() == first.places.tolist()
+    assert not scans
+    length = os.path.getsize(path)
+    write_tar(path, [("c.jpg", jpeg(tmp_path, 1)), ("d.jpg", jpeg(tmp_path, 2))])  # of the same length
+    assert os.path.getsize(path) == length
+    shards.index_of(path, EXTENSIONS)
+    assert len(scans) == 1
+    Path(path + shards.INDEX).write_bytes(b"half an ind")
+    assert shards.index_of(path, EXTENSIONS).places.tolist() == first.places.tolist()
+    assert len(scans) == 2
+
+
+def test_a_folder_that_cannot_be_written_to_is_scanned_each_time(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    path = write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(tmp_path, 1))])
+    monkeypatch.setattr(shards.np, "savez", refuse)
+    assert len(shards.index_of(path, EXTENSIONS).labels) == 1
+    assert [file.name for file in tmp_path.glob("0.tar*")] == ["0.tar"]
+
+
+# ── What is wrong ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}/{{000000..000006}}.tar", r"--data_path .*000005\.tar and 1 more of 7 shards are missing"),
+        ("{}/000009.tar", r"000009\.tar of 1 shards is missing"),
+        ("https://host/{{0..3}}.tar", "read from disks only"),
+        ("pipe:cat {}/000000.tar", "read from disks only"),
+        ("{}/{{000000..0000.tar", "[Uu]nbalanced braces"),
+        ("{}/00000[89].tar", "no file is called"),
+        ("{0}::{0}/000001.tar", r"000001\.tar is named twice"),
+        ("{}/classes.txt", "is no whole tar file"),
+    ],
+)
+def test_plain_words_for_shards_that_cannot_be_read(text, message, packed):
+    with pytest.raises(UserError, match=message):
+        find_shards(text.format(packed))
+
+
+def test_plain_words_for_what_is_in_shards(packed, folder, tmp_path):
+    whole = (packed / "000000.tar").read_bytes()
+    third = shards.scan(str(packed / "000000.tar"), EXTENSIONS).places[2, 0]
+    for cut in (3000, third + 100, third - 3 * tarfile.BLOCKSIZE):  # not at a block's end, within an image, between two samples
+        (tmp_path / "cut.tar").write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=r"cut\.tar is no whole tar file .*; write or copy it again"):
+            find_shards(str(tmp_path / "cut.tar"))
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    cases = {
+        str(tmp_path / "a.tar.gz"): "is compressed",
+        str(tmp_path / "empty"): "no .tar files in this folder",
+        write_tar(tmp_path / "text.tar", [("a.txt", b"hello")]): "no images in these 1 shards",
+        write_tar(tmp_path / "named.tar", [("a.jpg", b"x"), ("a.cls", b"cat")]): r"a\.cls holds b'cat'; a class number",
+    }
+    for text, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            find_shards(text)
+    unlabelled = write_tar(tmp_path / "unlabelled.tar", [("a.jpg", b"x")])
+    with pytest.raises(UserError, match=r"have no labels; scripts/make_shards\.py --classes"):
+        build_finetuning_dataset(arguments(unlabelled, data_set="webdataset"), train=True)
+    with pytest.raises(UserError, match="--image_folder_class_index_file lists files of a folder"):
+        build_vqkd_dataset(arguments(packed, data_set="webdataset", image_folder_class_index_file="x"))
+
+
+def test_an_image_that_does_not_decode_is_named_and_replaced(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("a.jpg", b"no image"), ("b.jpg", jpeg(tmp_path, 2))])
+    sample = build_vqkd_dataset(arguments(path, data_set="webdataset"))[0, 0]
+    assert sample["failed"] == [f"{path}/a.jpg (not an image)"]
+    assert "image" in sample
+
+
+def test_make_shards_refuses_and_leaves_nothing_half(folder, packed, make_shards, tmp_path, capsys, monkeypatch):
+    for words, message in (
+        ([folder, packed], "has shards already"),
+        ([tmp_path / "none", tmp_path / "out"], "no such folder"),
+        ([folder, folder / "a" / "0.jpg"], "cannot be made"),
+    ):
+        with pytest.raises(SystemExit):
+            make_shards([*map(str, words), "--images_per_shard", "5"])
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(SystemExit):
+        make_shards([str(folder), str(tmp_path / "full"), "--images_per_shard", "5"])
+    assert "No space left" in capsys.readouterr().err
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+# ── Order, ranks, workers, resumption ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_order_mixes_a_few_shards_at_a_time_and_is_a_function_of_seed_and_epoch():
+    sizes = [7] * 41
+    owner = torch.repeat_interleave(torch.arange(41), torch.tensor(sizes))
+    sampler = ResumableSampler(sum(sizes), 4, 1, 0, 1, seed=3, shard_sizes=sizes)
+    sampler.set_position(5)
+    order = sampler.order()
+    assert order.sort().values.tolist() == list(range(287))
+    assert torch.equal(order, sampler.order())
+    window = SHARDS_AT_ONCE * 7
+    assert len(owner[order[:window]].unique()) == SHARDS_AT_ONCE
+    assert len(owner[order[:32]].unique()) > 10  # mixed within
+    sampler.set_position(6)
+    assert not torch.equal(order, sampler.order())
+    few = [torch.randperm(80, generator=torch.Generator().manual_seed(1)), torch.Generator().manual_seed(1)]
+    assert torch.equal(shuffled_by_shards([5] * 16, few[1]), few[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_and_workers_share_an_epoch_without_repeats_and_a_resumed_run_reads_the_rest(workers, packed, monkeypatch):
+    monkeypatch.setattr("samplers.SHARDS_AT_ONCE", 2)
+    dataset = build_vqkd_dataset(arguments(packed, data_set="webdataset"))
+    assert dataset.shard_sizes == [5, 5, 5, 5, 4]
+
+    def read(done):
+        parts = []
+        for rank in range(2):
+            sampler = ResumableSampler(len(dataset), 3, 2, rank, 2, seed=0, shard_sizes=dataset.shard_sizes)
+            sampler.set_position(1, done)
+            parts.append(list(build_loader(dataset, sampler, workers, pin_memory=False)))
+        return parts
+
+    whole, rest = read(0), read(12)
+    indices = [i for part in whole for batch in part for i in batch["index"].tolist()]
+    assert len(indices) == len(set(indices)) == 24
+    for part, after in zip(whole, rest, strict=True):
+        for batch, same in zip(part[2:], after, strict=True):
+            assert torch.equal(batch["image"], same["image"])
+    images = {int(batch["index"][0]): batch["image"][0] for batch in whole[0]}
+    for index, image in images.items():
+        assert torch.equal(dataset[1, index]["image"], image)
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_as_in_a_folder(packed):
+    dataset = build_vqkd_dataset(arguments(packed, data_set="webdataset"))
+    pixels = np.asarray(load_image(dataset.source(7).read()))
+    in_memory = datasets.ImageFiles([(pixels, None)] * 8, dataset.transform)
+    assert torch.equal(in_memory[2, 7]["image"], dataset[2, 7]["image"])
+
+
+# ── Whole runs ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SHARDS = ["--data_set", "webdataset", "--num_workers", "2"]
+
+
+def test_pretraining_on_shards_stopped_within_an_epoch_ends_bit_for_bit_the_same(packed, tmp_path):
+    codes = tokenizer(tmp_path / "tokenizer.pth")
+    more = [*SHARDS, "--eval_data_path", str(packed), "--drop_path", "0.1", "--save_ckpt_steps", "4", "--keep_ckpts", "9"]
+    run_beitv2_pretraining.main(pretraining_flags(pattern(packed), tmp_path / "whole", codes, *more))
+    middle = tmp_path / "whole" / "checkpoint-step8.pth"
+    assert checkpoint(middle)["next"] == {"epoch": 1, "samples": 8, "step": 8}
+    resumed = [*pretraining_flags(pattern(packed), tmp_path / "resumed", codes, *more), "--resume", str(middle)]
+    run_beitv2_pretraining.main(resumed)
+    assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "resumed/checkpoint.pth")
+    assert log_lines(tmp_path / "whole")[1]["train_loss"] == log_lines(tmp_path / "resumed")[0]["train_loss"]
+    assert "test_loss" in log_lines(tmp_path / "whole")[1]
+
+
+def test_the_other_stages_train_on_shards(packed, tmp_path):
+    run_vqkd_training.main(vqkd_flags(pattern(packed), tmp_path / "vqkd", *SHARDS, "--eval_data_path", str(packed)))
+    assert "test_rec_loss" in log_lines(tmp_path / "vqkd")[1]
+    flags = [*finetuning_flags(packed, tmp_path / "ft"), *SHARDS]
+    run_class_finetuning.main(flags)
+    assert log_lines(tmp_path / "ft")[-1]["test_images"] == 24
+    assert checkpoint(tmp_path / "ft/checkpoint.pth")["stage"]["classes"] == ["a", "b"]
