@@ -28,9 +28,10 @@ import modeling_vqkd
 import viewing
 import visualization
 from code_files import Parts
-from datasets import ImageFiles, Samples, find_images_or_file
+from datasets import ImageFiles
 from distributed import Launch, log
 from errors import UserError, tells_the_user
+from image_lists import Samples, find_images_or_file
 from samplers import build_eval_loader
 from transforms import View, eval_view
 from utils import printable

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import save_image
 
-from datasets import find_images_or_file
 from distributed import log
 from errors import UserError
+from image_lists import find_images_or_file
 from transforms import load_image
 from utils import printable
 

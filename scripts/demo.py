@@ -25,8 +25,8 @@ from PIL import Image  # noqa: E402
 from torchvision.utils import save_image  # noqa: E402
 
 import visualization  # noqa: E402
-from datasets import find_images  # noqa: E402
 from errors import UserError, tells_the_user  # noqa: E402
+from image_lists import find_images  # noqa: E402
 from transforms import load_image  # noqa: E402
 
 OUT = ROOT / "demo_output"

@@ -26,8 +26,8 @@ from tqdm import tqdm  # noqa: E402
 
 import shards  # noqa: E402
 from arguments import positive  # noqa: E402
-from datasets import EXTENSIONS, Samples, find_classes_folder, find_images  # noqa: E402
 from errors import UserError, tells_the_user  # noqa: E402
+from image_lists import EXTENSIONS, Samples, find_classes_folder, find_images  # noqa: E402
 from utils import derive_seed  # noqa: E402
 
 

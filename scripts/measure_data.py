@@ -28,8 +28,8 @@ from torchvision.transforms import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from augmentation import Drawn, as_numbers, exact_crop, jitter_and_flip, resized, resized_faster, sampled_pivot
-from datasets import find_images
 from distributed import keep_freed_memory
+from image_lists import find_images
 from masking_generator import MaskingGenerator
 from transforms import (
     ASPECT_RANGE,

@@ -15,19 +15,10 @@ import torchvision
 from PIL import Image
 
 import samplers
-from datasets import (
-    ImageFiles,
-    build_finetuning_dataset,
-    build_held_out_dataset,
-    build_pretraining_dataset,
-    build_vqkd_dataset,
-    class_balanced_share,
-    find_classes_folder,
-    find_images,
-    read_class_index,
-)
+from datasets import ImageFiles, build_finetuning_dataset, build_held_out_dataset, build_pretraining_dataset, build_vqkd_dataset
 from distributed import Launch
 from errors import UserError
+from image_lists import class_balanced_share, find_classes_folder, find_images, read_class_index
 from samplers import BadFiles, EvalSampler, ResumableSampler, build_eval_loader, build_loader, collate
 from transforms import TokenizerViews, eval_view
 

@@ -25,7 +25,7 @@ import encode_images
 import modeling_vqkd
 import visualization
 import visualize_codebook
-from datasets import find_images
+from image_lists import find_images
 from modeling_dvae import DallEEncoder
 from modeling_vqkd import VQKD
 from transforms import eval_view, load_image

@@ -13,7 +13,7 @@ FLOORS = {
     4: "engine modeling_pixel_decoder pretrained trained_classifier viewing",
     3: "run_state modeling_vqkd datasets pretraining_targets weight_source code_files benchmark_peers benchmark_images",
     2: "modeling_pretrain modeling_finetune modeling_segmentation modeling_dvae vqkd_teachers norm_ema_quantizer "
-    "checkpointing metrics confusion samplers interruption knn transforms",
+    "checkpointing metrics confusion samplers interruption knn transforms image_lists",
     1: "vit_backbone augmentation masking_generator optim_factory model_zoo distributed arguments visualization utils "
     "imagenet_classes weight_formats weight_files pages transfer shards compilation benchmark_turns benchmark_worker",
     0: "errors",

@@ -26,8 +26,9 @@ import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
 import shards
-from datasets import EXTENSIONS, build_finetuning_dataset, build_vqkd_dataset, find_shards
+from datasets import build_finetuning_dataset, build_vqkd_dataset
 from errors import UserError
+from image_lists import EXTENSIONS, find_shards
 from samplers import SHARDS_AT_ONCE, ResumableSampler, build_loader, shuffled_by_shards
 from transforms import load_image
 
