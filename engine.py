@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import checkpointing
 import distributed
-from distributed import log
+from distributed import Precision, log
 from errors import UserError
 from interruption import StopSignal
 from metrics import Reporter, RunningMeans, clock
@@ -210,6 +210,23 @@ def evaluation_batches(loader: DataLoader, device: torch.device, flag: str = "--
     for batch in loader:
         bad_files.add(batch["failed"], found_image="image" in batch)
         yield finish(to_device(batch, device))
+
+
+def mean_of_steps(
+    stage: Stage,
+    model: nn.Module,
+    batches: Iterator[dict[str, Any]],
+    precision: Precision,
+    weight: Callable[[dict[str, Any]], float],
+) -> dict[str, float]:
+    """What the stage's own step reports, over held-out batches of all ranks; `weight`: of a batch in the mean."""
+    model.eval()
+    means = RunningMeans()
+    for batch in batches:
+        with precision.autocast():
+            loss, logs = stage.step(model, batch)
+        means.add({"loss": loss} | logs, weight=weight(batch))
+    return {f"test_{name}": value for name, value in means.read(over_all_ranks=True).items()}
 
 
 def samples_to_show(dataset: Any, count: int) -> list[dict[str, Any]]:

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import visualization
 from distributed import Precision
-from engine import evaluation_batches, samples_to_show
-from metrics import RunningMeans, psnr
+from engine import evaluation_batches, mean_of_steps, samples_to_show
+from metrics import psnr
 from run_state import Stage
 
 
@@ -32,13 +32,8 @@ class PixelDecoderStage(Stage):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         if self.held_out is None:
             return {}
-        model.eval()
-        means = RunningMeans()
-        for batch in evaluation_batches(self.held_out, self.device):
-            with self.precision.autocast():
-                loss, logs = self.step(model, batch)
-            means.add({"loss": loss} | logs, weight=len(batch["image"]))
-        return {f"test_{name}": value for name, value in means.read(over_all_ranks=True).items()}
+        batches = evaluation_batches(self.held_out, self.device)
+        return mean_of_steps(self, model, batches, self.precision, lambda batch: len(batch["image"]))
 
     def better(self, test: dict[str, float]) -> float | None:
         return test.get("test_psnr")

@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 import knn
 import visualization
 from distributed import Precision
-from engine import evaluation_batches, samples_to_show, to_device
+from engine import evaluation_batches, mean_of_steps, samples_to_show, to_device
 from errors import UserError
-from metrics import RunningMeans
 from pretraining_targets import Target
 from run_state import Stage
 
@@ -97,14 +96,11 @@ class PretrainingStage(Stage):
         """Loss and accuracy on held-out images (--eval_data_path), each with one fixed crop and mask."""
         if self.held_out is None:
             return {}
-        model.eval()
-        means = RunningMeans()
-        for batch in evaluation_batches(self.held_out, self.device):
-            with self.precision.autocast():
-                loss, logs = self.step(model, batch)
-            predicted = batch["mask"].numel() if self.predict_all else batch["mask"].sum()
-            means.add({"loss": loss} | logs, weight=float(predicted))
-        return {f"test_{name}": value for name, value in means.read(over_all_ranks=True).items()}
+        batches = evaluation_batches(self.held_out, self.device)
+        return mean_of_steps(self, model, batches, self.precision, self.predicted_patches)
+
+    def predicted_patches(self, batch: dict[str, Any]) -> float:
+        return float(batch["mask"].numel() if self.predict_all else batch["mask"].sum())
 
     @torch.no_grad()
     def probe(self, model: Any, epoch: int) -> dict[str, float]:

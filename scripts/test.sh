@@ -4,8 +4,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh requirements.txt requirements-demo.txt requirements-dev.txt
 
+processes=${TEST_PROCESSES:-$(nproc 2>/dev/null || echo 2)} # before the next line: nproc obeys OMP_NUM_THREADS
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 echo "lint";  ruff check .
 echo "format"; ruff format --check .
 echo "types"; mypy
-echo "tests"; exec python -m pytest -n "${TEST_PROCESSES:-$(nproc 2>/dev/null || echo 2)}" "$@"
+echo "tests"; exec python -m pytest -n "$processes" "$@"
