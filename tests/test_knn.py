@@ -182,6 +182,6 @@ def test_k_nn_during_pretraining_has_its_own_frequency_and_changes_nothing(split
 )
 def test_what_cannot_be_evaluated_is_refused(flags, message, split, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        run_beitv2_pretraining.main(pretraining_flags(split / "train", tmp_path, tmp_path / "none.pth", *flags))
+        run_beitv2_pretraining.main(pretraining_flags(split / "train", tmp_path, tokenizer(tmp_path / "t.pth"), *flags))
     assert stop.value.code == 2
     assert re.search(message, capsys.readouterr().err)
