@@ -214,12 +214,12 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, side: int, times: int
 
 def table(rows: Sequence[Row]) -> list[str]:
     """Times in ms; `x ours`: time divided by ours in the same round, median (min-max); peak in MiB."""
-    lines = [f"{'':14}{'images/s':>9}{'ms':>9}" + "".join(f"{phase:>10}" for phase in PHASES) + f"{'of matmul':>10}{'peak':>8}"]
-    lines[0] += f"{'x ours':>19}{'peak x ours':>13}"
+    lines = [f"{'':14}{'images/s':>9}{'ms':>9}" + "".join(f"{phase:>10}" for phase in PHASES) + f"{'of matmul':>10}{'peak':>9}"]
+    lines[0] += f"{'x ours':>20}{'peak x ours':>13}"
     for row in rows:
         share = "" if row.utilisation is None else f"{row.utilisation:.0%}"
         phases = "".join(f"{row.ms[phase]:10.1f}" for phase in PHASES)
         ratio = f"{row.ratio:.2f} ({row.ratio_min:.2f}-{row.ratio_max:.2f})"
         times = f"{row.name:14}{row.images_per_s:9.1f}{row.ms['step']:9.1f}{phases}{share:>10}"
-        lines.append(f"{times}{row.peak_bytes / 2**20:8.0f}{ratio:>19}{row.peak_ratio:13.2f}")
+        lines.append(f"{times}{row.peak_bytes / 2**20:9.0f} {ratio:>19}{row.peak_ratio:13.2f}")
     return lines
