@@ -32,11 +32,11 @@ def flags(data, weights, out, *more):
 
 
 def test_every_layer_learns_to_tell_stripes_apart(folder, weights, tmp_path):
-    more = ["--features", "cls_mean", "--epochs", "40", "--lr", "5", "--eval_freq", "20"]
+    more = ["--features", "cls_mean", "--epochs", "160", "--lr", "5", "--eval_freq", "80"]
     run_linear_eval.main(flags(folder, weights, tmp_path, "--cached_features", *more))
     last = log_lines(tmp_path)[-1]
     of_layers = [last[f"test_acc1_layer{layer}"] for layer in range(1, LAYERS + 1)]
-    assert min(of_layers) >= 75  # of 16 images of two classes; other torch versions draw other weights
+    assert min(of_layers) >= 90
     assert last["test_acc1"] == max(of_layers) == of_layers[last["test_layer"] - 1]
     assert last["test_images"] == 16
     assert last["train_loss"] < 0.7 * LAYERS * 0.6931  # without learning: log 2 a layer
