@@ -18,6 +18,7 @@ from engine import evaluation_batches, mean_of_steps, samples_to_show, to_device
 from errors import UserError
 from pretraining_targets import Target
 from run_state import Stage
+from vit_backbone import at_mask
 
 
 class PretrainingStage(Stage):
@@ -52,22 +53,18 @@ class PretrainingStage(Stage):
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the branches' losses over the predicted patches (BEiT v2, section 3.2)."""
-        masked = self.masked_patches(batch["mask"])
         target = self.target.of(batch, masked_only=not self.predict_all)
         branches = self.predictions(model, batch)
         losses = [self.target.loss(prediction, target) for prediction in branches]
         logs: dict[str, Tensor] = {}
         for i, prediction in enumerate(branches):
-            logs |= {f"{name}{suffix(i, branches)}": acc for name, acc in self.accuracies(prediction, target, masked).items()}
+            accuracies = self.accuracies(prediction, target, batch["mask"])
+            logs |= {f"{name}{suffix(i, branches)}": accuracy for name, accuracy in accuracies.items()}
         if len(branches) > 1:
             logs |= {f"loss{suffix(i, branches)}": loss for i, loss in enumerate(losses)}
         if model.training:
             self.target.count(target)
         return torch.stack(losses).sum(), logs
-
-    def masked_patches(self, mask: Tensor) -> Tensor:
-        """Where the masked patches are among all B * N, (M,) int64 on the device, from a mask (B, N) on the host."""
-        return mask.flatten().nonzero().squeeze(1).to(self.device, non_blocking=True)  # no synchronisation
 
     def predictions(self, model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
         """What each branch says of the predicted patches, (P, V)."""
@@ -75,14 +72,14 @@ class PretrainingStage(Stage):
         branches = outputs if isinstance(outputs, tuple) else (outputs,)
         return [branch.flatten(0, -2) for branch in branches]  # all tokens come as (B, N, V)
 
-    def accuracies(self, prediction: Tensor, target: Tensor, masked: Tensor) -> dict[str, Tensor]:
+    def accuracies(self, prediction: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """`mlm_acc` is of the masked patches whatever is predicted, so that runs compare; `all_acc` of all patches."""
         right = self.target.right(prediction, target)
         if right is None:
             return {}
         if not self.predict_all:
             return {"mlm_acc": right.mean()}
-        of_masked = {} if self.nothing_masked else {"mlm_acc": right.index_select(0, masked).mean()}
+        of_masked = {} if self.nothing_masked else {"mlm_acc": at_mask(right, mask).mean()}
         return of_masked | {"all_acc": right.mean()}
 
     def start_epoch(self, epoch: int) -> None:
@@ -132,7 +129,7 @@ class PretrainingStage(Stage):
             targets = self.target.of(moved)
             answer = self.target.answer(self.predictions(model, moved)[0])
         answered = targets.clone()
-        answered[slice(None) if self.predict_all else self.masked_patches(batch["mask"])] = answer
+        answered[slice(None) if self.predict_all else batch["mask"].flatten().to(answered.device)] = answer
         rows, grid = [], model.patch_embed.patch_shape
         per_image = (part.cpu().unflatten(0, (len(samples), -1)) for part in (targets, answered))
         for image, mask, target, answers in zip(batch["image"], batch["mask"], *per_image, strict=True):

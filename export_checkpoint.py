@@ -138,8 +138,7 @@ def open_model(source: Source, args: argparse.Namespace) -> Model:
 
 def load(model: Trunk, weights: dict[str, Tensor], args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Load the weights; returns the keys that are no part of the model, and what else there is to say."""
-    fitting = modeling_finetune.remap_pretrained(weights, model)
-    missing = [key for key in model.load_state_dict(fitting, strict=False).missing_keys if not key.endswith(INDEX)]
+    fitting, missing = modeling_finetune.load_remapped(model, weights)
     notes = []
     if set(missing) in ({"norm.weight", "norm.bias"}, {"fc_norm.weight", "fc_norm.bias"}) and "head.weight" not in fitting:
         notes.append("the last norm, which the file lacks, stays as it is built: 1 and 0")  # a backbone for segmentation

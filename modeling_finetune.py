@@ -271,6 +271,13 @@ def remap_pretrained(state_dict: dict[str, Tensor], model: Trunk) -> dict[str, T
     return remapped
 
 
+def load_remapped(model: Trunk, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Load what remap_pretrained gives; returns that, and the names that stayed new (an index is the model's own)."""
+    fitting = remap_pretrained(weights, model)
+    missing = model.load_state_dict(fitting, strict=False).missing_keys
+    return fitting, [key for key in missing if not key.endswith("relative_position_index")]
+
+
 def remapping_report(state_dict: dict[str, Tensor], model: Trunk, remapped: dict[str, Tensor]) -> list[str]:
     """What remap_pretrained did, one line each: used, resized, copied to blocks, left out, new in the model."""
     source = our_names(state_dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from typing import Any
 
@@ -22,13 +23,12 @@ def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[
 
     UserError when not one block of the transformer fits. `source` names the weights, as in "--finetune out/pt.pth".
     """
-    fitting = modeling_finetune.remap_pretrained(weights, model)
+    fitting, missing = modeling_finetune.load_remapped(model, weights)
     if not any(key.startswith("blocks.") for key in fitting):
         raise UserError(f"{source} is {weight_files.kind_of(weights)}: none of its weights fits this model")
-    missing = model.load_state_dict(fitting, strict=False).missing_keys
     first, *rest = modeling_finetune.remapping_report(weights, model, fitting)
     log.info("\n".join([f"weights    {source}", f"           {first}", *(f"           {line}" for line in rest)]))
-    return [key for key in missing if not key.endswith("relative_position_index")]  # an index is the model's own
+    return missing
 
 
 def architecture(weights: dict[str, Tensor], flags: dict[str, Any], num_heads: int | None = None) -> dict[str, Any]:
@@ -70,14 +70,19 @@ def architecture(weights: dict[str, Tensor], flags: dict[str, Any], num_heads: i
 
 
 def open_backbone(
-    source: str, input_size: int | tuple[int, int] | None = None, num_heads: int | None = None, flag: str = "--checkpoint"
+    source: str,
+    input_size: int | tuple[int, int] | None = None,
+    num_heads: int | None = None,
+    flag: str = "--checkpoint",
+    content: weight_source.Source | None = None,
 ) -> tuple[VisionTransformer, dict[str, Any]]:
     """The transformer in a file (path, URL or published name) of pretraining or fine-tuning, in eval, without its heads.
 
     Returns it and the flags it was trained with ({} for published files). `input_size`: side or (height, width) in pixels
     to use it at, the position tables are resized; default: its own. `flag` names the source in messages.
+    `content`: of the file, where it has been read already.
     """
-    weights, flags, *_ = weight_source.read(source, flag=flag)
+    weights, flags, *_ = content or weight_source.read(source, flag=flag)
     try:
         settings = architecture(weights, flags, num_heads)
     except UserError as error:
@@ -94,7 +99,14 @@ def open_backbone(
     return model.eval().requires_grad_(False), flags
 
 
-def has_cls_head(source: str) -> bool:
-    """Whether a file is of BEiT v2's pretraining, where the CLS token learns to stand for the image."""
-    weights = weight_source.read(source, flag="--finetune").weights
+def has_cls_head(weights: dict[str, Tensor]) -> bool:
+    """Whether they are of BEiT v2's pretraining, where the CLS token learns to stand for the image."""
     return any(key.startswith("cls_pt_layers.") for key in weights)
+
+
+def uses_imagenet_statistics(flags: dict[str, Any], args: argparse.Namespace, source: str) -> bool:
+    """--imagenet_default_mean_and_std of the training if `flags` tell, else what `args` choose; says when the two differ."""
+    imagenet = flags.get("imagenet_default_mean_and_std", args.imagenet_default_mean_and_std)
+    if args.imagenet_default_mean_and_std and not imagenet:
+        log.warning(f"warning: {source} was trained with mean and std 0.5: --imagenet_default_mean_and_std is left out")
+    return imagenet

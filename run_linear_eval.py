@@ -16,6 +16,7 @@ import engine
 import knn
 import pretrained
 import run_state
+import weight_source
 from datasets import ImageFiles, build_finetuning_dataset
 from distributed import log
 from engine import evaluation_batches
@@ -72,19 +73,18 @@ def idle_flags(args: argparse.Namespace) -> dict[str, str]:
 
 def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenBackbone, argparse.Namespace]:
     """The backbone of --finetune, and the flags with the settings of the images (or cached features) that it takes."""
-    model, flags = pretrained.open_backbone(args.finetune, args.input_size, args.num_heads, flag="--finetune")
+    content = weight_source.read(args.finetune, flag="--finetune")
+    model, flags = pretrained.open_backbone(args.finetune, args.input_size, args.num_heads, "--finetune", content)
     depth = len(model.blocks)
     if args.knn_layer is not None and args.knn_layer > depth:
         raise UserError(f"--knn_layer {args.knn_layer}: the backbone has {depth} blocks, 1 to {depth}")
     features = args.features
     if features == "auto":
         without_cls_head = "mean" if args.mode == "knn" else "cls_mean"
-        features = "cls" if pretrained.has_cls_head(args.finetune) else without_cls_head
+        features = "cls" if pretrained.has_cls_head(content.weights) else without_cls_head
     layer = (args.knn_layer or depth) if args.mode == "knn" else None
     encode = FrozenBackbone(model.to(run.device), features, run.precision, layer)
-    imagenet = flags.get("imagenet_default_mean_and_std", args.imagenet_default_mean_and_std)
-    if args.imagenet_default_mean_and_std and not imagenet:
-        log.warning(f"warning: {args.finetune} was trained with mean and std 0.5: --imagenet_default_mean_and_std is left out")
+    imagenet = pretrained.uses_imagenet_statistics(flags, args, args.finetune)
     what = f"layer {layer}" if layer else f"{depth} layers"
     statistics = "ImageNet's mean and std" if imagenet else "mean and std 0.5"
     log.info(f"features   {features} of {what}, {encode.dim} numbers each; images normalised by {statistics}")

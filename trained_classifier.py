@@ -17,7 +17,7 @@ from checkpointing import plain
 from distributed import log
 from errors import UserError
 from imagenet_classes import RobustSet, synsets
-from modeling_finetune import VisionTransformer, remap_pretrained
+from modeling_finetune import VisionTransformer, load_remapped
 
 # What the model is made of, and what its images look like: flags that should be those of the training.
 SHAPING = ("model", "use_mean_pooling", "abs_pos_emb", "rel_pos_bias", "qkv_bias", "layer_scale_init_value")
@@ -64,8 +64,7 @@ def load(
     trained: TrainedClassifier, model: VisionTransformer, parser: argparse.ArgumentParser, args: argparse.Namespace
 ) -> None:
     """Every weight of the file into the model, which must be the one that was trained; say what else differs."""
-    fitting = remap_pretrained(trained.weights, model)
-    missing = [key for key in model.load_state_dict(fitting, strict=False).missing_keys if not key.endswith("position_index")]
+    fitting, missing = load_remapped(model, trained.weights)
     unused = left_out(trained.weights, fitting)
     if missing or unused:
         what = f"it lacks {missing[0]}" if missing else f"it also holds {unused[0]}"

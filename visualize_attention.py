@@ -6,7 +6,7 @@ Shapes: H heads, h x w grid of N patches, T = 1 + N tokens with CLS in front, L 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,16 +110,6 @@ def blocks_to_show(layer: int | None, depth: int) -> list[int]:
     return [layer % depth]
 
 
-def mean_and_std(args: argparse.Namespace, flags: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The checkpoint's own (its `flags`) if it says how it was trained, else what the flag chooses."""
-    imagenet = flags.get("imagenet_default_mean_and_std", args.imagenet_default_mean_and_std)
-    if args.imagenet_default_mean_and_std and not imagenet:
-        log.warning(
-            f"warning: {args.checkpoint} was trained with mean and std 0.5: --imagenet_default_mean_and_std is left out"
-        )
-    return normalisation(imagenet)
-
-
 # ── At the size of an image ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -209,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, flags = pretrained.open_backbone(args.checkpoint, args.input_size, args.num_heads)
     own = resized = model.to(device)
     blocks_to_show(args.layer, len(model.blocks))
-    mean, std = mean_and_std(args, flags)
+    mean, std = normalisation(pretrained.uses_imagenet_statistics(flags, args, args.checkpoint))
     rows = []
     for path, picture in viewing.read_shown(paths):
         size = own.patch_embed.img_size
