@@ -9,15 +9,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from scipy.interpolate import RectBivariateSpline
 from torch import Tensor, nn
 
 from errors import UserError, pick
-from utils import grid_of
-from vit_backbone import SIZES, Block, LayerNorm, Picked, Trunk, as_pair, init_linear_and_norm, rescale_outputs
+from positions import grid_of, resize_pos_embed, resize_rel_pos_bias_table
+from vit_backbone import SIZES, Block, LayerNorm, Picked, Trunk, init_linear_and_norm, rescale_outputs
 from weight_formats import SHARED_TABLE, to_our_names
 
 __all__ = ["MODELS", "Block", "VisionTransformer", "create_model", "remap_pretrained", "resize_rel_pos_bias_table"]
@@ -144,65 +140,6 @@ def create_model(name: str, **kwargs: Any) -> VisionTransformer:
 
 
 # ── Weights of another model into this one ───────────────────────────────────────────────────────────────────────────
-
-
-def resize_rel_pos_bias_table(
-    table: Tensor, dst_grid: int | tuple[int, int], src_grid: tuple[int, int] | None = None
-) -> Tensor:
-    """Bias table (rows, H) of one grid -> table of another, (height, width) or a square's side; the three CLS rows are kept.
-
-    `src_grid` None: the table is a square grid's. Source distances are spaced geometrically (1, 1+q, 1+q+q^2, ...) so that
-    the farthest one meets the target's: near offsets keep their values, far ones are stretched. Cubic spline per head
-    (BEiT's fine-tuning at other resolutions), each axis by itself. ValueError: the rows do not fit the source grid.
-    """
-    patch_rows, cls_rows = table[:-3], table[-3:]
-    if src_grid is None:
-        src_grid = (round(len(patch_rows) ** 0.5) + 1) // 2, (round(len(patch_rows) ** 0.5) + 1) // 2
-    src, dst = [[2 * side - 1 for side in as_pair(grid)] for grid in (src_grid, dst_grid)]
-    if src[0] * src[1] != len(patch_rows):
-        raise ValueError(f"a bias table of {len(table)} rows does not belong to a grid of {src_grid[0]} x {src_grid[1]}")
-    if src == dst:
-        return table.clone()
-    tables = patch_rows.T.reshape(-1, *src).double().cpu().numpy()
-    for axis, side in enumerate(src):  # a single row or column says nothing of distances: it counts for all of them
-        tables = tables.repeat(3, axis=1 + axis) if side == 1 else tables
-        src[axis] = max(side, 3)
-    sources = [_geometric_coordinates(s // 2, max(d // 2, 1)) for s, d in zip(src, dst, strict=True)]
-    targets = [_unit_coordinates(d // 2) for d in dst]
-    heads = []
-    for values in tables:
-        spline = RectBivariateSpline(*sources, values, kx=min(3, src[0] - 1), ky=min(3, src[1] - 1))
-        heads.append(torch.from_numpy(spline(*targets)).flatten())
-    resized = torch.stack(heads, dim=1).to(table)
-    return torch.cat((resized, cls_rows))
-
-
-def _unit_coordinates(reach: int) -> np.ndarray:
-    return np.arange(-reach, reach + 1, dtype=np.float64)
-
-
-def _geometric_coordinates(steps: int, reach: int) -> np.ndarray:
-    """Symmetric coordinates with `steps` distances each side; the ratio is bisected until the farthest meets `reach`."""
-    if steps == reach:  # this axis keeps its length
-        return _unit_coordinates(steps)
-    low, high, ratio = 1.01, 1.5, 1.01
-    while high - low > 1e-6:
-        ratio = (low + high) / 2
-        if (1 - ratio**steps) / (1 - ratio) > reach:
-            high = ratio
-        else:
-            low = ratio
-    distances = np.cumsum(ratio ** np.arange(steps, dtype=np.float64))
-    return np.concatenate((-distances[::-1], [0.0], distances))
-
-
-def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], src_grid: tuple[int, int] | None = None) -> Tensor:
-    """Absolute positions (1, 1 + h*w, C) -> (1, 1 + height*width, C), patches bicubic, CLS kept. `src_grid` None: square."""
-    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
-    height, width = src_grid or as_pair(grid_of(patches.shape[1]))
-    patches = patches.reshape(1, height, width, -1).permute(0, 3, 1, 2)  # (1, C, h, w)
-    patches = F.interpolate(patches.float(), size=grid, mode="bicubic", align_corners=False).to(pos_embed)
-    return torch.cat((cls, patches.flatten(2).transpose(1, 2)), dim=1)
 
 
 def our_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

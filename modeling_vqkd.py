@@ -19,8 +19,8 @@ import weight_files
 from errors import UserError, pick
 from modeling_finetune import VisionTransformer
 from norm_ema_quantizer import NormEMAVectorQuantizer
+from positions import grid_of
 from transforms import IMAGENET_MEAN, IMAGENET_STD
-from utils import grid_of
 from vit_backbone import SIZES, Picked, at_mask, init_linear_and_norm, pick_masked
 from vqkd_teachers import TEACHER_DIMS
 

@@ -14,7 +14,8 @@ import weight_source
 from distributed import log
 from errors import UserError
 from modeling_finetune import VisionTransformer
-from vit_backbone import SIZES, Trunk, as_pair
+from positions import as_pair
+from vit_backbone import SIZES, Trunk
 from weight_formats import SHARED_TABLE
 
 

@@ -27,8 +27,8 @@ from distributed import log
 from engine_for_finetuning import FinetuningStage, SomeLogits, WithMirrorImage
 from errors import UserError, pick, tells_the_user
 from optim_factory import LayerDecayValueAssigner, build_schedule, create_optimizer, layer_decay_values
+from positions import as_pair
 from samplers import build_eval_loader
-from vit_backbone import as_pair
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -44,11 +44,3 @@ def seeded(*parts: int | str) -> Iterator[None]:
 def printable(path: str) -> str:
     """A file's name for the terminal, which refuses names that are no UTF-8."""
     return os.fsencode(path).decode(errors="replace")
-
-
-def grid_of(tokens: int) -> int:
-    """Side of the square grid that `tokens` patches fill."""
-    side = round(tokens**0.5)
-    if side * side != tokens:
-        raise ValueError(f"{tokens} tokens do not fill a square grid")
-    return side

@@ -23,8 +23,8 @@ import visualization
 from distributed import log
 from errors import UserError, tells_the_user
 from modeling_finetune import VisionTransformer
+from positions import as_pair
 from transforms import eval_view, normalisation
-from vit_backbone import as_pair
 
 MOST_PIXELS = 1024 * 1024  # T x T numbers in every block, H x T x T in one: about 4 GB for a base model with 16-pixel patches
 

@@ -19,6 +19,15 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from positions import (
+    OtherGrid,
+    add_relative_position_bias,
+    as_pair,
+    relative_position_bias,
+    relative_position_index,
+    resize_pos_embed,
+)
+
 
 class Size(NamedTuple):
     """One row of the table of model sizes."""
@@ -43,10 +52,6 @@ SIZES = {
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
 
-def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
 class PatchEmbed(nn.Module):
     """Image (B, in_chans, height, width) -> patch tokens (B, N, C) in row-major order."""
 
@@ -64,37 +69,10 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[-2:]) != self.img_size:
             raise ValueError(f"the model was built for images of {self.img_size}, this batch has {tuple(x.shape[-2:])}")
+        return self.of_any_size(x)
+
+    def of_any_size(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, N, C)
-
-
-def relative_position_index(grid: tuple[int, int]) -> Tensor:
-    """(T, T) int64: the row of the bias table for each (query, key).
-
-    Patches: (dy + height - 1) * (2 * width - 1) + (dx + width - 1) with d = query - key. The last three rows of the
-    table stand for CLS -> patch, patch -> CLS and CLS -> CLS.
-    """
-    height, width = grid
-    rows = (2 * height - 1) * (2 * width - 1) + 3
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    y, x = y.flatten(), x.flatten()
-    dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
-    index = torch.empty(height * width + 1, height * width + 1, dtype=torch.int64)
-    index[1:, 1:] = (dy + height - 1) * (2 * width - 1) + (dx + width - 1)
-    index[0, :], index[:, 0], index[0, 0] = rows - 3, rows - 2, rows - 1
-    return index
-
-
-def add_relative_position_bias(module: nn.Module, grid: tuple[int, int], num_heads: int) -> None:
-    """Give `module` a zero table and its index under the published names; shared and per-block bias differ only in owner."""
-    rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
-    module.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
-    module.register_buffer("relative_position_index", relative_position_index(grid))
-
-
-def gather_bias(table: Tensor, index: Tensor) -> Tensor:
-    """Table (rows, H) and index (T, T) -> bias (H, T, T)."""
-    bias = table.index_select(0, index.flatten())
-    return rearrange(bias, "(q k) h -> h q k", q=index.shape[0])
 
 
 class Picked(NamedTuple):
@@ -145,8 +123,8 @@ class RelativePositionBias(nn.Module):
         super().__init__()
         add_relative_position_bias(self, grid, num_heads)
 
-    def forward(self) -> Tensor:
-        return gather_bias(self.relative_position_bias_table, self.relative_position_index)
+    def forward(self, other: OtherGrid | None = None) -> Tensor:
+        return relative_position_bias(self, other)
 
 
 class Attention(nn.Module):
@@ -179,11 +157,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def position_bias(self, shared: Tensor | None) -> Tensor | None:
+    def position_bias(self, shared: Tensor | None, other: OtherGrid | None = None) -> Tensor | None:
         """The block's own bias plus the shared one, (H, T, T), or None where the model has neither."""
         if self.relative_position_bias_table is None:
             return shared
-        own = gather_bias(self.relative_position_bias_table, self.relative_position_index)
+        own = relative_position_bias(self, other)
         return own if shared is None else own + shared
 
     def project(self, x: Tensor, picked: Picked | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,10 +179,16 @@ class Attention(nn.Module):
         q = F.linear(picked.of(x), self.qkv.weight[:width], self.q_bias)
         return rearrange(q, "b r (h d) -> b h r d", h=self.num_heads), k, v
 
-    def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None, picked: Picked | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C), or what the picked tokens gather, (B, R, C)."""
+    def forward(
+        self,
+        x: Tensor,
+        rel_pos_bias: Tensor | None = None,
+        picked: Picked | None = None,
+        other: OtherGrid | None = None,
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C), or of the picked tokens (B, R, C). `other`: the tokens' grid, if not the model's."""
         q, k, v = self.project(x, picked)
-        bias = self.position_bias(rel_pos_bias)
+        bias = self.position_bias(rel_pos_bias, other)
         if bias is not None:
             bias = bias[None] if picked is None else picked.bias_of(bias)
         drop = self.attn_drop if self.training else 0.0
@@ -298,9 +282,15 @@ class Block(nn.Module):
         self.recompute = False
 
     @recomputable
-    def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None, picked: Picked | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C), or the picked tokens alone (B, R, C)."""
-        attended = self.attn(self.norm1(x), rel_pos_bias, picked)
+    def forward(
+        self,
+        x: Tensor,
+        rel_pos_bias: Tensor | None = None,
+        picked: Picked | None = None,
+        other: OtherGrid | None = None,
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C), or the picked tokens alone (B, R, C). `other`: the tokens' grid, if not the model's."""
+        attended = self.attn(self.norm1(x), rel_pos_bias, picked, other)
         x = x if picked is None else picked.of(x)
         x = x + self.drop_path(scaled(self.gamma_1, attended))
         return x + self.drop_path(scaled(self.gamma_2, self.mlp(self.norm2(x))))
@@ -400,19 +390,30 @@ class Trunk(nn.Module):
             if tensor is not None:
                 truncated_normal_(tensor, std, cut)
 
-    def embed(self, x: Tensor, masked: Tensor | None = None) -> Tensor:
-        """Image (B, in_chans, height, width) -> tokens (B, T, C); where `masked` (B, N) is True stands the mask token."""
-        tokens = self.patch_embed(x)
+    def other_grid(self, x: Tensor) -> OtherGrid | None:
+        """The grid of images (B, in_chans, height, width), multiples of the patch size, if it is not the model's."""
+        grid = (x.shape[-2] // self.patch_embed.patch_size[0], x.shape[-1] // self.patch_embed.patch_size[1])
+        if grid == self.patch_embed.patch_shape:
+            return None
+        return OtherGrid(grid, relative_position_index(grid).to(x.device, non_blocking=True))
+
+    def embed(self, x: Tensor, masked: Tensor | None = None, other: OtherGrid | None = None) -> Tensor:
+        """Image (B, in_chans, height, width) -> tokens (B, T, C); where `masked` (B, N) is True stands the mask token.
+
+        `other`: the images' grid, if it is not the model's: positions are stretched to it.
+        """
+        tokens = self.patch_embed(x) if other is None else self.patch_embed.of_any_size(x)
         if masked is not None:
             tokens = torch.where(masked[..., None], self.mask_token.to(tokens.dtype), tokens)
         tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
         if self.pos_embed is not None:
-            tokens = tokens + self.pos_embed
+            own = self.patch_embed.patch_shape
+            tokens = tokens + (self.pos_embed if other is None else resize_pos_embed(self.pos_embed, other.size, own))
         return self.pos_drop(tokens)
 
-    def shared_bias(self) -> Tensor | None:
+    def shared_bias(self, other: OtherGrid | None = None) -> Tensor | None:
         """The bias shared by all blocks, (H, T, T), gathered once per forward pass; None where there is none."""
-        return None if self.rel_pos_bias is None else self.rel_pos_bias()
+        return None if self.rel_pos_bias is None else self.rel_pos_bias(other)
 
     def attention_maps(self, x: Tensor, layer: int = -1) -> Tensor:
         """Attention of one block on images x: (B, H, T, T)."""

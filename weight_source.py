@@ -21,8 +21,8 @@ import weight_files
 import weight_formats
 from errors import UserError
 from imagenet_classes import in_words, synsets
+from positions import as_pair, relative_position_index
 from transforms import default_crop_pct, normalisation
-from vit_backbone import as_pair, relative_position_index
 from weight_formats import INDEX, TABLE, Companion
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the folders of Hugging Face and timm
