@@ -25,6 +25,7 @@ from distributed import log
 from errors import UserError, pick, tells_the_user
 from imagenet_classes import in_words, synsets
 from modeling_finetune import brief
+from positions import as_pair
 from transforms import default_crop_pct, normalisation
 from vit_backbone import SIZES, Trunk
 from weight_formats import INDEX, Converted, Preprocessing
@@ -120,7 +121,7 @@ def open_model(source: Source, args: argparse.Namespace) -> Model:
     except UserError as error:
         raise UserError(f"--checkpoint {args.checkpoint}: {error}") from None
     if args.input_size is not None:
-        settings["img_size"] = modeling_finetune.as_pair(args.input_size)
+        settings["img_size"] = as_pair(args.input_size)
     settings["num_classes"] = len(weights["head.weight"]) if "head.weight" in weights else 0
     vocab_size = len(weights["lm_head.weight"]) if "lm_head.weight" in weights else 0
     name = name_of(settings, weights, args)

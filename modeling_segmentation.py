@@ -1,0 +1,252 @@
+"""Semantic segmentation: the ViT as a backbone of four maps, and heads that give every pixel a class.
+
+Shapes: B batch, C width, K classes, h x w patches of an image of H x W pixels.
+Sources: BEiT (Bao et al. 2022, section 3.2 and appendix), UPerNet (Xiao et al. 2018), SETR-PUP (Zheng et al. 2021).
+Names of parameters are those of the released ADE20K checkpoints.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+import distributed
+from errors import UserError, pick
+from vit_backbone import SIZES, Trunk, init_linear_and_norm, rescale_outputs
+
+POOL_SCALES = (1, 2, 3, 6)
+HEAD_DROPOUT = 0.1  # of whole channels, before the last convolution
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm over the images of all processes, on any device (torch's own SyncBatchNorm is for GPUs alone)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> the same"""
+        if not self.training or distributed.world_size() == 1:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            z = x.float()
+            count = all_reduce(z.new_tensor(z.numel() / z.shape[1]))
+            mean = all_reduce(z.sum(dim=(0, 2, 3))) / count
+            centred = z - mean[:, None, None]
+            var = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
+            self.remember(mean.detach(), var.detach(), count)
+            scale = self.weight * (var + self.eps).rsqrt()
+            return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    def remember(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Running statistics as torch keeps them: the variance without bias."""
+        self.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+        self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
+        self.running_var.lerp_(var * count / (count - 1).clamp(min=1), self.momentum)  # type: ignore[union-attr, arg-type]
+
+
+class ConvModule(nn.Module):
+    """Convolution without bias, batch norm, ReLU; the size stays."""
+
+    def __init__(self, in_channels: int, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.bn = BatchNorm(channels)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, *size), bilinear."""
+    return x if x.shape[-2:] == tuple(size) else F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class Head(nn.Module):
+    """What every head ends with: dropout of channels and a 1 x 1 convolution to the classes."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv_seg = nn.Conv2d(channels, num_classes, kernel_size=1)
+        self.dropout = nn.Dropout2d(HEAD_DROPOUT)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.zeros_(self.conv_seg.bias)  # type: ignore[arg-type]
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.conv_seg(self.dropout(x))
+
+
+class UPerHead(Head):
+    """UPerNet: pools of the coarsest map tell what the scene is, and a feature pyramid brings that down to the finest one."""
+
+    def __init__(
+        self, in_channels: Sequence[int], channels: int, num_classes: int, pool_scales: Sequence[int] = POOL_SCALES
+    ) -> None:
+        super().__init__(channels, num_classes)
+        *fine, coarsest = in_channels
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvModule(coarsest, channels, 1)) for scale in pool_scales
+        )
+        self.bottleneck = ConvModule(coarsest + len(pool_scales) * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList(ConvModule(width, channels, 1) for width in fine)
+        self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3) for _ in fine)
+        self.fpn_bottleneck = ConvModule(len(in_channels) * channels, channels, 3)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps (B, in_channels[i], h_i, w_i), finest first -> logits (B, K, h_0, w_0)."""
+        *fine, coarsest = maps
+        pooled = [resize(pool(coarsest), coarsest.shape[-2:]) for pool in self.psp_modules]
+        pyramid = [lateral(x) for lateral, x in zip(self.lateral_convs, fine, strict=True)]
+        pyramid.append(self.bottleneck(torch.cat((coarsest, *pooled), dim=1)))
+        for i in reversed(range(len(fine))):  # top down
+            pyramid[i] = pyramid[i] + resize(pyramid[i + 1], pyramid[i].shape[-2:])
+        smoothed = [conv(x) for conv, x in zip(self.fpn_convs, pyramid[:-1], strict=True)]
+        size = smoothed[0].shape[-2:]
+        fused = self.fpn_bottleneck(torch.cat([resize(x, size) for x in (*smoothed, pyramid[-1])], dim=1))
+        return self.classify(fused)
+
+
+class FCNHead(Head):
+    """One convolution: the auxiliary head, which gives the middle of the network a loss of its own."""
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int) -> None:
+        super().__init__(channels, num_classes)
+        self.convs = nn.Sequential(ConvModule(in_channels, channels, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, h, w) -> logits (B, K, h, w)"""
+        return self.classify(self.convs(x))
+
+
+class SETRPUPHead(Head):
+    """SETR-PUP, the task layer of BEiT v1's paper: progressive upsampling, 16 times in four stages."""
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int, stages: int = 4) -> None:
+        super().__init__(channels, num_classes)
+        self.up_convs = nn.ModuleList(ConvModule(channels if i else in_channels, channels, 3) for i in range(stages))
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """[(B, in_channels, h, w)] -> logits (B, K, 16 h, 16 w)"""
+        (x,) = maps
+        for conv in self.up_convs:
+            x = conv(x)
+            x = resize(x, [2 * side for side in x.shape[-2:]])
+        return self.classify(x)
+
+
+class SegmentationBackbone(Trunk):
+    """The ViT without head and last norm: raw outputs of chosen blocks, as maps.
+
+    `pyramid`: the four maps are brought to strides 4, 8, 16 and 32; without it they stay at the patches' stride.
+    """
+
+    def __init__(self, out_indices: Sequence[int], pyramid: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.out_indices = tuple(out_indices)
+        self.init_tokens(std=0.02, cut=2.0)
+        self.apply(functools.partial(init_linear_and_norm, std=0.02, cut=2.0))
+        rescale_outputs(self.blocks)
+        self.to_strides: tuple[Callable[[Tensor], Tensor], ...] = (nn.Identity(),) * len(self.out_indices)
+        if pyramid:
+            if self.patch_size != 16 or len(self.out_indices) != 4:
+                raise ValueError("the pyramid is of four maps of a model with patches of 16 pixels")
+            width = self.embed_dim
+            self.fpn1 = nn.Sequential(
+                nn.ConvTranspose2d(width, width, 2, stride=2),
+                BatchNorm(width),
+                nn.GELU(),
+                nn.ConvTranspose2d(width, width, 2, stride=2),
+            )
+            self.fpn2 = nn.Sequential(nn.ConvTranspose2d(width, width, 2, stride=2))
+            self.to_strides = (self.fpn1, self.fpn2, nn.Identity(), nn.MaxPool2d(2))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Images (B, in_chans, H, W), sides multiples of the patch size -> a map (B, C, h_i, w_i) for each of out_indices."""
+        other = self.other_grid(x)
+        grid = self.patch_embed.patch_shape if other is None else other.size
+        tokens, bias = self.embed(x, other=other), self.shared_bias(other)
+        maps = []
+        for i, block in enumerate(self.blocks[: max(self.out_indices) + 1]):
+            tokens = block(tokens, bias, None, other)
+            if i in self.out_indices:
+                maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid))  # (B, N, C) -> (B, C, h, w)
+        return [at_stride(x) for at_stride, x in zip(self.to_strides, maps, strict=True)]
+
+
+class Segmenter(nn.Module):
+    """Backbone, head and, where there is one, auxiliary head on the third map. Takes images of any size."""
+
+    def __init__(self, backbone: SegmentationBackbone, decode_head: Head, auxiliary_head: FCNHead | None = None) -> None:
+        super().__init__()
+        self.backbone, self.decode_head, self.auxiliary_head = backbone, decode_head, auxiliary_head
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Images (B, 3, H, W) -> logits (B, K, H, W); in training beside them those of the auxiliary head, or None."""
+        patch = self.backbone.patch_size
+        down, right = (max(-side % patch, 2 * patch - side) for side in x.shape[-2:])  # two patches for the max-pool
+        padded = F.pad(x, (0, right, 0, down))  # with the mean colour: images are normalised
+        maps = self.backbone(padded)
+        logits = self.at_pixels(self.decode_head(maps), padded, x)
+        if not self.training:
+            return logits
+        return logits, None if self.auxiliary_head is None else self.at_pixels(self.auxiliary_head(maps[2]), padded, x)
+
+    @staticmethod
+    def at_pixels(logits: Tensor, padded: Tensor, x: Tensor) -> Tensor:
+        return resize(logits.float(), padded.shape[-2:])[..., : x.shape[-2], : x.shape[-1]]
+
+    def get_num_layers(self) -> int:
+        return self.backbone.get_num_layers()
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+
+# ── Variants: <head>_beit_<size>_patch16 ─────────────────────────────────────────────────────────────────────────────
+
+
+class Plan(NamedTuple):
+    """What a head is built of, for one row of SIZES."""
+
+    size: str
+    out_indices: tuple[int, ...]
+    channels: int
+    aux_channels: int  # 0: no auxiliary head
+
+
+HEADS = {"upernet": UPerHead, "setr_pup": SETRPUPHead}
+AUX_CHANNELS = 256
+
+
+def _plan(size: str, head: str) -> tuple[str, Plan]:
+    width, depth = SIZES[size].embed_dim, SIZES[size].depth
+    if head == "setr_pup":
+        return head, Plan(size, (depth - 1,), min(width, AUX_CHANNELS), 0)
+    thirds = (depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1, depth - 1)  # base: 3 5 7 11; large: 7 11 15 23
+    return head, Plan(size, thirds, width, min(width, AUX_CHANNELS))
+
+
+VARIANTS = {
+    f"{head}_beit_{size}_patch16": _plan(size, head)
+    for head in HEADS
+    for size in ("demo", "tiny", "small", "base", "24x544", "large")
+}
+
+
+def create_model(name: str, num_classes: int, img_size: int | tuple[int, int] = 512, **kwargs: Any) -> Segmenter:
+    """`kwargs`: of vit_backbone.Trunk. `img_size`: of the position tables; images may have any other."""
+    head, plan = pick(VARIANTS, name, "segmentation model")
+    settings = {"img_size": img_size, "patch_size": 16, **SIZES[plan.size]._asdict(), **kwargs}
+    try:
+        backbone = SegmentationBackbone(plan.out_indices, head == "upernet", **settings)
+    except ValueError as error:
+        raise UserError(f"--input_size: {error}") from None
+    width = backbone.embed_dim
+    if head == "setr_pup":
+        return Segmenter(backbone, SETRPUPHead(width, plan.channels, num_classes))
+    auxiliary = FCNHead(width, plan.aux_channels, num_classes)
+    return Segmenter(backbone, UPerHead([width] * 4, plan.channels, num_classes), auxiliary)
