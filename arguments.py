@@ -179,28 +179,46 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
 def add_optimizer_flags(
     parser: argparse.ArgumentParser, lr: float, min_lr: float, weight_decay: float, epochs: int, lr_help: str
 ) -> None:
+    g = add_optimizer(parser, lr, weight_decay, lr_help)
+    g.add_argument("--epochs", type=positive, default=epochs)
+    g.add_argument("--weight_decay_end", type=float, default=None, help="final value of a cosine schedule; default: constant")
+    g.add_argument("--min_lr", type=float, default=min_lr, help="the cosine schedule ends here")
+    g.add_argument("--warmup_lr", type=float, default=1e-6, help="does nothing")
+    g.add_argument("--warmup_epochs", type=float, default=5, help="linear warm-up; 10 in the pretraining recipes")
+    g.add_argument("--warmup_steps", type=int, default=-1, help="above 0: replaces --warmup_epochs")
+
+
+def add_poly_optimizer_flags(parser: argparse.ArgumentParser, lr: float, weight_decay: float, max_steps: int) -> None:
+    """For the stage that is counted in optimizer steps and whose learning rate falls along a polynomial."""
+    g = add_optimizer(parser, lr, weight_decay, "of the heads; deeper layers by --layer_decay")
+    g.add_argument("--max_steps", type=positive, default=max_steps, help="optimizer steps of the whole run")
+    g.add_argument("--steps_per_epoch", type=positive, default=16000,
+                   help="steps between evaluations, checkpoints and lines of log.txt, rounded up to whole passes over the "
+                   "data; --save_ckpt_freq, --eval_freq and --image_freq count these")  # fmt: skip
+    g.add_argument("--min_lr", type=float, default=0.0, help="the schedule ends here")
+    g.add_argument("--warmup_steps", type=int, default=1500, help="linear warm-up; 0: none")
+    g.add_argument("--poly_power", type=above_zero, default=1.0, help="of the decay; 1: a straight line")
+
+
+def add_optimizer(parser: argparse.ArgumentParser, lr: float, weight_decay: float, lr_help: str) -> Any:
+    """What every schedule shares; returns the group."""
     g = parser.add_argument_group("optimisation")
     g.add_argument("--batch_size", type=positive, default=64, help="images per process and micro-step")
     g.add_argument("--update_freq", type=positive, default=1, help="micro-steps accumulated into one optimizer step")
-    g.add_argument("--epochs", type=positive, default=epochs)
     g.add_argument("--opt", default="adamw", help="adamw, adam, sgd, or any name of timm's optimizers")
     g.add_argument("--opt_eps", type=float, default=1e-8)
     g.add_argument("--opt_betas", type=float, nargs="+", default=None, help="default: the optimizer's, 0.9 0.999")
     g.add_argument("--momentum", type=float, default=0.9, help="for --opt sgd and momentum")
     g.add_argument("--clip_grad", type=float, default=None, help="clip the gradient to this norm; pretraining uses 3.0")
     g.add_argument("--weight_decay", type=float, default=weight_decay)
-    g.add_argument("--weight_decay_end", type=float, default=None, help="final value of a cosine schedule; default: constant")
     g.add_argument("--lr", type=float, default=lr, help=lr_help)
-    g.add_argument("--min_lr", type=float, default=min_lr, help="the cosine schedule ends here")
-    g.add_argument("--warmup_lr", type=float, default=1e-6, help="does nothing")
-    g.add_argument("--warmup_epochs", type=float, default=5, help="linear warm-up; 10 in the pretraining recipes")
-    g.add_argument("--warmup_steps", type=int, default=-1, help="above 0: replaces --warmup_epochs")
     g.add_argument(
         "--amp_dtype",
         default="auto",
         choices=("auto", "bf16", "fp16", "fp32"),
         help="auto: bf16 where the device computes in it, fp16 with a gradient scaler on older GPUs (V100), else fp32",
     )
+    return g
 
 
 def add_data_flags(
@@ -423,3 +441,40 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
     add_switch(g, "save_ckpt", "no_save_ckpt", True, "write checkpoints")
     g.add_argument("--enable_deepspeed", action="store_true", help="does nothing")
     g.add_argument("--load-tar", action="store_true", help="does nothing")
+
+
+def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
+    g = parser.add_argument_group("segmentation model")
+    g.add_argument("--model", default="upernet_beit_base_patch16", help="upernet_ or setr_pup_beit_<size>_patch16")
+    g.add_argument("--finetune", default="", help=f"pretrained backbone, or a segmentation model: {WEIGHTS}")
+    g.add_argument("--nb_classes", type=int, default=0, help="0: as many as there are names, or as the masks have")
+    g.add_argument("--aux_weight", type=float, default=0.4, help="weight of the auxiliary head's loss")
+    g.add_argument("--layer_decay", type=float, default=0.75, help="learning rate factor per layer down; large: 0.9")
+    g = parser.add_argument_group("images and masks (docs/segmentation.md)")
+    g.add_argument("--data_path", default="",
+                   help="folder of images/ and annotations/, each with training/ and validation/ (ADE20K), or train/ "
+                   "and val/")  # fmt: skip
+    g.add_argument("--eval_data_path", default="", help="another folder of images/ and annotations/ to evaluate on")
+    g.add_argument("--class_names", default=None, help="file of the classes' names, one a line; ADE20K's is found by itself")
+    g.add_argument("--palette", default=None, help="file of the classes' colours in pictures, a line 'r g b' each, 0 to 255")
+    g.add_argument("--reduce_zero_label", action="store_true", help="label 0 is ignored, 1 is the first class (ADE20K)")
+    g.add_argument("--input_size", type=positive, default=512, help="side of the square crops, and of evaluation's windows")
+    g.add_argument("--base_size", type=positive, default=None,
+                   help="shorter side of an image at scale 1 (the longer one: at most 4 times that); default: "
+                   "--input_size")  # fmt: skip
+    g.add_argument("--scale_range", type=above_zero, nargs=2, default=[0.5, 2.0], help="random scale of training images")
+    g.add_argument("--max_class_share", type=fraction, default=0.75, help="crops are drawn anew where one class covers more")
+    g.add_argument("--hflip", type=float, default=0.5, help="probability of a mirror image")
+    add_switch(g, "photometric", "no_photometric", True, "brightness, contrast, saturation and hue vary in training")
+    g.add_argument(
+        "--imagenet_default_mean_and_std", action="store_true", help="normalise by ImageNet's statistics, not 0.5/0.5"
+    )
+    g = parser.add_argument_group("evaluation and prediction")
+    g.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and stop")
+    g.add_argument("--predict", default="", help="folder of images (or one) to label with --resume (or --finetune); then stop")
+    g.add_argument("--whole_image", action="store_true", help="the network sees whole images, not windows that slide over them")
+    g.add_argument("--stride", type=positive, default=None, help="of the windows; default: 2/3 of --input_size (341 of 512)")
+    g.add_argument("--eval_scales", type=above_zero, nargs="+", default=[1.0],
+                   help="sizes whose probabilities are averaged; multi-scale: 0.5 0.75 1.0 1.25 1.5 1.75")  # fmt: skip
+    g.add_argument("--tta_flip", action="store_true", help="also average with the mirror image")
+    g.add_argument("--disable_eval", action="store_true", help="no evaluation during training")

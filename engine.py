@@ -41,12 +41,13 @@ class Stopped(Exception):
 
 def fit(state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule, run: Run) -> None:
     """Train from where `state` stands to the last epoch, or until a signal asks to stop; both are a success."""
-    reporter = Reporter(run.args, run.device, state.epoch, state.step)
+    epochs = math.ceil(len(schedule.lr) / data.steps_per_epoch)  # where a run is counted in steps, the last one may be cut
+    reporter = Reporter(run.args, run.device, epochs, state.epoch, state.step)
     try:
         with StopSignal() as stop:
             train_epochs(state, stage, data, schedule, run, reporter, stop)
             stop.settle()
-        log.info(f"finished epoch {run.args.epochs} in {clock(time.monotonic() - run.started)}")
+        log.info(f"finished epoch {epochs} in {clock(time.monotonic() - run.started)}")
     except Stopped as stopped:
         log.info(f"stopped by {stopped} after step {state.step}: the same command line goes on from there")
     except torch.OutOfMemoryError:
@@ -70,26 +71,26 @@ def train_epochs(
     stop: StopSignal,
 ) -> None:
     """One line of log.txt, and a checkpoint, an epoch."""
-    args, bad_files = run.args, BadFiles()
-    for epoch in range(state.epoch, args.epochs):
+    args, bad_files, epochs = run.args, BadFiles(), reporter.epochs
+    for epoch in range(state.epoch, epochs):
         bad_files.start_epoch(data.steps_per_epoch * args.update_freq * data.sampler.batch_size)
         train = train_one_epoch(state, stage, data, schedule, run, reporter, bad_files, stop)
         train |= stage.end_epoch()
         state.epoch, state.samples = epoch + 1, 0
         run.saver.wait()  # evaluation starts data processes: no other thread may run while they are forked
-        test = evaluate(state, stage) if due(epoch, args.eval_freq, args.epochs) else {}
+        test = evaluate(state, stage) if due(epoch, args.eval_freq, epochs) else {}
         test |= stage.probe(state.model, epoch)
         score = stage.better(test)
         # The line in log.txt first: a run killed between the two repeats the epoch, and then replaces the line.
         reporter.epoch(epoch, train, test)
         names = [checkpointing.LATEST]
-        if due(epoch, args.save_ckpt_freq, args.epochs):
+        if due(epoch, args.save_ckpt_freq, epochs):
             names.append(f"checkpoint-{epoch}.pth")
         if score is not None and score > state.best:
             state.best = score
             names.append(checkpointing.BEST)
         save(state, stage, run, epoch, names)
-        if reporter.shows_pictures and args.image_freq and (epoch == 0 or due(epoch, args.image_freq, args.epochs)):
+        if reporter.shows_pictures and args.image_freq and (epoch == 0 or due(epoch, args.image_freq, epochs)):
             reporter.pictures(epoch, stage.pictures(state.model))
 
 
@@ -127,11 +128,13 @@ def train_one_epoch(
         stage.start_epoch(state.epoch)
     data.sampler.set_position(state.epoch, state.samples)
     watch = BadSteps(state, run)
-    reporter.start_epoch(state.epoch, data.steps_per_epoch, state.step)
+    first = state.epoch * data.steps_per_epoch
+    steps = min(data.steps_per_epoch, len(schedule.lr) - first)
+    reporter.start_epoch(state.epoch, steps, state.step)
     batches = iter(data.loader)
-    steps_left = len(data.sampler) // args.update_freq
-    for step_in_epoch in range(data.steps_per_epoch - steps_left, data.steps_per_epoch):
-        schedule_step = state.epoch * data.steps_per_epoch + step_in_epoch
+    done = data.steps_per_epoch - len(data.sampler) // args.update_freq
+    for step_in_epoch in range(done, steps):
+        schedule_step = first + step_in_epoch
         schedule.apply(state.optimizer, schedule_step)
         stage.before_step(state.step)
         micro_batches = reporter.waiting_for(batches, args.update_freq)
@@ -145,7 +148,7 @@ def train_one_epoch(
         state.samples += data.sampler.global_batch
         if state.ema is not None:
             state.ema.update(state.model, state.step)
-        if state.step % args.print_freq == 0 or step_in_epoch + 1 == data.steps_per_epoch:
+        if state.step % args.print_freq == 0 or step_in_epoch + 1 == steps:
             watch.check()
             left = len(schedule.lr) - schedule_step - 1
             reporter.step(state.means.read(), current_lr(state), state.step, step_in_epoch, data.sampler.global_batch, left)

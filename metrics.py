@@ -86,8 +86,8 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
 class Reporter:
     """Progress on the terminal, log.txt, TensorBoard and pictures. Rank 0 reports; the others only time their loaders."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, first_epoch: int, first_step: int) -> None:
-        self.epochs, self.device = args.epochs, device
+    def __init__(self, args: argparse.Namespace, device: torch.device, epochs: int, first_epoch: int, first_step: int) -> None:
+        self.epochs, self.device = epochs, device
         main, folder = distributed.is_main(), args.log_dir or args.output_dir
         self.output_dir = Path(args.output_dir) if main and args.output_dir else None
         self.writer = SummaryWriter(folder, purge_step=first_step or None) if main and folder else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -176,6 +176,8 @@ class SegmentationBackbone(Trunk):
                 maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid))  # (B, N, C) -> (B, C, h, w)
         return [at_stride(x) for at_stride, x in zip(self.to_strides, maps, strict=True)]
 
+    compiled_methods = ("forward",)
+
 
 class Segmenter(nn.Module):
     """Backbone, head and, where there is one, auxiliary head on the third map. Takes images of any size."""
@@ -209,44 +211,34 @@ class Segmenter(nn.Module):
 # ── Variants: <head>_beit_<size>_patch16 ─────────────────────────────────────────────────────────────────────────────
 
 
-class Plan(NamedTuple):
-    """What a head is built of, for one row of SIZES."""
-
-    size: str
-    out_indices: tuple[int, ...]
-    channels: int
-    aux_channels: int  # 0: no auxiliary head
-
-
-HEADS = {"upernet": UPerHead, "setr_pup": SETRPUPHead}
-AUX_CHANNELS = 256
-
-
-def _plan(size: str, head: str) -> tuple[str, Plan]:
-    width, depth = SIZES[size].embed_dim, SIZES[size].depth
-    if head == "setr_pup":
-        return head, Plan(size, (depth - 1,), min(width, AUX_CHANNELS), 0)
-    thirds = (depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1, depth - 1)  # base: 3 5 7 11; large: 7 11 15 23
-    return head, Plan(size, thirds, width, min(width, AUX_CHANNELS))
-
-
+SMALL_HEAD = 256  # channels of SETR-PUP's head and of the auxiliary one
 VARIANTS = {
-    f"{head}_beit_{size}_patch16": _plan(size, head)
-    for head in HEADS
+    f"{head}_beit_{size}_patch16": (head, size)
+    for head in ("upernet", "setr_pup")
     for size in ("demo", "tiny", "small", "base", "24x544", "large")
 }
 
 
 def create_model(name: str, num_classes: int, img_size: int | tuple[int, int] = 512, **kwargs: Any) -> Segmenter:
     """`kwargs`: of vit_backbone.Trunk. `img_size`: of the position tables; images may have any other."""
-    head, plan = pick(VARIANTS, name, "segmentation model")
-    settings = {"img_size": img_size, "patch_size": 16, **SIZES[plan.size]._asdict(), **kwargs}
+    head, size = pick(VARIANTS, name, "segmentation model")
+    width = SIZES[size].embed_dim
+    settings = {"img_size": img_size, "patch_size": 16, **SIZES[size]._asdict(), **kwargs}
+    if head == "setr_pup":
+        return assemble(head, settings, num_classes, min(width, SMALL_HEAD), 0)
+    return assemble(head, settings, num_classes, width, min(width, SMALL_HEAD))
+
+
+def assemble(head: str, backbone: dict[str, Any], num_classes: int, channels: int, aux_channels: int) -> Segmenter:
+    """`backbone`: arguments of vit_backbone.Trunk; `channels`: of the decode head; `aux_channels` 0: no auxiliary head."""
+    pyramid, depth = head == "upernet", backbone["depth"]
+    outputs = [depth // 3, depth // 2, 2 * depth // 3, depth] if pyramid else [depth]  # blocks, from 1
     try:
-        backbone = SegmentationBackbone(plan.out_indices, head == "upernet", **settings)
+        trunk = SegmentationBackbone([number - 1 for number in outputs], pyramid, **backbone)
     except ValueError as error:
         raise UserError(f"--input_size: {error}") from None
-    width = backbone.embed_dim
-    if head == "setr_pup":
-        return Segmenter(backbone, SETRPUPHead(width, plan.channels, num_classes))
-    auxiliary = FCNHead(width, plan.aux_channels, num_classes)
-    return Segmenter(backbone, UPerHead([width] * 4, plan.channels, num_classes), auxiliary)
+    width = trunk.embed_dim
+    if not pyramid:
+        return Segmenter(trunk, SETRPUPHead(width, channels, num_classes))
+    auxiliary = FCNHead(width, aux_channels, num_classes) if aux_channels else None
+    return Segmenter(trunk, UPerHead([width] * 4, channels, num_classes), auxiliary)

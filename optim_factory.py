@@ -146,6 +146,14 @@ def cosine_scheduler(
     return np.concatenate((rise, np.array(fall)))[:total]
 
 
+def poly_scheduler(base_value: float, final_value: float, steps: int, warmup_steps: int = 0, power: float = 1.0) -> np.ndarray:
+    """One value per optimizer step: base * (1 - step / steps) ** power down to `final_value`, while a linear warm-up from
+    (nearly) 0 multiplies it (semantic segmentation's recipes)."""
+    step = np.arange(steps)
+    fall = final_value + (base_value - final_value) * (1 - step / steps) ** power
+    return fall * np.clip(step / max(warmup_steps, 1), 1e-6, 1.0) if warmup_steps > 0 else fall
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning rate and weight decay for every optimizer step of the run."""
@@ -180,4 +188,16 @@ def build_schedule(args: argparse.Namespace, lr: float, steps_per_epoch: int) ->
     return Schedule(
         cosine_scheduler(lr, args.min_lr, *shape, warmup_epochs=args.warmup_epochs, warmup_steps=args.warmup_steps),
         cosine_scheduler(args.weight_decay, end, *shape),
+    )
+
+
+def build_poly_schedule(args: argparse.Namespace) -> Schedule:
+    """args: max_steps, lr, min_lr, warmup_steps, poly_power, weight_decay."""
+    if args.warmup_steps >= args.max_steps:
+        raise UserError(
+            f"--warmup_steps {args.warmup_steps} is as long as the run of --max_steps {args.max_steps}: shorten it, or give 0"
+        )
+    return Schedule(
+        poly_scheduler(args.lr, args.min_lr, args.max_steps, args.warmup_steps, args.poly_power),
+        np.full(args.max_steps, args.weight_decay),
     )

@@ -160,6 +160,22 @@ def spotlight(image: Tensor, kept: Tensor) -> Tensor:
     return image * cover + dark * (1 - cover)
 
 
+def label_overlay(image: Tensor, labels: Tensor, colours: Tensor, opacity: float = 0.5) -> Tensor:
+    """Each pixel's class (h, w) as a colour over the image; the image alone where the label is none of the K colours (K, 3)."""
+    known = (labels >= 0) & (labels < len(colours))
+    cover = colours.to(image)[labels.clamp(0, len(colours) - 1)].permute(2, 0, 1)
+    return torch.where(known, (1 - opacity) * image + opacity * cover, image)
+
+
+def segmentation_row(image: Tensor, labellings: Sequence[Tensor], colours: Tensor) -> Tensor:
+    """The image (3, h, w), and beside it each labelling (of any size) over it."""
+    overlays = [
+        label_overlay(image, F.interpolate(labels[None, None].float(), image.shape[1:])[0, 0].long(), colours)
+        for labels in labellings
+    ]
+    return side_by_side([image, *overlays])
+
+
 def usage_histogram(counts: Tensor, height: int = 120, width: int = 512) -> Tensor:
     """How often each code is used (K,), most used first, on a logarithmic scale."""
     ordered = counts.float().cpu().sort(descending=True).values

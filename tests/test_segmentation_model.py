@@ -62,10 +62,10 @@ def test_keys_of_the_heads_are_the_released_ones(case, classes):
 def test_every_variant_builds(name):
     with torch.device("meta"):
         model = create_model(name, 7, **BEIT)
-    plan = modeling_segmentation.VARIANTS[name][1]
-    if plan.size in ("base", "large") and name.startswith("upernet"):
-        assert plan.out_indices == {"base": (3, 5, 7, 11), "large": (7, 11, 15, 23)}[plan.size]
-        assert model.decode_head.bottleneck.conv.out_channels == {"base": 768, "large": 1024}[plan.size]
+    head, size = modeling_segmentation.VARIANTS[name]
+    if size in ("base", "large") and head == "upernet":
+        assert model.backbone.out_indices == {"base": (3, 5, 7, 11), "large": (7, 11, 15, 23)}[size]
+        assert model.decode_head.bottleneck.conv.out_channels == {"base": 768, "large": 1024}[size]
         assert model.auxiliary_head.convs[0].conv.out_channels == 256
 
 

@@ -1,0 +1,132 @@
+"""Semantic segmentation: one step, and an evaluation in which every labelled pixel of every image counts exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import visualization
+from confusion import Confusion
+from distributed import Precision
+from engine import evaluation_batches, samples_to_show
+from errors import UserError
+from run_state import Stage
+from sliding_window import Looking, predict
+from trained_classifier import first_difference
+
+IGNORED = 255
+PICTURES = 4
+
+
+class Scores(NamedTuple):
+    """Of a confusion matrix, in percent; a class that is neither there nor predicted has no IoU (NaN) and is in no mean."""
+
+    miou: float
+    macc: float  # mean over classes of the share of their pixels that is found
+    aacc: float  # share of all pixels
+    iou: list[float]
+    acc: list[float]
+
+
+def scores_of(matrix: Tensor) -> Scores:
+    """`matrix` (K, K): pixels, row = true class, column = predicted class."""
+    matrix = matrix.double()
+    hit, there, said = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
+    iou, acc = 100 * hit / (there + said - hit), 100 * hit / there  # 0 / 0 is NaN
+    aacc = 100 * float(hit.sum() / matrix.sum())
+    return Scores(float(iou.nanmean()), float(acc.nanmean()), aacc, iou.tolist(), acc.tolist())
+
+
+class SegmentationStage(Stage):
+    """Cross-entropy of every labelled pixel, of the decode head and, with a weight, of the auxiliary head.
+
+    `classes`: a checkpoint keeps them. `colours` (K, 3) and `statistics` (mean, std) of the images: for pictures.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        precision: Precision,
+        how: Looking,
+        classes: Sequence[str],
+        colours: Tensor,
+        statistics: tuple[Sequence[float], Sequence[float]],
+        validation: DataLoader | None = None,
+        aux_weight: float = 0.4,
+    ) -> None:
+        self.device, self.precision, self.how, self.validation = device, precision, how, validation
+        self.classes, self.colours, self.statistics, self.aux_weight = list(classes), colours, statistics, aux_weight
+
+    def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        labels = batch["label"]
+        logits, auxiliary = model(batch["image"])
+        loss = pixel_loss(logits, labels)
+        logs = {"seg_loss": loss, "pixel_acc": pixel_accuracy(logits, labels)}
+        if auxiliary is None:
+            return loss, logs
+        logs["aux_loss"] = pixel_loss(auxiliary, labels)
+        return loss + self.aux_weight * logs["aux_loss"], logs
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        scores = self.measure(model)
+        return {"test_miou": scores.miou, "test_macc": scores.macc, "test_aacc": scores.aacc}
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module) -> Scores:
+        """mIoU, mAcc and aAcc on the validation images of all ranks, at the size of their masks."""
+        assert self.validation is not None
+        model.eval()
+        confusion = Confusion(self.device)
+        for batch in evaluation_batches(self.validation, self.device):
+            for image, labels in zip(batch["image"], batch["label"], strict=True):
+                predicted = predict(model, image, tuple(labels.shape), self.how, self.precision)
+                labelled = labels != IGNORED
+                confusion.add(labels[labelled], predicted[labelled])
+        confusion.sum_over_ranks()
+        return scores_of(confusion.dense(len(self.classes)))
+
+    def better(self, test: dict[str, float]) -> float | None:
+        return test.get("test_miou")
+
+    def pictures(self, model: nn.Module) -> dict[str, Tensor]:
+        """Image, truth and prediction of a few validation images."""
+        if self.validation is None:
+            return {}
+        dataset: Any = self.validation.dataset
+        model.eval()
+        rows = []
+        for sample in samples_to_show(dataset, PICTURES):
+            image, labels = sample["image"].to(self.device), sample["label"]
+            predicted = predict(model, image, tuple(labels.shape), self.how, self.precision)
+            picture = visualization.denormalise(sample["image"], *self.statistics)
+            rows.append(visualization.segmentation_row(picture, [labels, predicted.cpu()], self.colours))
+        return {"segmentation": visualization.stacked(rows)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"classes": self.classes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        theirs = state.get("classes") or self.classes
+        if theirs != self.classes:
+            raise UserError(
+                f"the checkpoint to resume was trained on other classes: {first_difference(theirs, self.classes)}; give the "
+                "same --class_names, or start anew from these weights with --finetune and another --output_dir"
+            )
+
+
+def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labelled pixels of logits (B, K, H, W) against labels (B, H, W); 0 where none is labelled."""
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+def pixel_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    right = (logits.argmax(dim=1) == labels) & (labels != IGNORED)
+    return right.sum() / (labels != IGNORED).sum().clamp(min=1)

@@ -1,0 +1,94 @@
+"""Segmentation models from weight files: a backbone to start from, or a finished model built from its file alone."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from torch import Tensor
+
+import arguments
+import modeling_segmentation
+import pretrained
+import weight_files
+import weight_source
+from distributed import log
+from errors import UserError
+from modeling_segmentation import Segmenter
+from weight_source import Source
+
+HEADS = ("decode_head.", "auxiliary_head.")
+CLASSIFIER = "decode_head.conv_seg.weight"
+# What a finished model's images must look like: taken from its file where the command line does not say otherwise.
+SEEING = (
+    "input_size",
+    "base_size",
+    "stride",
+    "whole_image",
+    "imagenet_default_mean_and_std",
+    "reduce_zero_label",
+)
+
+
+def load_pretrained(model: Segmenter, content: Source, source: str) -> None:
+    """What fits of a pretrained backbone or of a segmentation model, with a report. `source` names it in messages."""
+    heads = {key: value for key, value in content.weights.items() if key.startswith(HEADS)}
+    backbone = {key: value for key, value in content.weights.items() if key not in heads}
+    pretrained.load_fitting(model.backbone, backbone, source)
+    if heads:
+        own = model.state_dict()
+        fitting = {key: value for key, value in heads.items() if key in own and value.shape == own[key].shape}
+        model.load_state_dict(fitting, strict=False)
+        log.info(f"heads      used {len(fitting)} of {len(heads)} tensors of the file")
+
+
+def read(source: str, flag: str) -> Source:
+    """A finished segmentation model's file. UserError: another kind of file."""
+    content = weight_source.read(source, flag=flag)
+    if CLASSIFIER not in content.weights:
+        raise UserError(f"{flag} {source} is {weight_files.kind_of(content.weights)}: a segmentation model is needed")
+    return content
+
+
+def as_trained(parser: argparse.ArgumentParser, args: argparse.Namespace, content: Source) -> arguments.Flags:
+    """The flags, with those of the model's training where the command line leaves the default."""
+    given = arguments.changed_flags(parser, args)
+    theirs = {name: content.flags[name] for name in SEEING if name in content.flags and name not in given}
+    changed = [arguments.spelled(parser, name, value) for name, value in theirs.items() if value != getattr(args, name)]
+    if changed:
+        log.info(f"as trained {', '.join(changed)}")
+    return arguments.Flags(**{**vars(args), **theirs, "_frozen": False}).freeze()
+
+
+def build(content: Source, source: str) -> Segmenter:
+    """The model in a file, by the shapes of its weights; in eval. `source` names it in messages."""
+    heads = {key: value for key, value in content.weights.items() if key.startswith(HEADS)}
+    backbone = {f"backbone.{key}": value for key, value in content.weights.items() if key not in heads}
+    classifier, auxiliary = heads[CLASSIFIER], heads.get("auxiliary_head.conv_seg.weight")
+    model = modeling_segmentation.assemble(
+        "upernet" if any(key.startswith("decode_head.psp_modules.") for key in heads) else "setr_pup",
+        backbone_settings(content),
+        num_classes=len(classifier),
+        channels=classifier.shape[1],
+        aux_channels=0 if auxiliary is None else auxiliary.shape[1],
+    )
+    try:
+        missing, unexpected = model.load_state_dict({**backbone, **heads}, strict=False)
+    except RuntimeError as error:  # shapes
+        why = str(error).splitlines()[-1].strip()
+        raise UserError(f"{source} does not fit the model that its own shapes describe: {why}") from None
+    missing = [key for key in missing if not key.endswith("relative_position_index")]
+    if missing or unexpected:
+        what = f"it lacks {missing[0]}" if missing else f"it also holds {unexpected[0]}"
+        raise UserError(f"{source} is no segmentation model of ours or of the released ones: {what}")
+    return model.eval()
+
+
+def backbone_settings(content: Source) -> dict[str, Any]:
+    settings = pretrained.architecture(content.weights, content.flags)
+    del settings["num_classes"], settings["use_mean_pooling"]
+    return settings
+
+
+def number_of_classes(weights: dict[str, Tensor]) -> int:
+    return len(weights[CLASSIFIER])
