@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import shlex
 import shutil
 import subprocess
 import sys
@@ -18,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torchvision.utils import save_image  # noqa: E402
 
+import stages  # noqa: E402
 import visualization  # noqa: E402
 from errors import UserError, tells_the_user  # noqa: E402
 from image_lists import find_images  # noqa: E402
+from stages import run_entry  # noqa: E402
 from transforms import load_image  # noqa: E402
 
 OUT = ROOT / "demo_output"
@@ -50,18 +51,11 @@ PRETRAINED, SCRATCH = "--layer_decay 0.8", "--layer_decay 1.0"
 
 
 def run(stage: str, script: str, flags: str, *more: str) -> float:
-    """One entry script in a process of its own; its seconds. The demo stops if it fails."""
-    command = [sys.executable, str(ROOT / script), *shlex.split(flags), *SIZE, *more]
-    print(f"\n[{stage}] $ python {shlex.join([script, *command[2:]])}", flush=True)
-    started = time.monotonic()
-    status = subprocess.run(command, cwd=ROOT).returncode
-    if status != 0:
-        raise UserError(f"stage {stage} failed (status {status}); its output is above")
-    return time.monotonic() - started
+    return run_entry(stage, script, flags, *SIZE, *more)
 
 
 def log_of(stage: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (OUT / stage / "log.txt").read_text().splitlines()]
+    return stages.log_of(OUT / stage)
 
 
 # ── Photos ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Semantic segmentation end to end on real images: tokenizer, pretraining, fine-tuning from both, overlays and a table.
+#   bash scripts/demo_segmentation.sh
+# Ten frames of one microscope's field over time: a demo, not a benchmark. docs/segmentation.md says how long it took and
+# what came out. Results: demo_output_segmentation/.
+set -euo pipefail
+if [ $# -gt 0 ]; then echo "error: it takes no argument; docs/segmentation.md says how to use your own masks" >&2; exit 2; fi
+cd "$(dirname "$0")/.."
+source scripts/environment.sh requirements.txt
+exec python scripts/demo_segmentation.py
