@@ -13,10 +13,12 @@ import arguments
 import model_zoo
 import modeling_finetune
 import modeling_pretrain
+import modeling_segmentation
 import modeling_vqkd
 import run_beitv2_pretraining
 import run_class_finetuning
 import run_linear_eval
+import run_segmentation_finetuning
 import run_vqkd_training
 import trained_classifier
 
@@ -29,6 +31,7 @@ ENTRIES = {
     "run_beitv2_pretraining.py": run_beitv2_pretraining,
     "run_class_finetuning.py": run_class_finetuning,
     "run_linear_eval.py": run_linear_eval,
+    "run_segmentation_finetuning.py": run_segmentation_finetuning,
 }
 
 # name: model, teacher
@@ -102,6 +105,15 @@ LINEAR = {
     "linear_base_v1_pt22k": ("cls_mean", "beit_base_patch16_224_pt22k"),
     "linear_large_v1_pt22k": ("cls_mean", "beit_large_patch16_224_pt22k"),
 }
+# name: model, layer_scale_init_value, drop_path, layer_decay, lr, from, published mIoU (None: not published for these weights)
+SEGMENTATION = {
+    "base_v2_1600e": ("upernet_beit_base_patch16", 0.1, 0.15, 0.75, 5e-5, "beitv2_base_patch16_224_pt1k", "53.1"),
+    "base_v2_ft21k": ("upernet_beit_base_patch16", 0.1, 0.15, 0.85, 5e-5, "beitv2_base_patch16_224_pt1k_ft21k", "53.5"),
+    "large_v2_1600e": ("upernet_beit_large_patch16", 1e-6, 0.2, 0.9, 4e-5, "beitv2_large_patch16_224_pt1k", "56.7"),
+    "large_v2_ft21k": ("upernet_beit_large_patch16", 1e-6, 0.2, 0.9, 3e-5, "beitv2_large_patch16_224_pt1k_ft21k", "57.5"),
+    "base_v1_setr_pup": ("setr_pup_beit_base_patch16", 0.1, 0.15, 0.75, 5e-5, "beit_base_patch16_224_pt22k", None),
+}
+SEGMENTATION = {f"segment_{name}": row for name, row in SEGMENTATION.items()}
 
 
 def call(name: str, *flags: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -133,7 +145,7 @@ def expect(run: SimpleNamespace, **values: object) -> None:
 
 
 def test_every_recipe_has_a_row_here_and_the_other_way_round():
-    assert RECIPES.keys() == {*VQKD, *PRETRAINING, *PRETRAINING_V1, *FINETUNING, *LINEAR}
+    assert RECIPES.keys() == {*VQKD, *PRETRAINING, *PRETRAINING_V1, *FINETUNING, *LINEAR, *SEGMENTATION}
     assert ABLATION_FILES.keys() == {*ABLATIONS_V1, *ABLATIONS_V2, *ABLATIONS_VQKD}
 
 
@@ -300,6 +312,25 @@ def test_linear_probe_recipes(name):
     assert not run.args.cached_features
     run_linear_eval.check(run_linear_eval.get_parser(), run.args)
     assert model_zoo.ENTRIES[weights].kind == "pretrained"
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_segmentation_recipes(name):
+    model, layer_scale, drop_path, layer_decay, lr, weights, miou = SEGMENTATION[name]
+    run = dry_run(name)
+    assert (run.entry, run.gpus, run.batch) == (run_segmentation_finetuning, 8, 16)
+    expect(run, model=model, finetune=weights, data_path="/data", output_dir="/out", nb_classes=150, reduce_zero_label=True)
+    expect(run, layer_scale_init_value=layer_scale, drop_path=drop_path, layer_decay=layer_decay, lr=lr, min_lr=0)
+    expect(run, max_steps=160000, warmup_steps=1500, poly_power=1.0, input_size=512, batch_size=2, steps_per_epoch=16000)
+    expect(run, opt="adamw", opt_betas=[0.9, 0.999], weight_decay=0.05)
+    assert run.args.imagenet_default_mean_and_std is ("v2" in name)
+    assert (run.args.scale_range, run.args.max_class_share, run.args.hflip) == ([0.5, 2.0], 0.75, 0.5)
+    assert run_segmentation_finetuning.looking(run.args).stride == 341
+    run_segmentation_finetuning.check(run.args)
+    assert model in modeling_segmentation.VARIANTS
+    assert model_zoo.ENTRIES[weights].kind == ("intermediate" if "ft21k" in name else "pretrained")
+    expected = re.search(r"^# Expected: (.*)$", RECIPES[name], flags=re.MULTILINE)[1]
+    assert expected.startswith(f"mIoU {miou}" if miou else "none at hand")
 
 
 @pytest.mark.parametrize("name", RECIPES)

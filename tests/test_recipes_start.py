@@ -10,11 +10,13 @@ import modeling_finetune
 import modeling_pretrain
 import run_beitv2_pretraining
 import run_linear_eval
+import run_segmentation_finetuning
 import run_vqkd_training
 from vit_backbone import SIZES
 
 ALL = [*RECIPES, *(f"ablations/{name}" for name in ABLATION_FILES)]
-SMALL = [*tiny_runs.SIZE, "--batch_size", "4", "--update_freq", "1", "--epochs", "1"]
+SMALL = [*tiny_runs.SIZE, "--batch_size", "4", "--update_freq", "1"]
+ONE_EPOCH = ["--epochs", "1"]
 POSITIONS = dict(use_abs_pos_emb=False, init_values=0.1, img_size=32)
 
 
@@ -24,6 +26,7 @@ def small(tmp_path_factory):
     root = tmp_path_factory.mktemp("small")
     for split in ("train", "val"):
         tiny_runs.photos(root / "imagenet" / split, per_class=4)
+    tiny_runs.labelled_pixels(root / "ade20k", classes=7)
     tiny_runs.tokenizer(root / "vqkd.pth")
     torch.save(modeling_dvae.DallEEncoder(8, 1, 16).state_dict(), root / "dvae.pth")
     student = modeling_pretrain.create_model(
@@ -47,6 +50,7 @@ def stand_ins(name, run, small):
             str(args.codebook_n_emd // 512),
             "--codebook_emd_dim",
             str(args.codebook_emd_dim // 4),
+            *ONE_EPOCH,
         ]
     if run.entry is run_beitv2_pretraining:
         model = tiny_runs.STUDENT if args.model.endswith("_cls_pt") else tiny_runs.STUDENT.removesuffix("_cls_pt")
@@ -58,10 +62,14 @@ def stand_ins(name, run, small):
         else:
             more += ["--tokenizer_weight", str(small / "dvae.pth"), "--second_input_size", "16"]
         steps = ["--warmup_steps", "1"] if "--warmup_steps" in flags else []
-        return [*more, *steps, *(["--num_mask_patches", "2"] if "--no_mask" not in flags else [])]
+        return [*more, *steps, *(["--num_mask_patches", "2"] if "--no_mask" not in flags else []), *ONE_EPOCH]
     weights = "intermediate.pth" if "ft2" in name else "pretrained.pth"
+    if run.entry is run_segmentation_finetuning:
+        steps = ["--max_steps", "2", "--warmup_steps", "1", "--steps_per_epoch", "2"]
+        model = args.model.replace(args.model.split("_beit_")[1], "demo_patch16")
+        return ["--model", model, *steps, "--nb_classes", "7", "--finetune", str(small / weights)]
     model = [] if run.entry is run_linear_eval else ["--model", "beit_demo_patch16_128"]
-    return [*model, "--nb_classes", "2", "--finetune", str(small / weights)]
+    return [*ONE_EPOCH, *model, "--nb_classes", "2", "--finetune", str(small / weights)]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -70,11 +78,14 @@ def test_a_recipe_trains(name, small, tmp_path, capsys):
     images = small / "imagenet"
     if "image_folder" in run.flags:
         images = images / "train"
+    if run.entry is run_segmentation_finetuning:
+        images = small / "ade20k"
     where = ["--data_path", str(images), "--output_dir", str(tmp_path), "--log_dir", str(tmp_path)]
     run.entry.main([*run.flags, *where, *SMALL, *stand_ins(name, run, small)])
     (line,) = tiny_runs.log_lines(tmp_path)
     assert line["train_loss"] == pytest.approx(line["train_loss"])  # a number
     evaluated = ("IMNET" in run.flags) and "--disable_eval_during_finetuning" not in run.flags
     assert ("test_acc1" in line) == evaluated
+    assert ("test_miou" in line) == (run.entry is run_segmentation_finetuning)
     assert (tmp_path / "checkpoint.pth").exists()
     assert "error" not in capsys.readouterr().err

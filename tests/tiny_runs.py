@@ -27,6 +27,23 @@ def photos(folder: Path, per_class: int = 8, classes: str = "ab", size: int = 40
     return folder
 
 
+def labelled_pixels(folder: Path, images: int = 6, classes: int = 3, size: tuple[int, int] = (40, 56)) -> Path:
+    """ADE20K's layout: noise around one colour a class, and masks of rectangles; label 0 is nobody's, classes count from 1."""
+    for split, count in (("training", images), ("validation", 3)):
+        for kind in ("images", "annotations"):
+            (folder / kind / split).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            rng = np.random.RandomState(100 * count + index)
+            mask = np.full(size, 1 + index % classes, dtype=np.uint8)
+            mask[:, size[1] // 2 :] = 1 + (index + 1) % classes
+            mask[:3] = 0
+            colours = np.random.RandomState(0).randint(40, 215, (classes + 1, 3))
+            pixels = (colours[mask] + rng.randn(*size, 3) * 8).clip(0, 255).astype("uint8")
+            Image.fromarray(pixels).save(folder / "images" / split / f"{index}.jpg")
+            Image.fromarray(mask).save(folder / "annotations" / split / f"{index}.png")
+    return folder
+
+
 def tokenizer(path: Path) -> Path:
     """A tokenizer of random weights for 32-pixel images, 16 codes of dim 8."""
     torch.manual_seed(1)
@@ -62,6 +79,12 @@ def finetuning_flags(data: Path, out: Path, *more: str) -> list[str]:
     flags = ["--data_path", str(data), "--eval_data_path", str(data), "--output_dir", str(out), "--data_set", "image_folder"]
     flags += ["--model", "beit_demo_patch16_128", "--batch_size", "4", "--lr", "1e-3", "--layer_decay", "0.8"]
     return [*flags, *SIZE, "--epochs", "2", "--warmup_epochs", "1", *more]
+
+
+def segmentation_flags(data: Path, out: Path, *more: str) -> list[str]:
+    flags = ["--data_path", str(data), "--output_dir", str(out), "--model", "upernet_beit_demo_patch16", "--reduce_zero_label"]
+    flags += ["--batch_size", "2", "--lr", "1e-3", "--layer_decay", "0.8", "--nb_classes", "3"]
+    return [*flags, *SIZE, "--max_steps", "6", "--steps_per_epoch", "3", "--warmup_steps", "1", *more]
 
 
 def log_lines(out: Path) -> list[dict]:
