@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import UnidentifiedImageError
-from torch.utils.data import Dataset
 
 import shards
 from errors import UserError, pick
@@ -28,7 +26,7 @@ from image_lists import (
     read_class_index,
 )
 from masking_generator import MASK_TYPES, MaskingGenerator, scaled_mask_count, scaled_min_block
-from samplers import Key
+from samplers import Files
 from transforms import (
     PretrainingViews,
     Source,
@@ -39,16 +37,12 @@ from transforms import (
     load_image,
     normalisation,
 )
-from utils import seeded
 
 DATA_SETS = dict.fromkeys(("image_folder", "IMNET", "CIFAR", "webdataset"))
 
 
-class ImageFiles(Dataset[dict[str, Any]]):
-    """Labelled or unlabelled images. Keys are an index (epoch 0) or (epoch, index); see the module for what comes back.
-
-    A file that does not decode is replaced by the next one that does (same random numbers, its own label). After 1 % of
-    the data set, at least 10 files, in a row the sample is {"failed": [...]} without an image.
+class ImageFiles(Files):
+    """Labelled or unlabelled images (samplers.Files); see the module for what comes back. A replaced file brings its label.
 
     A view with `read`, `pack` and `finish` (transforms.Crops) reads the files itself; its samples are packed, as they travel
     to the device, and `finish` makes of a batch of them what the network takes.
@@ -67,11 +61,8 @@ class ImageFiles(Dataset[dict[str, Any]]):
             self.sources = np.array(paths) if paths else sources
             labels = [label for _, label in samples if label is not None]
             self.labels = np.array(labels, dtype=np.int64) if labels else None
-        self.transform, self.seed, self.classes = transform, seed, classes
-        self.most_failures = min(len(samples), max(10, len(samples) // 100))
-
-    def __len__(self) -> int:
-        return len(self.sources)
+        super().__init__(len(self.sources), seed)
+        self.transform, self.classes = transform, classes
 
     def source(self, index: int) -> Source | shards.Member:
         if isinstance(self.sources, shards.Members):
@@ -79,33 +70,22 @@ class ImageFiles(Dataset[dict[str, Any]]):
         source = self.sources[index]
         return os.fsdecode(source) if isinstance(source, bytes) else source
 
-    def __getitem__(self, key: int | Key) -> dict[str, Any]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        failed: list[str] = []
-        read, pack = getattr(self.transform, "read", load_image), getattr(self.transform, "pack", self.transform)
-        for place in range(index, index + self.most_failures):
-            with seeded(self.seed, epoch, index):  # anew for each file: a view may draw before it decodes
-                place %= len(self)
-                source = self.source(place)
-                try:
-                    image = read(source.read() if isinstance(source, shards.Member) else source)
-                except Exception as error:  # PIL raises nearly anything for broken files, DecompressionBombError too
-                    failed.append(f"{source} ({_reason(error)})")
-                    continue
-                label = {} if self.labels is None else {"label": int(self.labels[place])}
-                return {**pack(image), **label, "index": index, "failed": failed}
-        return {"failed": failed}
+    def name(self, place: int) -> str:
+        return str(self.source(place))
+
+    def read(self, place: int) -> Any:
+        source = self.source(place)
+        read = getattr(self.transform, "read", load_image)
+        return read(source.read() if isinstance(source, shards.Member) else source)
+
+    def sample(self, place: int, image: Any) -> dict[str, Any]:
+        label = {} if self.labels is None else {"label": int(self.labels[place])}
+        return {**getattr(self.transform, "pack", self.transform)(image), **label}
 
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of samples, on the device, as the network takes it."""
         finish = getattr(self.transform, "finish", None)
         return finish(batch) if finish else batch
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__  # strerror: without the path again
 
 
 # -------------------------------------------------------------------------------------------------------- builders

@@ -27,6 +27,13 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
     raise UserError(f"unknown {what} '{name}'; did you mean {' or '.join(near)}?")
 
 
+def sentence(error: UserError) -> str:
+    """What it says. When it was raised in a worker of a DataLoader, torch has put the worker's traceback before it."""
+    text = str(error)
+    in_worker = text.startswith(f"Caught {UserError.__name__} in ") and "\nOriginal Traceback" in text
+    return text.rpartition(f"\n{UserError.__module__}.{UserError.__qualname__}: ")[2].strip() if in_worker else text
+
+
 def tells_the_user(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of every script's `main`: a UserError becomes one line on stderr and exit status 2."""
 
@@ -35,7 +42,7 @@ def tells_the_user(main: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
 
     return wrapped

@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from PIL import UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from distributed import Launch, is_main, keep_freed_memory, log
 from errors import UserError
-from utils import derive_seed
+from utils import derive_seed, seeded
 
 Key = tuple[int, int]  # (epoch, index)
 SHARDS_AT_ONCE = 16  # an epoch mixes the images of so many shards at a time, so that these stay in the system's file cache
@@ -178,6 +179,55 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         return {"failed": failed}
     tensors = [{name: value for name, value in sample.items() if name != "failed"} for sample in samples]
     return {**default_collate(tensors), "failed": failed}
+
+
+class Files(Dataset[dict[str, Any]]):
+    """Samples made of files. Keys are an index (epoch 0) or (epoch, index); what is random in a sample follows from the seed
+    and the key.
+
+    A file that does not decode is replaced by the next one that does (same random numbers). After 1 % of the files, at
+    least 10, in a row the sample is {"failed": [...]} without an image. `passes`: the length is so many times the files,
+    and an index means the file `index % files`.
+    """
+
+    def __init__(self, files: int, seed: int, passes: int = 1) -> None:
+        self.files, self.seed, self.passes = files, seed, passes
+        self.most_failures = min(files, max(10, files // 100))
+
+    def name(self, place: int) -> str:
+        """What file `place` is called when it fails."""
+        raise NotImplementedError
+
+    def read(self, place: int) -> Any:
+        """What is in file `place`; whatever is raised means that it does not decode."""
+        raise NotImplementedError
+
+    def sample(self, place: int, content: Any) -> dict[str, Any]:
+        """The sample made of what was read; what is raised here is no matter of decoding and ends the run."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self.files * self.passes
+
+    def __getitem__(self, key: int | Key) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        failed: list[str] = []
+        for place in range(index, index + self.most_failures):
+            with seeded(self.seed, epoch, index):  # anew for each file: a view may draw before it decodes
+                place %= self.files
+                try:
+                    content = self.read(place)
+                except Exception as error:  # PIL raises nearly anything for broken files, DecompressionBombError too
+                    failed.append(f"{self.name(place)} ({reason(error)})")
+                    continue
+                return {**self.sample(place, content), "index": index, "failed": failed}
+        return {"failed": failed}
+
+
+def reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__  # strerror: without the path again
 
 
 class BadFiles:

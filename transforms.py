@@ -177,7 +177,7 @@ class Crops:
         draws = batch.pop("draws", None)
         for name in self.sizes():
             images = batch[name] if draws is None else jitter_and_flip_all(batch[name], draws)
-            batch[name] = images.contiguous().float() / _numbers((255.0,), images.device)
+            batch[name] = images.contiguous().float() / per_channel((255.0,), images.device)
         return batch
 
     def __call__(self, image: Image.Image | Drawn) -> dict[str, torch.Tensor]:
@@ -187,7 +187,7 @@ class Crops:
 
 
 @functools.cache
-def _numbers(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+def per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """(C, 1, 1) on the device. Divided by as a tensor: GPUs multiply by the reciprocal of a number, which rounds otherwise."""
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
@@ -238,7 +238,7 @@ class PretrainingViews(Crops):
         image = batch["image"]
         if self.first == self.second:
             batch["tokenizer_image"] = image
-        batch["image"] = (image - _numbers(self.mean, image.device)).div_(_numbers(self.std, image.device))
+        batch["image"] = (image - per_channel(self.mean, image.device)).div_(per_channel(self.std, image.device))
         return batch
 
 

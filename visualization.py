@@ -42,6 +42,27 @@ def code_colours(n_codes: int) -> Tensor:
     return value[:, None] * (1 - 0.8 * (1 - ((channels - 3).abs() - 1).clamp(0, 1)))
 
 
+def distinct_colours(n: int) -> Tensor:
+    """Fixed colours (n, 3) that are easily told apart, dark grey first: each is the one farthest from all before it.
+
+    Distances are those of CIELAB (D65), over 8 levels a channel and neither black nor white.
+    """
+    levels = torch.linspace(0, 1, 8, dtype=torch.float64)
+    colours = torch.cat((torch.tensor([[0.16, 0.16, 0.2]], dtype=torch.float64), torch.cartesian_prod(levels, levels, levels)))
+    linear = torch.where(colours > 0.04045, ((colours + 0.055) / 1.055) ** 2.4, colours / 12.92)
+    to_xyz = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], dtype=torch.float64)
+    white = to_xyz.sum(dim=1)
+    x, y, z = ((linear @ to_xyz.T / white).clamp(min=1e-9) ** (1 / 3)).unbind(dim=1)
+    lab = torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=1)
+    near = (lab - lab[0]).norm(dim=1)  # distance to the nearest of those that are taken
+    near[(lab[:, 0] < 30) | (lab[:, 0] > 92)] = 0
+    taken = [0]
+    while len(taken) < n:
+        taken.append(int(near.argmax()))
+        near = torch.minimum(near, (lab - lab[taken[-1]]).norm(dim=1))
+    return colours[taken[:n]].float()
+
+
 def token_map(codes: Tensor, n_codes: int, size: Sequence[int]) -> Tensor:
     """Codes (h, w) int64 -> picture of `size`, one colour a code; negative codes are left grey."""
     colours = code_colours(n_codes)[codes.clamp(min=0)]
