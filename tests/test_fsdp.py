@@ -241,7 +241,11 @@ def trained(rank, world_size, folder):
         "moments": moments,
         "ema": state.ema.module.parameters(),
     }
-    return {name: sum(map(held, tensors)) for name, tensors in parts.items()} | {"gradients": gradients, "answers": answers}
+    return {name: sum(map(held, tensors)) for name, tensors in parts.items()} | {
+        "gradients": gradients,
+        "answers": answers,
+        "autocast_cache": torch.is_autocast_cache_enabled(),
+    }
 
 
 def held(tensor):
@@ -266,6 +270,7 @@ def test_each_rank_holds_its_share(both_ranks):
     for name, expected in {"weights": size, "gradients": trained_size, "moments": 2 * trained_size, "ema": size}.items():
         assert first[name] + second[name] == expected, name
         assert max(first[name], second[name]) < 0.52 * expected, name
+    assert not first["autocast_cache"]  # else autocast holds all weights in low precision
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
