@@ -17,9 +17,9 @@ FEATURES_PER_CODE = 16  # k-means after a warm-up waits until this many features
 ROWS_PER_CHUNK = 32768  # similarities are taken for so many features at once: 32768 x 8192 in fp32 is 1 GiB
 ROWS_IN_CACHE = 256  # and on a CPU for so few that they stay in its cache: 256 x 8192 is 8 MiB
 CODES_PER_BLOCK = 128
-ROWS_SCREENED = 512  # in bf16: 512 x 8192 is 8 MiB
-WORTH_SCREENING = 2048  # with fewer features, or fewer codes, screening is no faster
-MOST_BLOCKS = 8  # per feature; with more of them left, screening did not pay
+ROWS_SCREENED, CODES_SCREENED = 512, 256  # features at once in bf16 (512 x 8192: 8 MiB), codes in a block
+FEATURES_WORTH_SCREENING, CODES_WORTH_SCREENING = 1024, 2048  # with fewer it is no faster
+MOST_BLOCKS = 4  # per feature; with more of them left, screening did not pay
 
 
 def unit(x: Tensor) -> Tensor:
@@ -179,7 +179,8 @@ def perplexity(counts: Tensor) -> float:
 
 def most_similar(features: Tensor, codes: Tensor) -> Tensor:
     """Unit features (M, D), unit codes (K, D) -> index of the most similar code (M,), in chunks of bounded memory."""
-    many = min(len(features), len(codes)) >= WORTH_SCREENING and len(codes) % CODES_PER_BLOCK == 0
+    many = len(features) >= FEATURES_WORTH_SCREENING and len(codes) >= CODES_WORTH_SCREENING
+    many = many and len(codes) % CODES_SCREENED == 0
     if many and features.device.type == "cpu" and distributed.cpu_has("amx_bf16"):
         return torch.cat([screened(part, codes) for part in features.split(ROWS_PER_CHUNK)])
     return most_similar_in_fp32(features, codes)
@@ -192,7 +193,7 @@ def most_similar_in_fp32(features: Tensor, codes: Tensor) -> Tensor:
 
 def screened(features: Tensor, codes: Tensor) -> Tensor:
     """What most_similar_in_fp32 gives: a product in bf16 tells in which blocks of codes a feature's maximum can lie, mostly one
-    or two, and only there is it looked for in fp32. K must be a multiple of CODES_PER_BLOCK.
+    or two, and only there is it looked for in fp32. K must be a multiple of CODES_SCREENED.
 
     A feature x and a code c, both of length 1, rounded to x' and c': how far the product s' in bf16 may be from x . c in fp32:
         |x . c - x' . c'| <= |x - x'| |c| + |x'| |c - c'|   (Cauchy-Schwarz; these lengths are measured)
@@ -206,28 +207,29 @@ def screened(features: Tensor, codes: Tensor) -> Tensor:
     # Positive bf16 numbers are ordered like their bits as integers, whose maximum is faster; a maximum below 0 comes out wrong,
     # but below 0. Codes are rows: oneDNN is faster that way.
     similarities = ((rough_codes @ part.t()).view(torch.int16) for part in rough.split(ROWS_SCREENED))
-    maxima = torch.cat([part.unflatten(0, (-1, CODES_PER_BLOCK)).amax(dim=1) for part in similarities], dim=1)
+    maxima = torch.cat([part.unflatten(0, (-1, CODES_SCREENED)).amax(dim=1) for part in similarities], dim=1)
     best = maxima.amax(dim=0).view(torch.bfloat16).float()
     error = (features - rough).norm(dim=1) * centred.norm(dim=1).max() + features.shape[1] * 2**-20
     error += rough.float().norm(dim=1) * (centred - rough_codes).norm(dim=1).max()
     threshold = best * (1 - 2**-7) - 2 * error
     possible = ~((maxima.view(torch.bfloat16) < threshold) & (threshold > 0))  # (blocks, M); all for a feature with a NaN
-    if possible.sum() > MOST_BLOCKS * len(features):
-        return most_similar_in_fp32(features, codes)
     possible[:, :16] = True  # a product of a few rows alone may be summed in another order
-    return first_maximum_of(possible, features, codes)
+    sizes = possible.sum(dim=1).tolist()
+    if sum(sizes) > MOST_BLOCKS * len(features):
+        return most_similar_in_fp32(features, codes)
+    return first_maximum_of(possible.nonzero(as_tuple=True)[1].split(sizes), features, codes)
 
 
-def first_maximum_of(possible: Tensor, features: Tensor, codes: Tensor) -> Tensor:
-    """possible (blocks, M) -> index of the most similar code (M,) in the possible blocks, of which every feature needs one."""
-    rows, sizes = possible.nonzero(as_tuple=True)[1], possible.sum(dim=1).tolist()
-    pairs = zip(features[rows].split(sizes), codes.split(CODES_PER_BLOCK), strict=True)
-    found = [(part @ block.t()).max(dim=1) for part, block in pairs]
+def first_maximum_of(rows: tuple[Tensor, ...], features: Tensor, codes: Tensor) -> Tensor:
+    """rows: for each block of codes, which features to compare with it; every feature needs one -> index of a code (M,)."""
+    pairs = zip(rows, codes.split(CODES_SCREENED), strict=True)
+    found = [(features[part] @ block.t()).max(dim=1) for part, block in pairs]
+    row = torch.cat(rows)
     values = torch.cat([maximum.values for maximum in found])
-    places = torch.cat([maximum.indices + number * CODES_PER_BLOCK for number, maximum in enumerate(found)])
-    highest = values.new_full((len(features),), -torch.inf).scatter_reduce(0, rows, values, "amax")
-    places[values < highest[rows]] = len(codes)
-    return places.new_full((len(features),), len(codes)).scatter_reduce(0, rows, places, "amin")
+    places = torch.cat([maximum.indices + number * CODES_SCREENED for number, maximum in enumerate(found)])
+    highest = values.new_full((len(features),), -torch.inf).scatter_reduce(0, row, values, "amax")
+    places[values < highest[row]] = len(codes)
+    return places.new_full((len(features),), len(codes)).scatter_reduce(0, row, places, "amin")
 
 
 def first_maximum(similarity: Tensor) -> Tensor:

@@ -126,9 +126,9 @@ def results_round_apart():
 def below_zero():
     """The best similarity, of code 300, is negative in bf16, as are all in its block, where one is nearly -1."""
     best = of((MID - EPS, 7), (-(MID - 2 * H + EPS), 7), (-H / 4, 1))
-    codes = balanced(dict.fromkeys(range(256, 384), -of((2**-16, 16))) | {300: best})
+    codes = balanced(dict.fromkeys(range(256, 512), -of((2**-16, 16))) | {300: best})
     codes[256], codes[767] = -240 * H, 0
-    codes[:240] = codes[384:624] = H / 2
+    codes[:240] = codes[784:] = H / 2
     return codes
 
 
@@ -162,9 +162,9 @@ def test_only_large_products_on_a_cpu_with_bf16_units_are_screened(monkeypatch):
     sizes, units = [], ["amx_bf16"]
     monkeypatch.setattr(norm_ema_quantizer.distributed, "cpu_has", lambda flag: flag in units)
     monkeypatch.setattr(norm_ema_quantizer, "screened", lambda x, codes: sizes.append((len(x), len(codes))) or x[:, 0].long())
-    for rows, n_codes in ((2048, 2048), (2047, 2048), (2048, 1920), (2048, 2050), (40000, 2048)):
+    for rows, n_codes in ((1024, 2048), (1023, 2048), (1024, 1792), (1024, 2050), (40000, 2048)):
         most_similar(torch.zeros(rows, 2), torch.zeros(n_codes, 2))
-    assert sizes == [(2048, 2048), (32768, 2048), (40000 - 32768, 2048)]
+    assert sizes == [(1024, 2048), (32768, 2048), (40000 - 32768, 2048)]
     units.clear()
     assert len(most_similar(torch.zeros(2048, 2), torch.zeros(2048, 2))) == 2048 and len(sizes) == 3
 
