@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 import checkpointing
 import distributed
+import sharding
 from distributed import Precision, log
 from errors import UserError
 from interruption import StopSignal
@@ -79,7 +80,8 @@ def train_epochs(
         state.epoch, state.samples = epoch + 1, 0
         run.saver.wait()  # evaluation starts data processes: no other thread may run while they are forked
         test = evaluate(state, stage) if due(epoch, args.eval_freq, epochs) else {}
-        test |= stage.probe(state.model, epoch)
+        with sharding.whole(state.model) as model:
+            test |= stage.probe(model, epoch)
         score = stage.better(test)
         # The line in log.txt first: a run killed between the two repeats the epoch, and then replaces the line.
         reporter.epoch(epoch, train, test)
@@ -90,8 +92,10 @@ def train_epochs(
             state.best = score
             names.append(checkpointing.BEST)
         save(state, stage, run, epoch, names)
-        if reporter.shows_pictures and args.image_freq and (epoch == 0 or due(epoch, args.image_freq, epochs)):
-            reporter.pictures(epoch, stage.pictures(state.model))
+        if args.image_freq and (epoch == 0 or due(epoch, args.image_freq, epochs)):
+            with sharding.whole(state.model) as model:
+                if reporter.shows_pictures:
+                    reporter.pictures(epoch, stage.pictures(model))
 
 
 def due(epoch: int, every: int, epochs: int) -> bool:
@@ -101,11 +105,13 @@ def due(epoch: int, every: int, epochs: int) -> bool:
 
 def evaluate(state: TrainState, stage: Stage) -> dict[str, float]:
     """The stage's evaluation of the weights, and of their moving average where there is one."""
-    test = stage.evaluate(state.model)
+    with sharding.whole(state.model) as model:
+        test = stage.evaluate(model)
     if state.ema is not None and test:
         device = next(state.model.parameters()).device
         on_device = state.ema.module if state.ema.device is None else copy.deepcopy(state.ema.module).to(device)
-        averaged = stage.evaluate(on_device)
+        with sharding.whole(on_device) as model:
+            averaged = stage.evaluate(model)
         test |= {name.replace("test_", "test_ema_", 1): value for name, value in averaged.items()}
     return test
 
@@ -249,13 +255,13 @@ def take_step(state: TrainState, clip_grad: float | None) -> Tensor:
     """Clip and update; a step whose gradients are not finite leaves weights and optimizer as they are. Returns the norm."""
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(state.parameters, clip_grad or math.inf)
+    norm = sharding.full(nn.utils.clip_grad_norm_(state.parameters, clip_grad or math.inf))
     if scaler.is_enabled():
         scaler.step(optimizer)  # skips by itself
-    elif optimizer.defaults.get("fused"):
+    elif optimizer.defaults.get("fused") and not sharding.is_sharded(state.model):
         optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]  # read by the fused kernels
         optimizer.step()
-    elif bool(torch.isfinite(norm)):  # SGD and timm's optimizers do not skip on the device
+    elif bool(torch.isfinite(norm)):  # SGD, timm's optimizers and sharded ones do not skip on the device
         optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

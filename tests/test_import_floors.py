@@ -16,8 +16,8 @@ FLOORS = {
     2: "modeling_pretrain modeling_finetune modeling_segmentation modeling_dvae vqkd_teachers norm_ema_quantizer "
     "checkpointing metrics confusion samplers interruption knn transforms image_lists",
     1: "vit_backbone augmentation masking_generator optim_factory model_zoo distributed arguments visualization utils "
-    "segmentation_views imagenet_classes weight_formats weight_files pages transfer shards compilation benchmark_turns "
-    "benchmark_worker",
+    "segmentation_views imagenet_classes weight_formats weight_files pages transfer shards compilation "
+    "benchmark_turns benchmark_worker sharding",
     0: "errors positions",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
