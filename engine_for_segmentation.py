@@ -16,10 +16,10 @@ from distributed import Precision
 from engine import evaluation_batches, samples_to_show
 from errors import UserError
 from run_state import Stage
+from segmentation_masks import IGNORED
 from sliding_window import Looking, predict
 from trained_classifier import first_difference
 
-IGNORED = 255
 PICTURES = 4
 
 
@@ -55,7 +55,7 @@ class SegmentationStage(Stage):
         how: Looking,
         classes: Sequence[str],
         colours: Tensor,
-        statistics: tuple[Sequence[float], Sequence[float]],
+        statistics: tuple[tuple[float, ...], tuple[float, ...]],
         validation: DataLoader | None = None,
         aux_weight: float = 0.4,
     ) -> None:

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import segmentation_data
 from PIL import Image
-from segmentation_data import SegmentationFiles
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 
 import arguments
@@ -21,6 +20,7 @@ import distributed
 import engine
 import modeling_segmentation
 import run_state
+import segmentation_data
 import trained_segmenter
 import visualization
 import weight_source
@@ -30,6 +30,7 @@ from errors import UserError, pick, tells_the_user
 from image_lists import find_images
 from optim_factory import LayerDecayValueAssigner, build_poly_schedule, create_optimizer, layer_decay_values
 from samplers import EvalSampler, build_loader
+from segmentation_data import SegmentationFiles
 from sliding_window import Looking, predict
 from trained_classifier import warn_of_other_pretraining
 from transforms import normalisation
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Data ──
     pairs = segmentation_data.find_pairs(args.data_path, train=True)
     classes = segmentation_data.read_classes(args, pairs)
+    log.info(f"classes    {len(classes)}: {', '.join(classes[:6])}{' ...' if len(classes) > 6 else ''}")
     global_batch = args.batch_size * run.launch.world_size * args.update_freq
     passes = math.ceil(min(args.steps_per_epoch, args.max_steps) * global_batch / len(pairs))
     data = run_state.training_data(segmentation_data.build_dataset(args, True, classes, passes), run)
@@ -178,17 +180,16 @@ def label_images(args: argparse.Namespace, run: run_state.Run, model: nn.Module,
     """--predict: beside each other in output_dir/predictions, under the image's name, labels and overlay as PNG."""
     paths = find_images(args.predict, "--predict")[0]
     root, out = Path(args.predict), Path(args.output_dir) / "predictions"
-    view, finish = segmentation_data.evaluation_view(args), segmentation_data.finisher(args)
-    mine = paths[run.launch.rank :: run.launch.world_size]
-    for path, _ in mine:
-        picture = read_or_leave_out(str(path))
+    view = segmentation_data.evaluation_view(args)
+    for path in [str(path) for path, _ in paths][run.launch.rank :: run.launch.world_size]:
+        picture = read_or_leave_out(path)
         if picture is None:
             continue
-        image = finish({"image": view(picture)[None].to(run.device)})["image"][0]
+        image = segmentation_data.normalised(view(picture).to(run.device), stage.statistics)
         labels = predict(model, image, (picture.height, picture.width), stage.how, run.precision).cpu()
         name = Path(path).relative_to(root).with_suffix("") if root.is_dir() else Path(Path(path).stem)
         save_labels(labels, stage.colours, out / f"{name}_labels.png")
-        overlay = visualization.label_overlay(visualization.as_tensor(picture), labels, stage.colours)
+        overlay = visualization.label_overlay(to_tensor(picture), labels, stage.colours)
         save_image(overlay, out / f"{name}_overlay.png")
     log.info(f"predicted  {len(paths)} images: {out}/*_labels.png and *_overlay.png")
 

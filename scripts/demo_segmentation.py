@@ -29,17 +29,18 @@ PACKAGE, MEMBER = "ndev-sampledata==0.0.3", "ndev_sampledata/samples/scratch-ass
 CLASSES = ("background", "cell", "nucleus")
 PALETTE = ((40, 40, 40), (60, 130, 255), (255, 190, 0))
 TILE, TILES, TRAINING_FRAMES = 210, 3, 8
+PIECE, STEP = 105, 35  # the training tiles are cut into overlapping pieces for pretraining: an epoch of 24 images is one step
 # Grey values shown as black and white: of the nuclei's fluorescence and of the transmitted light.
 WINDOWS = ((400, 2500), (5000, 11500))
 
 SIZE = "--input_size 128 --num_workers 2 --device cpu"
 VQKD = """--model vqkd_encoder_demo_decoder_1x128x4_hog --teacher_input_size 128 --codebook_n_emd 128 --codebook_emd_dim 16
     --quantizer_warmup_steps 60 --revive_dead_codes --lr 2e-3 --opt_betas 0.9 0.99 --weight_decay 1e-4 --clip_grad 3.0
-    --min_crop_scale 0.1 --vflip 0.5 --batch_size 24 --epochs 200 --warmup_epochs 20 --print_freq 50 --image_freq 0"""
+    --min_crop_scale 0.35 --vflip 0.5 --batch_size 32 --epochs 25 --warmup_epochs 3 --image_freq 0"""
 PRETRAIN = """--model beit_demo_patch16_128_8k_vocab_cls_pt --tokenizer_model vqkd_encoder_demo_decoder_1x128x4_hog
     --second_input_size 128 --codebook_size 128 --codebook_dim 16 --num_mask_patches 26 --min_mask_patches_per_block 4
-    --early_layers 4 --head_layers 1 --drop_path 0 --lr 1.5e-3 --opt_betas 0.9 0.98 --clip_grad 3.0 --min_crop_scale 0.1
-    --color_jitter 0 --vflip 0.5 --batch_size 24 --epochs 500 --warmup_epochs 50 --print_freq 100 --image_freq 0"""
+    --early_layers 4 --head_layers 1 --drop_path 0 --lr 1.5e-3 --opt_betas 0.9 0.98 --clip_grad 3.0 --min_crop_scale 0.35
+    --color_jitter 0 --vflip 0.5 --batch_size 32 --epochs 50 --warmup_epochs 5 --image_freq 0"""
 SEGMENT = """--model upernet_beit_demo_patch16 --base_size 420 --scale_range 0.75 1.5 --batch_size 8 --max_steps 300
     --steps_per_epoch 60 --warmup_steps 30 --clip_grad 3.0 --drop_path 0.1 --print_freq 20 --max_class_share 0.9"""
 STARTS = ("from_scratch", "pretrained")
@@ -84,19 +85,29 @@ def prepare(assay: np.ndarray) -> np.ndarray:
                 path = OUT / "data" / kind / split / f"frame{frame}-{number}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels[:, x : x + TILE]).save(path)
-            if split == "val":
+            if split == "train":
+                cut_up(picture[:, x : x + TILE], OUT / "pieces" / f"frame{frame}-{number}")
+            else:
                 counts += np.bincount(mask[:, x : x + TILE].ravel(), minlength=len(CLASSES))
     (OUT / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     (OUT / "palette.txt").write_text("".join(f"{r} {g} {b}\n" for r, g, b in PALETTE))
     return counts
 
 
+def cut_up(tile: np.ndarray, folder: Path) -> None:
+    """Pieces of a tile (210, 210, 3), without masks: they overlap, as random crops would."""
+    folder.mkdir(parents=True)
+    for y in range(0, TILE - PIECE + 1, STEP):
+        for x in range(0, TILE - PIECE + 1, STEP):
+            Image.fromarray(tile[y : y + PIECE, x : x + PIECE]).save(folder / f"{y}-{x}.png")
+
+
 # ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def pretrain() -> dict[str, float]:
-    """Tokenizer and student, on the training tiles alone; seconds of each."""
-    tiles = ["--data_path", str(OUT / "data/images/train")]
+    """Tokenizer and student, on pieces of the training tiles; seconds of each."""
+    tiles = ["--data_path", str(OUT / "pieces")]
     seconds = {"vqkd": run_entry("vqkd", "run_vqkd_training.py", f"{VQKD} {SIZE}", *tiles, "--output_dir", str(OUT / "vqkd"))}
     weight = ["--tokenizer_weight", str(OUT / "vqkd/checkpoint.pth"), "--output_dir", str(OUT / "pretrain")]
     seconds["pretrain"] = run_entry("pretrain", "run_beitv2_pretraining.py", f"{PRETRAIN} {SIZE}", *tiles, *weight)

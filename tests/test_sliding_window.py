@@ -7,7 +7,8 @@ from torch import nn
 
 import sliding_window
 from distributed import Precision
-from engine_for_segmentation import IGNORED, pixel_accuracy, pixel_loss, scores_of
+from engine_for_segmentation import pixel_accuracy, pixel_loss, scores_of
+from segmentation_masks import IGNORED
 from sliding_window import Looking, classes_at, predict, scores, slide, starts, strip
 
 FP32 = Precision("cpu", None)
