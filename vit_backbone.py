@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -41,6 +42,7 @@ SIZES = {
 }
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
+OUTPUTS_IN_CACHE = 512  # gradients of weights are transposed by so many outputs at once
 
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -94,7 +96,7 @@ def add_relative_position_bias(module: nn.Module, grid: tuple[int, int], num_hea
 def gather_bias(table: Tensor, index: Tensor) -> Tensor:
     """Table (rows, H) and index (T, T) -> bias (H, T, T)."""
     bias = table.index_select(0, index.flatten())
-    return rearrange(bias, "(q k) h -> h q k", q=index.shape[0])
+    return rearrange(bias, "(q k) h -> h q k", q=index.shape[0]).contiguous()  # each block reads it row by row
 
 
 class Picked(NamedTuple):
@@ -149,6 +151,61 @@ class RelativePositionBias(nn.Module):
         return gather_bias(self.relative_position_bias_table, self.relative_position_index)
 
 
+class LinearOnCpu(torch.autograd.Function):
+    """F.linear with a faster gradient of the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.with_bias = bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        rows = gradient.flatten(0, -2)
+        return of_x, weight_gradient(rows, x.flatten(0, -2)), rows.sum(dim=0) if ctx.with_bias else None
+
+
+def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """Of a linear layer, from its output's gradient (M, out) and its input (M, in): (out, in).
+
+    In bf16 on a CPU from a transposed copy of the narrower factor: given a transposed view, oneDNN is up to 1.4 times as
+    slow, most of all with a wide one.
+    """
+    if gradient.device.type != "cpu" or gradient.dtype != torch.bfloat16:
+        return gradient.t() @ x
+    if x.shape[1] >= gradient.shape[1]:
+        return gradient.t().contiguous() @ x
+    result, narrow = x.new_empty(gradient.shape[1], x.shape[1]), x.t().contiguous()
+    for rows, columns in zip(result.split(OUTPUTS_IN_CACHE), gradient.split(OUTPUTS_IN_CACHE, dim=1), strict=True):
+        rows.copy_((narrow @ columns).t())
+    return result
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear; when training under bf16 autocast on the CPU, the faster one. Same numbers."""
+    low = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if not (low and torch.is_grad_enabled() and weight.requires_grad) or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    return LinearOnCpu.apply(*(given if given is None else given.to(torch.bfloat16) for given in (x, weight, bias)))
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def cast_frozen(network: Any, dtype: torch.dtype | None) -> None:
+    """Cast the weights of a frozen network once, as autocast to `dtype` does at every step: the results are the same, bit
+    for bit. Other layers stay in fp32, as under autocast. From then on the network runs under that autocast alone."""
+    for module in network.modules():
+        if dtype is not None and type(module) in (Linear, nn.Linear, nn.Conv2d):
+            module.to(dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention whose key has no bias (BEiT), with an optional position bias added before softmax."""
 
@@ -175,8 +232,8 @@ class Attention(nn.Module):
         self.relative_position_bias_table = None
         if grid is not None:
             add_relative_position_bias(self, grid, num_heads)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def position_bias(self, shared: Tensor | None) -> Tensor | None:
@@ -192,13 +249,13 @@ class Attention(nn.Module):
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         if picked is None:
-            qkv = F.linear(x, self.qkv.weight, bias)
+            qkv = linear(x, self.qkv.weight, bias)
             q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
             return q, k, v
         width = x.shape[-1]
-        kv = F.linear(x, self.qkv.weight[width:], None if bias is None else bias[width:])
+        kv = linear(x, self.qkv.weight[width:], None if bias is None else bias[width:])
         k, v = rearrange(kv, "b t (two h d) -> two b h t d", two=2, h=self.num_heads)
-        q = F.linear(picked.of(x), self.qkv.weight[:width], self.q_bias)
+        q = linear(picked.of(x), self.qkv.weight[:width], self.q_bias)
         return rearrange(q, "b r (h d) -> b h r d", h=self.num_heads), k, v
 
     def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None, picked: Picked | None = None) -> Tensor:
@@ -241,9 +298,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
