@@ -17,9 +17,11 @@ from torch.autograd.function import once_differentiable
 
 import distributed
 import visualization
-from norm_ema_quantizer import ROWS_IN_CACHE, ROWS_PER_CHUNK, first_maximum
-from vit_backbone import at_mask, weight_gradient
+from bf16_on_cpu import weight_gradient
+from norm_ema_quantizer import ROWS_IN_CACHE, first_maximum
+from vit_backbone import at_mask
 
+ROWS_ON_GPU = 2048  # patches whose shares of all codes are in memory at once; on a CPU so few that they stay in its cache
 FP16_ROWS = 4096  # the gradients of so many patches are summed in fp16, which ends at 65504, without danger
 
 
@@ -160,7 +162,7 @@ def cross_entropy_of_head(hidden: Tensor, head: nn.Linear, target: Tensor) -> tu
     """hidden (P, C), target (P,) -> mean cross-entropy () of head(hidden) in fp32, and the codes of the largest logits (P,).
 
     The same as F.cross_entropy(head(hidden).float(), target), under autocast too, but no (P, K) values are kept for the
-    backward pass: of both branches these would be a tenth of a training step's memory.
+    backward pass.
     """
     place, low = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(place):
@@ -178,7 +180,7 @@ class CrossEntropyOfHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         read, weight = hidden.to(low), weight.to(low)
         logits = torch.addmm(bias.to(low), read, weight.t())
-        rows = ROWS_IN_CACHE if logits.device.type == "cpu" else ROWS_PER_CHUNK
+        rows = ROWS_IN_CACHE if logits.device.type == "cpu" else ROWS_ON_GPU
         shrink = FP16_ROWS / len(target) if low == torch.float16 and len(target) > FP16_ROWS else 1.0
         of_bias = bias.new_zeros(bias.shape, dtype=torch.float32)
         losses, answers = [], []

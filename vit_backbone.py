@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from bf16_on_cpu import HeadsOnCpu, Linear, linear, trains_in_bf16
 
 
 class Size(NamedTuple):
@@ -42,7 +43,6 @@ SIZES = {
 }
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
-OUTPUTS_IN_CACHE = 512  # gradients of weights are transposed by so many outputs at once
 
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -66,6 +66,10 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[-2:]) != self.img_size:
             raise ValueError(f"the model was built for images of {self.img_size}, this batch has {tuple(x.shape[-2:])}")
+        if trains_in_bf16(x, self.proj.weight):  # the convolution's backward pass takes 4 times as long
+            (p, q), weight = self.patch_size, self.proj.weight.flatten(1)
+            pixels = rearrange(x.to(torch.bfloat16), "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=q)
+            return linear(pixels, weight, self.proj.bias)
         return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, N, C)
 
 
@@ -151,53 +155,6 @@ class RelativePositionBias(nn.Module):
         return gather_bias(self.relative_position_bias_table, self.relative_position_index)
 
 
-class LinearOnCpu(torch.autograd.Function):
-    """F.linear with a faster gradient of the weight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.with_bias = bias is not None
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
-        rows = gradient.flatten(0, -2)
-        return of_x, weight_gradient(rows, x.flatten(0, -2)), rows.sum(dim=0) if ctx.with_bias else None
-
-
-def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    """Of a linear layer, from its output's gradient (M, out) and its input (M, in): (out, in).
-
-    In bf16 on a CPU from a transposed copy of the narrower factor: given a transposed view, oneDNN is up to 1.4 times as
-    slow, most of all with a wide one.
-    """
-    if gradient.device.type != "cpu" or gradient.dtype != torch.bfloat16:
-        return gradient.t() @ x
-    if x.shape[1] >= gradient.shape[1]:
-        return gradient.t().contiguous() @ x
-    result, narrow = x.new_empty(gradient.shape[1], x.shape[1]), x.t().contiguous()
-    for rows, columns in zip(result.split(OUTPUTS_IN_CACHE), gradient.split(OUTPUTS_IN_CACHE, dim=1), strict=True):
-        rows.copy_((narrow @ columns).t())
-    return result
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear; when training under bf16 autocast on the CPU, the faster one. Same numbers."""
-    low = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    if not (low and torch.is_grad_enabled() and weight.requires_grad) or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    return LinearOnCpu.apply(*(given if given is None else given.to(torch.bfloat16) for given in (x, weight, bias)))
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
 def cast_frozen(network: Any, dtype: torch.dtype | None) -> None:
     """Cast the weights of a frozen network once, as autocast to `dtype` does at every step: the results are the same, bit
     for bit. Other layers stay in fp32, as under autocast. From then on the network runs under that autocast alone."""
@@ -250,6 +207,8 @@ class Attention(nn.Module):
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         if picked is None:
             qkv = linear(x, self.qkv.weight, bias)
+            if trains_in_bf16(x, self.qkv.weight):
+                return HeadsOnCpu.apply(qkv, self.num_heads)
             q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
             return q, k, v
         width = x.shape[-1]

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import bf16_on_cpu
 import engine
 import modeling_finetune
 import modeling_vqkd
 import pretraining_targets
-import vit_backbone
+from bf16_on_cpu import Linear, weight_gradient
 from pretraining_targets import cross_entropy_of_head
-from vit_backbone import Linear, cast_frozen, gather_bias, relative_position_index, weight_gradient
+from vit_backbone import PatchEmbed, cast_frozen, gather_bias, recompute_blocks, relative_position_index
 from vqkd_teachers import build_teacher
 
 BF16 = torch.bfloat16
@@ -113,8 +114,8 @@ def test_our_linear_layer_is_torchs(dtype, monkeypatch):
     x, used = torch.randn(3, 20, 24), []
     ours, plain = Linear(24, 40), nn.Linear(24, 40)
     plain.load_state_dict(ours.state_dict())
-    apply = vit_backbone.LinearOnCpu.apply
-    monkeypatch.setattr(vit_backbone.LinearOnCpu, "apply", lambda *given: used.append(1) or apply(*given))
+    apply = bf16_on_cpu.LinearOnCpu.apply
+    monkeypatch.setattr(bf16_on_cpu.LinearOnCpu, "apply", lambda *given: used.append(1) or apply(*given))
     results = []
     for layer in (ours, plain):
         images = x.clone().requires_grad_()
@@ -127,6 +128,36 @@ def test_our_linear_layer_is_torchs(dtype, monkeypatch):
     for mine, theirs in zip(results[0][1:], results[1][1:], strict=True):
         assert mine.dtype == theirs.dtype and mine.stride() == theirs.stride()
         assert far(mine, theirs) < 0.004 if dtype else torch.equal(mine, theirs)
+
+
+def test_heads_and_patches_are_those_of_views_and_of_the_convolution(monkeypatch):
+    """In bf16: the same values, and gradients that differ in the order of sums alone."""
+    torch.manual_seed(0)
+    model = modeling_finetune.create_model("beit_demo_patch16_128", img_size=48, num_classes=5, use_rel_pos_bias=True)
+    plain, recomputed, x, target = copy.deepcopy(model), copy.deepcopy(model), torch.rand(3, 3, 48, 48), torch.tensor([0, 3, 1])
+    recompute_blocks(recomputed)
+    calls, apply = [], bf16_on_cpu.HeadsOnCpu.apply
+    monkeypatch.setattr(bf16_on_cpu.HeadsOnCpu, "apply", lambda *given: calls.append(1) or apply(*given))
+    for one in (recomputed.train(), model.train(), plain.train()):
+        if one is plain:
+            assert len(calls) == 3 * 6  # a third time in the backward pass of the blocks that are recomputed
+            monkeypatch.setattr("vit_backbone.trains_in_bf16", lambda *_: False)
+        with autocast(BF16):
+            F.cross_entropy(one(x).float(), target).backward()
+    assert len(calls) == 3 * 6
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), recomputed.parameters(), strict=True))
+    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert mine.grad.dtype == torch.float32 and mine.grad.stride() == mine.stride()
+        assert far(mine.grad, theirs.grad) < 0.01, name
+
+
+def test_patches_are_cut_as_the_convolution_cuts_them():
+    embed = PatchEmbed((32, 48), 16, 5, 24)
+    x = torch.rand(2, 5, 32, 48)
+    with torch.no_grad():
+        expected = embed(x)
+    with autocast(BF16):
+        assert far(embed(x).detach(), expected) < 0.01
 
 
 def test_a_bias_is_read_row_by_row():
