@@ -47,7 +47,7 @@ from run_state import Run
 from samplers import ResumableSampler, build_loader, close, collate
 from transforms import HALF_MEAN, HALF_STD, TokenizerViews, finetuning_view
 from utils import seed_all, seeded
-from vit_backbone import SIZES
+from vit_backbone import SIZES, cast_frozen
 from vqkd_teachers import build_teacher
 
 CLOSE = 1e-4  # losses in fp32, relative to a loss above 1
@@ -94,14 +94,14 @@ def pretraining(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     size = model.patch_embed.img_size[0]
     tokenizer = modeling_vqkd.create_model(tokenizer_name, as_tokenizer=True, img_size=size).to(run.device)
     enliven(model)
+    plain, plain_tokenizer = PlainPretraining(model), PlainVQKD(tokenizer)
+    cast_frozen(tokenizer.encoder, run.precision.dtype)
     target = MarkedTokens(tokenizer, model.vocab_size, run.device)
     view = pretraining_view(size)
     stage = PretrainingStage(target, run.device, run.precision, ImageFiles([], view), (HALF_MEAN, HALF_STD))
     target.ours = ours = Ours(stage, model, run)
     batch = random_batch(args.batch_size, size, run.device) | {"mask": random_masks(args.batch_size, size // 16, args.seed)}
     flops = ours.flops(batch)
-
-    plain, plain_tokenizer = PlainPretraining(model), PlainVQKD(tokenizer)
 
     def loss_of(batch: dict[str, Any], mark: Mark) -> Tensor:
         masked = batch["mask"].to(run.device)
@@ -124,6 +124,7 @@ def vqkd(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     batch = random_batch(args.batch_size, size, run.device)
     batch["image"] = batch["tokenizer_image"]
     plain = PlainVQKD(model)
+    cast_frozen(teacher, run.precision.dtype)
     stage = TokenizerStage(model, run.device, run.precision, ImageFiles([], view := TokenizerViews(size, 0.2, 0.0, "bicubic")))
     ours = Ours(stage, model, run)
     flops = Ours(TokenizerStage(probe := copy.deepcopy(model), run.device, run.precision, stage.dataset), probe, run).flops(
@@ -139,7 +140,7 @@ def vqkd(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
 
     teacher.targets = marked  # type: ignore[method-assign,assignment]
     keeps = functools.partial(bytes_of, model, teacher, optimizer=ours.state.optimizer)
-    textbook_way = textbook(plain, run, lambda batch, mark: plain(batch["image"], mark), beside=teacher)
+    textbook_way = textbook(plain, run, lambda batch, mark: plain(batch["image"], mark))
     contenders = [Local("ours", ours, run.device, keeps), textbook_way]
     yield Contest(f"vqkd {name}, teacher {args.teacher}", contenders, batch, args.batch_size, tolerance(run), flops, view=view)
 

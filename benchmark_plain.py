@@ -151,7 +151,7 @@ class PlainQuantizer(nn.Module):
 
 
 class PlainVQKD(nn.Module):
-    """A copy of our tokenizer; the teacher, which is frozen, is shared."""
+    """A copy of our tokenizer and of its frozen teacher."""
 
     def __init__(self, model: VQKD) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class PlainVQKD(nn.Module):
             model.__dict__["teacher"] = teacher
         self.quantize = PlainQuantizer(model.quantize)
         del self.model.quantize
-        self.targets_of: Any = None if teacher is None else teacher.targets
+        self.teacher: Any = copy.deepcopy(teacher)
 
     def code_vectors(self, x: Tensor) -> Tensor:
         """Images in [0, 1] -> (B, N, d), not normalised"""
@@ -180,7 +180,7 @@ class PlainVQKD(nn.Module):
 
     def forward(self, x: Tensor, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
         """Images in [0, 1] -> loss ()"""
-        targets = self.targets_of(x).float()
+        targets = self.teacher.targets(x).float()
         mark("tokenizer")
         z = self.code_vectors(x)
         height, width = self.model.encoder.patch_embed.patch_shape

@@ -5,9 +5,12 @@ A machine's speed drifts by more than the differences that are looked for: only 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -106,7 +109,7 @@ def peak_growth(device: torch.device, work: Callable[[], Any]) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     held = peak = 0
@@ -114,6 +117,20 @@ def peak_growth(device: torch.device, work: Callable[[], Any]) -> int:
         held += size
         peak = max(peak, held)
     return peak
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Not sys.stderr but what lies under it: the profiler's libraries write lines of their own there."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def bytes_of(*modules: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:

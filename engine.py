@@ -255,14 +255,18 @@ def take_step(state: TrainState, clip_grad: float | None) -> Tensor:
     """Clip and update; a step whose gradients are not finite leaves weights and optimizer as they are. Returns the norm."""
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)
-    norm = sharding.full(nn.utils.clip_grad_norm_(state.parameters, clip_grad or math.inf))
-    if scaler.is_enabled():
-        scaler.step(optimizer)  # skips by itself
-    elif optimizer.defaults.get("fused") and not sharding.is_sharded(state.model):
-        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]  # read by the fused kernels
+    if optimizer.defaults.get("fused") and not scaler.is_enabled() and not sharding.is_sharded(state.model):
+        norm = nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
+        # Read by the fused kernels, which skip the step or divide the gradients while they read them.
+        skips, divisor = (~torch.isfinite(norm)).float(), ((norm + 1e-6) / clip_grad).clamp(min=1) if clip_grad else None
+        optimizer.found_inf, optimizer.grad_scale = skips, divisor  # type: ignore[attr-defined]
         optimizer.step()
-    elif bool(torch.isfinite(norm)):  # SGD, timm's optimizers and sharded ones do not skip on the device
-        optimizer.step()
+    else:
+        norm = sharding.full(nn.utils.clip_grad_norm_(state.parameters, clip_grad or math.inf))
+        if scaler.is_enabled():
+            scaler.step(optimizer)  # skips by itself
+        elif bool(torch.isfinite(norm)):  # SGD, timm's optimizers and sharded ones do not skip on the device
+            optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -5,6 +5,7 @@ Shapes: B batch, N patches, P predicted patches of the whole batch (the masked o
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import visualization
 from distributed import Precision
 from engine import evaluation_batches, mean_of_steps, samples_to_show, to_device
 from errors import UserError
-from pretraining_targets import Target
+from pretraining_targets import Judged, Target
 from run_state import Stage
 from vit_backbone import at_mask
 
@@ -54,11 +55,13 @@ class PretrainingStage(Stage):
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the branches' losses over the predicted patches (BEiT v2, section 3.2)."""
         target = self.target.of(batch, masked_only=not self.predict_all)
-        branches = self.predictions(model, batch)
-        losses = [self.target.loss(prediction, target) for prediction in branches]
+        judge = functools.partial(self.target.judge, target=target)
+        outputs = model(batch["image"], batch["mask"], return_all_tokens=self.predict_all, read=judge)
+        branches = [outputs] if isinstance(outputs, Judged) else list(outputs)
+        losses = [branch.loss for branch in branches]
         logs: dict[str, Tensor] = {}
-        for i, prediction in enumerate(branches):
-            accuracies = self.accuracies(prediction, target, batch["mask"])
+        for i, branch in enumerate(branches):
+            accuracies = self.accuracies(branch.right, batch["mask"])
             logs |= {f"{name}{suffix(i, branches)}": accuracy for name, accuracy in accuracies.items()}
         if len(branches) > 1:
             logs |= {f"loss{suffix(i, branches)}": loss for i, loss in enumerate(losses)}
@@ -66,15 +69,8 @@ class PretrainingStage(Stage):
             self.target.count(target)
         return torch.stack(losses).sum(), logs
 
-    def predictions(self, model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
-        """What each branch says of the predicted patches, (P, V)."""
-        outputs = model(batch["image"], batch["mask"], return_all_tokens=self.predict_all)
-        branches = outputs if isinstance(outputs, tuple) else (outputs,)
-        return [branch.flatten(0, -2) for branch in branches]  # all tokens come as (B, N, V)
-
-    def accuracies(self, prediction: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def accuracies(self, right: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
         """`mlm_acc` is of the masked patches whatever is predicted, so that runs compare; `all_acc` of all patches."""
-        right = self.target.right(prediction, target)
         if right is None:
             return {}
         if not self.predict_all:
@@ -127,7 +123,8 @@ class PretrainingStage(Stage):
         moved = to_device(batch, self.device)
         with self.precision.autocast():
             targets = self.target.of(moved)
-            answer = self.target.answer(self.predictions(model, moved)[0])
+            outputs = model(moved["image"], moved["mask"], return_all_tokens=self.predict_all)
+            answer = self.target.answer((outputs[0] if isinstance(outputs, tuple) else outputs).flatten(0, -2))
         answered = targets.clone()
         answered[slice(None) if self.predict_all else batch["mask"].flatten().to(answered.device)] = answer
         rows, grid = [], model.patch_embed.patch_shape
@@ -151,6 +148,6 @@ class PretrainingStage(Stage):
         self.target.load_state_dict(state)
 
 
-def suffix(index: int, branches: list[Tensor]) -> str:
+def suffix(index: int, branches: list[Judged]) -> str:
     """Published names: `mlm_acc` for one branch, `mlm_acc_1` and `mlm_acc_2` for main and CLS branch."""
     return f"_{index + 1}" if len(branches) > 1 else ""

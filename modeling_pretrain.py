@@ -24,6 +24,8 @@ from vit_backbone import (
     truncated_normal_,
 )
 
+Reader = Callable[[Tensor, nn.Linear], Any]  # what is made of normalised tokens (M, C) or (B, N, C) and the head's layer
+
 
 class MaskedPatches(NamedTuple):
     """The masked patches, M of the batch, and the tokens that the last blocks must compute for their sake.
@@ -95,17 +97,19 @@ class VisionTransformerForMaskedImageModeling(Trunk):
         bool_masked_pos: Tensor | None = None,
         return_all_tokens: bool = False,
         return_patch_tokens: bool = False,
+        read: Reader | None = None,
     ) -> Any:
         """Images (B, in_chans, height, width), mask (B, N) or None for nothing masked.
 
         Returns the logits of the masked patches (M, K) in row-major order; with return_all_tokens those of all patches
-        (B, N, K); with return_patch_tokens the normalised patch tokens (B, N, C).
+        (B, N, K); with return_patch_tokens the normalised patch tokens (B, N, C). With `read`, in place of the logits what
+        read(normalised tokens, head) makes of them: a loss need not keep the logits.
         A mask on the CPU beside images on a GPU spares a synchronisation: the positions are listed on the host.
         """
         masked, hidden = self.place_mask(x, bool_masked_pos)
         every_patch = return_all_tokens or return_patch_tokens
         tokens = self.encode(x, masked, None if every_patch else hidden.alone)
-        return self.predict(tokens, hidden, return_all_tokens, return_patch_tokens, self.norm, self.lm_head)
+        return self.predict(tokens, hidden, return_all_tokens, return_patch_tokens, self.norm, self.lm_head, read)
 
     compiled_methods: tuple[str, ...] = ("encode",)
 
@@ -128,14 +132,20 @@ class VisionTransformerForMaskedImageModeling(Trunk):
         return self.blocks[-1](tokens, bias, picked)
 
     def predict(
-        self, tokens: Tensor, hidden: MaskedPatches, all_tokens: bool, patch_tokens: bool, norm: nn.Module, head: nn.Module
-    ) -> Tensor:
+        self,
+        tokens: Tensor,
+        hidden: MaskedPatches,
+        all_tokens: bool,
+        patch_tokens: bool,
+        norm: nn.Module,
+        head: nn.Linear,
+        read: Reader | None,
+    ) -> Any:
         """Only what is asked for passes the norm and the large head."""
+        asked = norm(tokens[:, 1:] if all_tokens or patch_tokens else hidden.of(tokens))
         if patch_tokens:
-            return norm(tokens[:, 1:])
-        if all_tokens:
-            return head(norm(tokens[:, 1:]))
-        return head(norm(hidden.of(tokens)))
+            return asked
+        return head(asked) if read is None else read(asked, head)
 
 
 class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImageModeling):
@@ -169,14 +179,16 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
         bool_masked_pos: Tensor | None = None,
         return_all_tokens: bool = False,
         return_patch_tokens: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+        read: Reader | None = None,
+    ) -> tuple[Any, Any]:
         masked, hidden = self.place_mask(x, bool_masked_pos)
         every_patch = return_all_tokens or return_patch_tokens
         last, early, bias = self.encode_both(x, masked, None if every_patch else hidden.with_cls)
         bridged = self.aggregate_into_cls(last, early, bias, None if every_patch else hidden.alone)
         cls_norm, cls_head = (self.norm, self.lm_head) if self.shared_lm_head else (self.cls_pt_norm, self.cls_pt_lm_head)
         asked = (hidden, return_all_tokens, return_patch_tokens)
-        return self.predict(last, *asked, self.norm, self.lm_head), self.predict(bridged, *asked, cls_norm, cls_head)
+        main = self.predict(last, *asked, self.norm, self.lm_head, read)
+        return main, self.predict(bridged, *asked, cls_norm, cls_head, read)
 
     compiled_methods = ("encode_both", "aggregate_into_cls")
 

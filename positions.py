@@ -65,7 +65,7 @@ def relative_position_bias(module: Any, other: OtherGrid | None = None) -> Tenso
 def gather_bias(table: Tensor, index: Tensor) -> Tensor:
     """Table (rows, H) and index (T, T) -> bias (H, T, T)."""
     bias = table.index_select(0, index.flatten())
-    return rearrange(bias, "(q k) h -> h q k", q=index.shape[0])
+    return rearrange(bias, "(q k) h -> h q k", q=index.shape[0]).contiguous()  # each block reads it row by row
 
 
 class OtherGrid(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 import arguments
@@ -24,7 +23,7 @@ from optim_factory import build_schedule, create_optimizer
 from pretraining_targets import Pixels, Target, Tokens
 from samplers import build_eval_loader
 from transforms import normalisation
-from vit_backbone import SIZES
+from vit_backbone import SIZES, cast_frozen
 
 DALL_E = ("dall-e", "dall_e")
 STRIDES = dict.fromkeys(modeling_vqkd.VARIANTS, modeling_vqkd.PATCH_SIZE) | dict.fromkeys(DALL_E, modeling_dvae.PATCH_SIZE)
@@ -134,15 +133,17 @@ def idle_flags(args: argparse.Namespace) -> dict[str, str]:
     return idle
 
 
-def build_target(args: argparse.Namespace, device: torch.device) -> Target:
+def build_target(args: argparse.Namespace, run: run_state.Run) -> Target:
     """What the patches predict: the codes of a frozen tokenizer, or their pixels."""
     if args.target == "pixels":
         patch_size = modeling_pretrain.VARIANTS[args.model][1]
         return Pixels(patch_size, normalisation(args.imagenet_default_mean_and_std))
-    tokenizer = build_tokenizer(args).to(device)
+    tokenizer = build_tokenizer(args).to(run.device)
+    if isinstance(tokenizer, modeling_vqkd.VQKD):
+        cast_frozen(tokenizer.encoder, run.precision.dtype)
     dim = "" if uses_dall_e(args) else f" of dim {args.codebook_dim}"
     log.info(f"tokenizer  {args.tokenizer_model}, {args.codebook_size} codes{dim}")
-    return Tokens(tokenizer, args.codebook_size, device)
+    return Tokens(tokenizer, args.codebook_size, run.device)
 
 
 def build_tokenizer(args: argparse.Namespace) -> nn.Module:
@@ -204,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.warn_of_idle_flags(parser, args, idle_flags(args))
 
     # ── What is predicted: the codes of a frozen tokenizer, or pixels. First: a wrong file is told at once ──
-    target = build_target(args, run.device)
+    target = build_target(args, run)
 
     # ── Data: two views of one crop, and a mask ──
     stride = tokenizer_stride(args)

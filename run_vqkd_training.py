@@ -24,6 +24,7 @@ from errors import UserError, tells_the_user
 from norm_ema_quantizer import FEATURES_PER_CODE
 from optim_factory import build_schedule, create_optimizer
 from samplers import build_eval_loader
+from vit_backbone import cast_frozen
 from vqkd_teachers import build_teacher, check_name
 
 PIXEL_DECODER_DEFAULTS = {"lr": 2e-3, "min_lr": 1e-5, "epochs": 20, "warmup_epochs": 1.0}  # not the tokenizer's
@@ -157,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_state.resume(state, stage, run)
     if model.teacher.standardize and state.step == 0:
         stage.calibrate_targets()
+    cast_frozen(model.teacher, run.precision.dtype)
     run_state.compile_networks(run, data, model, model.teacher)
 
     # ── Loop ──

@@ -19,6 +19,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bf16_on_cpu import HeadsOnCpu, Linear, linear, trains_in_bf16
 from positions import (
     OtherGrid,
     add_relative_position_bias,
@@ -72,6 +73,11 @@ class PatchEmbed(nn.Module):
         return self.of_any_size(x)
 
     def of_any_size(self, x: Tensor) -> Tensor:
+        """(B, in_chans, height, width), multiples of the patch size -> (B, N, C)."""
+        if trains_in_bf16(x, self.proj.weight):  # the convolution's backward pass takes 4 times as long
+            (p, q), weight = self.patch_size, self.proj.weight.flatten(1)
+            pixels = rearrange(x.to(torch.bfloat16), "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=q)
+            return linear(pixels, weight, self.proj.bias)
         return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, N, C)
 
 
@@ -127,6 +133,14 @@ class RelativePositionBias(nn.Module):
         return relative_position_bias(self, other)
 
 
+def cast_frozen(network: Any, dtype: torch.dtype | None) -> None:
+    """Cast the weights of a frozen network once, as autocast to `dtype` does at every step: the results are the same, bit
+    for bit. Other layers stay in fp32, as under autocast. From then on the network runs under that autocast alone."""
+    for module in network.modules():
+        if dtype is not None and type(module) in (Linear, nn.Linear, nn.Conv2d):
+            module.to(dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention whose key has no bias (BEiT), with an optional position bias added before softmax."""
 
@@ -153,8 +167,8 @@ class Attention(nn.Module):
         self.relative_position_bias_table = None
         if grid is not None:
             add_relative_position_bias(self, grid, num_heads)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def position_bias(self, shared: Tensor | None, other: OtherGrid | None = None) -> Tensor | None:
@@ -170,13 +184,15 @@ class Attention(nn.Module):
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         if picked is None:
-            qkv = F.linear(x, self.qkv.weight, bias)
+            qkv = linear(x, self.qkv.weight, bias)
+            if trains_in_bf16(x, self.qkv.weight):
+                return HeadsOnCpu.apply(qkv, self.num_heads)
             q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
             return q, k, v
         width = x.shape[-1]
-        kv = F.linear(x, self.qkv.weight[width:], None if bias is None else bias[width:])
+        kv = linear(x, self.qkv.weight[width:], None if bias is None else bias[width:])
         k, v = rearrange(kv, "b t (two h d) -> two b h t d", two=2, h=self.num_heads)
-        q = F.linear(picked.of(x), self.qkv.weight[:width], self.q_bias)
+        q = linear(picked.of(x), self.qkv.weight[:width], self.q_bias)
         return rearrange(q, "b r (h d) -> b h r d", h=self.num_heads), k, v
 
     def forward(
@@ -225,9 +241,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -77,11 +77,10 @@ def spy_on_steps(monkeypatch):
     original, seen = PretrainingStage.step, []
 
     def spied(self, model, batch):
-        outputs = []
-        hook = model.register_forward_hook(lambda module, given, result: outputs.append(result))
+        with torch.random.fork_rng():  # the logits of the step to come, with the same dropped paths
+            outputs = model(batch["image"], batch["mask"], return_all_tokens=self.predict_all)
+        results = outputs if isinstance(outputs, tuple) else (outputs,)
         loss, logs = original(self, model, batch)
-        hook.remove()
-        results = outputs[0] if isinstance(outputs[0], tuple) else outputs
         seen.append((self, batch, [r.detach().clone() for r in results], loss.detach(), logs))
         return loss, logs
 

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import sys
 import time
 
 import pytest
@@ -149,7 +150,7 @@ def test_ratios_are_of_one_round():
     assert ours.images_per_s == 1000 and ours.utilisation == pytest.approx(0.25)
 
 
-def test_peak_is_the_worst_moment_and_not_the_sum():
+def test_peak_is_the_worst_moment_and_not_the_sum(capfd):
     def work():
         first = torch.zeros(1 << 20)  # 4 MiB
         second = first + 1
@@ -157,6 +158,8 @@ def test_peak_is_the_worst_moment_and_not_the_sum():
         return second + 1
 
     assert 8 * 2**20 <= peak_growth(CPU, work) < 9 * 2**20
+    print("the end", file=sys.stderr)
+    assert capfd.readouterr().err == "the end\n"  # nothing of the profiler's, and ours is heard again
 
 
 def test_phases_add_up():

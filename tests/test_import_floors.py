@@ -18,7 +18,7 @@ FLOORS = {
     1: "vit_backbone augmentation masking_generator optim_factory model_zoo distributed arguments visualization utils "
     "segmentation_views imagenet_classes weight_formats weight_files pages transfer shards compilation "
     "benchmark_turns benchmark_worker sharding",
-    0: "errors positions",
+    0: "errors positions bf16_on_cpu",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 
