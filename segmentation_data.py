@@ -128,9 +128,7 @@ def read_classes(args: Any, pairs: Sequence[Pair]) -> list[str]:
             "--reduce_zero_label"
         )
     if len(names) > MOST_CLASSES:
-        raise UserError(
-            f"{where}: {len(names)} classes; at most {MOST_CLASSES} fit, as labels have 8 bits and {IGNORED} is ignored"
-        )
+        raise UserError(f"{where}: {len(names)} classes; at most {MOST_CLASSES} fit into 8 bits beside {IGNORED}, ignored")
     return names
 
 
@@ -175,11 +173,10 @@ def _highest_label(pairs: Sequence[Pair], reduce_zero_label: bool) -> int:
 
     def look(pair: Pair) -> int:
         try:
-            return highest_label(pair.mask, reduce_zero_label)
-        except UserError:
-            raise
+            mask = read_mask(pair.mask)
         except Exception:  # PIL raises nearly anything for broken files
             return -1
+        return highest_label(mask, pair.mask, reduce_zero_label)
 
     shared: int | UserError
     try:

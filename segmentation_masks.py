@@ -27,7 +27,7 @@ def numbers_in(mask: Image.Image, path: str) -> np.ndarray:
     """(height, width) whole numbers. UserError when the mask holds something else, such as colours."""
     if mask.mode not in NUMBERED:
         raise UserError(
-            f"{path}: its pixels are {mask.mode}, not numbers of classes; a mask is expected to be grey, of 8 or 16 bits, or to "
+            f"{path}: its pixels are {mask.mode}, not numbers of classes; a mask is expected to be grey (8 or 16 bits) or to "
             "have a palette"
         )
     numbers = np.asarray(mask)
@@ -61,7 +61,8 @@ def _refuse(path: str, label: int, classes: int, reduce_zero_label: bool) -> Non
     raise UserError(f"{path}: label {label}, but {known}, and {IGNORED} is ignored; {way_out}")
 
 
-def highest_label(path: str, reduce_zero_label: bool) -> int:
+def highest_label(mask: Image.Image, path: str, reduce_zero_label: bool) -> int:
     """Of those that are not ignored, as `labels_in` numbers them; -1 where there is none."""
-    numbers = numbers_in(read_mask(path), path)
-    return int(numbers[numbers != IGNORED].max(initial=-1)) - reduce_zero_label if numbers.size else -1
+    numbers = numbers_in(mask, path)
+    labelled = numbers[numbers != IGNORED]
+    return int(labelled.max()) - reduce_zero_label if labelled.size else -1

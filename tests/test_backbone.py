@@ -14,7 +14,8 @@ import modeling_pretrain
 import modeling_vqkd
 from modeling_finetune import VisionTransformer, remap_pretrained
 from modeling_pretrain import VisionTransformerForMaskedImageModeling, VisionTransformerForMaskedImageModelingCLS
-from vit_backbone import Attention, drop_path_ramp, plain_attention, relative_position_index
+from positions import relative_position_index
+from vit_backbone import Attention, drop_path_ramp, plain_attention
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -14,8 +14,9 @@ import modeling_finetune
 import modeling_vqkd
 import pretraining_targets
 from bf16_on_cpu import Linear, weight_gradient
+from positions import gather_bias, relative_position_index
 from pretraining_targets import cross_entropy_of_head
-from vit_backbone import PatchEmbed, cast_frozen, gather_bias, recompute_blocks, relative_position_index
+from vit_backbone import PatchEmbed, cast_frozen, recompute_blocks
 from vqkd_teachers import build_teacher
 
 BF16 = torch.bfloat16
