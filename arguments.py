@@ -454,6 +454,7 @@ def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--finetune", default="", help=f"pretrained backbone, or a segmentation model: {WEIGHTS}")
     g.add_argument("--nb_classes", type=int, default=0, help="0: as many as there are names, or as the masks have")
     g.add_argument("--aux_weight", type=float, default=0.4, help="weight of the auxiliary head's loss")
+    g.add_argument("--head_drop", type=float, default=0.1, help="dropout of whole channels before the heads' last convolution")
     g.add_argument("--layer_decay", type=float, default=0.75, help="learning rate factor per layer down; large: 0.9")
     g = parser.add_argument_group("images and masks (docs/segmentation.md)")
     g.add_argument("--data_path", default="",

@@ -21,7 +21,6 @@ from errors import UserError, pick
 from vit_backbone import SIZES, Trunk, init_linear_and_norm, rescale_outputs
 
 POOL_SCALES = (1, 2, 3, 6)
-HEAD_DROPOUT = 0.1  # of whole channels, before the last convolution
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -67,17 +66,23 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class Head(nn.Module):
-    """What every head ends with: dropout of channels and a 1 x 1 convolution to the classes."""
+    """What every head ends with: dropout of whole channels and a 1 x 1 convolution to the classes."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
         self.conv_seg = nn.Conv2d(channels, num_classes, kernel_size=1)
-        self.dropout = nn.Dropout2d(HEAD_DROPOUT)
+        self.dropout = nn.Dropout2d(0.1)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
         nn.init.zeros_(self.conv_seg.bias)  # type: ignore[arg-type]
 
     def classify(self, x: Tensor) -> Tensor:
         return self.conv_seg(self.dropout(x))
+
+
+def set_head_dropout(model: nn.Module, share: float) -> None:
+    """`share` of the channels that each head's last convolution does not see in training."""
+    for head in (module for module in model.modules() if isinstance(module, Head)):
+        head.dropout.p = share
 
 
 class UPerHead(Head):

@@ -118,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         use_abs_pos_emb=args.abs_pos_emb,
         use_rel_pos_bias=args.rel_pos_bias,
     )
+    modeling_segmentation.set_head_dropout(model, args.head_drop)
     if start is not None:
         trained_segmenter.load_pretrained(model, start, f"--finetune {args.finetune}")  # type: ignore[arg-type]
         warn_of_other_pretraining(start.weights, start.flags, parser, args)
