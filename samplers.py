@@ -136,7 +136,7 @@ def build_loader(
 
     `persistent`: the workers live until `close`, over all epochs.
     """
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=batch_sampler,
         num_workers=_workers(num_workers),
@@ -146,6 +146,23 @@ def build_loader(
         persistent_workers=persistent and _workers(num_workers) > 0,  # the epoch travels in the keys
         generator=torch.Generator(),  # else each epoch would move the training's own random state
     )
+
+
+class Loader(DataLoader[dict[str, Any]]):
+    """A loader that ends its processes when one of them brings an error. Left to the garbage collector (the error's frames make
+    a cycle of it) they would lose their queues first, and be waited for at the interpreter's exit for ever."""
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        return ended_by_errors(iterator) if self.num_workers else iterator
+
+
+def ended_by_errors(iterator: Any) -> Iterator[dict[str, Any]]:
+    try:
+        yield from iterator
+    except Exception:
+        iterator._shutdown_workers()
+        raise
 
 
 def close(loader: DataLoader[Any]) -> None:

@@ -11,11 +11,13 @@ FLOORS = {
     5: "engine_for_vqkd engine_for_pretraining engine_for_finetuning engine_for_linear_eval engine_for_segmentation "
     "engine_for_pixel_decoder benchmark_plain benchmark_steps",
     4: "engine modeling_pixel_decoder pretrained trained_classifier viewing",
-    3: "run_state modeling_vqkd datasets pretraining_targets weight_source code_files benchmark_peers benchmark_images",
+    3: "run_state modeling_vqkd datasets pretraining_targets weight_source code_files benchmark_peers benchmark_images "
+    "segmentation_data",
     2: "modeling_pretrain modeling_finetune modeling_segmentation modeling_dvae vqkd_teachers norm_ema_quantizer "
-    "checkpointing metrics confusion samplers interruption knn transforms image_lists",
+    "checkpointing metrics confusion samplers interruption knn transforms image_lists segmentation_views",
     1: "vit_backbone augmentation masking_generator optim_factory model_zoo distributed arguments visualization utils "
-    "imagenet_classes weight_formats weight_files pages transfer shards compilation benchmark_turns benchmark_worker",
+    "imagenet_classes weight_formats weight_files pages transfer shards compilation benchmark_turns benchmark_worker "
+    "segmentation_masks",
     0: "errors positions",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
