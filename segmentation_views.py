@@ -22,7 +22,7 @@ LONGEST = 4  # the longer side is at most so many times the base size
 REDRAWS = 10  # of a crop that one class fills
 BRIGHTNESS = 32  # levels, added
 FACTORS = (0.5, 1.5)  # of contrast and saturation
-HUE = 18  # degrees of the circle of colours
+HUE = 36  # degrees of the circle of colours: 18 of 180 steps in the recipe
 LEVELS = np.arange(256)
 
 Size = tuple[int, int]  # width, height
