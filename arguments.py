@@ -168,12 +168,17 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
     g.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="does nothing")
 
 
-def add_step_flags(parser: argparse.ArgumentParser) -> None:
-    """How a step is computed, not what; for the stages that train a ViT."""
+def add_step_flags(parser: argparse.ArgumentParser, can_shard: bool = False) -> None:
+    """How a step is computed, not what; for the stages that train a ViT. `can_shard`: with --fsdp."""
     g = parser.add_argument_group("memory and speed")
     g.add_argument("--grad_checkpointing", action="store_true",
                    help="keep less for the backward pass and compute it again: less memory, a third more time")  # fmt: skip
     g.add_argument("--compile", action="store_true", help="torch.compile: a slow first step, then faster ones (GPU)")
+    if can_shard:
+        g.add_argument("--fsdp", action="store_true",
+                       help="each process keeps its share of weights, gradients and moments alone, and gathers a block's when "
+                       "it computes: huge and giant on several GPUs, beside --grad_checkpointing; the checkpoints stay as "
+                       "they are")  # fmt: skip
 
 
 def add_optimizer_flags(

@@ -16,6 +16,7 @@ import torch
 
 import distributed
 import model_zoo
+import sharding
 import weight_files
 from distributed import log
 from errors import UserError
@@ -66,9 +67,14 @@ class Saver:
         self.error: Exception | None = None
 
     def submit(self, content: dict[str, Any], folder: Path, names: list[str], keep_ckpts: int = 0) -> None:
-        """Write under names[0], give it the other names too, and leave only the last `keep_ckpts` step checkpoints."""
+        """Write under names[0], give it the other names too, and leave only the last `keep_ckpts` step checkpoints.
+
+        Rank 0 writes. The others call it too where `content` is sharded.
+        """
         self.wait()
-        copy = on_cpu(content)
+        copy = on_cpu(content, keep=distributed.is_main())
+        if not distributed.is_main():
+            return
         self.thread = threading.Thread(target=self._write, args=(copy, folder, names, keep_ckpts), name="checkpoint")
         self.thread.start()
 
@@ -94,14 +100,18 @@ class Saver:
         self.check()
 
 
-def on_cpu(content: Any) -> Any:
-    """A copy that training cannot change: tensors cloned into main memory, the rest as it is."""
+def on_cpu(content: Any, keep: bool = True) -> Any:
+    """A copy that training cannot change: tensors cloned into main memory, the rest as it is.
+
+    Sharded tensors become whole one after the other, on all ranks together; without `keep` this rank keeps none of them.
+    """
     if isinstance(content, torch.Tensor):
-        return content.detach().to("cpu", copy=True)
+        whole = sharding.full(content.detach())
+        return whole.to("cpu", copy=True) if keep else None
     if isinstance(content, dict):
-        return {key: on_cpu(value) for key, value in content.items()}
+        return {key: on_cpu(value, keep) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return type(content)(on_cpu(value) for value in content)
+        return type(content)(on_cpu(value, keep) for value in content)
     return content
 
 
@@ -211,7 +221,7 @@ def head(path: Path) -> dict[str, Any]:
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Strict: a resumed model must be the one that was saved."""
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(sharding.shares_of_weights(weights, model))
     except RuntimeError:
         own = model.state_dict()
         different = [key for key in own if key not in weights or weights[key].shape != own[key].shape]

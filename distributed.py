@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import functools
 import hashlib
 import logging
 import os
@@ -209,9 +210,14 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 
 
 def cpu_computes_in_bf16() -> bool:
+    return cpu_has("avx512_bf16") or cpu_has("amx_bf16")
+
+
+@functools.cache
+def cpu_has(flag: str) -> bool:
+    """Whether Linux lists it among the CPU's abilities; elsewhere nothing is known."""
     with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text()
-        return "avx512_bf16" in flags or "amx_bf16" in flags
+        return flag in Path("/proc/cpuinfo").read_text().split()
     return False
 
 

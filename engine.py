@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 import checkpointing
 import distributed
+import sharding
 from distributed import Precision, log
 from errors import UserError
 from interruption import StopSignal
@@ -78,7 +79,8 @@ def train_epochs(
         state.epoch, state.samples = epoch + 1, 0
         run.saver.wait()  # evaluation starts data processes: no other thread may run while they are forked
         test = evaluate(state, stage) if due(epoch, args.eval_freq, args.epochs) else {}
-        test |= stage.probe(state.model, epoch)
+        with sharding.whole(state.model) as model:
+            test |= stage.probe(model, epoch)
         score = stage.better(test)
         # The line in log.txt first: a run killed between the two repeats the epoch, and then replaces the line.
         reporter.epoch(epoch, train, test)
@@ -89,8 +91,10 @@ def train_epochs(
             state.best = score
             names.append(checkpointing.BEST)
         save(state, stage, run, epoch, names)
-        if reporter.shows_pictures and args.image_freq and (epoch == 0 or due(epoch, args.image_freq, args.epochs)):
-            reporter.pictures(epoch, stage.pictures(state.model))
+        if args.image_freq and (epoch == 0 or due(epoch, args.image_freq, args.epochs)):
+            with sharding.whole(state.model) as model:
+                if reporter.shows_pictures:
+                    reporter.pictures(epoch, stage.pictures(model))
 
 
 def due(epoch: int, every: int, epochs: int) -> bool:
@@ -100,11 +104,13 @@ def due(epoch: int, every: int, epochs: int) -> bool:
 
 def evaluate(state: TrainState, stage: Stage) -> dict[str, float]:
     """The stage's evaluation of the weights, and of their moving average where there is one."""
-    test = stage.evaluate(state.model)
+    with sharding.whole(state.model) as model:
+        test = stage.evaluate(model)
     if state.ema is not None and test:
         device = next(state.model.parameters()).device
         on_device = state.ema.module if state.ema.device is None else copy.deepcopy(state.ema.module).to(device)
-        averaged = stage.evaluate(on_device)
+        with sharding.whole(on_device) as model:
+            averaged = stage.evaluate(model)
         test |= {name.replace("test_", "test_ema_", 1): value for name, value in averaged.items()}
     return test
 
@@ -246,17 +252,17 @@ def take_step(state: TrainState, clip_grad: float | None) -> Tensor:
     """Clip and update; a step whose gradients are not finite leaves weights and optimizer as they are. Returns the norm."""
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)
-    if not scaler.is_enabled() and optimizer.defaults.get("fused"):
+    if optimizer.defaults.get("fused") and not scaler.is_enabled() and not sharding.is_sharded(state.model):
         norm = nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
         # Read by the fused kernels, which skip the step or divide the gradients while they read them.
         skips, divisor = (~torch.isfinite(norm)).float(), ((norm + 1e-6) / clip_grad).clamp(min=1) if clip_grad else None
         optimizer.found_inf, optimizer.grad_scale = skips, divisor  # type: ignore[attr-defined]
         optimizer.step()
     else:
-        norm = nn.utils.clip_grad_norm_(state.parameters, clip_grad or math.inf)
+        norm = sharding.full(nn.utils.clip_grad_norm_(state.parameters, clip_grad or math.inf))
         if scaler.is_enabled():
             scaler.step(optimizer)  # skips by itself
-        elif bool(torch.isfinite(norm)):  # SGD and timm's optimizers do not skip on the device
+        elif bool(torch.isfinite(norm)):  # SGD, timm's optimizers and sharded ones do not skip on the device
             optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -44,7 +44,7 @@ def get_parser() -> argparse.ArgumentParser:
         lr_help="as it is, not scaled; 1.5e-3 for a batch of 2048",
     )
     arguments.add_knn_monitor_flags(parser)
-    arguments.add_step_flags(parser)
+    arguments.add_step_flags(parser, can_shard=True)
     arguments.add_run_flags(parser, save_ckpt_freq=20)
     return parser
 
@@ -216,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = run_state.training_data(dataset, run)
 
     # ── The student ──
-    model = build_model(args, target.width).to(run.device)
+    model = build_model(args, target.width)
+    run_state.place(run, model)
     mean_std = normalisation(args.imagenet_default_mean_and_std)
     stage = PretrainingStage(
         target,

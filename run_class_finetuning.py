@@ -44,7 +44,7 @@ def get_parser() -> argparse.ArgumentParser:
         epochs=30,
         lr_help="of the head; deeper layers by --layer_decay",
     )
-    arguments.add_step_flags(parser)
+    arguments.add_step_flags(parser, can_shard=True)
     arguments.add_run_flags(parser, save_ckpt_freq=5)
     return parser
 
@@ -153,10 +153,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if weights is not None:  # what fits is used; what does not is named
         pretrained.load_fitting(model, weights.weights, f"--finetune {args.finetune}")
         trained_classifier.warn_of_other_pretraining(weights.weights, weights.flags, parser, args)
-    model.to(run.device)
     ema = None
     if args.model_ema:
-        ema = ModelEmaV3(model, decay=args.model_ema_decay, device=torch.device("cpu") if args.model_ema_force_cpu else None)
+        kept_on = torch.device("cpu") if args.model_ema_force_cpu else None  # None: where the model is
+        ema = ModelEmaV3(model, decay=args.model_ema_decay, device=kept_on, foreach=kept_on is None)
+    run_state.place(run, model, ema)
     mixup = build_mixup(args, nb_classes)
     stage = FinetuningStage(run.device, run.precision, validation_loader, mixup, args.smoothing, dataset.classes)
 

@@ -22,12 +22,13 @@ import arguments
 import checkpointing
 import compilation
 import distributed
+import sharding
 from distributed import Launch, Precision, choose_precision, log
 from errors import UserError
 from metrics import RunningMeans
 from samplers import ResumableSampler, build_loader
 from utils import seed_all
-from vit_backbone import recompute_blocks
+from vit_backbone import Block, recompute_blocks
 
 
 class Stage:
@@ -89,6 +90,11 @@ class Run:
     def output_dir(self) -> Path | None:
         return Path(self.args.output_dir) if self.args.output_dir else None
 
+    @property
+    def sharded(self) -> bool:
+        """--fsdp, and more processes than one."""
+        return getattr(self.args, "fsdp", False) and self.launch.world_size > 1
+
 
 def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run:
     """Join the other processes, choose device and precision, seed, and say what was asked for."""
@@ -96,6 +102,8 @@ def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run:
     if getattr(args, "compile", False):  # a flag of the stages that train a ViT, as is the next
         compilation.require_compiler(device)
     run = Run(args, launch, device, choose_precision(args.amp_dtype, device))
+    if run.sharded:
+        sharding.check(args, device)
     seed_all(args.seed, device)  # the same on every rank: all build the same model
     log.info(f"── {parser.description} ──")
     log.info("flags      " + (", ".join(f"{k}={v}" for k, v in arguments.changed_flags(parser, args).items()) or "all default"))
@@ -103,6 +111,8 @@ def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run:
     log.info(f"device     {launch.world_size} x {place}, {run.precision}")
     log.info(f"code       commit {git_commit()}, torch {torch.__version__}")
     log.info(f"output     {args.output_dir or 'nowhere: without --output_dir nothing is kept'}")
+    if getattr(args, "fsdp", False) and not run.sharded:
+        log.info("fsdp       nothing to shard: there is one process (a launcher starts several)")
     arguments.warn_of_obsolete_flags(parser, args)
     torch.autograd.set_detect_anomaly(args.detect_anomaly)
     if run.output_dir:
@@ -194,6 +204,19 @@ def compile_networks(run: Run, data: TrainingData, *networks: Any) -> None:
         log.info(f"compile    {count} parts of the networks, in the first step (a minute or more)")
 
 
+def place(run: Run, model: nn.Module, ema: ModelEmaV3 | None = None) -> None:
+    """The model, and its average where it is not kept elsewhere, to this process's device: whole, or (--fsdp) its share.
+
+    Before the optimizer, which must be given the parameters that are there then.
+    """
+    moves = [model] if ema is None or ema.device is not None else [model, ema.module]
+    for network in moves:
+        if run.sharded:
+            sharding.shard(network, run.device, Block)
+        else:
+            network.to(run.device)
+
+
 def new_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, ema: ModelEmaV3 | None = None, name: str = ""
 ) -> TrainState:
@@ -201,7 +224,7 @@ def new_state(
     if getattr(run.args, "grad_checkpointing", False):
         recompute_blocks(model)
     runner = model
-    if run.launch.world_size > 1:
+    if run.launch.world_size > 1 and not run.sharded:
         # No device_ids: DDP would move the mask to the GPU, whose positions are listed on the host. Buffers are not
         # broadcast: the quantizer keeps its own equal everywhere. (Newer torch renames the flag and warns.)
         # Every step is the same graph, so no search for unused parameters, and one without a gradient is no error. Torch
@@ -222,9 +245,9 @@ def new_state(
 
 def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]) -> None:
     """Write a checkpoint on rank 0 under each of `names`, in the background. `state` says where to go on, `epoch` which
-    one this was."""
+    one this was. All ranks call it: what is sharded they gather together."""
     output_dir = run.output_dir
-    if output_dir is None or not distributed.is_main() or not getattr(run.args, "save_ckpt", True):
+    if output_dir is None or not getattr(run.args, "save_ckpt", True) or not (distributed.is_main() or run.sharded):
         return
     content = {
         "model": state.model.state_dict(),
@@ -262,7 +285,8 @@ def restore(state: TrainState, stage: Stage, run: Run, path: Path) -> None:
     content = checkpointing.read(path)
     checkpointing.load_weights(state.model, content["model"], path)
     if state.ema is not None:
-        state.ema.module.load_state_dict(content.get("model_ema", content["model"]))
+        average = content.get("model_ema", content["model"])
+        state.ema.module.load_state_dict(sharding.shares_of_weights(average, state.ema.module))
     if "optimizer" not in content or "next" not in content:
         log.info(f"{path} holds weights alone: training starts at epoch {state.epoch}")
         return
@@ -270,7 +294,7 @@ def restore(state: TrainState, stage: Stage, run: Run, path: Path) -> None:
     if before != run.args.opt:
         raise UserError(f"{path} holds the state of --opt {before}, not of {run.args.opt}: go on with --opt {before}")
     settings = [{key: value for key, value in g.items() if key != "params"} for g in state.optimizer.param_groups]
-    state.optimizer.load_state_dict(content["optimizer"])
+    state.optimizer.load_state_dict(sharding.shares_of_moments(content["optimizer"], state.optimizer))
     for group, values in zip(state.optimizer.param_groups, settings, strict=True):
         group.update(values)
     if content["scaler"] and state.scaler.is_enabled():

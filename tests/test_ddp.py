@@ -31,10 +31,8 @@ class MeanSquare(run_state.Stage):
 
 def three_steps(rank, world_size, build, update_freq, recompute, compiled):
     flags = {"grad_checkpointing": recompute, "update_freq": update_freq, "model": "x", "start_epoch": 0, "seed": 0}
-    run = SimpleNamespace(
-        args=SimpleNamespace(**flags), launch=Launch(rank, world_size), device=torch.device("cpu"),
-        precision=Precision("cpu", None),
-    )  # fmt: skip
+    place = Launch(rank, world_size), torch.device("cpu"), Precision("cpu", None)
+    run = run_state.Run(SimpleNamespace(**flags), *place)
     torch.manual_seed(0)
     model, shape = build()
     state = run_state.new_state(model, torch.optim.SGD(model.parameters(), lr=0.1), run)

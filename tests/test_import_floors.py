@@ -15,7 +15,8 @@ FLOORS = {
     2: "modeling_pretrain modeling_finetune modeling_segmentation modeling_dvae vqkd_teachers norm_ema_quantizer "
     "checkpointing metrics confusion samplers interruption knn transforms image_lists",
     1: "vit_backbone augmentation masking_generator optim_factory model_zoo distributed arguments visualization utils "
-    "imagenet_classes weight_formats weight_files pages transfer shards compilation benchmark_turns benchmark_worker",
+    "imagenet_classes weight_formats weight_files pages transfer shards sharding compilation benchmark_turns "
+    "benchmark_worker",
     0: "errors bf16_on_cpu",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -208,7 +208,7 @@ def test_gradients_are_clipped_inside_fused_adamw_as_before_it(clip_grad):
         x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
         for model in (ours, plain):
             model(x).square().sum().backward()
-        state = SimpleNamespace(optimizer=optimizers[0], scaler=scaler, parameters=list(ours.parameters()))
+        state = SimpleNamespace(model=ours, optimizer=optimizers[0], scaler=scaler, parameters=list(ours.parameters()))
         norms.append(float(engine.take_step(state, clip_grad)))
         norms.append(float(nn.utils.clip_grad_norm_(plain.parameters(), clip_grad or float("inf"))))
         optimizers[1].step()

@@ -1,0 +1,349 @@
+"""--fsdp: two gloo processes that hold a half each end where DDP and one process end, and write the same checkpoints."""
+
+import json
+import math
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from many_processes import run_ranks
+from timm.utils import ModelEmaV3
+from tiny_runs import (
+    assert_same_weights,
+    checkpoint,
+    finetuning_flags,
+    log_lines,
+    photos,
+    pretraining_flags,
+    tokenizer,
+)
+from torch.distributed.fsdp import FSDPModule
+
+import distributed
+import engine
+import modeling_finetune
+import optim_factory
+import run_beitv2_pretraining
+import run_class_finetuning
+import run_state
+import sharding
+from checkpointing import size_of
+from distributed import Launch, Precision
+from errors import UserError
+
+on_cpu = pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"), reason="this torch's gloo cannot average gradients"
+)
+CPU = torch.device("cpu")
+
+# ── Whole runs: the same command lines with and without the flag ─────────────────────────────────────────────────────
+
+
+def lines_of(folder: Path) -> dict[str, tuple[str, list[str]]]:
+    """Name of a run -> script and flags of two processes. 16 images, 9 to evaluate on: one rank has a batch more."""
+    train, uneven, codes = folder / "photos/train", folder / "photos/val", folder / "tokenizer.pth"
+    looking = ["--eval_data_path", str(uneven), "--knn_freq", "1", "--knn_data_path", str(folder / "photos")]
+    looking += ["--drop_path", "0", "--clip_grad", "3", "--image_freq", "1"]
+    drawing = ["--eval_data_path", str(uneven), "--drop_path", "0.1", "--mixup", "0.8", "--model_ema", "--model_ema_decay"]
+    drawing += ["0.5", "--update_freq", "2", "--grad_checkpointing", "--clip_grad", "1", "--save_ckpt_steps", "1"]
+    drawing += ["--keep_ckpts", "9", "--batch_size", "2"]
+
+    def pretrain(out, *more):
+        return "pretrain", pretraining_flags(train, folder / out, codes, *more)
+
+    def tune(out, *more):
+        return "finetune", finetuning_flags(train, folder / out, *drawing, *more)
+
+    middle = str(folder / "tuned/checkpoint-step3.pth")  # of the second epoch's two steps
+    return {
+        "pretrained_ddp": pretrain("pretrained_ddp", *looking),
+        "pretrained": pretrain("pretrained", *looking, "--fsdp"),
+        "tuned_ddp": tune("tuned_ddp"),
+        "tuned": tune("tuned", "--fsdp"),
+        "resumed": tune("resumed", "--fsdp", "--resume", middle),
+        "resumed_by_ddp": tune("resumed_by_ddp", "--resume", middle),
+        "bad_ddp": pretrain("bad_ddp", "--drop_path", "0"),
+        "bad": pretrain("bad", "--drop_path", "0", "--fsdp"),
+        "bad_sgd": pretrain("bad_sgd", "--drop_path", "0", "--fsdp", "--opt", "sgd"),
+        "bad_fp16_ddp": pretrain("bad_fp16_ddp", "--drop_path", "0", "--amp_dtype", "fp16"),
+        "bad_fp16": pretrain("bad_fp16", "--drop_path", "0", "--fsdp", "--amp_dtype", "fp16"),
+    }
+
+
+def exploding_on_rank_1(rank):
+    """The second step's loss is infinite, on one rank."""
+    original, seen = run_beitv2_pretraining.PretrainingStage.step, []
+
+    def step(self, model, batch):
+        loss, logs = original(self, model, batch)
+        seen.append(1)
+        return (loss * math.inf if rank == 1 and len(seen) == 2 else loss), logs
+
+    return mock.patch.object(run_beitv2_pretraining.PretrainingStage, "step", step)
+
+
+def all_runs(rank, world_size, folder):
+    mains = {"pretrain": run_beitv2_pretraining.main, "finetune": run_class_finetuning.main}
+    for name, (script, flags) in lines_of(folder).items():
+        environment = mock.patch.dict("os.environ", {"RANK": str(rank), "WORLD_SIZE": str(world_size)})
+        one_group = mock.patch.object(distributed, "stop")  # for all these runs
+        with environment, one_group, exploding_on_rank_1(rank if name.startswith("bad") else -1):
+            mains[script](flags)
+    result = trained(rank, world_size, folder)
+    if rank == 0:
+        passed_on(0, 1, folder, "a.pth", "b.pth")
+    distributed.barrier()
+    passed_on(rank, world_size, folder, "b.pth", "c.pth")
+    return result
+
+
+@pytest.fixture(scope="module")
+def both_ranks(tmp_path_factory):
+    """Where the runs are, and what `trained` returned on each rank: processes are started once, which takes the most time."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    photos(folder / "photos/train")
+    photos(folder / "photos/val", per_class=5)
+    (folder / "photos/val/b/0.jpg").unlink()
+    tokenizer(folder / "tokenizer.pth")
+    return folder, run_ranks(all_runs, 2, folder)
+
+
+@pytest.fixture(scope="module")
+def runs(both_ranks):
+    return both_ranks[0]
+
+
+def assert_near(one: Path, two: Path, tolerance: float) -> None:
+    for entry in ("model", "model_ema"):
+        first, second = (checkpoint(path / "checkpoint.pth").get(entry, {}) for path in (one, two))
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            assert value.shape == second[name].shape
+            assert torch.allclose(value, second[name], atol=tolerance), (entry, name, (value - second[name]).abs().max())
+
+
+def assert_same_curves(one: Path, two: Path) -> None:
+    for first, second in zip(log_lines(one), log_lines(two), strict=True):
+        assert first.keys() == second.keys()
+        for name in first.keys() - {"seconds"}:
+            assert first[name] == pytest.approx(second[name], rel=1e-4), name
+
+
+@on_cpu
+@pytest.mark.parametrize("run", ["pretrained", "tuned"])
+def test_shares_end_where_whole_copies_end(run, runs):
+    """Clipping, layer decay, accumulation, recomputed blocks, moving average; evaluation, k-NN and pictures between."""
+    assert_same_curves(runs / run, runs / f"{run}_ddp")
+    assert_near(runs / run, runs / f"{run}_ddp", 2e-6)
+    shares, copies = (checkpoint(runs / name / "checkpoint.pth")["optimizer"] for name in (run, f"{run}_ddp"))
+    assert shares["param_groups"] == copies["param_groups"]
+    assert shares["state"].keys() == copies["state"].keys()
+
+
+@on_cpu
+def test_shares_end_where_one_process_ends(runs, tmp_path):
+    _, flags = lines_of(runs)["pretrained_ddp"]
+    run_beitv2_pretraining.main([*flags, "--batch_size", "8", "--output_dir", str(tmp_path)])
+    assert_same_curves(runs / "pretrained", tmp_path)
+    assert_near(runs / "pretrained", tmp_path, 2e-5)
+
+
+@on_cpu
+def test_uneven_evaluation_counts_every_image_once_and_pictures_come_out(runs):
+    assert all(line["test_images"] == line["test_ema_images"] == 9 for line in log_lines(runs / "tuned"))
+    assert all("test_knn_acc1" in line for line in log_lines(runs / "pretrained"))
+    for name in ("masked_tokens-0000.png", "masked_tokens-0001.png"):
+        pictures = [runs / run / "pictures" / name for run in ("pretrained", "pretrained_ddp")]
+        assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
+@on_cpu
+def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(runs):
+    assert checkpoint(runs / "tuned/checkpoint-step3.pth")["next"]["samples"] > 0
+    assert_same_weights(runs / "tuned/checkpoint.pth", runs / "resumed/checkpoint.pth")
+    moments = [checkpoint(runs / name / "checkpoint.pth")["optimizer"]["state"] for name in ("tuned", "resumed")]
+    assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
+
+
+@on_cpu
+def test_a_run_goes_on_without_the_flag_and_with_fewer_processes(runs, tmp_path):
+    assert_near(runs / "tuned", runs / "resumed_by_ddp", 2e-6)
+    _, flags = lines_of(runs)["resumed_by_ddp"]
+    run_class_finetuning.main([*flags, "--output_dir", str(tmp_path)])
+    assert [line["epoch"] for line in log_lines(tmp_path)] == [1]
+
+
+@on_cpu
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(runs):
+    assert_near(runs / "bad", runs / "bad_ddp", 2e-6)
+    assert_near(runs / "bad_fp16", runs / "bad_fp16_ddp", 1e-4)
+    files = {run: checkpoint(runs / run / "checkpoint.pth") for run in ("bad", "bad_sgd", "bad_fp16", "bad_fp16_ddp")}
+    assert all(value.isfinite().all() for content in files.values() for value in content["model"].values())
+    assert {float(moments["step"]) for moments in files["bad"]["optimizer"]["state"].values()} == {3.0}  # of 4
+    assert files["bad_fp16"]["scaler"] == files["bad_fp16_ddp"]["scaler"]
+    assert files["bad_fp16"]["scaler"]["scale"] < 2.0**16  # the scale that it began with
+
+
+# ── What a rank holds, and what it writes ────────────────────────────────────────────────────────────────────────────
+
+
+class Args(SimpleNamespace):
+    def plain(self):
+        return vars(self)
+
+
+def vit():
+    """With 5 rows in the head, 1 in the tokens, and a parameter that never gets a gradient."""
+    model = modeling_finetune.VisionTransformer(
+        img_size=32, patch_size=16, embed_dim=64, depth=3, num_heads=2, num_classes=5, init_values=0.1, init_scale=1.0
+    )
+    model.idle = torch.nn.Parameter(torch.ones(2, 2))
+    return model
+
+
+def started(rank, world_size, folder, seed):
+    settings = {"opt": "adamw", "lr": 1e-3, "opt_eps": 1e-8, "opt_betas": None, "weight_decay": 0.05}
+    args = Args(**settings, fsdp=True, seed=0, model="vit", start_epoch=0, update_freq=1, output_dir=str(folder), keep_ckpts=0)
+    run = run_state.Run(args, Launch(rank, world_size), CPU, Precision("cpu", None))
+    torch.manual_seed(seed)
+    model = vit()
+    ema = ModelEmaV3(model, decay=0.5)
+    run_state.place(run, model, ema)
+    return run_state.new_state(model, optim_factory.create_optimizer(args, model), run, ema), run
+
+
+class MeanSquare(run_state.Stage):
+    def step(self, model, batch):
+        return model(batch["image"]).square().mean(), {}
+
+
+def trained(rank, world_size, folder):
+    """Two steps, saved as a.pth; bytes that this rank holds."""
+    state, run = started(rank, world_size, folder, seed=0)
+    for step in range(2):
+        images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(10 * step + rank))
+        engine.accumulate_gradients(state, MeanSquare(), [{"image": images}], run, finish=dict)
+        gradients = sum(held(parameter.grad) for parameter in state.parameters if parameter.grad is not None)
+        engine.take_step(state, None)
+        state.ema.update(state.model, step)
+    with sharding.whole(state.model) as plain:
+        assert not isinstance(plain, FSDPModule)
+        answers = plain.forward_features(images).detach() if rank == 0 else None  # alone, and not by forward
+    assert all(parameter.is_meta for parameter in plain.parameters())  # the copy is gone
+    run_state.save(state, MeanSquare(), run, 0, ["a.pth"])
+    run.saver.wait()
+    moments = [value for moments in state.optimizer.state.values() for name, value in moments.items() if name != "step"]
+    parts = {
+        "weights": state.model.parameters(),
+        "moments": moments,
+        "ema": state.ema.module.parameters(),
+    }
+    return {name: sum(map(held, tensors)) for name, tensors in parts.items()} | {
+        "gradients": gradients,
+        "answers": answers,
+        "autocast_cache": torch.is_autocast_cache_enabled(),
+    }
+
+
+def held(tensor):
+    """Bytes of this rank."""
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.numel() * local.element_size()
+
+
+def passed_on(rank, world_size, folder, name, other):
+    """What one file holds, into a state of other weights and from there into the other file."""
+    state, run = started(rank, world_size, folder, seed=1)
+    run_state.restore(state, MeanSquare(), run, folder / name)
+    run_state.save(state, MeanSquare(), run, 0, [other])
+    run.saver.wait()
+
+
+@on_cpu
+def test_each_rank_holds_its_share(both_ranks):
+    first, second = both_ranks[1]
+    size = sum(parameter.numel() * 4 for parameter in vit().parameters())
+    trained_size = size - 16
+    for name, expected in {"weights": size, "gradients": trained_size, "moments": 2 * trained_size, "ema": size}.items():
+        assert first[name] + second[name] == expected, name
+        assert max(first[name], second[name]) < 0.52 * expected, name
+    assert not first["autocast_cache"]  # else autocast holds all weights in low precision
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
+def test_a_share_is_what_torch_cuts(processes):
+    for rows in range(1, 12):
+        chunks = list(torch.arange(rows).chunk(processes))
+        chunks += [torch.arange(0)] * (processes - len(chunks))
+        for rank, chunk in enumerate(chunks):
+            assert torch.equal(torch.arange(rows)[sharding.own_rows(rows, processes, rank)], chunk)
+
+
+@on_cpu
+def test_one_rank_alone_sees_what_the_checkpoint_holds(both_ranks):
+    folder, (first, _) = both_ranks
+    model = vit()
+    model.load_state_dict(checkpoint(folder / "a.pth")["model"])
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(10))
+    assert torch.allclose(model.forward_features(images), first["answers"], atol=1e-6)
+
+
+@on_cpu
+def test_checkpoints_pass_from_shares_to_one_process_and_back_unchanged(runs):
+    content = checkpoint(runs / "a.pth")
+    assert size_of(content["optimizer"]) >= 2 * size_of(content["model_ema"]) > 0.9 * size_of(content["model"])
+    for other in ("b.pth", "c.pth"):
+        assert_same(content, checkpoint(runs / other), ("model", "model_ema", "optimizer"))
+
+
+def assert_same(one, two, names):
+    for name in names:
+        assert flat(one[name]).keys() == flat(two[name]).keys()
+        for key, value in flat(one[name]).items():
+            other = flat(two[name])[key]
+            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, (name, key)
+
+
+def flat(content, prefix=""):
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else None
+    if items is None:
+        return {prefix: content}
+    return {key: value for name, item in items for key, value in flat(item, f"{prefix}/{name}").items()}
+
+
+# ── Where the flag does nothing, and where it is refused ─────────────────────────────────────────────────────────────
+
+
+def test_one_process_says_that_there_is_nothing_to_shard(tmp_path, capsys):
+    data = photos(tmp_path / "photos", per_class=4)
+    run_class_finetuning.main(finetuning_flags(data, tmp_path / "plain"))
+    assert "nothing to shard" not in capsys.readouterr().out
+    run_class_finetuning.main(finetuning_flags(data, tmp_path / "out", "--fsdp", "--opt", "adamw"))
+    assert capsys.readouterr().out.count("nothing to shard") == 1
+    assert_same_weights(tmp_path / "plain/checkpoint.pth", tmp_path / "out/checkpoint.pth")
+    assert json.loads((tmp_path / "out/log.txt").read_text().splitlines()[0])["test_images"] == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"compile": True}, "--fsdp and --compile"),
+        ({"opt": "lamb"}, "not with lamb"),
+        ({"model_ema_force_cpu": True}, "--model_ema_force_cpu has no effect"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(flags, message):
+    fine = {"compile": False, "opt": "AdamW", "model_ema_force_cpu": False}
+    gpu = torch.device("cuda")
+    sharding.check(Namespace(**fine), gpu)
+    with pytest.raises(UserError, match=message):
+        sharding.check(Namespace(**fine | flags), gpu)
+
+
+def test_a_cpu_without_averaging_collectives_is_refused(monkeypatch):
+    monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms", raising=False)
+    with pytest.raises(UserError, match="--fsdp on CPUs needs a newer torch"):
+        sharding.check(Namespace(compile=False, opt="adamw"), CPU)
