@@ -6,6 +6,7 @@ are accepted and say so.
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import sys
 from collections.abc import Sequence
@@ -62,6 +63,15 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     if betas and args.opt.lower().startswith("adam") and len(betas) != 2:
         parser.error(f"--opt_betas takes two numbers for {args.opt}, such as 0.9 0.999")
     return args.freeze()
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> set[str]:
+    """The flags that the command line names, also those that it gives their default."""
+    silent = copy.deepcopy(parser)
+    for action in silent._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    words = sys.argv[1:] if argv is None else argv
+    return set(vars(silent.parse_args([word for word in words if not word or word.strip()])))
 
 
 def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
@@ -124,6 +134,27 @@ def image_size(text: str) -> int | tuple[int, int]:
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"'{text}' is neither a side in pixels nor height x width, such as 384x512")
     return sides[0] if len(set(sides)) == 1 else (sides[0], sides[1])
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
+    return value
+
+
+def not_negative_number(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
+    return value
+
+
+def below_one(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie from 0 up to, but not at, 1")
+    return value
 
 
 def fraction(text: str) -> float:
@@ -195,20 +226,20 @@ def add_optimizer_flags(
 
 def add_poly_optimizer_flags(parser: argparse.ArgumentParser, lr: float, weight_decay: float, max_steps: int) -> None:
     """For the stage that is counted in optimizer steps and whose learning rate falls along a polynomial."""
-    g = add_optimizer(parser, lr, weight_decay, "of the heads; deeper layers by --layer_decay")
+    g = add_optimizer(parser, lr, weight_decay, "of the heads; deeper layers by --layer_decay", batch_size=2)
     g.add_argument("--max_steps", type=positive, default=max_steps, help="optimizer steps of the whole run")
     g.add_argument("--steps_per_epoch", type=positive, default=16000,
                    help="steps between evaluations, checkpoints and lines of log.txt, rounded up to whole passes over the "
                    "data; --save_ckpt_freq, --eval_freq and --image_freq count these")  # fmt: skip
     g.add_argument("--min_lr", type=float, default=0.0, help="the schedule ends here")
-    g.add_argument("--warmup_steps", type=int, default=1500, help="linear warm-up; 0: none")
+    g.add_argument("--warmup_steps", type=not_negative, default=1500, help="linear warm-up; 0: none")
     g.add_argument("--poly_power", type=above_zero, default=1.0, help="of the decay; 1: a straight line")
 
 
-def add_optimizer(parser: argparse.ArgumentParser, lr: float, weight_decay: float, lr_help: str) -> Any:
+def add_optimizer(parser: argparse.ArgumentParser, lr: float, weight_decay: float, lr_help: str, batch_size: int = 64) -> Any:
     """What every schedule shares; returns the group."""
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--batch_size", type=positive, default=64, help="images per process and micro-step")
+    g.add_argument("--batch_size", type=positive, default=batch_size, help="images per process and micro-step")
     g.add_argument("--update_freq", type=positive, default=1, help="micro-steps accumulated into one optimizer step")
     g.add_argument("--opt", default="adamw", help="adamw, adam, sgd, or any name of timm's optimizers")
     g.add_argument("--opt_eps", type=float, default=1e-8)
@@ -453,8 +484,10 @@ def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--model", default="upernet_beit_base_patch16", help="upernet_ or setr_pup_beit_<size>_patch16")
     g.add_argument("--finetune", default="", help=f"pretrained backbone, or a segmentation model: {WEIGHTS}")
     g.add_argument("--nb_classes", type=int, default=0, help="0: as many as there are names, or as the masks have")
-    g.add_argument("--aux_weight", type=float, default=0.4, help="weight of the auxiliary head's loss")
-    g.add_argument("--head_drop", type=float, default=0.1, help="dropout of whole channels before the heads' last convolution")
+    g.add_argument("--aux_weight", type=not_negative_number, default=0.4, help="weight of the auxiliary head's loss")
+    g.add_argument(
+        "--head_drop", type=below_one, default=0.1, help="dropout of whole channels before the heads' last convolution"
+    )
     g.add_argument("--layer_decay", type=float, default=0.75, help="learning rate factor per layer down; large: 0.9")
     g = parser.add_argument_group("images and masks (docs/segmentation.md)")
     g.add_argument("--data_path", default="",
@@ -463,7 +496,7 @@ def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--eval_data_path", default="", help="another folder of images/ and annotations/ to evaluate on")
     g.add_argument("--class_names", default=None, help="file of the classes' names, one a line; ADE20K's is found by itself")
     g.add_argument("--palette", default=None, help="file of the classes' colours in pictures, a line 'r g b' each, 0 to 255")
-    g.add_argument("--reduce_zero_label", action="store_true", help="label 0 is ignored, 1 is the first class (ADE20K)")
+    add_switch(g, "reduce_zero_label", "keep_zero_label", False, "label 0 is ignored, 1 is the first class (ADE20K)")
     g.add_argument("--input_size", type=positive, default=512, help="side of the square crops, and of evaluation's windows")
     g.add_argument("--base_size", type=positive, default=None,
                    help="shorter side of an image at scale 1 (the longer one: at most 4 times that); default: "
@@ -477,8 +510,10 @@ def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
     )
     g = parser.add_argument_group("evaluation and prediction")
     g.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and stop")
-    g.add_argument("--predict", default="", help="folder of images (or one) to label with --resume (or --finetune); then stop")
-    g.add_argument("--whole_image", action="store_true", help="the network sees whole images, not windows that slide over them")
+    g.add_argument(
+        "--predict", default="", help="folder of images, or one image, to label with --resume (or --finetune); then stop"
+    )
+    add_switch(g, "whole_image", "sliding_windows", False, "the network sees whole images, not windows that slide over them")
     g.add_argument("--stride", type=positive, default=None, help="of the windows; default: 2/3 of --input_size (341 of 512)")
     g.add_argument("--eval_scales", type=above_zero, nargs="+", default=[1.0],
                    help="sizes whose probabilities are averaged; multi-scale: 0.5 0.75 1.0 1.25 1.5 1.75")  # fmt: skip

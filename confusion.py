@@ -57,11 +57,6 @@ class Confusion:
         self._count()
         return self.keys >> 32, self.keys & LOW_BITS, self.counts
 
-    def dense(self, classes: int) -> Tensor:
-        """(classes, classes) int64: row = true class, column = predicted class. For few classes."""
-        labels, predictions, counts = self.pairs()
-        return counts.new_zeros(classes * classes).index_add_(0, labels * classes + predictions, counts).view(classes, classes)
-
     def by_class(self) -> tuple[Tensor, Tensor]:
         """(correct, total) of each class that occurs, int64, in the order of the class numbers."""
         labels, predictions, counts = self.pairs()

@@ -42,7 +42,7 @@ class Stopped(Exception):
 
 def fit(state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule, run: Run) -> None:
     """Train from where `state` stands to the last epoch, or until a signal asks to stop; both are a success."""
-    epochs = math.ceil(len(schedule.lr) / data.steps_per_epoch)  # where a run is counted in steps, the last one may be cut
+    epochs = run.args.epochs if not schedule.in_steps else epochs_of_steps(state, data, len(schedule.lr))
     reporter = Reporter(run.args, run.device, epochs, state.epoch, state.step)
     try:
         with StopSignal() as stop:
@@ -60,6 +60,12 @@ def fit(state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule,
         close(data.loader)
         run.saver.wait()
     distributed.barrier()
+
+
+def epochs_of_steps(state: TrainState, data: TrainingData, max_steps: int) -> int:
+    """How many epochs a run of so many steps has, done ones included; the last may be cut."""
+    into_epoch = state.samples // data.sampler.global_batch
+    return state.epoch + math.ceil((into_epoch + max_steps - state.step) / data.steps_per_epoch)
 
 
 def train_epochs(
@@ -134,13 +140,13 @@ def train_one_epoch(
         stage.start_epoch(state.epoch)
     data.sampler.set_position(state.epoch, state.samples)
     watch = BadSteps(state, run)
-    first = state.epoch * data.steps_per_epoch
-    steps = min(data.steps_per_epoch, len(schedule.lr) - first)
+    done = data.steps_per_epoch - len(data.sampler) // args.update_freq
+    start = state.step if schedule.in_steps else state.epoch * data.steps_per_epoch + done
+    steps = min(data.steps_per_epoch, done + len(schedule.lr) - start)
     reporter.start_epoch(state.epoch, steps, state.step)
     batches = iter(data.loader)
-    done = data.steps_per_epoch - len(data.sampler) // args.update_freq
     for step_in_epoch in range(done, steps):
-        schedule_step = first + step_in_epoch
+        schedule_step = start + step_in_epoch - done
         schedule.apply(state.optimizer, schedule_step)
         stage.before_step(state.step)
         micro_batches = reporter.waiting_for(batches, args.update_freq)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import distributed
 import visualization
-from confusion import Confusion
 from distributed import Precision
 from engine import evaluation_batches, samples_to_show
 from errors import UserError
@@ -83,14 +83,19 @@ class SegmentationStage(Stage):
         """mIoU, mAcc and aAcc on the validation images of all ranks, at the size of their masks."""
         assert self.validation is not None
         model.eval()
-        confusion = Confusion(self.device)
+        classes = len(self.classes)
+        counts = torch.zeros(classes * classes, dtype=torch.int64, device=self.device)
         for batch in evaluation_batches(self.validation, self.device):
             for image, labels in zip(batch["image"], batch["label"], strict=True):
                 predicted = predict(model, image, tuple(labels.shape), self.how, self.precision)
                 labelled = labels != IGNORED
-                confusion.add(labels[labelled], predicted[labelled])
-        confusion.sum_over_ranks()
-        return scores_of(confusion.dense(len(self.classes)))
+                counts += torch.bincount(labels[labelled] * classes + predicted[labelled], minlength=len(counts))
+        distributed.all_reduce_sum(counts)
+        if not counts.any():
+            raise UserError(
+                "the validation masks have not one labelled pixel (255, and 0 with --reduce_zero_label, are ignored)"
+            )
+        return scores_of(counts.view(classes, classes))
 
     def better(self, test: dict[str, float]) -> float | None:
         return test.get("test_miou")

@@ -156,10 +156,14 @@ def poly_scheduler(base_value: float, final_value: float, steps: int, warmup_ste
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate and weight decay for every optimizer step of the run."""
+    """Learning rate and weight decay for every optimizer step of the run.
+
+    `in_steps`: the run is counted in optimizer steps, whatever an epoch is; else in epochs, whatever a step is.
+    """
 
     lr: np.ndarray
     weight_decay: np.ndarray
+    in_steps: bool = False
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the groups' values for optimizer step `step` of the run."""
@@ -200,4 +204,5 @@ def build_poly_schedule(args: argparse.Namespace) -> Schedule:
     return Schedule(
         poly_scheduler(args.lr, args.min_lr, args.max_steps, args.warmup_steps, args.poly_power),
         np.full(args.max_steps, args.weight_decay),
+        in_steps=True,
     )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -27,7 +30,7 @@ import weight_source
 from distributed import log
 from engine_for_segmentation import Scores, SegmentationStage
 from errors import UserError, pick, tells_the_user
-from image_lists import find_images
+from image_lists import find_images_or_file
 from optim_factory import LayerDecayValueAssigner, build_poly_schedule, create_optimizer, layer_decay_values
 from samplers import EvalSampler, build_loader
 from segmentation_data import SegmentationFiles
@@ -35,6 +38,45 @@ from sliding_window import Looking, predict
 from trained_classifier import warn_of_other_pretraining
 from transforms import normalisation
 from viewing import read_or_leave_out
+
+OF_TRAINING = [
+    "model",
+    "nb_classes",
+    "aux_weight",
+    "head_drop",
+    "layer_decay",
+    "rel_pos_bias",
+    "abs_pos_emb",
+    "layer_scale_init_value",
+    "drop_path",
+    "scale_range",
+    "max_class_share",
+    "hflip",
+    "photometric",
+    "batch_size",
+    "update_freq",
+    "opt",
+    "opt_eps",
+    "opt_betas",
+    "momentum",
+    "clip_grad",
+    "weight_decay",
+    "lr",
+    "max_steps",
+    "steps_per_epoch",
+    "min_lr",
+    "warmup_steps",
+    "poly_power",
+    "grad_checkpointing",
+    "compile",
+    "save_ckpt_freq",
+    "save_ckpt_steps",
+    "keep_ckpts",
+    "print_freq",
+    "eval_freq",
+    "image_freq",
+    "disable_eval",
+]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -57,14 +99,31 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--predict writes pictures: name a folder for them, --output_dir")
     if not args.data_path and not args.predict and not (args.eval and args.eval_data_path):
         raise UserError("--data_path is missing: name the folder of images/ and annotations/ (docs/segmentation.md)")
+    if args.eval and args.predict:
+        raise UserError("--eval scores a model against masks, --predict labels images without: give one of them")
+    if args.predict and not os.path.exists(args.predict):
+        raise UserError(f"--predict {args.predict}: no such file or folder")
     if args.scale_range[0] > args.scale_range[1]:
         raise UserError(f"--scale_range {' '.join(map(str, args.scale_range))}: the smaller number comes first")
+    looking(args)
+
+
+def check_batch_norm(args: argparse.Namespace, run: run_state.Run) -> None:
+    """UPerNet norms a map that is pooled to one cell an image: one image alone has no variance."""
+    if args.model.startswith("upernet") and args.batch_size * run.launch.world_size == 1:
+        raise UserError("--batch_size 1: batch norm needs two images at once; use 2, several processes, or a setr_pup model")
 
 
 def looking(args: argparse.Namespace) -> Looking:
     window = None if args.whole_image else args.input_size
     stride = args.stride or math.floor(args.input_size * 2 / 3)
-    return Looking(window, stride, args.eval_scales, args.tta_flip, args.batch_size)
+    if args.stride and args.whole_image:
+        raise UserError(f"--stride {args.stride} is of windows, --whole_image has none: leave one of them out")
+    if stride > args.input_size and not args.whole_image:
+        raise UserError(
+            f"--stride {stride} is larger than the windows of --input_size {args.input_size}: pixels would be missed"
+        )
+    return Looking(window, stride, args.eval_scales, args.tta_flip)
 
 
 def evaluation_loader(args: argparse.Namespace, run: run_state.Run, dataset: SegmentationFiles) -> DataLoader:
@@ -91,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Setup ──
     run = run_state.start_run(parser, args)
     if args.eval or args.predict:
-        use_finished(parser, args, run)
+        use_finished(parser, args, arguments.given_flags(parser, argv), run)
         distributed.stop()
         return
     start = weight_source.read(args.finetune, flag="--finetune") if args.finetune else None
@@ -100,13 +159,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs = segmentation_data.find_pairs(args.data_path, train=True)
     classes = segmentation_data.read_classes(args, pairs)
     log.info(f"classes    {len(classes)}: {', '.join(classes[:6])}{' ...' if len(classes) > 6 else ''}")
+    check_batch_norm(args, run)
     global_batch = args.batch_size * run.launch.world_size * args.update_freq
     passes = math.ceil(min(args.steps_per_epoch, args.max_steps) * global_batch / len(pairs))
     data = run_state.training_data(segmentation_data.build_dataset(args, True, classes, passes), run)
     validation = None
     if not args.disable_eval:
-        validation = evaluation_loader(args, run, segmentation_data.build_dataset(args, False, classes))
-        log.info(f"evaluation {len(validation.dataset):,} images, {len(classes)} classes")  # type: ignore[arg-type]
+        held_out = segmentation_data.build_dataset(args, False, classes)
+        held_out.check_masks()  # now, not after the first epoch
+        validation = evaluation_loader(args, run, held_out)
+        log.info(f"evaluation {len(held_out):,} images")
 
     # ── Model ──
     model: nn.Module = modeling_segmentation.create_model(
@@ -147,23 +209,36 @@ def main(argv: Sequence[str] | None = None) -> None:
 # ── A finished model ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def use_finished(parser: argparse.ArgumentParser, args: argparse.Namespace, run: run_state.Run) -> None:
+def use_finished(parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], run: run_state.Run) -> None:
     """--eval or --predict with --resume (or --finetune): the model is built from its file, and looks as in its training."""
+    arguments.warn_of_idle_flags(parser, args, dict.fromkeys(OF_TRAINING, "the model is finished, and built from its file"))
     source, flag = (args.resume, "--resume") if args.resume else (args.finetune, "--finetune")
     content = trained_segmenter.read(source, flag)
-    args = trained_segmenter.as_trained(parser, args, content)
+    args = trained_segmenter.as_trained(parser, args, given, content)
     model = trained_segmenter.build(content, f"{flag} {source}").to(run.device)
-    count = trained_segmenter.number_of_classes(content.weights)
-    classes = content.classes or [f"class {number}" for number in range(count)]
-    if args.predict:
-        label_images(args, run, model, build_stage(args, run, classes, None))
-        return
-    stage = build_stage(args, run, classes, evaluation_loader(args, run, segmentation_data.build_dataset(args, False, classes)))
-    scores = stage.measure(model)
+    classes = trained_segmenter.class_names(content, segmentation_data.read_names(args)[0], f"{flag} {source}")
+    try:
+        if args.predict:
+            label_images(args, run, model, build_stage(args, run, classes, None))
+        else:
+            evaluate(args, run, model, classes, source)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "out of GPU memory: leave out --whole_image and the larger --eval_scales, or lower --base_size"
+        ) from None
+
+
+def evaluate(args: argparse.Namespace, run: run_state.Run, model: nn.Module, classes: Sequence[str], source: str) -> None:
+    dataset = segmentation_data.build_dataset(args, False, classes)
+    dataset.check_masks()
+    scores = build_stage(args, run, classes, evaluation_loader(args, run, dataset)).measure(model)
     for line in as_table(scores, classes):
         log.info(line)
     if args.output_dir:
-        by_class = {name: {"iou": iou, "acc": acc} for name, iou, acc in zip(classes, scores.iou, scores.acc, strict=True)}
+        by_class = {
+            name: {"iou": None if math.isnan(iou) else iou, "acc": None if math.isnan(acc) else acc}
+            for name, iou, acc in zip(classes, scores.iou, scores.acc, strict=True)
+        }
         results = {"test_miou": scores.miou, "test_macc": scores.macc, "test_aacc": scores.aacc}
         checkpointing.write_json(args.output_dir, "eval.json", results | {"weights": source, "classes": by_class})
 
@@ -178,28 +253,38 @@ def as_table(scores: Scores, classes: Sequence[str]) -> list[str]:
 
 
 def label_images(args: argparse.Namespace, run: run_state.Run, model: nn.Module, stage: SegmentationStage) -> None:
-    """--predict: beside each other in output_dir/predictions, under the image's name, labels and overlay as PNG."""
-    paths = find_images(args.predict, "--predict")[0]
-    root, out = Path(args.predict), Path(args.output_dir) / "predictions"
-    view = segmentation_data.evaluation_view(args)
-    for path in [str(path) for path, _ in paths][run.launch.rank :: run.launch.world_size]:
-        picture = read_or_leave_out(path)
+    """--predict: beside each other in output_dir/predictions, under the image's name, labels and overlay as PNG.
+
+    The numbers are those of the masks that the model was trained on: with --reduce_zero_label the first class is 1.
+    """
+    out, first = Path(args.output_dir) / "predictions", int(args.reduce_zero_label)
+    paths = [Path(path) for path in find_images_or_file(args.predict, "--predict") if out not in Path(path).parents]
+    root = Path(args.predict) if os.path.isdir(args.predict) else Path(args.predict).parent
+    stems = Counter(path.with_suffix("") for path in paths)
+    view, done = segmentation_data.evaluation_view(args), 0
+    for path in paths[run.launch.rank :: run.launch.world_size]:
+        picture = read_or_leave_out(str(path))
         if picture is None:
             continue
         image = segmentation_data.normalised(view(picture).to(run.device), stage.statistics)
         labels = predict(model, image, (picture.height, picture.width), stage.how, run.precision).cpu()
-        name = Path(path).relative_to(root).with_suffix("") if root.is_dir() else Path(Path(path).stem)
-        save_labels(labels, stage.colours, out / f"{name}_labels.png")
+        name = path.relative_to(root)  # with its ending only where another image has the same name without
+        name = name if stems[path.with_suffix("")] > 1 else name.with_suffix("")
+        save_labels(labels, first, stage.colours, out / f"{name}_labels.png")
         overlay = visualization.label_overlay(to_tensor(picture), labels, stage.colours)
         save_image(overlay, out / f"{name}_overlay.png")
-    log.info(f"predicted  {len(paths)} images: {out}/*_labels.png and *_overlay.png")
+        done += 1
+    done = sum(distributed.gather_objects(done))
+    if not done:
+        raise UserError(f"--predict {args.predict}: no image could be read")
+    log.info(f"predicted  {done} of {len(paths)} images: {out}/*_labels.png and *_overlay.png")
 
 
-def save_labels(labels: Tensor, colours: Tensor, path: Path) -> None:
-    """Class numbers (h, w) as a PNG whose palette shows them in colour."""
+def save_labels(labels: Tensor, first: int, colours: Tensor, path: Path) -> None:
+    """Classes (h, w), the first one as number `first`, as a PNG whose palette shows them in colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(labels.numpy().astype(np.uint8), mode="P")
-    picture.putpalette((colours * 255).round().byte().flatten().tolist())
+    picture = Image.fromarray((labels + first).numpy().astype(np.uint8), mode="P")
+    picture.putpalette([0] * 3 * first + (colours * 255).round().byte().flatten().tolist())
     picture.save(path)
 
 

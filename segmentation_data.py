@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -114,7 +114,7 @@ def _by_stem(paths: Sequence[str], root: str) -> dict[str, str]:
 def read_classes(args: Any, pairs: Sequence[Pair]) -> list[str]:
     """The classes' names: of --class_names, else of ADE20K's list in --data_path; else "class 0", ... as many as
     --nb_classes says or the masks of `pairs` have. All ranks call it: they share the looking."""
-    names, where = _read_names(args)
+    names, where = read_names(args)
     if names and args.nb_classes not in (0, len(names)):
         raise UserError(f"--nb_classes {args.nb_classes}: {where} names {len(names)} classes; correct one of them")
     if not names:
@@ -127,12 +127,12 @@ def read_classes(args: Any, pairs: Sequence[Pair]) -> list[str]:
             f"{where}: 2 classes at least are needed, here are {len(names)}; label {IGNORED} is ignored, and so is 0 with "
             "--reduce_zero_label"
         )
-    if len(names) > MOST_CLASSES:
+    if len(names) > MOST_CLASSES - args.reduce_zero_label:
         raise UserError(f"{where}: {len(names)} classes; at most {MOST_CLASSES} fit into 8 bits beside {IGNORED}, ignored")
     return names
 
 
-def _read_names(args: Any) -> tuple[list[str], str]:
+def read_names(args: Any) -> tuple[list[str], str]:
     """(names, where they are from); none where there is no list of them."""
     if args.class_names:
         where = f"--class_names {args.class_names}"
@@ -178,6 +178,11 @@ def _highest_label(pairs: Sequence[Pair], reduce_zero_label: bool) -> int:
             return -1
         return highest_label(mask, pair.mask, reduce_zero_label)
 
+    return max(_of_all(look, pairs))
+
+
+def _of_all(look: Callable[[Pair], int], pairs: Sequence[Pair]) -> list[int]:
+    """The highest that `look` gives for each rank's share of the pairs; a rank's UserError is raised on all of them."""
     shared: int | UserError
     try:
         with ThreadPoolExecutor(4) as threads:
@@ -189,7 +194,7 @@ def _highest_label(pairs: Sequence[Pair], reduce_zero_label: bool) -> int:
     for each in found:
         if isinstance(each, UserError):
             raise each
-    return max(found)
+    return list(found)
 
 
 def palette(args: Any, n_classes: int) -> Tensor:
@@ -238,6 +243,20 @@ class SegmentationFiles(Files):
     def pair(self, index: int) -> Pair:
         """The files of an index, in whichever pass."""
         return Pair(*map(os.fsdecode, self.paths[index % self.files]))
+
+    def check_masks(self) -> None:
+        """UserError for the first mask that holds something else than these classes, before hours are spent. Sizes, and files
+        that do not decode, are left to the reading."""
+
+        def look(pair: Pair) -> int:
+            try:
+                mask = read_mask(pair.mask)
+            except Exception:  # PIL raises nearly anything for broken files
+                return 0
+            labels_in(mask, pair.mask, len(self.classes), self.reduce_zero_label)
+            return 0
+
+        _of_all(look, [self.pair(place) for place in range(self.files)])
 
     def name(self, place: int) -> str:
         return self.pair(place).image

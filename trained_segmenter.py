@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
-
-from torch import Tensor
 
 import arguments
 import modeling_segmentation
@@ -15,12 +12,13 @@ import weight_source
 from distributed import log
 from errors import UserError
 from modeling_segmentation import Segmenter
+from trained_classifier import first_difference
 from weight_source import Source
 
 HEADS = ("decode_head.", "auxiliary_head.")
 CLASSIFIER = "decode_head.conv_seg.weight"
 # What a finished model's images must look like: taken from its file where the command line does not say otherwise.
-SEEING = (
+LOOKS_AS_TRAINED = (
     "input_size",
     "base_size",
     "stride",
@@ -50,10 +48,9 @@ def read(source: str, flag: str) -> Source:
     return content
 
 
-def as_trained(parser: argparse.ArgumentParser, args: argparse.Namespace, content: Source) -> arguments.Flags:
-    """The flags, with those of the model's training where the command line leaves the default."""
-    given = arguments.changed_flags(parser, args)
-    theirs = {name: content.flags[name] for name in SEEING if name in content.flags and name not in given}
+def as_trained(parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], content: Source) -> arguments.Flags:
+    """The flags, with those of the model's training where the command line says nothing. `given`: arguments.given_flags."""
+    theirs = {name: content.flags[name] for name in LOOKS_AS_TRAINED if name in content.flags and name not in given}
     changed = [arguments.spelled(parser, name, value) for name, value in theirs.items() if value != getattr(args, name)]
     if changed:
         log.info(f"as trained {', '.join(changed)}")
@@ -65,9 +62,14 @@ def build(content: Source, source: str) -> Segmenter:
     heads = {key: value for key, value in content.weights.items() if key.startswith(HEADS)}
     backbone = {f"backbone.{key}": value for key, value in content.weights.items() if key not in heads}
     classifier, auxiliary = heads[CLASSIFIER], heads.get("auxiliary_head.conv_seg.weight")
+    try:
+        settings = pretrained.architecture(content.weights, content.flags)
+    except UserError as error:
+        raise UserError(f"{source} has no backbone that could be used: {error}") from None
+    del settings["num_classes"], settings["use_mean_pooling"]
     model = modeling_segmentation.assemble(
         "upernet" if any(key.startswith("decode_head.psp_modules.") for key in heads) else "setr_pup",
-        backbone_settings(content),
+        settings,
         num_classes=len(classifier),
         channels=classifier.shape[1],
         aux_channels=0 if auxiliary is None else auxiliary.shape[1],
@@ -84,11 +86,10 @@ def build(content: Source, source: str) -> Segmenter:
     return model.eval()
 
 
-def backbone_settings(content: Source) -> dict[str, Any]:
-    settings = pretrained.architecture(content.weights, content.flags)
-    del settings["num_classes"], settings["use_mean_pooling"]
-    return settings
-
-
-def number_of_classes(weights: dict[str, Tensor]) -> int:
-    return len(weights[CLASSIFIER])
+def class_names(content: Source, given: list[str], source: str) -> list[str]:
+    """Of the file's classes: its own names, else the `given` ones, else numbers. UserError where these are others."""
+    count = len(content.weights[CLASSIFIER])
+    if given and (len(given) != count or (content.classes and content.classes != given)):
+        difference = first_difference(content.classes or [f"class {number}" for number in range(count)], given)
+        raise UserError(f"--class_names names other classes than {source} has: {difference}; correct it, or leave it out")
+    return content.classes or given or [f"class {number}" for number in range(count)]

@@ -75,6 +75,8 @@ def read(
     classes = stage.get("classes") if isinstance(stage, dict) else None
     if published is not None:  # v2 was trained with ImageNet's mean and std, v1 with 0.5 (docs/recipes.md)
         flags = {"imagenet_default_mean_and_std": path.stem.startswith("beitv2"), **flags}
+        if published.kind == "segmentation":  # ADE20K
+            flags = {"input_size": 512, "reduce_zero_label": True, **flags}
         classes = synsets() if len(found.get("head.bias", ())) == len(synsets()) else None
     companion = Companion(None, None, None, None)
     try:

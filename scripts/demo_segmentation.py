@@ -29,22 +29,22 @@ PACKAGE, MEMBER = "ndev-sampledata==0.0.3", "ndev_sampledata/samples/scratch-ass
 CLASSES = ("background", "cell", "nucleus")
 PALETTE = ((40, 40, 40), (60, 130, 255), (255, 190, 0))
 TILE, TILES, TRAINING_FRAMES = 210, 3, 8
-PIECE, STEP = 105, 35  # the training tiles are cut into overlapping pieces for pretraining: an epoch of 24 images is one step
+PIECE, STEP = 70, 35  # the training tiles are cut into overlapping pieces for pretraining: an epoch of 24 images is one step
 # Grey values shown as black and white: of the nuclei's fluorescence and of the transmitted light.
 WINDOWS = ((400, 2500), (5000, 11500))
 
 SIZE = "--input_size 128 --num_workers 2 --device cpu"
-VQKD = """--model vqkd_encoder_demo_decoder_1x128x4_hog --teacher_input_size 128 --codebook_n_emd 128 --codebook_emd_dim 16
-    --quantizer_warmup_steps 60 --revive_dead_codes --lr 2e-3 --opt_betas 0.9 0.99 --weight_decay 1e-4 --clip_grad 3.0
-    --min_crop_scale 0.35 --vflip 0.5 --batch_size 32 --epochs 25 --warmup_epochs 3 --image_freq 0"""
+VQKD = """--model vqkd_encoder_demo_decoder_1x128x4_hog --teacher_model_type efficientnet_lite0 --teacher_input_size 128
+    --codebook_n_emd 128 --codebook_emd_dim 16 --quantizer_warmup_steps 60 --revive_dead_codes --lr 2e-3 --opt_betas 0.9 0.99
+    --weight_decay 1e-4 --clip_grad 3.0 --min_crop_scale 0.35 --vflip 0.5 --batch_size 32 --epochs 20 --warmup_epochs 2
+    --image_freq 0"""
 PRETRAIN = """--model beit_demo_patch16_128_8k_vocab_cls_pt --tokenizer_model vqkd_encoder_demo_decoder_1x128x4_hog
     --second_input_size 128 --codebook_size 128 --codebook_dim 16 --num_mask_patches 26 --min_mask_patches_per_block 4
     --early_layers 4 --head_layers 1 --drop_path 0 --lr 1.5e-3 --opt_betas 0.9 0.98 --clip_grad 3.0 --min_crop_scale 0.35
-    --color_jitter 0 --vflip 0.5 --batch_size 32 --epochs 50 --warmup_epochs 5 --image_freq 0"""
+    --color_jitter 0 --vflip 0.5 --batch_size 32 --epochs 50 --warmup_epochs 5 --image_freq 25"""
 SEGMENT = """--model upernet_beit_demo_patch16 --base_size 420 --scale_range 0.75 1.5 --batch_size 8 --max_steps 300
-    --steps_per_epoch 60 --warmup_steps 30 --clip_grad 3.0 --drop_path 0.1 --print_freq 20 --max_class_share 0.9"""
+    --steps_per_epoch 60 --warmup_steps 30 --clip_grad 3.0 --drop_path 0.1 --print_freq 20 --max_class_share 0.9 --lr 1e-3 --layer_decay 1.0"""
 STARTS = ("from_scratch", "pretrained")
-PRETRAINED, SCRATCH = "--lr 1e-3 --layer_decay 0.8", "--lr 1e-3 --layer_decay 1.0"
 
 
 # ── Tiles ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -118,8 +118,7 @@ def segment(name: str, pretrained: bool) -> float:
     start = ["--finetune", str(OUT / "pretrain/checkpoint.pth")] if pretrained else []
     files = ["--class_names", str(OUT / "classes.txt"), "--palette", str(OUT / "palette.txt")]
     folders = ["--data_path", str(OUT / "data"), "--output_dir", str(OUT / name)]
-    flags = f"{SEGMENT} {PRETRAINED if pretrained else SCRATCH} {SIZE}"
-    return run_entry(name, "run_segmentation_finetuning.py", flags, *start, *files, *folders)
+    return run_entry(name, "run_segmentation_finetuning.py", f"{SEGMENT} {SIZE}", *start, *files, *folders)
 
 
 # ── What came out ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,5 +6,5 @@
 set -euo pipefail
 if [ $# -gt 0 ]; then echo "error: it takes no argument; docs/segmentation.md says how to use your own masks" >&2; exit 2; fi
 cd "$(dirname "$0")/.."
-source scripts/environment.sh requirements.txt
+source scripts/environment.sh requirements.txt requirements-demo.txt
 exec python scripts/demo_segmentation.py

@@ -26,7 +26,8 @@ import run_class_finetuning
 import run_segmentation_finetuning
 import trained_segmenter
 import weight_source
-from optim_factory import poly_scheduler
+from engine_for_segmentation import Scores
+from optim_factory import Schedule, poly_scheduler
 from run_segmentation_finetuning import main
 
 EXACT = ["--drop_path", "0", "--head_drop", "0"]  # what these draw depends on the rank
@@ -123,7 +124,8 @@ def test_evaluation_is_that_of_a_confusion_matrix(trained, data, tmp_path):
         truth = np.array(Image.open(path)).astype(int) - 1
         predicted = Image.open(tmp_path / "predictions" / f"{path.stem}_labels.png")
         assert predicted.mode == "P"
-        np.add.at(matrix, (truth[truth >= 0], np.array(predicted)[truth >= 0]), 1)
+        numbers = np.array(predicted).astype(int) - 1  # as in the masks: the first class is 1
+        np.add.at(matrix, (truth[truth >= 0], numbers[truth >= 0]), 1)
     iou = 100 * np.diag(matrix) / (matrix.sum(0) + matrix.sum(1) - np.diag(matrix))
     assert result["test_miou"] == pytest.approx(iou.mean(), abs=1e-6)
     assert [row["iou"] for row in result["classes"].values()] == pytest.approx(list(iou), abs=1e-6)
@@ -176,6 +178,12 @@ def test_a_released_checkpoint_loads_strictly_and_tells_its_model(tmp_path):
         (["--warmup_steps", "6"], "--warmup_steps 6 is as long as the run of --max_steps 6"),
         (["--nb_classes", "2"], ".png: label 3, but --reduce_zero_label makes labels 1 to 2 the 2 classes"),
         (["--scale_range", "2", "1"], "--scale_range 2.0 1.0"),
+        (["--stride", "33"], "--stride 33 is larger than the windows of --input_size 32"),
+        (["--stride", "16", "--whole_image"], "leave one of them out"),
+        (["--batch_size", "1"], "batch norm needs two images at once"),
+        (["--head_drop", "1"], "--head_drop: 1 must lie from 0"),
+        (["--eval", "--predict", ".", "--resume", "x"], "give one of them"),
+        (["--predict", "nowhere", "--resume", "x"], "--predict nowhere: no such file or folder"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(flags, sentence, data, tmp_path, capsys):
@@ -183,6 +191,73 @@ def test_mistakes_are_told_in_a_sentence(flags, sentence, data, tmp_path, capsys
         main(segmentation_flags(data, tmp_path, *flags))
     assert end.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_broken_validation_mask_is_found_before_the_first_epoch(tmp_path, capsys):
+    data = labelled_pixels(tmp_path / "ade")
+    Image.fromarray(np.full((40, 56), 9, np.uint8)).save(data / "annotations/validation/1.png")
+    with pytest.raises(SystemExit):
+        main(segmentation_flags(data, tmp_path / "out"))
+    assert "annotations/validation/1.png: label 9" in (said := capsys.readouterr()).err
+    assert "epoch 1" not in said.out
+
+
+def test_nothing_labelled_is_an_error(tmp_path, trained, capsys):
+    data = labelled_pixels(tmp_path / "ade")
+    for path in (data / "annotations/validation").iterdir():
+        Image.fromarray(np.zeros((40, 56), np.uint8)).save(path)
+    with pytest.raises(SystemExit):
+        main(segmentation_flags(data, tmp_path / "out", "--eval", "--resume", str(trained / "checkpoint.pth")))
+    assert "the validation masks have not one labelled pixel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("before", "after"), [("3", "6"), ("6", "3")])
+def test_another_length_of_epoch_changes_neither_the_schedule_nor_the_end(before, after, data, tmp_path, monkeypatch):
+    flags = ["--max_steps", "12", "--save_ckpt_steps", "1"]
+    rates = []
+    original = Schedule.apply
+    monkeypatch.setattr(Schedule, "apply", lambda self, optimizer, step: (rates.append(step), original(self, optimizer, step)))
+    with monkeypatch.context() as patch:
+        kill_after(6, patch)
+        with pytest.raises(KeyboardInterrupt):
+            main(segmentation_flags(data, tmp_path, *flags, "--steps_per_epoch", before))
+    assert rates[:7] == list(range(7))
+    del rates[:]
+    main(segmentation_flags(data, tmp_path, *flags, "--steps_per_epoch", after))
+    assert rates == list(range(6, 12))
+    assert checkpoint(tmp_path / "checkpoint.pth")["next"]["step"] == 12
+
+
+def test_the_command_line_overrides_the_file_also_with_a_default(trained, data, tmp_path, capsys):
+    more = ["--eval", "--data_path", str(data), "--resume", str(trained / "checkpoint.pth"), "--device", "cpu"]
+    main([*more, "--output_dir", str(tmp_path), "--lr", "3"])
+    said = capsys.readouterr().out
+    assert "as trained --input_size 32, --reduce_zero_label" in said
+    assert "--lr does nothing here: the model is finished" in said
+    with pytest.raises(SystemExit):
+        main([*more, "--keep_zero_label"])
+    assert "3 classes are labels 0 to 2" in capsys.readouterr().err
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
+    with pytest.raises(SystemExit):
+        main([*more, "--class_names", str(tmp_path / "names.txt")])
+    assert "it has 3 classes, here are 4" in capsys.readouterr().err
+
+
+def test_one_image_its_namesake_and_an_earlier_prediction(trained, data, tmp_path, capsys):
+    for ending in ("jpg", "png"):
+        Image.open(data / "images/validation/0.jpg").save(tmp_path / f"a.{ending}")
+    flags = ["--device", "cpu", "--resume", str(trained / "checkpoint.pth"), "--output_dir", str(tmp_path)]
+    for _ in range(2):  # its own pictures are not labelled the second time
+        main(["--predict", str(tmp_path), *flags])
+        assert "2 of 2 images" in capsys.readouterr().out
+    labels = sorted(path.name for path in (tmp_path / "predictions").glob("*_labels.png"))
+    assert labels == ["a.jpg_labels.png", "a.png_labels.png"]
+    main(["--predict", str(tmp_path / "a.jpg"), *flags])
+    assert (tmp_path / "predictions/a_labels.png").is_file()
+    (tmp_path / "b.jpg").write_bytes(b"broken")
+    with pytest.raises(SystemExit):
+        main(["--predict", str(tmp_path / "b.jpg"), *flags])
+    assert "no image could be read" in capsys.readouterr().err
 
 
 def test_other_kinds_of_files_are_called_by_name(data, trained, tmp_path, capsys):
@@ -203,8 +278,8 @@ def test_published_segmentation_models_are_looked_at_as_they_were_trained(monkey
     assert weight_source.read(name).flags["imagenet_default_mean_and_std"] is True
 
 
-def test_nothing_to_score_is_no_number(data):
-    scores = run_segmentation_finetuning.as_table.__globals__["Scores"](50.0, 50.0, 50.0, [50.0, math.nan], [50.0, math.nan])
+def test_nothing_to_score_is_no_number():
+    scores = Scores(50.0, 50.0, 50.0, [50.0, math.nan], [50.0, math.nan])
     table = run_segmentation_finetuning.as_table(scores, ["seen", "unseen"])
     assert any("seen" in line for line in table)
     assert not any("unseen" in line for line in table)
