@@ -43,7 +43,8 @@ PRETRAIN = """--model beit_demo_patch16_128_8k_vocab_cls_pt --tokenizer_model vq
     --early_layers 4 --head_layers 1 --drop_path 0 --lr 1.5e-3 --opt_betas 0.9 0.98 --clip_grad 3.0 --min_crop_scale 0.35
     --color_jitter 0 --vflip 0.5 --batch_size 32 --epochs 50 --warmup_epochs 5 --image_freq 25"""
 SEGMENT = """--model upernet_beit_demo_patch16 --base_size 420 --scale_range 0.75 1.5 --batch_size 8 --max_steps 300
-    --steps_per_epoch 60 --warmup_steps 30 --clip_grad 3.0 --drop_path 0.1 --print_freq 20 --max_class_share 0.9 --lr 1e-3 --layer_decay 1.0"""
+    --steps_per_epoch 60 --warmup_steps 30 --clip_grad 3.0 --drop_path 0.1 --print_freq 20 --max_class_share 0.9
+    --lr 1e-3 --layer_decay 1.0"""
 STARTS = ("from_scratch", "pretrained")
 
 
