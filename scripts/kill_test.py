@@ -2,7 +2,7 @@
 
     python scripts/kill_test.py [--kills 20] [--seed 0]
 
-The kills are spread over the three stages, each with 0 and with 2 data workers, on tiny models. Prints the count.
+The kills are spread over the four stages, each with 0 and with 2 data workers, on tiny models. Prints the count.
 """
 
 from __future__ import annotations
@@ -29,13 +29,17 @@ def commands(folder: Path, workers: int) -> dict[str, list[str]]:
     """Script and flags of each stage, but for --output_dir."""
     data, out = tiny_runs.photos(folder / "photos", per_class=24), Path("OUT")
     codes = tiny_runs.tokenizer(folder / "tokenizer.pth")
-    more = ["--num_workers", str(workers), "--epochs", EPOCHS, "--save_ckpt_steps", "3", "--print_freq", "1"]
+    pairs = tiny_runs.labelled_pixels(folder / "pairs", images=24)
+    often = ["--num_workers", str(workers), "--save_ckpt_steps", "3", "--print_freq", "1"]
+    more = [*often, "--epochs", EPOCHS]
+    steps = ["--max_steps", "33", "--steps_per_epoch", "12"]  # the last epoch is cut
     mixed = ["--mixup", "0.8", "--cutmix", "1.0", "--model_ema", "--drop_path", "0.1"]
     revived = ["--quantizer_warmup_steps", "5", "--revive_dead_codes"]
     return {
         "vqkd": ["run_vqkd_training.py", *tiny_runs.vqkd_flags(data, out, *revived, *more)],
         "pretrain": ["run_beitv2_pretraining.py", *tiny_runs.pretraining_flags(data, out, codes, "--drop_path", "0.1", *more)],
         "finetune": ["run_class_finetuning.py", *tiny_runs.finetuning_flags(data, out, *mixed, *more)],
+        "segment": ["run_segmentation_finetuning.py", *tiny_runs.segmentation_flags(pairs, out, *steps, *often)],
     }
 
 
@@ -76,7 +80,7 @@ def main() -> int:
     draw, kills, equal = random.Random(args.seed), 0, 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cases = [(stage, workers) for workers in (0, 2) for stage in ("vqkd", "pretrain", "finetune")]
+        cases = [(stage, workers) for workers in (0, 2) for stage in ("vqkd", "pretrain", "finetune", "segment")]
         for number, (stage, workers) in enumerate(cases):
             share = args.kills // len(cases) + (number < args.kills % len(cases))  # all within one run
             if share == 0:
