@@ -55,10 +55,13 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
+def words_of(argv: Sequence[str] | None) -> list[str]:
+    """A blank behind a line's closing backslash reaches a script as an argument of its own; nobody means one."""
+    return [word for word in (sys.argv[1:] if argv is None else argv) if not word or word.strip()]
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Flags:
-    words = sys.argv[1:] if argv is None else argv
-    # A blank behind a line's closing backslash reaches a script as an argument of its own; nobody means one.
-    args = parser.parse_args([word for word in words if not word or word.strip()], namespace=Flags())
+    args = parser.parse_args(words_of(argv), namespace=Flags())
     betas = getattr(args, "opt_betas", None)
     if betas and args.opt.lower().startswith("adam") and len(betas) != 2:
         parser.error(f"--opt_betas takes two numbers for {args.opt}, such as 0.9 0.999")
@@ -70,8 +73,7 @@ def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = No
     silent = copy.deepcopy(parser)
     for action in silent._actions:
         action.default, action.required = argparse.SUPPRESS, False
-    words = sys.argv[1:] if argv is None else argv
-    return set(vars(silent.parse_args([word for word in words if not word or word.strip()])))
+    return set(vars(silent.parse_args(words_of(argv))))
 
 
 def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:

@@ -17,10 +17,9 @@ import distributed
 from confusion import Confusion
 from distributed import Precision
 from engine import evaluation_batches
-from errors import UserError
 from metrics import accuracy, top_k_correct
 from run_state import Stage
-from trained_classifier import first_difference
+from trained_classifier import refuse_resuming_other_classes
 
 
 class FinetuningStage(Stage):
@@ -93,12 +92,7 @@ class FinetuningStage(Stage):
         return {"classes": self.classes} if self.classes else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        theirs = state.get("classes") or self.classes  # older checkpoints hold no names
-        if self.classes and theirs != self.classes:
-            raise UserError(
-                f"the checkpoint to resume was trained on other classes: {first_difference(theirs, self.classes)}; give "
-                "--data_path the same class folders, or start anew from these weights with --finetune and another --output_dir"
-            )
+        refuse_resuming_other_classes(state, self.classes, "--data_path the same class folders")
 
 
 class SomeLogits(nn.Module):

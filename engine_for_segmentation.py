@@ -18,7 +18,7 @@ from errors import UserError
 from run_state import Stage
 from segmentation_masks import IGNORED
 from sliding_window import Looking, predict
-from trained_classifier import first_difference
+from trained_classifier import refuse_resuming_other_classes
 
 PICTURES = 4
 
@@ -118,12 +118,7 @@ class SegmentationStage(Stage):
         return {"classes": self.classes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        theirs = state.get("classes") or self.classes
-        if theirs != self.classes:
-            raise UserError(
-                f"the checkpoint to resume was trained on other classes: {first_difference(theirs, self.classes)}; give the "
-                "same --class_names, or start anew from these weights with --finetune and another --output_dir"
-            )
+        refuse_resuming_other_classes(state, self.classes, "the same --class_names")
 
 
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_tensor
-from torchvision.utils import save_image
 
 import arguments
 import checkpointing
@@ -32,51 +31,19 @@ from engine_for_segmentation import Scores, SegmentationStage
 from errors import UserError, pick, tells_the_user
 from image_lists import find_images_or_file
 from optim_factory import LayerDecayValueAssigner, build_poly_schedule, create_optimizer, layer_decay_values
-from samplers import EvalSampler, build_loader
-from segmentation_data import SegmentationFiles
+from samplers import build_eval_loader
 from sliding_window import Looking, predict
 from trained_classifier import warn_of_other_pretraining
 from transforms import normalisation
-from viewing import read_or_leave_out
+from viewing import read_or_leave_out, save_picture
 
-OF_TRAINING = [
-    "model",
-    "nb_classes",
-    "aux_weight",
-    "head_drop",
-    "layer_decay",
-    "rel_pos_bias",
-    "abs_pos_emb",
-    "layer_scale_init_value",
-    "drop_path",
-    "scale_range",
-    "max_class_share",
-    "hflip",
-    "photometric",
-    "batch_size",
-    "update_freq",
-    "opt",
-    "opt_eps",
-    "opt_betas",
-    "momentum",
-    "clip_grad",
-    "weight_decay",
-    "lr",
-    "max_steps",
-    "steps_per_epoch",
-    "min_lr",
-    "warmup_steps",
-    "poly_power",
-    "grad_checkpointing",
-    "compile",
-    "save_ckpt_freq",
-    "save_ckpt_steps",
-    "keep_ckpts",
-    "print_freq",
-    "eval_freq",
-    "image_freq",
-    "disable_eval",
-]
+OF_TRAINING = (
+    "model", "nb_classes", "aux_weight", "head_drop", "layer_decay", "rel_pos_bias", "abs_pos_emb", "layer_scale_init_value",
+    "drop_path", "scale_range", "max_class_share", "hflip", "photometric", "batch_size", "update_freq", "opt", "opt_eps",
+    "opt_betas", "momentum", "clip_grad", "weight_decay", "lr", "max_steps", "steps_per_epoch", "min_lr", "warmup_steps",
+    "poly_power", "grad_checkpointing", "compile", "save_ckpt_freq", "save_ckpt_steps", "keep_ckpts", "print_freq",
+    "eval_freq", "image_freq", "disable_eval",
+)  # fmt: skip
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -103,8 +70,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--eval scores a model against masks, --predict labels images without: give one of them")
     if args.predict and not os.path.exists(args.predict):
         raise UserError(f"--predict {args.predict}: no such file or folder")
-    if args.scale_range[0] > args.scale_range[1]:
-        raise UserError(f"--scale_range {' '.join(map(str, args.scale_range))}: the smaller number comes first")
+    segmentation_data.training_view(args)  # the flags of both views are checked where they are used
     looking(args)
 
 
@@ -124,12 +90,6 @@ def looking(args: argparse.Namespace) -> Looking:
             f"--stride {stride} is larger than the windows of --input_size {args.input_size}: pixels would be missed"
         )
     return Looking(window, stride, args.eval_scales, args.tta_flip)
-
-
-def evaluation_loader(args: argparse.Namespace, run: run_state.Run, dataset: SegmentationFiles) -> DataLoader:
-    """Image by image, since each has a size of its own."""
-    sampler = EvalSampler(len(dataset), 1, run.launch.rank, run.launch.world_size)
-    return build_loader(dataset, sampler, args.num_workers, args.pin_mem)
 
 
 def build_stage(
@@ -167,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.disable_eval:
         held_out = segmentation_data.build_dataset(args, False, classes)
         held_out.check_masks()  # now, not after the first epoch
-        validation = evaluation_loader(args, run, held_out)
+        validation = build_eval_loader(held_out, args, run.launch, batch_size=1)
         log.info(f"evaluation {len(held_out):,} images")
 
     # ── Model ──
@@ -231,7 +191,7 @@ def use_finished(parser: argparse.ArgumentParser, args: argparse.Namespace, give
 def evaluate(args: argparse.Namespace, run: run_state.Run, model: nn.Module, classes: Sequence[str], source: str) -> None:
     dataset = segmentation_data.build_dataset(args, False, classes)
     dataset.check_masks()
-    scores = build_stage(args, run, classes, evaluation_loader(args, run, dataset)).measure(model)
+    scores = build_stage(args, run, classes, build_eval_loader(dataset, args, run.launch, batch_size=1)).measure(model)
     for line in as_table(scores, classes):
         log.info(line)
     if args.output_dir:
@@ -272,7 +232,7 @@ def label_images(args: argparse.Namespace, run: run_state.Run, model: nn.Module,
         name = name if stems[path.with_suffix("")] > 1 else name.with_suffix("")
         save_labels(labels, first, stage.colours, out / f"{name}_labels.png")
         overlay = visualization.label_overlay(to_tensor(picture), labels, stage.colours)
-        save_image(overlay, out / f"{name}_overlay.png")
+        save_picture(overlay, str(out / f"{name}_overlay.png"), "--output_dir")
         done += 1
     done = sum(distributed.gather_objects(done))
     if not done:

@@ -119,9 +119,12 @@ class EvalSampler(Sampler[list[Key]]):
             yield [(0, index) for index in self.indices[start : start + self.batch_size]]
 
 
-def build_eval_loader(dataset: Any, args: argparse.Namespace, launch: Launch, every: int = 1) -> DataLoader[dict[str, Any]]:
-    """This rank's share of the data set, every image once over all ranks; `every`: only each such image."""
-    sampler = EvalSampler(len(dataset), args.batch_size, launch.rank, launch.world_size, every)
+def build_eval_loader(
+    dataset: Any, args: argparse.Namespace, launch: Launch, every: int = 1, batch_size: int | None = None
+) -> DataLoader[dict[str, Any]]:
+    """This rank's share of the data set, every image once over all ranks; `every`: only each such image. `batch_size`: 1 where
+    images differ in size; default: --batch_size."""
+    sampler = EvalSampler(len(dataset), batch_size or args.batch_size, launch.rank, launch.world_size, every)
     return build_loader(dataset, sampler, args.num_workers, args.pin_mem)
 
 

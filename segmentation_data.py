@@ -8,6 +8,7 @@ segmentation_views.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -171,30 +172,32 @@ def _highest_label(pairs: Sequence[Pair], reduce_zero_label: bool) -> int:
     """Of all masks, of which each rank reads its share; masks that do not decode are left to the data set."""
     log.info("looking through %d masks for their highest label; --nb_classes or --class_names spares it", len(pairs))
 
-    def look(pair: Pair) -> int:
+    return _look_through(pairs, functools.partial(highest_label, reduce_zero_label=reduce_zero_label))
+
+
+def _look_through(pairs: Sequence[Pair], look: Callable[[Image.Image, str], int]) -> int:
+    """The highest that `look` gives for a mask and its path, over all ranks, which share the masks; -1 without any that
+    decodes. A rank's UserError is raised on all of them."""
+
+    def one(pair: Pair) -> int:
         try:
             mask = read_mask(pair.mask)
         except Exception:  # PIL raises nearly anything for broken files
             return -1
-        return highest_label(mask, pair.mask, reduce_zero_label)
+        return look(mask, pair.mask)
 
-    return max(_of_all(look, pairs))
-
-
-def _of_all(look: Callable[[Pair], int], pairs: Sequence[Pair]) -> list[int]:
-    """The highest that `look` gives for each rank's share of the pairs; a rank's UserError is raised on all of them."""
     shared: int | UserError
     try:
         with ThreadPoolExecutor(4) as threads:
             share = pairs[distributed.rank() :: distributed.world_size()]
-            shared = max(threads.map(look, share), default=-1)
+            shared = max(threads.map(one, share), default=-1)
     except UserError as error:
         shared = error
     found = distributed.gather_objects(shared)  # a rank that left alone would be waited for
     for each in found:
         if isinstance(each, UserError):
             raise each
-    return list(found)
+    return max(found)
 
 
 def palette(args: Any, n_classes: int) -> Tensor:
@@ -248,15 +251,11 @@ class SegmentationFiles(Files):
         """UserError for the first mask that holds something else than these classes, before hours are spent. Sizes, and files
         that do not decode, are left to the reading."""
 
-        def look(pair: Pair) -> int:
-            try:
-                mask = read_mask(pair.mask)
-            except Exception:  # PIL raises nearly anything for broken files
-                return 0
-            labels_in(mask, pair.mask, len(self.classes), self.reduce_zero_label)
+        def look(mask: Image.Image, path: str) -> int:
+            labels_in(mask, path, len(self.classes), self.reduce_zero_label)
             return 0
 
-        _of_all(look, [self.pair(place) for place in range(self.files)])
+        _look_through([self.pair(place) for place in range(self.files)], look)
 
     def name(self, place: int) -> str:
         return self.pair(place).image

@@ -169,3 +169,13 @@ def first_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
         return f"it has {len(theirs)} classes, here are {len(ours)}"
     number, (one, other) = next((i, pair) for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
     return f"its class {number} is '{one}', here it is '{other}'"
+
+
+def refuse_resuming_other_classes(state: Mapping[str, Any], classes: Sequence[str], way_out: str) -> None:
+    """A resumed run must name its classes as before; `state`: of the stage, which in older checkpoints holds no names."""
+    theirs = state.get("classes") or classes
+    if classes and list(theirs) != list(classes):
+        raise UserError(
+            f"the checkpoint to resume was trained on other classes: {first_difference(theirs, classes)}; give {way_out}, or "
+            "start anew from these weights with --finetune and another --output_dir"
+        )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from torch import Tensor
+
 import arguments
 import modeling_segmentation
 import pretrained
@@ -28,10 +30,15 @@ LOOKS_AS_TRAINED = (
 )
 
 
+def parts(content: Source) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The backbone's weights, under the names of a ViT, and the heads'."""
+    heads = {key: value for key, value in content.weights.items() if key.startswith(HEADS)}
+    return {key: value for key, value in content.weights.items() if key not in heads}, heads
+
+
 def load_pretrained(model: Segmenter, content: Source, source: str) -> None:
     """What fits of a pretrained backbone or of a segmentation model, with a report. `source` names it in messages."""
-    heads = {key: value for key, value in content.weights.items() if key.startswith(HEADS)}
-    backbone = {key: value for key, value in content.weights.items() if key not in heads}
+    backbone, heads = parts(content)
     pretrained.load_fitting(model.backbone, backbone, source)
     if heads:
         own = model.state_dict()
@@ -59,8 +66,7 @@ def as_trained(parser: argparse.ArgumentParser, args: argparse.Namespace, given:
 
 def build(content: Source, source: str) -> Segmenter:
     """The model in a file, by the shapes of its weights; in eval. `source` names it in messages."""
-    heads = {key: value for key, value in content.weights.items() if key.startswith(HEADS)}
-    backbone = {f"backbone.{key}": value for key, value in content.weights.items() if key not in heads}
+    backbone, heads = parts(content)
     classifier, auxiliary = heads[CLASSIFIER], heads.get("auxiliary_head.conv_seg.weight")
     try:
         settings = pretrained.architecture(content.weights, content.flags)
@@ -75,7 +81,9 @@ def build(content: Source, source: str) -> Segmenter:
         aux_channels=0 if auxiliary is None else auxiliary.shape[1],
     )
     try:
-        missing, unexpected = model.load_state_dict({**backbone, **heads}, strict=False)
+        missing, unexpected = model.load_state_dict(
+            {**{f"backbone.{k}": v for k, v in backbone.items()}, **heads}, strict=False
+        )
     except RuntimeError as error:  # shapes
         why = str(error).splitlines()[-1].strip()
         raise UserError(f"{source} does not fit the model that its own shapes describe: {why}") from None

@@ -191,8 +191,7 @@ def label_overlay(image: Tensor, labels: Tensor, colours: Tensor, opacity: float
 def segmentation_row(image: Tensor, labellings: Sequence[Tensor], colours: Tensor) -> Tensor:
     """The image (3, h, w), and beside it each labelling (of any size) over it."""
     overlays = [
-        label_overlay(image, F.interpolate(labels[None, None].float(), image.shape[1:])[0, 0].long(), colours)
-        for labels in labellings
+        label_overlay(image, stretch(labels[None].float(), image.shape[1:])[0].long(), colours) for labels in labellings
     ]
     return side_by_side([image, *overlays])
 
