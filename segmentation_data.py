@@ -8,7 +8,6 @@ segmentation_views.py.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -172,7 +171,7 @@ def _highest_label(pairs: Sequence[Pair], reduce_zero_label: bool) -> int:
     """Of all masks, of which each rank reads its share; masks that do not decode are left to the data set."""
     log.info("looking through %d masks for their highest label; --nb_classes or --class_names spares it", len(pairs))
 
-    return _look_through(pairs, functools.partial(highest_label, reduce_zero_label=reduce_zero_label))
+    return _look_through(pairs, lambda mask, path: highest_label(mask, path, reduce_zero_label))
 
 
 def _look_through(pairs: Sequence[Pair], look: Callable[[Image.Image, str], int]) -> int:
