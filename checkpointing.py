@@ -228,7 +228,7 @@ def read(path: Path) -> dict[str, Any]:
 def head(path: Path) -> dict[str, Any]:
     """Plain data that export_checkpoint put into the head of a safetensors file, which has no other place for it: `args`
     and `stage`; {} for other files."""
-    if path.suffix != ".safetensors":
+    if not weight_files.is_safetensors(path):
         return {}
     with safetensors.safe_open(path, "pt") as file:
         texts = file.metadata() or {}
