@@ -123,9 +123,15 @@ def build_masks(args: Any, grid: int) -> MaskingGenerator:
     count = scaled_mask_count(grid) if args.num_mask_patches is None else args.num_mask_patches
     smallest = args.min_mask_patches_per_block
     smallest = scaled_min_block(grid) if smallest is None else smallest
+    largest = args.max_mask_patches_per_block
+    if args.mask_type == "block" and not args.no_mask and largest is not None and 0 <= largest < smallest:
+        raise UserError(
+            f"--max_mask_patches_per_block {largest} is below --min_mask_patches_per_block {smallest}: give the smallest "
+            "block and a larger one"
+        )
     generator = MASK_TYPES[args.mask_type]
     try:
-        return generator(grid, 0 if args.no_mask else count, smallest, args.max_mask_patches_per_block)
+        return generator(grid, 0 if args.no_mask else count, smallest, largest)
     except ValueError as error:
         raise UserError(f"--min_mask_patches_per_block, --max_mask_patches_per_block: {error}") from None
 
