@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from errors import ArgumentParser
+
 # Accepted so that old command lines run; a warning says what replaces them.
 OBSOLETE = {
     "warmup_lr": "the warm-up starts at 0; its length is --warmup_epochs or --warmup_steps",
@@ -47,7 +49,7 @@ class Flags(argparse.Namespace):
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return ArgumentParser(
         usage="%(prog)s [flags]",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
