@@ -392,6 +392,8 @@ def _receive(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
         _refuse_unsafe(reply.url)  # after redirections
         if (coding := reply.headers.get("Content-Encoding", "identity")) != "identity":
             raise UserError(f"{url}: the server sends the file compressed ({coding}), although asked not to: it is not used")
+        if reply.headers.get_content_type() == "text/html":
+            raise UserError(f"{url} gives a web page, such as one to log in on: give the address of the file itself")
         now = _version_of(reply)
         if reply.status == 206:
             total = _total_of_rest(reply, start, int(length or 0))
