@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from errors import ArgumentParser
+
 # Accepted so that old command lines run; a warning says what replaces them.
 OBSOLETE = {
     "warmup_lr": "the warm-up starts at 0; its length is --warmup_epochs or --warmup_steps",
@@ -50,7 +52,7 @@ class Flags(argparse.Namespace):
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return ArgumentParser(
         usage="%(prog)s [flags]",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -339,7 +339,7 @@ def pass_on(source: Source, args: argparse.Namespace) -> str:
     return f"written    {args.output} ({len(source.weights)} tensors, {size:.1f} MiB), as they were: {held}"
 
 
-def report(source: Source, model: Model, written: Written) -> str:
+def report(source: Source, model: Model, written: Written) -> list[str]:
     weights, *others = written.files
     size = checkpointing.size_of(written.converted.weights) / 2**20
     s, prepared = model.settings, model.prepared
@@ -361,7 +361,7 @@ def report(source: Source, model: Model, written: Written) -> str:
     lines += [("converted" if number == 0 else "", note) for number, note in enumerate(notes)]
     lines.append(("left out", brief([*model.left_out, *written.converted.left_out])))
     lines += [("open with" if number == 0 else "", call) for number, call in enumerate(written.opened_by)]
-    return "\n".join(f"{title:11}{text}" for title, text in lines)
+    return [f"{title:11}{text}" for title, text in lines]
 
 
 def brief_classes(names: list[str] | None) -> str:
@@ -381,7 +381,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info(pass_on(source, args))
         return
     model = open_model(source, args)
-    log.info(report(source, model, WRITERS[args.to](model, args)))
+    for line in report(source, model, WRITERS[args.to](model, args)):
+        log.info(line)
 
 
 if __name__ == "__main__":

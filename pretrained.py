@@ -28,7 +28,8 @@ def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[
     if not any(key.startswith("blocks.") for key in fitting):
         raise UserError(f"{source} is {weight_files.kind_of(weights)}: none of its weights fits this model")
     first, *rest = modeling_finetune.remapping_report(weights, model, fitting)
-    log.info("\n".join([f"weights    {source}", f"           {first}", *(f"           {line}" for line in rest)]))
+    for line in (f"weights    {source}", *(f"           {line}" for line in (first, *rest))):
+        log.info(line)
     return missing
 
 
