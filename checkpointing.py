@@ -220,10 +220,18 @@ def head(path: Path) -> dict[str, Any]:
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Strict: a resumed model must be the one that was saved."""
+    own = model.state_dict()
+    strange = [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise UserError(f"{path}: {strange[0]} is no tensor among the weights; take another checkpoint")
+    for key in own.keys() & weights.keys():  # load_state_dict would round, or make numbers of switches
+        if weights[key].is_floating_point() != own[key].is_floating_point():
+            raise UserError(
+                f"{path}: {key} is of {weights[key].dtype}, where {own[key].dtype} is needed; take another checkpoint"
+            )
     try:
         model.load_state_dict(sharding.shares_of_weights(weights, model))
     except RuntimeError:
-        own = model.state_dict()
         different = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
         different += [key for key in weights if key not in own]
         raise UserError(

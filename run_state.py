@@ -26,6 +26,7 @@ import sharding
 from distributed import Launch, Precision, choose_precision, log
 from errors import UserError
 from metrics import RunningMeans
+from optim_factory import check_saved_state
 from samplers import ResumableSampler, build_loader
 from utils import seed_all
 from vit_backbone import Block, recompute_blocks
@@ -285,28 +286,57 @@ def restore(state: TrainState, stage: Stage, run: Run, path: Path) -> None:
     content = checkpointing.read(path)
     checkpointing.load_weights(state.model, content["model"], path)
     if state.ema is not None:
-        average = content.get("model_ema", content["model"])
-        state.ema.module.load_state_dict(sharding.shares_of_weights(average, state.ema.module))
+        checkpointing.load_weights(state.ema.module, content.get("model_ema", content["model"]), path)
     if "optimizer" not in content or "next" not in content:
         log.info(f"{path} holds weights alone: training starts at epoch {state.epoch}")
         return
     before = content.get("args", {}).get("opt", run.args.opt)
     if before != run.args.opt:
         raise UserError(f"{path} holds the state of --opt {before}, not of {run.args.opt}: go on with --opt {before}")
-    settings = [{key: value for key, value in g.items() if key != "params"} for g in state.optimizer.param_groups]
-    state.optimizer.load_state_dict(sharding.shares_of_moments(content["optimizer"], state.optimizer))
-    for group, values in zip(state.optimizer.param_groups, settings, strict=True):
-        group.update(values)
-    if content["scaler"] and state.scaler.is_enabled():
-        state.scaler.load_state_dict(content["scaler"])
-    state.epoch, state.samples, state.step = (content["next"][key] for key in ("epoch", "samples", "step"))
-    state.best, state.bad_in_a_row = content["best"], content["bad_in_a_row"]
-    if distributed.is_main():  # the means are of rank 0's part of the epoch
-        state.means.load_state_dict(content["means"], run.device)
-    stage.load_state_dict(content["stage"])
+    load_optimizer(state, content["optimizer"], path)
+    try:
+        restore_progress(state, stage, run, content)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{path} is no complete training checkpoint of this code ({type(error).__name__}: {error}): take another one, or "
+            "start from its weights with --finetune"
+        ) from None
     log.info(f"resumed    {path}: epoch {state.epoch}, {state.samples} samples into it, step {state.step}")
     if content["world_size"] != run.launch.world_size:
         log.warning(
             f"warning: the checkpoint comes from {content['world_size']} processes, now there are {run.launch.world_size}: "
             "the run goes on from the same sample, but no longer bit for bit"
         )
+
+
+def load_optimizer(state: TrainState, saved: Any, path: Path) -> None:
+    """The moments of a checkpoint, under this run's settings; each in memory of its own, laid out like its parameter."""
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    optimizer = state.optimizer
+    check_saved_state(saved, optimizer, names, str(path))
+    settings = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(sharding.shares_of_moments(saved, optimizer))
+    for moments in optimizer.state.values():
+        for key, value in moments.items():
+            if isinstance(value, Tensor) and not sharding.is_share(value):  # shares are copies already
+                moments[key] = value.clone(memory_format=torch.contiguous_format)
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+
+
+def restore_progress(state: TrainState, stage: Stage, run: Run, content: dict[str, Any]) -> None:
+    """Where training stands: all of a checkpoint but weights and moments."""
+    if content["scaler"] and state.scaler.is_enabled():
+        scale = float(content["scaler"]["scale"])
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"the gradient scaler's scale is {scale}")
+        state.scaler.load_state_dict(content["scaler"])
+    place = [content["next"][key] for key in ("epoch", "samples", "step")]
+    if not all(isinstance(number, int) and number >= 0 for number in place):
+        raise ValueError(f"epoch, samples, step: {place}")
+    state.epoch, state.samples, state.step = place
+    state.best, state.bad_in_a_row = float(content["best"]), int(content["bad_in_a_row"])
+    if distributed.is_main():  # the means are of rank 0's part of the epoch
+        state.means.load_state_dict(content["means"], run.device)
+    stage.load_state_dict(content["stage"])
+    int(content["world_size"])

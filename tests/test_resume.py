@@ -1,0 +1,118 @@
+"""What a run may go on from: a checkpoint whose every part fits, of the same run; everything else is refused or named."""
+
+import copy
+import re
+
+import pytest
+import torch
+from tiny_runs import checkpoint, finetuning_flags, photos
+
+import run_class_finetuning
+from optim_factory import check_saved_state
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """Two epochs of four steps, with a moving average."""
+    out = tmp_path_factory.mktemp("finished")
+    run_class_finetuning.main(finetuning_flags(data, out, "--model_ema", "--save_ckpt_steps", "1", "--keep_ckpts", "9"))
+    return out
+
+
+def refused(flags, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_class_finetuning.main(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "Traceback" not in error
+    assert error.count("\n") == 1, error
+    return error
+
+
+def spoil_moments(content, key, change):
+    """`change` the moments `key` of the parameter of most numbers."""
+    states = content["optimizer"]["state"].values()
+    moments = max(states, key=lambda each: each["exp_avg"].numel())
+    moments[key] = change(moments[key])
+
+
+FAULTS = {
+    "another shape": (
+        lambda c: spoil_moments(c, "exp_avg", lambda v: v.flatten()[:3].clone()),
+        r"exp_avg of \S+ has the shape",
+    ),
+    "one number": (lambda c: spoil_moments(c, "exp_avg_sq", lambda v: torch.ones(1)), r"exp_avg_sq of \S+ has the shape \[1\]"),
+    "integers": (lambda c: spoil_moments(c, "exp_avg", torch.Tensor.long), r"exp_avg of \S+ is of torch.int64"),
+    "not finite": (lambda c: spoil_moments(c, "exp_avg", lambda v: v * float("nan")), r"exp_avg of \S+ holds .* not finite"),
+    "below zero": (lambda c: spoil_moments(c, "exp_avg_sq", lambda v: v - 1), r"exp_avg_sq of \S+ is below zero"),
+    "no tensor": (lambda c: spoil_moments(c, "exp_avg", lambda v: "text"), r"exp_avg of \S+ is no tensor"),
+    "no count": (lambda c: spoil_moments(c, "step", lambda v: torch.tensor(float("nan"))), r"step of \S+ is no count"),
+    "many counts": (lambda c: spoil_moments(c, "step", lambda v: torch.ones(7)), r"step of \S+ is no count"),
+    "a moment gone": (lambda c: c["optimizer"]["state"][3].pop("exp_avg"), r"exp_avg of \S+ is missing"),
+    "a group gone": (lambda c: c["optimizer"]["param_groups"].pop(), r"groups of parameters"),
+    "a parameter gone": (lambda c: c["optimizer"]["param_groups"][0]["params"].pop(), r"parameters in group 0"),
+    "another order": (lambda c: c["optimizer"]["param_groups"][0]["params"].reverse(), "numbers its parameters"),
+    "no optimizer": (lambda c: c.update(optimizer=[1]), "no optimizer's state"),
+    "average of another shape": (lambda c: c["model_ema"].update({"head.bias": torch.zeros(7)}), r"head.bias differs"),
+    "integer weights": (lambda c: c["model"].update({"head.bias": torch.zeros(2).long()}), r"head.bias is of torch.int64"),
+    "no step": (lambda c: c["next"].pop("step"), "no complete training checkpoint"),
+    "steps below zero": (lambda c: c["next"].update(step=-5), "no complete training checkpoint"),
+    "means of something": (lambda c: c.update(means=3), "no complete training checkpoint"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_resumed_state_that_does_not_fit_is_refused_by_name(fault, finished, data, tmp_path, capsys):
+    change, says = FAULTS[fault]
+    content = checkpoint(finished / "checkpoint-step5.pth")
+    change(content)
+    torch.save(content, tmp_path / "spoiled.pth")
+    error = refused(finetuning_flags(data, "", "--model_ema", "--resume", str(tmp_path / "spoiled.pth")), capsys)
+    assert "spoiled.pth" in error
+    assert re.search(says, error), error
+
+
+def test_resumed_moments_are_laid_out_like_their_parameters(finished, data, tmp_path):
+    """Transposed, expanded and shared moments: the fused kernels take each for a row of numbers of its own."""
+    content = checkpoint(finished / "checkpoint-step5.pth")
+    ones = torch.ones(())
+    for moments in content["optimizer"]["state"].values():
+        shape = moments["exp_avg"].shape
+        moments["exp_avg"] = moments["exp_avg_sq"] = ones.expand(shape)
+    torch.save(content, tmp_path / "expanded.pth")
+    for moments in content["optimizer"]["state"].values():
+        moments["exp_avg"], moments["exp_avg_sq"] = (
+            torch.ones_like(moments["exp_avg"]).clone(),
+            torch.ones(moments["exp_avg"].shape),
+        )
+    torch.save(content, tmp_path / "plain.pth")
+    for name in ("expanded", "plain"):
+        run_class_finetuning.main(finetuning_flags(data, tmp_path / name, "--resume", str(tmp_path / f"{name}.pth")))
+    one, two = (checkpoint(tmp_path / name / "checkpoint.pth")["model"] for name in ("expanded", "plain"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("opt", ["adafactor", "lion", "lamb"])
+def test_moments_of_timms_optimizers_are_compared_by_a_step_of_a_copy(opt, capsys):
+    import timm.optim
+
+    from errors import UserError
+
+    layer = torch.nn.Linear(40, 50)
+    groups = [{"name": "all", "params": list(layer.parameters())}]
+    optimizer = timm.optim.create_optimizer_v2(groups, opt=opt, lr=1e-3, filter_bias_and_bn=False)
+    layer(torch.randn(2, 40)).sum().backward()
+    optimizer.step()
+    names = {id(p): name for name, p in layer.named_parameters()}
+    saved = copy.deepcopy(optimizer.state_dict())
+    check_saved_state(saved, optimizer, names, "file")
+    key = next(key for key, value in saved["state"][0].items() if isinstance(value, torch.Tensor) and value.numel() > 1)
+    saved["state"][0][key] = torch.zeros(3, 3)
+    with pytest.raises(UserError, match=r"file: the optimizer's \w+ of weight has the shape \[3, 3\]"):
+        check_saved_state(saved, optimizer, names, "file")
