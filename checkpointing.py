@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class Saver:
 
     def _write(self, content: dict[str, Any], folder: Path, names: list[str], keep_ckpts: int) -> None:
         try:
+            check_finite(content, folder)
             write(content, folder / names[0])
             for name in names[1:]:
                 also_as(folder / names[0], folder / name)
@@ -98,6 +100,29 @@ class Saver:
             self.thread.join()
             self.thread = None
         self.check()
+
+
+def check_finite(content: dict[str, Any], folder: Path) -> None:
+    """Refuse to replace a good checkpoint by one whose weights, averages or moments are not finite. An attention mask may
+    hold -inf."""
+    for part in ("model", "model_ema", "optimizer"):
+        for name, tensor in named_tensors(content.get(part)):
+            if tensor.is_floating_point() and not name.endswith("attn_mask") and not bool(torch.isfinite(tensor).all()):
+                good = folder / LATEST
+                kept = f"the last good checkpoint is {good}" if good.exists() else "there is no good checkpoint yet"
+                raise UserError(
+                    f"{part}.{name} is not finite any more, so this state is not saved: {kept}. Lower --lr, set --clip_grad "
+                    "3.0, lengthen --warmup_epochs, or try --amp_dtype fp32"
+                )
+
+
+def named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in nested dictionaries and lists, with its keys joined by dots."""
+    if isinstance(content, torch.Tensor):
+        yield name, content
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, (list, tuple)) else ()
+    for key, value in items:
+        yield from named_tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def on_cpu(content: Any, keep: bool = True) -> Any:
@@ -132,10 +157,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def size_of(content: Any) -> int:
     """Bytes of the tensors in nested dictionaries and lists."""
-    if isinstance(content, torch.Tensor):
-        return content.numel() * content.element_size()
-    items = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
-    return sum(size_of(item) for item in items)
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(content))
 
 
 def sync_folder(folder: Path) -> None:

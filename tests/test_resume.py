@@ -7,7 +7,10 @@ import pytest
 import torch
 from tiny_runs import checkpoint, finetuning_flags, photos
 
+import checkpointing
+import engine
 import run_class_finetuning
+from errors import UserError
 from optim_factory import check_saved_state
 
 
@@ -102,8 +105,6 @@ def test_resumed_moments_are_laid_out_like_their_parameters(finished, data, tmp_
 def test_moments_of_timms_optimizers_are_compared_by_a_step_of_a_copy(opt, capsys):
     import timm.optim
 
-    from errors import UserError
-
     layer = torch.nn.Linear(40, 50)
     groups = [{"name": "all", "params": list(layer.parameters())}]
     optimizer = timm.optim.create_optimizer_v2(groups, opt=opt, lr=1e-3, filter_bias_and_bn=False)
@@ -116,3 +117,52 @@ def test_moments_of_timms_optimizers_are_compared_by_a_step_of_a_copy(opt, capsy
     saved["state"][0][key] = torch.zeros(3, 3)
     with pytest.raises(UserError, match=r"file: the optimizer's \w+ of weight has the shape \[3, 3\]"):
         check_saved_state(saved, optimizer, names, "file")
+
+
+# ── only what is good is kept ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("where", ["model", "model_ema", "optimizer"])
+def test_a_state_that_is_not_finite_replaces_no_checkpoint(where, tmp_path):
+    good = {"model": {"w": torch.ones(2)}, "model_ema": {"w": torch.ones(2)}, "optimizer": {"state": {0: {"w": torch.ones(2)}}}}
+    saver = checkpointing.Saver()
+    saver.submit(good, tmp_path, ["checkpoint.pth"])
+    saver.wait()
+    bad = copy.deepcopy(good)
+    next(checkpointing.named_tensors(bad[where]))[1][1] = float("inf")
+    saver.submit(bad, tmp_path, ["checkpoint.pth", "checkpoint-best.pth"])
+    with pytest.raises(UserError, match=rf"{where}\.\S*w is not finite .* the last good checkpoint is .*checkpoint.pth"):
+        saver.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
+    assert all(
+        bool(torch.isfinite(tensor).all()) for _, tensor in checkpointing.named_tensors(checkpoint(tmp_path / "checkpoint.pth"))
+    )
+
+
+def test_a_run_whose_weights_explode_ends_with_an_error_and_its_last_good_checkpoint(data, tmp_path, monkeypatch, capsys):
+    def explode(state, clip_grad):
+        norm = take_step(state, clip_grad)
+        if state.step == 2:
+            state.parameters[0].data.mul_(float("inf"))
+        return norm
+
+    take_step = engine.take_step
+    monkeypatch.setattr(engine, "take_step", explode)
+    error = refused(finetuning_flags(data, tmp_path, "--save_ckpt_steps", "1"), capsys)
+    assert "is not finite any more" in error
+    kept = checkpoint(tmp_path / "checkpoint.pth")
+    assert kept["next"]["step"] == 2
+    assert all(bool(torch.isfinite(value).all()) for value in kept["model"].values() if value.is_floating_point())
+    assert not (tmp_path / "checkpoint-best.pth").exists()
+
+
+def test_a_run_that_skips_each_step_is_no_success(data, tmp_path, monkeypatch, capsys):
+    """Eight steps, fewer than the ten in a row that end a run at once."""
+    original = run_class_finetuning.FinetuningStage.step
+
+    def no_number(self, model, batch):
+        loss, logs = original(self, model, batch)
+        return loss * float("nan"), logs
+
+    monkeypatch.setattr(run_class_finetuning.FinetuningStage, "step", no_number)
+    assert "each of the 8 steps of this run" in refused(finetuning_flags(data, tmp_path), capsys)
