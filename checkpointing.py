@@ -185,6 +185,16 @@ def also_as(path: Path, other: Path) -> None:
         os.replace(temporary, other)
 
 
+def keep_published(path: Path, folder: Path) -> None:
+    """A checkpoint in a run's folder that is not a run's of this code gets a second name, before the first is overwritten."""
+    if path.resolve().parent != folder.resolve() or path.stem.startswith("checkpoint-published"):
+        return
+    names = (f"checkpoint-published{number}.pth" for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    kept = next(folder / name for name in names if not (folder / name).exists())
+    also_as(path, kept)
+    log.info(f"kept       {path} as {kept}: this run writes its own under the old name")
+
+
 def find(resume: str, auto_resume: bool, output_dir: str) -> Path | None:
     """The checkpoint that a run goes on from: --resume, else with --auto_resume the newest intact one of output_dir.
 
@@ -231,7 +241,10 @@ def intact(path: Path) -> bool:
 
 def steps_in(path: Path) -> tuple[int, int]:
     """(epoch, step) that a checkpoint goes on with; files can be copied, so their times say nothing."""
-    after = read(path).get("next")
+    content = read(path)
+    after, done = content.get("next"), content.get("epoch")
+    if after is None and isinstance(done, int):  # the published code's: the last epoch that it finished
+        return done + 1, -1
     epoch, step = (after.get(key) if isinstance(after, dict) else None for key in ("epoch", "step"))
     return (epoch, step) if isinstance(epoch, int) and isinstance(step, int) else (-1, -1)
 

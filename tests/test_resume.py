@@ -1,16 +1,20 @@
 """What a run may go on from: a checkpoint whose every part fits, of the same run; everything else is refused or named."""
 
+import argparse
 import copy
 import re
+import shutil
 
 import pytest
 import torch
-from tiny_runs import assert_same_weights, checkpoint, finetuning_flags, photos
+from tiny_runs import assert_same_weights, checkpoint, finetuning_flags, log_lines, photos
 
 import checkpointing
 import engine
 import run_class_finetuning
+from datasets import ImageFiles
 from errors import UserError
+from image_lists import find_classes_folder
 from optim_factory import check_saved_state
 
 
@@ -164,3 +168,88 @@ def test_a_run_that_skips_each_step_is_no_success(data, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(run_class_finetuning.FinetuningStage, "step", no_number)
     assert "each of the 8 steps of this run" in refused(finetuning_flags(data, tmp_path), capsys)
+
+
+# ── the same run ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_other_images_or_another_seed_are_refused_unless_allowed(finished, data, tmp_path, capsys):
+    fewer = photos(tmp_path / "fewer", per_class=6)
+    from_here = ["--resume", str(finished / "checkpoint-step5.pth")]
+    error = refused(finetuning_flags(fewer, tmp_path / "out", *from_here), capsys)
+    assert re.search(r"checkpoint-step5.pth is of a run on 16 images, not 12: .* --allow_changed_run", error)
+    error = refused(finetuning_flags(data, tmp_path / "out", *from_here, "--seed", "7"), capsys)
+    assert "--seed 0, not 7" in error
+    run_class_finetuning.main(finetuning_flags(fewer, tmp_path / "out", *from_here, "--seed", "7", "--allow_changed_run"))
+    out = capsys.readouterr().out
+    assert "warning: the checkpoint is of a run on 16 images, not 12" in out
+    assert "warning: the checkpoint is of a run on --seed 0, not 7" in out
+    assert checkpoint(tmp_path / "out/checkpoint.pth")["data"]["images"] == 12
+
+
+def test_the_same_images_elsewhere_are_the_same_and_other_names_or_labels_are_not(data, tmp_path):
+    def digest(folder):
+        samples, classes = find_classes_folder(str(folder))
+        return ImageFiles(samples, None, classes=classes).digest(str(folder))
+
+    moved = shutil.copytree(data, tmp_path / "elsewhere/photos")
+    assert digest(moved) == digest(data)
+    (moved / "a/0.jpg").rename(moved / "a/other.jpg")
+    assert digest(moved) != digest(data)
+    (moved / "a/other.jpg").rename(moved / "b/90.jpg")
+    assert digest(moved) != digest(data)
+
+
+def test_what_changes_the_result_is_named_and_used(finished, data, tmp_path, capsys):
+    more = ["--lr", "5e-4", "--epochs", "3", "--weight_decay", "0.1", "--print_freq", "1"]
+    capsys.readouterr()
+    run_class_finetuning.main(finetuning_flags(data, tmp_path, *more, "--resume", str(finished / "checkpoint.pth")))
+    changed = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("changed ")]
+    names = ["--epochs: 2 -> 3", "--lr: 0.001 -> 0.0005", "--model_ema: True -> False", "--weight_decay: 0.05 -> 0.1"]
+    assert changed == names
+    assert log_lines(tmp_path)[-1]["epoch"] == 2
+
+
+def test_a_checkpoint_of_earlier_code_resumes(finished, data, tmp_path, capsys):
+    """Without the images' digest, and with the means of rank 0 alone."""
+    content = checkpoint(finished / "checkpoint-step5.pth")
+    del content["data"]
+    content["means"] = content["means"][0]
+    torch.save(content, tmp_path / "earlier.pth")
+    flags = finetuning_flags(data, tmp_path / "out", "--model_ema", "--resume", str(tmp_path / "earlier.pth"))
+    run_class_finetuning.main([*flags, "--seed", "0"])
+    assert_same_weights(tmp_path / "out/checkpoint.pth", finished / "checkpoint.pth")
+
+
+@pytest.mark.parametrize("step", [3, 4, 8])
+def test_each_entry_of_the_log_is_the_undisturbed_runs_wherever_it_was_killed(step, finished, data, tmp_path):
+    """4 and 8: behind an epoch's last step, before its line in log.txt."""
+    shutil.copy(finished / f"checkpoint-step{step}.pth", tmp_path / "checkpoint.pth")
+    lines = (finished / "log.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "log.txt").write_text("".join(lines[: (step - 1) // 4]))
+    run_class_finetuning.main(finetuning_flags(data, tmp_path, "--model_ema"))
+    told = [[{k: v for k, v in line.items() if k != "seconds"} for line in log_lines(out)] for out in (finished, tmp_path)]
+    assert told[0] == told[1]
+
+
+def test_a_published_training_checkpoint_goes_on_behind_its_epoch_and_is_kept(finished, data, tmp_path, capsys):
+    """microsoft/unilm's utils.save_model: model, optimizer, epoch, scaler, args (a Namespace)."""
+    ours = checkpoint(finished / "checkpoint-step4.pth")
+    optimizer = ours["optimizer"]
+    for moments in optimizer["state"].values():
+        moments["step"] = int(moments["step"])  # as torch wrote it then
+    args = argparse.Namespace(**{name: ours["args"][name] for name in ("lr", "opt", "epochs", "batch_size")}, seed=3)
+    theirs = {"model": ours["model"], "optimizer": optimizer, "epoch": 0, "scaler": {}, "args": args}
+    torch.save(theirs, tmp_path / "checkpoint.pth")
+    published = (tmp_path / "checkpoint.pth").read_bytes()
+    run_class_finetuning.main(finetuning_flags(data, tmp_path))
+    out = capsys.readouterr().out
+    assert re.search(r"resumed .*checkpoint.pth: epoch 1, 0 samples into it, step 4", out)
+    assert (tmp_path / "checkpoint-published.pth").read_bytes() == published
+    assert_same_weights(tmp_path / "checkpoint.pth", finished / "checkpoint.pth")  # its moments too, or they would differ
+    assert [line["epoch"] for line in log_lines(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("epoch", ["2", "99", "-1"])
+def test_a_start_behind_the_end_is_refused(epoch, data, tmp_path, capsys):
+    assert f"--start_epoch {epoch}" in refused(finetuning_flags(data, tmp_path, "--start_epoch", epoch), capsys)
