@@ -205,6 +205,8 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
     g.add_argument("--seed", type=seed, default=0, help="samples, masks and initial weights derive from it")
     g.add_argument("--resume", type=expand_home, default="", help=f"checkpoint to go on from: {WEIGHTS}")
     add_switch(g, "auto_resume", "no_auto_resume", True, "go on from output_dir/checkpoint.pth if there is one")
+    g.add_argument("--allow_changed_run", action="store_true",
+                   help="go on from a checkpoint of other images or another --seed, which is refused otherwise")  # fmt: skip
     g.add_argument("--start_epoch", type=not_negative, default=0, help="epoch to start at; a resumed run knows its own")
     g.add_argument("--save_ckpt_freq", type=positive, default=save_ckpt_freq, help="keep a checkpoint every so many epochs")
     g.add_argument("--save_ckpt_steps", type=not_negative, default=0, help="also write checkpoint.pth every N optimizer steps")

@@ -8,7 +8,7 @@ is one) and `failed` (files that did not decode, each with the reason).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,15 @@ class ImageFiles(Files):
 
     def name(self, place: int) -> str:
         return str(self.source(place))
+
+    def identities(self) -> Iterator[bytes]:
+        if isinstance(self.sources, shards.Members):  # names would be read from the shards
+            yield from (os.fsencode(os.path.basename(path)) for path in self.sources.paths)
+            yield from (self.sources.shard.tobytes(), self.sources.places.tobytes())
+        else:
+            yield from (source if isinstance(source, bytes) else source.tobytes() for source in self.sources)
+        if self.labels is not None:
+            yield self.labels.tobytes()
 
     def read(self, place: int) -> Any:
         source = self.source(place)
