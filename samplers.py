@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from PIL import UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from distributed import Launch, is_main, keep_freed_memory, log
@@ -245,8 +244,6 @@ class Files(Dataset[dict[str, Any]]):
 
 
 def reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__  # strerror: without the path again
 
 

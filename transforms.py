@@ -33,6 +33,7 @@ from augmentation import (
     sampled_pivot,
 )
 from errors import UserError, pick
+from image_formats import open_image
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -57,7 +58,7 @@ def load_image(source: Source | IO[bytes], enough: Callable[[Size], Size] | None
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
-    with Image.open(source) as image:
+    with open_image(source) as image:
         # PIL takes a while to find out that a JPEG has no orientation
         may_turn = image.format != "JPEG" or not image.info.keys().isdisjoint(("exif", "xmp"))
         if enough is not None and image.format == "JPEG":
