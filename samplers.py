@@ -6,12 +6,13 @@ A key (epoch, index) names a sample; the datasets derive everything random in it
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -122,9 +123,13 @@ def build_eval_loader(
     dataset: Any, args: argparse.Namespace, launch: Launch, every: int = 1, batch_size: int | None = None
 ) -> DataLoader[dict[str, Any]]:
     """This rank's share of the data set, every image once over all ranks; `every`: only each such image. `batch_size`: 1 where
-    images differ in size; default: --batch_size."""
+    images differ in size; default: --batch_size. A file that does not decode is left out, not replaced: no other image counts
+    twice."""
+    if isinstance(dataset, Files):
+        dataset = copy.copy(dataset)
+        dataset.most_failures = 1
     sampler = EvalSampler(len(dataset), batch_size or args.batch_size, launch.rank, launch.world_size, every)
-    return build_loader(dataset, sampler, args.num_workers, args.pin_mem)
+    return build_loader(dataset, sampler, args.num_workers, args.pin_mem, collate_fn=collate_readable)
 
 
 def build_loader(
@@ -133,8 +138,9 @@ def build_loader(
     num_workers: int,
     pin_memory: bool,
     persistent: bool = False,
+    collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> DataLoader[dict[str, Any]]:
-    """The batches of `collate`, read by at most as many workers as this machine has cores.
+    """The batches of `collate` (or `collate_fn`), read by at most as many workers as this machine has cores.
 
     `persistent`: the workers live until `close`, over all epochs.
     """
@@ -143,7 +149,7 @@ def build_loader(
         batch_sampler=batch_sampler,
         num_workers=_workers(num_workers),
         pin_memory=pin_memory and torch.cuda.is_available(),
-        collate_fn=collate,
+        collate_fn=collate_fn or collate,
         worker_init_fn=_start_worker,
         persistent_workers=persistent and _workers(num_workers) > 0,  # the epoch travels in the keys
         generator=torch.Generator(),  # else each epoch would move the training's own random state
@@ -200,6 +206,12 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {**default_collate(tensors), "failed": failed}
 
 
+def collate_readable(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of those samples alone that found their image; only {"failed": [...]} when none did."""
+    failed = [text for sample in samples for text in sample["failed"]]
+    return {**collate([sample for sample in samples if "image" in sample] or [{"failed": []}]), "failed": failed}
+
+
 class Files(Dataset[dict[str, Any]]):
     """Samples made of files. Keys are an index (epoch 0) or (epoch, index); what is random in a sample follows from the seed
     and the key.
@@ -248,13 +260,15 @@ def reason(error: Exception) -> str:
 
 
 class BadFiles:
-    """What the training loop does about the files that did not decode: name each once, stop when they are too many.
+    """What is done about the files that did not decode: name each once, stop when they are too many.
 
-    `flag` is the data folder's flag, for the message.
+    `flag` is the data folder's flag, and `instead` what is done without them, for the messages.
     """
 
-    def __init__(self, limit_share: float = 0.01, at_least: int = 10, flag: str = "--data_path") -> None:
-        self.limit_share, self.at_least, self.flag = limit_share, at_least, flag
+    def __init__(
+        self, limit_share: float = 0.01, at_least: int = 10, flag: str = "--data_path", instead: str = "using the next image"
+    ) -> None:
+        self.limit_share, self.at_least, self.flag, self.instead = limit_share, at_least, flag, instead
         self.named: set[str] = set()
         self.start_epoch(0)
 
@@ -270,7 +284,7 @@ class BadFiles:
         self.failed.update(dict.fromkeys(failed))
         for text in dict.fromkeys(failed):
             if text not in self.named:  # ranks other than the first show errors only, and each meets other files
-                log.log(logging.WARNING if is_main() else logging.ERROR, "cannot read %s: using the next image", text)
+                log.log(logging.WARNING if is_main() else logging.ERROR, "cannot read %s: %s", text, self.instead)
         self.named.update(failed)
         if not found_image:
             unread = list(dict.fromkeys(failed))
