@@ -10,9 +10,10 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
-from typing import IO
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
 
+import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 FORMATS = {  # Pillow's name -> endings of file names; JPEG includes MPO, several JPEGs in one file
@@ -61,6 +62,21 @@ def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[ImageFile
             raise UnidentifiedImageError(_what_it_is(file)) from None
         with image:
             yield image
+
+
+def is_16_bit(image: Image.Image) -> bool:
+    """Unsigned grey of which 65535 is white. Pillow calls it I where it has scaled a PPM to that range, or is older."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and getattr(image, "format", None) in ("PNG", "PPM"))
+
+
+def look_like_12_bits(sources: Iterable[Any]) -> bool:
+    """Whether some of these are 16-bit files, and none of those has a pixel above 4095, 6 % of white."""
+    brightest = []
+    for source in sources:
+        with contextlib.suppress(Exception), open_image(source) as image:  # what cannot be read is told when it is needed
+            if is_16_bit(image):
+                brightest.append(int(np.asarray(image).max()))
+    return bool(brightest) and max(brightest) < 4096
 
 
 def _what_it_is(file: IO[bytes]) -> str:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from distributed import Launch, is_main, keep_freed_memory, log
+from distributed import Launch, is_main, keep_freed_memory, log, log_once
 from errors import UserError
+from image_formats import look_like_12_bits
 from utils import derive_seed, seeded
 
 Key = tuple[int, int]  # (epoch, index)
@@ -232,6 +233,19 @@ class Files(Dataset[dict[str, Any]]):
     def read(self, place: int) -> Any:
         """What is in file `place`; whatever is raised means that it does not decode."""
         raise NotImplementedError
+
+    def open(self, place: int) -> Any:
+        """The image of `place`, for image_formats.open_image."""
+        return self.name(place)
+
+    def warn_of_12_bits(self, looked_at: int = 16) -> None:
+        """One line where some evenly spread images look like a 12-bit camera's in 16-bit files: nearly black."""
+        count = min(looked_at, self.files) if is_main() else 0
+        if look_like_12_bits(self.open(number * self.files // count) for number in range(count)):
+            log_once(
+                f"warning: images such as {self.name(0)} have 16 bits, but no value above 4095, as of a 12-bit camera: 65535 is "
+                "white, so they are seen nearly black; multiply their values by 16 and save them again"
+            )
 
     def sample(self, place: int, content: Any) -> dict[str, Any]:
         """The sample made of what was read; what is raised here is no matter of decoding and ends the run."""

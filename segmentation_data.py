@@ -242,6 +242,7 @@ class SegmentationFiles(Files):
         self.paths = np.array([[os.fsencode(path) for path in pair] for pair in pairs])
         self.view, self.classes, self.statistics = view, list(classes), statistics
         self.reduce_zero_label = reduce_zero_label
+        self.warn_of_12_bits()
 
     def pair(self, index: int) -> Pair:
         """The files of an index, in whichever pass."""
