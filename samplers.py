@@ -243,8 +243,8 @@ class Files(Dataset[dict[str, Any]]):
         count = min(looked_at, self.files) if is_main() else 0
         if look_like_12_bits(self.open(number * self.files // count) for number in range(count)):
             log_once(
-                f"warning: images such as {self.name(0)} have 16 bits, but no value above 4095, as of a 12-bit camera: 65535 is "
-                "white, so they are seen nearly black; multiply their values by 16 and save them again"
+                f"warning: images such as {self.name(0)} have 16 bits, but no value above 4095, as of a 12-bit camera: "
+                "65535 is white, so they are seen nearly black; multiply their values by 16 and save them again"
             )
 
     def sample(self, place: int, content: Any) -> dict[str, Any]:
