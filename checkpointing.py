@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,10 @@ def also_as(path: Path, other: Path) -> None:
         os.link(path, temporary)
         os.replace(temporary, other)
     except OSError:  # no hard links here
-        write(torch.load(path, map_location="cpu", weights_only=True), other)
+        shutil.copyfile(path, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, other)
 
 
 def find(resume: str, auto_resume: bool, output_dir: str) -> Path | None:
@@ -173,16 +177,17 @@ def find(resume: str, auto_resume: bool, output_dir: str) -> Path | None:
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """checkpoint.pth; where it is damaged, the newest other one that is whole, with a warning."""
-    others = sorted(folder.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
-    latest = [folder / LATEST] if (folder / LATEST).exists() else []
-    damaged: list[Path] = []
-    for path in [*latest, *others]:
-        if intact(path):
-            if damaged:
-                log.warning(f"warning: {damaged[0]} is damaged (truncated or altered): going on from {path}")
-            return path
-        damaged.append(path)
+    """checkpoint.pth; where it is damaged, the other whole one with the most steps behind it, with a warning."""
+    latest = folder / LATEST
+    if latest.exists() and intact(latest):
+        return latest
+    others = {path: steps_in(path) for path in sorted(folder.glob("checkpoint-*.pth")) if intact(path)}
+    damaged = [path for path in [latest, *folder.glob("checkpoint-*.pth")] if path.exists() and path not in others]
+    if others:
+        newest = max(others, key=others.__getitem__)
+        if damaged:
+            log.warning(f"warning: {damaged[0]} is damaged (truncated or altered): going on from {newest}")
+        return newest
     if damaged:
         raise UserError(
             f"{damaged[0]} is damaged and no other checkpoint in {folder} is whole: remove it to start anew, or name one "
@@ -196,26 +201,41 @@ def intact(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
-    except (OSError, zipfile.BadZipFile, EOFError):
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; change its permissions") from None
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):  # RuntimeError: encrypted
         return False
+
+
+def steps_in(path: Path) -> tuple[int, int]:
+    """(epoch, step) that a checkpoint goes on with; files can be copied, so their times say nothing."""
+    after = read(path).get("next")
+    epoch, step = (after.get(key) if isinstance(after, dict) else None for key in ("epoch", "step"))
+    return (epoch, step) if isinstance(epoch, int) and isinstance(step, int) else (-1, -1)
 
 
 def read(path: Path) -> dict[str, Any]:
     """A training checkpoint, or a published weight file (then only `model` is in it, and what `head` finds)."""
     content = weight_files.load_file(path)
+    weights = weight_files.weights_in(content, str(path))
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        if isinstance(content.get("model_ema"), dict):
+            weight_files.weights_in(content["model_ema"], f"{path} (model_ema)")
         return content | {"args": weight_files.plain_flags(content.get("args"))}
-    return {"model": weight_files.load_state_dict(path), **head(path)}
+    return {"model": weights, **head(path)}
 
 
 def head(path: Path) -> dict[str, Any]:
     """Plain data that export_checkpoint put into the head of a safetensors file, which has no other place for it: `args`
     and `stage`; {} for other files."""
-    if path.suffix != ".safetensors":
+    if not weight_files.is_safetensors(path):
         return {}
     with safetensors.safe_open(path, "pt") as file:
         texts = file.metadata() or {}
-    return {key: json.loads(texts[key]) for key in ("args", "stage") if texts.get(key, "").startswith("{")}
+    try:
+        return {key: json.loads(texts[key]) for key in ("args", "stage") if texts.get(key, "").startswith("{")}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: its head is no JSON ({type(error).__name__}); get the file again") from None
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
