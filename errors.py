@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import functools
+import io
 import logging
 import re
 import sys
@@ -93,11 +95,19 @@ def tells_the_user(main: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         sys.excepthook = _print_traceback
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # terminals that are not of UTF-8
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {printable(sentence(error))}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
+            message = sentence(error)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            message = f"{error.filename}: the name is too long for this file system"
+        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
 
     return wrapped
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,7 +98,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output}: Hugging Face's models are folders; name a folder")
     if args.to == "timm" and output.suffix not in SUFFIXES and output.is_file():
         raise UserError(f"--output {args.output} is a file: name a folder, or a file that ends in {' or '.join(SUFFIXES)}")
-    if output.exists() and Path(args.checkpoint).exists() and output.samefile(args.checkpoint):
+    if output.exists() and os.path.exists(args.checkpoint) and output.samefile(args.checkpoint):
         raise UserError(f"--output {args.output} would overwrite --checkpoint: name another place")
 
 

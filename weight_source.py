@@ -131,8 +131,8 @@ def with_grid(weights: dict[str, Tensor], size: Any) -> dict[str, Tensor]:
 
 def locate(source: str, flag: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The weight file, and the config.json and preprocessor_config.json that belong to it ({} where there is none)."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(source))
+    if os.path.isdir(folder):  # pathlib's is_dir fails on a URL longer than a file name
         present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
         if not present:
             raise UserError(f"{flag} {source}: a folder without {' or '.join(WEIGHT_FILES)}; name the weight file itself")

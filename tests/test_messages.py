@@ -3,6 +3,7 @@
 import base64
 import http.server
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import arguments
 import export_checkpoint
 import pages
 import run_class_finetuning
+import weight_source
 from errors import UserError, hide_secrets, printable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,3 +146,15 @@ def test_the_logger_of_a_data_process_escapes(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO, "beit"):
         log.info("%s of %d", HOSTILE, 2)
     assert caplog.messages == [printable(HOSTILE) + " of 2"]
+
+
+def test_any_terminal_and_any_length_of_a_name_will_do(tmp_path: Path) -> None:
+    code = "import errors\n@errors.tells_the_user\ndef main():\n    print('é')\n    open('k' * 10**6)\nmain()"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "\\xe9\n")
+    assert run.stderr.startswith("error: kkk") and run.stderr.endswith("is too long for this file system\n")
+    assert len(run.stderr) < 500
+    for source in (f"ftp://h/{'k' * 300}", "~nobody-here/w.pth", "k" * 10**6):
+        with pytest.raises(UserError, match=r"nobody|kkk"):
+            weight_source.locate(source, "--checkpoint")
