@@ -62,6 +62,8 @@ def fit(state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule,
         close(data.loader)
         run.saver.wait()
     distributed.barrier()
+    if run.lock is not None:
+        run.lock.release()
 
 
 def epochs_of_steps(state: TrainState, data: TrainingData, max_steps: int) -> int:

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
 
     # ── Setup ──
-    run = run_state.start_run(parser, args)
+    run = run_state.start_run(parser, args, trains=not args.eval)
 
     made_for = modeling_finetune.VARIANTS[args.model][2]
     if made_for >= 224 and as_pair(args.input_size) != as_pair(made_for):

@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(parser, args)
 
     # ── Setup ──
-    run = run_state.start_run(parser, args)
+    run = run_state.start_run(parser, args, trains=args.mode == "linear")
     arguments.warn_of_idle_flags(parser, args, idle_flags(args))
 
     # ── The frozen backbone ──

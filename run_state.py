@@ -28,6 +28,7 @@ from distributed import Launch, Precision, choose_precision, log
 from errors import UserError
 from metrics import RunningMeans
 from optim_factory import check_saved_state
+from run_lock import RunLock
 from samplers import ResumableSampler, build_loader
 from utils import seed_all
 from vit_backbone import Block, recompute_blocks
@@ -86,6 +87,7 @@ class Run:
     device: torch.device
     precision: Precision
     data: dict[str, Any] = field(default_factory=dict)  # how many images, and a digest of their names: for checkpoints
+    lock: RunLock | None = None  # of rank 0, while it trains
     saver: checkpointing.Saver = field(default_factory=checkpointing.Saver)
     started: float = field(default_factory=time.monotonic)
 
@@ -99,12 +101,15 @@ class Run:
         return getattr(self.args, "fsdp", False) and self.launch.world_size > 1
 
 
-def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run:
-    """Join the other processes, choose device and precision, seed, and say what was asked for."""
+def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace, trains: bool = True) -> Run:
+    """Join the other processes, choose device and precision, seed, say what was asked for, and open the output folder.
+
+    trains: the run writes checkpoints, so nobody else may in the same folder.
+    """
     launch, device = distributed.start(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
     if getattr(args, "compile", False):  # a flag of the stages that train a ViT, as is the next
         compilation.require_compiler(device)
-    run = Run(args, launch, device, choose_precision(args.amp_dtype, device))
+    run = Run(args, launch, device, choose_precision(args.amp_dtype, device), lock=open_output(args.output_dir, trains))
     resumption.check_ranks_agree(checkpointing.plain(args.plain()))
     check_start_epoch(args)
     if run.sharded:
@@ -120,14 +125,24 @@ def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run:
         log.info("fsdp       nothing to shard: there is one process (a launcher starts several)")
     arguments.warn_of_obsolete_flags(parser, args)
     torch.autograd.set_detect_anomaly(args.detect_anomaly)
-    if run.output_dir:
-        try:
-            run.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output_dir {run.output_dir}: cannot be made ({error.strerror})") from None
-        if distributed.is_main():
-            checkpointing.remove_leftovers(run.output_dir)
     return run
+
+
+def open_output(output_dir: str, trains: bool) -> RunLock | None:
+    """Make the folder; on rank 0 of a run that trains, lock it and remove what a killed run left half-written."""
+    if not output_dir:
+        return None
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (trains and distributed.is_main()):
+            return None
+        lock = RunLock(folder)
+        checkpointing.remove_leftovers(folder)  # before the lock is signed, which a full disk would not allow
+        lock.sign()
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: cannot be written to ({error.strerror})") from None
+    return lock
 
 
 def check_start_epoch(args: argparse.Namespace) -> None:

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(parser, args)
 
     # ── Setup ──
-    run = run_state.start_run(parser, args)
+    run = run_state.start_run(parser, args, trains=not evaluates_only(args))
     if evaluates_only(args):
         evaluate(args, run)
         distributed.stop()
