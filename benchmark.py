@@ -60,15 +60,20 @@ def get_parser() -> argparse.ArgumentParser:
     add("--stage", nargs="+", default=list(STAGES), choices=list(STAGES), help="what to measure")
     add("--device", default="cuda", help="cuda (falls back to cpu) or cpu")
     add("--model", default="base", choices=list(SIZES), help="row of vit_backbone.SIZES for all stages")
-    add("--batch_size", default=8, type=int, help="images of one step; the quantizer's stage takes 8 times as many")
+    add(
+        "--batch_size",
+        default=8,
+        type=arguments.large_count,
+        help="images of one step; the quantizer's stage takes 8 times as many",
+    )
     add("--amp_dtype", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 where the device computes in it")
-    add("--rounds", default=8, type=int, help="turns of each contender; medians and ranges are over these")
-    add("--warmup", default=2, type=int, help="rounds before those")
+    add("--rounds", default=8, type=arguments.positive, help="turns of each contender; medians and ranges are over these")
+    add("--warmup", default=2, type=arguments.not_negative, help="rounds before those")
     add("--teacher", default="hog", help="of the vqkd stage: hog, or timm:<name> with random weights")
-    add("--num_workers", default=0, type=int, help="of the loader with which the wait for data is measured")
+    add("--num_workers", default=0, type=arguments.not_negative, help="of the loader with which the wait for data is measured")
     add("--compile", action="store_true", help="torch.compile for our model, not for the others")
-    add("--output", default="", help="JSON file for all that was measured")
-    add("--seed", default=0, type=int, help="of weights, images and masks")
+    add("--output", default="", type=arguments.expand_home, help="JSON file for all that was measured")
+    add("--seed", default=0, type=arguments.seed, help="of weights, images and masks")
     return parser
 
 

@@ -44,10 +44,12 @@ def fit(state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule,
     """Train from where `state` stands to the last epoch, or until a signal asks to stop; both are a success."""
     epochs = run.args.epochs if not schedule.in_steps else epochs_of_steps(state, data, len(schedule.lr))
     reporter = Reporter(run.args, run.device, epochs, state.epoch, state.step)
+    first_step = state.step
     try:
         with StopSignal() as stop:
             train_epochs(state, stage, data, schedule, run, reporter, stop)
             stop.settle()
+        refuse_a_run_without_a_step(state, first_step)
         log.info(f"finished epoch {epochs} in {clock(time.monotonic() - run.started)}")
     except Stopped as stopped:
         log.info(f"stopped by {stopped} after step {state.step}: the same command line goes on from there")
@@ -94,7 +96,7 @@ def train_epochs(
         names = [checkpointing.LATEST]
         if due(epoch, args.save_ckpt_freq, epochs):
             names.append(f"checkpoint-{epoch}.pth")
-        if score is not None and score > state.best:
+        if score is not None and score > state.best and math.isfinite(test.get("test_loss", 0.0)):
             state.best = score
             names.append(checkpointing.BEST)
         save(state, stage, run, epoch, names)
@@ -102,6 +104,16 @@ def train_epochs(
             with sharding.whole(state.model) as model:
                 if reporter.shows_pictures:
                     reporter.pictures(epoch, stage.pictures(model))
+
+
+def refuse_a_run_without_a_step(state: TrainState, first_step: int) -> None:
+    """A run that skipped each of its steps has trained nothing, which is no success."""
+    steps = state.step - first_step
+    if steps and state.bad_in_a_row >= steps:
+        raise UserError(
+            f"each of the {steps} steps of this run had a loss or gradient that is not finite, so nothing was trained. Lower "
+            "--lr, set --clip_grad 3.0, or try --amp_dtype fp32"
+        )
 
 
 def due(epoch: int, every: int, epochs: int) -> bool:
@@ -143,6 +155,7 @@ def train_one_epoch(
     done = data.steps_per_epoch - len(data.sampler) // args.update_freq
     start = state.step if schedule.in_steps else state.epoch * data.steps_per_epoch + done
     steps = min(data.steps_per_epoch, done + len(schedule.lr) - start)
+    schedule.apply(state.optimizer, max(start - 1, 0))  # what log.txt tells of an epoch that was killed behind its last step
     reporter.start_epoch(state.epoch, steps, state.step)
     batches = iter(data.loader)
     for step_in_epoch in range(done, steps):

@@ -42,6 +42,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Weights for other libraries, and from them")
     parser.add_argument(
         "--checkpoint",
+        type=arguments.expand_home,
         required=True,
         help="what to convert: a file, a folder of timm or Hugging Face, a URL or a published name",
     )
@@ -55,7 +56,12 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--to", required=True, choices=tuple(WRITERS), help="safetensors: our names (.pth by the output's name)"
     )
-    parser.add_argument("--output", required=True, help="safetensors: a file; timm: a file or a folder; huggingface: a folder")
+    parser.add_argument(
+        "--output",
+        type=arguments.expand_home,
+        required=True,
+        help="safetensors: a file; timm: a file or a folder; huggingface: a folder",
+    )
     parser.add_argument(
         "--architecture",
         default="auto",
@@ -64,13 +70,16 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights (--model_ema of fine-tuning)")
     parser.add_argument(
-        "--class_names", default=None, help="imagenet-1k, or a file: one name a line, or a JSON list or {id: name}"
+        "--class_names",
+        type=arguments.expand_home,
+        default=None,
+        help="imagenet-1k, or a file: one name a line, or a JSON list or {id: name}",
     )
     parser.add_argument(
         "--input_size", type=arguments.image_size, default=None, help="side, or height x width; default: the model's"
     )
     parser.add_argument("--model", default=None, help="the model that the file must hold; default: read from the shapes")
-    parser.add_argument("--num_heads", type=arguments.positive, default=None, help="for unknown sizes without position bias")
+    parser.add_argument("--num_heads", type=arguments.small_count, default=None, help="for unknown sizes without position bias")
     parser.add_argument(
         "--imagenet_default_mean_and_std", action="store_true", help="the checkpoint's own setting if it has one"
     )

@@ -603,11 +603,15 @@ def _size(n_bytes: float) -> str:
     return f"{n_bytes / 2**20:.0f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.1f} GiB"
 
 
-@tells_the_user
-def main(argv: Sequence[str] | None = None) -> None:
+def get_parser() -> ArgumentParser:
     parser = ArgumentParser(description="List the published weights, or download some of them.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="weights to download; none: print the table")
-    names = parser.parse_args(argv).names
+    return parser
+
+
+@tells_the_user
+def main(argv: Sequence[str] | None = None) -> None:
+    names = get_parser().parse_args(argv).names
     for name in names:
         pick(ENTRIES, name, "weights")
     for name in names:

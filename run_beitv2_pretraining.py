@@ -59,7 +59,7 @@ def patch_grid(args: argparse.Namespace) -> int:
     check_masks(args, grid)
     if has_cls_head(args):
         check_cls_head(args, SIZES[size].depth)
-    if args.knn_freq < 0 or bool(args.knn_freq) != bool(args.knn_data_path):
+    if bool(args.knn_freq) != bool(args.knn_data_path):
         raise UserError("--knn_freq (epochs, above 0) and --knn_data_path (labelled images) act together: give both or neither")
     return grid
 
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = run_state.new_state(model, optimizer, run)
 
     # ── Resume ──
-    run_state.resume(state, stage, run)
+    run_state.resume(state, stage, run, data.steps_per_epoch)
     run_state.compile_networks(run, data, model, *target.networks())
 
     # ── Loop ──

@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = run_state.new_state(heads, optimizer, run, name=f"{encode.layers} linear heads")
 
     # ── Resume; a new run first measures each channel ──
-    run_state.resume(state, stage, run)
+    run_state.resume(state, stage, run, data.steps_per_epoch)
     if state.step == 0:
         measure_channels(heads, features, train, settings, run)
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -214,6 +215,14 @@ class Files(Dataset[dict[str, Any]]):
         self.files, self.seed, self.passes = files, seed, passes
         self.most_failures = min(files, max(10, files // 100))
 
+    def digest(self, root: str) -> str:
+        """Of what `identities` gives, less the folder `root` in front of names: the same wherever the data lies."""
+        return digest(self.identities(), root)
+
+    def identities(self) -> Iterator[bytes]:
+        """What tells each file, in their order, and then the labels if there are any."""
+        return (os.fsencode(self.name(place)) for place in range(self.files))
+
     def name(self, place: int) -> str:
         """What file `place` is called when it fails."""
         raise NotImplementedError
@@ -242,6 +251,15 @@ class Files(Dataset[dict[str, Any]]):
                     continue
                 return {**self.sample(place, content), "index": index, "failed": failed}
         return {"failed": failed}
+
+
+def digest(names: Iterable[bytes], root: str = "") -> str:
+    """Of names in their order, less the folder `root` in front of them."""
+    given, absolute = (os.fsencode(os.path.join(folder, "")) for folder in (root, os.path.abspath(root)))
+    found = hashlib.blake2b(digest_size=16)
+    for name in names:
+        found.update(name.removeprefix(given).removeprefix(absolute) + b"\0")
+    return found.hexdigest()
 
 
 def reason(error: Exception) -> str:

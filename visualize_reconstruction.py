@@ -22,10 +22,15 @@ from transforms import eval_view
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Reconstructions from tokens")
     parser.add_argument(
-        "--checkpoint", required=True, help=f"of run_vqkd_training.py --train_pixel_decoder: {arguments.FILE_OR_URL}"
+        "--checkpoint",
+        type=arguments.expand_home,
+        required=True,
+        help=f"of run_vqkd_training.py --train_pixel_decoder: {arguments.FILE_OR_URL}",
     )
     arguments.add_shown_image_flags(parser)
-    parser.add_argument("--output", default="reconstruction.png", help="picture to write, best a PNG")
+    parser.add_argument(
+        "--output", type=arguments.expand_home, default="reconstruction.png", help="picture to write, best a PNG"
+    )
     arguments.add_view_flags(parser)
     return parser
 

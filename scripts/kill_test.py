@@ -22,6 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny_runs  # noqa: E402
 
+import arguments  # noqa: E402
+
 EPOCHS = "6"
 
 
@@ -71,11 +73,15 @@ def kill_at(process: subprocess.Popen[str], line: int, delay: float) -> bool:
     return alive
 
 
-def main() -> int:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--kills", type=arguments.positive, default=20)
+    parser.add_argument("--seed", type=arguments.seed, default=0)
+    return parser
+
+
+def main() -> int:
+    args = get_parser().parse_args()
     torch.set_num_threads(1)
     draw, kills, equal = random.Random(args.seed), 0, 0
     with tempfile.TemporaryDirectory() as name:
