@@ -489,8 +489,12 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--nb_classes", type=Number(int, 0, 2**20), default=0, help="0: as many as the data has")
     g.add_argument("--finetune", type=expand_home, default="", help=f"pretrained weights: {WEIGHTS}")
     g.add_argument("--model_key", default="model|module", help="where the weights are in that file, first hit wins")
-    g.add_argument("--model_prefix", default="", help="prefix of the keys to take, e.g. encoder.")
-    g.add_argument("--model_filter_name", default="", help="take only keys that contain this text")
+    g.add_argument(
+        "--model_prefix",
+        default="",
+        help="take only the keys that begin so, without it; needed where a file holds several models",
+    )
+    g.add_argument("--model_filter_name", default="", help="as --model_prefix")
     g.add_argument("--init_scale", type=not_negative_number, default=0.001, help="factor on the head's initial weights")
     add_switch(g, "use_mean_pooling", "use_cls", True, "classify the mean of the patch tokens, not the CLS token")
     add_switch(g, "qkv_bias", "disable_qkv_bias", True, "bias of query and value")

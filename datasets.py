@@ -63,6 +63,7 @@ class ImageFiles(Files):
             self.labels = np.array(labels, dtype=np.int64) if labels else None
         super().__init__(len(self.sources), seed)
         self.transform, self.classes = transform, classes
+        self.warn_of_12_bits()
 
     def source(self, index: int) -> Source | shards.Member:
         if isinstance(self.sources, shards.Members):
@@ -83,9 +84,13 @@ class ImageFiles(Files):
             yield self.labels.tobytes()
 
     def read(self, place: int) -> Any:
-        source = self.source(place)
         read = getattr(self.transform, "read", load_image)
-        return read(source.read() if isinstance(source, shards.Member) else source)
+        return read(self.open(place))
+
+    def open(self, place: int) -> Any:
+        """File `place`, for open_image; an image in memory as it is."""
+        source = self.source(place)
+        return source.read() if isinstance(source, shards.Member) else source
 
     def sample(self, place: int, image: Any) -> dict[str, Any]:
         label = {} if self.labels is None else {"label": int(self.labels[place])}

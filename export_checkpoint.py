@@ -155,10 +155,11 @@ def load(model: Trunk, weights: dict[str, Tensor], args: argparse.Namespace) -> 
         notes.append("the last norm, which the file lacks, stays as it is built: 1 and 0")  # a backbone for segmentation
     elif missing:
         raise UserError(f"--checkpoint {args.checkpoint} is incomplete: it lacks {brief(missing)}")
+    try:
+        modeling_finetune.refuse_misfits(weights, model, fitting)
+    except UserError as error:
+        raise UserError(f"--checkpoint {args.checkpoint} is not of one kind of model: {error}") from None
     left_out = [key for key in weights if key not in fitting and not key.endswith(INDEX)]
-    strange = [key for key in left_out if key.startswith("blocks.")]
-    if strange:
-        raise UserError(f"--checkpoint {args.checkpoint} is no BEiT: its blocks also hold {', '.join(strange[:3])}")
     before, after = modeling_finetune.patch_grid(weights), model.patch_embed.patch_shape
     if before not in (None, after):
         notes.append(f"positions were resized from {before[0]} x {before[1]} to {after[0]} x {after[1]} patches")

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 import distributed
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has no SIGUSR1
 
 
 class StopSignal:

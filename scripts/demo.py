@@ -217,7 +217,7 @@ def draw(labelled: bool) -> list[str]:
 def to_tensor(path: Path) -> torch.Tensor:
     import torchvision.transforms.functional as TF
 
-    return TF.to_tensor(Image.open(path).convert("RGB"))
+    return TF.to_tensor(load_image(str(path)))
 
 
 def draw_curves(path: Path, labelled: bool) -> None:

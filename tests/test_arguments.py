@@ -281,6 +281,18 @@ def test_a_missing_gpu_is_no_crash():
         assert distributed.pick_device("cuda").type == "cpu"
 
 
+@pytest.mark.parametrize(
+    "name", ["mps", "xpu", "meta", "cpu:1", "cuda:99", "cuda:", "cuda:²", "cuda:-1", "", "cuda:" + "9" * 5000]
+)
+def test_a_device_that_is_not_supported_or_not_there_is_refused(name):
+    import distributed
+    from errors import UserError
+
+    with pytest.raises(UserError, match=r"^--device .*use (--device|cuda or) cpu") as told:
+        distributed.pick_device(name)
+    assert len(str(told.value)) < 150
+
+
 def test_a_gpu_too_old_for_this_torch_is_named():
     import distributed
     from errors import UserError
