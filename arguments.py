@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from errors import ArgumentParser
+
 # Accepted so that old command lines run; a warning says what replaces them.
 OBSOLETE = {
     "warmup_lr": "the warm-up starts at 0; its length is --warmup_epochs or --warmup_steps",
@@ -50,7 +52,7 @@ class Flags(argparse.Namespace):
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return ArgumentParser(
         usage="%(prog)s [flags]",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -203,6 +205,8 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
     g.add_argument("--seed", type=seed, default=0, help="samples, masks and initial weights derive from it")
     g.add_argument("--resume", type=expand_home, default="", help=f"checkpoint to go on from: {WEIGHTS}")
     add_switch(g, "auto_resume", "no_auto_resume", True, "go on from output_dir/checkpoint.pth if there is one")
+    g.add_argument("--allow_changed_run", action="store_true",
+                   help="go on from a checkpoint of other images or another --seed, which is refused otherwise")  # fmt: skip
     g.add_argument("--start_epoch", type=not_negative, default=0, help="epoch to start at; a resumed run knows its own")
     g.add_argument("--save_ckpt_freq", type=positive, default=save_ckpt_freq, help="keep a checkpoint every so many epochs")
     g.add_argument("--save_ckpt_steps", type=not_negative, default=0, help="also write checkpoint.pth every N optimizer steps")
@@ -485,8 +489,12 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--nb_classes", type=Number(int, 0, 2**20), default=0, help="0: as many as the data has")
     g.add_argument("--finetune", type=expand_home, default="", help=f"pretrained weights: {WEIGHTS}")
     g.add_argument("--model_key", default="model|module", help="where the weights are in that file, first hit wins")
-    g.add_argument("--model_prefix", default="", help="prefix of the keys to take, e.g. encoder.")
-    g.add_argument("--model_filter_name", default="", help="take only keys that contain this text")
+    g.add_argument(
+        "--model_prefix",
+        default="",
+        help="take only the keys that begin so, without it; needed where a file holds several models",
+    )
+    g.add_argument("--model_filter_name", default="", help="as --model_prefix")
     g.add_argument("--init_scale", type=not_negative_number, default=0.001, help="factor on the head's initial weights")
     add_switch(g, "use_mean_pooling", "use_cls", True, "classify the mean of the patch tokens, not the CLS token")
     add_switch(g, "qkv_bias", "disable_qkv_bias", True, "bias of query and value")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import arguments
+import checkpointing
 import distributed
 import engine
 import modeling_finetune
@@ -292,7 +293,8 @@ def processor() -> str:
 
 def measure(contest: Contest, args: argparse.Namespace, run: Run, matmul: float) -> dict[str, Any]:
     rows = hold(contest, args.rounds, args.warmup, matmul)
-    log.info(f"\n{contest.name}: {contest.images} images a step, {args.rounds} rounds")
+    log.info("")
+    log.info(f"{contest.name}: {contest.images} images a step, {args.rounds} rounds")
     for line in table(rows):
         log.info(line)
     for name, reason in contest.absent.items():
@@ -324,9 +326,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             results.append({"stage": stage, **measure(contest, args, run, matmul)})
     if args.output:
         Path(args.output).write_text(
-            json.dumps({"machine": facts, "flags": args.plain(), "contests": results}, indent=1) + "\n"
+            json.dumps({"machine": facts, "flags": checkpointing.plain(args.plain()), "contests": results}, indent=1) + "\n"
         )
-        log.info(f"\nwritten to {args.output}")
+        log.info("")
+        log.info(f"written to {args.output}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shutil
 import threading
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import model_zoo
 import sharding
 import weight_files
 from distributed import log
-from errors import UserError
+from errors import UserError, hide_secrets
 
 LATEST = "checkpoint.pth"
 BEST = "checkpoint-best.pth"
@@ -28,12 +29,12 @@ PART = ".part"  # end of the name of a file that is still being written
 
 
 def plain(value: Any) -> Any:
-    """Flags and the like as data that weights_only loading accepts."""
+    """Flags and the like as data that weights_only loading accepts; of URLs without what may be secret."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, type(None), torch.Tensor)) else str(value)
+    return value if isinstance(value, (int, float, bool, type(None), torch.Tensor)) else hide_secrets(str(value))
 
 
 def write(content: dict[str, Any], path: Path) -> None:
@@ -81,6 +82,7 @@ class Saver:
 
     def _write(self, content: dict[str, Any], folder: Path, names: list[str], keep_ckpts: int) -> None:
         try:
+            check_finite(content, folder)
             write(content, folder / names[0])
             for name in names[1:]:
                 also_as(folder / names[0], folder / name)
@@ -99,6 +101,29 @@ class Saver:
             self.thread.join()
             self.thread = None
         self.check()
+
+
+def check_finite(content: dict[str, Any], folder: Path) -> None:
+    """Refuse to replace a good checkpoint by one whose weights, averages or moments are not finite. An attention mask may
+    hold -inf."""
+    for part in ("model", "model_ema", "optimizer"):
+        for name, tensor in named_tensors(content.get(part)):
+            if tensor.is_floating_point() and not name.endswith("attn_mask") and not bool(torch.isfinite(tensor).all()):
+                good = folder / LATEST
+                kept = f"the last good checkpoint is {good}" if good.exists() else "there is no good checkpoint yet"
+                raise UserError(
+                    f"{part}.{name} is not finite any more, so this state is not saved: {kept}. Lower --lr, set --clip_grad "
+                    "3.0, lengthen --warmup_epochs, or try --amp_dtype fp32"
+                )
+
+
+def named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in nested dictionaries and lists, with its keys joined by dots."""
+    if isinstance(content, torch.Tensor):
+        yield name, content
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, (list, tuple)) else ()
+    for key, value in items:
+        yield from named_tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def on_cpu(content: Any, keep: bool = True) -> Any:
@@ -133,10 +158,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def size_of(content: Any) -> int:
     """Bytes of the tensors in nested dictionaries and lists."""
-    if isinstance(content, torch.Tensor):
-        return content.numel() * content.element_size()
-    items = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
-    return sum(size_of(item) for item in items)
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(content))
 
 
 def sync_folder(folder: Path) -> None:
@@ -161,6 +183,16 @@ def also_as(path: Path, other: Path) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, other)
+
+
+def keep_published(path: Path, folder: Path) -> None:
+    """A checkpoint in a run's folder that is not a run's of this code gets a second name, before the first is overwritten."""
+    if path.resolve().parent != folder.resolve() or path.stem.startswith("checkpoint-published"):
+        return
+    names = (f"checkpoint-published{number}.pth" for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    kept = next(folder / name for name in names if not (folder / name).exists())
+    also_as(path, kept)
+    log.info(f"kept       {path} as {kept}: this run writes its own under the old name")
 
 
 def find(resume: str, auto_resume: bool, output_dir: str) -> Path | None:
@@ -209,7 +241,10 @@ def intact(path: Path) -> bool:
 
 def steps_in(path: Path) -> tuple[int, int]:
     """(epoch, step) that a checkpoint goes on with; files can be copied, so their times say nothing."""
-    after = read(path).get("next")
+    content = read(path)
+    after, done = content.get("next"), content.get("epoch")
+    if after is None and isinstance(done, int):  # the published code's: the last epoch that it finished
+        return done + 1, -1
     epoch, step = (after.get(key) if isinstance(after, dict) else None for key in ("epoch", "step"))
     return (epoch, step) if isinstance(epoch, int) and isinstance(step, int) else (-1, -1)
 
@@ -240,10 +275,18 @@ def head(path: Path) -> dict[str, Any]:
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Strict: a resumed model must be the one that was saved."""
+    own = model.state_dict()
+    strange = [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise UserError(f"{path}: {strange[0]} is no tensor among the weights; take another checkpoint")
+    for key in own.keys() & weights.keys():  # load_state_dict would round, or make numbers of switches
+        if weights[key].is_floating_point() != own[key].is_floating_point():
+            raise UserError(
+                f"{path}: {key} is of {weights[key].dtype}, where {own[key].dtype} is needed; take another checkpoint"
+            )
     try:
         model.load_state_dict(sharding.shares_of_weights(weights, model))
     except RuntimeError:
-        own = model.state_dict()
         different = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
         different += [key for key in weights if key not in own]
         raise UserError(
@@ -263,4 +306,4 @@ def write_text(folder: str | Path, name: str, text: str) -> Path:
 
 
 def write_json(folder: str | Path, name: str, content: Any) -> Path:
-    return write_text(folder, name, json.dumps(content, indent=1) + "\n")
+    return write_text(folder, name, json.dumps(plain(content), indent=1) + "\n")

@@ -8,7 +8,7 @@ is one) and `failed` (files that did not decode, each with the reason).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,7 @@ class ImageFiles(Files):
             self.labels = np.array(labels, dtype=np.int64) if labels else None
         super().__init__(len(self.sources), seed)
         self.transform, self.classes = transform, classes
+        self.warn_of_12_bits()
 
     def source(self, index: int) -> Source | shards.Member:
         if isinstance(self.sources, shards.Members):
@@ -73,10 +74,23 @@ class ImageFiles(Files):
     def name(self, place: int) -> str:
         return str(self.source(place))
 
+    def identities(self) -> Iterator[bytes]:
+        if isinstance(self.sources, shards.Members):  # names would be read from the shards
+            yield from (os.fsencode(os.path.basename(path)) for path in self.sources.paths)
+            yield from (self.sources.shard.tobytes(), self.sources.places.tobytes())
+        else:
+            yield from (source if isinstance(source, bytes) else source.tobytes() for source in self.sources)
+        if self.labels is not None:
+            yield self.labels.tobytes()
+
     def read(self, place: int) -> Any:
-        source = self.source(place)
         read = getattr(self.transform, "read", load_image)
-        return read(source.read() if isinstance(source, shards.Member) else source)
+        return read(self.open(place))
+
+    def open(self, place: int) -> Any:
+        """File `place`, for open_image; an image in memory as it is."""
+        source = self.source(place)
+        return source.read() if isinstance(source, shards.Member) else source
 
     def sample(self, place: int, image: Any) -> dict[str, Any]:
         label = {} if self.labels is None else {"label": int(self.labels[place])}

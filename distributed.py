@@ -153,6 +153,12 @@ def set_up_logging(rank: int) -> None:
     log.propagate = False
 
 
+@functools.cache
+def log_once(text: str) -> None:
+    """For what concerns images that may be looked for several times."""
+    log.info(text)
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep what torch frees on the CPU: asking the kernel anew for every large tensor took a third of a
     training step of a small model (page faults). Only glibc has the call; elsewhere nothing happens."""

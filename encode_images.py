@@ -34,7 +34,6 @@ from errors import UserError, tells_the_user
 from image_lists import Samples, find_images_or_file
 from samplers import build_eval_loader
 from transforms import View, eval_view
-from utils import printable
 
 DALL_E_SIZE = 112  # 14 x 14 tokens, as in BEiT v1
 SHEET, SHEET_COLUMNS = 16, 8  # token maps on one picture
@@ -178,7 +177,7 @@ def finish(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: V
         "crop_pct": args.crop_pct, "view": described(view), "amp_dtype": args.amp_dtype,
     })  # fmt: skip
     if about["skipped"]:
-        named = printable(", ".join(itertools.islice(parts.lines("skipped"), NAMED)))
+        named = ", ".join(itertools.islice(parts.lines("skipped"), NAMED))
         log.warning(f"skipped    {about['skipped']} files that cannot be read, all in skipped.txt: {named}")
     log.info(f"codes      {about['images']} images in {parts.folder}/codes.{args.format}, "
              f"{about['codes_used']} of {parts.n_codes} codes used, perplexity {about['perplexity']:.1f}")  # fmt: skip

@@ -44,10 +44,12 @@ def fit(state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule,
     """Train from where `state` stands to the last epoch, or until a signal asks to stop; both are a success."""
     epochs = run.args.epochs if not schedule.in_steps else epochs_of_steps(state, data, len(schedule.lr))
     reporter = Reporter(run.args, run.device, epochs, state.epoch, state.step)
+    first_step = state.step
     try:
         with StopSignal() as stop:
             train_epochs(state, stage, data, schedule, run, reporter, stop)
             stop.settle()
+        refuse_a_run_without_a_step(state, first_step)
         log.info(f"finished epoch {epochs} in {clock(time.monotonic() - run.started)}")
     except Stopped as stopped:
         log.info(f"stopped by {stopped} after step {state.step}: the same command line goes on from there")
@@ -60,6 +62,8 @@ def fit(state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule,
         close(data.loader)
         run.saver.wait()
     distributed.barrier()
+    if run.lock is not None:
+        run.lock.release()
 
 
 def epochs_of_steps(state: TrainState, data: TrainingData, max_steps: int) -> int:
@@ -94,7 +98,7 @@ def train_epochs(
         names = [checkpointing.LATEST]
         if due(epoch, args.save_ckpt_freq, epochs):
             names.append(f"checkpoint-{epoch}.pth")
-        if score is not None and score > state.best:
+        if score is not None and score > state.best and math.isfinite(test.get("test_loss", 0.0)):
             state.best = score
             names.append(checkpointing.BEST)
         save(state, stage, run, epoch, names)
@@ -102,6 +106,16 @@ def train_epochs(
             with sharding.whole(state.model) as model:
                 if reporter.shows_pictures:
                     reporter.pictures(epoch, stage.pictures(model))
+
+
+def refuse_a_run_without_a_step(state: TrainState, first_step: int) -> None:
+    """A run that skipped each of its steps has trained nothing, which is no success."""
+    steps = state.step - first_step
+    if steps and state.bad_in_a_row >= steps:
+        raise UserError(
+            f"each of the {steps} steps of this run had a loss or gradient that is not finite, so nothing was trained. Lower "
+            "--lr, set --clip_grad 3.0, or try --amp_dtype fp32"
+        )
 
 
 def due(epoch: int, every: int, epochs: int) -> bool:
@@ -143,6 +157,7 @@ def train_one_epoch(
     done = data.steps_per_epoch - len(data.sampler) // args.update_freq
     start = state.step if schedule.in_steps else state.epoch * data.steps_per_epoch + done
     steps = min(data.steps_per_epoch, done + len(schedule.lr) - start)
+    schedule.apply(state.optimizer, max(start - 1, 0))  # what log.txt tells of an epoch that was killed behind its last step
     reporter.start_epoch(state.epoch, steps, state.step)
     batches = iter(data.loader)
     for step_in_epoch in range(done, steps):
@@ -216,15 +231,27 @@ def accumulate_gradients(
 
 
 def evaluation_batches(loader: DataLoader, device: torch.device, flag: str = "--eval_data_path") -> Iterator[dict[str, Any]]:
-    """Batches on the device; files that do not decode are named, and too many of them end the run, as in training.
+    """Batches on the device; files that do not decode are left out, named and counted, and too many of them end the run, as in
+    training. To be read to the end by all ranks: there they tell each other what was left out.
 
     `flag` names the images' folder in messages.
     """
-    bad_files, finish = BadFiles(flag=flag), finisher(loader.dataset)
+    bad_files, finish = BadFiles(flag=flag, instead="left out"), finisher(loader.dataset)
     bad_files.start_epoch(len(cast(Any, loader.dataset)))
+    read = 0
     for batch in loader:
-        bad_files.add(batch["failed"], found_image="image" in batch)
-        yield finish(to_device(batch, device))
+        bad_files.add(batch["failed"])
+        if "image" in batch:
+            read += len(batch["image"])
+            yield finish(to_device(batch, device))
+    found = distributed.gather_objects((read, list(bad_files.failed)))
+    read, left_out = sum(count for count, _ in found), [name for _, names in found for name in names]
+    if left_out:
+        bad_files.add(left_out, found_image=read > 0)
+        named = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        log.warning(
+            f"warning: {len(left_out)} of {read + len(left_out)} images of {flag} cannot be read and do not count: {named}"
+        )
 
 
 def mean_of_steps(

@@ -14,9 +14,9 @@ import torchvision
 import shards
 from distributed import barrier, is_main
 from errors import UserError
+from image_formats import EXTENSIONS
 from utils import derive_seed
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 ACCEPTED = f"accepted: {' '.join(EXTENSIONS)}"
 
 Samples = Sequence[tuple[str | np.ndarray | shards.Member, int | None]]  # image (file, pixels, member of a tar), label

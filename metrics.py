@@ -61,7 +61,7 @@ class RunningMeans:
         return {name: t / c if c else float("nan") for name, t, c in zip(names, totals, counts, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"names": self.names, "sums": self.sums}
+        return {"names": self.names, "sums": None if self.sums is None else self.sums.cpu()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.names = list(state["names"])

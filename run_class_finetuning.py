@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
 
     # ── Setup ──
-    run = run_state.start_run(parser, args)
+    run = run_state.start_run(parser, args, trains=not args.eval)
 
     made_for = modeling_finetune.VARIANTS[args.model][2]
     if made_for >= 224 and as_pair(args.input_size) != as_pair(made_for):
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = run_state.new_state(model, optimizer, run, ema)
 
     # ── Resume ──
-    run_state.resume(state, stage, run)
+    run_state.resume(state, stage, run, data.steps_per_epoch)
     run_state.compile_networks(run, data, model)
 
     # ── Loop ──

@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(parser, args)
 
     # ── Setup ──
-    run = run_state.start_run(parser, args)
+    run = run_state.start_run(parser, args, trains=args.mode == "linear")
     arguments.warn_of_idle_flags(parser, args, idle_flags(args))
 
     # ── The frozen backbone ──
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = run_state.new_state(heads, optimizer, run, name=f"{encode.layers} linear heads")
 
     # ── Resume; a new run first measures each channel ──
-    run_state.resume(state, stage, run)
+    run_state.resume(state, stage, run, data.steps_per_epoch)
     if state.step == 0:
         measure_channels(heads, features, train, settings, run)
 

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
 
     # ── Setup ──
-    run = run_state.start_run(parser, args)
+    run = run_state.start_run(parser, args, trains=not (args.eval or args.predict))
     if args.eval or args.predict:
         use_finished(parser, args, arguments.given_flags(parser, argv), run)
         distributed.stop()
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = run_state.new_state(model, optimizer, run)
 
     # ── Resume ──
-    run_state.resume(state, stage, run)
+    run_state.resume(state, stage, run, data.steps_per_epoch)
     run_state.compile_networks(run, data, model)
 
     # ── Loop ──

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(parser, args)
 
     # ── Setup ──
-    run = run_state.start_run(parser, args)
+    run = run_state.start_run(parser, args, trains=not evaluates_only(args))
     if evaluates_only(args):
         evaluate(args, run)
         distributed.stop()
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = run_state.new_state(model, optimizer, run)
 
     # ── Resume ──
-    run_state.resume(state, stage, run)
+    run_state.resume(state, stage, run, data.steps_per_epoch)
     if model.teacher.standardize and state.step == 0:
         stage.calibrate_targets()
     cast_frozen(model.teacher, run.precision.dtype)
@@ -202,7 +202,7 @@ def train_pixel_decoder(args: argparse.Namespace, run: run_state.Run) -> None:
     schedule = build_schedule(args, scaled_lr(args, data), data.steps_per_epoch)
     name = f"pixel decoder {args.pixel_decoder_depth}x{args.pixel_decoder_dim}"
     state = run_state.new_state(model, optimizer, run, name=name)
-    run_state.resume(state, stage, run)
+    run_state.resume(state, stage, run, data.steps_per_epoch)
     if not torch.equal(tokenizer.quantize.embedding.weight.cpu(), codebook):
         raise UserError(
             f"--tokenizer_weight {args.tokenizer_weight} is not the tokenizer that the checkpoint to resume was trained on: "

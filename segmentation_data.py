@@ -21,6 +21,7 @@ from torch import Tensor
 import distributed
 from distributed import log
 from errors import UserError
+from image_formats import open_image
 from image_lists import images_below, need_folder
 from samplers import Files, reason
 from segmentation_masks import ENDINGS, IGNORED, MOST_CLASSES, highest_label, labels_in, read_mask
@@ -241,6 +242,7 @@ class SegmentationFiles(Files):
         self.paths = np.array([[os.fsencode(path) for path in pair] for pair in pairs])
         self.view, self.classes, self.statistics = view, list(classes), statistics
         self.reduce_zero_label = reduce_zero_label
+        self.warn_of_12_bits()
 
     def pair(self, index: int) -> Pair:
         """The files of an index, in whichever pass."""
@@ -291,7 +293,7 @@ def normalised(image: Tensor, statistics: tuple[tuple[float, ...], tuple[float, 
 
 def _turned(mask: Image.Image, image_path: str) -> Image.Image:
     """The mask of an image that its EXIF block turns by a quarter, upright like the image, if it fits the pixels as stored."""
-    with Image.open(image_path) as stored:
+    with open_image(image_path) as stored:
         orientation = 1
         with contextlib.suppress(Exception):  # a broken EXIF block
             orientation = stored.getexif().get(ORIENTATION, 1)

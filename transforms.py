@@ -33,6 +33,7 @@ from augmentation import (
     sampled_pivot,
 )
 from errors import UserError, pick
+from image_formats import is_16_bit, open_image
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -57,7 +58,7 @@ def load_image(source: Source | IO[bytes], enough: Callable[[Size], Size] | None
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
-    with Image.open(source) as image:
+    with open_image(source) as image:
         # PIL takes a while to find out that a JPEG has no orientation
         may_turn = image.format != "JPEG" or not image.info.keys().isdisjoint(("exif", "xmp"))
         if enough is not None and image.format == "JPEG":
@@ -78,11 +79,12 @@ def _reduce(image: Image.Image, enough: Callable[[Size], Size], may_turn: bool) 
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # PIL would clip these at 255 instead of scaling
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        full = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
-        grey = np.rint(values.clip(0, full) * (255 / full)).astype(np.uint8)
+    if is_16_bit(image):  # PIL would clip these at 255 instead of scaling
+        grey = np.rint(np.asarray(image, dtype=np.float32) * (255 / 65535)).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "floating-point" if image.mode == "F" else "signed or 32-bit integer"
+        raise ValueError(f"its pixels are {kind} numbers, and nothing says which is white; convert it to 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         # What lies under transparent pixels is arbitrary: show them on white, as a page would.
         image = image.convert("RGBA")

@@ -17,7 +17,6 @@ from errors import tells_the_user
 from metrics import psnr
 from modeling_pixel_decoder import open_reconstructor
 from transforms import eval_view
-from utils import printable
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stacked = torch.stack(images)
     own, trivial = psnr(torch.stack(drawn), stacked), psnr(stacked.mean(dim=(2, 3), keepdim=True), stacked)
     for path, ours, flat in zip(paths, own.tolist(), trivial.tolist(), strict=True):
-        log.info(f"{ours:6.2f} dB (mean colour {flat:.2f})  {printable(path)}")
+        log.info(f"{ours:6.2f} dB (mean colour {flat:.2f})  {path}")
     log.info(f"{own.mean():6.2f} dB (mean colour {trivial.mean():.2f})  mean of {len(images)}")
     captions = [(Path(path).name, "tokens", f"drawn: {ours:.2f} dB") for path, ours in zip(paths, own.tolist(), strict=True)]
     viewing.save_picture(visualization.reconstructions(images, torch.cat(codes), model.n_codes, drawn, captions), args.output)

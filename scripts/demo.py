@@ -25,7 +25,7 @@ from torchvision.utils import save_image  # noqa: E402
 
 import stages  # noqa: E402
 import visualization  # noqa: E402
-from errors import UserError, tells_the_user  # noqa: E402
+from errors import UserError, printable, tells_the_user  # noqa: E402
 from image_lists import find_images  # noqa: E402
 from stages import run_entry  # noqa: E402
 from transforms import load_image  # noqa: E402
@@ -66,7 +66,7 @@ def shrink(source: str | Path, target: Path) -> bool:
     try:
         image = load_image(str(source))
     except Exception as error:
-        print(f"cannot read {source} ({error}): left out")
+        print(printable(f"cannot read {source} ({error}): left out"))
         return False
     scale = SHORT_SIDE / min(image.size)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,8 @@ def own_images(root: str) -> list[tuple[Path, str, bool]]:
         label = path.relative_to(root).parts[0] if labelled else "images"
         photos.append((path, label, seen[label] % 5 == 4))
         seen[label] += 1
-    print(f"photos     {root}: {len(paths)} images, " + (f"{len(classes)} classes" if labelled else "unlabelled"))
+    kinds = f"{len(classes)} classes" if labelled else "unlabelled"
+    print(printable(f"photos     {root}: {len(paths)} images, {kinds}"))
     return photos
 
 
@@ -216,7 +217,7 @@ def draw(labelled: bool) -> list[str]:
 def to_tensor(path: Path) -> torch.Tensor:
     import torchvision.transforms.functional as TF
 
-    return TF.to_tensor(Image.open(path).convert("RGB"))
+    return TF.to_tensor(load_image(str(path)))
 
 
 def draw_curves(path: Path, labelled: bool) -> None:

@@ -26,13 +26,13 @@ from tqdm import tqdm  # noqa: E402
 
 import arguments  # noqa: E402
 import shards  # noqa: E402
-from errors import UserError, tells_the_user  # noqa: E402
+from errors import ArgumentParser, UserError, printable, tells_the_user  # noqa: E402
 from image_lists import EXTENSIONS, Samples, find_classes_folder, find_images  # noqa: E402
 from utils import derive_seed  # noqa: E402
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def get_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=arguments.expand_home, help="images, however nested; with --classes one folder a class")
     parser.add_argument("out", type=arguments.expand_home, help="where the shards go; without shards yet")
     parser.add_argument(
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = range(first, min(first + args.images_per_shard, len(order)))
         write_shard(out / f"{number:0{digits}d}.tar", ((place, *samples[order[place]]) for place in chosen))
     pattern = out / f"{{{0:0{digits}d}..{count - 1:0{digits}d}}}.tar"
-    print(f"{len(samples):,} images in {count} shards: --data_set webdataset --data_path '{pattern}'")
+    print(printable(f"{len(samples):,} images in {count} shards: --data_set webdataset --data_path '{pattern}'"))
 
 
 def make_empty(out: Path) -> None:

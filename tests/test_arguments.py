@@ -45,7 +45,7 @@ NO_PATHS = {  # texts that name something else
 def parsers():
     """One of every script that has flags; each has `get_parser`."""
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]):
-        if path.stem != "arguments" and re.search(r"\b(ArgumentParser|new_parser)\(", path.read_text()):
+        if path.stem != "arguments" and re.search(r"= [\w.]*(ArgumentParser|new_parser)\(", path.read_text()):
             yield path.stem, importlib.import_module(path.stem).get_parser()
 
 

@@ -398,7 +398,7 @@ def test_labels_follow_the_classes_of_the_training_without_its_images(trained, t
 
 def test_resuming_with_other_classes_is_refused_and_without_names_is_not(trained, tmp_path, capsys):
     other = photos(tmp_path / "other", per_class=4, classes="abd")
-    flags = finetuning_flags(other, tmp_path / "out", "--resume", str(trained / "run/checkpoint.pth"))
+    flags = finetuning_flags(other, tmp_path / "out", "--resume", str(trained / "run/checkpoint.pth"), "--allow_changed_run")
     with pytest.raises(SystemExit):
         run_class_finetuning.main(flags)
     assert "its class 2 is 'c', here it is 'd'" in capsys.readouterr().err
