@@ -254,7 +254,7 @@ def through_loader(contest: Contest, args: argparse.Namespace, run: Run) -> dict
         paths = photos(Path(folder), 2 * args.batch_size)
         files = ImageFiles([(path, index % CLASSES) for index, path in enumerate(paths)], contest.view, args.seed)
         sampler = ResumableSampler(len(files), args.batch_size, 1, 0, 1, args.seed)
-        loader = build_loader(files, sampler, args.num_workers, pin_memory=True, persistent=True)
+        loader = build_loader(files, sampler, args.num_workers, run.device.type == "cuda", persistent=True)
         taken = []
         for epoch in range(1 + -(-args.rounds // 2)):
             sampler.set_position(epoch)

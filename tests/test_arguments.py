@@ -293,6 +293,13 @@ def test_a_device_that_is_not_supported_or_not_there_is_refused(name):
     assert len(str(told.value)) < 150
 
 
+def test_one_place_asks_whether_there_is_a_gpu():
+    """All else goes by the device of the run, which may be the CPU of a machine that has one."""
+    asking = [path.stem for path in sorted(ROOT.glob("*.py")) if "cuda.is_available" in path.read_text()]
+    assert asking == ["distributed"]
+    assert (ROOT / "distributed.py").read_text().count("cuda.is_available") == 1
+
+
 def test_a_gpu_too_old_for_this_torch_is_named():
     import distributed
     from errors import UserError
