@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -21,8 +22,8 @@ from torch import Tensor
 import distributed
 from distributed import log
 from errors import UserError
-from image_formats import open_image
-from image_lists import images_below, need_folder
+from image_formats import EXTENSIONS, open_image
+from image_lists import images_below, need_folder, tell_left_out
 from samplers import Files, reason
 from segmentation_masks import ENDINGS, IGNORED, MOST_CLASSES, highest_label, labels_in, read_mask
 from segmentation_views import EvaluationView, TrainingView
@@ -66,8 +67,12 @@ def _paired(folder: str, train: bool, flag: str) -> tuple[list[Pair], list[str]]
     image_folder, mask_folder = (os.path.join(folder, kind, *split) for kind in ("images", "annotations"))
     if not os.path.isdir(mask_folder):
         raise UserError(f"{flag} {folder}: there is {image_folder}, but no {mask_folder} with the masks")
-    images = _by_stem(images_below(image_folder), image_folder)
-    masks = _by_stem([path for path in images_below(mask_folder) if path.lower().endswith(ENDINGS)], mask_folder)
+    found = []
+    for each, endings in ((image_folder, EXTENSIONS), (mask_folder, ENDINGS)):
+        left_out: Counter[str] = Counter()
+        found.append(_by_stem(images_below(each, left_out, endings), each))
+        tell_left_out(left_out, each, endings)
+    images, masks = found
     if not images:
         raise UserError(f"{flag} {folder}: no images in {image_folder} or below it")
     without = [stem for stem in images if stem not in masks]
