@@ -34,6 +34,9 @@ def sentence(error: UserError) -> str:
     return text.rpartition(f"\n{UserError.__module__}.{UserError.__qualname__}: ")[2].strip() if in_worker else text
 
 
+on_failure: list[Callable[[str], None]] = []  # told what a failing `main` says, before it ends: the other processes
+
+
 def tells_the_user(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of every script's `main`: a UserError becomes one line on stderr and exit status 2."""
 
@@ -43,6 +46,12 @@ def tells_the_user(main: Callable[..., Any]) -> Callable[..., Any]:
             return main(*args, **kwargs)
         except UserError as error:
             print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
+            for tell in list(on_failure):
+                tell(sentence(error))
             raise SystemExit(2) from None
+        except Exception as error:
+            for tell in list(on_failure):
+                tell(f"{type(error).__name__}: {error}")
+            raise
 
     return wrapped
