@@ -200,7 +200,7 @@ def _workers(asked: int) -> int:
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # images come and go: 10 % of a worker's time
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # the main process's to handle; Windows has no SIGUSR1
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):  # the main process's to handle; Windows lacks two
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks about EXIF blocks and large images, once per worker

@@ -255,7 +255,7 @@ class SegmentationFiles(Files):
         return Pair(*map(os.fsdecode, self.paths[index % self.files]))
 
     def check_masks(self) -> None:
-        """UserError for the first mask that holds something else than these classes, and where not one pixel is labelled, before
+        """UserError for the first mask that holds something else than these classes, and where no pixel is labelled, before
         hours are spent. Sizes, and files that do not decode, are left to the reading."""
 
         def look(mask: Image.Image, path: str) -> int:
@@ -292,7 +292,7 @@ class SegmentationFiles(Files):
     def _refuse(self, what: str) -> NoReturn:
         ignored = f"{IGNORED} and 0 are ignored (--reduce_zero_label)" if self.reduce_zero_label else f"{IGNORED} is ignored"
         raise UserError(
-            f"{self.files} masks, such as {self.pair(0).mask}: {what}; {ignored}, and black and white masks (0 and 255) must be "
+            f"{self.files} masks, such as {self.pair(0).mask}: {what}; {ignored}, and masks of 0 and 255 must be "
             "written as 0 and 1"
         )
 
