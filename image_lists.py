@@ -180,6 +180,11 @@ def find_shards(
     members = shards.members_of(paths, EXTENSIONS, flag)
     if is_main():
         barrier()
+    if members.left_out:
+        log_once(
+            f"left out   of {flag} {pattern}: {members.left_out:,} images, since a name ends at its first dot (x.2021.jpg is "
+            "the 2021.jpg of sample x) and a sample has one image; scripts/make_shards.py writes names without further dots"
+        )
     if members.labels is None:
         return members, None
     most = int(members.labels.max()) + 1

@@ -122,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_batch_norm(args, run)
     global_batch = args.batch_size * run.launch.world_size * args.update_freq
     passes = math.ceil(min(args.steps_per_epoch, args.max_steps) * global_batch / len(pairs))
-    data = run_state.training_data(segmentation_data.build_dataset(args, True, classes, passes), run)
+    dataset = segmentation_data.build_dataset(args, True, classes, passes)
+    dataset.check_that_classes_occur()
+    data = run_state.training_data(dataset, run)
     validation = None
     if not args.disable_eval:
         held_out = segmentation_data.build_dataset(args, False, classes)
