@@ -257,33 +257,34 @@ class SegmentationFiles(Files):
     def check_masks(self) -> None:
         """UserError for the first mask that holds something else than these classes, and where no pixel is labelled, before
         hours are spent. Sizes, and files that do not decode, are left to the reading."""
-
-        def look(mask: Image.Image, path: str) -> int:
-            return len(self._classes_in(mask, path))
-
-        if _look_through([self.pair(place) for place in range(self.files)], look) == 0:
+        if self._look_for_classes([self.pair(place) for place in range(self.files)], set()) == 0:
             self._refuse("not one pixel is labelled")
 
     def check_that_classes_occur(self) -> None:
         """UserError where fewer than two classes occur in all masks: there would be nothing to learn. Reads masks until there
-        are two, in all but the worst case a few."""
+        are two, mostly the first few."""
         pairs = [self.pair(place) for place in range(self.files)]
         occur: set[int] = set()
+        most = -1
         for start in range(0, len(pairs), MASKS_AT_A_TIME):
-
-            def look(mask: Image.Image, path: str) -> int:
-                occur.update(self._classes_in(mask, path))
-                return 0
-
-            _look_through(pairs[start : start + MASKS_AT_A_TIME], look)
-            everywhere = set().union(*distributed.gather_objects(occur))
-            if len(everywhere) > 1:
+            most = max(most, self._look_for_classes(pairs[start : start + MASKS_AT_A_TIME], occur))
+            occur = set().union(*distributed.gather_objects(occur))
+            if len(occur) > 1:
                 return
-        self._refuse(
-            f"every labelled pixel is of class '{self.classes[everywhere.pop()]}'"
-            if everywhere
-            else "not one pixel is labelled"
-        )
+        if most >= 0:
+            self._refuse(
+                f"every labelled pixel is of class '{self.classes[occur.pop()]}'" if occur else "not one pixel is labelled"
+            )
+
+    def _look_for_classes(self, pairs: Sequence[Pair], occur: set[int]) -> int:
+        """Adds those in this rank's share of the masks to `occur`; the most in a mask, -1 where none decodes."""
+
+        def look(mask: Image.Image, path: str) -> int:
+            classes = self._classes_in(mask, path)
+            occur.update(classes)
+            return len(classes)
+
+        return _look_through(pairs, look)
 
     def _classes_in(self, mask: Image.Image, path: str) -> list[int]:
         labels = labels_in(mask, path, len(self.classes), self.reduce_zero_label)
@@ -292,8 +293,8 @@ class SegmentationFiles(Files):
     def _refuse(self, what: str) -> NoReturn:
         ignored = f"{IGNORED} and 0 are ignored (--reduce_zero_label)" if self.reduce_zero_label else f"{IGNORED} is ignored"
         raise UserError(
-            f"{self.files} masks, such as {self.pair(0).mask}: {what}; {ignored}, and masks of 0 and 255 must be "
-            "written as 0 and 1"
+            f"{self.files} masks, such as {self.pair(0).mask}: {what}; {ignored}: write black and white masks (0 and 255) as "
+            "numbers of classes"
         )
 
     def name(self, place: int) -> str:

@@ -28,7 +28,7 @@ import visualization  # noqa: E402
 from errors import UserError, printable, tells_the_user  # noqa: E402
 from image_lists import find_images  # noqa: E402
 from stages import run_entry  # noqa: E402
-from transforms import load_image  # noqa: E402
+from transforms import cut_to_length, load_image  # noqa: E402
 
 OUT = ROOT / "demo_output"
 SHORT_SIDE = 144  # photos are shrunk once: the model sees 128 pixels, and decoding would take longer than training
@@ -64,7 +64,7 @@ def log_of(stage: str) -> list[dict[str, Any]]:
 def shrink(source: str | Path, target: Path) -> bool:
     """A copy whose shorter side is SHORT_SIDE; False for files that are no image."""
     try:
-        image = load_image(str(source))
+        image = cut_to_length(load_image(str(source)))
     except Exception as error:
         print(printable(f"cannot read {source} ({error}): left out"))
         return False
