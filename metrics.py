@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import distributed
 from distributed import log
+from errors import UserError
 
 
 class RunningMeans:
@@ -170,8 +171,13 @@ class Reporter:
 def forget_epochs_from(epoch: int, path: Path) -> None:
     """A resumed run writes the lines of the epochs it repeats anew."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{path}: a line is not the JSON object of an epoch ({error}); mend it, or move the file away"
+            ) from None
         path.write_text("".join(kept), encoding="utf-8")
 
 

@@ -6,7 +6,15 @@ import pytest
 import torch
 from many_processes import run_ranks
 
-from metrics import RunningMeans, accuracy, top_k_correct
+from errors import UserError
+from metrics import RunningMeans, accuracy, forget_epochs_from, top_k_correct
+
+
+def test_a_damaged_log_is_told(tmp_path):
+    for text in ('{"epoch": 0}\n{"epo\n', "[" * 100_000 + "\n", "[]\n", "{}\n"):
+        (tmp_path / "log.txt").write_text(text)
+        with pytest.raises(UserError, match=r"log\.txt: a line is not the JSON object of an epoch"):
+            forget_epochs_from(1, tmp_path / "log.txt")
 
 
 def test_weighted_means_leave_out_what_is_not_finite():
