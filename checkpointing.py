@@ -8,6 +8,8 @@ import os
 import shutil
 import threading
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import model_zoo
 import sharding
 import weight_files
 from distributed import log
-from errors import UserError
+from errors import UserError, hide_secrets
 
 LATEST = "checkpoint.pth"
 BEST = "checkpoint-best.pth"
@@ -27,27 +29,29 @@ PART = ".part"  # end of the name of a file that is still being written
 
 
 def plain(value: Any) -> Any:
-    """Flags and the like as data that weights_only loading accepts."""
+    """Flags and the like as data that weights_only loading accepts; of URLs without what may be secret."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, type(None), torch.Tensor)) else str(value)
+    return value if isinstance(value, (int, float, bool, type(None), torch.Tensor)) else hide_secrets(str(value))
 
 
 def write(content: dict[str, Any], path: Path) -> None:
     """Atomic: a temporary file beside it, flushed to the disk, renamed. A reader or a crash sees the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 2**20
+        free = 0.0
+        with contextlib.suppress(OSError):  # the folder may be gone, or not ours any more
+            temporary.unlink(missing_ok=True)
+            free = shutil.disk_usage(path.parent).free / 2**20
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise UserError(
             f"could not write {path} ({reason[:120]}): {size_of(content) / 2**20:.1f} MiB needed, {free:.1f} MiB free; "
@@ -80,6 +84,7 @@ class Saver:
 
     def _write(self, content: dict[str, Any], folder: Path, names: list[str], keep_ckpts: int) -> None:
         try:
+            check_finite(content, folder)
             write(content, folder / names[0])
             for name in names[1:]:
                 also_as(folder / names[0], folder / name)
@@ -98,6 +103,29 @@ class Saver:
             self.thread.join()
             self.thread = None
         self.check()
+
+
+def check_finite(content: dict[str, Any], folder: Path) -> None:
+    """Refuse to replace a good checkpoint by one whose weights, averages or moments are not finite. An attention mask may
+    hold -inf."""
+    for part in ("model", "model_ema", "optimizer"):
+        for name, tensor in named_tensors(content.get(part)):
+            if tensor.is_floating_point() and not name.endswith("attn_mask") and not bool(torch.isfinite(tensor).all()):
+                good = folder / LATEST
+                kept = f"the last good checkpoint is {good}" if good.exists() else "there is no good checkpoint yet"
+                raise UserError(
+                    f"{part}.{name} is not finite any more, so this state is not saved: {kept}. Lower --lr, set --clip_grad "
+                    "3.0, lengthen --warmup_epochs, or try --amp_dtype fp32"
+                )
+
+
+def named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in nested dictionaries and lists, with its keys joined by dots."""
+    if isinstance(content, torch.Tensor):
+        yield name, content
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, (list, tuple)) else ()
+    for key, value in items:
+        yield from named_tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def on_cpu(content: Any, keep: bool = True) -> Any:
@@ -132,10 +160,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def size_of(content: Any) -> int:
     """Bytes of the tensors in nested dictionaries and lists."""
-    if isinstance(content, torch.Tensor):
-        return content.numel() * content.element_size()
-    items = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
-    return sum(size_of(item) for item in items)
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(content))
 
 
 def sync_folder(folder: Path) -> None:
@@ -156,7 +181,20 @@ def also_as(path: Path, other: Path) -> None:
         os.link(path, temporary)
         os.replace(temporary, other)
     except OSError:  # no hard links here
-        write(torch.load(path, map_location="cpu", weights_only=True), other)
+        shutil.copyfile(path, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, other)
+
+
+def keep_published(path: Path, folder: Path) -> None:
+    """A checkpoint in a run's folder that is not a run's of this code gets a second name, before the first is overwritten."""
+    if path.resolve().parent != folder.resolve() or path.stem.startswith("checkpoint-published"):
+        return
+    names = (f"checkpoint-published{number}.pth" for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    kept = next(folder / name for name in names if not (folder / name).exists())
+    also_as(path, kept)
+    log.info(f"kept       {path} as {kept}: this run writes its own under the old name")
 
 
 def find(resume: str, auto_resume: bool, output_dir: str) -> Path | None:
@@ -173,16 +211,17 @@ def find(resume: str, auto_resume: bool, output_dir: str) -> Path | None:
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """checkpoint.pth; where it is damaged, the newest other one that is whole, with a warning."""
-    others = sorted(folder.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
-    latest = [folder / LATEST] if (folder / LATEST).exists() else []
-    damaged: list[Path] = []
-    for path in [*latest, *others]:
-        if intact(path):
-            if damaged:
-                log.warning(f"warning: {damaged[0]} is damaged (truncated or altered): going on from {path}")
-            return path
-        damaged.append(path)
+    """checkpoint.pth; where it is damaged, the other whole one with the most steps behind it, with a warning."""
+    latest = folder / LATEST
+    if latest.exists() and intact(latest):
+        return latest
+    others = {path: steps_in(path) for path in sorted(folder.glob("checkpoint-*.pth")) if intact(path)}
+    damaged = [path for path in [latest, *folder.glob("checkpoint-*.pth")] if path.exists() and path not in others]
+    if others:
+        newest = max(others, key=others.__getitem__)
+        if damaged:
+            log.warning(f"warning: {damaged[0]} is damaged (truncated or altered): going on from {newest}")
+        return newest
     if damaged:
         raise UserError(
             f"{damaged[0]} is damaged and no other checkpoint in {folder} is whole: remove it to start anew, or name one "
@@ -196,34 +235,60 @@ def intact(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
-    except (OSError, zipfile.BadZipFile, EOFError):
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; change its permissions") from None
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):  # RuntimeError: encrypted
         return False
+
+
+def steps_in(path: Path) -> tuple[int, int]:
+    """(epoch, step) that a checkpoint goes on with; files can be copied, so their times say nothing."""
+    content = read(path)
+    after, done = content.get("next"), content.get("epoch")
+    if after is None and isinstance(done, int):  # the published code's: the last epoch that it finished
+        return done + 1, -1
+    epoch, step = (after.get(key) if isinstance(after, dict) else None for key in ("epoch", "step"))
+    return (epoch, step) if isinstance(epoch, int) and isinstance(step, int) else (-1, -1)
 
 
 def read(path: Path) -> dict[str, Any]:
     """A training checkpoint, or a published weight file (then only `model` is in it, and what `head` finds)."""
     content = weight_files.load_file(path)
+    weights = weight_files.weights_in(content, str(path))
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        if isinstance(content.get("model_ema"), dict):
+            weight_files.weights_in(content["model_ema"], f"{path} (model_ema)")
         return content | {"args": weight_files.plain_flags(content.get("args"))}
-    return {"model": weight_files.load_state_dict(path), **head(path)}
+    return {"model": weights, **head(path)}
 
 
 def head(path: Path) -> dict[str, Any]:
     """Plain data that export_checkpoint put into the head of a safetensors file, which has no other place for it: `args`
     and `stage`; {} for other files."""
-    if path.suffix != ".safetensors":
+    if not weight_files.is_safetensors(path):
         return {}
     with safetensors.safe_open(path, "pt") as file:
         texts = file.metadata() or {}
-    return {key: json.loads(texts[key]) for key in ("args", "stage") if texts.get(key, "").startswith("{")}
+    try:
+        return {key: json.loads(texts[key]) for key in ("args", "stage") if texts.get(key, "").startswith("{")}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: its head is no JSON ({type(error).__name__}); get the file again") from None
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Strict: a resumed model must be the one that was saved."""
+    own = model.state_dict()
+    strange = [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise UserError(f"{path}: {strange[0]} is no tensor among the weights; take another checkpoint")
+    for key in own.keys() & weights.keys():  # load_state_dict would round, or make numbers of switches
+        if weights[key].is_floating_point() != own[key].is_floating_point():
+            raise UserError(
+                f"{path}: {key} is of {weights[key].dtype}, where {own[key].dtype} is needed; take another checkpoint"
+            )
     try:
         model.load_state_dict(sharding.shares_of_weights(weights, model))
     except RuntimeError:
-        own = model.state_dict()
         different = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
         different += [key for key in weights if key not in own]
         raise UserError(
@@ -238,9 +303,12 @@ def write_text(folder: str | Path, name: str, text: str) -> Path:
     """A small result file, on rank 0."""
     path = Path(folder) / name
     if distributed.is_main():
-        path.write_text(text, encoding="utf-8")
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path} could not be written ({error.strerror}): make room, or name another folder") from None
     return path
 
 
 def write_json(folder: str | Path, name: str, content: Any) -> Path:
-    return write_text(folder, name, json.dumps(content, indent=1) + "\n")
+    return write_text(folder, name, json.dumps(plain(content), indent=1) + "\n")

@@ -8,7 +8,7 @@ is one) and `failed` (files that did not decode, each with the reason).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,15 @@ class ImageFiles(Files):
     def name(self, place: int) -> str:
         return str(self.source(place))
 
+    def identities(self) -> Iterator[bytes]:
+        if isinstance(self.sources, shards.Members):  # names would be read from the shards
+            yield from (os.fsencode(os.path.basename(path)) for path in self.sources.paths)
+            yield from (self.sources.shard.tobytes(), self.sources.places.tobytes())
+        else:
+            yield from (source if isinstance(source, bytes) else source.tobytes() for source in self.sources)
+        if self.labels is not None:
+            yield self.labels.tobytes()
+
     def read(self, place: int) -> Any:
         read = getattr(self.transform, "read", load_image)
         return read(self.open(place))
@@ -129,9 +138,15 @@ def build_masks(args: Any, grid: int) -> MaskingGenerator:
     count = scaled_mask_count(grid) if args.num_mask_patches is None else args.num_mask_patches
     smallest = args.min_mask_patches_per_block
     smallest = scaled_min_block(grid) if smallest is None else smallest
+    largest = args.max_mask_patches_per_block
+    if args.mask_type == "block" and not args.no_mask and largest is not None and 0 <= largest < smallest:
+        raise UserError(
+            f"--max_mask_patches_per_block {largest} is below --min_mask_patches_per_block {smallest}: give the smallest "
+            "block and a larger one"
+        )
     generator = MASK_TYPES[args.mask_type]
     try:
-        return generator(grid, 0 if args.no_mask else count, smallest, args.max_mask_patches_per_block)
+        return generator(grid, 0 if args.no_mask else count, smallest, largest)
     except ValueError as error:
         raise UserError(f"--min_mask_patches_per_block, --max_mask_patches_per_block: {error}") from None
 

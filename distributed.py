@@ -12,8 +12,10 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import errors
 from errors import UserError
 
 log = logging.getLogger("beit")  # information on rank 0 only, errors on every rank: see start()
@@ -82,7 +85,56 @@ def start(
             world_size=launch.world_size,
             timeout=timeout,
         )
+        if launch.world_size > 1:
+            global set_up
+            set_up = SetUp(store, launch.rank)
     return launch, place
+
+
+class SetUp:
+    """While the processes set up, the failure of one ends the others at once and with its message, wherever they wait for it.
+
+    A thread looks into the store for the message. It ends before the steps begin (`end`): data processes are forked then.
+    """
+
+    def __init__(self, store: dist.Store, rank: int) -> None:
+        self.store, self.rank, self.ended = store, rank, threading.Event()
+        self.own = store.clone() if hasattr(store, "clone") else store  # a connection that no wait of the main thread holds
+        errors.on_failure.append(self.tell)
+        self.thread = threading.Thread(target=self.watch, name="set-up", daemon=True)
+        self.thread.start()
+
+    def tell(self, message: str) -> None:
+        self.end()
+        with contextlib.suppress(Exception):  # the store may have gone with another process
+            self.own.set("failed", f"[rank {self.rank}] {message}")
+            time.sleep(1)  # rank 0 may be where the store is
+
+    def watch(self) -> None:
+        with contextlib.suppress(Exception):
+            while not self.ended.wait(0.2):
+                if self.own.check(["failed"]):
+                    message = self.own.get("failed").decode()
+                    if not self.ended.is_set():
+                        print(f"error: rank {self.rank} ends with another: {message}", file=sys.stderr, flush=True)
+                        os._exit(2)
+
+    def end(self) -> None:
+        self.ended.set()
+        if self.tell in errors.on_failure:
+            errors.on_failure.remove(self.tell)
+        if self.thread is not threading.current_thread():
+            self.thread.join(timeout=5)
+
+
+set_up: SetUp | None = None
+
+
+def end_set_up() -> None:
+    """All processes are ready for the first step."""
+    barrier()
+    if set_up is not None:
+        set_up.end()
 
 
 def agree_on_attempt(store: dist.Store, launch: Launch, timeout: datetime.timedelta) -> str:
@@ -130,6 +182,7 @@ def first_slurm_host() -> str:
 def stop() -> None:
     """Leave the process group, if there is one. After success only: a failing rank must not wait for the others."""
     if dist.is_available() and dist.is_initialized():
+        end_set_up()
         # gloo's thread may still be freeing the last collective, for which it needs the interpreter's lock, while the
         # group's destructor holds that lock and waits for the thread (torch 2.6 hung so in a test). Give it a moment.
         time.sleep(0.2)
@@ -140,8 +193,20 @@ class TerminalHandler(logging.Handler):
     """Lines on stdout that leave a progress bar on stderr whole."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # the terminal is gone, or who read the pipe
+            discard_output()
+
+
+def discard_output() -> None:
+    """What is printed from here on goes nowhere: that nobody reads it is no reason for a run to end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def set_up_logging(rank: int) -> None:
@@ -168,27 +233,29 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(name: str, local_rank: int = 0, world_size_of_launch: int = 1) -> torch.device:
-    """`cuda` means this process's own GPU; without one it falls back to the CPU and says so."""
-    if name.startswith("cuda:") and name[5:].isdigit():  # one GPU by number, for a single process
-        if world_size_of_launch > 1:
-            raise UserError(f"--device {name} would put all processes on one GPU: leave the number out")
-        name, local_rank = "cuda", int(name[5:])
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            log.info("no CUDA device found: running on the CPU (--device cpu says so explicitly)")
-            return torch.device("cpu")
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible; "
-                "start as many processes as GPUs (--nproc_per_node)"
-            )
-        refuse_gpus_without_kernels(torch.cuda.get_device_capability(local_rank), torch.cuda.get_arch_list())
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    try:
-        return torch.device(name)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: no such device; use cuda or cpu") from None
+    """`cuda` means this process's own GPU; without one it falls back to the CPU and says so. `cuda:1`: that GPU, for a
+    single process. UserError for any other device (mps, xpu, meta), and for a GPU that is not there."""
+    number = re.fullmatch("cuda:([0-9]{1,6})", name)
+    if name not in ("cpu", "cuda") and not number:
+        raise UserError(f"--device {name[:40]!r}: this code computes on cuda or cpu; use --device cpu where there is no GPU")
+    if name == "cpu":
+        return torch.device("cpu")
+    if number and world_size_of_launch > 1:
+        raise UserError(f"--device {name} would put all processes on one GPU: leave the number out")
+    if number and int(number[1]) >= (visible := torch.cuda.device_count()):
+        raise UserError(f"--device {name}: there is no such GPU, {visible} visible, counted from 0; use cuda or cpu")
+    if not torch.cuda.is_available():
+        log.info("no CUDA device found: running on the CPU (--device cpu says so explicitly)")
+        return torch.device("cpu")
+    local_rank = int(number[1]) if number else local_rank
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible; "
+            "start as many processes as GPUs (--nproc_per_node)"
+        )
+    refuse_gpus_without_kernels(torch.cuda.get_device_capability(local_rank), torch.cuda.get_arch_list())
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from engine import evaluation_batches
 from errors import UserError
 from metrics import accuracy, top_k_correct
 from run_state import Stage
-from samplers import Key
+from samplers import Key, digest
 
 
 class FrozenBackbone:
@@ -88,6 +88,10 @@ class CachedFeatures(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def digest(self, root: str) -> str:
+        """Of the labels alone, in no order: who computed a feature depends on the number of processes."""
+        return digest([bytes(str(self.features.labels.bincount().tolist()), "ascii")])
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         place = key[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +18,11 @@ from tqdm import tqdm
 
 import distributed
 from distributed import log
-from errors import UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 class RunningMeans:
@@ -58,7 +61,7 @@ class RunningMeans:
         return {name: t / c if c else float("nan") for name, t, c in zip(names, totals, counts, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"names": self.names, "sums": self.sums}
+        return {"names": self.names, "sums": None if self.sums is None else self.sums.cpu()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.names = list(state["names"])
@@ -171,14 +174,19 @@ class Reporter:
 def forget_epochs_from(epoch: int, path: Path) -> None:
     """A resumed run writes the lines of the epochs it repeats anew."""
     if path.exists():
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{path}: a line is not the JSON object of an epoch ({error}); mend it, or move the file away"
-            ) from None
-        path.write_text("".join(kept), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and epoch_of(line) < epoch]
+        shorter = path.with_name(f".{path.name}.part")  # a full disk must not cost the old lines
+        shorter.write_text("".join(kept), encoding="utf-8")
+        shorter.replace(path)
+
+
+def epoch_of(line: str) -> int:
+    """-1 for a line that is none of ours: it is left as it is."""
+    try:
+        return int(json.loads(line)["epoch"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return -1
 
 
 def clock(seconds: float) -> str:
@@ -192,4 +200,7 @@ def memory(device: torch.device) -> str:
     """Peak memory of this process, on its GPU or in main memory."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB GPU"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+    if resource is None:
+        return "? GiB"
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB on Linux
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"

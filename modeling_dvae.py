@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import model_zoo
 import weight_files
 from errors import UserError
+from torch_files import PickledObject
 from vit_backbone import at_mask
 
 PATCH_SIZE = 8  # pixels per token: three poolings; 112 x 112 pixels give BEiT's 14 x 14 grid
@@ -126,10 +127,6 @@ class DallEEncoder(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------- reading its file
-class PickledModule:
-    """What a pickled module becomes here: its attributes, without any of its code."""
-
-
 # Every class that OpenAI's encoder.pkl names, and its decoder.pkl, which is taken for it so easily that it is read too, to
 # be named. Also torch's own layers: they are read in the form they have in the file, whichever version of torch wrote it.
 CLASSES = (
@@ -153,8 +150,8 @@ def load_dall_e_encoder(path: str | None = None) -> DallEEncoder:
     `state_dict`, in any floating-point type. Sizes are the file's. UserError: another file than such an encoder.
     """
     source = path or PUBLISHED
-    content = weight_files.load_file(model_zoo.fetch(source), safe=[(PickledModule, name) for name in CLASSES])
-    if isinstance(content, PickledModule):
+    content = weight_files.load_file(model_zoo.fetch(source), CLASSES)
+    if isinstance(content, PickledObject):
         content = dict(pickled_parameters(content))
     state = weight_files.weights_in(content, source, "model")
     with torch.device("meta"):  # shapes only: the weights are in the file
@@ -165,12 +162,12 @@ def load_dall_e_encoder(path: str | None = None) -> DallEEncoder:
     return model
 
 
-def pickled_parameters(root: PickledModule) -> Iterator[tuple[str, Any]]:
+def pickled_parameters(root: PickledObject) -> Iterator[tuple[str, Any]]:
     """What a pickled module's state dict would hold, by name."""
     waiting, seen = [("", root)], set()
     while waiting:
         prefix, node = waiting.pop()
-        if not isinstance(node, PickledModule) or id(node) in seen:
+        if not isinstance(node, PickledObject) or id(node) in seen:
             continue  # met twice: no tree of layers, perhaps endless
         seen.add(id(node))
         parameters, children = (vars(node).get(kind) for kind in ("_parameters", "_modules"))

@@ -96,7 +96,7 @@ def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenB
 
 def extract(dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str) -> knn.Features:
     """Features of this rank's share of the data set, each image once over all ranks."""
-    loader = build_eval_loader(dataset, run.args, run.launch)
+    loader = build_eval_loader(dataset, run.args, run.launch, run.device)
     return knn.extract(evaluation_batches(loader, run.device, flag), encode)
 
 
@@ -122,7 +122,7 @@ def measure_channels(
 ) -> None:
     """Mean and variance of each channel over evenly spread training images in centre crops; `train`: as of build_data."""
     plain = train if run.args.cached_features else build_finetuning_dataset(settings, train=True, augment=False)[0]
-    loader = build_eval_loader(plain, settings, run.launch, every=-(-len(plain) // STATISTICS_IMAGES))
+    loader = build_eval_loader(plain, settings, run.launch, run.device, every=-(-len(plain) // STATISTICS_IMAGES))
     heads.standardize_by(features(batch["image"]) for batch in evaluation_batches(loader, run.device, "--data_path"))
 
 
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(parser, args)
 
     # ── Setup ──
-    run = run_state.start_run(parser, args)
+    run = run_state.start_run(parser, args, trains=args.mode == "linear")
     arguments.warn_of_idle_flags(parser, args, idle_flags(args))
 
     # ── The frozen backbone ──
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Data: images, or their features ──
     train, validation, classes = build_data(encode, settings, run)
     features: Callable[[Tensor], Tensor] = torch.nn.Identity() if args.cached_features else encode
-    validation_loader = build_eval_loader(validation, settings, run.launch)
+    validation_loader = build_eval_loader(validation, settings, run.launch, run.device)
     data = run_state.training_data(train, run, settings.num_workers)
 
     # ── Model: a classifier for each layer ──
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = run_state.new_state(heads, optimizer, run, name=f"{encode.layers} linear heads")
 
     # ── Resume; a new run first measures each channel ──
-    run_state.resume(state, stage, run)
+    run_state.resume(state, stage, run, data.steps_per_epoch)
     if state.step == 0:
         measure_channels(heads, features, train, settings, run)
 

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
 
     # ── Setup ──
-    run = run_state.start_run(parser, args)
+    run = run_state.start_run(parser, args, trains=not (args.eval or args.predict))
     if args.eval or args.predict:
         use_finished(parser, args, arguments.given_flags(parser, argv), run)
         distributed.stop()
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.disable_eval:
         held_out = segmentation_data.build_dataset(args, False, classes)
         held_out.check_masks()  # now, not after the first epoch
-        validation = build_eval_loader(held_out, args, run.launch, batch_size=1)
+        validation = build_eval_loader(held_out, args, run.launch, run.device, batch_size=1)
         log.info(f"evaluation {len(held_out):,} images")
 
     # ── Model ──
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = run_state.new_state(model, optimizer, run)
 
     # ── Resume ──
-    run_state.resume(state, stage, run)
+    run_state.resume(state, stage, run, data.steps_per_epoch)
     run_state.compile_networks(run, data, model)
 
     # ── Loop ──
@@ -193,7 +193,9 @@ def use_finished(parser: argparse.ArgumentParser, args: argparse.Namespace, give
 def evaluate(args: argparse.Namespace, run: run_state.Run, model: nn.Module, classes: Sequence[str], source: str) -> None:
     dataset = segmentation_data.build_dataset(args, False, classes)
     dataset.check_masks()
-    scores = build_stage(args, run, classes, build_eval_loader(dataset, args, run.launch, batch_size=1)).measure(model)
+    scores = build_stage(args, run, classes, build_eval_loader(dataset, args, run.launch, run.device, batch_size=1)).measure(
+        model
+    )
     for line in as_table(scores, classes):
         log.info(line)
     if args.output_dir:

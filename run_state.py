@@ -22,10 +22,14 @@ import arguments
 import checkpointing
 import compilation
 import distributed
+import interruption
+import resumption
 import sharding
 from distributed import Launch, Precision, choose_precision, log
 from errors import UserError
 from metrics import RunningMeans
+from optim_factory import check_saved_state
+from run_lock import RunLock
 from samplers import ResumableSampler, build_loader
 from utils import seed_all
 from vit_backbone import Block, recompute_blocks
@@ -83,6 +87,8 @@ class Run:
     launch: Launch
     device: torch.device
     precision: Precision
+    data: dict[str, Any] = field(default_factory=dict)  # how many images, and a digest of their names: for checkpoints
+    lock: RunLock | None = None  # of rank 0, while it trains
     saver: checkpointing.Saver = field(default_factory=checkpointing.Saver)
     started: float = field(default_factory=time.monotonic)
 
@@ -96,12 +102,19 @@ class Run:
         return getattr(self.args, "fsdp", False) and self.launch.world_size > 1
 
 
-def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run:
-    """Join the other processes, choose device and precision, seed, and say what was asked for."""
+def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace, trains: bool = True) -> Run:
+    """Join the other processes, choose device and precision, seed, say what was asked for, and open the output folder.
+
+    trains: the run writes checkpoints, so nobody else may in the same folder.
+    """
+    if trains:
+        interruption.end_between_steps()
     launch, device = distributed.start(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
     if getattr(args, "compile", False):  # a flag of the stages that train a ViT, as is the next
         compilation.require_compiler(device)
-    run = Run(args, launch, device, choose_precision(args.amp_dtype, device))
+    run = Run(args, launch, device, choose_precision(args.amp_dtype, device), lock=open_output(args.output_dir, trains))
+    resumption.check_ranks_agree(checkpointing.plain(args.plain()))
+    check_start_epoch(args)
     if run.sharded:
         sharding.check(args, device)
     seed_all(args.seed, device)  # the same on every rank: all build the same model
@@ -115,14 +128,37 @@ def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Run:
         log.info("fsdp       nothing to shard: there is one process (a launcher starts several)")
     arguments.warn_of_obsolete_flags(parser, args)
     torch.autograd.set_detect_anomaly(args.detect_anomaly)
-    if run.output_dir:
-        try:
-            run.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output_dir {run.output_dir}: cannot be made ({error.strerror})") from None
-        if distributed.is_main():
-            checkpointing.remove_leftovers(run.output_dir)
     return run
+
+
+def open_output(output_dir: str, trains: bool) -> RunLock | None:
+    """Make the folder; on rank 0 of a run that trains, lock it and remove what a killed run left half-written."""
+    if not output_dir:
+        return None
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (trains and distributed.is_main()):
+            return None
+        lock = RunLock(folder)
+        try:
+            checkpointing.remove_leftovers(folder)  # before the lock is signed, which a full disk would not allow
+            lock.sign()
+        except BaseException:
+            lock.release()
+            raise
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: cannot be written to ({error.strerror})") from None
+    return lock
+
+
+def check_start_epoch(args: argparse.Namespace) -> None:
+    epochs = getattr(args, "epochs", None)  # one stage is counted in steps
+    if args.start_epoch < 0 or (epochs is not None and args.start_epoch >= epochs):
+        raise UserError(
+            f"--start_epoch {args.start_epoch} leaves nothing to do: give 0 up to {'' if epochs is None else epochs - 1}, the "
+            "last epoch, or raise --epochs"
+        )
 
 
 def git_commit() -> str:
@@ -173,6 +209,8 @@ def training_data(dataset: Any, run: Run, num_workers: int | None = None) -> Tra
         f"data       {len(dataset):,} images, effective batch {sampler.global_batch} "
         f"({sampler.batch_size} x {launch.world_size} processes x {args.update_freq}), {sampler.steps_per_epoch} steps an epoch"
     )
+    run.data.update(images=len(dataset), digest=dataset.digest(args.data_path))
+    resumption.check_ranks_have_the_same_images(run.data)
     return TrainingData(sampler, loader)
 
 
@@ -247,8 +285,13 @@ def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]
     """Write a checkpoint on rank 0 under each of `names`, in the background. `state` says where to go on, `epoch` which
     one this was. All ranks call it: what is sharded they gather together."""
     output_dir = run.output_dir
-    if output_dir is None or not getattr(run.args, "save_ckpt", True) or not (distributed.is_main() or run.sharded):
+    if output_dir is None or not getattr(run.args, "save_ckpt", True):
         return
+    means = list(distributed.gather_objects(state.means.state_dict()))
+    if not (distributed.is_main() or run.sharded):
+        return
+    if not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} was removed while the run was writing to it: start the same line again")
     content = {
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
@@ -258,7 +301,8 @@ def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]
         "next": {"epoch": state.epoch, "samples": state.samples, "step": state.step},
         "best": state.best,
         "bad_in_a_row": state.bad_in_a_row,
-        "means": state.means.state_dict(),
+        "means": means,  # each process has those of its part of the epoch
+        "data": dict(run.data),
         "stage": stage.state_dict(),
         "world_size": run.launch.world_size,
     }
@@ -267,11 +311,11 @@ def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]
     run.saver.submit(content, output_dir, names, run.args.keep_ckpts)
 
 
-def resume(state: TrainState, stage: Stage, run: Run) -> None:
+def resume(state: TrainState, stage: Stage, run: Run, steps_per_epoch: int) -> None:
     """Go on from --resume, or from output_dir/checkpoint.pth, if there is one; all ranks from the same place."""
     path = checkpointing.find(run.args.resume, run.args.auto_resume, run.args.output_dir)
     if path is not None:
-        restore(state, stage, run, path)
+        restore(state, stage, run, path, steps_per_epoch)
     places = distributed.gather_objects((state.epoch, state.samples, state.step))
     if len(set(places)) > 1:
         raise UserError(
@@ -280,33 +324,79 @@ def resume(state: TrainState, stage: Stage, run: Run) -> None:
         )
 
 
-def restore(state: TrainState, stage: Stage, run: Run, path: Path) -> None:
+def restore(state: TrainState, stage: Stage, run: Run, path: Path, steps_per_epoch: int) -> None:
     """Undo `save`. Optimizer settings (betas, layer decay, ...) are this run's flags, its moments are the checkpoint's."""
     content = checkpointing.read(path)
+    resumption.check_same_run(content, checkpointing.plain(run.args.plain()), run.data, path)
     checkpointing.load_weights(state.model, content["model"], path)
     if state.ema is not None:
-        average = content.get("model_ema", content["model"])
-        state.ema.module.load_state_dict(sharding.shares_of_weights(average, state.ema.module))
+        checkpointing.load_weights(state.ema.module, content.get("model_ema", content["model"]), path)
+    if "next" not in content and run.output_dir and distributed.is_main():
+        checkpointing.keep_published(path, run.output_dir)
+    if resumption.is_published(content):
+        content = resumption.from_published(content, steps_per_epoch, run.launch.world_size)
     if "optimizer" not in content or "next" not in content:
         log.info(f"{path} holds weights alone: training starts at epoch {state.epoch}")
         return
     before = content.get("args", {}).get("opt", run.args.opt)
     if before != run.args.opt:
         raise UserError(f"{path} holds the state of --opt {before}, not of {run.args.opt}: go on with --opt {before}")
-    settings = [{key: value for key, value in g.items() if key != "params"} for g in state.optimizer.param_groups]
-    state.optimizer.load_state_dict(sharding.shares_of_moments(content["optimizer"], state.optimizer))
-    for group, values in zip(state.optimizer.param_groups, settings, strict=True):
-        group.update(values)
-    if content["scaler"] and state.scaler.is_enabled():
-        state.scaler.load_state_dict(content["scaler"])
-    state.epoch, state.samples, state.step = (content["next"][key] for key in ("epoch", "samples", "step"))
-    state.best, state.bad_in_a_row = content["best"], content["bad_in_a_row"]
-    if distributed.is_main():  # the means are of rank 0's part of the epoch
-        state.means.load_state_dict(content["means"], run.device)
-    stage.load_state_dict(content["stage"])
+    load_optimizer(state, content["optimizer"], path)
+    try:
+        restore_progress(state, stage, run, content)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{path} is no complete training checkpoint of this code ({type(error).__name__}: {error}): take another one, or "
+            "start from its weights with --finetune"
+        ) from None
     log.info(f"resumed    {path}: epoch {state.epoch}, {state.samples} samples into it, step {state.step}")
     if content["world_size"] != run.launch.world_size:
         log.warning(
             f"warning: the checkpoint comes from {content['world_size']} processes, now there are {run.launch.world_size}: "
             "the run goes on from the same sample, but no longer bit for bit"
         )
+
+
+def load_optimizer(state: TrainState, saved: Any, path: Path) -> None:
+    """The moments of a checkpoint, under this run's settings; each in memory of its own, laid out like its parameter."""
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    optimizer = state.optimizer
+    check_saved_state(saved, optimizer, names, str(path))
+    settings = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(sharding.shares_of_moments(saved, optimizer))
+    for moments in optimizer.state.values():
+        for key, value in moments.items():
+            if isinstance(value, Tensor) and not sharding.is_share(value):  # shares are copies already
+                moments[key] = value.clone(memory_format=torch.contiguous_format)
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+
+
+def restore_progress(state: TrainState, stage: Stage, run: Run, content: dict[str, Any]) -> None:
+    """Where training stands: all of a checkpoint but weights and moments."""
+    if content["scaler"] and state.scaler.is_enabled():
+        scale = float(content["scaler"]["scale"])
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"the gradient scaler's scale is {scale}")
+        state.scaler.load_state_dict(content["scaler"])
+    place = [content["next"][key] for key in ("epoch", "samples", "step")]
+    if not all(isinstance(number, int) and number >= 0 for number in place):
+        raise ValueError(f"epoch, samples, step: {place}")
+    state.epoch, state.samples, state.step = place
+    state.best, state.bad_in_a_row = float(content["best"]), int(content["bad_in_a_row"])
+    restore_means(state, run, content["means"])
+    if content["stage"] is not None:
+        stage.load_state_dict(content["stage"])
+    int(content["world_size"])
+
+
+def restore_means(state: TrainState, run: Run, saved: Any) -> None:
+    """To each process its own, or to rank 0 the sum of all where there are others now. Earlier code kept rank 0's alone."""
+    parts = [saved] if isinstance(saved, dict) else list(saved)
+    if len(parts) == run.launch.world_size:
+        state.means.load_state_dict(parts[run.launch.rank], run.device)
+    elif distributed.is_main():
+        filled = [part for part in parts if part["sums"] is not None]
+        if filled:
+            sums = torch.stack([part["sums"] for part in filled]).sum(0)
+            state.means.load_state_dict({"names": filled[0]["names"], "sums": sums}, run.device)

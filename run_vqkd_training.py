@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(parser, args)
 
     # ── Setup ──
-    run = run_state.start_run(parser, args)
+    run = run_state.start_run(parser, args, trains=not evaluates_only(args))
     if evaluates_only(args):
         evaluate(args, run)
         distributed.stop()
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = run_state.new_state(model, optimizer, run)
 
     # ── Resume ──
-    run_state.resume(state, stage, run)
+    run_state.resume(state, stage, run, data.steps_per_epoch)
     if model.teacher.standardize and state.step == 0:
         stage.calibrate_targets()
     cast_frozen(model.teacher, run.precision.dtype)
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def held_out_data(args: argparse.Namespace, run: run_state.Run) -> tuple[ImageFiles | None, DataLoader | None]:
     """The held-out images and their loader, or nothing where there are none or nobody wants them."""
     held_out = None if args.disable_eval else build_held_out_dataset(args)
-    return held_out, None if held_out is None else build_eval_loader(held_out, args, run.launch)
+    return held_out, None if held_out is None else build_eval_loader(held_out, args, run.launch, run.device)
 
 
 def scaled_lr(args: argparse.Namespace, data: run_state.TrainingData) -> float:
@@ -202,7 +202,7 @@ def train_pixel_decoder(args: argparse.Namespace, run: run_state.Run) -> None:
     schedule = build_schedule(args, scaled_lr(args, data), data.steps_per_epoch)
     name = f"pixel decoder {args.pixel_decoder_depth}x{args.pixel_decoder_dim}"
     state = run_state.new_state(model, optimizer, run, name=name)
-    run_state.resume(state, stage, run)
+    run_state.resume(state, stage, run, data.steps_per_epoch)
     if not torch.equal(tokenizer.quantize.embedding.weight.cpu(), codebook):
         raise UserError(
             f"--tokenizer_weight {args.tokenizer_weight} is not the tokenizer that the checkpoint to resume was trained on: "
@@ -218,7 +218,9 @@ def evaluate(args: argparse.Namespace, run: run_state.Run) -> None:
     if held_out is None:
         raise UserError("--eval needs held-out images: --eval_data_path")
     model = build_model(args, weights=args.resume).to(run.device)
-    stage = TokenizerStage(model, run.device, run.precision, held_out, build_eval_loader(held_out, args, run.launch))
+    stage = TokenizerStage(
+        model, run.device, run.precision, held_out, build_eval_loader(held_out, args, run.launch, run.device)
+    )
     results = stage.evaluate(model)
     log.info("  ".join(f"{name} {value:.4g}" for name, value in results.items()))
     if args.calculate_codebook_usage:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import hashlib
 import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -121,7 +122,12 @@ class EvalSampler(Sampler[list[Key]]):
 
 
 def build_eval_loader(
-    dataset: Any, args: argparse.Namespace, launch: Launch, every: int = 1, batch_size: int | None = None
+    dataset: Any,
+    args: argparse.Namespace,
+    launch: Launch,
+    device: torch.device,
+    every: int = 1,
+    batch_size: int | None = None,
 ) -> DataLoader[dict[str, Any]]:
     """This rank's share of the data set, every image once over all ranks; `every`: only each such image. `batch_size`: 1 where
     images differ in size; default: --batch_size. A file that does not decode is left out, not replaced: no other image counts
@@ -130,7 +136,8 @@ def build_eval_loader(
         dataset = copy.copy(dataset)
         dataset.most_failures = 1
     sampler = EvalSampler(len(dataset), batch_size or args.batch_size, launch.rank, launch.world_size, every)
-    return build_loader(dataset, sampler, args.num_workers, args.pin_mem, collate_fn=collate_readable)
+    pin = args.pin_mem and device.type == "cuda"
+    return build_loader(dataset, sampler, args.num_workers, pin, collate_fn=collate_readable)
 
 
 def build_loader(
@@ -149,7 +156,7 @@ def build_loader(
         dataset,
         batch_sampler=batch_sampler,
         num_workers=_workers(num_workers),
-        pin_memory=pin_memory and torch.cuda.is_available(),
+        pin_memory=pin_memory,
         collate_fn=collate_fn or collate,
         worker_init_fn=_start_worker,
         persistent_workers=persistent and _workers(num_workers) > 0,  # the epoch travels in the keys
@@ -193,8 +200,9 @@ def _workers(asked: int) -> int:
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # images come and go: 10 % of a worker's time
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the main process's to handle
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):  # the main process's to handle; Windows lacks two
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks about EXIF blocks and large images, once per worker
 
 
@@ -225,6 +233,14 @@ class Files(Dataset[dict[str, Any]]):
     def __init__(self, files: int, seed: int, passes: int = 1) -> None:
         self.files, self.seed, self.passes = files, seed, passes
         self.most_failures = min(files, max(10, files // 100))
+
+    def digest(self, root: str) -> str:
+        """Of what `identities` gives, less the folder `root` in front of names: the same wherever the data lies."""
+        return digest(self.identities(), root)
+
+    def identities(self) -> Iterator[bytes]:
+        """What tells each file, in their order, and then the labels if there are any."""
+        return (os.fsencode(self.name(place)) for place in range(self.files))
 
     def name(self, place: int) -> str:
         """What file `place` is called when it fails."""
@@ -267,6 +283,15 @@ class Files(Dataset[dict[str, Any]]):
                     continue
                 return {**self.sample(place, content), "index": index, "failed": failed}
         return {"failed": failed}
+
+
+def digest(names: Iterable[bytes], root: str = "") -> str:
+    """Of names in their order, less the folder `root` in front of them."""
+    given, absolute = (os.fsencode(os.path.join(folder, "")) for folder in (root, os.path.abspath(root)))
+    found = hashlib.blake2b(digest_size=16)
+    for name in names:
+        found.update(name.removeprefix(given).removeprefix(absolute) + b"\0")
+    return found.hexdigest()
 
 
 def reason(error: Exception) -> str:

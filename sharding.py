@@ -108,7 +108,8 @@ def share_of(value: Any, like: Any) -> Any:
     from torch.distributed.tensor import DTensor, Shard
 
     assert like.placements == (Shard(0),)
-    own = value[own_rows(len(value), like.device_mesh.size(), like.device_mesh.get_local_rank())].to(like.device, copy=True)
+    rows = own_rows(len(value), like.device_mesh.size(), like.device_mesh.get_local_rank())
+    own = value[rows].to(like.device, copy=True).contiguous()
     return DTensor.from_local(
         own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )  # fmt: skip

@@ -25,7 +25,7 @@ from torchvision.utils import save_image  # noqa: E402
 
 import stages  # noqa: E402
 import visualization  # noqa: E402
-from errors import UserError, tells_the_user  # noqa: E402
+from errors import UserError, printable, tells_the_user  # noqa: E402
 from image_lists import find_images  # noqa: E402
 from stages import run_entry  # noqa: E402
 from transforms import cut_to_length, load_image  # noqa: E402
@@ -66,7 +66,7 @@ def shrink(source: str | Path, target: Path) -> bool:
     try:
         image = cut_to_length(load_image(str(source)))
     except Exception as error:
-        print(f"cannot read {source} ({error}): left out")
+        print(printable(f"cannot read {source} ({error}): left out"))
         return False
     scale = SHORT_SIDE / min(image.size)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,8 @@ def own_images(root: str) -> list[tuple[Path, str, bool]]:
         seen[label] += 1
     if len(roots) > 1:
         print("photos     train/ and val/ are the splits")
-    print(f"photos     {root}: {len(paths)} images, " + (f"{len(classes)} classes" if labelled else "unlabelled"))
+    kinds = f"{len(classes)} classes" if labelled else "unlabelled"
+    print(printable(f"photos     {root}: {len(paths)} images, {kinds}"))
     return photos
 
 

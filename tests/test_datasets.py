@@ -328,8 +328,18 @@ def test_data_sets_travel_to_spawned_workers(tmp_path):
 def test_eval_loader_reads_this_ranks_share(flat):
     dataset = ImageFiles([(path, i) for i, (path, _) in enumerate(find_images(str(flat))[0])], eval_view(32))
     args = arguments(flat, batch_size=4, num_workers=0, pin_mem=True)
-    labels = [[batch["label"].tolist() for batch in build_eval_loader(dataset, args, Launch(rank, 2))] for rank in (0, 1)]
+    loaders = [build_eval_loader(dataset, args, Launch(rank, 2), torch.device("cpu")) for rank in (0, 1)]
+    labels = [[batch["label"].tolist() for batch in loader] for loader in loaders]
     assert labels == [[[0, 2, 4, 6], [8, 10]], [[1, 3, 5, 7], [9, 11]]]
+
+
+def test_evaluation_pins_memory_for_a_run_on_a_gpu_alone(flat, monkeypatch):
+    """By the run's device: --device cpu on a machine with a GPU pins nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    dataset = ImageFiles(find_images(str(flat))[0], eval_view(32))
+    for device, asked, pins in (("cpu", True, False), ("cuda", True, True), ("cuda", False, False)):
+        args = arguments(flat, batch_size=4, num_workers=0, pin_mem=asked)
+        assert build_eval_loader(dataset, args, Launch(), torch.device(device)).pin_memory is pins
 
 
 def test_workers_are_capped_at_the_cores(flat, caplog, monkeypatch):

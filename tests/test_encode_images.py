@@ -229,7 +229,7 @@ def test_token_maps_show_the_image_above_its_codes(data, weights, tmp_path, monk
         (["--input_size", "64"], "trained on 32 pixels"),
         (["--tokenizer_weight", ""], "--tokenizer_weight is missing"),
         (["--tokenizer_model", "dall-e"], "is not DALL-E's encoder"),
-        (["--crop_pct", "2"], "--crop_pct: 2 must lie above 0"),
+        (["--crop_pct", "2"], "--crop_pct: '2' is not a number from 0.05 to 1"),
         (["--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere"),
     ],
 )

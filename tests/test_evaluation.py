@@ -251,7 +251,7 @@ def test_sketch_takes_all_1000_logits_and_the_folder_must_be_complete(weights, t
             ["--robust_test", "imagenet_a", "--resume", "x.pth", "--eval_data_path", "", "--data_path", "."],
             "as --eval_data_path",
         ),
-        (["--worst_classes", "-1", "--resume", "x.pth"], "--worst_classes -1"),
+        (["--worst_classes", "-1", "--resume", "x.pth"], "--worst_classes: '-1' is not"),
         (["--eval_data_path", "", "--resume", "x.pth"], "--data_path is missing"),
         (["--data_set", "CIFAR", "--resume", "x.pth"], "--data_path is missing"),
     ],
@@ -398,7 +398,7 @@ def test_labels_follow_the_classes_of_the_training_without_its_images(trained, t
 
 def test_resuming_with_other_classes_is_refused_and_without_names_is_not(trained, tmp_path, capsys):
     other = photos(tmp_path / "other", per_class=4, classes="abd")
-    flags = finetuning_flags(other, tmp_path / "out", "--resume", str(trained / "run/checkpoint.pth"))
+    flags = finetuning_flags(other, tmp_path / "out", "--resume", str(trained / "run/checkpoint.pth"), "--allow_changed_run")
     with pytest.raises(SystemExit):
         run_class_finetuning.main(flags)
     assert "its class 2 is 'c', here it is 'd'" in capsys.readouterr().err

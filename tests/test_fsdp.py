@@ -257,7 +257,7 @@ def held(tensor):
 def passed_on(rank, world_size, folder, name, other):
     """What one file holds, into a state of other weights and from there into the other file."""
     state, run = started(rank, world_size, folder, seed=1)
-    run_state.restore(state, MeanSquare(), run, folder / name)
+    run_state.restore(state, MeanSquare(), run, folder / name, 1)
     run_state.save(state, MeanSquare(), run, 0, [other])
     run.saver.wait()
 

@@ -14,11 +14,11 @@ FLOORS = {
     3: "run_state sliding_window segmentation_data modeling_vqkd datasets pretraining_targets weight_source code_files "
     "benchmark_peers benchmark_images",
     2: "modeling_pretrain modeling_finetune modeling_segmentation modeling_dvae vqkd_teachers norm_ema_quantizer "
-    "checkpointing metrics confusion samplers interruption knn transforms image_lists segmentation_views",
+    "checkpointing resumption metrics confusion samplers interruption knn transforms image_lists segmentation_views",
     1: "vit_backbone augmentation masking_generator optim_factory model_zoo distributed arguments visualization utils "
-    "imagenet_classes weight_formats weight_files pages transfer shards compilation "
+    "imagenet_classes weight_formats weight_files run_lock pages transfer shards compilation "
     "benchmark_turns benchmark_worker sharding segmentation_masks",
-    0: "errors positions bf16_on_cpu image_formats",
+    0: "errors positions bf16_on_cpu image_formats torch_files",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 

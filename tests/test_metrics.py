@@ -1,20 +1,17 @@
 """Running means: weights, values that are not finite, and ranks that saw nothing."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from many_processes import run_ranks
 
-from errors import UserError
-from metrics import RunningMeans, accuracy, forget_epochs_from, top_k_correct
-
-
-def test_a_damaged_log_is_told(tmp_path):
-    for text in ('{"epoch": 0}\n{"epo\n', "[" * 100_000 + "\n", "[]\n", "{}\n"):
-        (tmp_path / "log.txt").write_text(text)
-        with pytest.raises(UserError, match=r"log\.txt: a line is not the JSON object of an epoch"):
-            forget_epochs_from(1, tmp_path / "log.txt")
+import metrics
+from metrics import RunningMeans, accuracy, top_k_correct
 
 
 def test_weighted_means_leave_out_what_is_not_finite():
@@ -48,3 +45,37 @@ def test_accuracies():
     assert accuracy(logits, torch.tensor([[0.0, 1.0, 0.0], [0.6, 0.4, 0.0]])) == 1.0
     assert top_k_correct(logits, torch.tensor([2, 1]), 2) == 1
     assert top_k_correct(logits, torch.tensor([2, 1]), 5) == pytest.approx(2)  # fewer classes than k
+
+
+@pytest.mark.parametrize(("platform", "peak"), [("darwin", 800 * 2**20), ("linux", 800 * 2**10)])
+def test_memory_is_in_the_units_of_each_system(platform, peak, monkeypatch):
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: SimpleNamespace(ru_maxrss=peak))
+    monkeypatch.setattr(metrics, "resource", usage)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert metrics.memory(torch.device("cpu")) == "0.8 GiB"
+    monkeypatch.setattr(metrics, "resource", None)  # Windows
+    assert metrics.memory(torch.device("cpu")) == "? GiB"
+
+
+AS_ON_WINDOWS = """
+import os, signal, sys
+import timm, torch, torchvision  # what they need themselves is not ours
+import torch.utils.tensorboard, torch.utils.data
+for name in ("resource", "fcntl", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "SIGALRM", "SIGQUIT", "SIGPIPE"):
+    delattr(signal, name)
+for name in ("sched_getaffinity", "getuid", "geteuid", "fork", "killpg", "getpgid", "O_NONBLOCK", "O_NOFOLLOW"):
+    delattr(os, name)
+for name in sys.argv[1:]:
+    __import__(name)
+import samplers
+samplers._start_worker(0)
+"""
+
+
+def test_every_module_can_be_imported_where_names_of_unix_are_absent():
+    root = Path(__file__).parent.parent
+    names = sorted(path.stem for path in root.glob("*.py"))
+    got = subprocess.run([sys.executable, "-c", AS_ON_WINDOWS, *names], cwd=root, capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr[-1500:]

@@ -181,7 +181,7 @@ def test_a_released_checkpoint_loads_strictly_and_tells_its_model(tmp_path):
         (["--stride", "33"], "--stride 33 is larger than the windows of --input_size 32"),
         (["--stride", "16", "--whole_image"], "leave one of them out"),
         (["--batch_size", "1"], "batch norm needs two images at once"),
-        (["--head_drop", "1"], "--head_drop: 1 must lie from 0"),
+        (["--head_drop", "1"], "--head_drop: '1' is not a number from 0 and below 1"),
         (["--eval", "--predict", ".", "--resume", "x"], "give one of them"),
         (["--predict", "nowhere", "--resume", "x"], "--predict nowhere: no such file or folder"),
     ],
