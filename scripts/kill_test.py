@@ -63,15 +63,7 @@ def build_cases(folder: Path) -> list[Case]:
     often += ["--save_ckpt_freq", "2"]
     revived = ["--codebook_n_emd", "24", "--quantizer_warmup_steps", "2", "--revive_dead_codes"]
     averaged = ["--model_ema", "--model_ema_decay", "0.9", "--mixup", "0.8", "--cutmix", "1.0", "--drop_path", "0.1"]
-    pixels = [
-        "--train_pixel_decoder",
-        "--tokenizer_weight",
-        str(codes),
-        "--pixel_decoder_depth",
-        "1",
-        "--pixel_decoder_dim",
-        "64",
-    ]
+    pixels = ["--train_pixel_decoder", "--tokenizer_weight", str(codes), "--pixel_decoder_depth", "1", "--pixel_decoder_dim", "64"]
     cases = []
     for data, name, workers in ((images, "folder", "0"), (packed, "shards", "2")):
         of_images = ["--data_set", "image_folder" if data is images else "webdataset"]
@@ -118,9 +110,7 @@ def kill_again_and_again(case: Case, folder: Path, whole: Path, seconds: float, 
             process.join()
             done, pending = done + 1, pending + 1
             continue
-        differences = (
-            [f"status {process.exitcode}: {last_words(folder)}"] if process.exitcode else compare(whole / OUT, folder / OUT)
-        )
+        differences = [f"status {process.exitcode}: {last_words(folder)}"] if process.exitcode else compare(whole / OUT, folder / OUT)
         for text in differences[:5]:
             print(f"{case.stage}, {case.data}, after {pending} kills: {text}", flush=True)
         equal, pending = equal + (0 if differences else pending), 0

@@ -75,9 +75,9 @@ def make_empty(out: Path) -> None:
 
 
 def write_class_names(path: Path, classes: Sequence[str]) -> None:
-    broken = [name for name in classes if "\n" in name]
-    if broken:
-        raise UserError(f"FOLDER: the class name {broken[0]!r} holds a line break, which {path.name} cannot hold: rename it")
+    for name in classes:
+        if name.splitlines() != [name] or not name.strip() or name != name.encode(errors="ignore").decode():
+            raise UserError(f"FOLDER: the class name {name!a} is no line of text, which {path.name} is to hold: rename it")
     path.write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
 
 
