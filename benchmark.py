@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import arguments
+import checkpointing
 import distributed
 import engine
 import modeling_finetune
@@ -59,15 +60,20 @@ def get_parser() -> argparse.ArgumentParser:
     add("--stage", nargs="+", default=list(STAGES), choices=list(STAGES), help="what to measure")
     add("--device", default="cuda", help="cuda (falls back to cpu) or cpu")
     add("--model", default="base", choices=list(SIZES), help="row of vit_backbone.SIZES for all stages")
-    add("--batch_size", default=8, type=int, help="images of one step; the quantizer's stage takes 8 times as many")
+    add(
+        "--batch_size",
+        default=8,
+        type=arguments.large_count,
+        help="images of one step; the quantizer's stage takes 8 times as many",
+    )
     add("--amp_dtype", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 where the device computes in it")
-    add("--rounds", default=8, type=int, help="turns of each contender; medians and ranges are over these")
-    add("--warmup", default=2, type=int, help="rounds before those")
+    add("--rounds", default=8, type=arguments.positive, help="turns of each contender; medians and ranges are over these")
+    add("--warmup", default=2, type=arguments.positive, help="rounds before those")
     add("--teacher", default="hog", help="of the vqkd stage: hog, or timm:<name> with random weights")
-    add("--num_workers", default=0, type=int, help="of the loader with which the wait for data is measured")
+    add("--num_workers", default=0, type=arguments.not_negative, help="of the loader with which the wait for data is measured")
     add("--compile", action="store_true", help="torch.compile for our model, not for the others")
-    add("--output", default="", help="JSON file for all that was measured")
-    add("--seed", default=0, type=int, help="of weights, images and masks")
+    add("--output", default="", type=arguments.expand_home, help="JSON file for all that was measured")
+    add("--seed", default=0, type=arguments.seed, help="of weights, images and masks")
     return parser
 
 
@@ -248,7 +254,7 @@ def through_loader(contest: Contest, args: argparse.Namespace, run: Run) -> dict
         paths = photos(Path(folder), 2 * args.batch_size)
         files = ImageFiles([(path, index % CLASSES) for index, path in enumerate(paths)], contest.view, args.seed)
         sampler = ResumableSampler(len(files), args.batch_size, 1, 0, 1, args.seed)
-        loader = build_loader(files, sampler, args.num_workers, pin_memory=True, persistent=True)
+        loader = build_loader(files, sampler, args.num_workers, run.device.type == "cuda", persistent=True)
         taken = []
         for epoch in range(1 + -(-args.rounds // 2)):
             sampler.set_position(epoch)
@@ -287,7 +293,8 @@ def processor() -> str:
 
 def measure(contest: Contest, args: argparse.Namespace, run: Run, matmul: float) -> dict[str, Any]:
     rows = hold(contest, args.rounds, args.warmup, matmul)
-    log.info(f"\n{contest.name}: {contest.images} images a step, {args.rounds} rounds")
+    log.info("")
+    log.info(f"{contest.name}: {contest.images} images a step, {args.rounds} rounds")
     for line in table(rows):
         log.info(line)
     for name, reason in contest.absent.items():
@@ -304,13 +311,12 @@ def measure(contest: Contest, args: argparse.Namespace, run: Run, matmul: float)
 @tells_the_user
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
-    if min(args.batch_size, args.rounds, args.warmup) < 1:
-        raise UserError("--batch_size, --rounds and --warmup must be 1 or more")
     launch, device = distributed.start(args.device)
     if launch.world_size > 1:
         raise UserError("the benchmark is for one process: start it without a launcher")
     run = Run(args, launch, device, distributed.choose_precision(args.amp_dtype, device))
-    facts, matmul = machine(run, side=8192 if device.type == "cuda" else 2048)
+    emulated = device.type == "cpu" and run.precision.dtype and not distributed.cpu_computes_in_bf16()
+    facts, matmul = machine(run, side=8192 if device.type == "cuda" else 256 if emulated else 2048)
     log.info(", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()))
     results = []
     for stage in args.stage:
@@ -319,9 +325,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             results.append({"stage": stage, **measure(contest, args, run, matmul)})
     if args.output:
         Path(args.output).write_text(
-            json.dumps({"machine": facts, "flags": args.plain(), "contests": results}, indent=1) + "\n"
+            json.dumps({"machine": facts, "flags": checkpointing.plain(args.plain()), "contests": results}, indent=1) + "\n"
         )
-        log.info(f"\nwritten to {args.output}")
+        log.info("")
+        log.info(f"written to {args.output}")
 
 
 if __name__ == "__main__":

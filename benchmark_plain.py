@@ -20,6 +20,7 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+from image_formats import open_image
 from modeling_finetune import VisionTransformer
 from modeling_vqkd import VQKD
 from norm_ema_quantizer import NormEMAVectorQuantizer
@@ -218,5 +219,5 @@ class PlainViews:
 
 
 def read_plainly(path: str) -> Image.Image:
-    with open(path, "rb") as file:
-        return Image.open(file).convert("RGB")
+    with open_image(path) as image:
+        return image.convert("RGB")

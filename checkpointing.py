@@ -21,7 +21,7 @@ import model_zoo
 import sharding
 import weight_files
 from distributed import log
-from errors import UserError
+from errors import UserError, hide_secrets
 
 LATEST = "checkpoint.pth"
 BEST = "checkpoint-best.pth"
@@ -29,12 +29,12 @@ PART = ".part"  # end of the name of a file that is still being written
 
 
 def plain(value: Any) -> Any:
-    """Flags and the like as data that weights_only loading accepts."""
+    """Flags and the like as data that weights_only loading accepts; of URLs without what may be secret."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, type(None), torch.Tensor)) else str(value)
+    return value if isinstance(value, (int, float, bool, type(None), torch.Tensor)) else hide_secrets(str(value))
 
 
 def write(content: dict[str, Any], path: Path) -> None:
@@ -265,7 +265,7 @@ def read(path: Path) -> dict[str, Any]:
 def head(path: Path) -> dict[str, Any]:
     """Plain data that export_checkpoint put into the head of a safetensors file, which has no other place for it: `args`
     and `stage`; {} for other files."""
-    if path.suffix != ".safetensors":
+    if not weight_files.is_safetensors(path):
         return {}
     with safetensors.safe_open(path, "pt") as file:
         texts = file.metadata() or {}
@@ -311,4 +311,4 @@ def write_text(folder: str | Path, name: str, text: str) -> Path:
 
 
 def write_json(folder: str | Path, name: str, content: Any) -> Path:
-    return write_text(folder, name, json.dumps(content, indent=1) + "\n")
+    return write_text(folder, name, json.dumps(plain(content), indent=1) + "\n")

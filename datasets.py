@@ -24,6 +24,7 @@ from image_lists import (
     find_images,
     find_shards,
     read_class_index,
+    refuse_one_class,
 )
 from masking_generator import MASK_TYPES, MaskingGenerator, scaled_mask_count, scaled_min_block
 from samplers import Files
@@ -63,6 +64,7 @@ class ImageFiles(Files):
             self.labels = np.array(labels, dtype=np.int64) if labels else None
         super().__init__(len(self.sources), seed)
         self.transform, self.classes = transform, classes
+        self.warn_of_12_bits()
 
     def source(self, index: int) -> Source | shards.Member:
         if isinstance(self.sources, shards.Members):
@@ -83,9 +85,13 @@ class ImageFiles(Files):
             yield self.labels.tobytes()
 
     def read(self, place: int) -> Any:
-        source = self.source(place)
         read = getattr(self.transform, "read", load_image)
-        return read(source.read() if isinstance(source, shards.Member) else source)
+        return read(self.open(place))
+
+    def open(self, place: int) -> Any:
+        """File `place`, for open_image; an image in memory as it is."""
+        source = self.source(place)
+        return source.read() if isinstance(source, shards.Member) else source
 
     def sample(self, place: int, image: Any) -> dict[str, Any]:
         label = {} if self.labels is None else {"label": int(self.labels[place])}
@@ -132,9 +138,15 @@ def build_masks(args: Any, grid: int) -> MaskingGenerator:
     count = scaled_mask_count(grid) if args.num_mask_patches is None else args.num_mask_patches
     smallest = args.min_mask_patches_per_block
     smallest = scaled_min_block(grid) if smallest is None else smallest
+    largest = args.max_mask_patches_per_block
+    if args.mask_type == "block" and not args.no_mask and largest is not None and 0 <= largest < smallest:
+        raise UserError(
+            f"--max_mask_patches_per_block {largest} is below --min_mask_patches_per_block {smallest}: give the smallest "
+            "block and a larger one"
+        )
     generator = MASK_TYPES[args.mask_type]
     try:
-        return generator(grid, 0 if args.no_mask else count, smallest, args.max_mask_patches_per_block)
+        return generator(grid, 0 if args.no_mask else count, smallest, largest)
     except ValueError as error:
         raise UserError(f"--min_mask_patches_per_block, --max_mask_patches_per_block: {error}") from None
 
@@ -171,6 +183,7 @@ def build_finetuning_dataset(
     images as validation sees them.
     """
     samples, classes = _labelled(args, train, own_classes, classes)
+    refuse_one_class(classes, "--data_path" if train else "--eval_data_path")
     if args.nb_classes not in (0, len(classes)) and not own_classes:
         raise UserError(
             f"--nb_classes {args.nb_classes}: the data has {len(classes)} classes; correct one of them, or leave "
@@ -205,6 +218,7 @@ def build_knn_datasets(args: Any) -> tuple[ImageFiles, ImageFiles, int]:
         raise UserError(f"--knn_data_path {folder}: a folder that holds train/ and val/, each with class folders, is expected")
     train, classes = find_classes_folder(os.path.join(folder, "train"), "--knn_data_path")
     validation, _ = find_classes_folder(os.path.join(folder, "val"), "--knn_data_path", classes)
+    refuse_one_class(classes, "--knn_data_path")
     mean, std = normalisation(args.imagenet_default_mean_and_std)
     view = eval_view(args.input_size, mean=mean, std=std)
     return ImageFiles(train, view, args.seed, classes), ImageFiles(validation, view, args.seed, classes), len(classes)

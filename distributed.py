@@ -12,6 +12,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -216,6 +217,12 @@ def set_up_logging(rank: int) -> None:
     log.propagate = False
 
 
+@functools.cache
+def log_once(text: str) -> None:
+    """For what concerns images that may be looked for several times."""
+    log.info(text)
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep what torch frees on the CPU: asking the kernel anew for every large tensor took a third of a
     training step of a small model (page faults). Only glibc has the call; elsewhere nothing happens."""
@@ -226,27 +233,29 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(name: str, local_rank: int = 0, world_size_of_launch: int = 1) -> torch.device:
-    """`cuda` means this process's own GPU; without one it falls back to the CPU and says so."""
-    if name.startswith("cuda:") and name[5:].isdigit():  # one GPU by number, for a single process
-        if world_size_of_launch > 1:
-            raise UserError(f"--device {name} would put all processes on one GPU: leave the number out")
-        name, local_rank = "cuda", int(name[5:])
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            log.info("no CUDA device found: running on the CPU (--device cpu says so explicitly)")
-            return torch.device("cpu")
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible; "
-                "start as many processes as GPUs (--nproc_per_node)"
-            )
-        refuse_gpus_without_kernels(torch.cuda.get_device_capability(local_rank), torch.cuda.get_arch_list())
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    try:
-        return torch.device(name)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: no such device; use cuda or cpu") from None
+    """`cuda` means this process's own GPU; without one it falls back to the CPU and says so. `cuda:1`: that GPU, for a
+    single process. UserError for any other device (mps, xpu, meta), and for a GPU that is not there."""
+    number = re.fullmatch("cuda:([0-9]{1,6})", name)
+    if name not in ("cpu", "cuda") and not number:
+        raise UserError(f"--device {name[:40]!r}: this code computes on cuda or cpu; use --device cpu where there is no GPU")
+    if name == "cpu":
+        return torch.device("cpu")
+    if number and world_size_of_launch > 1:
+        raise UserError(f"--device {name} would put all processes on one GPU: leave the number out")
+    if number and int(number[1]) >= (visible := torch.cuda.device_count()):
+        raise UserError(f"--device {name}: there is no such GPU, {visible} visible, counted from 0; use cuda or cpu")
+    if not torch.cuda.is_available():
+        log.info("no CUDA device found: running on the CPU (--device cpu says so explicitly)")
+        return torch.device("cpu")
+    local_rank = int(number[1]) if number else local_rank
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible; "
+            "start as many processes as GPUs (--nproc_per_node)"
+        )
+    refuse_gpus_without_kernels(torch.cuda.get_device_capability(local_rank), torch.cuda.get_arch_list())
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 @dataclass(frozen=True)

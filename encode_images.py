@@ -34,7 +34,6 @@ from errors import UserError, tells_the_user
 from image_lists import Samples, find_images_or_file
 from samplers import build_eval_loader
 from transforms import View, eval_view
-from utils import printable
 
 DALL_E_SIZE = 112  # 14 x 14 tokens, as in BEiT v1
 SHEET, SHEET_COLUMNS = 16, 8  # token maps on one picture
@@ -47,20 +46,29 @@ def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Images to visual tokens")
     parser.add_argument("--tokenizer_model", default="vqkd", choices=("vqkd", "dall-e"),
                         help="vqkd: built from what its file holds; dall-e: BEiT v1's dVAE")  # fmt: skip
-    parser.add_argument("--tokenizer_weight", default=None,
+    parser.add_argument("--tokenizer_weight", type=arguments.expand_home, default=None,
                         help=f"{arguments.WEIGHTS}; needed but for dall-e: default OpenAI's")  # fmt: skip
-    parser.add_argument("--data_path", required=True, help="folder of images, however nested, or one image")
-    parser.add_argument("--output_dir", required=True, help="folder for the codes; what an earlier run left there is replaced")
+    parser.add_argument(
+        "--data_path", type=arguments.expand_home, required=True, help="folder of images, however nested, or one image"
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=arguments.expand_home,
+        required=True,
+        help="folder for the codes; what an earlier run left there is replaced",
+    )
     parser.add_argument("--format", default="npy", choices=("npy", "jsonl"),
                         help="npy: codes.npy (images, patches), files.txt; jsonl: codes.jsonl, an object an image")  # fmt: skip
     parser.add_argument("--maps", type=arguments.positive, default=0, help="draw the token maps of the first N images")
-    parser.add_argument("--input_size", type=arguments.positive, default=None,
+    parser.add_argument("--input_size", type=arguments.pixels, default=None,
                         help="side of the input in pixels: the tokenizer's own, VQ-KD takes no other; dall-e: 112")  # fmt: skip
     arguments.add_view_flags(parser)
-    parser.add_argument("--batch_size", type=arguments.positive, default=64, help="images per process and step")
+    parser.add_argument("--batch_size", type=arguments.large_count, default=64, help="images per process and step")
     parser.add_argument("--amp_dtype", default="fp32", choices=("fp32", "bf16", "fp16", "auto"),
                         help="fp32: exact; half precision is faster on GPUs and gives some patches another code")  # fmt: skip
-    parser.add_argument("--num_workers", type=int, default=10, help="data processes per process; capped at the cores")
+    parser.add_argument(
+        "--num_workers", type=arguments.not_negative, default=10, help="data processes per process; capped at the cores"
+    )
     arguments.add_switch(parser, "pin_mem", "no_pin_mem", True, "page-locked batches: faster copies to a GPU")
     return parser
 
@@ -134,7 +142,7 @@ def encode_share(
     model, root = tokenizer.model.to(device), root_of(args.data_path)
     done, started = 0, time.monotonic()
     reported = started
-    for batch in build_eval_loader(dataset, args, Launch()):  # the share is cut already
+    for batch in build_eval_loader(dataset, args, Launch(), device):  # the share is cut already
         readable = batch["readable"]
         with precision.autocast():
             codes = model.get_codebook_indices(batch["image"].to(device, non_blocking=True))
@@ -169,7 +177,7 @@ def finish(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: V
         "crop_pct": args.crop_pct, "view": described(view), "amp_dtype": args.amp_dtype,
     })  # fmt: skip
     if about["skipped"]:
-        named = printable(", ".join(itertools.islice(parts.lines("skipped"), NAMED)))
+        named = ", ".join(itertools.islice(parts.lines("skipped"), NAMED))
         log.warning(f"skipped    {about['skipped']} files that cannot be read, all in skipped.txt: {named}")
     log.info(f"codes      {about['images']} images in {parts.folder}/codes.{args.format}, "
              f"{about['codes_used']} of {parts.n_codes} codes used, perplexity {about['perplexity']:.1f}")  # fmt: skip

@@ -266,15 +266,27 @@ def accumulate_gradients(
 
 
 def evaluation_batches(loader: DataLoader, device: torch.device, flag: str = "--eval_data_path") -> Iterator[dict[str, Any]]:
-    """Batches on the device; files that do not decode are named, and too many of them end the run, as in training.
+    """Batches on the device; files that do not decode are left out, named and counted, and too many of them end the run, as in
+    training. To be read to the end by all ranks: there they tell each other what was left out.
 
     `flag` names the images' folder in messages.
     """
-    bad_files, finish = BadFiles(flag=flag), finisher(loader.dataset)
+    bad_files, finish = BadFiles(flag=flag, instead="left out"), finisher(loader.dataset)
     bad_files.start_epoch(len(cast(Any, loader.dataset)))
+    read = 0
     for batch in loader:
-        bad_files.add(batch["failed"], found_image="image" in batch)
-        yield finish(to_device(batch, device))
+        bad_files.add(batch["failed"])
+        if "image" in batch:
+            read += len(batch["image"])
+            yield finish(to_device(batch, device))
+    found = distributed.gather_objects((read, list(bad_files.failed)))
+    read, left_out = sum(count for count, _ in found), [name for _, names in found for name in names]
+    if left_out:
+        bad_files.add(left_out, found_image=read > 0)
+        named = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        log.warning(
+            f"warning: {len(left_out)} of {read + len(left_out)} images of {flag} cannot be read and do not count: {named}"
+        )
 
 
 def mean_of_steps(

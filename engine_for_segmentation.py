@@ -112,7 +112,7 @@ class SegmentationStage(Stage):
             predicted = predict(model, image, tuple(labels.shape), self.how, self.precision)
             picture = visualization.denormalise(sample["image"], *self.statistics)
             rows.append(visualization.segmentation_row(picture, [labels, predicted.cpu()], self.colours))
-        return {"segmentation": visualization.stacked(rows)}
+        return {"segmentation": visualization.stacked(rows)} if rows else {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"classes": self.classes}

@@ -1,22 +1,76 @@
-"""The one exception that carries a sentence to the user, raised on every floor.
+"""The one exception that carries a sentence to the user, raised on every floor, and what may be in a text for the user.
 
 A mistake of the user (a flag, a file, a folder) ends a run with one clear sentence that names the flag or file and the
-way out. A mistake of ours keeps its traceback.
+way out. A mistake of ours keeps its traceback. Names of files, classes and weights, and what servers say, were written by
+others: no control character of theirs reaches the terminal or the log, and no password or signature of a URL.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import errno
 import functools
+import io
+import logging
+import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
+# A URL from its "://" on: user and password (also one whose "/", "?" or "#" are not written as %XX); host and path; the rest.
+URL = re.compile(r"://(?:[^/?#\s]*@|[^/?#\s:\[]*:(?!\d*(?:[/?#\s]|$))\S{0,256}@)?((?:(?!://)[^\s?#])*)([?#]\S*)?")
+PUNCTUATION = ":;,.()[]{}'\""  # that may follow a URL in a sentence
+LONGEST_WORD, LONGEST_LINE = 400, 4000  # characters of a message
+LONG_WORD, LONG_LINE = re.compile(rf"\S{{{LONGEST_WORD},}}"), re.compile(rf"(?s).{{{LONGEST_LINE},}}")
+
+
+def hide_secrets(text: str) -> str:
+    """`text` with no more of its URLs than scheme, host, port and path: the rest may be a password or a signature."""
+
+    def shorten(url: re.Match[str]) -> str:
+        rest = url[2] or ""  # with the punctuation of the sentence that the URL stands in
+        return f"://{url[1]}{rest[len(rest.rstrip(PUNCTUATION)) :]}"
+
+    return URL.sub(shorten, text) if "://" in text else text
+
+
+def printable(text: str) -> str:
+    """`text` as one line for the terminal, a log or a page: without secrets, control, direction and zero-width characters
+    and halves of surrogate pairs escaped as in Python, and what is longer than anybody reads left out of the middle."""
+    text = hide_secrets(text)
+    for longest, long in ((LONGEST_WORD, LONG_WORD), (LONGEST_LINE, LONG_LINE)):
+        kept = longest // 2 - 20
+        text = long.sub(lambda m: f"{m[0][:kept]}...({len(m[0]) - 2 * kept} characters)...{m[0][-kept:]}", text)  # noqa: B023
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
+logging.getLogger("beit").addFilter(_make_printable)  # whatever handlers there are, in the processes that read data too
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Its errors repeat what was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
 
 class UserError(Exception):
-    """Something the user can put right; the message is one sentence or two and needs no traceback."""
+    """Something the user can put right; the message is one sentence or two, without secrets, and needs no traceback."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(hide_secrets(str(message)))
 
 
 def pick(table: Mapping[str, T], name: str, what: str) -> T:
@@ -37,21 +91,40 @@ def sentence(error: UserError) -> str:
 on_failure: list[Callable[[str], None]] = []  # told what a failing `main` says, before it ends: the other processes
 
 
+def tell_the_others(message: str) -> None:
+    for tell in list(on_failure):
+        tell(message)
+
+
 def tells_the_user(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of every script's `main`: a UserError becomes one line on stderr and exit status 2."""
+    """Decorator of every script's `main`: a UserError becomes one line on stderr and exit status 2, and the traceback of
+    any other error shows no secrets and no control characters."""
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        sys.excepthook = _print_traceback
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # terminals that are not of UTF-8
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
-            for tell in list(on_failure):
-                tell(sentence(error))
-            raise SystemExit(2) from None
+            message = sentence(error)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                tell_the_others(f"{type(error).__name__}: {error}")
+                raise
+            message = f"{error.filename}: the name is too long for this file system"
         except Exception as error:
-            for tell in list(on_failure):
-                tell(f"{type(error).__name__}: {error}")
+            tell_the_others(f"{type(error).__name__}: {error}")
             raise
+        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+        tell_the_others(message)
+        raise SystemExit(2)
 
     return wrapped
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    text = "".join(traceback.format_exception(kind, error, trace))
+    sys.stderr.write("".join(f"{printable(line)}\n" for line in text.split("\n")[:-1]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Weights for other libraries, and from them")
     parser.add_argument(
         "--checkpoint",
+        type=arguments.expand_home,
         required=True,
         help="what to convert: a file, a folder of timm or Hugging Face, a URL or a published name",
     )
@@ -54,7 +56,12 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--to", required=True, choices=tuple(WRITERS), help="safetensors: our names (.pth by the output's name)"
     )
-    parser.add_argument("--output", required=True, help="safetensors: a file; timm: a file or a folder; huggingface: a folder")
+    parser.add_argument(
+        "--output",
+        type=arguments.expand_home,
+        required=True,
+        help="safetensors: a file; timm: a file or a folder; huggingface: a folder",
+    )
     parser.add_argument(
         "--architecture",
         default="auto",
@@ -63,13 +70,16 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights (--model_ema of fine-tuning)")
     parser.add_argument(
-        "--class_names", default=None, help="imagenet-1k, or a file: one name a line, or a JSON list or {id: name}"
+        "--class_names",
+        type=arguments.expand_home,
+        default=None,
+        help="imagenet-1k, or a file: one name a line, or a JSON list or {id: name}",
     )
     parser.add_argument(
         "--input_size", type=arguments.image_size, default=None, help="side, or height x width; default: the model's"
     )
     parser.add_argument("--model", default=None, help="the model that the file must hold; default: read from the shapes")
-    parser.add_argument("--num_heads", type=arguments.positive, default=None, help="for unknown sizes without position bias")
+    parser.add_argument("--num_heads", type=arguments.small_count, default=None, help="for unknown sizes without position bias")
     parser.add_argument(
         "--imagenet_default_mean_and_std", action="store_true", help="the checkpoint's own setting if it has one"
     )
@@ -88,7 +98,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output}: Hugging Face's models are folders; name a folder")
     if args.to == "timm" and output.suffix not in SUFFIXES and output.is_file():
         raise UserError(f"--output {args.output} is a file: name a folder, or a file that ends in {' or '.join(SUFFIXES)}")
-    if output.exists() and Path(args.checkpoint).exists() and output.samefile(args.checkpoint):
+    if output.exists() and os.path.exists(args.checkpoint) and output.samefile(args.checkpoint):
         raise UserError(f"--output {args.output} would overwrite --checkpoint: name another place")
 
 
@@ -145,10 +155,11 @@ def load(model: Trunk, weights: dict[str, Tensor], args: argparse.Namespace) -> 
         notes.append("the last norm, which the file lacks, stays as it is built: 1 and 0")  # a backbone for segmentation
     elif missing:
         raise UserError(f"--checkpoint {args.checkpoint} is incomplete: it lacks {brief(missing)}")
+    try:
+        modeling_finetune.refuse_misfits(weights, model, fitting)
+    except UserError as error:
+        raise UserError(f"--checkpoint {args.checkpoint} is not of one kind of model: {error}") from None
     left_out = [key for key in weights if key not in fitting and not key.endswith(INDEX)]
-    strange = [key for key in left_out if key.startswith("blocks.")]
-    if strange:
-        raise UserError(f"--checkpoint {args.checkpoint} is no BEiT: its blocks also hold {', '.join(strange[:3])}")
     before, after = modeling_finetune.patch_grid(weights), model.patch_embed.patch_shape
     if before not in (None, after):
         notes.append(f"positions were resized from {before[0]} x {before[1]} to {after[0]} x {after[1]} patches")
@@ -213,7 +224,7 @@ def class_names(given: str | None, count: int) -> list[str] | None:
             content = json.loads(text)
             pairs = sorted(content.items(), key=lambda pair: int(pair[0])) if isinstance(content, dict) else enumerate(content)
             names = [str(name) for _, name in pairs]
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             names = [line.strip() for line in text.splitlines() if line.strip()]
     if len(names) != count:
         raise UserError(f"--class_names {given} has {len(names)} names, the classifier {count} classes")
@@ -330,7 +341,7 @@ def pass_on(source: Source, args: argparse.Namespace) -> str:
     return f"written    {args.output} ({len(source.weights)} tensors, {size:.1f} MiB), as they were: {held}"
 
 
-def report(source: Source, model: Model, written: Written) -> str:
+def report(source: Source, model: Model, written: Written) -> list[str]:
     weights, *others = written.files
     size = checkpointing.size_of(written.converted.weights) / 2**20
     s, prepared = model.settings, model.prepared
@@ -352,7 +363,7 @@ def report(source: Source, model: Model, written: Written) -> str:
     lines += [("converted" if number == 0 else "", note) for number, note in enumerate(notes)]
     lines.append(("left out", brief([*model.left_out, *written.converted.left_out])))
     lines += [("open with" if number == 0 else "", call) for number, call in enumerate(written.opened_by)]
-    return "\n".join(f"{title:11}{text}" for title, text in lines)
+    return [f"{title:11}{text}" for title, text in lines]
 
 
 def brief_classes(names: list[str] | None) -> str:
@@ -372,7 +383,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info(pass_on(source, args))
         return
     model = open_model(source, args)
-    log.info(report(source, model, WRITERS[args.to](model, args)))
+    for line in report(source, model, WRITERS[args.to](model, args)):
+        log.info(line)
 
 
 if __name__ == "__main__":

@@ -10,27 +10,34 @@ the published address. A base ends where the published folder begins (`BASE/BEiT
 
 from __future__ import annotations
 
-import argparse
+import base64
 import contextlib
 import difflib
+import errno
 import hashlib
 import http.client
 import logging
 import os
 import pathlib
+import queue
 import re
+import shutil
 import sys
+import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import safetensors
 import torch
 from tqdm import tqdm
 
-from errors import UserError, pick, tells_the_user
+from errors import ArgumentParser, UserError, hide_secrets, pick, printable, tells_the_user
 
 try:
     import fcntl
@@ -41,6 +48,8 @@ log = logging.getLogger("beit")
 
 # --------------------------------------------------------------------------------------------------- what was published
 MIRRORS = ["https://github.com/addf400/files/releases/download/"]  # tried in turn
+PATIENCE, SLOWEST = 30, 10 * 1024  # seconds in which something must come, and bytes a second that it must be
+LONGEST_NAME = 150  # bytes of a file's name, to which endings are added
 # Hosts of the published links, now closed: the same file is then looked for under MIRRORS.
 FORMER_HOSTS = ("conversationhub.blob.core.windows.net", "unilm.blob.core.windows.net")
 
@@ -156,8 +165,7 @@ def fetch(source: str | os.PathLike[str], sha256_prefix: str | None = None) -> p
         return _checked(pathlib.Path(here), sha256_prefix)
     if source not in ENTRIES and "://" not in source:
         raise _no_such_file(source)
-    parts = urllib.parse.urlsplit(source)
-    if parts.scheme == "file":
+    if "://" in source and (parts := _split(source)).scheme == "file":
         path = pathlib.Path(urllib.request.url2pathname(parts.path))
         if not path.is_file():
             raise UserError(f"{source}: there is no such file")
@@ -167,9 +175,9 @@ def fetch(source: str | os.PathLike[str], sha256_prefix: str | None = None) -> p
     if not target.exists():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _one_process_at_a_time(target):
+            with _one_process_at_a_time(target) as alone:
                 if not target.exists():
-                    _download(wanted, target)
+                    _download(wanted, target, "" if alone else f".{os.getpid()}")
         except PermissionError as error:
             raise UserError(f"cannot write {target} ({error.strerror}); TORCH_HOME names another folder") from error
     return _checked(target, wanted.sha256_prefix, wanted.guessed, cached=True)
@@ -180,10 +188,9 @@ def _cache_folder() -> pathlib.Path:
 
 
 def _no_such_file(source: str) -> UserError:
-    path = pathlib.Path(source).expanduser()
-    if path.is_dir():
+    if os.path.isdir(os.path.expanduser(source)):  # pathlib's is_dir fails on a name that is too long
         return UserError(f"{source} is a folder: name the weight file in it")
-    near = difflib.get_close_matches(path.name.removesuffix(path.suffix), ENTRIES, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(pathlib.PurePath(source).stem, ENTRIES, n=3, cutoff=0.6)
     offer = f"did you mean {' or '.join(near)}?" if near else "`python model_zoo.py` lists the names."
     return UserError(f"{source} is neither a file, nor a URL, nor a name of published weights; {offer}")
 
@@ -193,15 +200,17 @@ def _wanted(source: str, sha256_prefix: str | None) -> Wanted:
     if entry := ENTRIES.get(source):
         return Wanted(entry.urls, entry.name, sha256_prefix or entry.sha256_prefix, guessed=False)
     _refuse_unsafe(source)
-    parts = urllib.parse.urlsplit(source)
+    parts = _split(source)
     query = urllib.parse.parse_qs(parts.query)
     if "sv" in query and "sig" not in query:
         raise UserError(
             f"the URL {source} was cut at its first '&', and every flag after it was lost: the shell takes an unquoted "
             "'&' for the end of the command; put the whole URL in quotes"
         )
-    name = pathlib.PurePosixPath(urllib.parse.unquote(parts.path)).name
-    if name in ("", ".."):
+    name = re.split(r"[/\\]", urllib.parse.unquote(parts.path))[-1]
+    name = "".join("_" if c in ':*?"<>|' or not c.isprintable() else c for c in name)
+    name = name.encode()[-LONGEST_NAME:].decode(errors="ignore")
+    if name in ("", ".", ".."):
         raise UserError(f"{source} names no file: give the URL of the weights themselves")
     for entry in ENTRIES.values():
         if source.split("?")[0] in entry.published or (parts.hostname in FORMER_HOSTS and entry.name == name):
@@ -212,11 +221,25 @@ def _wanted(source: str, sha256_prefix: str | None) -> Wanted:
     return Wanted([source], place, sha256_prefix or in_name, guessed=not sha256_prefix)
 
 
+def _split(url: str) -> urllib.parse.SplitResult:
+    """The parts of a URL; UserError where it is none."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme != "file" and (not parts.hostname or re.search(r"[\s\\%]", parts.hostname) or parts.port == 0):
+            raise ValueError
+    except ValueError:  # of urlsplit and of `port`; what they say may hold a part of a password
+        raise UserError(
+            f"{url} is no URL that can be read: https://host/path is one; in a user's name or password write / as %2F, "
+            "? as %3F, # as %23, @ as %40"
+        ) from None
+    return parts
+
+
 def _address_hash(parts: urllib.parse.SplitResult) -> str:
     """8 hex digits of host and path, and of a query that may choose the file; a signature does not, and changes."""
     signed = any(key.lower().endswith(("sig", "signature")) for key in urllib.parse.parse_qs(parts.query))
     address = f"{parts.netloc.rpartition('@')[2].lower()}{parts.path}" + ("" if signed else f"?{parts.query}")
-    return hashlib.sha256(address.encode()).hexdigest()[:8]
+    return hashlib.sha256(address.encode(errors="surrogateescape")).hexdigest()[:8]
 
 
 def _users_mirrors() -> list[str]:
@@ -224,14 +247,16 @@ def _users_mirrors() -> list[str]:
     bases = os.environ.get("BEIT_MIRRORS", "").split()
     for base in bases:
         if "://" not in base or "?" in base:
-            raise UserError(f"BEIT_MIRRORS: {base} is no https:// or file:// address to which /BEiT-v2/NAME.pth can be added")
+            raise UserError(
+                f"BEIT_MIRRORS: {base} is no https:// or file:// address, without a ?, to which /BEiT-v2/NAME.pth can be added"
+            )
         _refuse_unsafe(base)
     return [base.rstrip("/") + "/" for base in bases]
 
 
 def _refuse_unsafe(url: str) -> None:
     """Only what cannot be altered on its way: https, this machine, or what the user has allowed."""
-    parts = urllib.parse.urlsplit(url)
+    parts = _split(url)
     if parts.scheme in ("https", "file"):
         return
     if parts.scheme != "http":
@@ -292,27 +317,36 @@ def _checked(path: pathlib.Path, sha256_prefix: str | None, guessed: bool = Fals
 
 
 @contextlib.contextmanager
-def _one_process_at_a_time(target: pathlib.Path) -> Iterator[None]:
-    lock = target.with_name(target.name + ".lock")
+def _one_process_at_a_time(target: pathlib.Path) -> Iterator[bool]:
+    """Gives whether that can be had here; else each process needs a partial file of its own."""
+    lock, alone = target.with_name(target.name + ".lock"), False
     with lock.open("w") as handle:
         if fcntl is not None:
             with contextlib.suppress(OSError):  # some network file systems know no locks
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+                alone = True
+        yield alone
     # Only after success: whoever opens a new lock from here on finds the file and downloads nothing.
     lock.unlink(missing_ok=True)
 
 
-def _download(wanted: Wanted, target: pathlib.Path) -> None:
-    """The file at `target`, complete and checked, from the first of the URLs that gives it; or a UserError."""
-    part = target.with_name(target.name + ".part")
+class _SlowError(OSError):
+    """A server that sends nothing, or so little that waiting for the rest has no end."""
+
+
+def _download(wanted: Wanted, target: pathlib.Path, own: str = "") -> None:
+    """The file at `target`, complete and checked, from the first of the URLs that gives it; or a UserError.
+
+    `own`: in the name of this process's partial file, where several may load the same file at once.
+    """
+    part = target.with_name(f"{target.name}{own}.part")
     failures = []
     for url in wanted.urls:
         reason: object = None
         for _ in range(5):
             before = part.stat().st_size if part.exists() else 0
             try:
-                _receive(url, part)
+                _receive(url, part, checked_by_hash=wanted.sha256_prefix is not None)
                 return _accept(part, target, wanted, url)
             except PermissionError:
                 raise
@@ -322,40 +356,202 @@ def _download(wanted: Wanted, target: pathlib.Path) -> None:
                 log.warning(f"warning: {error}")
                 reason = "refused"
                 break
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = error
+            if getattr(reason, "errno", None) == errno.ENOSPC:
+                part.unlink(missing_ok=True)
+                raise UserError(f"no space left on the disk of {target}: make room; TORCH_HOME names another folder")
+            gained = (part.stat().st_size if part.exists() else 0) - before
             if isinstance(reason, urllib.error.HTTPError) and reason.code == 416:  # nothing after `before`: start anew
                 part.unlink(missing_ok=True)
-            elif not part.exists() or part.stat().st_size <= before:
+            elif gained < (PATIENCE * SLOWEST if isinstance(reason, _SlowError) else 1):
                 break  # no progress: asking again would not help
-        failures.append(f"{url} ({reason})")
-    raise UserError(f"cannot download {', nor '.join(failures)}; download it elsewhere, put it at {target} and run again")
+        failures.append(f"{url} ({' '.join(str(reason).split()) or type(reason).__name__})")
+    raise UserError(
+        f"cannot download {', nor '.join(map(hide_secrets, failures))}; download it elsewhere, put it at {target} and run again"
+    )
 
 
-def _receive(url: str, part: pathlib.Path) -> None:
-    """Write what `url` gives to `part`, after what an earlier call for the same file has left there."""
-    note = part.with_name(part.name + ".from")  # which file the part is of, and its version (ETag or date)
-    address = url.split("?")[0]  # signatures change, the file does not
-    known, _, version = note.read_text().partition("\n") if note.exists() else (address, "", "")
-    start = part.stat().st_size if part.exists() and known == address else 0
-    headers = {"User-Agent": "beit-model-zoo", **({"Range": f"bytes={start}-"} if start else {})}
+def _receive(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
+    """Write what `url` gives to `part`, after what an earlier call for the same file has left there.
+
+    OSError or HTTPException: not complete, another call may go on from there. UserError: what comes cannot be used.
+    """
+    note = part.with_name(part.name + ".from")  # which file the part is of, its version (ETag or date) and its length
+    address = ascii(hide_secrets(url))[1:-1]  # signatures change, the file does not
+    known, version, length, *_ = [*(note.read_text(encoding="utf-8").split("\n") if note.exists() else [address]), "", ""]
+    start = part.stat().st_size if part.exists() and known == address and (version or checked_by_hash) else 0
+    request = _request(url)
+    if start:
+        request.add_header("Range", f"bytes={start}-")
     if start and version:
-        headers["If-Range"] = version  # a file that has changed since comes whole
+        request.add_header("If-Range", version)  # a file that has changed since comes whole
     log.info(f"downloading {address} to {part.parent}" + (f" from byte {start} on" if start else ""))
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as reply:
+    with _in_background(request) as take:
+        reply = take()
         _refuse_unsafe(reply.url)  # after redirections
-        if reply.status != 206:
-            start = 0
-            tag = reply.headers.get("ETag", "W/")
-            note.write_text(f"{address}\n{reply.headers.get('Last-Modified', '') if tag.startswith('W/') else tag}")
-        length = reply.headers.get("Content-Length")
-        total = int(length) + start if length else None
-        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem, file=sys.stderr, disable=None)
-        with part.open("ab" if start else "wb") as file, bar:
-            while chunk := reply.read(1 << 20):
-                bar.update(file.write(chunk))
-    if total is not None and part.stat().st_size != total:
-        raise ConnectionError(f"the connection broke off after {part.stat().st_size} of {total} bytes")
+        if (coding := reply.headers.get("Content-Encoding", "identity").strip().lower()) not in ("", "identity"):
+            raise UserError(f"{url}: the server sends the file compressed ({coding}), although asked not to: it is not used")
+        if reply.headers.get_content_type() == "text/html":
+            raise UserError(f"{url} gives a web page, such as one to log in on: give the address of the file itself")
+        now = _version_of(reply)
+        if reply.status == 206:
+            total = _total_of_rest(reply, start, int(length or 0))
+            if total is None or (version and now not in ("", version)):
+                part.unlink(missing_ok=True)
+                if start:  # the rest of another file, or another part than was asked for: once more, the whole
+                    _receive(url, part, checked_by_hash)
+                    return
+                raise ConnectionError("the server sends a part of the file where the whole was asked for")
+        elif reply.status in (200, None):  # None: file://
+            start, total = 0, _number(reply.headers.get("Content-Length"))
+            part.write_bytes(b"")  # before the note: an older part must not pass for this version
+            note.write_text(f"{address}\n{now}\n{total or ''}", encoding="utf-8")
+        else:
+            raise ConnectionError(f"the server answers {reply.status} {reply.reason}")
+        if total is not None and total - start > (free := shutil.disk_usage(part.parent).free):
+            raise UserError(
+                f"{url}: {_size(total - start)} are to come, and the disk of {part.parent} has {_size(free)} left; make room, "
+                "or name another folder with TORCH_HOME"
+            )
+        _write_body(take, part, start, total)
+    size = part.stat().st_size
+    if size == 0:
+        raise ConnectionError("nothing came: the file is empty")
+    if total is not None and size != total:
+        if size > total:
+            part.unlink()
+        raise ConnectionError(f"the connection broke off after {size} of {total} bytes")
+    if total is None and not getattr(reply, "chunked", False) and not checked_by_hash and not _is_complete(part):
+        raise UserError(
+            f"what came from {url} is incomplete, or no file of weights whose end can be checked: the server does not say how "
+            "long it is; run again, or download it elsewhere and give its path"
+        )
+
+
+def _write_body(take: Callable[[], Any], part: pathlib.Path, start: int, total: int | None) -> None:
+    bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=printable(part.stem), file=sys.stderr, disable=None)
+    since, received = time.monotonic(), 0
+    with part.open("ab" if start else "wb") as file, bar:
+        while chunk := take():
+            bar.update(file.write(chunk))
+            received += len(chunk)
+            if (seconds := time.monotonic() - since) > PATIENCE:
+                if received < seconds * SLOWEST:
+                    raise _SlowError(f"the server sends only {received / seconds:.0f} bytes a second")
+                since, received = time.monotonic(), 0
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _request(url: str) -> urllib.request.Request:
+    """For the file as it is. A user's name and password in the URL go to its own host alone, not where it redirects to."""
+    parts = _split(url)
+    user, _, host = parts.netloc.rpartition("@")
+    clean = parts._replace(netloc=host, fragment="").geturl()
+    clean = urllib.parse.quote(clean, safe="%/:=&?~+!$,;'@()*[]|", errors="surrogateescape")
+    request = urllib.request.Request(clean, headers={"User-Agent": "beit-model-zoo", "Accept-Encoding": "identity"})
+    if user:
+        secret = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode("ascii")
+        request.add_unredirected_header("Authorization", f"Basic {secret}")
+    return request
+
+
+class _SafeRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
+        _refuse_unsafe(newurl)
+        parts = _split(newurl)
+        if req.type == "https" and parts.scheme != "https":
+            raise UserError(f"{req.full_url} redirects to {newurl}, which can be tampered with on its way: it is not followed")
+        newurl = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        new = super().redirect_request(req, fp, code, msg, headers, newurl)
+        secret = req.unredirected_hdrs.get("Authorization")
+        if new is not None and secret and (new.type, new.host) == (req.type, req.host):
+            new.add_unredirected_header("Authorization", secret)
+        return new
+
+
+@contextlib.contextmanager
+def _in_background(request: urllib.request.Request) -> Iterator[Callable[[], Any]]:
+    """Gives a function that returns the reply, then piece after piece of its body, b"" at the end.
+
+    _SlowError where the next of them takes longer than PATIENCE, whatever the server does byte by byte in the meantime.
+    """
+    pieces: queue.Queue[Any] = queue.Queue(maxsize=8)
+    abandoned = threading.Event()
+
+    def work() -> None:
+        try:
+            with urllib.request.build_opener(_SafeRedirects).open(request, timeout=PATIENCE) as reply:
+                piece = reply
+                while piece and not abandoned.is_set():
+                    pieces.put(piece)
+                    piece = reply.read1(1 << 20)
+            pieces.put(b"")
+        except Exception as error:
+            pieces.put(error)
+
+    def take() -> Any:
+        try:
+            piece = pieces.get(timeout=PATIENCE)
+        except queue.Empty:
+            raise _SlowError(f"the server sent nothing for {PATIENCE} seconds") from None
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+    threading.Thread(target=work, name="download", daemon=True).start()
+    try:
+        yield take
+    finally:
+        abandoned.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                pieces.get_nowait()
+
+
+def _version_of(reply: Any) -> str:
+    """What tells one version of a file from another: a strong ETag, else the date, else nothing."""
+    tag = reply.headers.get("ETag") or "W/"
+    return (reply.headers.get("Last-Modified") or "") if tag.startswith("W/") else tag
+
+
+def _number(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,18}", text.strip()):
+        raise ConnectionError("the server gives a Content-Length that is no number of bytes")
+    return int(text)
+
+
+def _total_of_rest(reply: Any, start: int, known: int) -> int | None:
+    """The length of the whole file, of which a 206 brings the rest from `start` on; None where it brings anything else.
+
+    `known`: the length that was told before, or 0.
+    """
+    length = _number(reply.headers.get("Content-Length"))
+    given = reply.headers.get("Content-Range")
+    if given is None:  # against the rules, but the lengths may tell
+        return known if start and known and length == known - start else None
+    found = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", given.strip())
+    if found is None or not start:
+        return None
+    first, last = int(found[1]), int(found[2])
+    total = last + 1 if found[3] == "*" else int(found[3])
+    fits = first == start <= last == total - 1 and length in (None, last + 1 - first) and known in (0, total)
+    return total if fits else None
+
+
+def _is_complete(path: pathlib.Path) -> bool:
+    """Whether a zip file (torch.save) or safetensors is whole. Of other files nothing tells it."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return archive.testzip() is None
+        with safetensors.safe_open(path, "pt") as file:
+            return bool(file.keys())
+    except Exception:  # a damaged file may fail in any way
+        return False
 
 
 def _accept(part: pathlib.Path, target: pathlib.Path, wanted: Wanted, url: str) -> None:
@@ -413,11 +609,15 @@ def _size(n_bytes: float) -> str:
     return f"{n_bytes / 2**20:.0f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.1f} GiB"
 
 
+def get_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="List the published weights, or download some of them.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="weights to download; none: print the table")
+    return parser
+
+
 @tells_the_user
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="List the published weights, or download some of them.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="weights to download; none: print the table")
-    names = parser.parse_args(argv).names
+    names = get_parser().parse_args(argv).names
     for name in names:
         pick(ENTRIES, name, "weights")
     for name in names:

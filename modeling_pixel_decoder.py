@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import model_zoo
 import modeling_vqkd
 import weight_files
+import weight_formats
 from errors import UserError
 from modeling_finetune import VisionTransformer
 from modeling_vqkd import PATCH_SIZE, VQKD
@@ -103,7 +104,8 @@ class Reconstructor(nn.Module):
 
 def open_reconstructor(source: str, flag: str = "--checkpoint") -> Reconstructor:
     """The model in a file of `run_vqkd_training.py --train_pixel_decoder` (path or URL), in eval; no other file is needed."""
-    weights = weight_files.weights_in(weight_files.load_file(model_zoo.fetch(source)), source)
+    found = weight_files.weights_in(weight_files.load_file(model_zoo.fetch(source)), source)
+    weights = weight_formats.strip_wrappers(found)
     if "decoder.to_pixels.weight" not in weights:
         raise UserError(f"{flag} {source} holds no pixel decoder: run_vqkd_training.py --train_pixel_decoder trains one")
     own = {key.removeprefix("tokenizer."): value for key, value in weights.items() if key.startswith("tokenizer.")}

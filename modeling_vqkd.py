@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import model_zoo
 import weight_files
+import weight_formats
 from errors import UserError, pick
 from modeling_finetune import VisionTransformer
 from norm_ema_quantizer import NormEMAVectorQuantizer
@@ -112,7 +113,7 @@ class VQKD(nn.Module):
         codes = self.quantize.nearest(features.flatten(0, 1))
         if picked is not None:
             return codes
-        return codes.view(len(x), -1) if bool_masked_pos is None else at_mask(codes, bool_masked_pos)
+        return codes.view(x.shape[0], -1) if bool_masked_pos is None else at_mask(codes, bool_masked_pos)
 
     # ── decoding and distillation ────────────────────────────────────────────────────────────────────────────────────
 
@@ -251,7 +252,7 @@ def open_tokenizer(source: str, flag: str = "--tokenizer_weight") -> tuple[VQKD,
     Returns it and the flags it was trained with ({} for published files). `flag` names the source in messages.
     """
     content = weight_files.load_file(model_zoo.fetch(source))
-    weights = weight_files.weights_in(content, source)
+    weights = weight_formats.strip_wrappers(weight_files.weights_in(content, source))
     flags = weight_files.plain_flags(content.get("args")) if isinstance(content, dict) else {}
     settings = settings_of(weights, flags, f"{flag} {source}")
     return create_model(**settings, as_tokenizer=True, pretrained=True, pretrained_weight=source), flags
@@ -285,7 +286,7 @@ def read_tokenizer(name: str, source: str | None, n_code: int, code_dim: int) ->
     """
     source = source or name
     content = weight_files.load_file(model_zoo.fetch(source))
-    weights = weight_files.weights_in(content, source)
+    weights = weight_formats.strip_wrappers(weight_files.weights_in(content, source))
     codebook = weights.get("quantize.embedding.weight")
     if codebook is None or "decode_task_layer.2.bias" not in weights:
         raise UserError(f"--tokenizer_weight {source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)")

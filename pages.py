@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from errors import printable
+
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
@@ -25,6 +27,10 @@ img { max-width: 100%; height: auto; }
 """
 
 
+def escape(text: str) -> str:
+    return html.escape(printable(text))
+
+
 def picture(image: Tensor, alt: str, form: str = "JPEG") -> str:
     """An <img> of (3, height, width) in [0, 1]; `alt` is what it shows, in words. `form`: JPEG, or PNG for drawings."""
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
@@ -32,7 +38,7 @@ def picture(image: Tensor, alt: str, form: str = "JPEG") -> str:
     settings = {"quality": 88, "subsampling": 0} if form == "JPEG" else {"optimize": True}
     Image.fromarray(np.ascontiguousarray(pixels)).save(file, form, **settings)
     data = base64.b64encode(file.getvalue()).decode("ascii")
-    text = html.escape(alt)
+    text = escape(alt)
     height, width = image.shape[1:]
     return f'<img src="data:image/{form.lower()};base64,{data}" width="{width}" height="{height}" alt="{text}" title="{text}">'
 
@@ -43,12 +49,12 @@ def pictures(images: Iterable[str]) -> str:
 
 
 def paragraph(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
+    return f"<p>{escape(text)}</p>"
 
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
     """Two columns, what and how much."""
-    cells = (f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(value)}</td></tr>' for name, value in rows)
+    cells = (f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows)
     return "<table>\n" + "\n".join(cells) + "\n</table>"
 
 
@@ -58,13 +64,13 @@ def section(title: str, *parts: str, anchor: str, colour: Iterable[float] | None
     if colour is not None:
         code = "".join(f"{round(255 * channel):02x}" for channel in colour)
         swatch = f'<span class="swatch" style="background:#{code}"></span>'
-    heading = f"<h2>{swatch}{html.escape(title)}</h2>"
-    return "\n".join([f'<section id="{html.escape(anchor)}">', heading, *parts, "</section>"])
+    heading = f"<h2>{swatch}{escape(title)}</h2>"
+    return "\n".join([f'<section id="{escape(anchor)}">', heading, *parts, "</section>"])
 
 
 def document(title: str, *parts: str) -> str:
     """The whole page; the parts are HTML."""
-    name = html.escape(title)
+    name = escape(title)
     head = f'<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n<title>{name}</title>'
     body = "\n".join([f"<h1>{name}</h1>", *parts])
     inside = f"<head>\n{head}\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>"

@@ -17,6 +17,12 @@ from scipy.interpolate import InterpolatedUnivariateSpline
 from torch import Tensor, nn
 
 
+def is_exported() -> bool:
+    """Whether torch.export or torch.jit.trace records this call: then no size of a batch or an image may become a constant."""
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 lacks the first
+    return torch.jit.is_tracing() or exporting()
+
+
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 

@@ -16,19 +16,25 @@ from errors import UserError
 from modeling_finetune import VisionTransformer
 from positions import as_pair
 from vit_backbone import SIZES, Trunk
-from weight_formats import SHARED_TABLE
+from weight_formats import SHARED_TABLE, to_our_names
 
 
 def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[str]:
     """Load what fits of `weights` and say in a block of lines what was used; returns the names that stayed new.
 
-    UserError when not one block of the transformer fits. `source` names the weights, as in "--finetune out/pt.pth".
+    UserError when blocks, patch embedding or CLS token do not fit. `source` names the weights, as in "--finetune out/pt.pth".
     """
+    weights = to_our_names(weights)
     fitting, missing = modeling_finetune.load_remapped(model, weights)
     if not any(key.startswith("blocks.") for key in fitting):
         raise UserError(f"{source} is {weight_files.kind_of(weights)}: none of its weights fits this model")
+    try:
+        modeling_finetune.refuse_misfits(weights, model, fitting)
+    except UserError as error:
+        raise UserError(f"{source} does not fit this model or is incomplete: {error}") from None
     first, *rest = modeling_finetune.remapping_report(weights, model, fitting)
-    log.info("\n".join([f"weights    {source}", f"           {first}", *(f"           {line}" for line in rest)]))
+    for line in (f"weights    {source}", *(f"           {line}" for line in (first, *rest))):
+        log.info(line)
     return missing
 
 
@@ -39,9 +45,14 @@ def architecture(weights: dict[str, Tensor], flags: dict[str, Any], num_heads: i
     read from shapes alone: they follow from the flags, the table of sizes, or `num_heads`.
     """
     blocks = {int(found.group(1)) for key in weights if (found := re.match(r"blocks\.(\d+)\.", key))}
-    if not blocks or "patch_embed.proj.weight" not in weights or "cls_token" not in weights:
+    patches, mlp = weights.get("patch_embed.proj.weight"), weights.get("blocks.0.mlp.fc1.weight")
+    if not blocks or patches is None or mlp is None:
         raise UserError(f"it is {weight_files.kind_of(weights)}, and no vision transformer")
-    width, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    if "cls_token" not in weights:
+        raise UserError("it is a vision transformer without CLS token, which no model here has")
+    if patches.ndim != 4 or patches.shape[2] != patches.shape[3]:
+        raise UserError(f"its patches are not square ones of images (patch_embed.proj.weight of {tuple(patches.shape)})")
+    width, in_chans, patch_size, _ = patches.shape
     tables = [value for key, value in weights.items() if key.endswith("relative_position_bias_table")]
     rows = [size for size in SIZES.values() if (size.embed_dim, size.depth) == (width, len(blocks))]
     if tables and num_heads not in (None, tables[0].shape[1]):
@@ -49,7 +60,7 @@ def architecture(weights: dict[str, Tensor], flags: dict[str, Any], num_heads: i
     heads = num_heads or (tables[0].shape[1] if tables else rows[0].num_heads if rows else None)
     if heads is None or width % heads:
         raise UserError(f"how many heads the {width} channels of each layer are cut into is not known: --num_heads says it")
-    hidden = weights["blocks.0.mlp.fc1.weight"].shape[0]
+    hidden = len(mlp)
     ratio, grid = hidden / width, modeling_finetune.patch_grid(weights)
     size = tuple(side * patch_size for side in grid) if grid else as_pair(flags.get("input_size") or 224)
     return {
@@ -88,6 +99,7 @@ def open_backbone(
         settings = architecture(weights, flags, num_heads)
     except UserError as error:
         raise UserError(f"{flag} {source}: {error}") from None
+    settings["in_chans"] = 3  # as the images have, whatever the file's had
     if input_size is not None:
         settings["img_size"] = input_size
     try:

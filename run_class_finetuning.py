@@ -54,8 +54,9 @@ def check(args: argparse.Namespace) -> None:
     if any(side % patch_size for side in as_pair(args.input_size)):
         raise UserError(f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}")
     check_evaluation(args)
-    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
-        raise UserError("--cutmix_minmax takes two numbers, the smallest and the largest share of the image")
+    shares = args.cutmix_minmax
+    if shares is not None and not (len(shares) == 2 and shares[0] <= shares[1]):
+        raise UserError("--cutmix_minmax takes two numbers, the smallest and then the largest share of the image")
 
 
 def check_evaluation(args: argparse.Namespace) -> None:
@@ -65,8 +66,6 @@ def check_evaluation(args: argparse.Namespace) -> None:
         )
     if not args.data_path and not (args.eval and args.eval_data_path and args.data_set != "CIFAR"):
         raise UserError("--data_path is missing: name the folder of the images (--eval needs --eval_data_path alone)")
-    if args.worst_classes < 0:
-        raise UserError(f"--worst_classes {args.worst_classes}: give 0 or more")
     used = {"robust_test": args.robust_test, "tta_flip": args.tta_flip}
     used["worst_classes"] = args.worst_classes != arguments.WORST_CLASSES
     for name, given in used.items():
@@ -145,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Data ──
     dataset, nb_classes = build_finetuning_dataset(args, train=True)
     validation = None if args.disable_eval_during_finetuning else build_finetuning_dataset(args, train=False)[0]
-    validation_loader = build_eval_loader(validation, args, run.launch) if validation is not None else None
+    validation_loader = build_eval_loader(validation, args, run.launch, run.device) if validation is not None else None
     data = run_state.training_data(dataset, run)
 
     # ── Model ──
@@ -200,7 +199,7 @@ def evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace, run: run
     measured: nn.Module = model if indices is None else SomeLogits(model, indices)
     if args.tta_flip:
         measured = WithMirrorImage(measured)
-    stage = FinetuningStage(run.device, run.precision, build_eval_loader(images, args, run.launch))
+    stage = FinetuningStage(run.device, run.precision, build_eval_loader(images, args, run.launch, run.device))
     results, confusion = stage.measure(measured.to(run.device))
 
     log.info(f"{name}  " + "  ".join(f"{key} {value:.4g}" for key, value in results.items()))

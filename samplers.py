@@ -6,21 +6,22 @@ A key (epoch, index) names a sample; the datasets derive everything random in it
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import hashlib
 import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from PIL import UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from distributed import Launch, is_main, keep_freed_memory, log
+from distributed import Launch, is_main, keep_freed_memory, log, log_once
 from errors import UserError
+from image_formats import look_like_12_bits
 from utils import derive_seed, seeded
 
 Key = tuple[int, int]  # (epoch, index)
@@ -121,12 +122,22 @@ class EvalSampler(Sampler[list[Key]]):
 
 
 def build_eval_loader(
-    dataset: Any, args: argparse.Namespace, launch: Launch, every: int = 1, batch_size: int | None = None
+    dataset: Any,
+    args: argparse.Namespace,
+    launch: Launch,
+    device: torch.device,
+    every: int = 1,
+    batch_size: int | None = None,
 ) -> DataLoader[dict[str, Any]]:
     """This rank's share of the data set, every image once over all ranks; `every`: only each such image. `batch_size`: 1 where
-    images differ in size; default: --batch_size."""
+    images differ in size; default: --batch_size. A file that does not decode is left out, not replaced: no other image counts
+    twice."""
+    if isinstance(dataset, Files):
+        dataset = copy.copy(dataset)
+        dataset.most_failures = 1
     sampler = EvalSampler(len(dataset), batch_size or args.batch_size, launch.rank, launch.world_size, every)
-    return build_loader(dataset, sampler, args.num_workers, args.pin_mem)
+    pin = args.pin_mem and device.type == "cuda"
+    return build_loader(dataset, sampler, args.num_workers, pin, collate_fn=collate_readable)
 
 
 def build_loader(
@@ -135,8 +146,9 @@ def build_loader(
     num_workers: int,
     pin_memory: bool,
     persistent: bool = False,
+    collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> DataLoader[dict[str, Any]]:
-    """The batches of `collate`, read by at most as many workers as this machine has cores.
+    """The batches of `collate` (or `collate_fn`), read by at most as many workers as this machine has cores.
 
     `persistent`: the workers live until `close`, over all epochs.
     """
@@ -144,8 +156,8 @@ def build_loader(
         dataset,
         batch_sampler=batch_sampler,
         num_workers=_workers(num_workers),
-        pin_memory=pin_memory and torch.cuda.is_available(),
-        collate_fn=collate,
+        pin_memory=pin_memory,
+        collate_fn=collate_fn or collate,
         worker_init_fn=_start_worker,
         persistent_workers=persistent and _workers(num_workers) > 0,  # the epoch travels in the keys
         generator=torch.Generator(),  # else each epoch would move the training's own random state
@@ -188,7 +200,7 @@ def _workers(asked: int) -> int:
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # images come and go: 10 % of a worker's time
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):  # the main process's to handle
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):  # the main process's to handle; Windows lacks two
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks about EXIF blocks and large images, once per worker
@@ -201,6 +213,12 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         return {"failed": failed}
     tensors = [{name: value for name, value in sample.items() if name != "failed"} for sample in samples]
     return {**default_collate(tensors), "failed": failed}
+
+
+def collate_readable(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of those samples alone that found their image; only {"failed": [...]} when none did."""
+    failed = [text for sample in samples for text in sample["failed"]]
+    return {**collate([sample for sample in samples if "image" in sample] or [{"failed": []}]), "failed": failed}
 
 
 class Files(Dataset[dict[str, Any]]):
@@ -231,6 +249,19 @@ class Files(Dataset[dict[str, Any]]):
     def read(self, place: int) -> Any:
         """What is in file `place`; whatever is raised means that it does not decode."""
         raise NotImplementedError
+
+    def open(self, place: int) -> Any:
+        """The image of `place`, for image_formats.open_image."""
+        return self.name(place)
+
+    def warn_of_12_bits(self, looked_at: int = 16) -> None:
+        """One line where some evenly spread images look like a 12-bit camera's in 16-bit files: nearly black."""
+        count = min(looked_at, self.files) if is_main() else 0
+        if look_like_12_bits(self.open(number * self.files // count) for number in range(count)):
+            log_once(
+                f"warning: images such as {self.name(0)} have 16 bits, but no value above 4095, as of a 12-bit camera: "
+                "65535 is white, so they are seen nearly black; multiply their values by 16 and save them again"
+            )
 
     def sample(self, place: int, content: Any) -> dict[str, Any]:
         """The sample made of what was read; what is raised here is no matter of decoding and ends the run."""
@@ -264,19 +295,19 @@ def digest(names: Iterable[bytes], root: str = "") -> str:
 
 
 def reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__  # strerror: without the path again
 
 
 class BadFiles:
-    """What the training loop does about the files that did not decode: name each once, stop when they are too many.
+    """What is done about the files that did not decode: name each once, stop when they are too many.
 
-    `flag` is the data folder's flag, for the message.
+    `flag` is the data folder's flag, and `instead` what is done without them, for the messages.
     """
 
-    def __init__(self, limit_share: float = 0.01, at_least: int = 10, flag: str = "--data_path") -> None:
-        self.limit_share, self.at_least, self.flag = limit_share, at_least, flag
+    def __init__(
+        self, limit_share: float = 0.01, at_least: int = 10, flag: str = "--data_path", instead: str = "using the next image"
+    ) -> None:
+        self.limit_share, self.at_least, self.flag, self.instead = limit_share, at_least, flag, instead
         self.named: set[str] = set()
         self.start_epoch(0)
 
@@ -292,7 +323,7 @@ class BadFiles:
         self.failed.update(dict.fromkeys(failed))
         for text in dict.fromkeys(failed):
             if text not in self.named:  # ranks other than the first show errors only, and each meets other files
-                log.log(logging.WARNING if is_main() else logging.ERROR, "cannot read %s: using the next image", text)
+                log.log(logging.WARNING if is_main() else logging.ERROR, "cannot read %s: %s", text, self.instead)
         self.named.update(failed)
         if not found_image:
             unread = list(dict.fromkeys(failed))

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from errors import UserError
+from image_formats import open_image
 
 IGNORED = 255  # a pixel that counts neither in training nor in evaluation
 MOST_CLASSES = 255  # labels 0 to 254 in 8 bits, beside IGNORED
@@ -16,7 +17,7 @@ STRETCHED = {"L;2": 85, "L;4": 17}  # PNG's grey of 2 and 4 bits, which PIL stre
 
 def read_mask(path: str) -> Image.Image:
     """The mask with the numbers that are in the file; raises whatever PIL raises for what it cannot decode."""
-    with Image.open(path) as mask:
+    with open_image(path) as mask:
         packed = mask.tile[0][3] if mask.format == "PNG" and mask.tile else None
         mask.load()
     stretch = STRETCHED.get(packed, 1) if isinstance(packed, str) else 1

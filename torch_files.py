@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import pickletools
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -109,9 +110,9 @@ def load(path: Path, objects: Collection[str] = ()) -> Any:
             archive = zipfile.is_zipfile(file)
             file.seek(0)
             if archive:
-                return _load_archive(file, path.stat().st_size, objects)
+                return _load_archive(file, os.fstat(file.fileno()).st_size, objects)
             if start == MAGIC:
-                return _load_stream(file, path.stat().st_size, objects)
+                return _load_stream(file, os.fstat(file.fileno()).st_size, objects)
         except Refused:
             raise
         except (zipfile.BadZipFile, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,

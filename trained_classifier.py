@@ -17,7 +17,7 @@ from checkpointing import plain
 from distributed import log
 from errors import UserError
 from imagenet_classes import RobustSet, synsets
-from modeling_finetune import VisionTransformer, load_remapped
+from modeling_finetune import PATCHES, VisionTransformer, described, load_remapped
 
 # What the model is made of, and what its images look like: flags that should be those of the training.
 SHAPING = ("model", "use_mean_pooling", "abs_pos_emb", "rel_pos_bias", "qkv_bias", "layer_scale_init_value")
@@ -41,11 +41,12 @@ class TrainedClassifier:
 
 
 def select(weights: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Tensor]:
-    """--model_filter_name and --model_prefix."""
-    if args.model_filter_name:
-        weights = {key: value for key, value in weights.items() if args.model_filter_name in key}
-    if args.model_prefix:
-        weights = {k.removeprefix(args.model_prefix): v for k, v in weights.items() if k.startswith(args.model_prefix)}
+    """--model_filter_name and --model_prefix: only keys that begin so, without it. UserError: there are none."""
+    for flag, start in (("--model_filter_name", args.model_filter_name), ("--model_prefix", args.model_prefix)):
+        chosen = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
+        if not chosen:
+            raise UserError(f"{flag} {start}: no key begins so; there are {', '.join(list(weights)[:3])} ...")
+        weights = chosen
     return weights
 
 
@@ -73,6 +74,11 @@ def load(
             f"{training_flags(trained, parser, args)}"
         )
     warn_of_other_sight(trained, fitting, parser, args)
+    if fitting[PATCHES].shape != trained.weights[PATCHES].shape:
+        log.warning(
+            f"warning: {trained.source} was trained on {described(trained.weights[PATCHES])}: adapted to "
+            f"{described(fitting[PATCHES])}, and its accuracy may suffer"
+        )
 
 
 def left_out(weights: Mapping[str, Tensor], fitting: Mapping[str, Tensor]) -> list[str]:

@@ -72,6 +72,8 @@ def build(content: Source, source: str) -> Segmenter:
         settings = pretrained.architecture(content.weights, content.flags)
     except UserError as error:
         raise UserError(f"{source} has no backbone that could be used: {error}") from None
+    if settings["in_chans"] != 3:
+        raise UserError(f"{source} is of images with {settings['in_chans']} channels: here they have 3")
     del settings["num_classes"], settings["use_mean_pooling"]
     model = modeling_segmentation.assemble(
         "upernet" if any(key.startswith("decode_head.psp_modules.") for key in heads) else "setr_pup",

@@ -33,6 +33,7 @@ from augmentation import (
     sampled_pivot,
 )
 from errors import UserError, pick
+from image_formats import is_16_bit, open_image
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -57,7 +58,7 @@ def load_image(source: Source | IO[bytes], enough: Callable[[Size], Size] | None
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
-    with Image.open(source) as image:
+    with open_image(source) as image:
         # PIL takes a while to find out that a JPEG has no orientation
         may_turn = image.format != "JPEG" or not image.info.keys().isdisjoint(("exif", "xmp"))
         if enough is not None and image.format == "JPEG":
@@ -78,11 +79,12 @@ def _reduce(image: Image.Image, enough: Callable[[Size], Size], may_turn: bool) 
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # PIL would clip these at 255 instead of scaling
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        full = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
-        grey = np.rint(values.clip(0, full) * (255 / full)).astype(np.uint8)
+    if is_16_bit(image):  # PIL would clip these at 255 instead of scaling
+        grey = np.rint(np.asarray(image, dtype=np.float32) * (255 / 65535)).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "floating-point" if image.mode == "F" else "signed or 32-bit integer"
+        raise ValueError(f"its pixels are {kind} numbers, and nothing says which is white; convert it to 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         # What lies under transparent pixels is arbitrary: show them on white, as a page would.
         image = image.convert("RGBA")
@@ -263,6 +265,26 @@ class TokenizerViews(Crops):
         return {"image": (self.size, self.mode)}
 
 
+def cut_to_length(image: Image.Image, most: int = 64) -> Image.Image:
+    """The middle of an image that is more than `most` times as long as wide: of a line of pixels, resized as a whole, a centre
+    crop would need gigabytes to show a few. All others as they are. Nothing moves: as much is cut off at either end."""
+    sides = []
+    for side in image.size:
+        longest = max(most * min(image.size), 1)
+        sides.append(side if side <= longest else longest + (side - longest) % 2)
+    if tuple(sides) == image.size:
+        return image
+    left, top = (image.width - sides[0]) // 2, (image.height - sides[1]) // 2
+    return image.crop((left, top, left + sides[0], top + sides[1]))
+
+
+class Resize(T.Resize):
+    """torchvision's, of the middle of an image that is very long."""
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        return super().forward(cut_to_length(image))
+
+
 class ResizeToCover:
     """Keeps the aspect ratio; the smallest image that a rectangle (height, width) lies in, in pixels."""
 
@@ -270,6 +292,7 @@ class ResizeToCover:
         self.size, self.mode = size, mode
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        image = cut_to_length(image)
         scale = max(self.size[0] / image.height, self.size[1] / image.width)
         sides = (max(self.size[0], round(image.height * scale)), max(self.size[1], round(image.width * scale)))
         return F.resize(image, list(sides), self.mode)
@@ -300,7 +323,7 @@ def eval_view(
     if not isinstance(size, int) and size[0] == size[1]:
         size = size[0]
     if isinstance(size, int):
-        resize: Any = T.Resize(int(size / crop_pct), mode)
+        resize: Any = Resize(int(size / crop_pct), mode)
     else:
         resize = ResizeToCover((int(size[0] / crop_pct), int(size[1] / crop_pct)), mode)
     steps = [resize, T.CenterCrop(size), T.ToTensor()]
@@ -356,7 +379,7 @@ def finetuning_view(
     _keep_posterize_in_range(augment)
     if np.max(size) <= SMALL:
         # Resize only acts on images that are not of this size already; then shift by up to 4 pixels.
-        shift = [T.Resize(size, InterpolationMode.BICUBIC), T.RandomCrop(size, padding=4)]
+        shift = [Resize(size, InterpolationMode.BICUBIC), T.RandomCrop(size, padding=4)]
         first = T.Compose([*shift, T.RandomHorizontalFlip(hflip), T.RandomVerticalFlip(vflip)])
     return ImageOnly(T.Compose([first, augment, last]))
 

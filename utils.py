@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import random
 from collections.abc import Iterator
 
@@ -39,8 +38,3 @@ def seeded(*parts: int | str) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-def printable(path: str) -> str:
-    """A file's name for the terminal, which refuses names that are no UTF-8."""
-    return os.fsencode(path).decode(errors="replace")

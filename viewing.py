@@ -14,7 +14,6 @@ from distributed import log
 from errors import UserError
 from image_lists import find_images_or_file
 from transforms import load_image
-from utils import printable
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".pdf")
 PAGES = (".html", ".htm")
@@ -31,13 +30,13 @@ def find_shown(sources: Sequence[str], count: int) -> list[str]:
     chosen: list[str] = []
     for source in sources:
         if not os.path.exists(source):
-            raise UserError(printable(f"--image {source}: no such file or folder"))
+            raise UserError(f"--image {source}: no such file or folder")
         paths = find_images_or_file(source, "--image")
         if not os.path.isdir(source):
             try:
                 load_image(source)
             except Exception as error:  # PIL raises nearly anything for broken files
-                raise UserError(printable(f"--image {source}: cannot be read ({error})")) from None
+                raise UserError(f"--image {source}: cannot be read ({error})") from None
         taken = min(count, len(paths))
         chosen += [paths[number * len(paths) // taken] for number in range(taken)]
     return chosen
@@ -48,7 +47,7 @@ def read_or_leave_out(path: str) -> Image.Image | None:
     try:
         return load_image(path)
     except Exception as error:  # PIL raises nearly anything for broken files
-        log.warning(printable(f"cannot read {path} ({error}): left out"))
+        log.warning(f"cannot read {path} ({error}): left out")
         return None
 
 
@@ -61,7 +60,7 @@ def read_shown(paths: Sequence[str]) -> Iterator[tuple[str, Image.Image]]:
             shown += 1
             yield path, image
     if not shown:
-        raise UserError(printable(f"--image: no image could be read, of {len(paths)} such as {paths[0]}"))
+        raise UserError(f"--image: no image could be read, of {len(paths)} such as {paths[0]}")
 
 
 # ── The file to write ────────────────────────────────────────────────────────────────────────────────────────────────

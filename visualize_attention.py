@@ -31,11 +31,13 @@ MOST_PIXELS = 1024 * 1024  # T x T numbers in every block, H x T x T in one: abo
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Attention maps")
-    parser.add_argument("--checkpoint", required=True, help=f"of pretraining or fine-tuning: {arguments.WEIGHTS}")
-    arguments.add_shown_image_flags(parser)
-    parser.add_argument("--output", default="attention.png", help="picture to write, best a PNG")
     parser.add_argument(
-        "--num_heads", type=arguments.positive, default=None, help="for files of an unknown size without position bias"
+        "--checkpoint", type=arguments.expand_home, required=True, help=f"of pretraining or fine-tuning: {arguments.WEIGHTS}"
+    )
+    arguments.add_shown_image_flags(parser)
+    parser.add_argument("--output", type=arguments.expand_home, default="attention.png", help="picture to write, best a PNG")
+    parser.add_argument(
+        "--num_heads", type=arguments.small_count, default=None, help="for files of an unknown size without position bias"
     )
     parser.add_argument(
         "--layer", type=block_or_all, default=-1, help="block to look at, -1: the last; all: each block's mean over heads"
@@ -54,7 +56,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep_aspect", action="store_true", help="whole images, --input_size is their shorter side; else a centre crop"
     )
-    parser.add_argument("--columns", type=arguments.positive, default=8, help="pictures in a line")
+    parser.add_argument("--columns", type=arguments.small_count, default=8, help="pictures in a line")
     parser.add_argument(
         "--imagenet_default_mean_and_std", action="store_true", help="the checkpoint's own setting if it has one"
     )
@@ -64,7 +66,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def block_or_all(text: str) -> int | None:
     """None stands for all."""
-    return None if text == "all" else int(text)
+    return None if text == "all" else arguments.Number(int, -1, 1000)(text)
 
 
 def check(args: argparse.Namespace) -> None:

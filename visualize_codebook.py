@@ -32,16 +32,27 @@ OUTSIDE = 0.85  # grey around the image, where a patch lies at its border
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("The patches behind each code")
-    parser.add_argument("--encoded", required=True, help="--output_dir of encode_images.py (--format npy)")
-    parser.add_argument("--data_path", default=None, help="where the images are now; default: where they were encoded")
-    parser.add_argument("--output", default="codebook.html", help="page to write, one file with all pictures in it")
+    parser.add_argument(
+        "--encoded", type=arguments.expand_home, required=True, help="--output_dir of encode_images.py (--format npy)"
+    )
+    parser.add_argument(
+        "--data_path",
+        type=arguments.expand_home,
+        default=None,
+        help="where the images are now; default: where they were encoded",
+    )
+    parser.add_argument(
+        "--output", type=arguments.expand_home, default="codebook.html", help="page to write, one file with all pictures in it"
+    )
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--codes", type=int, nargs="+", default=None, help="these codes, such as 3 17 99")
+    choice.add_argument("--codes", type=arguments.not_negative, nargs="+", default=None, help="these codes, such as 3 17 99")
     choice.add_argument("--top", type=arguments.positive, default=None, help="the N most used codes")
     choice.add_argument("--spread", type=arguments.positive, default=24, help="N codes from the most to the least used")
     parser.add_argument("--examples", type=arguments.positive, default=12, help="patches of each code, of different images")
-    parser.add_argument("--context", type=arguments.positive, default=3, help="side of what is shown of the image, in patches")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of examples")
+    parser.add_argument(
+        "--context", type=arguments.small_count, default=3, help="side of what is shown of the image, in patches"
+    )
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of the choice of examples")
     return parser
 
 
@@ -58,6 +69,10 @@ def count_codes(encoded: Encoded) -> np.ndarray:
     """How many patches have each code, (K,)."""
     counts = np.zeros(encoded.about["n_codes"], dtype=np.int64)
     for _, block in blocks_of(encoded.codes):
+        if block.min() < 0 or block.max() >= len(counts):
+            raise UserError(
+                f"{encoded.folder}/codes.npy: has codes beyond the {len(counts)} of about.json; encode the images again"
+            )
         counts += np.bincount(block.ravel(), minlength=len(counts))
     return counts
 

@@ -17,16 +17,20 @@ from errors import tells_the_user
 from metrics import psnr
 from modeling_pixel_decoder import open_reconstructor
 from transforms import eval_view
-from utils import printable
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Reconstructions from tokens")
     parser.add_argument(
-        "--checkpoint", required=True, help=f"of run_vqkd_training.py --train_pixel_decoder: {arguments.FILE_OR_URL}"
+        "--checkpoint",
+        type=arguments.expand_home,
+        required=True,
+        help=f"of run_vqkd_training.py --train_pixel_decoder: {arguments.FILE_OR_URL}",
     )
     arguments.add_shown_image_flags(parser)
-    parser.add_argument("--output", default="reconstruction.png", help="picture to write, best a PNG")
+    parser.add_argument(
+        "--output", type=arguments.expand_home, default="reconstruction.png", help="picture to write, best a PNG"
+    )
     arguments.add_view_flags(parser)
     return parser
 
@@ -50,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stacked = torch.stack(images)
     own, trivial = psnr(torch.stack(drawn), stacked), psnr(stacked.mean(dim=(2, 3), keepdim=True), stacked)
     for path, ours, flat in zip(paths, own.tolist(), trivial.tolist(), strict=True):
-        log.info(f"{ours:6.2f} dB (mean colour {flat:.2f})  {printable(path)}")
+        log.info(f"{ours:6.2f} dB (mean colour {flat:.2f})  {path}")
     log.info(f"{own.mean():6.2f} dB (mean colour {trivial.mean():.2f})  mean of {len(images)}")
     captions = [(Path(path).name, "tokens", f"drawn: {ours:.2f} dB") for path, ours in zip(paths, own.tolist(), strict=True)]
     viewing.save_picture(visualization.reconstructions(images, torch.cat(codes), model.n_codes, drawn, captions), args.output)

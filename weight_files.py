@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import pathlib
 from collections.abc import Collection, Iterable, Mapping
@@ -26,7 +27,7 @@ def load_file(path: str | os.PathLike[str], objects: Collection[str] = ()) -> An
         why = "is no regular file" if path.exists() else "there is no such file"
         raise UserError(f"{path}: {why}")
     try:
-        if _is_safetensors(path):
+        if is_safetensors(path):
             return safetensors.torch.load_file(path)
         return torch_files.load(path, objects)
     except torch_files.HoldsCode as error:
@@ -46,7 +47,7 @@ def load_file(path: str | os.PathLike[str], objects: Collection[str] = ()) -> An
         raise _unreadable(path, f"{type(error).__name__}: {why}") from error
 
 
-def _is_safetensors(path: pathlib.Path) -> bool:
+def is_safetensors(path: pathlib.Path) -> bool:
     """By content: eight bytes with the length of a header in JSON, then the header."""
     with open(path, "rb") as file:
         start = file.read(9)
@@ -92,9 +93,10 @@ def check_weight(key: Any, tensor: torch.Tensor, source: str) -> None:
         raise UserError(f"{source} holds a tensor under {key!r} instead of a name")
     if tensor.is_complex():
         raise UserError(f"{source}: {key} holds complex numbers ({tensor.dtype}), which no weight of a network is")
-    if tensor.is_floating_point() and not key.endswith("attn_mask"):
-        bad = int((~torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float())).sum())
-        if bad:
+    if tensor.is_floating_point() and tensor.numel() and not key.endswith("attn_mask"):
+        numbers = tensor if tensor.element_size() > 1 else tensor.float()  # of 8 bits torch compares none
+        if not all(map(math.isfinite, torch.aminmax(numbers))):  # one pass, without a copy
+            bad = int((~torch.isfinite(numbers)).sum())
             raise UserError(
                 f"{source}: {key} holds {bad:,} value{'s that are' if bad > 1 else ' that is'} not finite (of "
                 f"{tensor.numel():,}): the training that wrote it had failed; take an earlier checkpoint"

@@ -1,8 +1,8 @@
-"""BEiT under the names of other libraries: timm's `Beit` and Hugging Face's `Beit...` classes. Pure functions on dictionaries.
+"""BEiT and plain ViTs under the names of other libraries, and what wraps them. Pure functions on dictionaries.
 
-timm kept the published names, which are ours too; it differs in what a model may have. Hugging Face renamed everything and
-split qkv. Their configuration files are written here as well, so that neither library has to be imported: Hugging Face's
-brings a module named `datasets`, which is also one of ours.
+timm kept the published names, which are ours too; it differs in what a model may have. Plain ViTs (MAE, DeiT, DINO) have one
+bias for q, k and v. Hugging Face renamed everything and split qkv. Both libraries' configuration files are written here as
+well, so that neither has to be imported: Hugging Face's brings a module named `datasets`, which is also one of ours.
 
 Shapes: C width, H heads, L blocks, n patches on a side of the grid; a table of relative positions is ((2n - 1)^2 + 3, H).
 """
@@ -55,6 +55,100 @@ class Companion(NamedTuple):
     classes: list[str] | None
 
 
+# ── Wrappers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# What torch.compile, FSDP and activation checkpointing put into a name, wherever they wrap; no module is called so.
+INSIDE_NAMES = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What DDP, Lightning and other people's models put in front of all names, also one inside the other.
+WRAPPERS = r"(?:(?:module|model|net|encoder|backbone)\.)*"
+# A key that tells where a model begins. A tokenizer comes first: its `encoder.` is a part of it.
+STARTS = (
+    r"(?:tokenizer\.)?quantize\.embedding\.weight",
+    r"patch_embed\.proj\.weight",
+    r"(?:beit\.)?embeddings\.patch_embeddings\.projection\.weight",
+    r"blocks\.0\.norm1\.weight",
+)
+
+
+def strip_wrappers(state_dict: Mapping[str, Tensor]) -> Weights:
+    """The entries without what wrappers put in front of the names of a ViT or of a VQ-KD tokenizer, and into them.
+
+    Where a file holds two, the outer one is taken. UserError: an entry stands both inside and outside of a wrapper.
+    """
+    bare = {INSIDE_NAMES.sub("", key): value for key, value in state_dict.items()}
+    for start in STARTS:
+        found = [match[1] for key in bare if (match := re.fullmatch(f"({WRAPPERS}){start}", key))]
+        if not found:
+            continue
+        stripped: Weights = {}
+        for key, value in bare.items():
+            name = key
+            for wrapper in min(found, key=len).split(".")[:-1]:
+                if not name.startswith(f"{wrapper}."):
+                    break
+                name = name.removeprefix(f"{wrapper}.")
+            if name in stripped:
+                raise UserError(f"it holds two tensors that could be {name}: save the model's own state dict alone")
+            stripped[name] = value
+        return stripped
+    return bare
+
+
+# ── Plain ViTs ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LAYER_SCALE = {
+    **{"ls1.gamma": "gamma_1", "lambda1": "gamma_1", "lambda_1": "gamma_1", "layer_scale1.lambda1": "gamma_1"},
+    **{"ls2.gamma": "gamma_2", "lambda2": "gamma_2", "lambda_2": "gamma_2", "layer_scale2.lambda1": "gamma_2"},
+}
+WITH_BIAS = ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2")
+OUR_BLOCK = {
+    *(f"{module}.{leaf}" for module in WITH_BIAS for leaf in ("weight", "bias")),
+    *("attn.qkv.weight", "attn.q_bias", "attn.v_bias", f"attn.{TABLE}", f"attn.{INDEX}", "gamma_1", "gamma_2"),
+}
+OTHER_PARTS = {  # in a name of what our blocks, patch embedding and tokens lack -> what it is
+    r"\b[qk]_norm\b": "queries and keys are normalized",
+    r"mlp\.(w\d+|fc1_[gx]|weights_in|weights_out)\b": "its MLPs are gated (SwiGLU)",
+    r"\breg(ister)?_tokens?$": "it has register tokens",
+    r"\bdist(illation)?_token$": "it has a distillation token",
+    r"^(norm_pre|ln_pre)\.": "its tokens are normalized before the blocks",
+    r"^rope": "its positions are rotary",
+    r"^(patch_embed|embeddings)\.": "its patch embedding is more than one convolution",
+    r"^(?!(cls|mask)_token$)[^.]*_tokens?$": "it has tokens of another kind",
+}
+
+
+def from_plain_blocks(weights: Mapping[str, Tensor]) -> Weights:
+    """Blocks of plain ViTs as ours: layer scale by our names; of a bias of q, k and v the first and the last third.
+
+    A key's bias is dropped, exactly: it adds the same to all scores of a query, which softmax does not see.
+    UserError: such a bias is not of three equal parts, or stands beside those of query and value.
+    """
+    ours: Weights = {}
+    for key, value in weights.items():
+        layer = re.fullmatch(r"((?:blocks|cls_pt_layers)\.\d+\.)(.+)", key)
+        block, inside = layer.groups() if layer else ("", key)
+        if layer and inside == "attn.qkv.bias":
+            if value.ndim != 1 or len(value) % 3 or f"{block}attn.q_bias" in weights:
+                raise UserError(f"{key} of shape {tuple(value.shape)} is not the bias of one query, key and value")
+            ours[f"{block}attn.q_bias"], _, ours[f"{block}attn.v_bias"] = value.chunk(3)
+        elif not key.endswith("attn.k_bias"):
+            ours[block + LAYER_SCALE.get(inside, inside) if layer else key] = value
+    return ours
+
+
+def refuse_other_parts(weights: Mapping[str, Tensor]) -> None:
+    """UserError: blocks, patch embedding or tokens hold what no BEiT has, without which the weights compute something else."""
+    for key in weights:
+        layer = re.fullmatch(r"blocks\.\d+\.(.+)", key)
+        if (layer and layer[1] in OUR_BLOCK) or key in ("patch_embed.proj.weight", "patch_embed.proj.bias"):
+            continue
+        reason = next((why for part, why in OTHER_PARTS.items() if re.search(part, key)), None)
+        if layer or reason:
+            raise UserError(
+                f"it is of another architecture, which no model here computes: {reason or 'its blocks hold more'} ({key})"
+            )
+
+
 # ── Hugging Face ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # The names that the models on their hub have. transformers 5 renamed the modules (MODERN) and still reads these.
 
@@ -101,13 +195,19 @@ def is_huggingface(keys: Iterable[str]) -> bool:
 
 
 def to_our_names(state_dict: Mapping[str, Tensor]) -> Weights:
-    """A state dict of Hugging Face's or timm's BEiT under our names; ours comes back as it is. Tensors are not copied.
+    """A state dict of Hugging Face's BEiT, timm's, or a plain ViT under our names; ours comes back as it is, and is not copied.
 
-    Keys that are nobody's (a segmentation head) keep their names. A key's bias, where a file has one, is dropped: it adds
-    the same to all scores of a query, which softmax does not see. UserError: a Hugging Face layer without its q, k or v.
+    Keys that are nobody's (a segmentation head) keep their names. UserError: as strip_wrappers, from_plain_blocks and
+    refuse_other_parts; a Hugging Face layer without its q, k or v.
     """
-    if not is_huggingface(state_dict):
-        return {key: value for key, value in state_dict.items() if not key.endswith("attn.k_bias")}
+    bare = strip_wrappers(state_dict)
+    ours = from_plain_blocks(from_huggingface(bare) if is_huggingface(bare) else bare)
+    refuse_other_parts(ours)
+    return ours
+
+
+def from_huggingface(state_dict: Mapping[str, Tensor]) -> Weights:
+    """UserError: a layer without its q, k or v."""
     in_block, outside = ({theirs: ours for ours, theirs in table.items()} for table in (IN_BLOCK, OUTSIDE))
     classic = {_classic(key): value for key, value in state_dict.items()}
     ours: Weights = {}

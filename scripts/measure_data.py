@@ -27,8 +27,10 @@ from torchvision.transforms import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import arguments
 from augmentation import Drawn, as_numbers, exact_crop, jitter_and_flip, resized, resized_faster, sampled_pivot
 from distributed import keep_freed_memory
+from errors import tells_the_user
 from image_lists import find_images
 from masking_generator import MaskingGenerator
 from transforms import (
@@ -139,14 +141,19 @@ def differences(files: list[str], size: int, jitter: float, pipeline: str, seeds
     )
 
 
-def main() -> None:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    parser.add_argument("--input_size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=8, help="crops an image that are compared")
+    parser.add_argument("folder", type=arguments.expand_home)
+    parser.add_argument("--input_size", type=arguments.pixels, default=224)
+    parser.add_argument("--rounds", type=arguments.positive, default=20)
+    parser.add_argument("--seeds", type=arguments.small_count, default=8, help="crops an image that are compared")
     parser.add_argument("--no_jitter", action="store_true", help="crops and flips alone")
-    args = parser.parse_args()
+    return parser
+
+
+@tells_the_user
+def main() -> None:
+    args = get_parser().parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()  # as in a data process
     files = [str(path) for path, _ in find_images(args.folder)[0]]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, printable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def run_entry(stage: str, script: str, flags: str, *more: str) -> float:
     """One entry script in a process of its own; its seconds. The demo stops if it fails."""
     command = [sys.executable, str(ROOT / script), *shlex.split(flags), *more]
-    print(f"\n[{stage}] $ python {shlex.join([script, *command[2:]])}", flush=True)
+    print("\n" + printable(f"[{stage}] $ python {shlex.join([script, *command[2:]])}"), flush=True)
     started = time.monotonic()
     status = subprocess.run(command, cwd=ROOT).returncode
     if status != 0:

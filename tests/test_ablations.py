@@ -366,7 +366,7 @@ def test_the_views_of_both_tokenizers_follow_the_grid(model, view, capsys):
         (["--no_mask", "--predict", "masked"], "--no_mask leaves nothing for --predict masked"),
         (["--num_mask_patches", "0"], "--num_mask_patches 0: .* or give --no_mask to mask none"),
         (["--head_layers", "0"], "--head_layers 0 must be 1 or more: .*--model beit_base_patch16_224_8k_vocab$"),
-        (["--head_layers", "-1"], "--head_layers -1 must be 1 or more"),
+        (["--head_layers", "-1"], "--head_layers: .-1. is not a whole number"),
         (["--early_layers", "0"], "--early_layers 0 must lie between 1 and"),
         (["--target", "pixel"], "argument --target: invalid choice"),
     ],

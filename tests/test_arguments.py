@@ -1,7 +1,10 @@
 """Published command lines parse word for word, and every flag of theirs has its published default."""
 
+import importlib
 import re
 import shlex
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +35,39 @@ DEVIATING = {
 }
 
 
+ROOT = Path(__file__).parent.parent
+NO_PATHS = {  # texts that name something else
+    "model", "opt", "dist_url", "device", "train_interpolation", "second_interpolation", "tokenizer_model", "aa", "teacher",
+    "teacher_model_type", "model_key", "model_prefix", "model_filter_name", "robust_test", "query", "names",
+}  # fmt: skip
+
+
+def parsers():
+    """One of every script that has flags; each has `get_parser`."""
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]):
+        if path.stem not in ("arguments", "errors") and re.search(r"\b(ArgumentParser|new_parser)\(", path.read_text()):
+            yield path.stem, importlib.import_module(path.stem).get_parser()
+
+
+def flags_that_take_values():
+    for script, parser in PARSERS.items():
+        for action in parser._actions:
+            if action.nargs != 0 and not action.choices:
+                yield script, parser, action
+
+
+def is_numeric(action):
+    return isinstance(action.type, arguments.Number) or action.type in (int, float, arguments.image_size)
+
+
+def refused(parser, words, capsys):
+    """What the terminal says of a command line that is refused."""
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(words)
+    assert stop.value.code == 2, words
+    return capsys.readouterr().err
+
+
 def flag_rows():
     for line in (GOLDEN / "flags.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.replace("\\|", "/").strip("|").split("|")]
@@ -49,6 +85,85 @@ def expected(kind: str, default: str):
     if kind in ("int", "float"):
         return float(default)
     return default.strip("'").replace("/", "|") if kind == "str" else default
+
+
+sys.path.append(str(ROOT / "scripts"))
+PARSERS = dict(parsers())
+
+
+def test_every_flag_is_a_number_within_bounds_a_path_or_a_name():
+    kinds = {"Number": 0, "path": 0, "name": 0}
+    for script, _, action in flags_that_take_values():
+        name = (script, action.dest)
+        if is_numeric(action) or action.dest == "layer":
+            assert action.type not in (int, float), name
+            kinds["Number"] += 1
+            for value in [action.default] if not isinstance(action.default, (list, tuple)) else action.default:
+                if value is not None and not isinstance(value, tuple) and name != ("encode_images", "maps"):
+                    assert action.type(str(value)) == value, name
+        elif action.dest in NO_PATHS:
+            kinds["name"] += 1
+        elif action.type is not arguments.true_or_false:
+            assert action.type is arguments.expand_home, name
+            kinds["path"] += 1
+    assert min(kinds.values()) > 15, kinds
+
+
+def test_numbers_that_are_not_finite_or_out_of_range_are_refused(capsys):
+    """No flag of any script takes one of these, and each names itself."""
+    tried = 0
+    for script, parser, action in flags_that_take_values():
+        if is_numeric(action) or action.dest == "layer":
+            flag = action.option_strings[0]
+            for value in ("nan", "inf", "-inf", "-1e9", "-1000000000", str(10**30), str(10**400), "9" * 5000, "1e400", "", "x"):
+                error = refused(parser, [f"{flag}={value}"], capsys)
+                assert f"argument {'/'.join(action.option_strings)}: " in error, (script, flag, value)
+                assert len(error.splitlines()[-1]) < 300, (script, flag, value)
+                tried += 1
+            if action.nargs is not None:
+                assert f"argument {flag}: 'nan' is not a" in refused(
+                    parser, [flag, "0.5" if action.type.kind is float else "5", "nan"], capsys
+                )
+    assert tried > 1000
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("run_beitv2_pretraining", "--lr=-1", "argument --lr: '-1' is not a number from 0 to 1e+09"),
+        ("run_beitv2_pretraining", "--drop_path 1", "argument --drop_path: '1' is not a number from 0 and below 1"),
+        ("run_beitv2_pretraining", "--seed -1", "argument --seed: '-1' is not a whole number from 0 to 4,294,967,295"),
+        ("run_class_finetuning", "--smoothing 2", "argument --smoothing: '2' is not"),
+        ("run_class_finetuning", "--mixup nan", "argument --mixup: 'nan' is not"),
+        ("run_segmentation_finetuning", "--aux_weight inf", "argument --aux_weight: 'inf' is not"),
+        ("run_segmentation_finetuning", "--eval_scales 1 1e400", "argument --eval_scales: '1e400' is not"),
+    ],
+)
+def test_what_a_refused_number_is_told(script, words, message, capsys):
+    assert message in refused(PARSERS[script], words.split(), capsys)
+
+
+def test_numbers_of_published_lines_are_taken():
+    words = (
+        "--data_path x --warmup_steps -1 --drop_path 0 --layer_decay 1.0 --clip_grad 3.0 --opt_betas 0.9 0.98 --local_rank -1"
+    )
+    args = arguments.parse(run_class_finetuning.get_parser(), words.split())
+    assert (args.warmup_steps, args.drop_path, args.layer_decay, args.local_rank) == (-1, 0.0, 1.0, -1)
+    assert arguments.parse(run_class_finetuning.get_parser(), ["--data_path", "x"]).clip_grad is None
+
+
+def test_a_tilde_is_the_home_folder_for_every_path(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for script, parser, action in flags_that_take_values():
+        if action.type is not arguments.expand_home:
+            continue
+        if action.option_strings:
+            flag = action.option_strings[0]
+            assert "NUL" in refused(parser, [f"{flag}=a\0b"], capsys), (script, flag)
+            assert f"{flag}: '~nobody-of-this-name/x'" in refused(parser, [f"{flag}=~nobody-of-this-name/x"], capsys)
+        assert parser._get_values(action, ["~/x"]) in ("/home/somebody/x", ["/home/somebody/x"]), (script, action.dest)
+    assert arguments.expand_home("~/a.tar::b::~/c") == "/home/somebody/a.tar::b::/home/somebody/c"
+    assert arguments.expand_home("https://a.b/c?~d") == "https://a.b/c?~d"
 
 
 @pytest.mark.parametrize(("script", "flag", "kind", "default"), list(flag_rows()))
@@ -164,6 +279,25 @@ def test_a_missing_gpu_is_no_crash():
 
     if not torch.cuda.is_available():
         assert distributed.pick_device("cuda").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "name", ["mps", "xpu", "meta", "cpu:1", "cuda:99", "cuda:", "cuda:²", "cuda:-1", "", "cuda:" + "9" * 5000]
+)
+def test_a_device_that_is_not_supported_or_not_there_is_refused(name):
+    import distributed
+    from errors import UserError
+
+    with pytest.raises(UserError, match=r"^--device .*use (--device|cuda or) cpu") as told:
+        distributed.pick_device(name)
+    assert len(str(told.value)) < 150
+
+
+def test_one_place_asks_whether_there_is_a_gpu():
+    """All else goes by the device of the run, which may be the CPU of a machine that has one."""
+    asking = [path.stem for path in sorted(ROOT.glob("*.py")) if "cuda.is_available" in path.read_text()]
+    assert asking == ["distributed"]
+    assert (ROOT / "distributed.py").read_text().count("cuda.is_available") == 1
 
 
 def test_a_gpu_too_old_for_this_torch_is_named():

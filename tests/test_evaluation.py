@@ -251,7 +251,7 @@ def test_sketch_takes_all_1000_logits_and_the_folder_must_be_complete(weights, t
             ["--robust_test", "imagenet_a", "--resume", "x.pth", "--eval_data_path", "", "--data_path", "."],
             "as --eval_data_path",
         ),
-        (["--worst_classes", "-1", "--resume", "x.pth"], "--worst_classes -1"),
+        (["--worst_classes", "-1", "--resume", "x.pth"], "--worst_classes: '-1' is not"),
         (["--eval_data_path", "", "--resume", "x.pth"], "--data_path is missing"),
         (["--data_set", "CIFAR", "--resume", "x.pth"], "--data_path is missing"),
     ],

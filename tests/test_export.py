@@ -339,8 +339,10 @@ def test_other_models_are_told_apart(tmp_path, capsys):
     assert "not a BEiT" in refusal(capsys, hf, "timm", tmp_path / "out")
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "cnn.pth")
     assert "and no vision transformer" in refusal(capsys, tmp_path / "cnn.pth", "timm", tmp_path / "out")
-    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "timm_vit.pth")
-    assert "its blocks also hold blocks.0.attn.qkv.bias" in refusal(capsys, tmp_path / "timm_vit.pth", "timm", tmp_path / "out")
+    torch.save(timm.create_model("vit_tiny_patch16_224", qk_norm=True).state_dict(), tmp_path / "timm_vit.pth")
+    assert "are normalized (blocks.0.attn.q_norm.weight)" in refusal(
+        capsys, tmp_path / "timm_vit.pth", "timm", tmp_path / "out"
+    )
     weights = {key: value for key, value in classifier("mean").state_dict().items() if key != "blocks.2.norm1.bias"}
     torch.save({"model": weights}, tmp_path / "part.pth")
     assert "it lacks blocks.2.norm1.bias" in refusal(capsys, tmp_path / "part.pth", "timm", tmp_path / "out")

@@ -18,7 +18,7 @@ FLOORS = {
     1: "vit_backbone augmentation masking_generator optim_factory model_zoo distributed arguments visualization utils "
     "imagenet_classes weight_formats weight_files run_lock pages transfer shards compilation "
     "benchmark_turns benchmark_worker sharding segmentation_masks",
-    0: "errors positions bf16_on_cpu torch_files",
+    0: "errors positions bf16_on_cpu image_formats torch_files",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 

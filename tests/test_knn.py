@@ -177,7 +177,7 @@ def test_k_nn_during_pretraining_has_its_own_frequency_and_changes_nothing(split
         (["--knn_freq", "2"], "--knn_freq .* and --knn_data_path .* act together"),
         (["--knn_data_path", "/x"], "--knn_freq .* and --knn_data_path .* act together"),
         (["--knn_freq", "1", "--knn_data_path", "/nowhere"], "--knn_data_path /nowhere: a folder that holds train/ and val/"),
-        (["--knn_temperature", "0"], "knn_temperature: 0 must be above 0"),
+        (["--knn_temperature", "0"], "knn_temperature: .0. is not a number above 0"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(flags, message, split, tmp_path, capsys):

@@ -1,12 +1,25 @@
 """Running means: weights, values that are not finite, and ranks that saw nothing."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from many_processes import run_ranks
 
-from metrics import RunningMeans, accuracy, top_k_correct
+import metrics
+from metrics import RunningMeans, accuracy, forget_epochs_from, top_k_correct
+
+
+def test_lines_of_a_log_that_are_not_ours_stay(tmp_path):
+    strange = ["{\"epo", "[" * 100_000, "[]", "{}", '{"epoch": "x"}']
+    log = tmp_path / "log.txt"
+    log.write_text("\n".join(['{"epoch": 0}', *strange, '{"epoch": 1}', '{"epoch": 2}']))
+    forget_epochs_from(1, log)
+    assert log.read_text().splitlines() == ['{"epoch": 0}', *strange]
 
 
 def test_weighted_means_leave_out_what_is_not_finite():
@@ -40,3 +53,37 @@ def test_accuracies():
     assert accuracy(logits, torch.tensor([[0.0, 1.0, 0.0], [0.6, 0.4, 0.0]])) == 1.0
     assert top_k_correct(logits, torch.tensor([2, 1]), 2) == 1
     assert top_k_correct(logits, torch.tensor([2, 1]), 5) == pytest.approx(2)  # fewer classes than k
+
+
+@pytest.mark.parametrize(("platform", "peak"), [("darwin", 800 * 2**20), ("linux", 800 * 2**10)])
+def test_memory_is_in_the_units_of_each_system(platform, peak, monkeypatch):
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: SimpleNamespace(ru_maxrss=peak))
+    monkeypatch.setattr(metrics, "resource", usage)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert metrics.memory(torch.device("cpu")) == "0.8 GiB"
+    monkeypatch.setattr(metrics, "resource", None)  # Windows
+    assert metrics.memory(torch.device("cpu")) == "? GiB"
+
+
+AS_ON_WINDOWS = """
+import os, signal, sys
+import timm, torch, torchvision  # what they need themselves is not ours
+import torch.utils.tensorboard, torch.utils.data
+for name in ("resource", "fcntl", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "SIGALRM", "SIGQUIT", "SIGPIPE"):
+    delattr(signal, name)
+for name in ("sched_getaffinity", "getuid", "geteuid", "fork", "killpg", "getpgid", "O_NONBLOCK", "O_NOFOLLOW"):
+    delattr(os, name)
+for name in sys.argv[1:]:
+    __import__(name)
+import samplers
+samplers._start_worker(0)
+"""
+
+
+def test_every_module_can_be_imported_where_names_of_unix_are_absent():
+    root = Path(__file__).parent.parent
+    names = sorted(path.stem for path in root.glob("*.py"))
+    got = subprocess.run([sys.executable, "-c", AS_ON_WINDOWS, *names], cwd=root, capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr[-1500:]

@@ -1,0 +1,86 @@
+"""Opening an image file: which formats are decoded, whatever the file is called, and from regular files alone.
+
+Pillow by itself decodes some formats by starting another program (EPS by Ghostscript), and others by plugins that few ever
+test. Here one table says what is decoded, and what a file is follows from its content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+FORMATS = {  # Pillow's name -> endings of file names; JPEG includes MPO, several JPEGs in one file
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "BMP": (".bmp", ".dib"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    "AVIF": (".avif", ".avifs"),
+}
+Image.init()  # else Pillow knows its commonest formats only
+DECODED = [name for name in FORMATS if name in Image.OPEN]  # AVIF from Pillow 11.3 on
+EXTENSIONS = tuple(ending for name in DECODED for ending in FORMATS[name])
+OTHERS = (  # what a file is instead, by its first bytes
+    ("PostScript", rb"%!PS|\xc5\xd0\xd3\xc6"),
+    ("PDF", rb"%PDF"),
+    ("SVG", rb"\s*(<\?xml.*?)?<(!DOCTYPE )?svg"),
+    ("HEIC", rb".{4}ftyp(he[ivx]|mif1|msf1)"),
+    ("JPEG XL", rb"\xff\x0a|\0\0\0\x0cJXL "),
+    ("Photoshop", rb"8BPS"),
+    ("Windows metafile", rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF"),
+)
+
+
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """A file to read; OSError for what is none: a pipe would be waited for, a device read for ever."""
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(number).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(number)
+        raise OSError("a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device, no regular file")
+    return os.fdopen(number, "rb")
+
+
+@contextlib.contextmanager
+def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[ImageFile.ImageFile]:
+    """As Image.open, for the formats above: the pixels are to be loaded inside the block. UnidentifiedImageError with what the
+    file is instead."""
+    with open_regular(source) if isinstance(source, (str, os.PathLike)) else contextlib.nullcontext(source) as file:
+        try:
+            image = Image.open(file, formats=DECODED)
+        except UnidentifiedImageError:
+            raise UnidentifiedImageError(_what_it_is(file)) from None
+        with image:
+            yield image
+
+
+def is_16_bit(image: Image.Image) -> bool:
+    """Unsigned grey of which 65535 is white. Pillow calls it I where it has scaled a PPM to that range, or is older."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and getattr(image, "format", None) in ("PNG", "PPM"))
+
+
+def look_like_12_bits(sources: Iterable[Any]) -> bool:
+    """Whether some of these are 16-bit files, and none of those has a pixel above 4095, 6 % of white."""
+    brightest = []
+    for source in sources:
+        with contextlib.suppress(Exception), open_image(source) as image:  # what cannot be read is told when it is needed
+            if is_16_bit(image):
+                brightest.append(int(np.asarray(image).max()))
+    return bool(brightest) and max(brightest) < 4096
+
+
+def _what_it_is(file: IO[bytes]) -> str:
+    file.seek(0)
+    start = file.read(1024)
+    name = next((name for name, pattern in OTHERS if re.match(pattern, start, re.DOTALL)), None)
+    return "not an image" if name is None else f"{name}, which is not decoded; convert it to JPEG or PNG"
