@@ -24,6 +24,8 @@ from positions import (
     OtherGrid,
     add_relative_position_bias,
     as_pair,
+    free_stretching,
+    has_free_size,
     is_exported,
     relative_position_bias,
     relative_position_index,
@@ -412,6 +414,10 @@ class Trunk(nn.Module):
     def other_grid(self, x: Tensor) -> OtherGrid | None:
         """The grid of images (B, in_chans, height, width), multiples of the patch size, if it is not the model's."""
         grid = (x.shape[-2] // self.patch_embed.patch_size[0], x.shape[-1] // self.patch_embed.patch_size[1])
+        if has_free_size(grid):
+            sides = zip(self.patch_embed.patch_shape, grid, strict=True)
+            down, across = (free_stretching(*own_and_other).to(x.device) for own_and_other in sides)
+            return OtherGrid(grid, relative_position_index(grid).to(x.device), (down, across))
         if grid == self.patch_embed.patch_shape:
             return None
         return OtherGrid(grid, relative_position_index(grid).to(x.device, non_blocking=True))

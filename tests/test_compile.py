@@ -13,6 +13,7 @@ import modeling_finetune
 import modeling_pretrain
 import modeling_segmentation
 import modeling_vqkd
+import positions
 import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
@@ -253,3 +254,29 @@ def test_an_exported_model_takes_batches_of_any_size(name, way):
         for batch in (1, 3, 5):
             some = tuple(x[:batch] for x in inputs)
             torch.testing.assert_close(exported(*some), model(*some), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ["export", "trace"])
+@pytest.mark.parametrize("name", ["upernet", "setr_pup"])
+def test_an_exported_segmenter_takes_images_of_any_size(name, way):
+    model = exported_model(name)
+    x = torch.rand(2, 3, 70, 90, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        if way == "trace":
+            exported = torch.jit.trace(model, x, check_trace=False)
+        else:
+            dim = torch.export.Dim  # of UPerNet's sizes torch cannot prove that half of them is a size: AUTO checks when called
+            sides = {2: dim.AUTO, 3: dim.AUTO} if name == "upernet" else {2: dim("height", min=64), 3: dim("width", min=64)}
+            sizes = {0: dim.AUTO if name == "upernet" else dim("batch"), **sides}
+            exported = torch.export.export(model, (x,), dynamic_shapes=(sizes,)).module()
+        for shape in ((1, 3, 64, 64), (3, 3, 96, 160), (2, 3, 100, 75)):
+            images = torch.rand(shape, generator=torch.Generator().manual_seed(2))
+            torch.testing.assert_close(exported(images), model(images), atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("src", [1, 2, 3, 14])
+@pytest.mark.parametrize("dst", [1, 2, 5, 14, 32])
+def test_tables_are_stretched_in_an_export_as_elsewhere(src, dst):
+    expected = torch.from_numpy(positions.stretching(src, dst))
+    torch.testing.assert_close(positions.free_stretching(src, dst), expected, atol=1e-9, rtol=0)
