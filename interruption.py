@@ -18,8 +18,9 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP
 
 
 def handle(number: int, handler: Any) -> Any:
-    """signal.signal, but what is ignored stays so: nohup has asked for that. Returns the earlier handler, None: unchanged."""
-    if signal.getsignal(number) == signal.SIG_IGN:
+    """signal.signal, but a SIGHUP that is ignored stays so: nohup has asked for that. Returns the earlier handler, None:
+    unchanged."""
+    if signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
         return None
     return signal.signal(number, handler)
 

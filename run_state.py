@@ -287,7 +287,8 @@ def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]
     output_dir = run.output_dir
     if output_dir is None or not getattr(run.args, "save_ckpt", True):
         return
-    means = list(distributed.gather_objects(state.means.state_dict()))
+    own = state.means.state_dict()
+    means = list(distributed.gather_objects(own)) if run.launch.world_size > 1 else [own]
     if not (distributed.is_main() or run.sharded):
         return
     if not output_dir.is_dir():

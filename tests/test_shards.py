@@ -246,6 +246,24 @@ def test_names_of_classes_that_are_no_text(tmp_path):
         find_shards(path)
 
 
+@pytest.mark.parametrize("name", ["two\nlines", "\udcff", " "])
+def test_make_shards_refuses_class_names_that_are_no_text(name, make_shards, tmp_path, capsys):
+    write_image(tmp_path / "data" / "a" / "0.jpg")
+    os.makedirs(tmp_path / "data" / name)
+    write_image(tmp_path / "data" / name / "0.jpg")
+    with pytest.raises(SystemExit):
+        make_shards([str(tmp_path / "data"), str(tmp_path / "out"), "--images_per_shard", "5", "--classes"])
+    assert "is no line of text, which classes.txt is to hold: rename it" in capsys.readouterr().err
+
+
+def test_make_shards_does_not_wait_for_a_pipe(make_shards, tmp_path, capsys):
+    write_image(tmp_path / "data" / "0.jpg")
+    os.mkfifo(tmp_path / "data" / "1.jpg")
+    with pytest.raises(SystemExit):
+        make_shards([str(tmp_path / "data"), str(tmp_path / "out"), "--images_per_shard", "5"])
+    assert "1.jpg cannot be read (a pipe, socket or device, no regular file)" in capsys.readouterr().err
+
+
 def spoil(kind, shard, index):
     content = dict(np.load(index))
     if kind == "truncated":
