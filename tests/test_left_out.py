@@ -119,7 +119,7 @@ def test_segmentation(tmp_path, capsys):
 def test_nothing_but_broken_images_is_no_figure(data, tmp_path):
     paths = [(str(data / "val" / "a" / f"{number}.jpg"), 0) for number in range(1, 6)]
     loader = build_eval_loader(
-        ImageFiles(paths, eval_view(32)), Namespace(batch_size=2, num_workers=0, pin_mem=False), Launch()
+        ImageFiles(paths, eval_view(32)), Namespace(batch_size=2, num_workers=0, pin_mem=False), Launch(), CPU
     )
     with pytest.raises(Exception, match="no image could be read, 5 files failed"):
         list(evaluation_batches(loader, CPU, "--eval_data_path"))
