@@ -47,15 +47,25 @@ def read_launch(environ: dict[str, str], dist_on_itp: bool = False) -> Launch:
     """Rank and world size as torchrun / torch.distributed.launch, Open MPI (`--dist_on_itp`) or SLURM's srun set them."""
     e = environ
     if dist_on_itp and "OMPI_COMM_WORLD_SIZE" in e:
-        keys = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
-        rank, size, local_rank = (int(e[key]) for key in keys)
-        return Launch(rank, size, local_rank, "mpirun")
-    if "RANK" in e and "WORLD_SIZE" in e:
-        return Launch(int(e["RANK"]), int(e["WORLD_SIZE"]), int(e.get("LOCAL_RANK", 0)), "torchrun")
+        rank, size, local, launcher = *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK")), "mpirun"
+    elif "RANK" in e and "WORLD_SIZE" in e:
+        rank, size, local, launcher = "RANK", "WORLD_SIZE", "LOCAL_RANK", "torchrun"
     # SLURM sets SLURM_PROCID also for a shell inside an allocation; only srun with several tasks means several ranks.
-    if "SLURM_STEP_NUM_TASKS" in e and int(e["SLURM_STEP_NUM_TASKS"]) > 1:
-        return Launch(int(e["SLURM_PROCID"]), int(e["SLURM_STEP_NUM_TASKS"]), int(e["SLURM_LOCALID"]), "srun")
-    return Launch()
+    elif "SLURM_STEP_NUM_TASKS" in e and read_number(e, "SLURM_STEP_NUM_TASKS") > 1:
+        rank, size, local, launcher = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "srun"
+    else:
+        return Launch()
+    launch = Launch(read_number(e, rank), read_number(e, size), read_number(e, local, "0"), launcher)
+    if launch.rank >= launch.world_size:
+        raise UserError(f"the environment says {rank}={launch.rank} and {size}={launch.world_size}: ranks count from 0")
+    return launch
+
+
+def read_number(environ: dict[str, str], name: str, default: str = "") -> int:
+    text = environ.get(name, default)
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UserError(f"the environment variable {name} is '{text}' instead of a number: unset it, or start with torchrun")
+    return int(text)
 
 
 def start(
@@ -75,7 +85,14 @@ def start(
             os.environ.setdefault("MASTER_ADDR", first_slurm_host() if launch.launcher == "srun" else "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 20000))
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        store, _, _ = next(dist.rendezvous(dist_url, launch.rank, launch.world_size, timeout=timeout))
+        try:
+            store, _, _ = next(dist.rendezvous(dist_url, launch.rank, launch.world_size, timeout=timeout))
+        except (ValueError, RuntimeError, OSError) as error:  # DistError is a RuntimeError
+            where = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ) if dist_url == "env://" else dist_url
+            raise UserError(
+                f"the processes cannot meet at {where} ({str(error).splitlines()[0]}): see --dist_url, or MASTER_ADDR and "
+                "MASTER_PORT"
+            ) from None
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
             store = dist.PrefixStore(agree_on_attempt(store, launch, timeout), store)
         dist.init_process_group(

@@ -24,6 +24,7 @@ from tiny_runs import (
 
 import modeling_vqkd
 from distributed import read_launch
+from errors import UserError
 
 ROOT = Path(__file__).parent.parent
 LAUNCHERS = {
@@ -139,3 +140,13 @@ def test_ranks_are_read_from_every_launcher():
     assert read_launch(mpi, dist_on_itp=True).rank == 1
     assert read_launch(mpi).world_size == 1
     assert read_launch({}).launcher is None
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "abc", "WORLD_SIZE": "2"}, {"RANK": "-1", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"},
+     {"RANK": "0", "WORLD_SIZE": "9" * 30}, {"OMPI_COMM_WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "x"}],
+)  # fmt: skip
+def test_an_environment_of_nonsense_is_told(environment):
+    with pytest.raises(UserError, match="the environment"):
+        read_launch(environment, dist_on_itp=True)
