@@ -176,7 +176,9 @@ def forget_epochs_from(epoch: int, path: Path) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
-        path.write_text("".join(kept), encoding="utf-8")
+        changed = path.with_name(".log.txt.part")  # a run killed here must not lose the other lines
+        changed.write_text("".join(kept), encoding="utf-8")
+        changed.replace(path)
 
 
 def clock(seconds: float) -> str:
