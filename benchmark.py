@@ -68,7 +68,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--amp_dtype", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 where the device computes in it")
     add("--rounds", default=8, type=arguments.positive, help="turns of each contender; medians and ranges are over these")
-    add("--warmup", default=2, type=arguments.not_negative, help="rounds before those")
+    add("--warmup", default=2, type=arguments.positive, help="rounds before those")
     add("--teacher", default="hog", help="of the vqkd stage: hog, or timm:<name> with random weights")
     add("--num_workers", default=0, type=arguments.not_negative, help="of the loader with which the wait for data is measured")
     add("--compile", action="store_true", help="torch.compile for our model, not for the others")
@@ -254,7 +254,7 @@ def through_loader(contest: Contest, args: argparse.Namespace, run: Run) -> dict
         paths = photos(Path(folder), 2 * args.batch_size)
         files = ImageFiles([(path, index % CLASSES) for index, path in enumerate(paths)], contest.view, args.seed)
         sampler = ResumableSampler(len(files), args.batch_size, 1, 0, 1, args.seed)
-        loader = build_loader(files, sampler, args.num_workers, pin_memory=True, persistent=True)
+        loader = build_loader(files, sampler, args.num_workers, run.device.type == "cuda", persistent=True)
         taken = []
         for epoch in range(1 + -(-args.rounds // 2)):
             sampler.set_position(epoch)
@@ -311,13 +311,12 @@ def measure(contest: Contest, args: argparse.Namespace, run: Run, matmul: float)
 @tells_the_user
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
-    if min(args.batch_size, args.rounds, args.warmup) < 1:
-        raise UserError("--batch_size, --rounds and --warmup must be 1 or more")
     launch, device = distributed.start(args.device)
     if launch.world_size > 1:
         raise UserError("the benchmark is for one process: start it without a launcher")
     run = Run(args, launch, device, distributed.choose_precision(args.amp_dtype, device))
-    facts, matmul = machine(run, side=8192 if device.type == "cuda" else 2048)
+    emulated = device.type == "cpu" and run.precision.dtype and not distributed.cpu_computes_in_bf16()
+    facts, matmul = machine(run, side=8192 if device.type == "cuda" else 256 if emulated else 2048)
     log.info(", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()))
     results = []
     for stage in args.stage:

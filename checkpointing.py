@@ -39,17 +39,19 @@ def plain(value: Any) -> Any:
 
 def write(content: dict[str, Any], path: Path) -> None:
     """Atomic: a temporary file beside it, flushed to the disk, renamed. A reader or a crash sees the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 2**20
+        free = 0.0
+        with contextlib.suppress(OSError):  # the folder may be gone, or not ours any more
+            temporary.unlink(missing_ok=True)
+            free = shutil.disk_usage(path.parent).free / 2**20
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise UserError(
             f"could not write {path} ({reason[:120]}): {size_of(content) / 2**20:.1f} MiB needed, {free:.1f} MiB free; "
@@ -303,7 +305,10 @@ def write_text(folder: str | Path, name: str, text: str) -> Path:
     """A small result file, on rank 0."""
     path = Path(folder) / name
     if distributed.is_main():
-        path.write_text(text, encoding="utf-8")
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path} could not be written ({error.strerror}): make room, or name another folder") from None
     return path
 
 

@@ -26,6 +26,11 @@ ABOUT = "about.json"
 RESULTS = ("codes.npy", "codes.jsonl")
 LISTS = ("files", "skipped")  # .txt
 BLOCK = 4096  # images read at a time
+MOST_CODES = 1 << 24
+KINDS: dict[str, Any] = {  # of what about.json says and is needed here
+    "images": int, "grid": list, "n_codes": int, "input_size": int, "perplexity": (int, float), "view": str,
+    "tokenizer_weight": str, "data_path": str, "crop_pct": (int, float, type(None)),
+}  # fmt: skip
 
 
 def open_text(path: Path, mode: str) -> IO[str]:
@@ -150,9 +155,15 @@ class Encoded:
 
     def names(self, images: Iterable[int]) -> dict[int, str]:
         """Of these images; the list of all is not kept."""
-        wanted = set(images)
-        with open_text(self.folder / "files.txt", "r") as file:
-            return {number: line.rstrip("\n") for number, line in enumerate(file) if number in wanted}
+        wanted, path = set(images), self.folder / "files.txt"
+        try:
+            with open_text(path, "r") as file:
+                found = {number: line.rstrip("\n") for number, line in enumerate(file) if number in wanted}
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); encode the images again") from None
+        if len(found) < len(wanted):
+            raise UserError(f"{path}: has no line for image {min(wanted - found.keys())}; encode the images again")
+        return found
 
 
 def read(folder: str, flag: str) -> Encoded:
@@ -166,8 +177,12 @@ def read(folder: str, flag: str) -> Encoded:
     try:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
         codes = np.load(path / "codes.npy", mmap_mode="r")
+        wrong = [name for name, kind in KINDS.items() if not isinstance(about[name], kind)]
+        if wrong or not 0 < about["n_codes"] <= MOST_CODES or codes.dtype.kind not in "iu":
+            raise ValueError(f"{wrong[0] if wrong else 'n_codes or the kind of the codes'} is wrong")
         fits = codes.shape == (about["images"], about["grid"][0] * about["grid"][1])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        fits = fits and about["input_size"] >= about["grid"][0] > 0 < about["grid"][1]
+    except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{flag} {folder}: {ABOUT} or codes.npy cannot be read ({error})") from None
     if not fits:
         raise UserError(f"{flag} {folder}: {ABOUT} and codes.npy do not belong together; encode the images again")

@@ -24,6 +24,7 @@ from image_lists import (
     find_images,
     find_shards,
     read_class_index,
+    refuse_one_class,
 )
 from masking_generator import MASK_TYPES, MaskingGenerator, scaled_mask_count, scaled_min_block
 from samplers import Files
@@ -182,6 +183,7 @@ def build_finetuning_dataset(
     images as validation sees them.
     """
     samples, classes = _labelled(args, train, own_classes, classes)
+    refuse_one_class(classes, "--data_path" if train else "--eval_data_path")
     if args.nb_classes not in (0, len(classes)) and not own_classes:
         raise UserError(
             f"--nb_classes {args.nb_classes}: the data has {len(classes)} classes; correct one of them, or leave "
@@ -216,6 +218,7 @@ def build_knn_datasets(args: Any) -> tuple[ImageFiles, ImageFiles, int]:
         raise UserError(f"--knn_data_path {folder}: a folder that holds train/ and val/, each with class folders, is expected")
     train, classes = find_classes_folder(os.path.join(folder, "train"), "--knn_data_path")
     validation, _ = find_classes_folder(os.path.join(folder, "val"), "--knn_data_path", classes)
+    refuse_one_class(classes, "--knn_data_path")
     mean, std = normalisation(args.imagenet_default_mean_and_std)
     view = eval_view(args.input_size, mean=mean, std=std)
     return ImageFiles(train, view, args.seed, classes), ImageFiles(validation, view, args.seed, classes), len(classes)

@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import errors
 from errors import UserError
 
 log = logging.getLogger("beit")  # information on rank 0 only, errors on every rank: see start()
@@ -83,7 +85,56 @@ def start(
             world_size=launch.world_size,
             timeout=timeout,
         )
+        if launch.world_size > 1:
+            global set_up
+            set_up = SetUp(store, launch.rank)
     return launch, place
+
+
+class SetUp:
+    """While the processes set up, the failure of one ends the others at once and with its message, wherever they wait for it.
+
+    A thread looks into the store for the message. It ends before the steps begin (`end`): data processes are forked then.
+    """
+
+    def __init__(self, store: dist.Store, rank: int) -> None:
+        self.store, self.rank, self.ended = store, rank, threading.Event()
+        self.own = store.clone() if hasattr(store, "clone") else store  # a connection that no wait of the main thread holds
+        errors.on_failure.append(self.tell)
+        self.thread = threading.Thread(target=self.watch, name="set-up", daemon=True)
+        self.thread.start()
+
+    def tell(self, message: str) -> None:
+        self.end()
+        with contextlib.suppress(Exception):  # the store may have gone with another process
+            self.own.set("failed", f"[rank {self.rank}] {message}")
+            time.sleep(1)  # rank 0 may be where the store is
+
+    def watch(self) -> None:
+        with contextlib.suppress(Exception):
+            while not self.ended.wait(0.2):
+                if self.own.check(["failed"]):
+                    message = self.own.get("failed").decode()
+                    if not self.ended.is_set():
+                        print(f"error: rank {self.rank} ends with another: {message}", file=sys.stderr, flush=True)
+                        os._exit(2)
+
+    def end(self) -> None:
+        self.ended.set()
+        if self.tell in errors.on_failure:
+            errors.on_failure.remove(self.tell)
+        if self.thread is not threading.current_thread():
+            self.thread.join(timeout=5)
+
+
+set_up: SetUp | None = None
+
+
+def end_set_up() -> None:
+    """All processes are ready for the first step."""
+    barrier()
+    if set_up is not None:
+        set_up.end()
 
 
 def agree_on_attempt(store: dist.Store, launch: Launch, timeout: datetime.timedelta) -> str:
@@ -131,6 +182,7 @@ def first_slurm_host() -> str:
 def stop() -> None:
     """Leave the process group, if there is one. After success only: a failing rank must not wait for the others."""
     if dist.is_available() and dist.is_initialized():
+        end_set_up()
         # gloo's thread may still be freeing the last collective, for which it needs the interpreter's lock, while the
         # group's destructor holds that lock and waits for the thread (torch 2.6 hung so in a test). Give it a moment.
         time.sleep(0.2)
@@ -141,8 +193,20 @@ class TerminalHandler(logging.Handler):
     """Lines on stdout that leave a progress bar on stderr whole."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # the terminal is gone, or who read the pipe
+            discard_output()
+
+
+def discard_output() -> None:
+    """What is printed from here on goes nowhere: that nobody reads it is no reason for a run to end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def set_up_logging(rank: int) -> None:

@@ -142,7 +142,7 @@ def encode_share(
     model, root = tokenizer.model.to(device), root_of(args.data_path)
     done, started = 0, time.monotonic()
     reported = started
-    for batch in build_eval_loader(dataset, args, Launch()):  # the share is cut already
+    for batch in build_eval_loader(dataset, args, Launch(), device):  # the share is cut already
         readable = batch["readable"]
         with precision.autocast():
             codes = model.get_codebook_indices(batch["image"].to(device, non_blocking=True))

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import json
 import math
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -43,27 +46,59 @@ class Stopped(Exception):
 def fit(state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule, run: Run) -> None:
     """Train from where `state` stands to the last epoch, or until a signal asks to stop; both are a success."""
     epochs = run.args.epochs if not schedule.in_steps else epochs_of_steps(state, data, len(schedule.lr))
-    reporter = Reporter(run.args, run.device, epochs, state.epoch, state.step)
     first_step = state.step
+    distributed.end_set_up()
+    with contextlib.ExitStack() as at_the_end:
+        if run.lock is not None:
+            at_the_end.callback(run.lock.release)
+        at_the_end.enter_context(explain_errors(run))
+        reporter = Reporter(run.args, run.device, epochs, state.epoch, state.step)
+        try:
+            with StopSignal() as stop:
+                train_epochs(state, stage, data, schedule, run, reporter, stop)
+                stop.settle()
+            refuse_a_run_without_a_step(state, first_step)
+            log.info(f"finished epoch {epochs} in {clock(time.monotonic() - run.started)}")
+        except Stopped as stopped:
+            log.info(f"stopped by {stopped} after step {state.step}: the same command line goes on from there")
+        finally:
+            close(data.loader)
+            try:
+                run.saver.wait()
+            finally:
+                reporter.close()
+    distributed.barrier()
+
+
+@contextlib.contextmanager
+def explain_errors(run: Run) -> Iterator[None]:
+    """What befalls the machine while training, in one sentence: memory, other processes, the disk."""
+    before = threading.excepthook
+
+    def without_the_disk(thread: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread hands its error on to who writes next, and so here: no need for a traceback of its own."""
+        if not (isinstance(thread.exc_value, OSError) and type(thread.thread).__module__.startswith("tensorboard")):
+            before(thread)
+
+    threading.excepthook = without_the_disk
     try:
-        with StopSignal() as stop:
-            train_epochs(state, stage, data, schedule, run, reporter, stop)
-            stop.settle()
-        refuse_a_run_without_a_step(state, first_step)
-        log.info(f"finished epoch {epochs} in {clock(time.monotonic() - run.started)}")
-    except Stopped as stopped:
-        log.info(f"stopped by {stopped} after step {state.step}: the same command line goes on from there")
+        yield
     except torch.OutOfMemoryError:
         raise UserError("out of GPU memory: halve --batch_size and double --update_freq, which is the same step") from None
     except RuntimeError as error:
         raise distributed.explained(error) from None
+    except OSError as error:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+        folders = [folder for folder in (run.args.output_dir, run.args.log_dir) if folder]
+        ours = bool(name) and any(name.startswith(folder) for folder in folders)
+        if not ours and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        raise UserError(
+            f"{name or 'a file of ' + ' or '.join(folders)} could not be written ({error.strerror}): the checkpoints "
+            "saved before are intact. Make room, or point --output_dir elsewhere, and start the same line again"
+        ) from None
     finally:
-        reporter.close()
-        close(data.loader)
-        run.saver.wait()
-    distributed.barrier()
-    if run.lock is not None:
-        run.lock.release()
+        threading.excepthook = before
 
 
 def epochs_of_steps(state: TrainState, data: TrainingData, max_steps: int) -> int:

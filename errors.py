@@ -88,6 +88,14 @@ def sentence(error: UserError) -> str:
     return text.rpartition(f"\n{UserError.__module__}.{UserError.__qualname__}: ")[2].strip() if in_worker else text
 
 
+on_failure: list[Callable[[str], None]] = []  # told what a failing `main` says, before it ends: the other processes
+
+
+def tell_the_others(message: str) -> None:
+    for tell in list(on_failure):
+        tell(message)
+
+
 def tells_the_user(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of every script's `main`: a UserError becomes one line on stderr and exit status 2, and the traceback of
     any other error shows no secrets and no control characters."""
@@ -104,9 +112,14 @@ def tells_the_user(main: Callable[..., Any]) -> Callable[..., Any]:
             message = sentence(error)
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
+                tell_the_others(f"{type(error).__name__}: {error}")
                 raise
             message = f"{error.filename}: the name is too long for this file system"
+        except Exception as error:
+            tell_the_others(f"{type(error).__name__}: {error}")
+            raise
         print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+        tell_the_others(message)
         raise SystemExit(2)
 
     return wrapped

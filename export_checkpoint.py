@@ -224,7 +224,7 @@ def class_names(given: str | None, count: int) -> list[str] | None:
             content = json.loads(text)
             pairs = sorted(content.items(), key=lambda pair: int(pair[0])) if isinstance(content, dict) else enumerate(content)
             names = [str(name) for _, name in pairs]
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             names = [line.strip() for line in text.splitlines() if line.strip()]
     if len(names) != count:
         raise UserError(f"--class_names {given} has {len(names)} names, the classifier {count} classes")

@@ -1,7 +1,8 @@
-"""Being asked to stop: SIGTERM, SIGUSR1 or Ctrl-C let the step finish; all ranks stop after the same step."""
+"""Being asked to stop: SIGTERM, SIGUSR1, SIGHUP or Ctrl-C let the step finish; all ranks stop after the same step."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from types import FrameType
@@ -12,8 +13,29 @@ import torch.distributed as dist
 
 import distributed
 
-NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
-SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has no SIGUSR1
+# Windows has neither USR1 nor HUP (the terminal was closed).
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name))
+
+
+def handle(number: int, handler: Any) -> Any:
+    """signal.signal, but a SIGHUP that is ignored stays so: nohup has asked for that. Returns the earlier handler, None:
+    unchanged."""
+    if signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+        return None
+    return signal.signal(number, handler)
+
+
+def end_between_steps() -> None:
+    """From here to the first step, and after the last, a signal ends the process with success: there is nothing to save."""
+    for number in SIGNALS:
+        if number != signal.SIGINT:
+            with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
+                handle(number, _end)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    distributed.log.info(f"stopped by {signal.Signals(number).name}: no step was under way, nothing is lost")
+    raise SystemExit(0)
 
 
 class StopSignal:
@@ -34,14 +56,15 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         for number in SIGNALS:
             try:
-                self.before[number] = signal.signal(number, self.note)
+                self.before[number] = handle(number, self.note)
             except ValueError:  # not the main thread: signals are somebody else's
                 break
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            if handler is not None:
+                signal.signal(number, handler)
 
     def note(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:

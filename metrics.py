@@ -174,11 +174,19 @@ class Reporter:
 def forget_epochs_from(epoch: int, path: Path) -> None:
     """A resumed run writes the lines of the epochs it repeats anew."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
-        changed = path.with_name(".log.txt.part")  # a run killed here must not lose the other lines
-        changed.write_text("".join(kept), encoding="utf-8")
-        changed.replace(path)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and epoch_of(line) < epoch]
+        shorter = path.with_name(f".{path.name}.part")  # a full disk must not cost the old lines
+        shorter.write_text("".join(kept), encoding="utf-8")
+        shorter.replace(path)
+
+
+def epoch_of(line: str) -> int:
+    """-1 for a line that is none of ours: it is left as it is."""
+    try:
+        return int(json.loads(line)["epoch"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return -1
 
 
 def clock(seconds: float) -> str:

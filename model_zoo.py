@@ -390,7 +390,7 @@ def _receive(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
     with _in_background(request) as take:
         reply = take()
         _refuse_unsafe(reply.url)  # after redirections
-        if (coding := reply.headers.get("Content-Encoding", "identity")) != "identity":
+        if (coding := reply.headers.get("Content-Encoding", "identity").strip().lower()) not in ("", "identity"):
             raise UserError(f"{url}: the server sends the file compressed ({coding}), although asked not to: it is not used")
         if reply.headers.get_content_type() == "text/html":
             raise UserError(f"{url} gives a web page, such as one to log in on: give the address of the file itself")
@@ -460,9 +460,15 @@ def _request(url: str) -> urllib.request.Request:
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
         _refuse_unsafe(newurl)
-        if urllib.parse.urlsplit(req.full_url).scheme == "https" and urllib.parse.urlsplit(newurl).scheme != "https":
+        parts = _split(newurl)
+        if req.type == "https" and parts.scheme != "https":
             raise UserError(f"{req.full_url} redirects to {newurl}, which can be tampered with on its way: it is not followed")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        newurl = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        new = super().redirect_request(req, fp, code, msg, headers, newurl)
+        secret = req.unredirected_hdrs.get("Authorization")
+        if new is not None and secret and (new.type, new.host) == (req.type, req.host):
+            new.add_unredirected_header("Authorization", secret)
+        return new
 
 
 @contextlib.contextmanager

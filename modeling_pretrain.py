@@ -40,6 +40,8 @@ class MaskedPatches(NamedTuple):
 
     def of(self, tokens: Tensor) -> Tensor:
         """The masked patches (M, C) of all tokens (B, T, C), or of the picked ones, which end with the masked patches."""
+        if self.alone is None:
+            return tokens.flatten(0, 1).index_select(0, self.positions)
         per_image = len(self.positions) // len(tokens)
         if tokens.shape[1] > per_image + 1:
             return tokens.flatten(0, 1).index_select(0, self.positions)

@@ -18,6 +18,7 @@ from torch.distributed.nn.functional import all_reduce
 
 import distributed
 from errors import UserError, pick
+from positions import at_least, has_free_size
 from vit_backbone import SIZES, Trunk, init_linear_and_norm, rescale_outputs
 
 POOL_SCALES = (1, 2, 3, 6)
@@ -47,6 +48,28 @@ class BatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_(var * count / (count - 1).clamp(min=1), self.momentum)  # type: ignore[union-attr, arg-type]
 
 
+class AveragePool(nn.AdaptiveAvgPool2d):
+    """To `output_size` squares of a map of any size, also in an export, where torch's own compares sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, output_size, output_size)"""
+        if not has_free_size(x.shape[-2:]):
+            return super().forward(x)
+        rows, columns = (self.averages(side).to(x) for side in x.shape[-2:])
+        maps = x.flatten(0, 1)  # matmul would compare sizes, bmm does not
+        count = maps.shape[0]
+        pooled = torch.bmm(torch.bmm(rows.expand(count, -1, -1), maps), columns.T.expand(count, -1, -1))
+        return pooled.unflatten(0, x.shape[:2])
+
+    def averages(self, side: int) -> Tensor:
+        """(output_size, side): each row is the mean of one of as many parts of a side, which may overlap by one."""
+        count: Any = self.output_size
+        part, position = torch.arange(count)[:, None], torch.arange(side)
+        first, end = part * side // count, -((part + 1) * -side // count)
+        inside = (position >= first) & (position < end)
+        return inside / (end - first)
+
+
 class ConvModule(nn.Module):
     """Convolution without bias, batch norm, ReLU; the size stays."""
 
@@ -62,7 +85,8 @@ class ConvModule(nn.Module):
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """(B, C, h, w) -> (B, C, *size), bilinear."""
-    return x if x.shape[-2:] == tuple(size) else F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    same = not has_free_size((*x.shape[-2:], *size)) and x.shape[-2:] == tuple(size)
+    return x if same else F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 class Head(nn.Module):
@@ -94,7 +118,7 @@ class UPerHead(Head):
         super().__init__(channels, num_classes)
         *fine, coarsest = in_channels
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvModule(coarsest, channels, 1)) for scale in pool_scales
+            nn.Sequential(AveragePool(scale), ConvModule(coarsest, channels, 1)) for scale in pool_scales
         )
         self.bottleneck = ConvModule(coarsest + len(pool_scales) * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(ConvModule(width, channels, 1) for width in fine)
@@ -194,7 +218,8 @@ class Segmenter(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         """Images (B, 3, H, W) -> logits (B, K, H, W); in training beside them those of the auxiliary head, or None."""
         patch = self.backbone.patch_size
-        down, right = (max(-side % patch, 2 * patch - side) for side in x.shape[-2:])  # two patches for the max-pool
+        rows, columns = (at_least((side + patch - 1) // patch, 2) for side in x.shape[-2:])  # two for the max-pool
+        down, right = rows * patch - x.shape[-2], columns * patch - x.shape[-1]
         padded = F.pad(x, (0, right, 0, down))  # with the mean colour: images are normalised
         maps = self.backbone(padded)
         logits = self.at_pixels(self.decode_head(maps), padded, x)
@@ -204,7 +229,11 @@ class Segmenter(nn.Module):
 
     @staticmethod
     def at_pixels(logits: Tensor, padded: Tensor, x: Tensor) -> Tensor:
-        return resize(logits.float(), padded.shape[-2:])[..., : x.shape[-2], : x.shape[-1]]
+        scores = resize(logits.float(), padded.shape[-2:])
+        if has_free_size(x.shape[-2:]):  # slicing would compare sizes
+            rows, columns = (torch.arange(side, device=x.device) for side in x.shape[-2:])
+            return scores.index_select(2, rows).index_select(3, columns)
+        return scores[..., : x.shape[-2], : x.shape[-1]]
 
     def get_num_layers(self) -> int:
         return self.backbone.get_num_layers()

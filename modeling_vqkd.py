@@ -113,7 +113,7 @@ class VQKD(nn.Module):
         codes = self.quantize.nearest(features.flatten(0, 1))
         if picked is not None:
             return codes
-        return codes.view(len(x), -1) if bool_masked_pos is None else at_mask(codes, bool_masked_pos)
+        return codes.view(x.shape[0], -1) if bool_masked_pos is None else at_mask(codes, bool_masked_pos)
 
     # ── decoding and distillation ────────────────────────────────────────────────────────────────────────────────────
 

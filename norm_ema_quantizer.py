@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import distributed
+from positions import is_exported
 
 FEATURES_PER_CODE = 16  # k-means after a warm-up waits until this many features per code are at hand
 ROWS_PER_CHUNK = 32768  # similarities are taken for so many features at once: 32768 x 8192 in fp32 is 1 GiB
@@ -179,6 +180,8 @@ def perplexity(counts: Tensor) -> float:
 
 def most_similar(features: Tensor, codes: Tensor) -> Tensor:
     """Unit features (M, D), unit codes (K, D) -> index of the most similar code (M,), in chunks of bounded memory."""
+    if is_exported():  # the number of chunks would be a constant
+        return first_maximum(features @ codes.t())
     many = len(features) >= FEATURES_WORTH_SCREENING and len(codes) >= CODES_WORTH_SCREENING
     many = many and len(codes) % CODES_SCREENED == 0
     if many and features.device.type == "cpu" and distributed.cpu_has("amx_bf16"):
@@ -241,7 +244,7 @@ def first_maximum(similarity: Tensor) -> Tensor:
         return similarity.argmax(dim=1)
     blocks = similarity.unflatten(1, (-1, CODES_PER_BLOCK))
     block = blocks.amax(dim=2).argmax(dim=1)
-    return block * CODES_PER_BLOCK + blocks[torch.arange(len(block)), block].argmax(dim=1)
+    return block * CODES_PER_BLOCK + blocks[torch.arange(block.shape[0]), block].argmax(dim=1)
 
 
 def count_and_sum(features: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ Sources: Swin (relative position bias); BEiT's fine-tuning at other resolutions 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,23 @@ import torch.nn.functional as F
 from einops import rearrange
 from scipy.interpolate import InterpolatedUnivariateSpline
 from torch import Tensor, nn
+
+
+def is_exported() -> bool:
+    """Whether torch.export or torch.jit.trace records this call: then no size of a batch or an image may become a constant."""
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 lacks the first
+    return torch.jit.is_tracing() or exporting()
+
+
+def has_free_size(sides: Sequence[int]) -> bool:
+    """Whether this call is recorded for images of any size: whether one of these sides may be another when it is played."""
+    sizes_hidden = torch.jit.is_tracing() or torch.compiler.is_dynamo_compiling()
+    return is_exported() and (sizes_hidden or any(isinstance(side, torch.SymInt) for side in sides))
+
+
+def at_least(size: Any, least: int) -> Any:
+    """max(size, least) of a size, which while a call is recorded is a symbol or a tensor."""
+    return size.clamp(min=least) if isinstance(size, Tensor) else torch.sym_max(size, least)
 
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -59,6 +77,8 @@ def relative_position_bias(module: Any, other: OtherGrid | None = None) -> Tenso
     table = module.relative_position_bias_table
     if other is None:
         return gather_bias(table, module.relative_position_index)
+    if other.stretch is not None:
+        return gather_bias(stretch_table(table, module.grid, *other.stretch), other.pairs)
     return gather_bias(resize_rel_pos_bias_table(table, other.size, module.grid), other.pairs)
 
 
@@ -69,10 +89,14 @@ def gather_bias(table: Tensor, index: Tensor) -> Tensor:
 
 
 class OtherGrid(NamedTuple):
-    """A grid that a model was not built for, and the row of its bias table for each pair of tokens, on the model's device."""
+    """A grid that a model was not built for, and the row of its bias table for each pair of tokens, on the model's device.
+
+    `stretch`: in an export, where the grid may be any, the matrices that bring the model's tables to it, for rows and columns.
+    """
 
     size: tuple[int, int]
     pairs: Tensor  # (T, T), of relative_position_index
+    stretch: tuple[Tensor, Tensor] | None = None
 
 
 def resize_rel_pos_bias_table(
@@ -85,7 +109,7 @@ def resize_rel_pos_bias_table(
     (BEiT's fine-tuning at other resolutions), each axis by itself: linear in the table, so gradients pass. ValueError:
     the rows do not fit the source grid.
     """
-    patch_rows, cls_rows = table[:-3], table[-3:]
+    patch_rows = table[:-3]
     if src_grid is None:
         src_grid = (round(len(patch_rows) ** 0.5) + 1) // 2, (round(len(patch_rows) ** 0.5) + 1) // 2
     dst_grid = as_pair(dst_grid)
@@ -93,12 +117,22 @@ def resize_rel_pos_bias_table(
         raise ValueError(f"a bias table of {len(table)} rows does not belong to a grid of {src_grid[0]} x {src_grid[1]}")
     if src_grid == dst_grid:
         return table.clone()
-    spaced = rearrange(patch_rows, "(y x) h -> h y x", y=2 * src_grid[0] - 1).double()
     down, across = (
         torch.from_numpy(stretching(src, dst)).to(table.device) for src, dst in zip(src_grid, dst_grid, strict=True)
     )
-    resized = rearrange(down @ spaced @ across.T, "h y x -> (y x) h").to(table.dtype)
-    return torch.cat((resized, cls_rows))
+    return stretch_table(table, src_grid, down, across)
+
+
+def stretch_table(table: Tensor, src_grid: tuple[int, int], down: Tensor, across: Tensor) -> Tensor:
+    """Bias table (rows, H) of `src_grid` by the matrices of stretching for its rows and its columns; the CLS rows are kept."""
+    spaced = rearrange(table[:-3], "(y x) h -> h y x", y=2 * src_grid[0] - 1).double()
+    if is_exported():  # where folding the heads into the rows, as matmul does, would compare sizes
+        heads = spaced.shape[0]
+        columns = torch.bmm(torch.bmm(down.expand(heads, -1, -1), spaced), across.T.expand(heads, -1, -1))
+    else:
+        columns = down @ spaced @ across.T
+    resized = columns.permute(1, 2, 0).flatten(0, 1).to(table.dtype)
+    return torch.cat((resized, table[-3:]))
 
 
 @functools.lru_cache(maxsize=64)
@@ -112,6 +146,44 @@ def stretching(src: int, dst: int) -> np.ndarray:
     sources, targets = _geometric_coordinates(src - 1, max(dst - 1, 1)), _unit_coordinates(dst - 1)
     splines = (InterpolatedUnivariateSpline(sources, unit, k=min(3, 2 * src - 2), ext="const") for unit in np.eye(2 * src - 1))
     return np.stack([spline(targets) for spline in splines], axis=1)
+
+
+def free_stretching(src: int, dst: int) -> Tensor:
+    """`stretching` in torch alone, for an export in which `dst` is free: the spline is computed when the model is called.
+
+    A cubic spline by its second derivatives, whose third derivative does not jump at the second and the last but one point.
+    """
+    targets = torch.arange(2 * dst - 1, dtype=torch.float64)
+    reach = targets[-1] / 2
+    targets = targets - reach
+    if src == 1:
+        return torch.ones_like(targets)[:, None]
+    low, high, steps = torch.full_like(reach, 1.01), torch.full_like(reach, 1.5), src - 1
+    ratio = low
+    for _ in range(19):  # as often as _geometric_coordinates halves 0.49 until 1e-6 is left
+        ratio = (low + high) / 2
+        too_far = (1 - ratio**steps) / (1 - ratio) > reach.clamp(min=1)
+        low, high = torch.where(too_far, low, ratio), torch.where(too_far, ratio, high)
+    ratio = torch.where(reach.clamp(min=1) == steps, torch.ones_like(ratio), ratio)  # this axis keeps its length
+    distances = (ratio ** torch.arange(steps, dtype=torch.float64)).cumsum(0)
+    x = torch.cat((-distances.flip(0), torch.zeros(1, dtype=torch.float64), distances))
+    targets = torch.minimum(torch.maximum(targets, x[0]), x[-1])
+    if src == 2:  # three points: a parabola
+        known, asked = (torch.stack([torch.ones_like(p), p, p**2], dim=1) for p in (x, targets))
+        return asked @ torch.linalg.inv(known)
+    points, h = torch.eye(2 * src - 1, dtype=torch.float64), x.diff()[:, None]
+    slopes = points.diff(dim=0) / h
+    inner = h[:-1] * points[:-2] + 2 * (h[:-1] + h[1:]) * points[1:-1] + h[1:] * points[2:]
+    first = h[1] * points[0] - (h[0] + h[1]) * points[1] + h[0] * points[2]
+    last = h[-1] * points[-3] - (h[-1] + h[-2]) * points[-2] + h[-2] * points[-1]
+    none = torch.zeros_like(points[:1])
+    curvature = torch.linalg.solve(torch.cat((first[None], inner, last[None])), torch.cat((none, 6 * slopes.diff(dim=0), none)))
+    piece = (targets[:, None] >= x[1:-1]).sum(dim=1)
+    h, left, right = h[piece], (targets - x[piece])[:, None], (x[piece + 1] - targets)[:, None]
+    bend, next_bend = curvature[piece], curvature[piece + 1]
+    cubic = (bend * right**3 + next_bend * left**3) / (6 * h)
+    linear = (points[piece] / h - bend * h / 6) * right + (points[piece + 1] / h - next_bend * h / 6) * left
+    return cubic + linear
 
 
 def _unit_coordinates(reach: int) -> np.ndarray:

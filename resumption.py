@@ -33,7 +33,7 @@ def check_same_run(content: Mapping[str, Any], flags: Mapping[str, Any], data: M
     earlier code or of another code base does not tell is not compared.
     """
     theirs, before = content.get("args", {}), content.get("data")
-    if isinstance(before, Mapping):
+    if isinstance(before, Mapping) and before and data:
         differences = []
         if before.get("digest") != data["digest"]:
             counts = (before.get("images"), data["images"])

@@ -188,7 +188,7 @@ def build_knn_probe(args: argparse.Namespace, run: run_state.Run) -> knn.Probe |
     if not args.knn_freq:
         return None
     train, validation, classes = build_knn_datasets(args)
-    train_loader, validation_loader = (build_eval_loader(split, args, run.launch) for split in (train, validation))
+    train_loader, validation_loader = (build_eval_loader(split, args, run.launch, run.device) for split in (train, validation))
     return knn.Probe(
         train_loader, validation_loader, classes, args.knn_freq, args.knn_temperature, args.knn_standardize
     )  # fmt: skip
@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stride = tokenizer_stride(args)
     dataset = build_pretraining_dataset(args, grid, tokenizer_stride=stride)
     held_out = build_pretraining_dataset(args, grid, args.eval_data_path, stride) if args.eval_data_path else None
-    held_out_loader = build_eval_loader(held_out, args, run.launch) if held_out is not None else None
+    held_out_loader = build_eval_loader(held_out, args, run.launch, run.device) if held_out is not None else None
     knn_probe = build_knn_probe(args, run)
     data = run_state.training_data(dataset, run)
 

@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Data ──
     dataset, nb_classes = build_finetuning_dataset(args, train=True)
     validation = None if args.disable_eval_during_finetuning else build_finetuning_dataset(args, train=False)[0]
-    validation_loader = build_eval_loader(validation, args, run.launch) if validation is not None else None
+    validation_loader = build_eval_loader(validation, args, run.launch, run.device) if validation is not None else None
     data = run_state.training_data(dataset, run)
 
     # ── Model ──
@@ -199,7 +199,7 @@ def evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace, run: run
     measured: nn.Module = model if indices is None else SomeLogits(model, indices)
     if args.tta_flip:
         measured = WithMirrorImage(measured)
-    stage = FinetuningStage(run.device, run.precision, build_eval_loader(images, args, run.launch))
+    stage = FinetuningStage(run.device, run.precision, build_eval_loader(images, args, run.launch, run.device))
     results, confusion = stage.measure(measured.to(run.device))
 
     log.info(f"{name}  " + "  ".join(f"{key} {value:.4g}" for key, value in results.items()))

@@ -96,7 +96,7 @@ def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenB
 
 def extract(dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str) -> knn.Features:
     """Features of this rank's share of the data set, each image once over all ranks."""
-    loader = build_eval_loader(dataset, run.args, run.launch)
+    loader = build_eval_loader(dataset, run.args, run.launch, run.device)
     return knn.extract(evaluation_batches(loader, run.device, flag), encode)
 
 
@@ -122,7 +122,7 @@ def measure_channels(
 ) -> None:
     """Mean and variance of each channel over evenly spread training images in centre crops; `train`: as of build_data."""
     plain = train if run.args.cached_features else build_finetuning_dataset(settings, train=True, augment=False)[0]
-    loader = build_eval_loader(plain, settings, run.launch, every=-(-len(plain) // STATISTICS_IMAGES))
+    loader = build_eval_loader(plain, settings, run.launch, run.device, every=-(-len(plain) // STATISTICS_IMAGES))
     heads.standardize_by(features(batch["image"]) for batch in evaluation_batches(loader, run.device, "--data_path"))
 
 
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Data: images, or their features ──
     train, validation, classes = build_data(encode, settings, run)
     features: Callable[[Tensor], Tensor] = torch.nn.Identity() if args.cached_features else encode
-    validation_loader = build_eval_loader(validation, settings, run.launch)
+    validation_loader = build_eval_loader(validation, settings, run.launch, run.device)
     data = run_state.training_data(train, run, settings.num_workers)
 
     # ── Model: a classifier for each layer ──

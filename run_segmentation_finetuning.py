@@ -122,12 +122,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_batch_norm(args, run)
     global_batch = args.batch_size * run.launch.world_size * args.update_freq
     passes = math.ceil(min(args.steps_per_epoch, args.max_steps) * global_batch / len(pairs))
-    data = run_state.training_data(segmentation_data.build_dataset(args, True, classes, passes), run)
+    dataset = segmentation_data.build_dataset(args, True, classes, passes)
+    dataset.check_that_classes_occur()
+    data = run_state.training_data(dataset, run)
     validation = None
     if not args.disable_eval:
         held_out = segmentation_data.build_dataset(args, False, classes)
         held_out.check_masks()  # now, not after the first epoch
-        validation = build_eval_loader(held_out, args, run.launch, batch_size=1)
+        validation = build_eval_loader(held_out, args, run.launch, run.device, batch_size=1)
         log.info(f"evaluation {len(held_out):,} images")
 
     # ── Model ──
@@ -191,7 +193,9 @@ def use_finished(parser: argparse.ArgumentParser, args: argparse.Namespace, give
 def evaluate(args: argparse.Namespace, run: run_state.Run, model: nn.Module, classes: Sequence[str], source: str) -> None:
     dataset = segmentation_data.build_dataset(args, False, classes)
     dataset.check_masks()
-    scores = build_stage(args, run, classes, build_eval_loader(dataset, args, run.launch, batch_size=1)).measure(model)
+    scores = build_stage(args, run, classes, build_eval_loader(dataset, args, run.launch, run.device, batch_size=1)).measure(
+        model
+    )
     for line in as_table(scores, classes):
         log.info(line)
     if args.output_dir:

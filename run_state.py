@@ -22,6 +22,7 @@ import arguments
 import checkpointing
 import compilation
 import distributed
+import interruption
 import resumption
 import sharding
 from distributed import Launch, Precision, choose_precision, log
@@ -106,6 +107,8 @@ def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace, trains:
 
     trains: the run writes checkpoints, so nobody else may in the same folder.
     """
+    if trains:
+        interruption.end_between_steps()
     launch, device = distributed.start(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
     if getattr(args, "compile", False):  # a flag of the stages that train a ViT, as is the next
         compilation.require_compiler(device)
@@ -138,8 +141,12 @@ def open_output(output_dir: str, trains: bool) -> RunLock | None:
         if not (trains and distributed.is_main()):
             return None
         lock = RunLock(folder)
-        checkpointing.remove_leftovers(folder)  # before the lock is signed, which a full disk would not allow
-        lock.sign()
+        try:
+            checkpointing.remove_leftovers(folder)  # before the lock is signed, which a full disk would not allow
+            lock.sign()
+        except BaseException:
+            lock.release()
+            raise
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: cannot be written to ({error.strerror})") from None
     return lock
@@ -280,9 +287,12 @@ def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]
     output_dir = run.output_dir
     if output_dir is None or not getattr(run.args, "save_ckpt", True):
         return
-    means = list(distributed.gather_objects(state.means.state_dict()))
+    own = state.means.state_dict()
+    means = list(distributed.gather_objects(own)) if run.launch.world_size > 1 else [own]
     if not (distributed.is_main() or run.sharded):
         return
+    if not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} was removed while the run was writing to it: start the same line again")
     content = {
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),

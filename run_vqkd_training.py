@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def held_out_data(args: argparse.Namespace, run: run_state.Run) -> tuple[ImageFiles | None, DataLoader | None]:
     """The held-out images and their loader, or nothing where there are none or nobody wants them."""
     held_out = None if args.disable_eval else build_held_out_dataset(args)
-    return held_out, None if held_out is None else build_eval_loader(held_out, args, run.launch)
+    return held_out, None if held_out is None else build_eval_loader(held_out, args, run.launch, run.device)
 
 
 def scaled_lr(args: argparse.Namespace, data: run_state.TrainingData) -> float:
@@ -218,7 +218,9 @@ def evaluate(args: argparse.Namespace, run: run_state.Run) -> None:
     if held_out is None:
         raise UserError("--eval needs held-out images: --eval_data_path")
     model = build_model(args, weights=args.resume).to(run.device)
-    stage = TokenizerStage(model, run.device, run.precision, held_out, build_eval_loader(held_out, args, run.launch))
+    stage = TokenizerStage(
+        model, run.device, run.precision, held_out, build_eval_loader(held_out, args, run.launch, run.device)
+    )
     results = stage.evaluate(model)
     log.info("  ".join(f"{name} {value:.4g}" for name, value in results.items()))
     if args.calculate_codebook_usage:

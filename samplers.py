@@ -122,7 +122,12 @@ class EvalSampler(Sampler[list[Key]]):
 
 
 def build_eval_loader(
-    dataset: Any, args: argparse.Namespace, launch: Launch, every: int = 1, batch_size: int | None = None
+    dataset: Any,
+    args: argparse.Namespace,
+    launch: Launch,
+    device: torch.device,
+    every: int = 1,
+    batch_size: int | None = None,
 ) -> DataLoader[dict[str, Any]]:
     """This rank's share of the data set, every image once over all ranks; `every`: only each such image. `batch_size`: 1 where
     images differ in size; default: --batch_size. A file that does not decode is left out, not replaced: no other image counts
@@ -131,7 +136,8 @@ def build_eval_loader(
         dataset = copy.copy(dataset)
         dataset.most_failures = 1
     sampler = EvalSampler(len(dataset), batch_size or args.batch_size, launch.rank, launch.world_size, every)
-    return build_loader(dataset, sampler, args.num_workers, args.pin_mem, collate_fn=collate_readable)
+    pin = args.pin_mem and device.type == "cuda"
+    return build_loader(dataset, sampler, args.num_workers, pin, collate_fn=collate_readable)
 
 
 def build_loader(
@@ -150,7 +156,7 @@ def build_loader(
         dataset,
         batch_sampler=batch_sampler,
         num_workers=_workers(num_workers),
-        pin_memory=pin_memory and torch.cuda.is_available(),
+        pin_memory=pin_memory,
         collate_fn=collate_fn or collate,
         worker_init_fn=_start_worker,
         persistent_workers=persistent and _workers(num_workers) > 0,  # the epoch travels in the keys
@@ -194,7 +200,7 @@ def _workers(asked: int) -> int:
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # images come and go: 10 % of a worker's time
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # the main process's to handle; Windows has no SIGUSR1
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):  # the main process's to handle; Windows lacks two
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks about EXIF blocks and large images, once per worker

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor
 import distributed
 from distributed import log
 from errors import UserError
-from image_formats import open_image
-from image_lists import images_below, need_folder
+from image_formats import EXTENSIONS, open_image
+from image_lists import images_below, need_folder, tell_left_out
 from samplers import Files, reason
 from segmentation_masks import ENDINGS, IGNORED, MOST_CLASSES, highest_label, labels_in, read_mask
 from segmentation_views import EvaluationView, TrainingView
@@ -31,6 +32,7 @@ from visualization import distinct_colours
 
 SPLITS = {True: ("training", "train"), False: ("validation", "val")}  # by `train`
 ADE_NAMES = "objectInfo150.txt"
+MASKS_AT_A_TIME = 256  # looked through for classes
 ORIENTATION = 0x0112  # of EXIF
 TURNS = {  # orientations that exchange width and height -> what makes the picture upright
     5: Image.Transpose.TRANSPOSE,
@@ -66,8 +68,12 @@ def _paired(folder: str, train: bool, flag: str) -> tuple[list[Pair], list[str]]
     image_folder, mask_folder = (os.path.join(folder, kind, *split) for kind in ("images", "annotations"))
     if not os.path.isdir(mask_folder):
         raise UserError(f"{flag} {folder}: there is {image_folder}, but no {mask_folder} with the masks")
-    images = _by_stem(images_below(image_folder), image_folder)
-    masks = _by_stem([path for path in images_below(mask_folder) if path.lower().endswith(ENDINGS)], mask_folder)
+    found = []
+    for each, endings in ((image_folder, EXTENSIONS), (mask_folder, ENDINGS)):
+        left_out: Counter[str] = Counter()
+        found.append(_by_stem(images_below(each, left_out, endings), each))
+        tell_left_out(left_out, each, endings)
+    images, masks = found
     if not images:
         raise UserError(f"{flag} {folder}: no images in {image_folder} or below it")
     without = [stem for stem in images if stem not in masks]
@@ -249,14 +255,47 @@ class SegmentationFiles(Files):
         return Pair(*map(os.fsdecode, self.paths[index % self.files]))
 
     def check_masks(self) -> None:
-        """UserError for the first mask that holds something else than these classes, before hours are spent. Sizes, and files
-        that do not decode, are left to the reading."""
+        """UserError for the first mask that holds something else than these classes, and where no pixel is labelled, before
+        hours are spent. Sizes, and files that do not decode, are left to the reading."""
+        if self._look_for_classes([self.pair(place) for place in range(self.files)], set()) == 0:
+            self._refuse("not one pixel is labelled")
+
+    def check_that_classes_occur(self) -> None:
+        """UserError where fewer than two classes occur in all masks: there would be nothing to learn. Reads masks until there
+        are two, mostly the first few."""
+        pairs = [self.pair(place) for place in range(self.files)]
+        occur: set[int] = set()
+        most = -1
+        for start in range(0, len(pairs), MASKS_AT_A_TIME):
+            most = max(most, self._look_for_classes(pairs[start : start + MASKS_AT_A_TIME], occur))
+            occur = set().union(*distributed.gather_objects(occur))
+            if len(occur) > 1:
+                return
+        if most >= 0:
+            self._refuse(
+                f"every labelled pixel is of class '{self.classes[occur.pop()]}'" if occur else "not one pixel is labelled"
+            )
+
+    def _look_for_classes(self, pairs: Sequence[Pair], occur: set[int]) -> int:
+        """Adds those in this rank's share of the masks to `occur`; the most in a mask, -1 where none decodes."""
 
         def look(mask: Image.Image, path: str) -> int:
-            labels_in(mask, path, len(self.classes), self.reduce_zero_label)
-            return 0
+            classes = self._classes_in(mask, path)
+            occur.update(classes)
+            return len(classes)
 
-        _look_through([self.pair(place) for place in range(self.files)], look)
+        return _look_through(pairs, look)
+
+    def _classes_in(self, mask: Image.Image, path: str) -> list[int]:
+        labels = labels_in(mask, path, len(self.classes), self.reduce_zero_label)
+        return [label for label, pixels in enumerate(labels.histogram()) if pixels and label != IGNORED]
+
+    def _refuse(self, what: str) -> NoReturn:
+        ignored = f"{IGNORED} and 0 are ignored (--reduce_zero_label)" if self.reduce_zero_label else f"{IGNORED} is ignored"
+        raise UserError(
+            f"{self.files} masks, such as {self.pair(0).mask}: {what}; {ignored}: write black and white masks (0 and 255) as "
+            "numbers of classes"
+        )
 
     def name(self, place: int) -> str:
         return self.pair(place).image

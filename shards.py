@@ -14,19 +14,23 @@ import functools
 import glob
 import io
 import os
+import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from errors import UserError
+from image_formats import open_regular
 
 BLOCK = tarfile.BLOCKSIZE  # a header of a tar file, 512 bytes
 CLASS_NAMES = "classes.txt"  # beside labelled shards: the name of class 0, 1, ..., one a line
 INDEX = ".index.npz"  # behind the shard's name
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+MOST_LABEL = 999_999  # a classifier of more classes is rather a wrong number
 OPEN_FILES = 64
 
 
@@ -62,11 +66,14 @@ def _opened(path: str) -> io.FileIO:
 class Members(Sequence[tuple[Member, int | None]]):
     """(image, label or None) of all shards in their order; arrays, since a list of a million would burden every process."""
 
-    def __init__(self, paths: Sequence[str], shard: np.ndarray, places: np.ndarray, labels: np.ndarray | None) -> None:
+    def __init__(
+        self, paths: Sequence[str], shard: np.ndarray, places: np.ndarray, labels: np.ndarray | None, left_out: int = 0
+    ) -> None:
         self.paths = paths
         self.shard = shard  # (n,) which of `paths`, rising
         self.places = places  # (n, 2) offset and size
         self.labels = labels  # (n,) or None
+        self.left_out = left_out  # images that the shards hold besides
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -154,6 +161,7 @@ class Index(NamedTuple):
 
     places: np.ndarray  # (n, 2) int64: offset and size
     labels: np.ndarray  # (n,) int64; -1 without label
+    left_out: np.ndarray  # (1,) int64: other members whose last ending is an image's
 
 
 def members_of(paths: Sequence[str], extensions: Sequence[str], flag: str) -> Members:
@@ -167,12 +175,15 @@ def members_of(paths: Sequence[str], extensions: Sequence[str], flag: str) -> Me
     places = np.concatenate([index.places for index in indices])
     labels = np.concatenate([index.labels for index in indices])
     if len(labels) == 0:
-        raise UserError(f"{flag}: no images in these {len(paths)} shards (accepted: {' '.join(extensions)})")
+        raise UserError(
+            f"{flag}: no images in these {len(paths)} shards (accepted: {' '.join(extensions)}, behind the first dot of a name)"
+        )
     labelled = labels >= 0
     if labelled.any() and not labelled.all():
         first = Member(paths[shard[labelled.argmin()]], *places[labelled.argmin()].tolist())
         raise UserError(f"{flag}: {first} has no label (.cls), others have one; label all images or none")
-    return Members(paths, shard, places, labels if labelled.all() else None)
+    left_out = int(sum(index.left_out.sum() for index in indices))
+    return Members(paths, shard, places, labels if labelled.all() else None, left_out)
 
 
 def index_of(path: str, extensions: Sequence[str], flag: str = "--data_path") -> Index:
@@ -194,9 +205,10 @@ def scan(path: str, extensions: Sequence[str]) -> Index:
     """Read a shard's headers. The first image of a sample counts."""
     places: list[tuple[int, int]] = []
     labels: list[int] = []
-    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    left_out: Counter[str] = Counter()
+    with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         end = os.fstat(file.fileno()).st_size
-        for image, label in _samples(tar, extensions):
+        for image, label in _samples(tar, extensions, left_out):
             if label is not None:
                 labels.append(_number(tar, label, path))
             else:
@@ -207,11 +219,14 @@ def scan(path: str, extensions: Sequence[str]) -> Index:
         file.seek(max(0, end - BLOCK))
         if end % BLOCK or file.read().strip(b"\0"):  # cut between two members it would pass for a smaller shard
             raise tarfile.ReadError("it ends without the mark of an end")
-    return Index(np.array(places, dtype=np.int64).reshape(-1, 2), np.array(labels, dtype=np.int64))
+    images = np.array([left_out.total()], dtype=np.int64)
+    return Index(np.array(places, dtype=np.int64).reshape(-1, 2), np.array(labels, dtype=np.int64), images)
 
 
-def _samples(tar: tarfile.TarFile, extensions: Sequence[str]) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarInfo | None]]:
-    """(image, label) of each sample that has an image."""
+def _samples(
+    tar: tarfile.TarFile, extensions: Sequence[str], left_out: Counter[str]
+) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarInfo | None]]:
+    """(image, label) of each sample that has an image; further images are counted in `left_out`."""
     key, image, label = None, None, None
     for member in tar:
         folder, name = os.path.split(member.name)
@@ -222,10 +237,12 @@ def _samples(tar: tarfile.TarFile, extensions: Sequence[str]) -> Iterator[tuple[
             if image is not None:
                 yield image, label
             key, image, label = (folder, stem), None, None
-        if "." + kind.lower() in extensions:
-            image = image or member
+        if "." + kind.lower() in extensions and image is None:
+            image = member
         elif kind == "cls":
             label = member
+        elif kind.lower().endswith(tuple(extensions)) or "." + kind.lower() in extensions:
+            left_out[kind] += 1
     if image is not None:
         yield image, label
 
@@ -233,13 +250,9 @@ def _samples(tar: tarfile.TarFile, extensions: Sequence[str]) -> Iterator[tuple[
 def _number(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int:
     file = tar.extractfile(member)
     text = b"" if file is None else file.read(64)
-    try:
-        number = int(text)
-    except ValueError:
-        number = -1
-    if number < 0:
-        raise UserError(f"{path}: {member.name} holds {text[:20]!r}; a class number, 0 or more, is expected")
-    return number
+    if not re.fullmatch(rb"\s*\d{1,20}\s*", text) or int(text) > MOST_LABEL:
+        raise UserError(f"{path}: {member.name} holds {text[:20]!r}; a class number from 0 to {MOST_LABEL:,} is expected")
+    return int(text)
 
 
 # ── The index beside a shard ─────────────────────────────────────────────────────────────────────────────────────────
@@ -250,7 +263,7 @@ def keep_index(path: str, extensions: Sequence[str], index: Index) -> None:
     temporary = f"{path}{INDEX}.{os.getpid()}.part"
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, mark=_mark(path, index.places, extensions), **index._asdict())
+            np.savez(file, mark=_mark(path, index, extensions), **index._asdict())
         os.replace(temporary, path + INDEX)
     finally:
         with contextlib.suppress(OSError):
@@ -258,24 +271,26 @@ def keep_index(path: str, extensions: Sequence[str], index: Index) -> None:
 
 
 def _kept_index(path: str, extensions: Sequence[str]) -> Index | None:
-    """None where there is none, or it is another shard's."""
+    """None where there is none, it is another shard's or damaged."""
     try:
-        with np.load(path + INDEX, allow_pickle=False) as kept:
-            index = Index(kept["places"], kept["labels"])
-            return index if np.array_equal(kept["mark"], _mark(path, index.places, extensions)) else None
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, IndexError):
+        with open_regular(path + INDEX) as file, np.load(file, allow_pickle=False) as kept:
+            index = Index(kept["places"], kept["labels"], kept["left_out"])
+            return index if np.array_equal(kept["mark"], _mark(path, index, extensions)) else None
+    except Exception:  # numpy and zipfile raise nearly anything for broken files; the shard itself is read instead
         return None
 
 
-def _mark(path: str, places: np.ndarray, extensions: Sequence[str]) -> np.ndarray:
-    """What tells a shard from another one of the same name: length, and the headers of its first, middle and last image. Not
-    the time, which copying changes."""
+def _mark(path: str, index: Index, extensions: Sequence[str]) -> np.ndarray:
+    """What tells whether the index is of this shard as it is now: its length and time of change, the headers of its first,
+    middle and last image, and the index's own content."""
     headers = b""
-    with open(path, "rb") as file:
-        for offset, _ in places[[0, len(places) // 2, -1]].tolist() if len(places) else ():
+    with open_regular(path) as file:
+        for offset, _ in index.places[[0, len(index.places) // 2, -1]].tolist() if len(index.places) else ():
             headers += os.pread(file.fileno(), BLOCK, offset - BLOCK)
-        length = os.fstat(file.fileno()).st_size
-    return np.array([INDEX_VERSION, length, zlib.crc32(headers), zlib.crc32(" ".join(extensions).encode())], dtype=np.int64)
+        about = os.fstat(file.fileno())
+    content = b"".join(column.tobytes() for column in index)
+    sums = [zlib.crc32(part) for part in (headers, " ".join(extensions).encode(), content)]
+    return np.array([INDEX_VERSION, about.st_size, about.st_mtime_ns, *sums], dtype=np.int64)
 
 
 # ── Names of classes ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -287,8 +302,13 @@ def class_names(paths: Sequence[str]) -> list[str] | None:
     for folder in dict.fromkeys(os.path.dirname(path) for path in paths):
         file = os.path.join(folder, CLASS_NAMES)
         if os.path.isfile(file):
-            with open(file, encoding="utf-8") as lines:
-                found[file] = [line.rstrip("\n") for line in lines if line.strip()]
+            try:
+                with open(file, encoding="utf-8-sig") as lines:
+                    found[file] = [line.rstrip("\n") for line in lines if line.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"{file}: cannot be read ({error}); the name of one class a line, in UTF-8, is expected"
+                ) from None
     different = [file for file, names in found.items() if names != next(iter(found.values()))]
     if different:
         raise UserError(f"{different[0]} and {next(iter(found))} name other classes: these shards do not belong together")

@@ -265,6 +265,26 @@ class TokenizerViews(Crops):
         return {"image": (self.size, self.mode)}
 
 
+def cut_to_length(image: Image.Image, most: int = 64) -> Image.Image:
+    """The middle of an image that is more than `most` times as long as wide: of a line of pixels, resized as a whole, a centre
+    crop would need gigabytes to show a few. All others as they are. Nothing moves: as much is cut off at either end."""
+    sides = []
+    for side in image.size:
+        longest = max(most * min(image.size), 1)
+        sides.append(side if side <= longest else longest + (side - longest) % 2)
+    if tuple(sides) == image.size:
+        return image
+    left, top = (image.width - sides[0]) // 2, (image.height - sides[1]) // 2
+    return image.crop((left, top, left + sides[0], top + sides[1]))
+
+
+class Resize(T.Resize):
+    """torchvision's, of the middle of an image that is very long."""
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        return super().forward(cut_to_length(image))
+
+
 class ResizeToCover:
     """Keeps the aspect ratio; the smallest image that a rectangle (height, width) lies in, in pixels."""
 
@@ -272,6 +292,7 @@ class ResizeToCover:
         self.size, self.mode = size, mode
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        image = cut_to_length(image)
         scale = max(self.size[0] / image.height, self.size[1] / image.width)
         sides = (max(self.size[0], round(image.height * scale)), max(self.size[1], round(image.width * scale)))
         return F.resize(image, list(sides), self.mode)
@@ -302,7 +323,7 @@ def eval_view(
     if not isinstance(size, int) and size[0] == size[1]:
         size = size[0]
     if isinstance(size, int):
-        resize: Any = T.Resize(int(size / crop_pct), mode)
+        resize: Any = Resize(int(size / crop_pct), mode)
     else:
         resize = ResizeToCover((int(size[0] / crop_pct), int(size[1] / crop_pct)), mode)
     steps = [resize, T.CenterCrop(size), T.ToTensor()]
@@ -358,7 +379,7 @@ def finetuning_view(
     _keep_posterize_in_range(augment)
     if np.max(size) <= SMALL:
         # Resize only acts on images that are not of this size already; then shift by up to 4 pixels.
-        shift = [T.Resize(size, InterpolationMode.BICUBIC), T.RandomCrop(size, padding=4)]
+        shift = [Resize(size, InterpolationMode.BICUBIC), T.RandomCrop(size, padding=4)]
         first = T.Compose([*shift, T.RandomHorizontalFlip(hflip), T.RandomVerticalFlip(vflip)])
     return ImageOnly(T.Compose([first, augment, last]))
 

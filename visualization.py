@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from errors import printable
+
 MASK_GREY = 0.45
 GAP = 2  # white pixels between neighbouring pictures
 CAPTION = 16  # height of a line of text in pixels
@@ -132,7 +134,7 @@ def enlarged(image: Tensor, shorter: int = 160) -> Tensor:
 def captioned(picture: Tensor, text: str) -> Tensor:
     """The picture under a line of text, which is shortened in the middle where it is too long."""
     font, width = ImageFont.load_default(CAPTION - 4), picture.shape[2]
-    text = text.encode(errors="replace").decode()  # names of files may be no UTF-8
+    text = printable(text)
     shown, kept = text, len(text)
     while font.getlength(shown) > width - 2 and kept > 2:
         kept -= 1

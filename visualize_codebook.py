@@ -69,6 +69,10 @@ def count_codes(encoded: Encoded) -> np.ndarray:
     """How many patches have each code, (K,)."""
     counts = np.zeros(encoded.about["n_codes"], dtype=np.int64)
     for _, block in blocks_of(encoded.codes):
+        if block.min() < 0 or block.max() >= len(counts):
+            raise UserError(
+                f"{encoded.folder}/codes.npy: has codes beyond the {len(counts)} of about.json; encode the images again"
+            )
         counts += np.bincount(block.ravel(), minlength=len(counts))
     return counts
 

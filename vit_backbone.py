@@ -24,6 +24,9 @@ from positions import (
     OtherGrid,
     add_relative_position_bias,
     as_pair,
+    free_stretching,
+    has_free_size,
+    is_exported,
     relative_position_bias,
     relative_position_index,
     resize_pos_embed,
@@ -103,8 +106,10 @@ class Picked(NamedTuple):
 def pick_masked(mask: Tensor, device: torch.device, with_cls: bool) -> Picked | None:
     """The masked patches of each image, after its CLS token if asked for, from a mask (B, N) best held on the host.
 
-    None where the images have different numbers of them, or none at all.
+    None where the images have different numbers of them, or none at all, and in an export, where that is not known.
     """
+    if is_exported():
+        return None
     per_image = mask.sum(dim=1)
     if len(mask) == 0 or int(per_image[0]) == 0 or bool((per_image != per_image[0]).any()):
         return None
@@ -187,11 +192,11 @@ class Attention(nn.Module):
             qkv = linear(x, self.qkv.weight, bias)
             if trains_in_bf16(x, self.qkv.weight):
                 return HeadsOnCpu.apply(qkv, self.num_heads)
-            q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
+            q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.num_heads).unbind(0)
             return q, k, v
         width = x.shape[-1]
         kv = linear(x, self.qkv.weight[width:], None if bias is None else bias[width:])
-        k, v = rearrange(kv, "b t (two h d) -> two b h t d", two=2, h=self.num_heads)
+        k, v = rearrange(kv, "b t (two h d) -> two b h t d", two=2, h=self.num_heads).unbind(0)
         q = linear(picked.of(x), self.qkv.weight[:width], self.q_bias)
         return rearrange(q, "b r (h d) -> b h r d", h=self.num_heads), k, v
 
@@ -409,6 +414,10 @@ class Trunk(nn.Module):
     def other_grid(self, x: Tensor) -> OtherGrid | None:
         """The grid of images (B, in_chans, height, width), multiples of the patch size, if it is not the model's."""
         grid = (x.shape[-2] // self.patch_embed.patch_size[0], x.shape[-1] // self.patch_embed.patch_size[1])
+        if has_free_size(grid):
+            sides = zip(self.patch_embed.patch_shape, grid, strict=True)
+            down, across = (free_stretching(*own_and_other).to(x.device) for own_and_other in sides)
+            return OtherGrid(grid, relative_position_index(grid).to(x.device), (down, across))
         if grid == self.patch_embed.patch_shape:
             return None
         return OtherGrid(grid, relative_position_index(grid).to(x.device, non_blocking=True))
@@ -421,7 +430,7 @@ class Trunk(nn.Module):
         tokens = self.patch_embed(x) if other is None else self.patch_embed.of_any_size(x)
         if masked is not None:
             tokens = torch.where(masked[..., None], self.mask_token.to(tokens.dtype), tokens)
-        tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
+        tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         if self.pos_embed is not None:
             own = self.patch_embed.patch_shape
             tokens = tokens + (self.pos_embed if other is None else resize_pos_embed(self.pos_embed, other.size, own))

@@ -28,7 +28,7 @@ import visualization  # noqa: E402
 from errors import UserError, printable, tells_the_user  # noqa: E402
 from image_lists import find_images  # noqa: E402
 from stages import run_entry  # noqa: E402
-from transforms import load_image  # noqa: E402
+from transforms import cut_to_length, load_image  # noqa: E402
 
 OUT = ROOT / "demo_output"
 SHORT_SIDE = 144  # photos are shrunk once: the model sees 128 pixels, and decoding would take longer than training
@@ -64,7 +64,7 @@ def log_of(stage: str) -> list[dict[str, Any]]:
 def shrink(source: str | Path, target: Path) -> bool:
     """A copy whose shorter side is SHORT_SIDE; False for files that are no image."""
     try:
-        image = load_image(str(source))
+        image = cut_to_length(load_image(str(source)))
     except Exception as error:
         print(printable(f"cannot read {source} ({error}): left out"))
         return False
@@ -91,18 +91,25 @@ def solar_cells() -> list[tuple[Path, str, bool]]:
 
 
 def own_images(root: str) -> list[tuple[Path, str, bool]]:
-    """The user's folder; sub-folders of images are classes when there are two or more. Every fifth photo validates."""
-    paths = [Path(str(path)) for path, _ in find_images(root, flag="folder")[0]]
-    classes = {path.relative_to(root).parts[0] for path in paths if len(path.relative_to(root).parts) > 1}
-    labelled = len(classes) >= 2 and all(len(path.relative_to(root).parts) > 1 for path in paths)
+    """The user's folder; sub-folders of images are classes when there are two or more. The photos of val/ validate where there
+    are train/ and val/, else every fifth."""
+    splits = [Path(root, split) for split in ("train", "val")]
+    roots = splits if all(split.is_dir() for split in splits) else [Path(root)]
+    inside = {Path(str(path)): each for each in roots for path, _ in find_images(str(each), flag="folder")[0]}
+    paths = list(inside)
+    folders = {path: path.relative_to(each).parts[:-1] for path, each in inside.items()}
+    classes = {parents[0] for parents in folders.values() if parents}
+    labelled = len(classes) >= 2 and all(folders.values())
     if len(paths) > MOST_IMAGES:
         print(f"photos     {len(paths)} images in the folder; the demo takes {MOST_IMAGES} of them, evenly spread")
         paths = [paths[number * len(paths) // MOST_IMAGES] for number in range(MOST_IMAGES)]
     photos, seen = [], dict.fromkeys([*classes, "images"], 0)
     for path in paths:
-        label = path.relative_to(root).parts[0] if labelled else "images"
-        photos.append((path, label, seen[label] % 5 == 4))
+        label = folders[path][0] if labelled else "images"
+        photos.append((path, label, inside[path] == splits[1] if len(roots) > 1 else seen[label] % 5 == 4))
         seen[label] += 1
+    if len(roots) > 1:
+        print("photos     train/ and val/ are the splits")
     kinds = f"{len(classes)} classes" if labelled else "unlabelled"
     print(printable(f"photos     {root}: {len(paths)} images, {kinds}"))
     return photos

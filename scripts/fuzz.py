@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 
+import arguments  # noqa: E402
 import fuzz_cases  # noqa: E402
 from fuzz_cases import Case  # noqa: E402
 
@@ -210,17 +211,21 @@ def report(done: Running, outcome: Outcome, count: Counter[str]) -> None:
             print(f"  | {ascii(line)[1:-1][:300]}", flush=True)
 
 
-def main() -> int:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=arguments.positive, default=1000)
+    parser.add_argument("--seed", type=arguments.seed, default=0)
     parser.add_argument("--kinds", nargs="+", choices=fuzz_cases.KINDS, default=list(fuzz_cases.KINDS))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", type=int, nargs="+", help="run these cases alone")
-    parser.add_argument("--keep", type=Path, help="with one case of --only: keep its files here")
-    args = parser.parse_args()
+    parser.add_argument("--jobs", type=arguments.positive, default=os.cpu_count() or 1)
+    parser.add_argument("--only", type=arguments.not_negative, nargs="+", help="run these cases alone")
+    parser.add_argument("--keep", type=arguments.expand_home, help="with one case of --only: keep its files here")
+    return parser
+
+
+def main() -> int:
+    args = get_parser().parse_args()
     numbers = args.only or list(range(args.cases))
-    return 1 if run(numbers, args.seed, args.kinds, args.jobs, args.keep) else 0
+    return 1 if run(numbers, args.seed, args.kinds, args.jobs, Path(args.keep) if args.keep else None) else 0
 
 
 if __name__ == "__main__":

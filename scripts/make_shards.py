@@ -27,6 +27,7 @@ from tqdm import tqdm  # noqa: E402
 import arguments  # noqa: E402
 import shards  # noqa: E402
 from errors import ArgumentParser, UserError, printable, tells_the_user  # noqa: E402
+from image_formats import open_regular  # noqa: E402
 from image_lists import EXTENSIONS, Samples, find_classes_folder, find_images  # noqa: E402
 from utils import derive_seed  # noqa: E402
 
@@ -75,10 +76,18 @@ def make_empty(out: Path) -> None:
 
 
 def write_class_names(path: Path, classes: Sequence[str]) -> None:
-    broken = [name for name in classes if "\n" in name]
-    if broken:
-        raise UserError(f"FOLDER: the class name {broken[0]!r} holds a line break, which {path.name} cannot hold: rename it")
+    for name in classes:
+        if name.splitlines() != [name] or not name.strip() or name != name.encode(errors="ignore").decode():
+            raise UserError(f"FOLDER: the class name {name!a} is no line of text, which {path.name} is to hold: rename it")
     path.write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+
+
+def read(source: str) -> bytes:
+    try:
+        with open_regular(source) as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"FOLDER: {source} cannot be read ({error.strerror or error}); repair or remove it") from None
 
 
 def write_shard(path: Path, samples: Any) -> None:
@@ -89,7 +98,7 @@ def write_shard(path: Path, samples: Any) -> None:
             for place, source, label in samples:
                 stem, kind = os.path.splitext(os.path.basename(source))
                 key = f"{place:08d}_{re.sub(r'[^A-Za-z0-9_-]', '-', stem)[:60]}"  # dots would end it; tar names are short
-                content: dict[str, Any] = {"__key__": key, kind[1:].lower(): Path(source).read_bytes()}
+                content: dict[str, Any] = {"__key__": key, kind[1:].lower(): read(source)}
                 writer.write(content if label is None else content | {"cls": str(label).encode()})
         os.replace(temporary, path)
         shards.keep_index(str(path), EXTENSIONS, shards.scan(str(path), EXTENSIONS))

@@ -45,7 +45,7 @@ NO_PATHS = {  # texts that name something else
 def parsers():
     """One of every script that has flags; each has `get_parser`."""
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]):
-        if path.stem != "arguments" and re.search(r"\b(ArgumentParser|new_parser)\(", path.read_text()):
+        if path.stem not in ("arguments", "errors") and re.search(r"\b(ArgumentParser|new_parser)\(", path.read_text()):
             yield path.stem, importlib.import_module(path.stem).get_parser()
 
 
@@ -291,6 +291,13 @@ def test_a_device_that_is_not_supported_or_not_there_is_refused(name):
     with pytest.raises(UserError, match=r"^--device .*use (--device|cuda or) cpu") as told:
         distributed.pick_device(name)
     assert len(str(told.value)) < 150
+
+
+def test_one_place_asks_whether_there_is_a_gpu():
+    """All else goes by the device of the run, which may be the CPU of a machine that has one."""
+    asking = [path.stem for path in sorted(ROOT.glob("*.py")) if "cuda.is_available" in path.read_text()]
+    assert asking == ["distributed"]
+    assert (ROOT / "distributed.py").read_text().count("cuda.is_available") == 1
 
 
 def test_a_gpu_too_old_for_this_torch_is_named():

@@ -127,6 +127,84 @@ def test_find_classes_folder(tmp_path):
     assert all(f"/{classes[label or 0]}/" in str(path) for path, label in samples)
 
 
+def test_what_is_left_out_is_counted(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(samplers.log, "propagate", True)
+    caplog.set_level("INFO", "beit")
+    write_classes(tmp_path, {"a": 2, "b": 2, "b/@eaDir/00.jpg": 3, "__MACOSX": 1, "a/.thumbs": 1})
+    for name in ("b/x.jfif", "b/x.jpe", "b/x.gif"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name, "GIF" if name.endswith("gif") else "JPEG")
+    for name in ("a/x.xcf", "a/y.XCF", "a/z", "b/._x.jpg", "b/Thumbs.db", "loose.png"):
+        (tmp_path / name).write_bytes(b"")
+    samples, classes = find_classes_folder(str(tmp_path))
+    assert classes == ["a", "b"]
+    assert [label for _, label in samples] == [0, 0, 1, 1, 1, 1, 1]
+    kinds = [
+        "2 .xcf",
+        "3 in @eaDir",
+        "1 in hidden folders",
+        "1 hidden",
+        "1 without ending",
+        "1 .db",
+        "1 beside the class folders",
+    ]
+    assert [kind for kind in kinds if kind not in caplog.text] == []
+
+
+def test_links_do_not_label_images_of_other_classes(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(samplers.log, "propagate", True)
+    caplog.set_level("INFO", "beit")
+    root = tmp_path / "data"
+    write_classes(root, {"a": 2, "b": 2, "b/deep": 1, "c": 1})
+    write_image(tmp_path / "elsewhere" / "x.jpg")
+    for link, target in (("a/up", ".."), ("a/higher", "../.."), ("a/other", "../b"), ("a/inside", "../b/deep"), ("a/me", "."),
+                         ("a/more", "../../elsewhere"), ("me", "."), ("up", "..")):  # fmt: skip
+        (root / link).symlink_to(target)
+    samples, classes = find_classes_folder(str(root))
+    assert classes == ["a", "b", "c"]
+    assert [label for _, label in samples] == [0, 0, 0, 1, 1, 1, 2]
+    assert "data/a/up: a link to a folder above or of another class" in caplog.text
+    assert len(find_images(str(root))[0]) == 7
+    (root / "d").symlink_to("a")
+    with pytest.raises(UserError, match="class folders 'a' and 'd' are the same folder"):
+        find_classes_folder(str(root))
+
+
+def test_splits_and_single_classes_are_no_classes(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(samplers.log, "propagate", True)
+    caplog.set_level("INFO", "beit")
+    write_classes(tmp_path / "photos" / "train", {"a": 1, "b": 1})
+    write_classes(tmp_path / "photos" / "val", {"a": 1, "b": 1})
+    root = tmp_path / "photos"
+    with pytest.raises(
+        UserError, match=f"its folders are train, val, splits .*--data_path {root}/train --eval_data_path {root}/val"
+    ):
+        build_finetuning_dataset(arguments(root), train=True)
+    with pytest.raises(UserError, match="has one class folder, 'photos'; two classes at least"):
+        build_finetuning_dataset(arguments(tmp_path), train=True)
+    (tmp_path / "index.jsonl").write_text('{"class": "a", "files": ["a/00.jpg"]}')
+    with pytest.raises(UserError, match="--data_path: has one class, 'a'"):
+        build_finetuning_dataset(
+            arguments(root / "train", image_folder_class_index_file=str(tmp_path / "index.jsonl")), train=True
+        )
+    build_finetuning_dataset(arguments(root / "train"), train=True)
+    assert "classes    2: a, b" in caplog.text
+
+
+def test_class_index_as_published(tmp_path):
+    """root/class/file; paths relative to root stay right."""
+    write_classes(tmp_path / "data", {"ape": 2, "bee": 1})
+    index = tmp_path / "index.jsonl"
+    lines = [{"class": "bee", "files": ["00.jpg"]}, {"class": "ape", "files": ["01.jpg", "00.jpg"]}]
+    index.write_text("\n".join(map(json.dumps, lines)))
+    samples, _ = read_class_index(str(index), str(tmp_path / "data"))
+    names = [os.path.relpath(str(path), tmp_path / "data") for path, _ in samples]
+    assert names == ["ape/01.jpg", "ape/00.jpg", "bee/00.jpg"]
+    write_classes(tmp_path / "data", {".": 1})  # now 00.jpg is there as well
+    index.write_text(json.dumps(lines[0]))
+    with pytest.raises(UserError, match=r"00\.jpg is there, and the same path in the class's folder"):
+        read_class_index(str(index), str(tmp_path / "data"))
+
+
 def test_class_index(tmp_path):
     write_classes(tmp_path / "data", {"one": 2, "two": 1})
     index = tmp_path / "index.jsonl"
@@ -155,6 +233,9 @@ def test_class_index(tmp_path):
         ('{"class": "a", "files": ["/etc/x.jpg"]}', "'/etc/x.jpg' of class 'a' lies outside"),
         ('{"class": "a", "files": ["a/99.jpg"]}', "there is no .*data/a/99.jpg"),
         ("\n", "is empty"),
+        ("[" * 100_000, "line 1: not valid JSON"),
+        ('{"class": "a", "files": ["' + "\\ud800" + '.jpg"]}', "has a name that is no text"),
+        ('{"class": ' + "1" * 5000 + "}", "line 1: not valid JSON"),
         (None, "cannot be read"),
     ],
 )
@@ -247,8 +328,18 @@ def test_data_sets_travel_to_spawned_workers(tmp_path):
 def test_eval_loader_reads_this_ranks_share(flat):
     dataset = ImageFiles([(path, i) for i, (path, _) in enumerate(find_images(str(flat))[0])], eval_view(32))
     args = arguments(flat, batch_size=4, num_workers=0, pin_mem=True)
-    labels = [[batch["label"].tolist() for batch in build_eval_loader(dataset, args, Launch(rank, 2))] for rank in (0, 1)]
+    loaders = [build_eval_loader(dataset, args, Launch(rank, 2), torch.device("cpu")) for rank in (0, 1)]
+    labels = [[batch["label"].tolist() for batch in loader] for loader in loaders]
     assert labels == [[[0, 2, 4, 6], [8, 10]], [[1, 3, 5, 7], [9, 11]]]
+
+
+def test_evaluation_pins_memory_for_a_run_on_a_gpu_alone(flat, monkeypatch):
+    """By the run's device: --device cpu on a machine with a GPU pins nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    dataset = ImageFiles(find_images(str(flat))[0], eval_view(32))
+    for device, asked, pins in (("cpu", True, False), ("cuda", True, True), ("cuda", False, False)):
+        args = arguments(flat, batch_size=4, num_workers=0, pin_mem=asked)
+        assert build_eval_loader(dataset, args, Launch(), torch.device(device)).pin_memory is pins
 
 
 def test_workers_are_capped_at_the_cores(flat, caplog, monkeypatch):

@@ -41,6 +41,13 @@ def test_own_images_with_and_without_class_folders(demo, tmp_path):
     assert len(demo.own_images(str(labelled))) == 8
 
 
+def test_train_and_val_of_a_folder_are_its_splits(demo, tmp_path):
+    for split, count in (("train", 4), ("val", 2)):
+        photos(tmp_path / split, per_class=count)
+    found = {(path.parent.parent.name, label, validate) for path, label, validate in demo.own_images(str(tmp_path))}
+    assert found == {("train", "a", False), ("train", "b", False), ("val", "a", True), ("val", "b", True)}
+
+
 def test_a_small_unlabelled_folder_goes_through(demo, tmp_path, monkeypatch, capfd):
     pytest.importorskip("efficientnet_lite_pytorch")
     folder = photos(tmp_path / "mine", per_class=20, classes="a") / "a"

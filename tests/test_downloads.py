@@ -174,6 +174,18 @@ def test_https_is_not_left_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
         model_zoo._SafeRedirects().redirect_request(request, None, 302, "Found", {}, "http://127.0.0.1/w.pth")
 
 
+def test_a_password_goes_where_the_url_goes(server: Script) -> None:
+    other = Script()
+    server.answers = [answer("HTTP/1.1 302 Found", "Location: /x.pth"), WHOLE]
+    assert model_zoo.fetch(server.url.replace("//", "//user:pw@") + "/w.pth").read_bytes() == BODY
+    assert all("Authorization: Basic dXNlcjpwdw==" in request for request in server.requests)
+    other.answers = [WHOLE]
+    server.answers = [answer("HTTP/1.1 302 Found", f"Location: {other.url.replace('//', '//a:b@')}/y.pth")]
+    assert model_zoo.fetch(server.url.replace("//", "//user:pw@") + "/z.pth").read_bytes() == BODY
+    assert "Authorization" not in other.requests[0]
+    other.listener.close()
+
+
 @pytest.mark.parametrize("head", [b"", answer(OK, "Content-Length: 1000"), answer(OK, "Transfer-Encoding: chunked")])
 def test_a_server_that_trickles_is_left(server: Script, head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     def trickle(connection: socket.socket) -> None:

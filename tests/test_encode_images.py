@@ -443,9 +443,22 @@ def test_token_maps_leave_out_what_has_gone_since(data, weights, tmp_path, monke
 
 def test_codes_without_their_description_are_refused(encoded, tmp_path, capsys):
     (tmp_path / "codes.npy").write_bytes((encoded / "codes.npy").read_bytes())
-    for content, message in ((None, "cannot be read"), ({"images": 9, "grid": [2, 2]}, "do not belong together")):
-        if content:
-            (tmp_path / "about.json").write_text(json.dumps(content))
+    about = json.loads((encoded / "about.json").read_text())
+    for content, message in (
+        (None, "cannot be read"),
+        (json.dumps(about | {"images": 9}), "do not belong together"),
+        ("[" * 100_000, "cannot be read"),
+        (json.dumps({"images": 10, "grid": [2, 2]}), "cannot be read"),
+        (json.dumps(about | {"grid": "ab"}), "grid is wrong"),
+        (json.dumps(about | {"n_codes": 10**12}), "n_codes or the kind of the codes is wrong"),
+        (json.dumps(about | {"n_codes": 1}), "codes.npy: has codes beyond the 1 of about.json"),
+        (json.dumps(about), "files.txt: cannot be read"),
+        ("", "files.txt: has no line for image"),
+    ):
+        if message.startswith("files.txt: has"):
+            (tmp_path / "files.txt").write_text("a/0.jpg\n")
+        elif content:
+            (tmp_path / "about.json").write_text(content)
         with pytest.raises(SystemExit):
             page(tmp_path, tmp_path / "page.html")
         assert message in capsys.readouterr().err

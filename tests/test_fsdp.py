@@ -94,7 +94,8 @@ def all_runs(rank, world_size, folder):
             mains[script](flags)
     result = trained(rank, world_size, folder)
     if rank == 0:
-        passed_on(0, 1, folder, "a.pth", "b.pth")
+        with mock.patch.object(distributed, "world_size", return_value=1):  # as if there were no group
+            passed_on(0, 1, folder, "a.pth", "b.pth")
     distributed.barrier()
     passed_on(rank, world_size, folder, "b.pth", "c.pth")
     return result
@@ -123,6 +124,18 @@ def assert_near(one: Path, two: Path, tolerance: float) -> None:
         for name, value in first.items():
             assert value.shape == second[name].shape
             assert torch.allclose(value, second[name], atol=tolerance), (entry, name, (value - second[name]).abs().max())
+
+
+def assert_same_moments(one: dict, two: dict) -> None:
+    """What the gradients of half precision add up to. Not the weights: Adam's first step is the gradient's sign times --lr,
+    and a gradient that one sum rounds to 0 is not 0 in the other's order."""
+    first, second = one["optimizer"]["state"], two["optimizer"]["state"]
+    assert first.keys() == second.keys()
+    for index, moments in first.items():
+        assert moments["step"] == second[index]["step"]
+        for name in ("exp_avg", "exp_avg_sq"):
+            expected = second[index][name]
+            assert (moments[name] - expected).norm() <= 0.02 * expected.norm(), (index, name)  # 0.001 was seen
 
 
 def assert_same_curves(one: Path, two: Path) -> None:
@@ -179,10 +192,10 @@ def test_a_run_goes_on_without_the_flag_and_with_fewer_processes(runs, tmp_path)
 @on_cpu
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(runs):
     assert_near(runs / "bad", runs / "bad_ddp", 2e-6)
-    assert_near(runs / "bad_fp16", runs / "bad_fp16_ddp", 1e-4)
     files = {run: checkpoint(runs / run / "checkpoint.pth") for run in ("bad", "bad_sgd", "bad_fp16", "bad_fp16_ddp")}
     assert all(value.isfinite().all() for content in files.values() for value in content["model"].values())
     assert {float(moments["step"]) for moments in files["bad"]["optimizer"]["state"].values()} == {3.0}  # of 4
+    assert_same_moments(files["bad_fp16"], files["bad_fp16_ddp"])
     assert files["bad_fp16"]["scaler"] == files["bad_fp16_ddp"]["scaler"]
     assert files["bad_fp16"]["scaler"]["scale"] < 2.0**16  # the scale that it began with
 
@@ -207,7 +220,7 @@ def vit():
 def started(rank, world_size, folder, seed):
     settings = {"opt": "adamw", "lr": 1e-3, "opt_eps": 1e-8, "opt_betas": None, "weight_decay": 0.05}
     args = Args(**settings, fsdp=True, seed=0, model="vit", start_epoch=0, update_freq=1, output_dir=str(folder), keep_ckpts=0)
-    run = run_state.Run(args, Launch(rank, world_size), CPU, Precision("cpu", None))
+    run = run_state.Run(args, Launch(rank, world_size), CPU, Precision("cpu", None), data={"images": 0, "digest": ""})
     torch.manual_seed(seed)
     model = vit()
     ema = ModelEmaV3(model, decay=0.5)
@@ -257,7 +270,7 @@ def held(tensor):
 def passed_on(rank, world_size, folder, name, other):
     """What one file holds, into a state of other weights and from there into the other file."""
     state, run = started(rank, world_size, folder, seed=1)
-    run_state.restore(state, MeanSquare(), run, folder / name)
+    run_state.restore(state, MeanSquare(), run, folder / name, 1)
     run_state.save(state, MeanSquare(), run, 0, [other])
     run.saver.wait()
 

@@ -54,7 +54,7 @@ class Brightness(torch.nn.Module):
 
 def counted(rank, world, folder):
     dataset = ImageFiles(find_classes_folder(folder)[0], eval_view(32))
-    loader = build_eval_loader(dataset, Namespace(batch_size=2, num_workers=0, pin_mem=False), Launch(rank, world))
+    loader = build_eval_loader(dataset, Namespace(batch_size=2, num_workers=0, pin_mem=False), Launch(rank, world), CPU)
     results, confusion = FinetuningStage(CPU, Precision("cpu", None), loader).measure(Brightness())
     return {"of_class": confusion.by_class()[1].tolist(), "results": results, "training": "image" in dataset[1]}
 
@@ -95,7 +95,7 @@ def test_held_out_loss_of_pretraining_and_of_the_tokenizer(data, tmp_path):
         losses[name] = log_lines(tmp_path / name)[-1]["test_loss"]
     assert losses["broken"] == pytest.approx(losses["whole"], rel=1e-6)
     dataset = ImageFiles([(str(data / "val" / "a" / f"{number}.jpg"), None) for number in range(6)], eval_view(32))
-    loader = build_eval_loader(dataset, Namespace(batch_size=2, num_workers=0, pin_mem=False), Launch())
+    loader = build_eval_loader(dataset, Namespace(batch_size=2, num_workers=0, pin_mem=False), Launch(), CPU)
     assert [batch["index"].tolist() for batch in evaluation_batches(loader, CPU)] == [[0]]
     more = ["--epochs", "1", "--warmup_epochs", "0", "--eval_data_path", str(data / "val")]
     codes = tokenizer(tmp_path / "tokenizer.pth")
@@ -119,7 +119,7 @@ def test_segmentation(tmp_path, capsys):
 def test_nothing_but_broken_images_is_no_figure(data, tmp_path):
     paths = [(str(data / "val" / "a" / f"{number}.jpg"), 0) for number in range(1, 6)]
     loader = build_eval_loader(
-        ImageFiles(paths, eval_view(32)), Namespace(batch_size=2, num_workers=0, pin_mem=False), Launch()
+        ImageFiles(paths, eval_view(32)), Namespace(batch_size=2, num_workers=0, pin_mem=False), Launch(), CPU
     )
     with pytest.raises(Exception, match="no image could be read, 5 files failed"):
         list(evaluation_batches(loader, CPU, "--eval_data_path"))

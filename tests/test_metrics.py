@@ -11,7 +11,15 @@ import torch
 from many_processes import run_ranks
 
 import metrics
-from metrics import RunningMeans, accuracy, top_k_correct
+from metrics import RunningMeans, accuracy, forget_epochs_from, top_k_correct
+
+
+def test_lines_of_a_log_that_are_not_ours_stay(tmp_path):
+    strange = ['{"epo', "[" * 100_000, "[]", "{}", '{"epoch": "x"}']
+    log = tmp_path / "log.txt"
+    log.write_text("\n".join(['{"epoch": 0}', *strange, '{"epoch": 1}', '{"epoch": 2}']))
+    forget_epochs_from(1, log)
+    assert log.read_text().splitlines() == ['{"epoch": 0}', *strange]
 
 
 def test_weighted_means_leave_out_what_is_not_finite():

@@ -151,6 +151,7 @@ def test_incomplete_and_ambiguous_pairs(tmp_path, caplog, monkeypatch):
     for name in "cb":
         (tmp_path / f"images/train/{name}.png").unlink()
     monkeypatch.setattr(distributed.log, "propagate", True)
+    caplog.clear()
     assert len(find_pairs(str(tmp_path), train=True)) == 1
     assert not caplog.text
     assert len(build_dataset(arguments(tmp_path), True, CLASSES)) == 1

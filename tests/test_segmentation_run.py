@@ -208,7 +208,27 @@ def test_nothing_labelled_is_an_error(tmp_path, trained, capsys):
         Image.fromarray(np.zeros((40, 56), np.uint8)).save(path)
     with pytest.raises(SystemExit):
         main(segmentation_flags(data, tmp_path / "out", "--eval", "--resume", str(trained / "checkpoint.pth")))
-    assert "the validation masks have not one labelled pixel" in capsys.readouterr().err
+    assert "not one pixel is labelled; 255 and 0 are ignored (--reduce_zero_label)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("white", "reduce_zero_label", "said"),
+    [
+        (255, True, "not one pixel is labelled"),
+        (255, False, "every labelled pixel is of class 'class 0'"),
+        (1, True, "'class 0'"),
+    ],
+)
+def test_masks_from_which_nothing_is_learnt_are_refused_at_the_start(white, reduce_zero_label, said, tmp_path, capsys):
+    data = labelled_pixels(tmp_path / "ade")
+    for path in (data / "annotations").rglob("*.png"):
+        Image.fromarray(np.where(np.asarray(Image.open(path)) > 1, white, 0).astype(np.uint8)).save(path)
+    flags = segmentation_flags(data, tmp_path / "out", "--disable_eval")
+    with pytest.raises(SystemExit):
+        main([flag for flag in flags if reduce_zero_label or flag != "--reduce_zero_label"])
+    printed = capsys.readouterr()
+    assert said in printed.err and "(0 and 255) as numbers of classes" in printed.err
+    assert "epoch 1" not in printed.out
 
 
 @pytest.mark.parametrize(("before", "after"), [("3", "6"), ("6", "3")])

@@ -219,6 +219,77 @@ def test_plain_words_for_what_is_in_shards(packed, folder, tmp_path):
         build_vqkd_dataset(arguments(packed, data_set="webdataset", image_folder_class_index_file="x"))
 
 
+def test_images_that_are_not_taken_are_counted(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("distributed.log.propagate", True)
+    caplog.set_level("INFO", "beit")
+    image = jpeg(tmp_path)
+    names = ["00.jpg", "IMG_1.2021.jpg", "IMG_2.2021.jpg", "01.jpg", "01.png", "01.json"]
+    path = write_tar(tmp_path / "0.tar", [(name, image) for name in names])
+    for _ in range(2):  # also from the index
+        assert len(find_shards(path)[0]) == 2
+    assert f"{path}: 3 images, since a name ends at its first dot" in caplog.text
+    with pytest.raises(UserError, match=r"no images in these 1 shards .*behind the first dot of a name"):
+        find_shards(write_tar(tmp_path / "1.tar", [("a.b.jpg", image)]))
+
+
+@pytest.mark.parametrize("number", ["1000000", "100000000", "1" + "0" * 12, "1" + "0" * 60, "-1", "1_0", "١"])
+def test_a_class_number_is_one(number, tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(tmp_path)), ("a.cls", number.encode())])
+    with pytest.raises(UserError, match=r"0\.tar: a\.cls holds .*; a class number from 0 to 999,999 is expected"):
+        find_shards(path)
+
+
+def test_names_of_classes_that_are_no_text(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(tmp_path)), ("a.cls", b"0")])
+    (tmp_path / "classes.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(UserError, match=r"classes\.txt: cannot be read .*in UTF-8, is expected"):
+        find_shards(path)
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\udcff", " "])
+def test_make_shards_refuses_class_names_that_are_no_text(name, make_shards, tmp_path, capsys):
+    write_image(tmp_path / "data" / "a" / "0.jpg")
+    os.makedirs(tmp_path / "data" / name)
+    write_image(tmp_path / "data" / name / "0.jpg")
+    with pytest.raises(SystemExit):
+        make_shards([str(tmp_path / "data"), str(tmp_path / "out"), "--images_per_shard", "5", "--classes"])
+    assert "is no line of text, which classes.txt is to hold: rename it" in capsys.readouterr().err
+
+
+def test_make_shards_does_not_wait_for_a_pipe(make_shards, tmp_path, capsys):
+    write_image(tmp_path / "data" / "0.jpg")
+    os.mkfifo(tmp_path / "data" / "1.jpg")
+    with pytest.raises(SystemExit):
+        make_shards([str(tmp_path / "data"), str(tmp_path / "out"), "--images_per_shard", "5"])
+    assert "1.jpg cannot be read (a pipe, socket or device, no regular file)" in capsys.readouterr().err
+
+
+def spoil(kind, shard, index):
+    content = dict(np.load(index))
+    if kind == "truncated":
+        index.write_bytes(b"PK\x03\x04 half of an index")
+    elif kind == "time":  # rewritten in place, as long as before, with the same first, middle and last image
+        os.utime(shard, ns=(1, 1))
+    elif kind == "pipe":
+        index.unlink()
+        os.mkfifo(index)
+    else:
+        content[kind] = content[kind] + 1
+        np.savez(index, **content)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "time", "pipe", "places", "labels", "left_out"])
+def test_an_index_that_contradicts_its_shard_is_made_anew(kind, tmp_path):
+    members = [(f"{i}.{end}", data) for i in range(8) for end, data in (("jpg", jpeg(tmp_path, i)), ("cls", b"%d" % i))]
+    path = Path(write_tar(tmp_path / "0.tar", members))
+    first = shards.index_of(str(path), EXTENSIONS)
+    spoil(kind, path, Path(f"{path}{shards.INDEX}"))
+    again = shards.index_of(str(path), EXTENSIONS)
+    assert all(np.array_equal(one, two) for one, two in zip(first, again, strict=True))
+    kept = np.load(f"{path}{shards.INDEX}")
+    assert kept["labels"].tolist() == list(range(8)) and kept["mark"][2] == path.stat().st_mtime_ns
+
+
 def test_an_image_that_does_not_decode_is_named_and_replaced(tmp_path):
     path = write_tar(tmp_path / "0.tar", [("a.jpg", b"no image"), ("b.jpg", jpeg(tmp_path, 2))])
     sample = build_vqkd_dataset(arguments(path, data_set="webdataset"))[0, 0]

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 import transforms
@@ -90,6 +92,29 @@ def test_12_bit_images_in_16_bit_files_are_told(brightest, told, tmp_path, caplo
     dataset = ImageFiles([(str(tmp_path / "x.png"), None)], eval_view(32))
     assert ("no value above 4095" in caplog.text) is told
     assert np.asarray(dataset.read(0)).max() == round(brightest / 257)
+
+
+def test_a_line_of_pixels_is_shown_by_what_the_crop_shows(monkeypatch):
+    """Lines of 65,000 x 1 pixels took 10 GB; others stay as they were, bit for bit."""
+    resize, largest = Image.Image.resize, []
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *rest, **more: largest.append(size) or resize(self, size, *rest, **more)
+    )
+    rng = np.random.RandomState(0)
+    for width, height in ((65000, 1), (1, 64999), (9000, 7)):
+        pixels = rng.randint(0, 256, (height, width, 3), dtype=np.uint8)
+        shown = eval_view(224)(Image.fromarray(pixels))["image"]
+        assert max(max(size) for size in largest) < 20_000
+        middle, half = (width / 2, height / 2), min(width, height) * 224 / 256 / 2
+        box = (middle[0] - half, middle[1] - half, middle[0] + half, middle[1] + half)
+        exact = F.to_tensor(resize(Image.fromarray(pixels), (224, 224), Image.Resampling.BICUBIC, box=box))
+        assert (shown - exact).abs().max() < 0.15 and (shown - exact).abs().mean() < 0.01, (width, height)
+        assert eval_view((32, 64))(Image.fromarray(pixels))["image"].shape == (3, 32, 64)
+        assert max(max(size) for size in largest) < 20_000
+    for size in ((90, 70), (500, 333), (64, 1)):
+        image = photo(*size)
+        plain = T.Compose([T.Resize(256, InterpolationMode.BICUBIC), T.CenterCrop(224), T.ToTensor()])(image)
+        assert torch.equal(eval_view(224)(image)["image"], plain)
 
 
 def test_cmyk_jpeg(tmp_path):
