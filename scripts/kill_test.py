@@ -83,9 +83,12 @@ def build_cases(folder: Path) -> list[Case]:
 
 
 def pack(images: Path, folder: Path) -> Path:
-    """Shards of labelled images, two shards at least."""
+    """Shards of labelled images, made by a process of its own: tqdm leaves a thread, which a process that forks must not have."""
+    flags = [str(images), str(folder), "--images_per_shard", "3", "--classes"]
     with contextlib.redirect_stdout(io.StringIO()):
-        make_shards.main([str(images), str(folder), "--images_per_shard", "3", "--classes"])
+        process = FORK.Process(target=make_shards.main, args=(flags,))
+        process.start()
+        process.join()
     return folder
 
 
@@ -110,14 +113,15 @@ def kill_again_and_again(case: Case, folder: Path, whole: Path, seconds: float, 
     """How many of so many kills were followed by the end of the undisturbed run `whole`, which took `seconds`."""
     done = pending = equal = 0
     while done < kills or pending:
-        process = start(case, folder)
-        process.join(draw.uniform(0, seconds) if done < kills else TIME_LIMIT)
-        if process.is_alive():
-            process.kill()  # the process alone: its data workers find out by themselves
-            process.join()
+        process, kill = start(case, folder), done < kills
+        process.join(draw.uniform(0, seconds) if kill else TIME_LIMIT)
+        ended = not process.is_alive()
+        process.kill()  # the process alone: its data workers find out by themselves
+        process.join()
+        if kill and not ended:
             done, pending = done + 1, pending + 1
             continue
-        failed = [f"status {process.exitcode}: {last_words(folder)}"] if process.exitcode else []
+        failed = [] if process.exitcode == 0 else [f"status {process.exitcode}: {last_words(folder)}"]
         differences = failed or compare(whole / OUT, folder / OUT)
         for text in differences[:5]:
             print(f"{case.stage}, {case.data}, after {pending} kills: {text}", flush=True)
