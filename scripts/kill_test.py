@@ -83,7 +83,7 @@ def build_cases(folder: Path) -> list[Case]:
 
 
 def pack(images: Path, folder: Path) -> Path:
-    """Shards of labelled images, made by a process of its own: tqdm leaves a thread, which a process that forks must not have."""
+    """Shards of labelled images, made by a process of its own: tqdm leaves a thread in it, and this one is to be forked."""
     flags = [str(images), str(folder), "--images_per_shard", "3", "--classes"]
     with contextlib.redirect_stdout(io.StringIO()):
         process = FORK.Process(target=make_shards.main, args=(flags,))
