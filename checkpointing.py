@@ -71,7 +71,7 @@ class Saver:
         self.error: Exception | None = None
 
     def submit(self, content: dict[str, Any], folder: Path, names: list[str], keep_ckpts: int = 0) -> None:
-        """Write under names[0], give it the other names too, and leave only the last `keep_ckpts` step checkpoints.
+        """Write under all `names`, names[0] last, and leave only the last `keep_ckpts` step checkpoints.
 
         Rank 0 writes. The others call it too where `content` is sharded.
         """
@@ -85,9 +85,11 @@ class Saver:
     def _write(self, content: dict[str, Any], folder: Path, names: list[str], keep_ckpts: int) -> None:
         try:
             check_finite(content, folder)
-            write(content, folder / names[0])
-            for name in names[1:]:
-                also_as(folder / names[0], folder / name)
+            # The name to go on from is the last: a run killed in between repeats its step and writes all of them again.
+            first, *others = reversed(names)
+            write(content, folder / first)
+            for name in others:
+                also_as(folder / first, folder / name)
             for old in step_checkpoints(folder)[keep_ckpts:]:
                 old.unlink(missing_ok=True)
         except Exception as error:

@@ -2,17 +2,19 @@
 
     python scripts/kill_test.py [--kills 100] [--seed 0] [--stages vqkd finetune ...]
 
-Every stage, on tiny models, with --update_freq 2: once on images in folders read by the run itself, once on images in tar shards
-read by two data workers (segmentation: on folders both times). Among them: k-means and revival of dead codes, a moving average of
-the weights, mixup, dropped paths. A run is killed again and again until it reaches its end between two kills, which is then
-compared bit for bit: everything in every checkpoint (weights, moments, averages, ...) and each line of log.txt but its seconds.
+Every stage, on tiny models, with --update_freq 2: once on images in folders, read by the run itself, and once on tar shards,
+read by two data workers (segmentation: on folders both times). Among them: k-means and revival of dead codes, a moving average
+of the weights, mixup, dropped paths. A run is killed again and again until it ends between two kills; its end is then compared
+bit for bit: all that is in its checkpoints (weights, moments, averages, ...) and each line of log.txt but the seconds.
 Prints counts for each stage, and every difference.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -29,18 +31,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # forked processes cannot share a
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 
+import tiny_runs  # noqa: E402
 import torch  # noqa: E402
 
 import arguments  # noqa: E402
 import make_shards  # noqa: E402
-import tiny_runs  # noqa: E402
 from errors import ArgumentParser  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")  # torch is imported once, by this process
 TIME_LIMIT = 300.0  # seconds of a run
 OUT, OUTPUT = "out", "output.txt"
-EPOCHS = "5"
-STAGES = ("vqkd", "pretrain", "finetune", "linear", "segment", "pixels")
+STAGES = ("vqkd", "pretrain", "finetune", "linear", "pixels", "segment")
 
 
 @dataclass(frozen=True)
@@ -54,32 +55,41 @@ class Case:
 
 
 def build_cases(folder: Path) -> list[Case]:
-    images = tiny_runs.photos(folder / "photos", per_class=24)
-    packed = folder / "shards"
-    make_shards.main([str(images), str(packed), "--images_per_shard", "10", "--classes"])
+    folders = tiny_runs.photos(folder / "photos", per_class=12), tiny_runs.photos(folder / "held-out", per_class=2)
+    shards = pack(folders[0], folder / "shards"), pack(folders[1], folder / "held-out-shards")
     codes, student = tiny_runs.tokenizer(folder / "codes.pth"), tiny_runs.student(folder / "student.pth")
-    pairs, out = tiny_runs.labelled_pixels(folder / "pairs", images=24), Path(OUT)
-    often = ["--update_freq", "2", "--save_ckpt_steps", "2", "--keep_ckpts", "2"]
-    often += ["--save_ckpt_freq", "2"]
-    revived = ["--codebook_n_emd", "24", "--quantizer_warmup_steps", "2", "--revive_dead_codes"]
-    averaged = ["--model_ema", "--model_ema_decay", "0.9", "--mixup", "0.8", "--cutmix", "1.0", "--drop_path", "0.1"]
-    pixels = ["--train_pixel_decoder", "--tokenizer_weight", str(codes), "--pixel_decoder_depth", "1", "--pixel_decoder_dim", "64"]
+    pairs, out = tiny_runs.labelled_pixels(folder / "pairs", images=12), Path(OUT)
+    common = ["--update_freq", "2", "--save_ckpt_steps", "2", "--keep_ckpts", "2", "--save_ckpt_freq", "2"]
+    dropped = ["--drop_path", "0.1"]
+    revived = ["--quantizer_warmup_steps", "1", "--revive_dead_codes"]
+    averaged = ["--model_ema", "--model_ema_decay", "0.9", "--mixup", "0.8", "--cutmix", "1.0", *dropped]
+    pixels = ["--train_pixel_decoder", "--tokenizer_weight", str(codes), "--pixel_decoder_dim", "32"]
+    steps = ["--max_steps", "11", "--steps_per_epoch", "3"]  # the last epoch is cut
     cases = []
-    for data, name, workers in ((images, "folder", "0"), (packed, "shards", "2")):
-        of_images = ["--data_set", "image_folder" if data is images else "webdataset"]
-        more = [*often, *of_images, "--num_workers", workers, "--epochs", EPOCHS]
-        seen = ["--data_path", str(data), "--eval_data_path", str(data), "--output_dir", OUT, "--batch_size", "4"]
+    for name, (data, held_out), workers in (("image_folder", folders, "0"), ("webdataset", shards, "2")):
+        reading = [*common, "--num_workers", workers]
+        seen = ["--data_set", name, "--eval_data_path", str(held_out), *reading, "--epochs", "5"]
+        plain = ["--data_path", str(data), "--output_dir", OUT, "--batch_size", "4", *tiny_runs.SIZE]
         cases += [
-            Case("vqkd", name, "run_vqkd_training", [*tiny_runs.vqkd_flags(data, out), *revived, *more]),
-            Case("pretrain", name, "run_beitv2_pretraining", [*tiny_runs.pretraining_flags(data, out, codes, "--drop_path", "0.1"), *more]),
-            Case("finetune", name, "run_class_finetuning", [*tiny_runs.finetuning_flags(data, out, *averaged), *more]),
-            Case("linear", name, "run_linear_eval", [*seen, *tiny_runs.SIZE, "--finetune", str(student), *more]),
-            Case("segment", "folder", "run_segmentation_finetuning", [
-                *tiny_runs.segmentation_flags(pairs, out, "--drop_path", "0.1"), *often, "--num_workers", workers,
-                "--max_steps", "27", "--steps_per_epoch", "6"]),  # the last epoch is cut
-            Case("pixels", name, "run_vqkd_training", [*seen, *tiny_runs.SIZE, *pixels, *more]),
+            Case("vqkd", name, "run_vqkd_training", [*tiny_runs.vqkd_flags(data, out), *revived, *seen]),
+            Case("pretrain", name, "run_beitv2_pretraining", [*tiny_runs.pretraining_flags(data, out, codes), *dropped, *seen]),
+            Case("finetune", name, "run_class_finetuning", [*tiny_runs.finetuning_flags(data, out), *averaged, *seen]),
+            Case("linear", name, "run_linear_eval", [*plain, "--finetune", str(student), *seen]),
+            Case("pixels", name, "run_vqkd_training", [*plain, *pixels, *seen]),
+            Case("segment", f"pairs, {workers} workers", "run_segmentation_finetuning",
+                 [*tiny_runs.segmentation_flags(pairs, out), *dropped, *steps, *reading]),
         ]  # fmt: skip
     return cases
+
+
+def pack(images: Path, folder: Path) -> Path:
+    """Shards of labelled images, made by a process of its own: tqdm leaves a thread in it, and this one is to be forked."""
+    flags = [str(images), str(folder), "--images_per_shard", "3", "--classes"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        process = FORK.Process(target=make_shards.main, args=(flags,))
+        process.start()
+        process.join()
+    return folder
 
 
 def run_line(case: Case, folder: Path) -> None:
@@ -103,14 +113,16 @@ def kill_again_and_again(case: Case, folder: Path, whole: Path, seconds: float, 
     """How many of so many kills were followed by the end of the undisturbed run `whole`, which took `seconds`."""
     done = pending = equal = 0
     while done < kills or pending:
-        process = start(case, folder)
-        process.join(draw.uniform(0, seconds) if done < kills else TIME_LIMIT)
-        if process.is_alive():
-            process.kill()  # the process alone: its data workers find out by themselves
-            process.join()
+        process, kill = start(case, folder), done < kills
+        process.join(draw.uniform(0, seconds) if kill else TIME_LIMIT)
+        ended = not process.is_alive()
+        process.kill()  # the process alone: its data workers find out by themselves
+        process.join()
+        if kill and not ended:
             done, pending = done + 1, pending + 1
             continue
-        differences = [f"status {process.exitcode}: {last_words(folder)}"] if process.exitcode else compare(whole / OUT, folder / OUT)
+        failed = [] if process.exitcode == 0 else [f"status {process.exitcode}: {last_words(folder)}"]
+        differences = failed or compare(whole / OUT, folder / OUT)
         for text in differences[:5]:
             print(f"{case.stage}, {case.data}, after {pending} kills: {text}", flush=True)
         equal, pending = equal + (0 if differences else pending), 0

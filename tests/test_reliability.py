@@ -30,6 +30,7 @@ import run_class_finetuning
 import run_vqkd_training
 import visualize_attention
 from errors import UserError
+from metrics import forget_epochs_from
 
 ROOT = Path(__file__).parent.parent
 SLOW = ["--print_freq", "1", "--epochs", "12"]  # about as long as a process takes to start
@@ -71,13 +72,40 @@ def end(process):
 
 
 def test_killed_runs_resume_bit_for_bit():
-    """Three kills; scripts/kill_test.py makes twenty."""
-    command = [sys.executable, "scripts/kill_test.py", "--kills", "3", "--seed", "1"]
+    """Two kills; scripts/kill_test.py makes a hundred, over all stages."""
+    command = [sys.executable, "scripts/kill_test.py", "--kills", "2", "--stages", "vqkd"]  # folders, then shards
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 kills, 3 followed by a resumption that ended bitwise equal" in done.stdout
+    assert "2 of 2 kills were followed by the end of the undisturbed run" in done.stdout
+
+
+def test_the_name_to_go_on_from_is_given_last(tmp_path, monkeypatch):
+    """Else a run killed in between would go on behind a best checkpoint that was never written."""
+    given, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (replace(old, new), given.append(Path(new).name)))
+    saver = checkpointing.Saver()
+    saver.submit({"model": {"w": torch.ones(2)}}, tmp_path, ["checkpoint.pth", "checkpoint-4.pth", "checkpoint-best.pth"])
+    saver.wait()
+    assert sorted(given) == ["checkpoint-4.pth", "checkpoint-best.pth", "checkpoint.pth"]
+    assert given[-1] == "checkpoint.pth"
+
+
+def test_a_run_killed_while_it_takes_up_log_txt_loses_no_line(tmp_path, monkeypatch):
+    path = tmp_path / "log.txt"
+    path.write_text('{"epoch": 0}\n{"epoch": 1}\n')
+
+    def killed(self, *_, **__):
+        open(self, "w").close()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            forget_epochs_from(1, path)
+    forget_epochs_from(1, path)
+    assert path.read_text() == '{"epoch": 0}\n'
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
