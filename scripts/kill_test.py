@@ -136,16 +136,17 @@ def last_words(folder: Path) -> str:
 
 def compare(whole: Path, other: Path) -> list[str]:
     """What differs between two output folders, in words."""
-    names = [sorted(path.name for path in folder.glob("checkpoint*.pth")) for folder in (whole, other)]
-    differences = [] if names[0] == names[1] else [f"checkpoints {names[1]} instead of {names[0]}"]
-    for name in sorted(set(names[0]) & set(names[1])):
-        one, two = (dict(leaves(tiny_runs.checkpoint(folder / name))) for folder in (whole, other))
-        keys = [key for key in one | two if key not in one or key not in two or not same(one[key], two[key])]
-        differences += [f"{name}: {len(keys)} of {len(one)} entries differ, first {keys[:3]}"] if keys else []
+    differences = []
     lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in tiny_runs.log_lines(f)] for f in (whole, other)]
     if json.dumps(lines[0]) != json.dumps(lines[1]):
         keys = sorted({key for one, two in zip(*lines, strict=False) for key in one | two if one.get(key) != two.get(key)})
         differences.append(f"log.txt: {len(lines[1])} lines instead of {len(lines[0])}, different in {keys}")
+    names = [sorted(path.name for path in folder.glob("checkpoint*.pth")) for folder in (whole, other)]
+    differences += [] if names[0] == names[1] else [f"checkpoints {names[1]} instead of {names[0]}"]
+    for name in sorted(set(names[0]) & set(names[1])):
+        one, two = (dict(leaves(tiny_runs.checkpoint(folder / name))) for folder in (whole, other))
+        keys = [key for key in one | two if key not in one or key not in two or not same(one[key], two[key])]
+        differences += [f"{name}: {len(keys)} of {len(one)} entries differ, first {keys[:3]}"] if keys else []
     return differences
 
 
