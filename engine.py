@@ -192,7 +192,8 @@ def train_one_epoch(
     done = data.steps_per_epoch - len(data.sampler) // args.update_freq
     start = state.step if schedule.in_steps else state.epoch * data.steps_per_epoch + done
     steps = min(data.steps_per_epoch, done + len(schedule.lr) - start)
-    schedule.apply(state.optimizer, max(start - 1, 0))  # what log.txt tells of an epoch that was killed behind its last step
+    if done >= steps:  # killed behind the last step of an epoch: what log.txt will tell of it
+        schedule.apply(state.optimizer, max(start - 1, 0))
     reporter.start_epoch(state.epoch, steps, state.step)
     batches = iter(data.loader)
     for step_in_epoch in range(done, steps):

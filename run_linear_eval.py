@@ -30,7 +30,7 @@ CROPS = ("min_crop_scale", "color_jitter", "vflip", "train_interpolation")  # fl
 OF_TRAINING = (  # --batch_size and --amp_dtype are not among them: features are computed with both
     "update_freq", "epochs", "opt", "opt_eps", "opt_betas", "momentum", "clip_grad", "weight_decay", "weight_decay_end", "lr",
     "min_lr", "warmup_epochs", "warmup_steps", "start_epoch", "resume", "save_ckpt_freq", "save_ckpt_steps", "keep_ckpts",
-    "detect_anomaly", "print_freq", "eval_freq", "image_freq", "log_dir",
+    "detect_anomaly", "print_freq", "eval_freq", "image_freq", "log_dir", "allow_changed_run",
 )  # fmt: skip
 
 

@@ -9,7 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+import distributed
+
 torch.set_num_threads(1)
+if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, here and by every process that a test starts
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +26,7 @@ def _logger_as_it_was():
     """A `main` sets up the project's logger; without this, what a later test captures of it depends on the order of tests."""
     log = logging.getLogger("beit")
     before = log.handlers[:], log.level, log.propagate
+    distributed.log_once.cache_clear()
     yield
     log.handlers[:], log.level, log.propagate = before
 

@@ -142,7 +142,7 @@ def test_hostile_names_work_and_are_shown_escaped(tmp_path: Path, capfd: pytest.
 
 def test_the_logger_of_a_data_process_escapes(caplog: pytest.LogCaptureFixture) -> None:
     log = logging.getLogger("beit")
-    log.propagate = True
+    log.handlers, log.propagate = [caplog.handler], False
     with caplog.at_level(logging.INFO, "beit"):
         log.info("%s of %d", HOSTILE, 2)
     assert caplog.messages == [printable(HOSTILE) + " of 2"]
