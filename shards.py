@@ -309,6 +309,11 @@ def class_names(paths: Sequence[str]) -> list[str] | None:
                 raise UserError(
                     f"{file}: cannot be read ({error}); the name of one class a line, in UTF-8, is expected"
                 ) from None
+    for file, names in found.items():
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
+        if not names or twice is not None:
+            what = "holds no names" if not names else f"names '{twice}' twice"
+            raise UserError(f"{file} {what}; the name of one class a line, in the order of the numbers, is expected")
     different = [file for file, names in found.items() if names != next(iter(found.values()))]
     if different:
         raise UserError(f"{different[0]} and {next(iter(found))} name other classes: these shards do not belong together")

@@ -27,7 +27,8 @@ MOST_STEPS = 5_000_000  # of the pickle's program; some seconds
 DEEPEST = 64  # containers within containers
 MOST_ITEMS = 5_000_000  # of all containers, counted once for each place they stand in
 MOST_COMPRESSION = 100  # bytes read for a byte on the disk; tensors of weights compress to a half at best
-MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # the first pickle of files before torch 1.6
+MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of files before torch 1.6, in bytes or (protocols 0, 1) in digits
+MAGICS = (MAGIC.to_bytes(10, "little"), str(MAGIC).encode())
 
 STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -105,13 +106,13 @@ def load(path: Path, objects: Collection[str] = ()) -> Any:
     state dict. Refused: with the reason; OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
-        start = file.read(len(MAGIC))
+        start = file.read(64)
         try:
             archive = zipfile.is_zipfile(file)
             file.seek(0)
             if archive:
                 return _load_archive(file, os.fstat(file.fileno()).st_size, objects)
-            if start == MAGIC:
+            if any(magic in start for magic in MAGICS):
                 return _load_stream(file, os.fstat(file.fileno()).st_size, objects)
         except Refused:
             raise
@@ -254,6 +255,8 @@ class Interpreter:
                 STEPS[name](self, argument)
             elif name == "STOP":
                 return self.stack.pop()
+            elif name == "PERSID":
+                raise Refused("it was saved with pickle_protocol=0, which writes storages as text: save it again without that")
             elif name not in ("PROTO", "FRAME"):
                 raise Refused(f"its pickle has the step {name}, which no checkpoint needs")
         raise Damaged("its pickle has no end")
@@ -414,12 +417,22 @@ def _is_count(value: Any) -> bool:
 
 
 def _tensor(_: Interpreter, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
-    return _view(storage, getattr(storage, "dtype", None), offset, size, stride)
+    """`rest`: requires_grad, hooks, metadata."""
+    return _resolved(_view(storage, getattr(storage, "dtype", None), offset, size, stride), *rest[2:])
 
 
 def _tensor_v3(_: Interpreter, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
-    """`rest`: requires_grad, hooks, dtype, ..."""
-    return _view(storage, rest[2], offset, size, stride)
+    """`rest`: requires_grad, hooks, dtype, metadata."""
+    return _resolved(_view(storage, rest[2], offset, size, stride), *rest[3:])
+
+
+def _resolved(tensor: Tensor, metadata: Any = None, *rest: Any) -> Tensor:
+    """Of views that are negated or conjugated when they are read (`z.conj().imag`), torch stores what they are views of."""
+    for name in metadata or {}:
+        if name not in ("neg", "conj") or metadata[name] is not True:
+            raise Refused(f"it holds a tensor with the mark {str(name)[:50]}; save plain tensors (.clone())")
+        tensor = tensor.neg() if name == "neg" else tensor.conj().resolve_conj()
+    return tensor
 
 
 def _view(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) -> Tensor:

@@ -221,7 +221,7 @@ def weight_case(draw: random.Random, shared: Path, folder: Path) -> Case:
     entry, argv = draw.choice(uses.get(source, backbone))
     if argv[-1] == "--auto_resume":
         out.mkdir()
-        shutil.copy(path, out / "checkpoint.pth")
+        path.rename(out / "checkpoint.pth")
     return Case("weights", f"{source}: {what}", entry, argv, must_fail)
 
 

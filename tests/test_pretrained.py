@@ -408,3 +408,12 @@ def test_one_of_several_models_in_a_file_is_chosen_by_its_prefix(flag, tmp_path,
     with pytest.raises(SystemExit):
         run_class_finetuning.main([*flags, "teacher."])
     assert f"{flag} teacher.: no key begins so; there are student.cls_token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["encoder.blocks.0.attn.q_norm.weight", "decoder.blocks.0.attn.qkv.bias", "encoder.reg_token"])
+def test_a_tokenizer_of_another_architecture_is_refused(key, tmp_path):
+    content = torch.load(tokenizer(tmp_path / "tokenizer.pth"), weights_only=True)
+    content["model"][key] = torch.ones(8)
+    torch.save(content, tmp_path / "tokenizer.pth")
+    with pytest.raises(UserError, match=f"which no tokenizer here computes: it holds {key}"):
+        modeling_vqkd.open_tokenizer(str(tmp_path / "tokenizer.pth"))

@@ -246,6 +246,14 @@ def test_names_of_classes_that_are_no_text(tmp_path):
         find_shards(path)
 
 
+@pytest.mark.parametrize(("text", "what"), [("", "holds no names"), ("a\nb\na\n", "names 'a' twice")])
+def test_names_of_classes_that_name_none_or_one_twice(text, what, tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(tmp_path)), ("a.cls", b"0")])
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(UserError, match=rf"classes\.txt {what}"):
+        find_shards(path, classes=["a", "b"])
+
+
 @pytest.mark.parametrize("name", ["two\nlines", "\udcff", " "])
 def test_make_shards_refuses_class_names_that_are_no_text(name, make_shards, tmp_path, capsys):
     write_image(tmp_path / "data" / "a" / "0.jpg")

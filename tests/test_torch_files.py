@@ -86,10 +86,21 @@ def test_the_same_as_torch_reads(tmp_path, new_format):
     assert got == wanted
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_every_protocol_of_pickle(tmp_path, protocol):
-    torch.save(WEIGHTS, tmp_path / "f.pth", pickle_protocol=protocol)
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+def test_every_protocol_of_pickle(tmp_path, protocol, new_format):
+    torch.save(WEIGHTS, tmp_path / "f.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=new_format)
     assert all(torch.equal(value, WEIGHTS[key]) for key, value in torch_files.load(tmp_path / "f.pth").items())
+    torch.save(WEIGHTS, tmp_path / "f.pth", pickle_protocol=0, _use_new_zipfile_serialization=new_format)
+    assert "pickle_protocol=0" in refusal(tmp_path / "f.pth")
+
+
+def test_negated_and_conjugated_views_keep_their_sign(tmp_path):
+    z = torch.randn(3, 4, dtype=torch.complex64)
+    for view in (z.conj().imag, z.conj()):
+        torch.save({"w": view}, tmp_path / "f.pth")
+        assert view.is_neg() or view.is_conj()
+        assert torch.equal(torch_files.load(tmp_path / "f.pth")["w"], view)
 
 
 @pytest.mark.parametrize("value", [np.float64(0.1), np.float32(-2.5), np.int64(-7), np.uint8(200), np.bool_(True)])
