@@ -234,6 +234,8 @@ def newest_intact(folder: Path) -> Path | None:
 
 def intact(path: Path) -> bool:
     """Whether every tensor is as it was written: a checkpoint is a zip file that holds a checksum of each."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no regular file: remove it")
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None

@@ -293,4 +293,10 @@ def _labelled_shards(
             f"{flag} {folder}: these shards have no labels; scripts/make_shards.py --classes writes them (as .cls) from one "
             "folder a class"
         )
+    numbers = names == [str(number) for number in range(len(names))]  # no classes.txt
+    if train and numbers and len(names) > len(members) and not getattr(args, "nb_classes", 0):
+        raise UserError(
+            f"{flag} {folder}: a label is {len(names) - 1}, but there are {len(members)} images, and no classes.txt names so "
+            "many classes: write one, give --nb_classes, or mend the label"
+        )
     return members, names

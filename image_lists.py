@@ -84,7 +84,7 @@ def _refuse_splits(found: Sequence[str], root: str, flag: str, classes: Sequence
         train = next((name for name in found if name.lower().startswith("train")), found[0])
         rest = next((name for name in found if name != train), "val")
         raise UserError(
-            f"{flag} {root}: its folders are {', '.join(found)}, splits and no classes; give "
+            f"{flag} {root}: its folders are {', '.join(found)}: splits, not classes; give "
             f"--data_path {os.path.join(root, train)} --eval_data_path {os.path.join(root, rest)}"
         )
     if len(found) < 2 and not classes:

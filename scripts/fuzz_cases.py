@@ -185,9 +185,9 @@ def weight_case(draw: random.Random, shared: Path, folder: Path) -> Case:
     path = folder / "weights.pth"
     shutil.copy(shared / source, path)
     what, must_fail = draw.choice(DAMAGES)(draw, path)
-    if draw.random() < 0.1 and path.suffix == ".pth":  # the name says safetensors, the content does not
+    if draw.random() < 0.1 and path.suffix == ".pth":
         path = path.rename(path.with_suffix(".safetensors"))
-        what, must_fail = f"{what}, called .safetensors", True
+        what += ", called .safetensors"  # which means nothing: files are told by content
     out, photos = folder / "out", shared / "photos"
     runs = valid_runs(shared, out)
     uses: dict[str, list[tuple[str, list[Any]]]] = {

@@ -176,7 +176,8 @@ def test_splits_and_single_classes_are_no_classes(tmp_path, caplog, monkeypatch)
     write_classes(tmp_path / "photos" / "val", {"a": 1, "b": 1})
     root = tmp_path / "photos"
     with pytest.raises(
-        UserError, match=f"its folders are train, val, splits .*--data_path {root}/train --eval_data_path {root}/val"
+        UserError,
+        match=f"its folders are train, val: splits, not classes; give .*--data_path {root}/train --eval_data_path {root}/val",
     ):
         build_finetuning_dataset(arguments(root), train=True)
     with pytest.raises(UserError, match="has one class folder, 'photos'; two classes at least"):

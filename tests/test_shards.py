@@ -246,6 +246,16 @@ def test_names_of_classes_that_are_no_text(tmp_path):
         find_shards(path)
 
 
+def test_a_label_beyond_all_images_is_refused_where_no_names_say_otherwise(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(tmp_path)), ("a.cls", b"7")])
+    flags = ["--data_path", str(tmp_path), "--data_set", "webdataset"]
+    args = run_class_finetuning.get_parser().parse_args(flags)
+    with pytest.raises(UserError, match=r"a label is 7, but there are 1 images, and no classes\.txt"):
+        datasets.build_finetuning_dataset(args, train=True)
+    args = run_class_finetuning.get_parser().parse_args([*flags, "--nb_classes", "8"])
+    datasets.build_finetuning_dataset(args, train=True)
+
+
 @pytest.mark.parametrize(("text", "what"), [("", "holds no names"), ("a\nb\na\n", "names 'a' twice")])
 def test_names_of_classes_that_name_none_or_one_twice(text, what, tmp_path):
     path = write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(tmp_path)), ("a.cls", b"0")])

@@ -372,6 +372,9 @@ def test_what_is_no_file(tmp_path):
     assert "no regular file" in refusal(tmp_path / "fifo.pth")
     assert "no regular file" in refusal(tmp_path)
     assert "no such file" in refusal(tmp_path / "none.pth")
+    os.mkfifo(tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match=r"checkpoint\.pth is no regular file"):
+        checkpointing.newest_intact(tmp_path)
 
 
 # ── which checkpoint a run goes on from ──────────────────────────────────────────────────────────────────────────────
