@@ -108,11 +108,10 @@ class Saver:
 
 
 def check_finite(content: dict[str, Any], folder: Path) -> None:
-    """Refuse to replace a good checkpoint by one whose weights, averages or moments are not finite. An attention mask may
-    hold -inf."""
+    """Refuse to replace a good checkpoint by one whose weights, averages or moments are not finite."""
     for part in ("model", "model_ema", "optimizer"):
         for name, tensor in named_tensors(content.get(part)):
-            if tensor.is_floating_point() and not name.endswith("attn_mask") and not bool(torch.isfinite(tensor).all()):
+            if weight_files.count_not_finite(name, tensor):
                 good = folder / LATEST
                 kept = f"the last good checkpoint is {good}" if good.exists() else "there is no good checkpoint yet"
                 raise UserError(

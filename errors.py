@@ -108,16 +108,14 @@ def tells_the_user(main: Callable[..., Any]) -> Callable[..., Any]:
                 stream.reconfigure(errors="backslashreplace")  # terminals that are not of UTF-8
         try:
             return main(*args, **kwargs)
-        except UserError as error:
-            message = sentence(error)
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
+        except Exception as error:
+            if isinstance(error, UserError):
+                message = sentence(error)
+            elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                message = f"{error.filename}: the name is too long for this file system"
+            else:
                 tell_the_others(f"{type(error).__name__}: {error}")
                 raise
-            message = f"{error.filename}: the name is too long for this file system"
-        except Exception as error:
-            tell_the_others(f"{type(error).__name__}: {error}")
-            raise
         print(f"error: {printable(message)}", file=sys.stderr, flush=True)
         tell_the_others(message)
         raise SystemExit(2)

@@ -27,7 +27,7 @@ FORMATS = {  # Pillow's name -> endings of file names; JPEG includes MPO, severa
     "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
     "AVIF": (".avif", ".avifs"),
 }
-Image.init()  # else Pillow knows its commonest formats only
+Image.init()  # else Pillow knows the most common formats only
 DECODED = [name for name in FORMATS if name in Image.OPEN]  # AVIF from Pillow 11.3 on
 EXTENSIONS = tuple(ending for name in DECODED for ending in FORMATS[name])
 OTHERS = (  # what a file is instead, by its first bytes
@@ -73,7 +73,7 @@ def look_like_12_bits(sources: Iterable[Any]) -> bool:
     """Whether some of these are 16-bit files, and none of those has a pixel above 4095, 6 % of white."""
     brightest = []
     for source in sources:
-        with contextlib.suppress(Exception), open_image(source) as image:  # what cannot be read is told when it is needed
+        with contextlib.suppress(Exception), open_image(source) as image:  # what cannot be read is named when it is needed
             if is_16_bit(image):
                 brightest.append(int(np.asarray(image).max()))
     return bool(brightest) and max(brightest) < 4096

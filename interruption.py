@@ -29,7 +29,7 @@ def end_between_steps() -> None:
     """From here to the first step, and after the last, a signal ends the process with success: there is nothing to save."""
     for number in SIGNALS:
         if number != signal.SIGINT:
-            with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
+            with contextlib.suppress(ValueError):  # only the main thread may handle signals
                 handle(number, _end)
 
 

@@ -315,8 +315,8 @@ def decoder_depth_of(weights: dict[str, Tensor], asked: int | None, source: str)
 def load_tokenizer_weights(model: VQKD, weights: dict[str, Tensor], source: str) -> None:
     wanted = model.state_dict()
     for key in weights:
-        transformer = re.match(r"(encoder|decoder)\.(?!relative_position_index$|head\.|fc_norm\.)", key)
-        if transformer and key not in wanted and not key.endswith("relative_position_index"):
+        unused = re.match(r"(encoder|decoder)\.(head\.|fc_norm\.|.*relative_position_index$)", key)
+        if key.startswith(("encoder.", "decoder.")) and key not in wanted and not unused:
             raise UserError(f"{source} is of another architecture, which no tokenizer here computes: it holds {key}")
     missing = [key for key in wanted if key not in weights and not key.startswith("target_")]
     misfits = [key for key, value in weights.items() if key in wanted and wanted[key].shape != value.shape]

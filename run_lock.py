@@ -61,7 +61,7 @@ class RunLock:
             return  # of this machine, and it does not hold the lock: killed
         if holder.get("host") == self.me["host"]:
             alive = here and started(holder.get("pid")) == holder.get("process_started")
-            if locked or not alive:  # killed, or the machine started anew
+            if locked or not alive:  # killed, or the machine was restarted
                 return
             raise self.refusal(holder, "it must end first, or take another --output_dir")
         raise self.refusal(holder, f"if it is gone, remove {self.path}; else take another --output_dir")

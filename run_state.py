@@ -105,7 +105,7 @@ class Run:
 def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace, trains: bool = True) -> Run:
     """Join the other processes, choose device and precision, seed, say what was asked for, and open the output folder.
 
-    trains: the run writes checkpoints, so nobody else may in the same folder.
+    trains: the run writes checkpoints, so no other run may in the same folder.
     """
     if trains:
         interruption.end_between_steps()

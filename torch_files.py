@@ -338,12 +338,9 @@ class Interpreter:
         raise HoldsCode(text)
 
     def call(self, _: Any) -> None:
-        arguments, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(function, Name) or not isinstance(arguments, tuple):
-            raise Damaged("its pickle calls something that is no function")
-        self.push_new(function, arguments)
-
-    def push_new(self, name: Name, arguments: tuple[Any, ...]) -> None:
+        arguments, name = self.stack.pop(), self.stack.pop()
+        if not isinstance(name, Name) or not isinstance(arguments, tuple):
+            raise Damaged("its pickle calls something that is no class or function")
         if name.text in BUILDERS:
             self.spend(sum(len(each) for each in arguments if isinstance(each, (str, bytes, list, tuple, dict, set))))
             self.stack.append(BUILDERS[name.text](self, *arguments))
@@ -358,12 +355,6 @@ class Interpreter:
         if not ours or arguments:
             raise HoldsCode(f"{name.text if isinstance(name, Name) else type(name).__name__}")
         return PickledObject(name.text)
-
-    def create(self, _: Any) -> None:
-        arguments, name = self.stack.pop(), self.stack.pop()
-        if not isinstance(name, Name) or not isinstance(arguments, tuple):
-            raise Damaged("its pickle makes an object of something that is no class")
-        self.push_new(name, arguments)
 
     def build(self, _: Any) -> None:
         """The state of an object: the attributes of ours and of a Namespace; a dtype's byte order; of others, nothing."""
@@ -608,8 +599,7 @@ STEPS: dict[str, Callable[[Interpreter, Any], Any]] = {
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), Interpreter.remember),
     "GLOBAL": Interpreter.push_name,
     "STACK_GLOBAL": Interpreter.push_stacked_name,
-    "REDUCE": Interpreter.call,
-    "NEWOBJ": Interpreter.create,
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), Interpreter.call),
     "BUILD": Interpreter.build,
     "BINPERSID": Interpreter.push_persistent,
 }

@@ -88,19 +88,26 @@ def weights_in(content: Any, source: str, keys: str = "model|module") -> dict[st
 
 
 def check_weight(key: Any, tensor: torch.Tensor, source: str) -> None:
-    """UserError: no weight of a network. A mask of attention may hold -inf; OpenAI's CLIP files have them."""
+    """UserError: no weight of a network."""
     if not isinstance(key, str):
         raise UserError(f"{source} holds a tensor under {key!r} instead of a name")
     if tensor.is_complex():
         raise UserError(f"{source}: {key} holds complex numbers ({tensor.dtype}), which no weight of a network is")
-    if tensor.is_floating_point() and tensor.numel() and not key.endswith("attn_mask"):
-        numbers = tensor if tensor.element_size() > 1 else tensor.float()  # of 8 bits torch compares none
-        if not all(map(math.isfinite, torch.aminmax(numbers))):  # one pass, without a copy
-            bad = int((~torch.isfinite(numbers)).sum())
-            raise UserError(
-                f"{source}: {key} holds {bad:,} value{'s that are' if bad > 1 else ' that is'} not finite (of "
-                f"{tensor.numel():,}): the training that wrote it had failed; take an earlier checkpoint"
-            )
+    if bad := count_not_finite(key, tensor):
+        raise UserError(
+            f"{source}: {key} holds {bad:,} value{'s that are' if bad > 1 else ' that is'} not finite (of "
+            f"{tensor.numel():,}): the training that wrote it had failed; take an earlier checkpoint"
+        )
+
+
+def count_not_finite(key: str, tensor: torch.Tensor) -> int:
+    """How many values are NaN or infinite. None of a mask of attention counts: OpenAI's CLIP files have them with -inf."""
+    if not tensor.is_floating_point() or not tensor.numel() or key.endswith("attn_mask"):
+        return 0
+    numbers = tensor if tensor.element_size() > 1 else tensor.float()  # of 8 bits torch compares none
+    if all(map(math.isfinite, torch.aminmax(numbers))):  # one pass, without a copy
+        return 0
+    return int((~torch.isfinite(numbers)).sum())
 
 
 KINDS = {  # a key that only this kind of file has -> what it is, and what it is for
