@@ -41,7 +41,6 @@ def write(content: dict[str, Any], path: Path) -> None:
     """Atomic: a temporary file beside it, flushed to the disk, renamed. A reader or a crash sees the old file or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()

@@ -74,10 +74,12 @@ def plain_flags(args: Any) -> dict[str, Any]:
 
 def weights_in(content: Any, source: str, keys: str = "model|module") -> dict[str, torch.Tensor]:
     """As load_state_dict, of a file that is read already; `source` is for the message."""
-    found = content
+    found, inside = content, []
     if isinstance(content, Mapping):
         inside = [key for key in (*keys.split("|"), "state_dict") if isinstance(content.get(key), Mapping)]
         found = content[inside[0]] if inside else content
+    if isinstance(found, Mapping):
+        check_all_tensors(found, source, beside_others=not inside)
     tensors = {k: v for k, v in found.items() if isinstance(v, torch.Tensor)} if isinstance(found, Mapping) else {}
     if not tensors:
         holds = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
@@ -85,6 +87,16 @@ def weights_in(content: Any, source: str, keys: str = "model|module") -> dict[st
     for key, tensor in tensors.items():
         check_weight(key, tensor, source)
     return tensors
+
+
+def check_all_tensors(state: Mapping[Any, Any], source: str, beside_others: bool) -> None:
+    """UserError: a weight that is something else than a tensor. `beside_others`: plain entries such as epoch may be there too."""
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor) and (not beside_others or "." in str(key)):
+            raise UserError(
+                f"{source}: {key} is no tensor but of type {type(value).__name__}, so the file is damaged or no weight file; "
+                "remove that entry if the weight is not needed, or get the file again"
+            )
 
 
 def check_weight(key: Any, tensor: torch.Tensor, source: str) -> None:

@@ -347,6 +347,16 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value):
     weight_files.load_state_dict(tmp_path / "clip.pth")
 
 
+@pytest.mark.parametrize("value", ["text", None, 1.0, [1.0]])
+def test_a_weight_that_is_no_tensor_is_named(tmp_path, value):
+    spoiled = {**WEIGHTS, "blocks.0.gamma_2": value}
+    for content in (spoiled, {"model": spoiled}, {"epoch": 3, "state_dict": spoiled}):
+        torch.save(content, tmp_path / "f.pth")
+        assert f"blocks.0.gamma_2 is no tensor but of type {type(value).__name__}" in refusal(tmp_path / "f.pth")
+    torch.save({**WEIGHTS, "epoch": 3, "arch": "ViT-B"}, tmp_path / "f.pth")  # plain entries beside bare weights
+    assert set(weight_files.load_state_dict(tmp_path / "f.pth")) == set(WEIGHTS)
+
+
 def test_safetensors_whose_head_is_deep_json(tmp_path):
     from safetensors.torch import save_file
 
