@@ -29,7 +29,7 @@ OBSOLETE = {
     "dist_eval": "evaluation is always shared by all processes, and every image counts once",
 }
 WORST_CLASSES = 10
-# What flags for weights take. Everywhere model_zoo.fetch reads it; of teachers and pixel decoders nothing was published.
+# What flags for weights take. Everywhere downloads.fetch reads it; of teachers and pixel decoders nothing was published.
 FILE_OR_URL = "path or URL (in quotes)"
 WEIGHTS = "path, URL (in quotes) or published name"
 
@@ -387,7 +387,7 @@ def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_knn_monitor_flags(parser: argparse.ArgumentParser) -> None:
-    """k-NN accuracy while a model pretrains (knn.py)."""
+    """k-NN accuracy while a model pretrains (evaluation/knn.py)."""
     g = parser.add_argument_group("k-NN during pretraining")
     g.add_argument("--knn_freq", type=not_negative, default=0, help="epochs between k-NN evaluations of the student; 0: none")
     g.add_argument(
@@ -429,7 +429,7 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_shown_image_flags(parser: argparse.ArgumentParser) -> None:
-    """Which images a script draws (viewing.py)."""
+    """Which images a script draws (visualization/inputs.py)."""
     parser.add_argument("--image", type=expand_home, required=True, nargs="+", help="image files, or folders of images")
     parser.add_argument("--count", type=positive, default=8, help="images of each folder, evenly spread")
 

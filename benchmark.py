@@ -26,26 +26,26 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import arguments
-import checkpointing
-import distributed
 import engine
 import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
-from benchmark_images import CLASSES, PHOTO, masks, photos, pretraining_view, random_batch, random_masks
-from benchmark_peers import Settings, Transformers, Worker, timm_model
-from benchmark_plain import PlainClassifier, PlainPretraining, PlainQuantizer, PlainViews, PlainVQKD, read_plainly
-from benchmark_steps import ADAMW, CLIP_GRAD, MarkedTokens, Ours, classification_loss, enliven, inference, textbook
-from benchmark_turns import PHASES, Clock, Contender, Contest, Local, Mark, bytes_of, hold, matmul_speed, table
+from benchmarks.input_images import CLASSES, PHOTO, masks, photos, pretraining_view, random_batch, random_masks
+from benchmarks.peer_models import Settings, Transformers, Worker, timm_model
+from benchmarks.plain_models import PlainClassifier, PlainPretraining, PlainQuantizer, PlainViews, PlainVQKD, read_plainly
+from benchmarks.timing import PHASES, Clock, Contender, Contest, Local, Mark, bytes_of, hold, matmul_speed, table
+from benchmarks.training_steps import ADAMW, CLIP_GRAD, MarkedTokens, Ours, classification_loss, enliven, inference, textbook
+from checkpoint_io import checkpoints
+from data_pipeline.samplers import ResumableSampler, build_loader, close, collate
 from datasets import ImageFiles
-from distributed import log
 from engine_for_finetuning import FinetuningStage
 from engine_for_pretraining import PretrainingStage
 from engine_for_vqkd import TokenizerStage
 from errors import UserError, tells_the_user
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from run_state import Run
-from samplers import ResumableSampler, build_loader, close, collate
+from runtime import distributed
+from runtime.distributed import log
 from transforms import HALF_MEAN, HALF_STD, TokenizerViews, finetuning_view
 from utils import seed_all, seeded
 from vit_backbone import SIZES, cast_frozen
@@ -325,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             results.append({"stage": stage, **measure(contest, args, run, matmul)})
     if args.output:
         Path(args.output).write_text(
-            json.dumps({"machine": facts, "flags": checkpointing.plain(args.plain()), "contests": results}, indent=1) + "\n"
+            json.dumps({"machine": facts, "flags": checkpoints.plain(args.plain()), "contests": results}, indent=1) + "\n"
         )
         log.info("")
         log.info(f"written to {args.output}")

@@ -1,4 +1,4 @@
-"""Data sets: what a sample is, and what happens when one does not decode. Where images are: image_lists.py.
+"""Data sets: what a sample is, and what happens when one does not decode. Where images are: data_pipeline/image_lists.py.
 
 Everything random in a sample derives from (seed, epoch, index), so that neither the number of workers nor a resumed run
 changes what a sample looks like. A sample is a dictionary: the view's tensors (transforms.py), `label` (int, when there
@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-import shards
-from errors import UserError, pick
-from image_lists import (
+from data_pipeline import shards
+from data_pipeline.image_lists import (
     Samples,
     class_balanced_share,
     class_folders,
@@ -26,8 +25,9 @@ from image_lists import (
     read_class_index,
     refuse_one_class,
 )
+from data_pipeline.samplers import Files
+from errors import UserError, pick
 from masking_generator import MASK_TYPES, MaskingGenerator, scaled_mask_count, scaled_min_block
-from samplers import Files
 from transforms import (
     PretrainingViews,
     Source,

@@ -21,19 +21,17 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 import arguments
-import code_files
-import distributed
 import modeling_dvae
 import modeling_vqkd
-import viewing
-import visualization
-from code_files import Parts
+from data_pipeline.image_lists import Samples, find_images_or_file
+from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles
-from distributed import Launch, log
 from errors import UserError, tells_the_user
-from image_lists import Samples, find_images_or_file
-from samplers import build_eval_loader
+from runtime import distributed
+from runtime.distributed import Launch, log
 from transforms import View, eval_view
+from visualization import code_files, drawing, inputs
+from visualization.code_files import Parts
 
 DALL_E_SIZE = 112  # 14 x 14 tokens, as in BEiT v1
 SHEET, SHEET_COLUMNS = 16, 8  # token maps on one picture
@@ -191,25 +189,25 @@ def draw_maps(args: argparse.Namespace, parts: Parts, view: View) -> None:
     readable = (
         (name, codes, picture)
         for name, codes in parts.images()
-        if (picture := viewing.read_or_leave_out(os.path.join(root, name))) is not None
+        if (picture := inputs.read_or_leave_out(os.path.join(root, name))) is not None
     )
     shown = itertools.islice(readable, args.maps)
     for number in itertools.count():
         images, maps = [], []
         for name, codes, picture in itertools.islice(shown, SHEET):
-            image = visualization.enlarged(view(picture)["image"])
+            image = drawing.enlarged(view(picture)["image"])
             grid = torch.from_numpy(codes.astype(np.int64))
-            images.append(visualization.captioned(image, name))
-            maps.append(visualization.token_map(grid, parts.n_codes, image.shape[1:]))
+            images.append(drawing.captioned(image, name))
+            maps.append(drawing.token_map(grid, parts.n_codes, image.shape[1:]))
         if not images:
             return
         rows = [
-            visualization.side_by_side(row[start : start + SHEET_COLUMNS])
+            drawing.side_by_side(row[start : start + SHEET_COLUMNS])
             for start in range(0, len(images), SHEET_COLUMNS)
             for row in (images, maps)
         ]
         path = parts.folder / f"token_maps-{number}.png"
-        save_image(visualization.stacked(rows), path)
+        save_image(drawing.stacked(rows), path)
         log.info(f"maps       {path}")
 
 

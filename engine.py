@@ -22,17 +22,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-import checkpointing
-import distributed
-import sharding
-from distributed import Precision, log
+from checkpoint_io import checkpoints
+from data_pipeline.samplers import BadFiles, close
 from errors import UserError
-from interruption import StopSignal
-from metrics import Reporter, RunningMeans, clock
 from optim_factory import Schedule
 from run_state import Run, Stage, TrainingData, TrainState, finisher, save
-from samplers import BadFiles, close
-from transfer import to_device
+from runtime import distributed, fsdp
+from runtime.device import to_device
+from runtime.distributed import Precision, log
+from runtime.metrics import Reporter, RunningMeans, clock
+from runtime.signals import StopSignal
 from utils import derive_seed, seed_all
 
 BAD_STEPS_TO_GIVE_UP = 10
@@ -125,20 +124,20 @@ def train_epochs(
         state.epoch, state.samples = epoch + 1, 0
         run.saver.wait()  # evaluation starts data processes: no other thread may run while they are forked
         test = evaluate(state, stage) if due(epoch, args.eval_freq, epochs) else {}
-        with sharding.whole(state.model) as model:
+        with fsdp.whole(state.model) as model:
             test |= stage.probe(model, epoch)
         score = stage.better(test)
         # The line in log.txt first: a run killed between the two repeats the epoch, and then replaces the line.
         reporter.epoch(epoch, train, test)
-        names = [checkpointing.LATEST]
+        names = [checkpoints.LATEST]
         if due(epoch, args.save_ckpt_freq, epochs):
             names.append(f"checkpoint-{epoch}.pth")
         if score is not None and score > state.best and math.isfinite(test.get("test_loss", 0.0)):
             state.best = score
-            names.append(checkpointing.BEST)
+            names.append(checkpoints.BEST)
         save(state, stage, run, epoch, names)
         if args.image_freq and (epoch == 0 or due(epoch, args.image_freq, epochs)):
-            with sharding.whole(state.model) as model:
+            with fsdp.whole(state.model) as model:
                 if reporter.shows_pictures:
                     reporter.pictures(epoch, stage.pictures(model))
 
@@ -160,12 +159,12 @@ def due(epoch: int, every: int, epochs: int) -> bool:
 
 def evaluate(state: TrainState, stage: Stage) -> dict[str, float]:
     """The stage's evaluation of the weights, and of their moving average where there is one."""
-    with sharding.whole(state.model) as model:
+    with fsdp.whole(state.model) as model:
         test = stage.evaluate(model)
     if state.ema is not None and test:
         device = next(state.model.parameters()).device
         on_device = state.ema.module if state.ema.device is None else copy.deepcopy(state.ema.module).to(device)
-        with sharding.whole(on_device) as model:
+        with fsdp.whole(on_device) as model:
             averaged = stage.evaluate(model)
         test |= {name.replace("test_", "test_ema_", 1): value for name, value in averaged.items()}
     return test
@@ -217,11 +216,11 @@ def train_one_epoch(
             reporter.step(state.means.read(), current_lr(state), state.step, step_in_epoch, data.sampler.global_batch, left)
         if args.save_ckpt_steps and state.step % args.save_ckpt_steps == 0:
             watch.check()
-            more = [checkpointing.step_name(state.step)] if args.keep_ckpts > 0 else []
-            save(state, stage, run, state.epoch, [checkpointing.LATEST, *more])
+            more = [checkpoints.step_name(state.step)] if args.keep_ckpts > 0 else []
+            save(state, stage, run, state.epoch, [checkpoints.LATEST, *more])
         if stop.agreed():
             watch.check()
-            save(state, stage, run, state.epoch, [checkpointing.LATEST])
+            save(state, stage, run, state.epoch, [checkpoints.LATEST])
             raise Stopped(stop.received or "a signal to another process")
         run.saver.check()
     now = {"lr": current_lr(state)}
@@ -324,14 +323,14 @@ def take_step(state: TrainState, clip_grad: float | None) -> Tensor:
     """Clip and update; a step whose gradients are not finite leaves weights and optimizer as they are. Returns the norm."""
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)
-    if optimizer.defaults.get("fused") and not scaler.is_enabled() and not sharding.is_sharded(state.model):
+    if optimizer.defaults.get("fused") and not scaler.is_enabled() and not fsdp.is_sharded(state.model):
         norm = nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
         # Read by the fused kernels, which skip the step or divide the gradients while they read them.
         skips, divisor = (~torch.isfinite(norm)).float(), ((norm + 1e-6) / clip_grad).clamp(min=1) if clip_grad else None
         optimizer.found_inf, optimizer.grad_scale = skips, divisor  # type: ignore[attr-defined]
         optimizer.step()
     else:
-        norm = sharding.full(nn.utils.clip_grad_norm_(state.parameters, clip_grad or math.inf))
+        norm = fsdp.full(nn.utils.clip_grad_norm_(state.parameters, clip_grad or math.inf))
         if scaler.is_enabled():
             scaler.step(optimizer)  # skips by itself
         elif bool(torch.isfinite(norm)):  # SGD, timm's optimizers and sharded ones do not skip on the device
@@ -384,7 +383,7 @@ class BadSteps:
             batches = [describe_batch(batch) for batch in self.last_batches]
             path = self.run.output_dir / f"bad_batch-rank{self.run.launch.rank}.json"
             path.write_text(json.dumps(state | {"last_micro_batches": batches}, indent=1) + "\n")
-            good = self.run.output_dir / checkpointing.LATEST
+            good = self.run.output_dir / checkpoints.LATEST
             kept = f"the last good checkpoint is {good}, the last batch is described in {path}"
         raise UserError(
             f"{BAD_STEPS_TO_GIVE_UP} steps in a row, up to step {step}, had a loss or gradient that is not finite; they "

@@ -13,13 +13,13 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import distributed
-from confusion import Confusion
-from distributed import Precision
 from engine import evaluation_batches
-from metrics import accuracy, top_k_correct
+from evaluation.confusion import Confusion
+from evaluation.trained_classifier import refuse_resuming_other_classes
 from run_state import Stage
-from trained_classifier import refuse_resuming_other_classes
+from runtime import distributed
+from runtime.distributed import Precision
+from runtime.metrics import accuracy, top_k_correct
 
 
 class FinetuningStage(Stage):

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-import distributed
-import knn
-from distributed import Precision
+from data_pipeline.samplers import Key, digest
 from engine import evaluation_batches
 from errors import UserError
-from metrics import accuracy, top_k_correct
+from evaluation import knn
 from run_state import Stage
-from samplers import Key, digest
+from runtime import distributed
+from runtime.distributed import Precision
+from runtime.metrics import accuracy, top_k_correct
 
 
 class FrozenBackbone:

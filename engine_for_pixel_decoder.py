@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-import visualization
-from distributed import Precision
 from engine import evaluation_batches, mean_of_steps, samples_to_show
-from metrics import psnr
 from run_state import Stage
+from runtime.distributed import Precision
+from runtime.metrics import psnr
+from visualization import drawing
 
 
 class PixelDecoderStage(Stage):
@@ -48,7 +48,7 @@ class PixelDecoderStage(Stage):
         with self.precision.autocast():
             codes = model.encode(torch.stack(images).to(self.device))
             drawn = model.decode(codes)
-        return {"reconstruction": visualization.reconstructions(images, codes, model.n_codes, list(drawn))}
+        return {"reconstruction": drawing.reconstructions(images, codes, model.n_codes, list(drawn))}
 
 
 def compare(drawn: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

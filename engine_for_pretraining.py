@@ -1,29 +1,33 @@
-"""Masked image modelling: one step of BEiT and BEiT v2, and of the ablations of what is predicted.
+"""Masked image modeling: one step of BEiT and BEiT v2, what a patch must predict, and the ablations of that.
 
-Shapes: B batch, N patches, P predicted patches of the whole batch (the masked ones, or all B * N), V values for each.
+Shapes: B batch, N patches, P predicted patches of the whole batch (the masked ones, or all B * N), V values for each,
+K codes.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-import knn
-import visualization
-from distributed import Precision
 from engine import evaluation_batches, mean_of_steps, samples_to_show, to_device
 from errors import UserError
-from pretraining_targets import Judged, Target
+from evaluation import knn
+from layers.linear_cross_entropy import linear_cross_entropy
 from run_state import Stage
+from runtime import distributed
+from runtime.distributed import Precision
+from visualization import drawing
 from vit_backbone import at_mask
 
 
 class PretrainingStage(Stage):
-    """Predict the target (pretraining_targets) of every masked patch, once or (with the CLS head) twice.
+    """Predict the target of every masked patch, once or (with the CLS head) twice.
 
     Args:
         target: codes of a frozen tokenizer, or pixels.
@@ -54,29 +58,33 @@ class PretrainingStage(Stage):
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the branches' losses over the predicted patches (BEiT v2, section 3.2)."""
-        target = self.target.of(batch, masked_only=not self.predict_all)
-        judge = functools.partial(self.target.judge, target=target)
-        outputs = model(batch["image"], batch["mask"], return_all_tokens=self.predict_all, read=judge)
-        branches = [outputs] if isinstance(outputs, Judged) else list(outputs)
-        losses = [branch.loss for branch in branches]
+        target = self.target.encode(batch, masked_only=not self.predict_all)
+
+        def criterion(hidden: Tensor, head: nn.Linear) -> PatchLoss:
+            return self.target.loss(hidden, head, target)
+
+        # The model applies the criterion to each branch, inside its forward pass: DDP and FSDP need the head there.
+        outputs = model(batch["image"], batch["mask"], return_all_tokens=self.predict_all, criterion=criterion)
+        branches = [outputs] if isinstance(outputs, PatchLoss) else list(outputs)  # main branch, CLS branch
+        loss = torch.stack([branch.loss for branch in branches]).sum()
         logs: dict[str, Tensor] = {}
         for i, branch in enumerate(branches):
-            accuracies = self.accuracies(branch.right, batch["mask"])
+            accuracies = self.accuracies(branch.correct, batch["mask"])
             logs |= {f"{name}{suffix(i, branches)}": accuracy for name, accuracy in accuracies.items()}
         if len(branches) > 1:
-            logs |= {f"loss{suffix(i, branches)}": loss for i, loss in enumerate(losses)}
+            logs |= {f"loss{suffix(i, branches)}": branch.loss for i, branch in enumerate(branches)}
         if model.training:
-            self.target.count(target)
-        return torch.stack(losses).sum(), logs
+            self.target.update_statistics(target)
+        return loss, logs
 
-    def accuracies(self, right: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
+    def accuracies(self, correct: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
         """`mlm_acc` is of the masked patches whatever is predicted, so that runs compare; `all_acc` of all patches."""
-        if right is None:
+        if correct is None:
             return {}
         if not self.predict_all:
-            return {"mlm_acc": right.mean()}
-        of_masked = {} if self.nothing_masked else {"mlm_acc": at_mask(right, mask).mean()}
-        return of_masked | {"all_acc": right.mean()}
+            return {"mlm_acc": correct.mean()}
+        of_masked = {} if self.nothing_masked else {"mlm_acc": at_mask(correct, mask).mean()}
+        return of_masked | {"all_acc": correct.mean()}
 
     def start_epoch(self, epoch: int) -> None:
         self.target.start_epoch()
@@ -122,19 +130,19 @@ class PretrainingStage(Stage):
         batch: dict[str, Any] = {name: torch.stack([sample[name] for sample in samples]) for name in names}
         moved = to_device(batch, self.device)
         with self.precision.autocast():
-            targets = self.target.of(moved)
+            targets = self.target.encode(moved)
             outputs = model(moved["image"], moved["mask"], return_all_tokens=self.predict_all)
-            answer = self.target.answer((outputs[0] if isinstance(outputs, tuple) else outputs).flatten(0, -2))
-        answered = targets.clone()
-        answered[slice(None) if self.predict_all else batch["mask"].flatten().to(answered.device)] = answer
+            predictions = self.target.decode((outputs[0] if isinstance(outputs, tuple) else outputs).flatten(0, -2))
+        predicted = targets.clone()
+        predicted[slice(None) if self.predict_all else batch["mask"].flatten().to(predicted.device)] = predictions
         rows, grid = [], model.patch_embed.patch_shape
-        per_image = (part.cpu().unflatten(0, (len(samples), -1)) for part in (targets, answered))
-        for image, mask, target, answers in zip(batch["image"], batch["mask"], *per_image, strict=True):
-            shown = visualization.denormalise(image, *self.mean_std)
-            seen = visualization.masked_image(shown, mask.view(grid))
-            own = self.target.pictures(target, answers, grid, image.shape[-2:])
-            rows.append(visualization.side_by_side([shown, seen, *own]))
-        return {f"masked_{self.target.name}": visualization.stacked(rows)}
+        per_image = (part.cpu().unflatten(0, (len(samples), -1)) for part in (targets, predicted))
+        for image, mask, target, predicted_targets in zip(batch["image"], batch["mask"], *per_image, strict=True):
+            shown = drawing.denormalise(image, *self.mean_std)
+            seen = drawing.masked_image(shown, mask.view(grid))
+            own = self.target.pictures(target, predicted_targets, grid, image.shape[-2:])
+            rows.append(drawing.side_by_side([shown, seen, *own]))
+        return {f"masked_{self.target.name}": drawing.stacked(rows)}
 
     def state_dict(self) -> dict[str, Any]:
         return self.target.state_dict() | {"task": self.task}
@@ -148,6 +156,139 @@ class PretrainingStage(Stage):
         self.target.load_state_dict(state)
 
 
-def suffix(index: int, branches: list[Judged]) -> str:
+def suffix(index: int, branches: list[PatchLoss]) -> str:
     """Published names: `mlm_acc` for one branch, `mlm_acc_1` and `mlm_acc_2` for main and CLS branch."""
     return f"_{index + 1}" if len(branches) > 1 else ""
+
+
+# ── Targets ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class PatchLoss(NamedTuple):
+    """The loss of one branch over the predicted patches."""
+
+    loss: Tensor  # () mean
+    correct: Tensor | None  # (P,) 1 where the prediction is the target, else 0; None where predictions are values
+
+
+class Target:
+    """What a patch must predict: its code (BEiT, BEiT v2) or, the ablation of BEiT's table 4, its pixels."""
+
+    name: str  # for the log and for pictures
+    width: int  # V
+
+    def encode(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
+        """A batch on the device (its mask on the host) -> the targets of every patch, (B * N, ...), images one after the
+        other, row-major; or of the masked patches alone (M, ...)."""
+        raise NotImplementedError
+
+    def loss(self, hidden: Tensor, head: nn.Linear, target: Tensor) -> PatchLoss:
+        """Of the normalized tokens (P, C) or (B, N, C), the prediction head, and the targets of those P patches."""
+        raise NotImplementedError
+
+    def networks(self) -> list[Any]:
+        """The frozen networks that it computes with."""
+        return []
+
+    def decode(self, prediction: Tensor) -> Tensor:
+        """Predictions (P, V) as values of the same kind as the targets."""
+        raise NotImplementedError
+
+    def update_statistics(self, target: Tensor) -> None:
+        """Count the targets of a training step."""
+
+    def start_epoch(self) -> None:
+        """Reset the counts."""
+
+    def end_epoch(self) -> dict[str, float]:
+        """The epoch's statistics, for log.txt."""
+        return {}
+
+    def pictures(self, target: Tensor, predicted: Tensor, grid: tuple[int, int], size: Sequence[int]) -> list[Tensor]:
+        """One image's targets (N, ...), and the same with the predictions in their places, as pictures of `size`."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo state_dict."""
+
+
+class Tokens(Target):
+    """The frozen tokenizer's code of each patch, by cross-entropy over the K codes."""
+
+    name = "tokens"
+
+    def __init__(self, tokenizer: Any, n_codes: int, device: torch.device) -> None:
+        self.tokenizer, self.width = tokenizer, n_codes
+        self.code_counts = torch.zeros(n_codes, device=device)  # of this epoch's targets
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
+        return self.tokenizer.get_codebook_indices(batch["tokenizer_image"], batch["mask"] if masked_only else None).flatten()
+
+    def networks(self) -> list[Any]:
+        return [self.tokenizer]
+
+    def loss(self, hidden: Tensor, head: nn.Linear, target: Tensor) -> PatchLoss:
+        loss, preds = linear_cross_entropy(hidden.flatten(0, -2), head, target)
+        return PatchLoss(loss, (preds == target).float())
+
+    def decode(self, prediction: Tensor) -> Tensor:
+        return prediction.argmax(dim=1)
+
+    def update_statistics(self, target: Tensor) -> None:
+        self.code_counts.index_add_(0, target, torch.ones_like(target, dtype=torch.float32))
+
+    def start_epoch(self) -> None:
+        self.code_counts.zero_()
+
+    def end_epoch(self) -> dict[str, float]:
+        """`majority_code_share`: the accuracy of always predicting the most frequent code, the baseline of `mlm_acc`."""
+        counts = self.code_counts.clone()
+        distributed.all_reduce_sum(counts)
+        return {
+            "majority_code_share": float(counts.max() / counts.sum().clamp(min=1)),
+            "target_codes": int((counts > 0).sum()),
+        }
+
+    def pictures(self, target: Tensor, predicted: Tensor, grid: tuple[int, int], size: Sequence[int]) -> list[Tensor]:
+        return [drawing.token_map(codes.view(grid), self.width, size) for codes in (target, predicted)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"code_counts": self.code_counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if distributed.is_main():  # the saved counts are rank 0's share
+            self.code_counts.copy_(state["code_counts"])
+
+
+class Pixels(Target):
+    """The patch's pixels as the network would see them, normalised by mean and std: mean squared error, no tokenizer.
+
+    The V = 3 * patch_size ** 2 values of a patch are in the order of the patch embedding's weights: channel, row, column.
+    """
+
+    name = "pixels"
+
+    def __init__(self, patch_size: int, mean_std: tuple[Sequence[float], Sequence[float]]) -> None:
+        self.patch_size, self.mean_std = patch_size, mean_std
+        self.width = 3 * patch_size**2
+
+    def encode(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
+        side = self.patch_size
+        pixels = rearrange(batch["image"], "b c (h row) (w col) -> (b h w) (c row col)", row=side, col=side)
+        return at_mask(pixels, batch["mask"]) if masked_only else pixels
+
+    def loss(self, hidden: Tensor, head: nn.Linear, target: Tensor) -> PatchLoss:
+        return PatchLoss(F.mse_loss(head(hidden).flatten(0, -2).float(), target), None)
+
+    def decode(self, prediction: Tensor) -> Tensor:
+        return prediction.float()
+
+    def pictures(self, target: Tensor, predicted: Tensor, grid: tuple[int, int], size: Sequence[int]) -> list[Tensor]:
+        """The image with the predicted patches pasted into it; its targets are the image itself."""
+        side = self.patch_size
+        image = rearrange(predicted, "(h w) (c row col) -> c (h row) (w col)", h=grid[0], c=3, row=side, col=side)
+        return [drawing.denormalise(image, *self.mean_std)]

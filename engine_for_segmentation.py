@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import distributed
-import visualization
-from distributed import Precision
 from engine import evaluation_batches, samples_to_show
 from errors import UserError
+from evaluation.trained_classifier import refuse_resuming_other_classes
 from run_state import Stage
-from segmentation_masks import IGNORED
-from sliding_window import Looking, predict
-from trained_classifier import refuse_resuming_other_classes
+from runtime import distributed
+from runtime.distributed import Precision
+from segmentation.mask_files import IGNORED
+from segmentation.sliding_window import Looking, predict
+from visualization import drawing
 
 PICTURES = 4
 
@@ -110,9 +110,9 @@ class SegmentationStage(Stage):
         for sample in samples_to_show(dataset, PICTURES):
             image, labels = sample["image"].to(self.device), sample["label"]
             predicted = predict(model, image, tuple(labels.shape), self.how, self.precision)
-            picture = visualization.denormalise(sample["image"], *self.statistics)
-            rows.append(visualization.segmentation_row(picture, [labels, predicted.cpu()], self.colours))
-        return {"segmentation": visualization.stacked(rows)} if rows else {}
+            picture = drawing.denormalise(sample["image"], *self.statistics)
+            rows.append(drawing.segmentation_row(picture, [labels, predicted.cpu()], self.colours))
+        return {"segmentation": drawing.stacked(rows)} if rows else {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"classes": self.classes}

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-import distributed
-import visualization
-from distributed import Precision, log
 from engine import evaluation_batches, samples_to_show
-from metrics import RunningMeans
 from modeling_vqkd import VQKD
 from norm_ema_quantizer import FEATURES_PER_CODE
 from run_state import Stage
+from runtime import distributed
+from runtime.distributed import Precision, log
+from runtime.metrics import RunningMeans
+from visualization import drawing
 
 CALIBRATION_IMAGES = 512
 
@@ -106,11 +106,11 @@ class TokenizerStage(Stage):
         with self.precision.autocast():
             codes = model.get_codebook_indices(torch.stack(images).to(self.device)).cpu()
         grid, n_codes = model.encoder.patch_embed.patch_shape, model.quantize.num_tokens
-        maps = [visualization.token_map(c.view(grid), n_codes, images[0].shape[-2:]) for c in codes]
-        rows = [visualization.side_by_side(images), visualization.side_by_side(maps)]
+        maps = [drawing.token_map(c.view(grid), n_codes, images[0].shape[-2:]) for c in codes]
+        rows = [drawing.side_by_side(images), drawing.side_by_side(maps)]
         return {
-            "tokens": visualization.stacked(rows),
-            "codebook_usage": visualization.usage_histogram(model.quantize.cluster_size),
+            "tokens": drawing.stacked(rows),
+            "codebook_usage": drawing.usage_histogram(model.quantize.cluster_size),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,22 +15,20 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import arguments
-import checkpointing
-import distributed
 import modeling_finetune
 import modeling_pretrain
 import pretrained
-import weight_formats
-import weight_source
-from distributed import log
+from checkpoint_io import checkpoints, remapping, weight_formats, weight_source
+from checkpoint_io.remapping import brief
+from checkpoint_io.weight_formats import INDEX, Converted, Preprocessing
+from checkpoint_io.weight_source import WEIGHT_FILES, Source
+from data_pipeline.imagenet_classes import in_words, synsets
 from errors import UserError, pick, tells_the_user
-from imagenet_classes import in_words, synsets
-from modeling_finetune import brief
-from positions import as_pair
+from layers.rel_pos_bias import as_pair
+from runtime import distributed
+from runtime.distributed import log
 from transforms import default_crop_pct, normalisation
 from vit_backbone import SIZES, Trunk
-from weight_formats import INDEX, Converted, Preprocessing
-from weight_source import WEIGHT_FILES, Source
 
 SUFFIXES = (".safetensors", ".pth")
 NAMES_OF = {"ours": "our names", "timm": "timm's names", "huggingface": "Hugging Face's names"}
@@ -149,18 +147,18 @@ def open_model(source: Source, args: argparse.Namespace) -> Model:
 
 def load(model: Trunk, weights: dict[str, Tensor], args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Load the weights; returns the keys that are no part of the model, and what else there is to say."""
-    fitting, missing = modeling_finetune.load_remapped(model, weights)
+    fitting, missing = remapping.load_remapped(model, weights)
     notes = []
     if set(missing) in ({"norm.weight", "norm.bias"}, {"fc_norm.weight", "fc_norm.bias"}) and "head.weight" not in fitting:
         notes.append("the last norm, which the file lacks, stays as it is built: 1 and 0")  # a backbone for segmentation
     elif missing:
         raise UserError(f"--checkpoint {args.checkpoint} is incomplete: it lacks {brief(missing)}")
     try:
-        modeling_finetune.refuse_misfits(weights, model, fitting)
+        remapping.refuse_misfits(weights, model, fitting)
     except UserError as error:
         raise UserError(f"--checkpoint {args.checkpoint} is not of one kind of model: {error}") from None
     left_out = [key for key in weights if key not in fitting and not key.endswith(INDEX)]
-    before, after = modeling_finetune.patch_grid(weights), model.patch_embed.patch_shape
+    before, after = remapping.patch_grid(weights), model.patch_embed.patch_shape
     if before not in (None, after):
         notes.append(f"positions were resized from {before[0]} x {before[1]} to {after[0]} x {after[1]} patches")
     return left_out, notes
@@ -246,7 +244,7 @@ def write_ours(model: Model, args: argparse.Namespace) -> Written:
     """--to safetensors: our names, with flags by which our scripts rebuild the model."""
     path = Path(args.output)
     flags = {**our_flags(model), **model.flags, "input_size": as_flag(model.settings["img_size"])}
-    weight_source.save(path, model.weights, checkpointing.plain(flags), model.classes)
+    weight_source.save(path, model.weights, checkpoints.plain(flags), model.classes)
     notes = [] if model.name else ["no --model builds it: vit_backbone.SIZES has no row of this size"]
     if model.prepared[:2] not in (normalisation(True), normalisation(False)):
         notes.append("our scripts know no such mean and std: they will use 0.5, or ImageNet's with the flag")
@@ -323,7 +321,7 @@ def predicts_pixels(model: Model) -> bool:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    checkpointing.write_json(path.parent, path.name, content)
+    checkpoints.write_json(path.parent, path.name, content)
 
 
 def pass_on(source: Source, args: argparse.Namespace) -> str:
@@ -336,14 +334,14 @@ def pass_on(source: Source, args: argparse.Namespace) -> str:
         raise UserError(
             f"--{given[0]} concerns classifiers and pretrained transformers; {args.checkpoint} is neither: leave it out"
         )
-    weight_source.save(Path(args.output), source.weights, checkpointing.plain(source.flags))
-    size = checkpointing.size_of(source.weights) / 2**20
+    weight_source.save(Path(args.output), source.weights, checkpoints.plain(source.flags))
+    size = checkpoints.size_of(source.weights) / 2**20
     return f"written    {args.output} ({len(source.weights)} tensors, {size:.1f} MiB), as they were: {held}"
 
 
 def report(source: Source, model: Model, written: Written) -> list[str]:
     weights, *others = written.files
-    size = checkpointing.size_of(written.converted.weights) / 2**20
+    size = checkpoints.size_of(written.converted.weights) / 2**20
     s, prepared = model.settings, model.prepared
     head = f"{s['num_classes']} classes" if s["num_classes"] else "no head"
     if model.vocab_size:

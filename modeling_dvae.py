@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import model_zoo
-import weight_files
+from checkpoint_io import downloads, weight_files
+from checkpoint_io.torch_files import PickledObject
 from errors import UserError
-from torch_files import PickledObject
 from vit_backbone import at_mask
 
 PATCH_SIZE = 8  # pixels per token: three poolings; 112 x 112 pixels give BEiT's 14 x 14 grid
 GROUPS = 4
-PUBLISHED = "dall_e_encoder"  # in model_zoo.ENTRIES
+PUBLISHED = "dall_e_encoder"  # in downloads.ENTRIES
 
 
 class Conv(nn.Module):
@@ -144,13 +143,13 @@ CLASSES = (
 
 
 def load_dall_e_encoder(path: str | None = None) -> DallEEncoder:
-    """The tokenizer in `path`: a file, a URL or a name (see model_zoo.fetch); None is OpenAI's, downloaded once.
+    """The tokenizer in `path`: a file, a URL or a name (see downloads.fetch); None is OpenAI's, downloaded once.
 
     Reads OpenAI's encoder.pkl (a pickled module) without running code from it, and state dicts, bare or under `model` or
     `state_dict`, in any floating-point type. Sizes are the file's. UserError: another file than such an encoder.
     """
     source = path or PUBLISHED
-    content = weight_files.load_file(model_zoo.fetch(source), CLASSES)
+    content = weight_files.load_file(downloads.fetch(source), CLASSES)
     if isinstance(content, PickledObject):
         content = dict(pickled_parameters(content))
     state = weight_files.weights_in(content, source, "model")

@@ -24,7 +24,7 @@ from vit_backbone import (
     truncated_normal_,
 )
 
-Reader = Callable[[Tensor, nn.Linear], Any]  # what is made of normalised tokens (M, C) or (B, N, C) and the head's layer
+Criterion = Callable[[Tensor, nn.Linear], Any]  # of normalized tokens (M, C) or (B, N, C) and the prediction head
 
 
 class MaskedPatches(NamedTuple):
@@ -99,19 +99,19 @@ class VisionTransformerForMaskedImageModeling(Trunk):
         bool_masked_pos: Tensor | None = None,
         return_all_tokens: bool = False,
         return_patch_tokens: bool = False,
-        read: Reader | None = None,
+        criterion: Criterion | None = None,
     ) -> Any:
         """Images (B, in_chans, height, width), mask (B, N) or None for nothing masked.
 
         Returns the logits of the masked patches (M, K) in row-major order; with return_all_tokens those of all patches
-        (B, N, K); with return_patch_tokens the normalised patch tokens (B, N, C). With `read`, in place of the logits what
-        read(normalised tokens, head) makes of them: a loss need not keep the logits.
+        (B, N, K); with return_patch_tokens the normalised patch tokens (B, N, C). With `criterion`, in place of the
+        logits what criterion(normalized tokens, head) gives: a loss that need not keep the logits.
         A mask on the CPU beside images on a GPU spares a synchronisation: the positions are listed on the host.
         """
         masked, hidden = self.place_mask(x, bool_masked_pos)
         every_patch = return_all_tokens or return_patch_tokens
         tokens = self.encode(x, masked, None if every_patch else hidden.alone)
-        return self.predict(tokens, hidden, return_all_tokens, return_patch_tokens, self.norm, self.lm_head, read)
+        return self.predict(tokens, hidden, return_all_tokens, return_patch_tokens, self.norm, self.lm_head, criterion)
 
     compiled_methods: tuple[str, ...] = ("encode",)
 
@@ -141,13 +141,13 @@ class VisionTransformerForMaskedImageModeling(Trunk):
         patch_tokens: bool,
         norm: nn.Module,
         head: nn.Linear,
-        read: Reader | None,
+        criterion: Criterion | None,
     ) -> Any:
         """Only what is asked for passes the norm and the large head."""
         asked = norm(tokens[:, 1:] if all_tokens or patch_tokens else hidden.of(tokens))
         if patch_tokens:
             return asked
-        return head(asked) if read is None else read(asked, head)
+        return head(asked) if criterion is None else criterion(asked, head)
 
 
 class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImageModeling):
@@ -181,7 +181,7 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
         bool_masked_pos: Tensor | None = None,
         return_all_tokens: bool = False,
         return_patch_tokens: bool = False,
-        read: Reader | None = None,
+        criterion: Criterion | None = None,
     ) -> tuple[Any, Any]:
         masked, hidden = self.place_mask(x, bool_masked_pos)
         every_patch = return_all_tokens or return_patch_tokens
@@ -189,8 +189,8 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
         bridged = self.aggregate_into_cls(last, early, bias, None if every_patch else hidden.alone)
         cls_norm, cls_head = (self.norm, self.lm_head) if self.shared_lm_head else (self.cls_pt_norm, self.cls_pt_lm_head)
         asked = (hidden, return_all_tokens, return_patch_tokens)
-        main = self.predict(last, *asked, self.norm, self.lm_head, read)
-        return main, self.predict(bridged, *asked, cls_norm, cls_head, read)
+        main = self.predict(last, *asked, self.norm, self.lm_head, criterion)
+        return main, self.predict(bridged, *asked, cls_norm, cls_head, criterion)
 
     compiled_methods = ("encode_both", "aggregate_into_cls")
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-import distributed
 from errors import UserError, pick
-from positions import at_least, has_free_size
+from layers.rel_pos_bias import at_least, has_free_size
+from runtime import distributed
 from vit_backbone import SIZES, Trunk, init_linear_and_norm, rescale_outputs
 
 POOL_SCALES = (1, 2, 3, 6)

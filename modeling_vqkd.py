@@ -15,13 +15,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-import model_zoo
-import weight_files
-import weight_formats
+from checkpoint_io import downloads, weight_files, weight_formats
 from errors import UserError, pick
+from layers.rel_pos_bias import grid_of
 from modeling_finetune import VisionTransformer
 from norm_ema_quantizer import NormEMAVectorQuantizer
-from positions import grid_of
 from transforms import IMAGENET_MEAN, IMAGENET_STD
 from vit_backbone import SIZES, Picked, at_mask, init_linear_and_norm, pick_masked
 from vqkd_teachers import TEACHER_DIMS
@@ -252,7 +250,7 @@ def open_tokenizer(source: str, flag: str = "--tokenizer_weight") -> tuple[VQKD,
 
     Returns it and the flags it was trained with ({} for published files). `flag` names the source in messages.
     """
-    content = weight_files.load_file(model_zoo.fetch(source))
+    content = weight_files.load_file(downloads.fetch(source))
     weights = weight_formats.strip_wrappers(weight_files.weights_in(content, source))
     flags = weight_files.plain_flags(content.get("args")) if isinstance(content, dict) else {}
     settings = settings_of(weights, flags, f"{flag} {source}")
@@ -286,7 +284,7 @@ def read_tokenizer(name: str, source: str | None, n_code: int, code_dim: int) ->
     Teacher, scaling and loss entries of released files are left out.
     """
     source = source or name
-    content = weight_files.load_file(model_zoo.fetch(source))
+    content = weight_files.load_file(downloads.fetch(source))
     weights = weight_formats.strip_wrappers(weight_files.weights_in(content, source))
     codebook = weights.get("quantize.embedding.weight")
     if codebook is None or "decode_task_layer.2.bias" not in weights:

@@ -11,16 +11,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-import distributed
-from positions import is_exported
+from layers.codebook_search import ROWS_PER_CHUNK, nearest_codes
+from runtime import distributed
 
 FEATURES_PER_CODE = 16  # k-means after a warm-up waits until this many features per code are at hand
-ROWS_PER_CHUNK = 32768  # similarities are taken for so many features at once: 32768 x 8192 in fp32 is 1 GiB
-ROWS_IN_CACHE = 256  # and on a CPU for so few that they stay in its cache: 256 x 8192 is 8 MiB
-CODES_PER_BLOCK = 128
-ROWS_SCREENED, CODES_SCREENED = 512, 256  # features at once in bf16 (512 x 8192: 8 MiB), codes in a block
-FEATURES_WORTH_SCREENING, CODES_WORTH_SCREENING = 1024, 2048  # with fewer it is no faster
-MOST_BLOCKS = 4  # per feature; with more of them left, screening did not pay
 
 
 def unit(x: Tensor) -> Tensor:
@@ -112,7 +106,7 @@ class NormEMAVectorQuantizer(nn.Module):
     def nearest(self, features: Tensor) -> Tensor:
         """Unit features (M, D) -> index of the most similar code (M,), always in fp32."""
         with torch.autocast(features.device.type, enabled=False):
-            return most_similar(features.float(), self.embedding.weight.float())
+            return nearest_codes(features.float(), self.embedding.weight.float())
 
     @torch.no_grad()
     def update(self, features: Tensor, indices: Tensor) -> None:
@@ -178,75 +172,6 @@ def perplexity(counts: Tensor) -> float:
     return float(torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()) * (total > 0))
 
 
-def most_similar(features: Tensor, codes: Tensor) -> Tensor:
-    """Unit features (M, D), unit codes (K, D) -> index of the most similar code (M,), in chunks of bounded memory."""
-    if is_exported():  # the number of chunks would be a constant
-        return first_maximum(features @ codes.t())
-    many = len(features) >= FEATURES_WORTH_SCREENING and len(codes) >= CODES_WORTH_SCREENING
-    many = many and len(codes) % CODES_SCREENED == 0
-    if many and features.device.type == "cpu" and distributed.cpu_has("amx_bf16"):
-        return torch.cat([screened(part, codes) for part in features.split(ROWS_PER_CHUNK)])
-    return most_similar_in_fp32(features, codes)
-
-
-def most_similar_in_fp32(features: Tensor, codes: Tensor) -> Tensor:
-    rows = ROWS_IN_CACHE if features.device.type == "cpu" else ROWS_PER_CHUNK
-    return torch.cat([first_maximum(part @ codes.t()) for part in features.split(rows)])
-
-
-def screened(features: Tensor, codes: Tensor) -> Tensor:
-    """What most_similar_in_fp32 gives: a product in bf16 tells in which blocks of codes a feature's maximum can lie, mostly one
-    or two, and only there is it looked for in fp32. K must be a multiple of CODES_SCREENED.
-
-    A feature x and a code c, both of length 1, rounded to x' and c': how far the product s' in bf16 may be from x . c in fp32:
-        |x . c - x' . c'| <= |x - x'| |c| + |x'| |c - c'|   (Cauchy-Schwarz; these lengths are measured)
-        + D 2^-20                                           (all sums in fp32, in any order)
-        + 2^-8 |s'|                                         (the result has 8 significant bits).
-    The first two lines are `error`. A block whose highest s' is below best - 2^-7 best - 2 error cannot hold the maximum. All
-    codes are moved by their mean first: a feature's similarities all change alike, and shorter codes have smaller errors.
-    """
-    centred = codes - codes.mean(dim=0)
-    rough, rough_codes = features.bfloat16(), centred.bfloat16()
-    # Positive bf16 numbers are ordered like their bits as integers, whose maximum is faster; a maximum below 0 comes out wrong,
-    # but below 0. Codes are rows: oneDNN is faster that way.
-    similarities = ((rough_codes @ part.t()).view(torch.int16) for part in rough.split(ROWS_SCREENED))
-    maxima = torch.cat([part.unflatten(0, (-1, CODES_SCREENED)).amax(dim=1) for part in similarities], dim=1)
-    best = maxima.amax(dim=0).view(torch.bfloat16).float()
-    error = (features - rough).norm(dim=1) * centred.norm(dim=1).max() + features.shape[1] * 2**-20
-    error += rough.float().norm(dim=1) * (centred - rough_codes).norm(dim=1).max()
-    threshold = best * (1 - 2**-7) - 2 * error
-    possible = ~((maxima.view(torch.bfloat16) < threshold) & (threshold > 0))  # (blocks, M); all for a feature with a NaN
-    possible[:, :16] = True  # a product of a few rows alone may be summed in another order
-    sizes = possible.sum(dim=1).tolist()
-    if sum(sizes) > MOST_BLOCKS * len(features):
-        return most_similar_in_fp32(features, codes)
-    return first_maximum_of(possible.nonzero(as_tuple=True)[1].split(sizes), features, codes)
-
-
-def first_maximum_of(rows: tuple[Tensor, ...], features: Tensor, codes: Tensor) -> Tensor:
-    """rows: for each block of codes, which features to compare with it; every feature needs one -> index of a code (M,)."""
-    pairs = zip(rows, codes.split(CODES_SCREENED), strict=True)
-    found = [(features[part] @ block.t()).max(dim=1) for part, block in pairs]
-    row = torch.cat(rows)
-    values = torch.cat([maximum.values for maximum in found])
-    places = torch.cat([maximum.indices + number * CODES_SCREENED for number, maximum in enumerate(found)])
-    highest = values.new_full((len(features),), -torch.inf).scatter_reduce(0, row, values, "amax")
-    places[values < highest[row]] = len(codes)
-    return places.new_full((len(features),), len(codes)).scatter_reduce(0, row, places, "amin")
-
-
-def first_maximum(similarity: Tensor) -> Tensor:
-    """argmax of each row of (M, K): (M,).
-
-    On a CPU torch's maximum is vectorised and its argmax is not: so first which block of codes, then which code in it.
-    """
-    if similarity.device.type != "cpu" or similarity.shape[1] % CODES_PER_BLOCK:
-        return similarity.argmax(dim=1)
-    blocks = similarity.unflatten(1, (-1, CODES_PER_BLOCK))
-    block = blocks.amax(dim=2).argmax(dim=1)
-    return block * CODES_PER_BLOCK + blocks[torch.arange(block.shape[0]), block].argmax(dim=1)
-
-
 def count_and_sum(features: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
     """Features (M, D) by code: counts (K,) and sums (K, D), without a one-hot matrix and without a synchronisation."""
     counts = features.new_zeros(n_codes).index_add_(0, indices, features.new_ones(len(indices)))
@@ -270,6 +195,6 @@ def cosine_kmeans(features: Tensor, n_codes: int, rounds: int = 10) -> Tensor:
         random = torch.randn(missing, features.shape[1], generator=generator).to(features)
         return torch.cat((centres, unit(random)))
     for _ in range(rounds):
-        counts, sums = count_and_sum(features, most_similar(features, centres), n_codes)
+        counts, sums = count_and_sum(features, nearest_codes(features, centres), n_codes)
         centres = torch.where(counts[:, None] > 0, unit(sums), centres)
     return centres

@@ -8,15 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-import modeling_finetune
-import weight_files
-import weight_source
-from distributed import log
+from checkpoint_io import remapping, weight_files, weight_source
+from checkpoint_io.weight_formats import SHARED_TABLE, to_our_names
 from errors import UserError
+from layers.rel_pos_bias import as_pair
 from modeling_finetune import VisionTransformer
-from positions import as_pair
+from runtime.distributed import log
 from vit_backbone import SIZES, Trunk
-from weight_formats import SHARED_TABLE, to_our_names
 
 
 def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[str]:
@@ -25,14 +23,14 @@ def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[
     UserError when blocks, patch embedding or CLS token do not fit. `source` names the weights, as in "--finetune out/pt.pth".
     """
     weights = to_our_names(weights)
-    fitting, missing = modeling_finetune.load_remapped(model, weights)
+    fitting, missing = remapping.load_remapped(model, weights)
     if not any(key.startswith("blocks.") for key in fitting):
         raise UserError(f"{source} is {weight_files.kind_of(weights)}: none of its weights fits this model")
     try:
-        modeling_finetune.refuse_misfits(weights, model, fitting)
+        remapping.refuse_misfits(weights, model, fitting)
     except UserError as error:
         raise UserError(f"{source} does not fit this model or is incomplete: {error}") from None
-    first, *rest = modeling_finetune.remapping_report(weights, model, fitting)
+    first, *rest = remapping.remapping_report(weights, model, fitting)
     for line in (f"weights    {source}", *(f"           {line}" for line in (first, *rest))):
         log.info(line)
     return missing
@@ -61,7 +59,7 @@ def architecture(weights: dict[str, Tensor], flags: dict[str, Any], num_heads: i
     if heads is None or width % heads:
         raise UserError(f"how many heads the {width} channels of each layer are cut into is not known: --num_heads says it")
     hidden = len(mlp)
-    ratio, grid = hidden / width, modeling_finetune.patch_grid(weights)
+    ratio, grid = hidden / width, remapping.patch_grid(weights)
     size = tuple(side * patch_size for side in grid) if grid else as_pair(flags.get("input_size") or 224)
     return {
         "img_size": size,
@@ -108,7 +106,7 @@ def open_backbone(
         raise UserError(f"--input_size: {error}") from None
     missing = load_fitting(model, weights, f"{flag} {source}")
     if not set(missing) <= {"norm.weight", "norm.bias"}:  # which nothing here reads
-        raise UserError(f"{flag} {source} is incomplete: it lacks {modeling_finetune.brief(missing)}")
+        raise UserError(f"{flag} {source} is incomplete: it lacks {remapping.brief(missing)}")
     return model.eval().requires_grad_(False), flags
 
 

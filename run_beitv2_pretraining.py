@@ -8,20 +8,19 @@ from collections.abc import Sequence
 from torch import nn
 
 import arguments
-import distributed
 import engine
-import knn
 import modeling_dvae
 import modeling_pretrain
 import modeling_vqkd
 import run_state
+from data_pipeline.samplers import build_eval_loader
 from datasets import build_knn_datasets, build_pretraining_dataset
-from distributed import log
-from engine_for_pretraining import PretrainingStage
+from engine_for_pretraining import Pixels, PretrainingStage, Target, Tokens
 from errors import UserError, pick, tells_the_user
+from evaluation import knn
 from optim_factory import build_schedule, create_optimizer
-from pretraining_targets import Pixels, Target, Tokens
-from samplers import build_eval_loader
+from runtime import distributed
+from runtime.distributed import log
 from transforms import normalisation
 from vit_backbone import SIZES, cast_frozen
 

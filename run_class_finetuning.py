@@ -12,23 +12,22 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import arguments
-import checkpointing
-import distributed
 import engine
-import imagenet_classes
 import modeling_finetune
 import pretrained
 import run_state
-import trained_classifier
-import weight_source
-from confusion import as_table, described
+from checkpoint_io import checkpoints, weight_source
+from data_pipeline import imagenet_classes
+from data_pipeline.samplers import build_eval_loader
 from datasets import build_finetuning_dataset
-from distributed import log
 from engine_for_finetuning import FinetuningStage, SomeLogits, WithMirrorImage
 from errors import UserError, pick, tells_the_user
+from evaluation import trained_classifier
+from evaluation.confusion import as_table, described
+from layers.rel_pos_bias import as_pair
 from optim_factory import LayerDecayValueAssigner, build_schedule, create_optimizer, layer_decay_values
-from positions import as_pair
-from samplers import build_eval_loader
+from runtime import distributed
+from runtime.distributed import log
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -208,7 +207,7 @@ def evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace, run: run
         log.info(line)
     if args.output_dir:
         how = {"set": name, "weights": trained.source, "model_ema": args.model_ema, "tta_flip": args.tta_flip}
-        checkpointing.write_json(args.output_dir, "eval.json", results | how | {"worst_classes": worst})
+        checkpoints.write_json(args.output_dir, "eval.json", results | how | {"worst_classes": worst})
 
 
 if __name__ == "__main__":

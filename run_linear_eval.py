@@ -10,20 +10,19 @@ import torch
 from torch import Tensor
 
 import arguments
-import checkpointing
-import distributed
 import engine
-import knn
 import pretrained
 import run_state
-import weight_source
+from checkpoint_io import checkpoints, weight_source
+from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles, build_finetuning_dataset
-from distributed import log
 from engine import evaluation_batches
 from engine_for_linear_eval import CachedFeatures, FrozenBackbone, LinearHeads, LinearStage
 from errors import UserError, tells_the_user
+from evaluation import knn
 from optim_factory import build_schedule, create_optimizer
-from samplers import build_eval_loader
+from runtime import distributed
+from runtime.distributed import log
 
 STATISTICS_IMAGES = 10_000  # training images that give each channel's mean and variance
 CROPS = ("min_crop_scale", "color_jitter", "vflip", "train_interpolation")  # flags of random crops
@@ -186,7 +185,7 @@ def evaluate_knn(encode: FrozenBackbone, settings: argparse.Namespace, run: run_
     for k in args.knn_k:
         log.info(f"k = {k:<6} top-1 {results[f'knn{k}_acc1']:.2f} %  top-5 {results[f'knn{k}_acc5']:.2f} %")
     if args.output_dir:
-        checkpointing.write_json(args.output_dir, "knn.json", results)
+        checkpoints.write_json(args.output_dir, "knn.json", results)
 
 
 if __name__ == "__main__":

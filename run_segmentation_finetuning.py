@@ -17,25 +17,23 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_tensor
 
 import arguments
-import checkpointing
-import distributed
 import engine
 import modeling_segmentation
 import run_state
-import segmentation_data
-import trained_segmenter
-import visualization
-import weight_source
-from distributed import log
+from checkpoint_io import checkpoints, weight_source
+from data_pipeline.image_lists import find_images_or_file
+from data_pipeline.samplers import build_eval_loader
 from engine_for_segmentation import Scores, SegmentationStage
 from errors import UserError, pick, tells_the_user
-from image_lists import find_images_or_file
+from evaluation.trained_classifier import warn_of_other_pretraining
 from optim_factory import LayerDecayValueAssigner, build_poly_schedule, create_optimizer, layer_decay_values
-from samplers import build_eval_loader
-from sliding_window import Looking, predict
-from trained_classifier import warn_of_other_pretraining
+from runtime import distributed
+from runtime.distributed import log
+from segmentation import image_mask_pairs, trained_segmenter
+from segmentation.sliding_window import Looking, predict
 from transforms import normalisation
-from viewing import read_or_leave_out, save_picture
+from visualization import drawing
+from visualization.inputs import read_or_leave_out, save_picture
 
 OF_TRAINING = (
     "model", "nb_classes", "aux_weight", "head_drop", "layer_decay", "rel_pos_bias", "abs_pos_emb", "layer_scale_init_value",
@@ -70,7 +68,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--eval scores a model against masks, --predict labels images without: give one of them")
     if args.predict and not os.path.exists(args.predict):
         raise UserError(f"--predict {args.predict}: no such file or folder")
-    segmentation_data.training_view(args)  # the flags of both views are checked where they are used
+    image_mask_pairs.training_view(args)  # the flags of both views are checked where they are used
     looking(args)
 
 
@@ -95,7 +93,7 @@ def looking(args: argparse.Namespace) -> Looking:
 def build_stage(
     args: argparse.Namespace, run: run_state.Run, classes: Sequence[str], validation: DataLoader | None
 ) -> SegmentationStage:
-    colours, statistics = segmentation_data.palette(args, len(classes)), normalisation(args.imagenet_default_mean_and_std)
+    colours, statistics = image_mask_pairs.palette(args, len(classes)), normalisation(args.imagenet_default_mean_and_std)
     return SegmentationStage(
         run.device, run.precision, looking(args), classes, colours, statistics, validation, args.aux_weight
     )
@@ -116,18 +114,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = weight_source.read(args.finetune, flag="--finetune") if args.finetune else None
 
     # ── Data ──
-    pairs = segmentation_data.find_pairs(args.data_path, train=True)
-    classes = segmentation_data.read_classes(args, pairs)
+    pairs = image_mask_pairs.find_pairs(args.data_path, train=True)
+    classes = image_mask_pairs.read_classes(args, pairs)
     log.info(f"classes    {len(classes)}: {', '.join(classes[:6])}{' ...' if len(classes) > 6 else ''}")
     check_batch_norm(args, run)
     global_batch = args.batch_size * run.launch.world_size * args.update_freq
     passes = math.ceil(min(args.steps_per_epoch, args.max_steps) * global_batch / len(pairs))
-    dataset = segmentation_data.build_dataset(args, True, classes, passes)
+    dataset = image_mask_pairs.build_dataset(args, True, classes, passes)
     dataset.check_that_classes_occur()
     data = run_state.training_data(dataset, run)
     validation = None
     if not args.disable_eval:
-        held_out = segmentation_data.build_dataset(args, False, classes)
+        held_out = image_mask_pairs.build_dataset(args, False, classes)
         held_out.check_masks()  # now, not after the first epoch
         validation = build_eval_loader(held_out, args, run.launch, run.device, batch_size=1)
         log.info(f"evaluation {len(held_out):,} images")
@@ -178,7 +176,7 @@ def use_finished(parser: argparse.ArgumentParser, args: argparse.Namespace, give
     content = trained_segmenter.read(source, flag)
     args = trained_segmenter.as_trained(parser, args, given, content)
     model = trained_segmenter.build(content, f"{flag} {source}").to(run.device)
-    classes = trained_segmenter.class_names(content, segmentation_data.read_names(args)[0], f"{flag} {source}")
+    classes = trained_segmenter.class_names(content, image_mask_pairs.read_names(args)[0], f"{flag} {source}")
     try:
         if args.predict:
             label_images(args, run, model, build_stage(args, run, classes, None))
@@ -191,7 +189,7 @@ def use_finished(parser: argparse.ArgumentParser, args: argparse.Namespace, give
 
 
 def evaluate(args: argparse.Namespace, run: run_state.Run, model: nn.Module, classes: Sequence[str], source: str) -> None:
-    dataset = segmentation_data.build_dataset(args, False, classes)
+    dataset = image_mask_pairs.build_dataset(args, False, classes)
     dataset.check_masks()
     scores = build_stage(args, run, classes, build_eval_loader(dataset, args, run.launch, run.device, batch_size=1)).measure(
         model
@@ -204,7 +202,7 @@ def evaluate(args: argparse.Namespace, run: run_state.Run, model: nn.Module, cla
             for name, iou, acc in zip(classes, scores.iou, scores.acc, strict=True)
         }
         results = {"test_miou": scores.miou, "test_macc": scores.macc, "test_aacc": scores.aacc}
-        checkpointing.write_json(args.output_dir, "eval.json", results | {"weights": source, "classes": by_class})
+        checkpoints.write_json(args.output_dir, "eval.json", results | {"weights": source, "classes": by_class})
 
 
 def as_table(scores: Scores, classes: Sequence[str]) -> list[str]:
@@ -225,17 +223,17 @@ def label_images(args: argparse.Namespace, run: run_state.Run, model: nn.Module,
     paths = [Path(path) for path in find_images_or_file(args.predict, "--predict") if out not in Path(path).parents]
     root = Path(args.predict) if os.path.isdir(args.predict) else Path(args.predict).parent
     stems = Counter(path.with_suffix("") for path in paths)
-    view, done = segmentation_data.evaluation_view(args), 0
+    view, done = image_mask_pairs.evaluation_view(args), 0
     for path in paths[run.launch.rank :: run.launch.world_size]:
         picture = read_or_leave_out(str(path))
         if picture is None:
             continue
-        image = segmentation_data.normalised(view(picture).to(run.device), stage.statistics)
+        image = image_mask_pairs.normalised(view(picture).to(run.device), stage.statistics)
         labels = predict(model, image, (picture.height, picture.width), stage.how, run.precision).cpu()
         name = path.relative_to(root)  # with its ending only where another image has the same name without
         name = name if stems[path.with_suffix("")] > 1 else name.with_suffix("")
         save_labels(labels, first, stage.colours, out / f"{name}_labels.png")
-        overlay = visualization.label_overlay(to_tensor(picture), labels, stage.colours)
+        overlay = drawing.label_overlay(to_tensor(picture), labels, stage.colours)
         save_picture(overlay, str(out / f"{name}_overlay.png"), "--output_dir")
         done += 1
     done = sum(distributed.gather_objects(done))

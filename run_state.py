@@ -19,18 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import arguments
-import checkpointing
-import compilation
-import distributed
-import interruption
-import resumption
-import sharding
-from distributed import Launch, Precision, choose_precision, log
+from checkpoint_io import checkpoints, resumption
+from data_pipeline.samplers import ResumableSampler, build_loader
 from errors import UserError
-from metrics import RunningMeans
 from optim_factory import check_saved_state
-from run_lock import RunLock
-from samplers import ResumableSampler, build_loader
+from runtime import compilation, distributed, fsdp, signals
+from runtime.distributed import Launch, Precision, choose_precision, log
+from runtime.metrics import RunningMeans
+from runtime.run_lock import RunLock
 from utils import seed_all
 from vit_backbone import Block, recompute_blocks
 
@@ -89,7 +85,7 @@ class Run:
     precision: Precision
     data: dict[str, Any] = field(default_factory=dict)  # how many images, and a digest of their names: for checkpoints
     lock: RunLock | None = None  # of rank 0, while it trains
-    saver: checkpointing.Saver = field(default_factory=checkpointing.Saver)
+    saver: checkpoints.Saver = field(default_factory=checkpoints.Saver)
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -108,15 +104,15 @@ def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace, trains:
     trains: the run writes checkpoints, so no other run may in the same folder.
     """
     if trains:
-        interruption.end_between_steps()
+        signals.end_between_steps()
     launch, device = distributed.start(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
     if getattr(args, "compile", False):  # a flag of the stages that train a ViT, as is the next
         compilation.require_compiler(device)
     run = Run(args, launch, device, choose_precision(args.amp_dtype, device), lock=open_output(args.output_dir, trains))
-    resumption.check_ranks_agree(checkpointing.plain(args.plain()))
+    resumption.check_ranks_agree(checkpoints.plain(args.plain()))
     check_start_epoch(args)
     if run.sharded:
-        sharding.check(args, device)
+        fsdp.check(args, device)
     seed_all(args.seed, device)  # the same on every rank: all build the same model
     log.info(f"── {parser.description} ──")
     log.info("flags      " + (", ".join(f"{k}={v}" for k, v in arguments.changed_flags(parser, args).items()) or "all default"))
@@ -142,7 +138,7 @@ def open_output(output_dir: str, trains: bool) -> RunLock | None:
             return None
         lock = RunLock(folder)
         try:
-            checkpointing.remove_leftovers(folder)  # before the lock is signed, which a full disk would not allow
+            checkpoints.remove_leftovers(folder)  # before the lock is signed, which a full disk would not allow
             lock.sign()
         except BaseException:
             lock.release()
@@ -250,7 +246,7 @@ def place(run: Run, model: nn.Module, ema: ModelEmaV3 | None = None) -> None:
     moves = [model] if ema is None or ema.device is not None else [model, ema.module]
     for network in moves:
         if run.sharded:
-            sharding.shard(network, run.device, Block)
+            fsdp.shard(network, run.device, Block)
         else:
             network.to(run.device)
 
@@ -298,7 +294,7 @@ def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "epoch": epoch,
-        "args": checkpointing.plain(run.args.plain()),
+        "args": checkpoints.plain(run.args.plain()),
         "next": {"epoch": state.epoch, "samples": state.samples, "step": state.step},
         "best": state.best,
         "bad_in_a_row": state.bad_in_a_row,
@@ -314,7 +310,7 @@ def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]
 
 def resume(state: TrainState, stage: Stage, run: Run, steps_per_epoch: int) -> None:
     """Go on from --resume, or from output_dir/checkpoint.pth, if there is one; all ranks from the same place."""
-    path = checkpointing.find(run.args.resume, run.args.auto_resume, run.args.output_dir)
+    path = checkpoints.find(run.args.resume, run.args.auto_resume, run.args.output_dir)
     if path is not None:
         restore(state, stage, run, path, steps_per_epoch)
     places = distributed.gather_objects((state.epoch, state.samples, state.step))
@@ -327,13 +323,13 @@ def resume(state: TrainState, stage: Stage, run: Run, steps_per_epoch: int) -> N
 
 def restore(state: TrainState, stage: Stage, run: Run, path: Path, steps_per_epoch: int) -> None:
     """Undo `save`. Optimizer settings (betas, layer decay, ...) are this run's flags, its moments are the checkpoint's."""
-    content = checkpointing.read(path)
-    resumption.check_same_run(content, checkpointing.plain(run.args.plain()), run.data, path)
-    checkpointing.load_weights(state.model, content["model"], path)
+    content = checkpoints.read(path)
+    resumption.check_same_run(content, checkpoints.plain(run.args.plain()), run.data, path)
+    checkpoints.load_weights(state.model, content["model"], path)
     if state.ema is not None:
-        checkpointing.load_weights(state.ema.module, content.get("model_ema", content["model"]), path)
+        checkpoints.load_weights(state.ema.module, content.get("model_ema", content["model"]), path)
     if "next" not in content and run.output_dir and distributed.is_main():
-        checkpointing.keep_published(path, run.output_dir)
+        checkpoints.keep_published(path, run.output_dir)
     if resumption.is_published(content):
         content = resumption.from_published(content, steps_per_epoch, run.launch.world_size)
     if "optimizer" not in content or "next" not in content:
@@ -364,10 +360,10 @@ def load_optimizer(state: TrainState, saved: Any, path: Path) -> None:
     optimizer = state.optimizer
     check_saved_state(saved, optimizer, names, str(path))
     settings = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(sharding.shares_of_moments(saved, optimizer))
+    optimizer.load_state_dict(fsdp.shares_of_moments(saved, optimizer))
     for moments in optimizer.state.values():
         for key, value in moments.items():
-            if isinstance(value, Tensor) and not sharding.is_share(value):  # shares are copies already
+            if isinstance(value, Tensor) and not fsdp.is_share(value):  # shares are copies already
                 moments[key] = value.clone(memory_format=torch.contiguous_format)
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)

@@ -10,20 +10,20 @@ import torch
 from torch.utils.data import DataLoader
 
 import arguments
-import checkpointing
-import distributed
 import engine
-import modeling_pixel_decoder
 import modeling_vqkd
 import run_state
+from checkpoint_io import checkpoints
+from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles, build_held_out_dataset, build_vqkd_dataset
-from distributed import log
 from engine_for_pixel_decoder import PixelDecoderStage
 from engine_for_vqkd import TokenizerStage
 from errors import UserError, tells_the_user
 from norm_ema_quantizer import FEATURES_PER_CODE
 from optim_factory import build_schedule, create_optimizer
-from samplers import build_eval_loader
+from runtime import distributed
+from runtime.distributed import log
+from visualization import pixel_decoder
 from vit_backbone import cast_frozen
 from vqkd_teachers import build_teacher, check_name
 
@@ -95,7 +95,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         word = "with" if args.train_pixel_decoder else "without"
         raise UserError(f"--{idle[0]} has no effect {word} --train_pixel_decoder: leave it out")
     if args.train_pixel_decoder:
-        modeling_pixel_decoder.heads_of(args.pixel_decoder_dim)
+        pixel_decoder.heads_of(args.pixel_decoder_dim)
         if not args.tokenizer_weight:
             raise UserError("--train_pixel_decoder needs a trained tokenizer: --tokenizer_weight path/to/checkpoint.pth")
         return
@@ -183,7 +183,7 @@ def train_pixel_decoder(args: argparse.Namespace, run: run_state.Run) -> None:
     # ── Tokenizer, decoder ──
     tokenizer, _ = modeling_vqkd.open_tokenizer(args.tokenizer_weight)
     codebook = tokenizer.quantize.embedding.weight.clone()
-    model = modeling_pixel_decoder.Reconstructor(tokenizer, args.pixel_decoder_depth, args.pixel_decoder_dim)
+    model = pixel_decoder.Reconstructor(tokenizer, args.pixel_decoder_depth, args.pixel_decoder_dim)
     if args.input_size != model.image_size:
         raise UserError(
             f"--input_size {args.input_size}: the tokenizer in {args.tokenizer_weight} reads images of {model.image_size} "
@@ -227,7 +227,7 @@ def evaluate(args: argparse.Namespace, run: run_state.Run) -> None:
         counts = stage.held_out_counts.cpu().long().tolist()
         log.info(f"unused codes: {sum(count == 0 for count in counts)} of {len(counts)}")
         if args.output_dir:
-            path = checkpointing.write_text(args.output_dir, "codebook_usage.txt", "\n".join(map(str, counts)) + "\n")
+            path = checkpoints.write_text(args.output_dir, "codebook_usage.txt", "\n".join(map(str, counts)) + "\n")
             log.info(f"how often each code was used, one line a code: {path}")
 
 

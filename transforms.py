@@ -20,7 +20,7 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from augmentation import (
+from data_pipeline.augmentation import (
     Drawing,
     Drawn,
     Draws,
@@ -32,8 +32,8 @@ from augmentation import (
     resized_faster,
     sampled_pivot,
 )
+from data_pipeline.image_formats import is_16_bit, open_image
 from errors import UserError, pick
-from image_formats import is_16_bit, open_image
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

@@ -15,16 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 import arguments
-import distributed
 import modeling_finetune
 import pretrained
-import viewing
-import visualization
-from distributed import log
 from errors import UserError, tells_the_user
+from layers.rel_pos_bias import as_pair
 from modeling_finetune import VisionTransformer
-from positions import as_pair
+from runtime import distributed
+from runtime.distributed import log
 from transforms import eval_view, normalisation
+from visualization import drawing, inputs
 
 MOST_PIXELS = 1024 * 1024  # T x T numbers in every block, H x T x T in one: about 4 GB for a base model with 16-pixel patches
 
@@ -148,18 +147,18 @@ def mark_queries(image: Tensor, tokens: Sequence[int], grid: Sequence[int]) -> T
     """A frame around the patch of every token but CLS; the image may be enlarged."""
     patch = image.shape[1] // grid[0], image.shape[2] // grid[1]
     for place in (token - 1 for token in tokens if token > 0):
-        image = visualization.framed(image, place // grid[1] * patch[0], place % grid[1] * patch[1], *patch)
+        image = drawing.framed(image, place // grid[1] * patch[0], place % grid[1] * patch[1], *patch)
     return image
 
 
 def draw(image: Tensor, heat: Tensor, caption: str, threshold: float | None, tokens: Sequence[int] = ()) -> Tensor:
     """One captioned picture: a heat map (h, w) over the image, or the patches that hold `threshold` of its sum."""
     if threshold is None:
-        picture = visualization.heat_overlay(image, heat)
+        picture = drawing.heat_overlay(image, heat)
     else:
-        kept = visualization.most_of(heat, threshold)
-        picture, caption = visualization.spotlight(image, kept), f"{caption}: {int(kept.sum())} of {kept.numel()}"
-    return visualization.captioned(mark_queries(picture, tokens, heat.shape), caption)
+        kept = drawing.most_of(heat, threshold)
+        picture, caption = drawing.spotlight(image, kept), f"{caption}: {int(kept.sum())} of {kept.numel()}"
+    return drawing.captioned(mark_queries(picture, tokens, heat.shape), caption)
 
 
 def named_maps(maps: Tensor, blocks: list[int]) -> list[tuple[str, Tensor]]:
@@ -174,18 +173,18 @@ def rows_of_image(name: str, image: Tensor, model: VisionTransformer, shown: Ten
     blocks, grid = blocks_to_show(args.layer, len(model.blocks)), model.patch_embed.patch_shape
     queries = {query: query_token(query, grid) for query in args.query}
     maps = dict(zip(queries, attention_of(model, image, blocks, list(queries.values())).unbind(2), strict=True))
-    shown = visualization.enlarged(shown)  # room for a caption
+    shown = drawing.enlarged(shown)  # room for a caption
     if args.mean_only:
-        title = visualization.captioned(mark_queries(shown, list(queries.values()), grid), name)
+        title = drawing.captioned(mark_queries(shown, list(queries.values()), grid), name)
         means = [
             draw(shown, maps[query][0].mean(0), f"query {query}", args.threshold, [token]) for query, token in queries.items()
         ]
-        return [visualization.gallery([title, *means], args.columns)]
+        return [drawing.gallery([title, *means], args.columns)]
     rows = []
     for query, token in queries.items():
-        title = visualization.captioned(mark_queries(shown, [token], grid), f"{name}, query {query}")
+        title = drawing.captioned(mark_queries(shown, [token], grid), f"{name}, query {query}")
         pictures = [draw(shown, heat, caption, args.threshold) for caption, heat in named_maps(maps[query], blocks)]
-        rows.append(visualization.gallery([title, *pictures], args.columns))
+        rows.append(drawing.gallery([title, *pictures], args.columns))
     return rows
 
 
@@ -195,15 +194,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     check(args)
     distributed.set_up_logging(0)
-    paths = viewing.find_shown(args.image, args.count)
-    viewing.prepare_output(args.output, viewing.PICTURES)
+    paths = inputs.find_shown(args.image, args.count)
+    inputs.prepare_output(args.output, inputs.PICTURES)
     device = distributed.pick_device(args.device)
     model, flags = pretrained.open_backbone(args.checkpoint, args.input_size, args.num_heads)
     own = resized = model.to(device)
     blocks_to_show(args.layer, len(model.blocks))
     mean, std = normalisation(pretrained.uses_imagenet_statistics(flags, args, args.checkpoint))
     rows = []
-    for path, picture in viewing.read_shown(paths):
+    for path, picture in inputs.read_shown(paths):
         size = own.patch_embed.img_size
         if args.keep_aspect:
             size = whole_image_size(picture, min(size), own.patch_size)
@@ -211,8 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             resized = at_size(own, size)
         crop_pct = 1.0 if args.keep_aspect else args.crop_pct
         image = eval_view(size, crop_pct, mean=mean, std=std)(picture)["image"]
-        rows += rows_of_image(Path(path).name, image.to(device), resized, visualization.denormalise(image, mean, std), args)
-    viewing.save_picture(visualization.stacked(rows), args.output)
+        rows += rows_of_image(Path(path).name, image.to(device), resized, drawing.denormalise(image, mean, std), args)
+    inputs.save_picture(drawing.stacked(rows), args.output)
     shown = "every block, mean over heads" if args.layer is None else f"block {args.layer}"
     log.info(f"{args.output}: {len(rows)} rows, {shown}, query {' '.join(args.query)}")
 

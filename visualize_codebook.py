@@ -17,15 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import arguments
-import code_files
-import distributed
-import pages
-import viewing
-import visualization
-from code_files import BLOCK, Encoded
-from distributed import log
 from errors import UserError, tells_the_user
+from runtime import distributed
+from runtime.distributed import log
 from transforms import eval_view
+from visualization import code_files, drawing, html, inputs
+from visualization.code_files import BLOCK, Encoded
 
 OUTSIDE = 0.85  # grey around the image, where a patch lies at its border
 
@@ -134,19 +131,19 @@ def cut_out(image: Tensor, row: int, column: int, patch: int, context: int) -> T
     """The patch in the middle of `context` x `context` patches, enlarged, framed; grey where the image has ended."""
     before, side = context // 2 * patch, context * patch
     margin = F.pad(image, (before, side, before, side), value=OUTSIDE)
-    picture = visualization.enlarged(margin[:, row * patch :, column * patch :][:, :side, :side])
+    picture = drawing.enlarged(margin[:, row * patch :, column * patch :][:, :side, :side])
     if context == 1:
         return picture
     factor = picture.shape[1] // side
-    return visualization.framed(picture, before * factor, before * factor, patch * factor, patch * factor)
+    return drawing.framed(picture, before * factor, before * factor, patch * factor, patch * factor)
 
 
 def summary(encoded: Encoded, counts: np.ndarray, root: str) -> str:
     about, used, commonest = encoded.about, int((counts > 0).sum()), int(counts.argmax())
     height, width = about["grid"]
-    histogram = visualization.usage_histogram(torch.from_numpy(counts))
+    histogram = drawing.usage_histogram(torch.from_numpy(counts))
     return "\n".join([
-        pages.table([
+        html.table([
             ("images", f"{about['images']:,} of {root}"),
             ("patches", f"{counts.sum():,}, {height} x {width} an image"),
             ("codes used", f"{used:,} of {len(counts):,} ({used / len(counts):.1%})"),
@@ -155,8 +152,8 @@ def summary(encoded: Encoded, counts: np.ndarray, root: str) -> str:
             ("view of an image", about["view"]),
             ("tokenizer", about["tokenizer_weight"]),
         ]),
-        pages.picture(histogram, "How often each code is used, most used first, on a logarithmic scale", "PNG"),
-        pages.paragraph("How often each code is used: most used first, on a logarithmic scale."),
+        html.picture(histogram, "How often each code is used, most used first, on a logarithmic scale", "PNG"),
+        html.paragraph("How often each code is used: most used first, on a logarithmic scale."),
     ])  # fmt: skip
 
 
@@ -173,23 +170,23 @@ def sections(args: argparse.Namespace, encoded: Encoded, counts: np.ndarray, cho
         for code, sample in zip(chosen, samples, strict=True)
     }
     names = encoded.names(image for patches in examples.values() for image, _ in patches)
-    colours = visualization.code_colours(len(counts))
+    colours = drawing.code_colours(len(counts))
     broken: set[int] = set()
     for code, sample in zip(chosen, samples, strict=True):
         shown = []
         for image, place in examples[code]:
-            opened = None if image in broken else viewing.read_or_leave_out(os.path.join(root, names[image]))
+            opened = None if image in broken else inputs.read_or_leave_out(os.path.join(root, names[image]))
             if opened is None:
                 broken.add(image)
                 continue
             row, column = divmod(place, columns)
             picture = cut_out(view(opened)["image"], row, column, patch, args.context)
-            shown.append(pages.picture(picture, f"code {code}: patch {row},{column} of {names[image]}"))
+            shown.append(html.picture(picture, f"code {code}: patch {row},{column} of {names[image]}"))
         said = f"{counts[code]:,} patches, {counts[code] / counts.sum():.2%} of all, in {sample.found:,} images."
         if not counts[code]:
             said = "Does not occur in these images."
-        parts = [pages.paragraph(said), *([pages.pictures(shown)] if shown else [])]
-        yield pages.section(f"Code {code}", *parts, anchor=f"code-{code}", colour=colours[code].tolist())
+        parts = [html.paragraph(said), *([html.pictures(shown)] if shown else [])]
+        yield html.section(f"Code {code}", *parts, anchor=f"code-{code}", colour=colours[code].tolist())
     if broken and len(broken) == len(names):
         raise UserError(f"no image of {root} could be read: --data_path says where the images are now")
 
@@ -200,17 +197,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.set_up_logging(0)
     if args.context % 2 == 0:
         raise UserError(f"--context {args.context}: give an odd number of patches, so that one is in the middle")
-    viewing.prepare_output(args.output, viewing.PAGES)
+    inputs.prepare_output(args.output, inputs.PAGES)
     encoded = code_files.read(args.encoded, "--encoded")
     root = args.data_path or encoded.about["data_path"]
     if not os.path.isdir(root):
         raise UserError(f"{root}, the folder of the images, is not there: --data_path says where they are now")
     counts = count_codes(encoded)
     chosen, how = choose_codes(args, counts)
-    page = pages.document(
+    page = html.document(
         "Codebook",
         summary(encoded, counts, root),
-        pages.paragraph(
+        html.paragraph(
             f"{how} Each picture is a patch, framed in red, in the {args.context} x {args.context} patches around it; grey "
             "lies outside the image. The patches of a code are drawn at random, from different images as far as there are "
             "any. The square before a code is its colour in the token maps of encode_images.py."

@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 
 import arguments
-import distributed
-import viewing
-import visualization
-from distributed import log
 from errors import tells_the_user
-from metrics import psnr
-from modeling_pixel_decoder import open_reconstructor
+from runtime import distributed
+from runtime.distributed import log
+from runtime.metrics import psnr
 from transforms import eval_view
+from visualization import drawing, inputs
+from visualization.pixel_decoder import open_reconstructor
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -40,13 +39,13 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     distributed.set_up_logging(0)
-    found = viewing.find_shown(args.image, args.count)
-    viewing.prepare_output(args.output, viewing.PICTURES)
+    found = inputs.find_shown(args.image, args.count)
+    inputs.prepare_output(args.output, inputs.PICTURES)
     device = distributed.pick_device(args.device)
     model = open_reconstructor(args.checkpoint).to(device)
     view = eval_view(model.image_size, args.crop_pct)
     paths, images, codes, drawn = [], [], [], []
-    for path, picture in viewing.read_shown(found):
+    for path, picture in inputs.read_shown(found):
         paths.append(path)
         images.append(view(picture)["image"])
         codes.append(model.encode(images[-1][None].to(device)))
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info(f"{ours:6.2f} dB (mean colour {flat:.2f})  {path}")
     log.info(f"{own.mean():6.2f} dB (mean colour {trivial.mean():.2f})  mean of {len(images)}")
     captions = [(Path(path).name, "tokens", f"drawn: {ours:.2f} dB") for path, ours in zip(paths, own.tolist(), strict=True)]
-    viewing.save_picture(visualization.reconstructions(images, torch.cat(codes), model.n_codes, drawn, captions), args.output)
+    inputs.save_picture(drawing.reconstructions(images, torch.cat(codes), model.n_codes, drawn, captions), args.output)
     log.info(f"{args.output}: images, their tokens (a colour a code), and what was drawn from the tokens alone")
 
 

@@ -19,8 +19,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bf16_on_cpu import HeadsOnCpu, Linear, linear, trains_in_bf16
-from positions import (
+from layers.cpu_bf16 import HeadsOnCpu, Linear, linear, trains_in_bf16
+from layers.rel_pos_bias import (
     OtherGrid,
     add_relative_position_bias,
     as_pair,

@@ -24,9 +24,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-import model_zoo
 import utils
-import weight_files
+from checkpoint_io import downloads, weight_files
 from errors import UserError, pick
 
 log = logging.getLogger("beit")
@@ -184,7 +183,7 @@ def timm_network(order: Order, model: str, num_classes: int) -> Any:
                 "--teacher_weight takes a file or URL that holds them"
             ) from error
     elif order.weight != "random":
-        state = unwrapped(weight_files.load_state_dict(model_zoo.fetch(order.weight), "teacher|student|model|module"))
+        state = unwrapped(weight_files.load_state_dict(downloads.fetch(order.weight), "teacher|student|model|module"))
         try:
             state = convert(state, network) if convert else state
         except (AssertionError, AttributeError, KeyError, RuntimeError) as error:
@@ -260,7 +259,7 @@ def efficientnet_lite0(order: Order) -> Teacher:
         ) from error
     network = architecture.EfficientNet.from_name("efficientnet-lite0")
     if order.weight != "random":
-        load_all(network, weight_files.load_state_dict(model_zoo.fetch(order.weight or packaged.get_model_file_path())), order)
+        load_all(network, weight_files.load_state_dict(downloads.fetch(order.weight or packaged.get_model_file_path())), order)
     teacher = EfficientNetLite(network.eval(), order.input_size)
     tokens = teacher.targets(torch.zeros(1, 3, order.input_size, order.input_size)).shape[1]
     if tokens != order.grid**2:

@@ -24,11 +24,11 @@ from PIL import Image  # noqa: E402
 from torchvision.utils import save_image  # noqa: E402
 
 import stages  # noqa: E402
-import visualization  # noqa: E402
+from data_pipeline.image_lists import find_images  # noqa: E402
 from errors import UserError, printable, tells_the_user  # noqa: E402
-from image_lists import find_images  # noqa: E402
 from stages import run_entry  # noqa: E402
 from transforms import cut_to_length, load_image  # noqa: E402
+from visualization import drawing  # noqa: E402
 
 OUT = ROOT / "demo_output"
 SHORT_SIDE = 144  # photos are shrunk once: the model sees 128 pixels, and decoding would take longer than training
@@ -216,7 +216,7 @@ def draw(labelled: bool) -> list[str]:
     subprocess.run([*command, "--image", *photos, "--output", str(folder / "attention.png")], check=True, cwd=ROOT)
     draw_curves(folder / "curves.png", labelled)
     tiles = [folder / f"{name}.png" for name in ("masks_and_tokens_before", "masks_and_tokens_after")]
-    rows = [visualization.side_by_side([to_tensor(path) for path in tiles])]
+    rows = [drawing.side_by_side([to_tensor(path) for path in tiles])]
     save_image(rows[0], folder / "overview.png")
     return [str(Path(OUT.name) / "pictures" / path.name) for path in sorted(folder.glob("*.png"))]
 
@@ -243,7 +243,7 @@ def draw_curves(path: Path, labelled: bool) -> None:
         panels["fine-tuning loss, all labels"] = {
             label: [e["train_loss"] for e in log_of(f"finetune_{name}")] for name, label in names.items()
         }
-    visualization.plot_curves(panels, path)
+    drawing.plot_curves(panels, path)
 
 
 def show(summary: dict[str, Any]) -> None:

@@ -21,8 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import numpy as np  # noqa: E402
 from PIL import Image, ImageSequence  # noqa: E402
 
+from data_pipeline.image_formats import open_image  # noqa: E402
 from errors import UserError, tells_the_user  # noqa: E402
-from image_formats import open_image  # noqa: E402
 from stages import log_of, run_entry  # noqa: E402
 
 OUT = ROOT / "demo_output_segmentation"

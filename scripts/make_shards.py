@@ -25,10 +25,10 @@ import webdataset  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import arguments  # noqa: E402
-import shards  # noqa: E402
+from data_pipeline import shards  # noqa: E402
+from data_pipeline.image_formats import open_regular  # noqa: E402
+from data_pipeline.image_lists import EXTENSIONS, Samples, find_classes_folder, find_images  # noqa: E402
 from errors import ArgumentParser, UserError, printable, tells_the_user  # noqa: E402
-from image_formats import open_regular  # noqa: E402
-from image_lists import EXTENSIONS, Samples, find_classes_folder, find_images  # noqa: E402
 from utils import derive_seed  # noqa: E402
 
 

@@ -28,11 +28,11 @@ from torchvision.transforms import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import arguments
-from augmentation import Drawn, as_numbers, exact_crop, jitter_and_flip, resized, resized_faster, sampled_pivot
-from distributed import keep_freed_memory
+from data_pipeline.augmentation import Drawn, as_numbers, exact_crop, jitter_and_flip, resized, resized_faster, sampled_pivot
+from data_pipeline.image_lists import find_images
 from errors import tells_the_user
-from image_lists import find_images
 from masking_generator import MaskingGenerator
+from runtime.distributed import keep_freed_memory
 from transforms import (
     ASPECT_RANGE,
     HALF_MEAN,

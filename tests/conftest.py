@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-import distributed
+from runtime import distributed
 
 torch.set_num_threads(1)
 if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, here and by every process that a test starts

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import distributed
+from runtime import distributed
 
 
 def free_port() -> int:

@@ -23,11 +23,11 @@ from tiny_runs import (
 )
 
 import arguments
+import engine_for_pretraining
 import masking_generator
 import modeling_dvae
 import modeling_pretrain
 import modeling_vqkd
-import pretraining_targets
 import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
@@ -202,20 +202,20 @@ def test_pixels_are_normalised_as_the_flag_says_and_predicted_everywhere(data, t
     run_beitv2_pretraining.main(pixel_flags(data, tmp_path, *more))
     stage, batch, outputs, loss, logs = seen[0]
     assert outputs[0].shape == (4, 4, 768)
-    assert stage.target.of(batch).shape == (16, 768)
-    grid = stage.target.of(batch).view(4, 2, 2, 3, 16, 16).permute(0, 3, 1, 4, 2, 5).reshape(4, 3, 32, 32)
+    assert stage.target.encode(batch).shape == (16, 768)
+    grid = stage.target.encode(batch).view(4, 2, 2, 3, 16, 16).permute(0, 3, 1, 4, 2, 5).reshape(4, 3, 32, 32)
     assert torch.equal(grid, batch["image"])
     assert logs == {}
-    assert loss == pytest.approx(float((outputs[0].flatten(0, 1) - stage.target.of(batch)).square().mean()))
+    assert loss == pytest.approx(float((outputs[0].flatten(0, 1) - stage.target.encode(batch)).square().mean()))
 
 
 def test_the_picture_shows_image_mask_and_pasted_prediction(data, tmp_path):
     run_beitv2_pretraining.main(pixel_flags(data, tmp_path, "--image_freq", "1", "--epochs", "1"))
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["masked_pixels-0000.png"]
     mean_std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    target = pretraining_targets.Pixels(2, mean_std)
+    target = engine_for_pretraining.Pixels(2, mean_std)
     image = torch.rand(3, 4, 4)
-    values = target.of({"image": (image[None] - 0.5) / 0.5})
+    values = target.encode({"image": (image[None] - 0.5) / 0.5})
     answered = values.clone()
     answered[1] = 0.0  # the upper right patch in mid-grey
     (picture,) = target.pictures(values, answered, (2, 2), (4, 4))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_values import GOLDEN
+from source_files import all_files, library_files
 
 import arguments
 import encode_images
@@ -44,7 +45,7 @@ NO_PATHS = {  # texts that name something else
 
 def parsers():
     """One of every script that has flags; each has `get_parser`."""
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]):
+    for path in sorted(all_files()):
         if path.stem not in ("arguments", "errors") and re.search(r"\b(ArgumentParser|new_parser)\(", path.read_text()):
             yield path.stem, importlib.import_module(path.stem).get_parser()
 
@@ -275,7 +276,7 @@ def test_obsolete_flags_warn(caplog):
 
 
 def test_a_missing_gpu_is_no_crash():
-    import distributed
+    from runtime import distributed
 
     if not torch.cuda.is_available():
         assert distributed.pick_device("cuda").type == "cpu"
@@ -285,8 +286,8 @@ def test_a_missing_gpu_is_no_crash():
     "name", ["mps", "xpu", "meta", "cpu:1", "cuda:99", "cuda:", "cuda:²", "cuda:-1", "", "cuda:" + "9" * 5000]
 )
 def test_a_device_that_is_not_supported_or_not_there_is_refused(name):
-    import distributed
     from errors import UserError
+    from runtime import distributed
 
     with pytest.raises(UserError, match=r"^--device .*use (--device|cuda or) cpu") as told:
         distributed.pick_device(name)
@@ -295,14 +296,13 @@ def test_a_device_that_is_not_supported_or_not_there_is_refused(name):
 
 def test_one_place_asks_whether_there_is_a_gpu():
     """All else goes by the device of the run, which may be the CPU of a machine that has one."""
-    asking = [path.stem for path in sorted(ROOT.glob("*.py")) if "cuda.is_available" in path.read_text()]
-    assert asking == ["distributed"]
-    assert (ROOT / "distributed.py").read_text().count("cuda.is_available") == 1
+    asking = {path.name: count for path in library_files() if (count := path.read_text().count("cuda.is_available"))}
+    assert asking == {"distributed.py": 1}
 
 
 def test_a_gpu_too_old_for_this_torch_is_named():
-    import distributed
     from errors import UserError
+    from runtime import distributed
 
     distributed.refuse_gpus_without_kernels((9, 0), ["sm_75", "sm_80", "sm_90a", "compute_120"])
     distributed.refuse_gpus_without_kernels((7, 0), ["sm_50", "sm_70"])

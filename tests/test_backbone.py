@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
+from layers.rel_pos_bias import relative_position_index
 from modeling_finetune import VisionTransformer, remap_pretrained
 from modeling_pretrain import VisionTransformerForMaskedImageModeling, VisionTransformerForMaskedImageModelingCLS
-from positions import relative_position_index
 from vit_backbone import Attention, drop_path_ramp, plain_attention
 
 

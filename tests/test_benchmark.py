@@ -13,18 +13,18 @@ from golden_values import close, fill
 from golden_values import mask as random_mask
 
 import benchmark
-import benchmark_turns
 import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
-from benchmark_images import photos, pretraining_view
-from benchmark_plain import PlainClassifier, PlainPretraining, PlainQuantizer, PlainViews, PlainVQKD, read_plainly
-from benchmark_steps import classification_loss, textbook
-from benchmark_turns import Contender, Contest, Local, Turn, check_agreement, hold, peak_growth
+from benchmarks import timing
+from benchmarks.input_images import photos, pretraining_view
+from benchmarks.plain_models import PlainClassifier, PlainPretraining, PlainQuantizer, PlainViews, PlainVQKD, read_plainly
+from benchmarks.timing import Contender, Contest, Local, Turn, check_agreement, hold, peak_growth
+from benchmarks.training_steps import classification_loss, textbook
 from datasets import ImageFiles
-from distributed import choose_precision
-from norm_ema_quantizer import NormEMAVectorQuantizer, first_maximum
+from norm_ema_quantizer import NormEMAVectorQuantizer
 from run_state import Run
+from runtime.distributed import choose_precision
 from transforms import HALF_MEAN, HALF_STD
 from utils import seeded
 from vqkd_teachers import build_teacher
@@ -97,12 +97,6 @@ def test_quantizer_moves_its_codebook_as_the_one_hot_matrix_does():
     close(ours.embedding.weight, plain.quantizer.embedding.weight, atol=1e-6)
     close(ours.cluster_size, plain.quantizer.cluster_size, atol=1e-6)
     assert not torch.equal(ours.embedding.weight, PlainQuantizer(NormEMAVectorQuantizer(256, 8)).quantizer.embedding.weight)
-
-
-@pytest.mark.parametrize("codes", [96, 128, 1024])
-def test_the_maximum_by_blocks_is_the_first_one(codes):
-    values = torch.randint(0, 40, (50, codes)).float()  # most rows have several equal maxima
-    assert torch.equal(first_maximum(values), values.argmax(dim=1))
 
 
 def test_views_are_the_same_pixels(tmp_path):
@@ -214,4 +208,4 @@ def test_wrong_flags_are_one_sentence(capsys):
     with pytest.raises(SystemExit):
         benchmark.main([*SMALL, "--rounds", "0"])
     assert "--rounds" in capsys.readouterr().err
-    assert benchmark_turns.PHASES[0] == "data"
+    assert timing.PHASES[0] == "data"

@@ -8,16 +8,16 @@ import torch._dynamo
 from tiny_runs import STUDENT, checkpoint, finetuning_flags, log_lines, photos, pretraining_flags, tokenizer, vqkd_flags
 from torch._dynamo.utils import counters
 
-import compilation
 import modeling_finetune
 import modeling_pretrain
 import modeling_segmentation
 import modeling_vqkd
-import positions
 import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
 import vit_backbone
+from layers import rel_pos_bias
+from runtime import compilation
 from vit_backbone import recompute_blocks
 
 STAGES = {
@@ -278,5 +278,5 @@ def test_an_exported_segmenter_takes_images_of_any_size(name, way):
 @pytest.mark.parametrize("src", [1, 2, 3, 14])
 @pytest.mark.parametrize("dst", [1, 2, 5, 14, 32])
 def test_tables_are_stretched_in_an_export_as_elsewhere(src, dst):
-    expected = torch.from_numpy(positions.stretching(src, dst))
-    torch.testing.assert_close(positions.free_stretching(src, dst), expected, atol=1e-9, rtol=0)
+    expected = torch.from_numpy(rel_pos_bias.stretching(src, dst))
+    torch.testing.assert_close(rel_pos_bias.free_stretching(src, dst), expected, atol=1e-9, rtol=0)

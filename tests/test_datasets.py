@@ -14,12 +14,12 @@ import torch
 import torchvision
 from PIL import Image
 
-import samplers
+from data_pipeline import samplers
+from data_pipeline.image_lists import class_balanced_share, find_classes_folder, find_images, read_class_index
+from data_pipeline.samplers import BadFiles, EvalSampler, ResumableSampler, build_eval_loader, build_loader, collate
 from datasets import ImageFiles, build_finetuning_dataset, build_held_out_dataset, build_pretraining_dataset, build_vqkd_dataset
-from distributed import Launch
 from errors import UserError
-from image_lists import class_balanced_share, find_classes_folder, find_images, read_class_index
-from samplers import BadFiles, EvalSampler, ResumableSampler, build_eval_loader, build_loader, collate
+from runtime.distributed import Launch
 from transforms import TokenizerViews, eval_view
 
 

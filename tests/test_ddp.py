@@ -6,11 +6,11 @@ import torch
 from many_processes import run_ranks
 from torch import nn
 
-import compilation
 import engine
 import modeling_finetune
 import run_state
-from distributed import Launch, Precision
+from runtime import compilation
+from runtime.distributed import Launch, Precision
 from vit_backbone import recompute_blocks
 
 

@@ -19,7 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 
-import model_zoo
+from checkpoint_io import downloads
 from errors import UserError
 
 BODY = random.Random(2).randbytes(1000)
@@ -96,7 +96,7 @@ def final_files(hub: pathlib.Path) -> list[str]:
 )
 def test_a_206_with_another_part_is_not_put_behind_the_first(server: Script, head: list[str]) -> None:
     server.answers = [FIRST_PART, answer(REST, *head, body=b"x" * 700), WHOLE]
-    assert model_zoo.fetch(f"{server.url}/w.pth").read_bytes() == BODY
+    assert downloads.fetch(f"{server.url}/w.pth").read_bytes() == BODY
     assert "Range: bytes=400-" in server.requests[1] and 'If-Range: "1"' in server.requests[1]
     assert "Range:" not in server.requests[2]
 
@@ -104,13 +104,13 @@ def test_a_206_with_another_part_is_not_put_behind_the_first(server: Script, hea
 def test_the_right_206_is_used(server: Script) -> None:
     rest = answer(REST, "Content-Range: bytes 400-999/1000", "Content-Length: 600", 'ETag: "1"', body=BODY[400:])
     server.answers = [FIRST_PART, rest]
-    assert model_zoo.fetch(f"{server.url}/w.pth").read_bytes() == BODY
+    assert downloads.fetch(f"{server.url}/w.pth").read_bytes() == BODY
 
 
 def test_without_a_version_or_a_hash_a_file_is_not_resumed(server: Script) -> None:
     first = answer(OK, "Content-Length: 1000", body=b"y" * 400)
     server.answers = [first, WHOLE]
-    assert model_zoo.fetch(f"{server.url}/w.pth").read_bytes() == BODY
+    assert downloads.fetch(f"{server.url}/w.pth").read_bytes() == BODY
     assert "Range:" not in server.requests[1]
 
 
@@ -128,19 +128,19 @@ def test_without_a_length_only_what_is_seen_to_be_whole_is_kept(server: Script, 
     for cut in (body[:-200], BODY):
         server.answers = [answer(OK, body=cut)]
         with pytest.raises(UserError, match="is incomplete"):
-            model_zoo.fetch(f"{server.url}/w.{form}")
+            downloads.fetch(f"{server.url}/w.{form}")
         assert not final_files(hub)
     server.answers = [answer(OK, body=body)]
-    assert model_zoo.fetch(f"{server.url}/w.{form}").read_bytes() == body
+    assert downloads.fetch(f"{server.url}/w.{form}").read_bytes() == body
 
 
 def test_a_cut_in_chunks_is_no_end(server: Script, hub: pathlib.Path) -> None:
     server.answers = [answer(OK, "Transfer-Encoding: chunked", body=b"190\r\n" + BODY[:400] + b"\r\n")]
     with pytest.raises(UserError, match="cannot download"):
-        model_zoo.fetch(f"{server.url}/w.pth")
+        downloads.fetch(f"{server.url}/w.pth")
     assert not final_files(hub)
     server.answers = [answer(OK, "Transfer-Encoding: chunked", body=b"3e8\r\n" + BODY + b"\r\n0\r\n\r\n")]
-    assert model_zoo.fetch(f"{server.url}/w.pth").read_bytes() == BODY
+    assert downloads.fetch(f"{server.url}/w.pth").read_bytes() == BODY
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_cut_in_chunks_is_no_end(server: Script, hub: pathlib.Path) -> None:
 def test_answers_that_are_refused(server: Script, hub: pathlib.Path, said: bytes, expected: str) -> None:
     server.answers = [said]
     with pytest.raises(UserError, match=expected):
-        model_zoo.fetch(f"{server.url}/w.pth")
+        downloads.fetch(f"{server.url}/w.pth")
     assert not final_files(hub)
     assert "accept-encoding: identity" in server.requests[0].lower()
 
@@ -171,17 +171,17 @@ def test_https_is_not_left_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BEIT_ALLOW_HTTP", "1")
     request = urllib.request.Request("https://example.com/w.pth")
     with pytest.raises(UserError, match="tampered"):
-        model_zoo._SafeRedirects().redirect_request(request, None, 302, "Found", {}, "http://127.0.0.1/w.pth")
+        downloads._SafeRedirects().redirect_request(request, None, 302, "Found", {}, "http://127.0.0.1/w.pth")
 
 
 def test_a_password_goes_where_the_url_goes(server: Script) -> None:
     other = Script()
     server.answers = [answer("HTTP/1.1 302 Found", "Location: /x.pth"), WHOLE]
-    assert model_zoo.fetch(server.url.replace("//", "//user:pw@") + "/w.pth").read_bytes() == BODY
+    assert downloads.fetch(server.url.replace("//", "//user:pw@") + "/w.pth").read_bytes() == BODY
     assert all("Authorization: Basic dXNlcjpwdw==" in request for request in server.requests)
     other.answers = [WHOLE]
     server.answers = [answer("HTTP/1.1 302 Found", f"Location: {other.url.replace('//', '//a:b@')}/y.pth")]
-    assert model_zoo.fetch(server.url.replace("//", "//user:pw@") + "/z.pth").read_bytes() == BODY
+    assert downloads.fetch(server.url.replace("//", "//user:pw@") + "/z.pth").read_bytes() == BODY
     assert "Authorization" not in other.requests[0]
     other.listener.close()
 
@@ -194,10 +194,10 @@ def test_a_server_that_trickles_is_left(server: Script, head: bytes, monkeypatch
             connection.sendall(b"1")
             time.sleep(0.02)
 
-    monkeypatch.setattr(model_zoo, "PATIENCE", 0.3)
+    monkeypatch.setattr(downloads, "PATIENCE", 0.3)
     server.answers = [trickle]
     with pytest.raises(UserError, match=r"sent nothing for|sends only"):
-        model_zoo.fetch(f"{server.url}/w.pth")
+        downloads.fetch(f"{server.url}/w.pth")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_server_that_trickles_is_left(server: Script, head: bytes, monkeypatch
 )
 def test_names_in_urls_stay_names(server: Script, hub: pathlib.Path, path: str) -> None:
     server.answers = [WHOLE]
-    found = model_zoo.fetch(f"{server.url}/{path}")
+    found = downloads.fetch(f"{server.url}/{path}")
     assert found.parent.parent == hub and found.suffix == ".pth" and found.read_bytes() == BODY
     assert found.name.isprintable()
 
@@ -213,7 +213,7 @@ def test_names_in_urls_stay_names(server: Script, hub: pathlib.Path, path: str) 
 @pytest.mark.parametrize("url", ["https://", "https://u:a/SECRET@h/w.pth", "https://[::1/w.pth", "https://h:99999/w.pth"])
 def test_what_is_no_url_is_said_to_be_none(url: str) -> None:
     with pytest.raises(UserError, match="no URL that can be read") as error:
-        model_zoo.fetch(url)
+        downloads.fetch(url)
     assert "SECRET" not in str(error.value)
 
 
@@ -223,11 +223,11 @@ def test_without_locks_two_downloads_do_not_mix(server: Script, hub: pathlib.Pat
             connection.sendall(WHOLE[start : start + 100])
             time.sleep(0.02)
 
-    monkeypatch.setattr(model_zoo, "fcntl", None)
+    monkeypatch.setattr(downloads, "fcntl", None)
     monkeypatch.setattr(os, "getpid", threading.get_ident)
     server.answers = [slowly]
     found: list[Any] = []
-    threads = [threading.Thread(target=lambda: found.append(model_zoo.fetch(f"{server.url}/w-{HASH}.pth"))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(downloads.fetch(f"{server.url}/w-{HASH}.pth"))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

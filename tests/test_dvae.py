@@ -13,9 +13,9 @@ import torch
 from golden_values import arrays, close, data, fill_module, images
 from torch import nn
 
+from checkpoint_io.torch_files import PickledObject
 from errors import UserError
 from modeling_dvae import PATCH_SIZE, DallEEncoder, load_dall_e_encoder, map_pixels, pickled_parameters
-from torch_files import PickledObject
 
 TINY = dict(n_hid=64, n_blk_per_group=1, vocab_size=512)  # the least that OpenAI's package allows
 SIZES = dict(n_hid=72, n_blk_per_group=2, vocab_size=520)  # no size follows from another

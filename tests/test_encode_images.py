@@ -19,16 +19,15 @@ from PIL import Image
 from tiny_runs import photos, tokenizer
 
 import arguments
-import code_files
-import distributed
 import encode_images
 import modeling_vqkd
-import visualization
 import visualize_codebook
-from image_lists import find_images
+from data_pipeline.image_lists import find_images
 from modeling_dvae import DallEEncoder
 from modeling_vqkd import VQKD
+from runtime import distributed
 from transforms import eval_view, load_image
+from visualization import code_files, drawing
 
 ROOT = Path(__file__).parent.parent
 
@@ -216,7 +215,7 @@ def test_token_maps_show_the_image_above_its_codes(data, weights, tmp_path, monk
     assert {path.name for path in tmp_path.glob("*.png")} == {"token_maps-0.png", "token_maps-1.png"}
     picture = np.asarray(Image.open(tmp_path / "token_maps-1.png").convert("RGB")) / 255
     codes = torch.from_numpy(np.load(tmp_path / "codes.npy")[2].astype(int)).view(2, 2)
-    want = visualization.token_map(codes, 16, (160, 160)).permute(1, 2, 0).numpy()
+    want = drawing.token_map(codes, 16, (160, 160)).permute(1, 2, 0).numpy()
     np.testing.assert_allclose(picture[-160:, :160], want, atol=0.01)
     encode_images.main(flags(weights, data, tmp_path))
     assert not list(tmp_path.glob("*.png"))
@@ -382,7 +381,7 @@ def test_further_patches_of_an_image_come_only_when_images_run_out():
 def test_the_patch_is_in_the_middle_of_the_cut_out(place):
     patch, rows, columns = 16, 3, 4
     cells = torch.rand(3, rows, columns)
-    image = visualization.stretch(cells, (rows * patch, columns * patch))
+    image = drawing.stretch(cells, (rows * patch, columns * patch))
     picture = visualize_codebook.cut_out(image, *place, patch, context=3)
     factor = picture.shape[1] // (3 * patch)
     assert factor == 3
@@ -393,7 +392,7 @@ def test_the_patch_is_in_the_middle_of_the_cut_out(place):
             want = cells[:, y, x] if inside else torch.full((3,), visualize_codebook.OUTSIDE)
             middle = picture[:, (2 * row + 1) * 8 * factor, (2 * column + 1) * 8 * factor]
             torch.testing.assert_close(middle, want, atol=0.01, rtol=0)
-    red = (picture == torch.tensor(visualization.RED).view(3, 1, 1)).all(0).nonzero()
+    red = (picture == torch.tensor(drawing.RED).view(3, 1, 1)).all(0).nonzero()
     assert (red.min(), red.max()) == (46, 97)  # 48 to 95 is the patch
 
 
@@ -436,9 +435,9 @@ def test_token_maps_leave_out_what_has_gone_since(data, weights, tmp_path, monke
     assert "a/0.jpg" in capsys.readouterr().out
     picture = np.asarray(Image.open(tmp_path / "out/token_maps-0.png").convert("RGB")) / 255
     codes = torch.from_numpy(np.load(tmp_path / "out/codes.npy")[1].astype(int)).view(2, 2)
-    want = visualization.token_map(codes, 16, (160, 160)).permute(1, 2, 0).numpy()
+    want = drawing.token_map(codes, 16, (160, 160)).permute(1, 2, 0).numpy()
     np.testing.assert_allclose(picture[-160:, :160], want, atol=0.01)
-    assert picture.shape[1] == 3 * 160 + 2 * visualization.GAP
+    assert picture.shape[1] == 3 * 160 + 2 * drawing.GAP
 
 
 def test_codes_without_their_description_are_refused(encoded, tmp_path, capsys):

@@ -14,15 +14,14 @@ from many_processes import free_port, run_ranks
 from PIL import Image
 from tiny_runs import SIZE, checkpoint, finetuning_flags, log_lines, photos
 
-import confusion
-import imagenet_classes
 import modeling_finetune
 import run_class_finetuning
-import trained_classifier
-from confusion import Confusion, WorstClass, as_table, described
+from data_pipeline import imagenet_classes
 from datasets import build_finetuning_dataset
 from engine_for_finetuning import SomeLogits, WithMirrorImage
 from errors import UserError
+from evaluation import confusion, trained_classifier
+from evaluation.confusion import Confusion, WorstClass, as_table, described
 
 CPU = torch.device("cpu")
 MODEL = "beit_demo_patch16_128"

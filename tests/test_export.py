@@ -18,8 +18,8 @@ from timm.models.beit import Beit
 import export_checkpoint
 import modeling_finetune
 import modeling_pretrain
-import weight_formats
-from imagenet_classes import synsets
+from checkpoint_io import weight_formats
+from data_pipeline.imagenet_classes import synsets
 from transforms import IMAGENET_MEAN, IMAGENET_STD, eval_view, load_image
 
 HEADS = ("--num_heads", "4")  # not to be read from the shapes of a model without tables

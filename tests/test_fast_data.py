@@ -11,17 +11,17 @@ from tiny_runs import assert_same_weights, log_lines, photos, pretraining_flags,
 from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
-import augmentation
 import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
 import transforms
-from augmentation import BRIGHTNESS, CONTRAST, SATURATION, Draws
+from data_pipeline import augmentation
+from data_pipeline.augmentation import BRIGHTNESS, CONTRAST, SATURATION, Draws
+from data_pipeline.samplers import ResumableSampler, build_loader
 from datasets import ImageFiles
 from errors import UserError
 from masking_generator import MaskingGenerator
-from samplers import ResumableSampler, build_loader
-from transfer import to_device
+from runtime.device import to_device
 from transforms import ASPECT_RANGE, HALF_MEAN, HALF_STD, PretrainingViews, RandomCrop, TokenizerViews, load_image
 from utils import seeded
 

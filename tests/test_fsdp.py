@@ -22,17 +22,16 @@ from tiny_runs import (
 )
 from torch.distributed.fsdp import FSDPModule
 
-import distributed
 import engine
 import modeling_finetune
 import optim_factory
 import run_beitv2_pretraining
 import run_class_finetuning
 import run_state
-import sharding
-from checkpointing import size_of
-from distributed import Launch, Precision
+from checkpoint_io.checkpoints import size_of
 from errors import UserError
+from runtime import distributed, fsdp
+from runtime.distributed import Launch, Precision
 
 on_cpu = pytest.mark.skipif(
     not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"), reason="this torch's gloo cannot average gradients"
@@ -242,7 +241,7 @@ def trained(rank, world_size, folder):
         gradients = sum(held(parameter.grad) for parameter in state.parameters if parameter.grad is not None)
         engine.take_step(state, None)
         state.ema.update(state.model, step)
-    with sharding.whole(state.model) as plain:
+    with fsdp.whole(state.model) as plain:
         assert not isinstance(plain, FSDPModule)
         answers = plain.forward_features(images).detach() if rank == 0 else None  # alone, and not by forward
     assert all(parameter.is_meta for parameter in plain.parameters())  # the copy is gone
@@ -292,7 +291,7 @@ def test_a_share_is_what_torch_cuts(processes):
         chunks = list(torch.arange(rows).chunk(processes))
         chunks += [torch.arange(0)] * (processes - len(chunks))
         for rank, chunk in enumerate(chunks):
-            assert torch.equal(torch.arange(rows)[sharding.own_rows(rows, processes, rank)], chunk)
+            assert torch.equal(torch.arange(rows)[fsdp.own_rows(rows, processes, rank)], chunk)
 
 
 @on_cpu
@@ -351,12 +350,12 @@ def test_one_process_says_that_there_is_nothing_to_shard(tmp_path, capsys):
 def test_what_does_not_go_together_is_refused(flags, message):
     fine = {"compile": False, "opt": "AdamW", "model_ema_force_cpu": False}
     gpu = torch.device("cuda")
-    sharding.check(Namespace(**fine), gpu)
+    fsdp.check(Namespace(**fine), gpu)
     with pytest.raises(UserError, match=message):
-        sharding.check(Namespace(**fine | flags), gpu)
+        fsdp.check(Namespace(**fine | flags), gpu)
 
 
 def test_a_cpu_without_averaging_collectives_is_refused(monkeypatch):
     monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms", raising=False)
     with pytest.raises(UserError, match="--fsdp on CPUs needs a newer torch"):
-        sharding.check(Namespace(compile=False, opt="adamw"), CPU)
+        fsdp.check(Namespace(compile=False, opt="adamw"), CPU)

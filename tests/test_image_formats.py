@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, UnidentifiedImageError
+from source_files import all_files
 
-from image_formats import DECODED, EXTENSIONS, FORMATS, open_image
-from segmentation_masks import read_mask
+from data_pipeline.image_formats import DECODED, EXTENSIONS, FORMATS, open_image
+from segmentation.mask_files import read_mask
 from transforms import load_image
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +88,5 @@ def calls_of_image_open(text: str) -> int:
 
 def test_images_are_opened_in_one_place():
     assert calls_of_image_open("import PIL.Image as P\nP.open(x)") == 1
-    files = [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
-    found = {path.name: count for path in files if (count := calls_of_image_open(path.read_text()))}
+    found = {path.name: count for path in all_files() if (count := calls_of_image_open(path.read_text()))}
     assert found == {"image_formats.py": 1}

@@ -9,9 +9,9 @@ import torch
 from many_processes import run_ranks
 from tiny_runs import assert_same_weights, log_lines, photos, pretraining_flags, student, tokenizer
 
-import knn
 import run_beitv2_pretraining
 import run_linear_eval
+from evaluation import knn
 
 CPU = torch.device("cpu")
 CLASSES = 7

@@ -23,8 +23,8 @@ from tiny_runs import (
 )
 
 import modeling_vqkd
-from distributed import read_launch
 from errors import UserError
+from runtime.distributed import read_launch
 
 ROOT = Path(__file__).parent.parent
 LAUNCHERS = {

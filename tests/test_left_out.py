@@ -22,12 +22,12 @@ import run_beitv2_pretraining
 import run_linear_eval
 import run_segmentation_finetuning
 import run_vqkd_training
+from data_pipeline.image_lists import find_classes_folder
+from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles
-from distributed import Launch, Precision
 from engine import evaluation_batches
 from engine_for_finetuning import FinetuningStage
-from image_lists import find_classes_folder
-from samplers import build_eval_loader
+from runtime.distributed import Launch, Precision
 from transforms import eval_view
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def counted(rank, world, folder):
 
 
 def test_classification_on_one_process_and_two(data, caplog, monkeypatch):
-    monkeypatch.setattr("distributed.log.propagate", True)
+    monkeypatch.setattr("runtime.distributed.log.propagate", True)
     alone = counted(0, 1, str(data / "val"))
     assert alone["of_class"] == [1, 6] and alone["results"]["test_images"] == 7
     assert alone["training"]  # there the next image takes its place

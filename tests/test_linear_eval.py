@@ -10,8 +10,8 @@ from tiny_runs import SIZE, STUDENT, assert_same_weights, checkpoint, log_lines,
 import engine_for_linear_eval
 import pretrained
 import run_linear_eval
-from distributed import Precision
 from engine_for_linear_eval import FrozenBackbone, LinearHeads
+from runtime.distributed import Precision
 
 LAYERS = 6  # of the demo size
 

@@ -15,10 +15,10 @@ import torch
 
 import arguments
 import export_checkpoint
-import pages
 import run_class_finetuning
-import weight_source
+from checkpoint_io import weight_source
 from errors import UserError, hide_secrets, printable
+from visualization import html
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW = [*range(10), *range(11, 32), *range(127, 160), 0x200B, 0x202E, 0x2066, 0xFEFF, 0xDCFF]  # all but line feeds
@@ -70,7 +70,7 @@ def test_tracebacks_of_our_own_mistakes(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_pages_are_escaped() -> None:
-    page = pages.document(f"<b>{HOSTILE}", pages.table([("tokenizer", "https://u:pw@h/w.pth?sig=SECRET")]))
+    page = html.document(f"<b>{HOSTILE}", html.table([("tokenizer", "https://u:pw@h/w.pth?sig=SECRET")]))
     assert "&lt;b&gt;\\x1b]0;PWN" in page and no_control_character(page) and "<td>https://h/w.pth</td>" in page
 
 

@@ -3,15 +3,15 @@
 import math
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from many_processes import run_ranks
+from source_files import ROOT, library_files, module_name
 
-import metrics
-from metrics import RunningMeans, accuracy, forget_epochs_from, top_k_correct
+from runtime import metrics
+from runtime.metrics import RunningMeans, accuracy, forget_epochs_from, top_k_correct
 
 
 def test_lines_of_a_log_that_are_not_ours_stay(tmp_path):
@@ -77,13 +77,12 @@ for name in ("sched_getaffinity", "getuid", "geteuid", "fork", "killpg", "getpgi
     delattr(os, name)
 for name in sys.argv[1:]:
     __import__(name)
-import samplers
+from data_pipeline import samplers
 samplers._start_worker(0)
 """
 
 
 def test_every_module_can_be_imported_where_names_of_unix_are_absent():
-    root = Path(__file__).parent.parent
-    names = sorted(path.stem for path in root.glob("*.py"))
-    got = subprocess.run([sys.executable, "-c", AS_ON_WINDOWS, *names], cwd=root, capture_output=True, text=True)
+    names = [module_name(path) for path in library_files()]
+    got = subprocess.run([sys.executable, "-c", AS_ON_WINDOWS, *names], cwd=ROOT, capture_output=True, text=True)
     assert got.returncode == 0, got.stderr[-1500:]

@@ -29,8 +29,7 @@ import modeling_dvae
 import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
-import torch_files
-import weight_files
+from checkpoint_io import downloads, torch_files, weight_files
 from errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -107,23 +106,23 @@ def closed_port() -> int:
 
 
 def test_table_names_files_builders_and_results() -> None:
-    entry = model_zoo.ENTRIES["beitv2_base_patch16_224_pt1k"]
-    assert entry.urls == [model_zoo.MIRRORS[0] + "BEiT-v2/beitv2_base_patch16_224_pt1k.pth"]
+    entry = downloads.ENTRIES["beitv2_base_patch16_224_pt1k"]
+    assert entry.urls == [downloads.MIRRORS[0] + "BEiT-v2/beitv2_base_patch16_224_pt1k.pth"]
     assert (entry.kind, entry.model) == ("pretrained", "beit_base_patch16_224_8k_vocab_cls_pt")
-    entry = model_zoo.ENTRIES["beit_base_patch16_384_pt22k_ft22kto1k"]
+    entry = downloads.ENTRIES["beit_base_patch16_384_pt22k_ft22kto1k"]
     assert (entry.file, entry.model) == ("v1.0/beit_base_patch16_384_pt22k_ft22kto1k.pth", "beit_base_patch16_384")
     assert (entry.classes, dict(entry.metrics)) == (1000, {"top1": 86.82, "top5": 98.124, "loss": 0.565})
-    entry = model_zoo.ENTRIES["vqkd_encoder_base_decoder_3x768x12_clip"]
+    entry = downloads.ENTRIES["vqkd_encoder_base_decoder_3x768x12_clip"]
     assert entry.urls[0].endswith("/BEiT-v2/vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth")
     assert entry.sha256_prefix == "d5036aa7"
-    assert len(model_zoo.ENTRIES) == 30
+    assert len(downloads.ENTRIES) == 30
 
 
 def test_main_prints_the_table_and_knows_its_names(capsys: pytest.CaptureFixture[str]) -> None:
     model_zoo.main([])
     out = capsys.readouterr().out
     assert "top1 85.5" in out
-    assert all(name in out for name in model_zoo.ENTRIES)
+    assert all(name in out for name in downloads.ENTRIES)
     with pytest.raises(SystemExit):
         model_zoo.main(["beitv2_base_patch16_224_pt1"])
     assert "beitv2_base_patch16_224_pt1k" in capsys.readouterr().err
@@ -146,7 +145,7 @@ def test_the_table_shows_about_how_much_is_downloaded() -> None:
 
 def test_the_parameter_counts_are_those_of_the_models() -> None:
     positions = {"use_abs_pos_emb": False, "init_values": 0.1}
-    for name, entry in model_zoo.ENTRIES.items():
+    for name, entry in downloads.ENTRIES.items():
         with torch.device("meta"):
             if entry.kind == "tokenizer":
                 model = modeling_vqkd.create_model(name, as_tokenizer=True)
@@ -165,20 +164,20 @@ def test_the_parameter_counts_are_those_of_the_models() -> None:
 
 # ------------------------------------------------------------------------------------------------------------- fetching
 def test_download_once_under_the_name_without_query(server: Server, hub: pathlib.Path) -> None:
-    path = model_zoo.fetch(f"{server.url}some/weights-{HASH}.pth?sv=1&sig=abc%3D")
+    path = downloads.fetch(f"{server.url}some/weights-{HASH}.pth?sv=1&sig=abc%3D")
     assert path == hub / f"weights-{HASH}.pth"
     assert path.read_bytes() == BODY
-    assert model_zoo.fetch(f"{server.url}some/weights-{HASH}.pth?sv=1&sig={'other' * 100}") == path
+    assert downloads.fetch(f"{server.url}some/weights-{HASH}.pth?sv=1&sig={'other' * 100}") == path
     assert [request for request, _ in server.requests] == [f"/some/weights-{HASH}.pth?sv=1&sig=abc%3D"]
     assert {p.name for p in hub.iterdir()} == {path.name, path.name + ".checked"}  # no .part, no .lock
 
 
 def test_one_file_name_at_two_addresses_is_two_files(server: Server, hub: pathlib.Path) -> None:
     server.bodies = {"/a/checkpoint-best.pth": b"A", "/b/checkpoint-best.pth": b"B", "/b/checkpoint-best.pth?run=2": b"C"}
-    files = {path: model_zoo.fetch(server.url.rstrip("/") + path) for path in server.bodies}
+    files = {path: downloads.fetch(server.url.rstrip("/") + path) for path in server.bodies}
     assert {path: file.read_bytes() for path, file in files.items()} == server.bodies
     assert all(file.name == "checkpoint-best.pth" and file.parent.parent == hub for file in files.values())
-    signed = [model_zoo.fetch(f"{server.url}a/checkpoint-best.pth?se=2&sig={i}") for i in range(2)]
+    signed = [downloads.fetch(f"{server.url}a/checkpoint-best.pth?se=2&sig={i}") for i in range(2)]
     assert signed[0] == signed[1]
     assert len(server.requests) == 4
 
@@ -195,8 +194,8 @@ def test_published_files_and_hashed_names_lie_where_torch_hub_put_them(server: S
     }
     for source, name in plain.items():
         (hub / name).write_bytes(BODY)
-        assert model_zoo.fetch(source) == hub / name
-    model_zoo.fetch(server.url + published)  # somebody's: must not pass for the published one
+        assert downloads.fetch(source) == hub / name
+    downloads.fetch(server.url + published)  # somebody's: must not pass for the published one
     assert len(server.requests) == 1
 
 
@@ -207,44 +206,44 @@ def test_a_file_put_into_the_cache_by_hand_is_checked(hub: pathlib.Path, monkeyp
     path.write_text("garbage")
     for _ in range(2):  # the note beside it makes no difference
         with pytest.raises(UserError, match=r"-d93179da\.pth has sha256 [0-9a-f]{8}\.\.\. instead of d93179da: .*delete it"):
-            model_zoo.fetch(name)
+            downloads.fetch(name)
     assert path.read_text() == "garbage"  # not ours to delete
     path.write_bytes(BODY)  # the right file, in the place of the wrong one
-    monkeypatch.setitem(model_zoo.ENTRIES, name, dataclasses.replace(model_zoo.ENTRIES[name], sha256_prefix=HASH))
-    assert model_zoo.fetch(name) == path
+    monkeypatch.setitem(downloads.ENTRIES, name, dataclasses.replace(downloads.ENTRIES[name], sha256_prefix=HASH))
+    assert downloads.fetch(name) == path
 
 
 def test_a_cached_file_is_read_for_its_hash_once(server: Server, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = []
-    digest = model_zoo._digest
-    monkeypatch.setattr(model_zoo, "_digest", lambda path: [hashed.append(path.name), digest(path)][1])
+    digest = downloads._digest
+    monkeypatch.setattr(downloads, "_digest", lambda path: [hashed.append(path.name), digest(path)][1])
     hub.mkdir(parents=True)
     (hub / f"by-hand-{HASH}.pth").write_bytes(BODY)
     for _ in range(3):
-        path = model_zoo.fetch(f"{server.url}by-hand-{HASH}.pth")
-        model_zoo.fetch(f"{server.url}w-{HASH}.pth")
+        path = downloads.fetch(f"{server.url}by-hand-{HASH}.pth")
+        downloads.fetch(f"{server.url}w-{HASH}.pth")
     assert hashed == [path.name, f"w-{HASH}.pth.part"]
     os.utime(path, ns=(1, 1))
-    model_zoo.fetch(f"{server.url}by-hand-{HASH}.pth")
+    downloads.fetch(f"{server.url}by-hand-{HASH}.pth")
     (hub / f"{path.name}.checked").write_text("cut sh")
-    model_zoo.fetch(f"{server.url}by-hand-{HASH}.pth")
+    downloads.fetch(f"{server.url}by-hand-{HASH}.pth")
     assert hashed[2:] == [path.name] * 2
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["server resumes", "server starts anew"])
 def test_download_that_breaks_off_is_resumed(server: Server, hub: pathlib.Path, ranges: bool) -> None:
     server.ranges, server.break_after = ranges, [2_000_000]
-    assert model_zoo.fetch(f"{server.url}w-{HASH}.pth").read_bytes() == BODY
+    assert downloads.fetch(f"{server.url}w-{HASH}.pth").read_bytes() == BODY
     assert server.requests[1][1] == "bytes=2000000-"
 
 
 def test_partial_file_of_an_earlier_run_is_resumed(server: Server, hub: pathlib.Path) -> None:
     server.break_after = [1_000_000, 0]
     with pytest.raises(UserError, match=r"broke off.*run again"):
-        model_zoo.fetch(f"{server.url}w.pth")
+        downloads.fetch(f"{server.url}w.pth")
     (part,) = hub.glob("*/w.pth.part")
     assert part.stat().st_size == 1_000_000
-    assert model_zoo.fetch(f"{server.url}w.pth").read_bytes() == BODY
+    assert downloads.fetch(f"{server.url}w.pth").read_bytes() == BODY
     assert [asked for _, asked in server.requests][2:] == ["bytes=1000000-"]
 
 
@@ -252,51 +251,51 @@ def test_partial_file_of_an_earlier_run_is_resumed(server: Server, hub: pathlib.
 def test_partial_file_of_another_file_is_not_mixed_in(
     server: Server, hub: pathlib.Path, changed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_zoo, "MIRRORS", [server.url + "one/"])
+    monkeypatch.setattr(downloads, "MIRRORS", [server.url + "one/"])
     server.break_after = [1_000_000, 0]
     with pytest.raises(UserError):
-        model_zoo.fetch("beit_base_patch16_224_pt22k")
+        downloads.fetch("beit_base_patch16_224_pt22k")
     (part,) = hub.glob("*.part")
     part.write_bytes(b"?" * 1_000_000)  # what the earlier version held
     server.etag = '"2"' if changed == "file" else '"1"'
-    monkeypatch.setattr(model_zoo, "MIRRORS", [server.url + ("one/" if changed == "file" else "two/")])
-    assert model_zoo.fetch("beit_base_patch16_224_pt22k").read_bytes() == BODY
+    monkeypatch.setattr(downloads, "MIRRORS", [server.url + ("one/" if changed == "file" else "two/")])
+    assert downloads.fetch("beit_base_patch16_224_pt22k").read_bytes() == BODY
 
 
 def test_partial_file_that_is_already_whole(server: Server, hub: pathlib.Path) -> None:
     hub.mkdir(parents=True)
     (hub / f"w-{HASH}.pth.part").write_bytes(BODY)
-    assert model_zoo.fetch(f"{server.url}w-{HASH}.pth").read_bytes() == BODY
+    assert downloads.fetch(f"{server.url}w-{HASH}.pth").read_bytes() == BODY
     assert [asked for _, asked in server.requests] == [f"bytes={len(BODY)}-", None]
 
 
 def test_wrong_hash_is_refused_and_deleted(server: Server, hub: pathlib.Path) -> None:
     with pytest.raises(UserError, match="instead of 0123abcd and was deleted"):
-        model_zoo.fetch(f"{server.url}w.pth", "0123abcd")
+        downloads.fetch(f"{server.url}w.pth", "0123abcd")
     assert not [p for p in hub.rglob("*") if p.is_file() and p.suffix != ".lock"]
 
 
 def test_a_hash_that_only_the_name_tells_deletes_nothing(server: Server, hub: pathlib.Path) -> None:
     with pytest.raises(UserError, match=r"instead of 0123abcd, as in its name; .*kept as .*/unchecked_w-0123abcd\.pth"):
-        model_zoo.fetch(f"{server.url}w-0123abcd.pth")
-    assert model_zoo.fetch(hub / "unchecked_w-0123abcd.pth").read_bytes() == BODY
+        downloads.fetch(f"{server.url}w-0123abcd.pth")
+    assert downloads.fetch(hub / "unchecked_w-0123abcd.pth").read_bytes() == BODY
     (hub / "w-0123abcd.pth").write_bytes(BODY)
     with pytest.raises(UserError, match="give its path instead"):
-        model_zoo.fetch(f"{server.url}w-0123abcd.pth")
-    assert model_zoo.fetch(hub / "w-0123abcd.pth").read_bytes() == BODY
+        downloads.fetch(f"{server.url}w-0123abcd.pth")
+    assert downloads.fetch(hub / "w-0123abcd.pth").read_bytes() == BODY
 
 
 @pytest.mark.parametrize("name", ["m-1234567890.pth", "w-20240131.pth", "w-19991231.pth"])
 def test_a_number_in_a_name_is_no_hash(server: Server, name: str) -> None:
-    assert model_zoo.fetch(server.url + name).read_bytes() == BODY
+    assert downloads.fetch(server.url + name).read_bytes() == BODY
 
 
 def test_mirrors_are_tried_in_turn(server: Server, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_zoo, "MIRRORS", [f"http://127.0.0.1:{closed_port()}/", server.url])
-    assert model_zoo.fetch("beit_base_patch16_224_pt22k") == hub / "beit_base_patch16_224_pt22k.pth"
-    monkeypatch.setattr(model_zoo, "FORMER_HOSTS", ("localhost",))
+    monkeypatch.setattr(downloads, "MIRRORS", [f"http://127.0.0.1:{closed_port()}/", server.url])
+    assert downloads.fetch("beit_base_patch16_224_pt22k") == hub / "beit_base_patch16_224_pt22k.pth"
+    monkeypatch.setattr(downloads, "FORMER_HOSTS", ("localhost",))
     dead = f"http://localhost:{closed_port()}/x/beitv2_base_patch16_224_pt1k.pth?sv=1&sig=2"
-    assert model_zoo.fetch(dead) == hub / "beitv2_base_patch16_224_pt1k.pth"
+    assert downloads.fetch(dead) == hub / "beitv2_base_patch16_224_pt1k.pth"
 
 
 def test_the_users_mirrors_come_first(
@@ -307,96 +306,96 @@ def test_the_users_mirrors_come_first(
     name = "beitv2_base_patch16_224_pt1k"
     (folder / "BEiT-v2" / f"{name}.pth").write_bytes(b"in the published folder")
     (folder / "beit_base_patch16_224_pt22k.pth").write_bytes(b"bare")
-    monkeypatch.setattr(model_zoo, "MIRRORS", [f"{server.url}published/"])
+    monkeypatch.setattr(downloads, "MIRRORS", [f"{server.url}published/"])
     monkeypatch.setenv("BEIT_MIRRORS", f"http://127.0.0.1:{closed_port()} {folder.as_uri()} {server.url}mirror/")
-    assert model_zoo.fetch(name).read_bytes() == b"in the published folder"
-    assert model_zoo.fetch("beit_base_patch16_224_pt22k").read_bytes() == b"bare"
+    assert downloads.fetch(name).read_bytes() == b"in the published folder"
+    assert downloads.fetch("beit_base_patch16_224_pt22k").read_bytes() == b"bare"
     assert not server.requests
-    model_zoo.fetch("beit_base_patch16_224_pt22k_ft1k")
+    downloads.fetch("beit_base_patch16_224_pt22k_ft1k")
     assert [path for path, _ in server.requests] == ["/mirror/v1.0/beit_base_patch16_224_pt22k_ft1k.pth"]
     assert not list(hub.glob("*.part*"))
     (folder / "encoder.pkl").write_bytes(b"DALL-E")
-    assert model_zoo.fetch("dall_e_encoder") == hub / "encoder.pkl"
+    assert downloads.fetch("dall_e_encoder") == hub / "encoder.pkl"
 
 
 def test_a_mirror_with_another_file_is_passed_over(server: Server, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "vqkd_encoder_base_decoder_1x768x12_clip"
-    monkeypatch.setitem(model_zoo.ENTRIES, name, dataclasses.replace(model_zoo.ENTRIES[name], sha256_prefix=HASH))
-    monkeypatch.setattr(model_zoo, "MIRRORS", [server.url])
+    monkeypatch.setitem(downloads.ENTRIES, name, dataclasses.replace(downloads.ENTRIES[name], sha256_prefix=HASH))
+    monkeypatch.setattr(downloads, "MIRRORS", [server.url])
     monkeypatch.setenv("BEIT_MIRRORS", f"{server.url}login")
     server.bodies = {f"/login/{part}{name}-d93179da.pth": b"<html>" for part in ("BEiT-v2/", "")}
-    assert model_zoo.fetch(name).read_bytes() == BODY
+    assert downloads.fetch(name).read_bytes() == BODY
     assert len(server.requests) == 3
 
 
 def test_unreachable_mirrors_are_all_named(hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port = closed_port()
-    monkeypatch.setattr(model_zoo, "MIRRORS", [f"http://127.0.0.1:{port}/published/"])
+    monkeypatch.setattr(downloads, "MIRRORS", [f"http://127.0.0.1:{port}/published/"])
     monkeypatch.setenv("BEIT_MIRRORS", f"http://127.0.0.1:{port}/mirror")
     with pytest.raises(UserError, match=r"/mirror/v1\.0/beit.* nor .*/mirror/beit.* nor .*/published/v1\.0/beit.*put it at"):
-        model_zoo.fetch("beit_base_patch16_224_pt22k")
+        downloads.fetch("beit_base_patch16_224_pt22k")
 
 
 @pytest.mark.parametrize("base", ["/data/beit", "https://example.com/x?sig=1", "http://example.com/"])
 def test_what_cannot_be_a_mirror_is_refused(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BEIT_MIRRORS", base)
     with pytest.raises(UserError, match=f"{re.escape(base.partition('?')[0])}.*https://"):
-        model_zoo.fetch("beit_base_patch16_224_pt22k")
+        downloads.fetch("beit_base_patch16_224_pt22k")
 
 
 def test_unreachable_says_what_and_where_to_put_it(hub: pathlib.Path) -> None:
     url = f"http://127.0.0.1:{closed_port()}/w.pth"
     with pytest.raises(UserError) as error:
-        model_zoo.fetch(url)
+        downloads.fetch(url)
     assert url in str(error.value)
     place = pathlib.Path(re.findall(r"put it at (\S+)", str(error.value))[0])
     assert place.is_relative_to(hub)
     place.write_bytes(BODY)
-    assert model_zoo.fetch(url) == place
+    assert downloads.fetch(url) == place
 
 
 def test_missing_on_the_server(server: Server) -> None:
     with pytest.raises(UserError, match=r"nothing\.bin \(HTTP Error 404"):
-        model_zoo.fetch(f"{server.url}nothing.bin")
+        downloads.fetch(f"{server.url}nothing.bin")
     assert len(server.requests) == 1
 
 
 def test_url_cut_by_the_shell() -> None:
     with pytest.raises(UserError, match="quotes"):
-        model_zoo.fetch("https://conversationhub.blob.core.windows.net/beit-share-public/w.pth?sv=2021-10-04")
+        downloads.fetch("https://conversationhub.blob.core.windows.net/beit-share-public/w.pth?sv=2021-10-04")
 
 
 @pytest.mark.parametrize("url", ["http://example.com/w.pth", "ftp://example.com/w.pth"])
 def test_unsafe_urls_are_refused(url: str) -> None:
     with pytest.raises(UserError, match="https://"):
-        model_zoo.fetch(url)
+        downloads.fetch(url)
 
 
 def test_paths_and_file_urls_are_used_in_place(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a weight.pth"
     path.write_bytes(BODY)
-    assert model_zoo.fetch(str(path), HASH) == path
-    assert model_zoo.fetch(path.as_uri()) == path
+    assert downloads.fetch(str(path), HASH) == path
+    assert downloads.fetch(path.as_uri()) == path
     with pytest.raises(UserError, match="instead of 00000000"):
-        model_zoo.fetch(str(path), "00000000")
+        downloads.fetch(str(path), "00000000")
     assert path.exists()
     for wrong in (tmp_path.as_uri(), (tmp_path / "none.pth").as_uri()):
         with pytest.raises(UserError, match="no such file"):
-            model_zoo.fetch(wrong)
+            downloads.fetch(wrong)
     with pytest.raises(UserError, match="folder"):
-        model_zoo.fetch(str(tmp_path))
+        downloads.fetch(str(tmp_path))
 
 
 def test_mistyped_source_offers_names() -> None:
     with pytest.raises(UserError, match="beitv2_base_patch16_224_pt1k "):
-        model_zoo.fetch("weights/beitv2_base_patch16_224_pt_1k.pth")
+        downloads.fetch("weights/beitv2_base_patch16_224_pt_1k.pth")
     with pytest.raises(UserError, match=r"nowhere/x\.pth is neither .* `python model_zoo\.py`"):
-        model_zoo.fetch("nowhere/x.pth")
+        downloads.fetch("nowhere/x.pth")
 
 
 def test_two_processes_download_once(server: Server, hub: pathlib.Path) -> None:
     server.pause = 1.0
-    code = f"import model_zoo; print(model_zoo.fetch('{server.url}w-{HASH}.pth'))"
+    code = f"import model_zoo; print(downloads.fetch('{server.url}w-{HASH}.pth'))"
     ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [rank.communicate(timeout=60)[0].strip() for rank in ranks] == [str(hub / f"w-{HASH}.pth")] * 2
     assert len(server.requests) == 1

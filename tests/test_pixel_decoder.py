@@ -13,15 +13,14 @@ from tiny_runs import SIZE, TOKENIZER, assert_same_weights, checkpoint, log_line
 
 import arguments
 import encode_images
-import metrics
-import modeling_pixel_decoder
 import modeling_vqkd
 import run_vqkd_training
-import visualization
 import visualize_attention
 import visualize_reconstruction
-from modeling_pixel_decoder import Reconstructor
-from visualization import CAPTION
+from runtime import metrics
+from visualization import drawing, pixel_decoder
+from visualization.drawing import CAPTION
+from visualization.pixel_decoder import Reconstructor
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def test_the_tokenizer_stays_as_it_was(data, codes, tmp_path):
     assert before.keys() <= {key.removeprefix("tokenizer.") for key in saved["model"]}
     assert all(torch.equal(value, saved["model"][f"tokenizer.{key}"]) for key, value in before.items())
     trained = sum(len(group["params"]) for group in saved["optimizer"]["param_groups"])
-    assert trained == sum(1 for _ in modeling_pixel_decoder.PixelDecoder((2, 2), 8, 1, 64).parameters())
+    assert trained == sum(1 for _ in pixel_decoder.PixelDecoder((2, 2), 8, 1, 64).parameters())
 
 
 def test_training_leaves_the_tokenizer_in_eval_and_without_gradients():
@@ -115,7 +114,7 @@ def test_the_checkpoint_alone_is_enough(data, tmp_path, capsys):
     expected = modeling_vqkd.open_tokenizer(str(tokenizer_file))[0].get_codebook_indices(images)
     shutil.rmtree(tmp_path / "vqkd")
     saved = tmp_path / "pixels/checkpoint.pth"
-    model = modeling_pixel_decoder.open_reconstructor(str(saved))
+    model = pixel_decoder.open_reconstructor(str(saved))
     assert torch.equal(model.encode(images).flatten(1), expected)
     assert model.tokenizer.input_mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
     assert [path.name for path in (tmp_path / "pixels/pictures").iterdir()]
@@ -138,14 +137,14 @@ def pixels(data, codes, tmp_path_factory):
 
 def drawn_of(pixels, images, out, monkeypatch, *more):
     """(codes, captions) of a call of visualize_reconstruction.py."""
-    seen, draw = [], visualization.reconstructions
+    seen, draw = [], drawing.reconstructions
 
     def spy(images, codes, n_codes, drawn, captions):
         seen.extend((codes.flatten(1).tolist(), captions))
         return draw(images, codes, n_codes, drawn, captions)
 
     with monkeypatch.context() as patch:
-        patch.setattr(visualization, "reconstructions", spy)
+        patch.setattr(drawing, "reconstructions", spy)
         visualize_reconstruction.main(["--checkpoint", str(pixels), "--image", str(images), "--output", str(out), *more])
     return seen
 

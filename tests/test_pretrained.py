@@ -15,11 +15,11 @@ import modeling_vqkd
 import pretrained
 import run_class_finetuning
 import run_linear_eval
-import trained_segmenter
-import weight_formats
-import weight_source
+from checkpoint_io import remapping, weight_formats, weight_source
+from checkpoint_io.remapping import patch_grid
 from errors import UserError
-from modeling_finetune import VisionTransformer, patch_grid, remap_pretrained, resize_rel_pos_bias_table
+from modeling_finetune import VisionTransformer, remap_pretrained, resize_rel_pos_bias_table
+from segmentation import trained_segmenter
 
 
 def vit(size=64, **settings):
@@ -88,7 +88,7 @@ def test_the_report_names_what_was_used_resized_copied_dropped_and_new(capsys):
     source, target = shared(), vit(96)
     weights = {f"module.{key}": value for key, value in source.state_dict().items()}
     fitting = remap_pretrained(weights, target)
-    report = modeling_finetune.remapping_report(weights, target, fitting)
+    report = remapping.remapping_report(weights, target, fitting)
     text = "\n".join(report)
     assert "resized    4 position tables: 4 x 4 -> 6 x 6 patches" in text
     assert "copied     the shared relative position bias to 4 blocks" in text
@@ -98,7 +98,7 @@ def test_the_report_names_what_was_used_resized_copied_dropped_and_new(capsys):
     for block in range(4):
         assert torch.equal(fitting[f"blocks.{block}.attn.relative_position_bias_table"], resized)
     unchanged = vit()
-    report = modeling_finetune.remapping_report(unchanged.state_dict(), unchanged, unchanged.state_dict())
+    report = remapping.remapping_report(unchanged.state_dict(), unchanged, unchanged.state_dict())
     assert report[-2:] == ["left out   nothing", "new        nothing"] and not any("resized" in line for line in report)
 
 
@@ -347,7 +347,7 @@ def test_a_patch_embedding_of_other_channels_or_patches_is_adapted_as_timm_does(
     assert torch.equal(weight, timm.layers.resample_patch_embed(source.patch_embed.proj.weight, [16, 16]))
     summed = remap_pretrained(source.state_dict(), ours(patch_size=8, in_chans=1))["patch_embed.proj.weight"]
     torch.testing.assert_close(summed, source.patch_embed.proj.weight.sum(dim=1, keepdim=True))
-    report = "\n".join(modeling_finetune.remapping_report(grey.state_dict(), model, remap_pretrained(grey.state_dict(), model)))
+    report = "\n".join(remapping.remapping_report(grey.state_dict(), model, remap_pretrained(grey.state_dict(), model)))
     assert "adapted    the patch embedding: 1 channel, patches of 16 x 16 -> 3 channels, patches of 16 x 16" in report
     data = photos(tmp_path / "data", per_class=2)
     where = ["--data_set", "image_folder", "--data_path", str(data), "--eval_data_path", str(data), "--knn", "--knn_k", "1"]

@@ -6,8 +6,8 @@ from golden_values import arrays, close
 from many_processes import run_ranks
 from numpy.random import RandomState
 
-import norm_ema_quantizer
-from norm_ema_quantizer import NormEMAVectorQuantizer, cosine_kmeans, most_similar, screened, unit
+from layers.codebook_search import nearest_codes
+from norm_ema_quantizer import NormEMAVectorQuantizer, cosine_kmeans, unit
 
 SEED = 200
 
@@ -68,105 +68,13 @@ def near_ties(n_codes):
     return unit(normal(4, 1000, 32)), codes
 
 
-def a_cone():
-    axis = 1.5 * unit(normal(1, 1, 32))
-    return unit(axis + 0.1 * normal(2, 1000, 32)), unit(axis + 0.1 * normal(3, 2048, 32))
-
-
-SIMILAR = {
-    "random": lambda: (unit(normal(1, 1000, 32)), unit(normal(2, 2048, 32))),
-    "close to codes": lambda: (unit(normal(2, 2048, 32)) + 0.01 * normal(1, 2048, 32), unit(normal(2, 2048, 32))),
-    "near ties": lambda: near_ties(1024),
-    "a narrow cone": a_cone,
-    "opposite a narrow cone": lambda: (-a_cone()[0], a_cone()[1]),
-    "short codes": lambda: (unit(normal(1, 1000, 8)), unit(normal(2, 4096, 8))),
-}
-
-
-@pytest.mark.parametrize("case", SIMILAR)
-def test_screening_in_bf16_finds_what_fp32_finds(case, monkeypatch):
-    """Entries are multiples of 2^-10, so that all sums are exact in fp32, ties are ties, and the first code is known."""
-    monkeypatch.setattr(norm_ema_quantizer, "most_similar_in_fp32", None)  # screening must come to the end by itself
-    features, codes = ((1024 * x).round() / 1024 for x in SIMILAR[case]())
-    exact = features @ codes.t()
-    if case == "near ties":
-        assert ((exact == exact.amax(dim=1, keepdim=True)).sum(dim=1) > 1).sum() > 250
-    assert torch.equal(screened(features, codes), exact.argmax(dim=1))
-
-
-H = 2**-10  # half of what two neighbours in bf16 are apart, between 1/4 and 1/2
-MID, EPS = 0.25 + 17 * H, 2**-20  # MID lies half way between two of them
-
-
-def of(*runs):
-    """A vector of 16: (value, how often), ..., zeros."""
-    return torch.tensor([value for value, times in runs for _ in range(times)] + [0.0] * (16 - sum(n for _, n in runs)))
-
-
-def balanced(codes):
-    """(1024, 16) with these codes, and their opposites at the end, so that the mean is 0."""
-    table = torch.zeros(1024, 16)
-    for number, code in codes.items():
-        table[number], table[1023 - number] = code, -code
-    return table
-
-
-def entries_round_apart():
-    """Code 300 is the better one by 2^-20. In bf16 it is the worse one by 7 H, nearly as much as the bound allows."""
-    worse = of((MID + 2 * H + EPS, 7), (MID - 2 * H + EPS, 7), (0.0, 1), (-3.25, 1))
-    return balanced({3: worse, 300: of((MID - EPS, 14), (32 * EPS, 1), (-3.25, 1))})
-
-
-def results_round_apart():
-    """Entries differ from bf16 by 3 EPS at most, but the sums lie on both sides of the middle between 1/2 and 1/2 + 2^-8."""
-    common = ((0.25, 8), (2**-7, 1), (-1024 * EPS, 1), (-6 * EPS, 1))
-    return balanced({3: of(*common, (1029 * EPS, 1)), 300: of(*common, (1027 * EPS, 1), (3 * EPS, 1))})
-
-
-def below_zero():
-    """The best similarity, of code 300, is negative in bf16, as are all in its block, where one is nearly -1."""
-    best = of((MID - EPS, 7), (-(MID - 2 * H + EPS), 7), (-H / 4, 1))
-    codes = balanced(dict.fromkeys(range(256, 512), -of((2**-16, 16))) | {300: best})
-    codes[256], codes[767] = -240 * H, 0
-    codes[:240] = codes[784:] = H / 2
-    return codes
-
-
-@pytest.mark.parametrize("case", [entries_round_apart, results_round_apart, below_zero])
-def test_screening_when_all_rounding_goes_the_wrong_way(case, monkeypatch):
-    monkeypatch.setattr(norm_ema_quantizer, "most_similar_in_fp32", None)
-    features, codes = torch.full((20, 16), 0.25), case()
-    rough = features.bfloat16() @ codes.bfloat16().t()
-    assert (features @ codes.t()).argmax(dim=1).eq(300).all() and rough.argmax(dim=1).ne(300).all()
-    assert screened(features, codes).eq(300).all()
-
-
-@pytest.mark.parametrize("spoilt", ["equal codes", "a NaN among the codes"])
-def test_where_screening_cannot_tell_fp32_decides(spoilt):
-    features, codes = unit(normal(1, 300, 32)), unit(normal(2, 2048, 32))
-    if spoilt == "equal codes":
-        codes[:] = codes[0]
-    else:
-        codes[700, 3] = float("nan")
-    assert torch.equal(screened(features, codes), (features @ codes.t()).argmax(dim=1))
-
-
-def test_screening_features_that_are_zero_or_not_finite():
-    features, codes = unit(normal(1, 300, 32)), unit(normal(2, 2048, 32))
+def test_the_nearest_code_is_the_first_of_equal_ones_and_never_depends_on_the_chunk():
+    """Entries are multiples of 2^-10, so that all sums are exact in fp32 and ties are ties."""
+    features, codes = ((1024 * x).round() / 1024 for x in near_ties(1024))
     features[27], features[40, 5], features[-1] = 0, float("nan"), float("nan")
-    features, codes = (1024 * features).round() / 1024, (1024 * codes).round() / 1024
-    assert torch.equal(screened(features, codes), (features @ codes.t()).argmax(dim=1))
-
-
-def test_only_large_products_on_a_cpu_with_bf16_units_are_screened(monkeypatch):
-    sizes, units = [], ["amx_bf16"]
-    monkeypatch.setattr(norm_ema_quantizer.distributed, "cpu_has", lambda flag: flag in units)
-    monkeypatch.setattr(norm_ema_quantizer, "screened", lambda x, codes: sizes.append((len(x), len(codes))) or x[:, 0].long())
-    for rows, n_codes in ((1024, 2048), (1023, 2048), (1024, 1792), (1024, 2050), (40000, 2048)):
-        most_similar(torch.zeros(rows, 2), torch.zeros(n_codes, 2))
-    assert sizes == [(1024, 2048), (32768, 2048), (40000 - 32768, 2048)]
-    units.clear()
-    assert len(most_similar(torch.zeros(2048, 2), torch.zeros(2048, 2))) == 2048 and len(sizes) == 3
+    similarity = features @ codes.t()
+    assert ((similarity == similarity.amax(dim=1, keepdim=True)).sum(dim=1) > 1).sum() > 250
+    assert torch.equal(nearest_codes(features, codes), similarity.argmax(dim=1))
 
 
 def test_kmeans_with_fewer_features_than_codes_has_no_duplicates():

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 
 import arguments
-import model_zoo
 import modeling_finetune
 import modeling_pretrain
 import modeling_segmentation
@@ -20,7 +19,8 @@ import run_class_finetuning
 import run_linear_eval
 import run_segmentation_finetuning
 import run_vqkd_training
-import trained_classifier
+from checkpoint_io import downloads
+from evaluation import trained_classifier
 
 ROOT = Path(__file__).parent.parent
 SHELL_FILES = sorted((ROOT / "scripts").rglob("*.sh"))
@@ -160,7 +160,7 @@ def test_tokenizer_recipes(name):
     expect(run, min_crop_scale=0.08, color_jitter=0, train_interpolation="bicubic", process_type="default", opt="adamw")
     run_vqkd_training.check(run.entry.get_parser(), run.args)
     assert model in modeling_vqkd.VARIANTS
-    assert model in model_zoo.ENTRIES
+    assert model in downloads.ENTRIES
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
@@ -177,7 +177,7 @@ def test_pretraining_recipes(name):
     assert run_beitv2_pretraining.patch_grid(run.args) == 14
     assert run.args.model in modeling_pretrain.VARIANTS
     assert run.args.tokenizer_model in modeling_vqkd.VARIANTS
-    assert model_zoo.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer"
+    assert downloads.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer"
 
 
 @pytest.mark.parametrize("name", PRETRAINING_V1)
@@ -198,7 +198,7 @@ def test_pretraining_recipes_of_v1(name):
     assert (
         run_beitv2_pretraining.idle_flags(run.args).keys() & arguments.changed_flags(run.entry.get_parser(), run.args) == set()
     )
-    assert model_zoo.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer-v1"
+    assert downloads.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer-v1"
 
 
 def ablation(name: str, recipe: str) -> tuple[SimpleNamespace, dict[str, object]]:
@@ -293,7 +293,7 @@ def test_finetuning_recipes(name):
     assert run.args.rel_pos_bias
     assert not run.args.model_ema
     run_class_finetuning.check(run.args)
-    published = model_zoo.ENTRIES[weights]
+    published = downloads.ENTRIES[weights]
     assert published.kind == ("intermediate" if "ft2" in name else "pretrained")
     assert published.model.startswith(run.args.model)
     assert run.args.model in modeling_finetune.VARIANTS
@@ -311,7 +311,7 @@ def test_linear_probe_recipes(name):
     assert run.args.mode == "linear"
     assert not run.args.cached_features
     run_linear_eval.check(run_linear_eval.get_parser(), run.args)
-    assert model_zoo.ENTRIES[weights].kind == "pretrained"
+    assert downloads.ENTRIES[weights].kind == "pretrained"
 
 
 @pytest.mark.parametrize("name", SEGMENTATION)
@@ -328,7 +328,7 @@ def test_segmentation_recipes(name):
     assert run_segmentation_finetuning.looking(run.args).stride == 341
     run_segmentation_finetuning.check(run.args)
     assert model in modeling_segmentation.VARIANTS
-    assert model_zoo.ENTRIES[weights].kind == ("intermediate" if "ft21k" in name else "pretrained")
+    assert downloads.ENTRIES[weights].kind == ("intermediate" if "ft21k" in name else "pretrained")
     expected = re.search(r"^# Expected: (.*)$", RECIPES[name], flags=re.MULTILINE)[1]
     assert expected.startswith(f"mIoU {miou}" if miou else "none at hand")
 

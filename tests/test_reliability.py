@@ -26,13 +26,13 @@ from tiny_runs import (
     vqkd_flags,
 )
 
-import checkpointing
 import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
 import visualize_attention
+from checkpoint_io import checkpoints
 from errors import UserError
-from metrics import forget_epochs_from
+from runtime.metrics import forget_epochs_from
 
 ROOT = Path(__file__).parent.parent
 SLOW = ["--print_freq", "1", "--epochs", "12"]  # about as long as a process takes to start
@@ -87,7 +87,7 @@ def test_the_name_to_go_on_from_is_given_last(tmp_path, monkeypatch):
     """Else a run killed in between would go on behind a best checkpoint that was never written."""
     given, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda old, new: (replace(old, new), given.append(Path(new).name)))
-    saver = checkpointing.Saver()
+    saver = checkpoints.Saver()
     saver.submit({"model": {"w": torch.ones(2)}}, tmp_path, ["checkpoint.pth", "checkpoint-4.pth", "checkpoint-best.pth"])
     saver.wait()
     assert sorted(given) == ["checkpoint-4.pth", "checkpoint-best.pth", "checkpoint.pth"]
@@ -131,11 +131,11 @@ def test_a_signal_ends_the_step_saves_and_exits_with_success(number, data, codes
 
 
 def test_a_second_ctrl_c_ends_at_once(data, codes, tmp_path, monkeypatch):
-    import interruption
+    from runtime import signals
 
     monkeypatch.setattr(os, "kill", lambda pid, number: (_ for _ in ()).throw(KeyboardInterrupt))
     before = signal.getsignal(signal.SIGINT)
-    with interruption.StopSignal() as stop:
+    with signals.StopSignal() as stop:
         stop.note(signal.SIGINT, None)
         assert stop.agreed()
         with pytest.raises(KeyboardInterrupt):
@@ -248,13 +248,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_names_the_space(data, co
         assert stop.value.code == 2
         error = capsys.readouterr().err
         assert re.search(r"MiB needed, [\d.]+ MiB free; the previous checkpoint is intact", error)
-        assert checkpointing.intact(small / "checkpoint.pth")
+        assert checkpoints.intact(small / "checkpoint.pth")
         assert checkpoint(small / "checkpoint.pth")["epoch"] == 0
         assert not list(small.glob(".*.part"))
 
 
 def test_an_error_in_the_background_stops_the_run(tmp_path):
-    saver = checkpointing.Saver()
+    saver = checkpoints.Saver()
     saver.submit({"model": torch.zeros(3)}, tmp_path, ["checkpoint.pth"])
     saver.wait()
     (tmp_path / "file").write_text("a file where a folder should be")
@@ -265,7 +265,7 @@ def test_an_error_in_the_background_stops_the_run(tmp_path):
 
 
 def test_what_is_saved_is_what_was_at_the_time_of_saving(tmp_path):
-    saver, tensor = checkpointing.Saver(), torch.zeros(2_000_000)
+    saver, tensor = checkpoints.Saver(), torch.zeros(2_000_000)
     saver.submit({"model": {"w": tensor}}, tmp_path, ["checkpoint.pth"])
     tensor.fill_(1)
     saver.wait()
@@ -474,11 +474,11 @@ def test_a_closed_terminal_saves_and_ends_with_success(data, codes, tmp_path):
 
 
 def test_what_nohup_ignores_stays_ignored():
-    import interruption
+    from runtime import signals
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with interruption.StopSignal():
+        with signals.StopSignal():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:

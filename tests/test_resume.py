@@ -10,12 +10,12 @@ import refusals
 import torch
 from tiny_runs import assert_same_weights, checkpoint, finetuning_flags, log_lines, photos
 
-import checkpointing
 import engine
 import run_class_finetuning
+from checkpoint_io import checkpoints
+from data_pipeline.image_lists import find_classes_folder
 from datasets import ImageFiles
 from errors import UserError
-from image_lists import find_classes_folder
 from optim_factory import check_saved_state
 
 
@@ -121,17 +121,17 @@ def test_moments_of_timms_optimizers_are_compared_by_a_step_of_a_copy(opt, capsy
 @pytest.mark.parametrize("where", ["model", "model_ema", "optimizer"])
 def test_a_state_that_is_not_finite_replaces_no_checkpoint(where, tmp_path):
     good = {"model": {"w": torch.ones(2)}, "model_ema": {"w": torch.ones(2)}, "optimizer": {"state": {0: {"w": torch.ones(2)}}}}
-    saver = checkpointing.Saver()
+    saver = checkpoints.Saver()
     saver.submit(good, tmp_path, ["checkpoint.pth"])
     saver.wait()
     bad = copy.deepcopy(good)
-    next(checkpointing.named_tensors(bad[where]))[1][1] = float("inf")
+    next(checkpoints.named_tensors(bad[where]))[1][1] = float("inf")
     saver.submit(bad, tmp_path, ["checkpoint.pth", "checkpoint-best.pth"])
     with pytest.raises(UserError, match=rf"{where}\.\S*w is not finite .* the last good checkpoint is .*checkpoint.pth"):
         saver.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
     assert all(
-        bool(torch.isfinite(tensor).all()) for _, tensor in checkpointing.named_tensors(checkpoint(tmp_path / "checkpoint.pth"))
+        bool(torch.isfinite(tensor).all()) for _, tensor in checkpoints.named_tensors(checkpoint(tmp_path / "checkpoint.pth"))
     )
 
 

@@ -11,8 +11,8 @@ import pytest
 from tiny_runs import finetuning_flags, photos
 
 import run_class_finetuning
-import run_lock
 from errors import UserError
+from runtime import run_lock
 
 HOLD = """
 import os, pathlib, sys, time, run_lock

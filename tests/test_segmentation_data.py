@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-import distributed
-import segmentation_data
+from data_pipeline.samplers import EvalSampler, ResumableSampler, build_loader
 from errors import UserError, tells_the_user
-from samplers import EvalSampler, ResumableSampler, build_loader
-from segmentation_data import (
+from runtime import distributed
+from segmentation import image_mask_pairs
+from segmentation.image_mask_pairs import (
     Pair,
     build_dataset,
     evaluation_view,
@@ -24,8 +24,8 @@ from segmentation_data import (
     palette,
     read_classes,
 )
-from segmentation_masks import read_mask
-from segmentation_views import IGNORED, TrainingView, distorted, fitted, largest_share
+from segmentation.joint_views import IGNORED, TrainingView, distorted, fitted, largest_share
+from segmentation.mask_files import read_mask
 from transforms import load_image
 
 CLASSES = ["sky", "grass", "sun", "house"]
@@ -222,9 +222,9 @@ def test_ranks_share_the_looking_and_its_error(root, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     seen: list[str] = []
-    look = segmentation_data.highest_label
+    look = image_mask_pairs.highest_label
     monkeypatch.setattr(
-        segmentation_data, "highest_label", lambda mask, path, reduce: seen.append(path) or look(mask, path, reduce)
+        image_mask_pairs, "highest_label", lambda mask, path, reduce: seen.append(path) or look(mask, path, reduce)
     )
     monkeypatch.setattr(distributed, "gather_objects", lambda value: [8, value])
     assert len(read_classes(arguments(root), pairs)) == 9
@@ -626,5 +626,5 @@ def test_many_names_in_one_array(tmp_path):
     """Names that are no UTF-8 and of different lengths come back as they were."""
     pairs = [Pair(f"/x/{name}.jpg", f"/y/{name}.png") for name in ("a", "long name \udcff", "ü 画像")]
     view = evaluation_view(arguments(tmp_path))
-    dataset = segmentation_data.SegmentationFiles(pairs, view, CLASSES, ((0.5,) * 3, (0.5,) * 3))
+    dataset = image_mask_pairs.SegmentationFiles(pairs, view, CLASSES, ((0.5,) * 3, (0.5,) * 3))
     assert [dataset.pair(index) for index in range(3)] == pairs

@@ -20,15 +20,14 @@ from tiny_runs import (
     student,
 )
 
-import model_zoo
 import modeling_segmentation
 import run_class_finetuning
 import run_segmentation_finetuning
-import trained_segmenter
-import weight_source
+from checkpoint_io import downloads, weight_source
 from engine_for_segmentation import Scores
 from optim_factory import Schedule, poly_scheduler
 from run_segmentation_finetuning import main
+from segmentation import trained_segmenter
 
 EXACT = ["--drop_path", "0", "--head_drop", "0"]  # what these draw depends on the rank
 
@@ -292,9 +291,9 @@ def test_other_kinds_of_files_are_called_by_name(data, trained, tmp_path, capsys
 
 def test_published_segmentation_models_are_looked_at_as_they_were_trained(monkeypatch, tmp_path):
     name = "beitv2_base_patch16_224_pt1k_ftade20k"
-    assert model_zoo.ENTRIES[name].kind == "segmentation"
+    assert downloads.ENTRIES[name].kind == "segmentation"
     torch.save({"state_dict": {"decode_head.conv_seg.weight": torch.zeros(150, 8, 1, 1)}}, tmp_path / f"{name}.pth")
-    monkeypatch.setattr(model_zoo, "fetch", lambda source: tmp_path / f"{name}.pth")
+    monkeypatch.setattr(downloads, "fetch", lambda source: tmp_path / f"{name}.pth")
     assert weight_source.read(name).flags["imagenet_default_mean_and_std"] is True
 
 

@@ -25,11 +25,11 @@ import datasets
 import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
-import shards
+from data_pipeline import shards
+from data_pipeline.image_lists import EXTENSIONS, find_shards
+from data_pipeline.samplers import SHARDS_AT_ONCE, ResumableSampler, build_loader, shuffled_by_shards
 from datasets import build_finetuning_dataset, build_vqkd_dataset
 from errors import UserError
-from image_lists import EXTENSIONS, find_shards
-from samplers import SHARDS_AT_ONCE, ResumableSampler, build_loader, shuffled_by_shards
 from transforms import load_image
 
 ROOT = Path(__file__).parent.parent
@@ -220,7 +220,7 @@ def test_plain_words_for_what_is_in_shards(packed, folder, tmp_path):
 
 
 def test_images_that_are_not_taken_are_counted(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("distributed.log.propagate", True)
+    monkeypatch.setattr("runtime.distributed.log.propagate", True)
     caplog.set_level("INFO", "beit")
     image = jpeg(tmp_path)
     names = ["00.jpg", "IMG_1.2021.jpg", "IMG_2.2021.jpg", "01.jpg", "01.png", "01.json"]
@@ -353,7 +353,7 @@ def test_the_order_mixes_a_few_shards_at_a_time_and_is_a_function_of_seed_and_ep
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_and_workers_share_an_epoch_without_repeats_and_a_resumed_run_reads_the_rest(workers, packed, monkeypatch):
-    monkeypatch.setattr("samplers.SHARDS_AT_ONCE", 2)
+    monkeypatch.setattr("data_pipeline.samplers.SHARDS_AT_ONCE", 2)
     dataset = build_vqkd_dataset(arguments(packed, data_set="webdataset"))
     assert dataset.shard_sizes == [5, 5, 5, 5, 4]
 

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import sliding_window
-from distributed import Precision
 from engine_for_segmentation import pixel_accuracy, pixel_loss, scores_of
-from segmentation_masks import IGNORED
-from sliding_window import Looking, classes_at, predict, scores, slide, starts, strip
+from runtime.distributed import Precision
+from segmentation import sliding_window
+from segmentation.mask_files import IGNORED
+from segmentation.sliding_window import Looking, classes_at, predict, scores, slide, starts, strip
 
 FP32 = Precision("cpu", None)
 

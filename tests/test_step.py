@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import bf16_on_cpu
 import engine
 import modeling_finetune
 import modeling_vqkd
-import pretraining_targets
-from bf16_on_cpu import Linear, weight_gradient
-from positions import gather_bias, relative_position_index
-from pretraining_targets import cross_entropy_of_head
+from layers import cpu_bf16
+from layers import linear_cross_entropy as fused
+from layers.cpu_bf16 import Linear, weight_gradient
+from layers.linear_cross_entropy import linear_cross_entropy
+from layers.rel_pos_bias import gather_bias, relative_position_index
 from vit_backbone import PatchEmbed, cast_frozen, recompute_blocks
 from vqkd_teachers import build_teacher
 
@@ -57,11 +57,11 @@ def plainly(hidden, head, target):
 @pytest.fixture(params=[16, 4096])
 def rows(request, monkeypatch):
     """Patches of a chunk: several chunks with a rest, or one."""
-    monkeypatch.setattr(pretraining_targets, "ROWS_IN_CACHE", request.param)
+    monkeypatch.setattr(fused, "ROWS_IN_CACHE", request.param)
 
 
 def test_cross_entropy_of_the_head_in_fp32(rows):
-    plain, ours = (learned(way, *head_and_inputs(), None) for way in (plainly, cross_entropy_of_head))
+    plain, ours = (learned(way, *head_and_inputs(), None) for way in (plainly, linear_cross_entropy))
     assert float(ours[0]) == pytest.approx(float(plain[0]), rel=1e-6)
     assert torch.equal(ours[1], plain[1])
     assert all(far(*pair) < 1e-6 for pair in zip(ours[2], plain[2], strict=True))
@@ -70,9 +70,9 @@ def test_cross_entropy_of_the_head_in_fp32(rows):
 @pytest.mark.parametrize(("dtype", "scale", "near"), [(BF16, 1.0, 0.01), (torch.float16, 2.0**14, 0.002)])
 def test_cross_entropy_of_the_head_in_low_precision(dtype, scale, near, rows, monkeypatch):
     """As close to fp32 as the plain way is, also with a scaled loss and more patches than fp16 may sum up at once."""
-    monkeypatch.setattr(pretraining_targets, "FP16_ROWS", 20)
+    monkeypatch.setattr(fused, "FP16_ROWS", 20)
     exact = learned(plainly, *head_and_inputs(), None)
-    plain, ours = (learned(way, *head_and_inputs(), dtype, scale) for way in (plainly, cross_entropy_of_head))
+    plain, ours = (learned(way, *head_and_inputs(), dtype, scale) for way in (plainly, linear_cross_entropy))
     assert float(ours[0]) == pytest.approx(float(plain[0]), rel=1e-6)  # the same logits, and fp32 from there on
     assert torch.equal(ours[1], plain[1])
     for mine, theirs, truth in zip(ours[2], plain[2], exact[2], strict=True):
@@ -82,21 +82,21 @@ def test_cross_entropy_of_the_head_in_low_precision(dtype, scale, near, rows, mo
 def test_extreme_logits_have_a_loss_and_those_that_are_none_have_none():
     head, hidden, target = head_and_inputs(patches=3)
     hidden *= 1e4
-    loss, _, gradients = learned(cross_entropy_of_head, head, hidden, target, None)
+    loss, _, gradients = learned(linear_cross_entropy, head, hidden, target, None)
     assert float(loss) == pytest.approx(float(plainly(hidden, head, target)[0].detach()), rel=1e-6)
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
     hidden[1, 0] = float("nan")
-    assert torch.isnan(learned(cross_entropy_of_head, head, hidden, target, None)[0])
+    assert torch.isnan(learned(linear_cross_entropy, head, hidden, target, None)[0])
 
 
 def test_nothing_is_kept_for_each_patch_and_code():
     head, hidden, target = head_and_inputs(patches=300, width=8, codes=512)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
-        loss, _ = cross_entropy_of_head(hidden.requires_grad_(), head, target)
+        loss, _ = linear_cross_entropy(hidden.requires_grad_(), head, target)
     assert 0 < sum(kept) < 2 * (head.weight.numel() + hidden.numel())
     with torch.no_grad():
-        assert torch.equal(cross_entropy_of_head(hidden, head, target)[0], loss)
+        assert torch.equal(linear_cross_entropy(hidden, head, target)[0], loss)
 
 
 # ── Linear layers ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -115,8 +115,8 @@ def test_our_linear_layer_is_torchs(dtype, monkeypatch):
     x, used = torch.randn(3, 20, 24), []
     ours, plain = Linear(24, 40), nn.Linear(24, 40)
     plain.load_state_dict(ours.state_dict())
-    apply = bf16_on_cpu.LinearOnCpu.apply
-    monkeypatch.setattr(bf16_on_cpu.LinearOnCpu, "apply", lambda *given: used.append(1) or apply(*given))
+    apply = cpu_bf16.LinearOnCpu.apply
+    monkeypatch.setattr(cpu_bf16.LinearOnCpu, "apply", lambda *given: used.append(1) or apply(*given))
     results = []
     for layer in (ours, plain):
         images = x.clone().requires_grad_()
@@ -137,8 +137,8 @@ def test_heads_and_patches_are_those_of_views_and_of_the_convolution(monkeypatch
     model = modeling_finetune.create_model("beit_demo_patch16_128", img_size=48, num_classes=5, use_rel_pos_bias=True)
     plain, recomputed, x, target = copy.deepcopy(model), copy.deepcopy(model), torch.rand(3, 3, 48, 48), torch.tensor([0, 3, 1])
     recompute_blocks(recomputed)
-    calls, apply = [], bf16_on_cpu.HeadsOnCpu.apply
-    monkeypatch.setattr(bf16_on_cpu.HeadsOnCpu, "apply", lambda *given: calls.append(1) or apply(*given))
+    calls, apply = [], cpu_bf16.HeadsOnCpu.apply
+    monkeypatch.setattr(cpu_bf16.HeadsOnCpu, "apply", lambda *given: calls.append(1) or apply(*given))
     for one in (recomputed.train(), model.train(), plain.train()):
         if one is plain:
             assert len(calls) == 3 * 6  # a third time in the backward pass of the blocks that are recomputed

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from source_files import all_files
 
-import checkpointing
-import torch_files
-import weight_files
+from checkpoint_io import checkpoints, torch_files, weight_files
 from errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -195,14 +194,14 @@ def test_of_numpy_numbers_alone(tmp_path, what):
 
 
 def test_torch_load_is_called_nowhere():
-    """benchmark_worker reads what benchmark.py wrote a moment before."""
+    """benchmarks/worker.py reads what benchmark.py wrote a moment before."""
     banned = {("torch", "load"), ("jit", "load"), ("pickle", "load"), ("pickle", "loads"), ("pickle", "Unpickler"),
               ("joblib", "load"), ("dill", "load"), ("hub", "load"), ("hub", "load_state_dict_from_url")}  # fmt: skip
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]:
+    for path in all_files():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, (ast.Name, ast.Attribute)):
                 owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
-                if (owner, node.attr) in banned and path.name not in ("benchmark_worker.py", "fuzz_cases.py"):
+                if (owner, node.attr) in banned and path.name not in ("worker.py", "fuzz_cases.py"):
                     raise AssertionError(f"{path.name}:{node.lineno} calls {owner}.{node.attr}")
 
 
@@ -299,7 +298,7 @@ def test_a_flipped_bit_is_found(tmp_path):
     assert torch.load(tmp_path / "f.pth", weights_only=True)["model"]["w"].sum() != 1000  # nobody else sees it
     assert "CRC" in refusal(tmp_path / "f.pth")
     with pytest.raises(UserError, match="CRC"):
-        checkpointing.read(tmp_path / "f.pth")
+        checkpoints.read(tmp_path / "f.pth")
 
 
 @pytest.mark.parametrize("new_format", [True, False])
@@ -362,7 +361,7 @@ def test_safetensors_whose_head_is_deep_json(tmp_path):
 
     save_file(WEIGHTS, tmp_path / "f.safetensors", {"args": '{"a":' + "[" * 100_000})
     with pytest.raises(UserError, match="its head is no JSON"):
-        checkpointing.read(tmp_path / "f.safetensors")
+        checkpoints.read(tmp_path / "f.safetensors")
     deep = b'{"a":' + b"[" * 100_000
     (tmp_path / "g.safetensors").write_bytes(struct.pack("<Q", len(deep)) + deep + bytes(9))
     refusal(tmp_path / "g.safetensors")
@@ -374,7 +373,7 @@ def test_safetensors_by_another_name(tmp_path):
     save_file(WEIGHTS, tmp_path / "f.pth")
     assert weight_files.load_state_dict(tmp_path / "f.pth").keys() == WEIGHTS.keys()
     torch.save(WEIGHTS, tmp_path / "f.safetensors")
-    assert checkpointing.read(tmp_path / "f.safetensors")["model"].keys() == WEIGHTS.keys()
+    assert checkpoints.read(tmp_path / "f.safetensors")["model"].keys() == WEIGHTS.keys()
 
 
 def test_what_is_no_file(tmp_path):
@@ -384,7 +383,7 @@ def test_what_is_no_file(tmp_path):
     assert "no such file" in refusal(tmp_path / "none.pth")
     os.mkfifo(tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match=r"checkpoint\.pth is no regular file"):
-        checkpointing.newest_intact(tmp_path)
+        checkpoints.newest_intact(tmp_path)
 
 
 # ── which checkpoint a run goes on from ──────────────────────────────────────────────────────────────────────────────
@@ -395,7 +394,7 @@ def test_the_fallback_is_the_newest_by_step(tmp_path):
         torch.save({"model": WEIGHTS, "next": {"epoch": 1, "samples": 0, "step": step}}, tmp_path / name)
         os.utime(tmp_path / name, (2e9 - step, 2e9 - step))  # the newest file is the oldest step
     (tmp_path / "checkpoint.pth").write_bytes(b"cut off")
-    assert checkpointing.newest_intact(tmp_path) == tmp_path / "checkpoint-step30.pth"
+    assert checkpoints.newest_intact(tmp_path) == tmp_path / "checkpoint-step30.pth"
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
@@ -408,6 +407,6 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monke
 
         monkeypatch.setattr(io, "open", refuse)
         monkeypatch.setattr("builtins.open", refuse)
-    for read in (checkpointing.newest_intact, lambda folder: checkpointing.read(folder / "checkpoint.pth")):
+    for read in (checkpoints.newest_intact, lambda folder: checkpoints.read(folder / "checkpoint.pth")):
         with pytest.raises(UserError, match=r"checkpoint\.pth cannot be read: Permission denied; change its permissions"):
             read(tmp_path)

@@ -86,7 +86,7 @@ def test_numbers_without_a_white_are_refused(values, tmp_path):
 
 @pytest.mark.parametrize(("brightest", "told"), [(4095, True), (40000, False)])
 def test_12_bit_images_in_16_bit_files_are_told(brightest, told, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("distributed.log.propagate", True)
+    monkeypatch.setattr("runtime.distributed.log.propagate", True)
     caplog.set_level("INFO", "beit")
     Image.fromarray(np.linspace(0, brightest, 25).astype(np.uint16).reshape(5, 5)).save(tmp_path / "x.png")
     dataset = ImageFiles([(str(tmp_path / "x.png"), None)], eval_view(32))

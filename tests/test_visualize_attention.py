@@ -8,11 +8,10 @@ from PIL import Image
 from tiny_runs import photos, student
 
 import pretrained
-import viewing
-import visualization
 import visualize_attention
 from modeling_finetune import VisionTransformer
-from visualization import CAPTION, GAP, RED
+from visualization import drawing, inputs
+from visualization.drawing import CAPTION, GAP, RED
 
 SIDE = 160 + CAPTION  # of a captioned picture: 48 to 64 pixels enlarged
 
@@ -52,7 +51,7 @@ def wide(pictures):
 def test_the_kept_patches_hold_the_share_and_are_the_fewest(share):
     for seed in range(20):
         weights = torch.rand(5, 7, generator=torch.Generator().manual_seed(seed)) ** 4
-        kept = visualization.most_of(weights, share)
+        kept = drawing.most_of(weights, share)
         total, inside = weights.double().sum(), weights.double()[kept]
         assert kept.shape == weights.shape and inside.sum() >= share * total * (1 - 1e-12)
         assert inside.sum() - inside.min() < share * total  # one fewer, and be it the smallest, is too few
@@ -61,10 +60,10 @@ def test_the_kept_patches_hold_the_share_and_are_the_fewest(share):
 
 
 def test_equal_weights_and_a_single_peak():
-    assert visualization.most_of(torch.ones(4, 5), 0.6).sum() == 12
+    assert drawing.most_of(torch.ones(4, 5), 0.6).sum() == 12
     peak = torch.zeros(3, 3)
     peak[1, 2] = 1
-    assert visualization.most_of(peak, 0.99).nonzero().tolist() == [[1, 2]]
+    assert drawing.most_of(peak, 0.99).nonzero().tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("size", [(32, 32), (96, 96), (48, 80)])
@@ -121,7 +120,7 @@ def test_the_frame_is_around_the_query(token, box):
 def test_the_spotlight_is_on_the_kept_patches():
     image = torch.rand(3, 32, 48)
     kept = torch.tensor([[True, False, False], [False, False, True]])
-    picture = visualization.spotlight(image, kept)
+    picture = drawing.spotlight(image, kept)
     assert torch.equal(picture[:, :16, :16], image[:, :16, :16]) and torch.equal(picture[:, 16:, 32:], image[:, 16:, 32:])
     assert not torch.isclose(picture[:, :16, 16:], image[:, :16, 16:]).all(0).any()
 
@@ -129,7 +128,7 @@ def test_the_spotlight_is_on_the_kept_patches():
 def test_captions_fit_and_leave_the_picture_alone():
     picture = torch.rand(3, 20, 60)
     for text in ("head 0", "a name that is longer than sixty pixels.jpg", "no\udcff utf-8", "\N{HIRAGANA LETTER A}"):
-        captioned = visualization.captioned(picture, text)
+        captioned = drawing.captioned(picture, text)
         assert captioned.shape == (3, 20 + CAPTION, 60)
         assert torch.equal(captioned[:, CAPTION:], picture)
         assert captioned[:, :CAPTION].min() < 0.5
@@ -137,7 +136,7 @@ def test_captions_fit_and_leave_the_picture_alone():
 
 def test_pictures_of_several_sizes_are_joined_with_white():
     pictures = [torch.zeros(3, 4, 5), torch.zeros(3, 6, 3), torch.zeros(3, 2, 2)]
-    joined = visualization.gallery(pictures, columns=2)
+    joined = drawing.gallery(pictures, columns=2)
     assert joined.shape == (3, 6 + GAP + 2, 5 + GAP + 3)
     assert (joined == 0).sum() == 3 * (20 + 18 + 4)
 
@@ -238,22 +237,22 @@ def test_whatever_a_decoder_raises_leaves_one_image_out(mixed, monkeypatch):
             raise SyntaxError("broken PNG file")  # as PIL does
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr(viewing, "load_image", load)
-    shown = [path[-5:] for path, _ in viewing.read_shown(viewing.find_shown([str(mixed)], 9))]
+    monkeypatch.setattr(inputs, "load_image", load)
+    shown = [path[-5:] for path, _ in inputs.read_shown(inputs.find_shown([str(mixed)], 9))]
     assert shown == ["0.jpg", "1.jpg", "3.jpg", "4.jpg", "5.jpg"]
-    with pytest.raises(viewing.UserError, match=r"2\.jpg: cannot be read \(broken PNG file\)"):
-        viewing.find_shown([str(mixed / "2.jpg")], 9)
-    with pytest.raises(viewing.UserError, match="no image could be read"):
-        list(viewing.read_shown([str(mixed / "2.jpg")]))
+    with pytest.raises(inputs.UserError, match=r"2\.jpg: cannot be read \(broken PNG file\)"):
+        inputs.find_shown([str(mixed / "2.jpg")], 9)
+    with pytest.raises(inputs.UserError, match="no image could be read"):
+        list(inputs.read_shown([str(mixed / "2.jpg")]))
 
 
 def test_the_images_of_a_folder_are_evenly_spread(tmp_path):
     for number in range(10):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
     one = str(tmp_path / "7.png")
-    shown = viewing.find_shown([str(tmp_path), one], 4)
+    shown = inputs.find_shown([str(tmp_path), one], 4)
     assert [path[-5] for path in shown] == ["0", "2", "5", "7", "7"]
-    assert len(viewing.find_shown([str(tmp_path)], 99)) == 10
+    assert len(inputs.find_shown([str(tmp_path)], 99)) == 10
 
 
 @pytest.mark.parametrize(
@@ -283,18 +282,16 @@ def test_images_and_output_are_looked_at_before_the_model(flag, value, message, 
 
 def test_a_picture_too_large_for_its_format_is_one_line(tmp_path):
     picture = torch.zeros(3, 70_000, 1)
-    viewing.save_picture(picture, str(tmp_path / "x.png"))
-    with pytest.raises(
-        viewing.UserError, match=r"--output .*x.jpg: 1 x 70000 pixels cannot be written .* PNG takes every size"
-    ):
-        viewing.save_picture(picture, str(tmp_path / "x.jpg"))
+    inputs.save_picture(picture, str(tmp_path / "x.png"))
+    with pytest.raises(inputs.UserError, match=r"--output .*x.jpg: 1 x 70000 pixels cannot be written .* PNG takes every size"):
+        inputs.save_picture(picture, str(tmp_path / "x.jpg"))
 
 
-@pytest.mark.parametrize("ending", viewing.PICTURES)
+@pytest.mark.parametrize("ending", inputs.PICTURES)
 def test_every_accepted_ending_can_be_written(ending, tmp_path):
     name = str(tmp_path / f"new/x{ending.upper()}")
-    viewing.prepare_output(name, viewing.PICTURES)
-    viewing.save_picture(torch.rand(3, 16, 16), name)
+    inputs.prepare_output(name, inputs.PICTURES)
+    inputs.save_picture(torch.rand(3, 16, 16), name)
     assert (tmp_path / f"new/x{ending.upper()}").stat().st_size > 0
 
 

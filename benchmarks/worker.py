@@ -1,0 +1,122 @@
+"""transformers' BeitForImageClassification, which takes its turns on command in a process of its own.
+
+transformers looks for a package named `datasets` and would find ours: this file is run in another folder with `python -P`,
+and takes timing.py by its path. Commands come as lines of JSON on stdin, answers go as lines to stdout:
+{"do": "build", ...}, {"do": "step"}, {"do": "infer"}, {"do": "peak", "of": "step"}.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def load_timing() -> Any:
+    """The module beside this one, without the folder on the path."""
+    spec = importlib.util.spec_from_file_location("timing", Path(__file__).with_name("timing.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["timing"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+timing = load_timing()
+
+
+class Peer:
+    """The model with its optimizer, and the batch; both come in files."""
+
+    def __init__(self, order: dict[str, Any]) -> None:
+        import transformers
+
+        torch.set_num_threads(order["threads"])
+        self.device = torch.device(order["device"])
+        self.dtype = {"bf16": torch.bfloat16, "fp32": None}[order["amp_dtype"]]
+        settings = {key: value for key, value in order["config"].items() if key not in ("architectures", "torch_dtype")}
+        self.model = loaded(transformers.BeitConfig(**settings), torch.load(order["weights"], weights_only=True)).to(
+            self.device
+        )
+        batch = torch.load(order["batch"], weights_only=True)
+        self.images, self.labels = (batch[name].to(self.device) for name in ("image", "label"))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **order["optimizer"])
+        self.clip_grad: float = order["clip_grad"]
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def step(self, mark: Any) -> Tensor:
+        self.model.train()
+        with self.autocast():
+            loss = F.cross_entropy(self.model(self.images).logits.float(), self.labels)
+        mark("forward")
+        loss.backward()
+        mark("backward")
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        mark("optimizer")
+        return loss.detach()
+
+    @torch.no_grad()
+    def infer(self, mark: Any) -> Tensor:
+        self.model.eval()
+        with self.autocast():
+            loss = F.cross_entropy(self.model(self.images).logits.float(), self.labels)
+        mark("forward")
+        return loss
+
+    def turn(self, kind: str) -> dict[str, Any]:
+        clock = timing.Clock(self.device)
+        loss = getattr(self, kind)(clock.mark)
+        ms = clock.read()
+        return {"loss": float(loss), "ms": ms}
+
+    def peak(self, kind: str) -> dict[str, Any]:
+        kept = timing.bytes_of(self.model, optimizer=self.optimizer)
+        return {"bytes": kept + timing.peak_growth(self.device, lambda: getattr(self, kind)(lambda phase: None))}
+
+
+def loaded(config: Any, weights: dict[str, Tensor]) -> Any:
+    """The classifier with these weights under the hub's names; transformers' own loader knows its modules' names."""
+    import transformers
+    from safetensors.torch import save_file
+
+    architecture: Any = transformers.BeitForImageClassification
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({key: value.contiguous() for key, value in weights.items()}, f"{folder}/model.safetensors", {"format": "pt"})
+        config.save_pretrained(folder)
+        model, info = architecture.from_pretrained(folder, output_loading_info=True)
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise RuntimeError(f"transformers did not take these weights: {info}")
+    return model
+
+
+def answer(order: dict[str, Any], peers: list[Peer]) -> dict[str, Any]:
+    if order["do"] == "build":
+        peers.append(Peer(order))
+        return {"attention": str(getattr(peers[0].model.config, "_attn_implementation", ""))}
+    return peers[0].peak(order["of"]) if order["do"] == "peak" else peers[0].turn(order["do"])
+
+
+def main() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever transformers prints is no answer
+    peers: list[Peer] = []
+    for line in sys.stdin:
+        try:
+            said = answer(json.loads(line), peers)
+        except Exception as error:  # the asking side says what it means
+            said = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(said), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

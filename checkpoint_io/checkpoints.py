@@ -1,0 +1,314 @@
+"""Checkpoints: plain tensors and plain data, written atomically, read without running anything in them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+from checkpoint_io import downloads, weight_files
+from errors import UserError, hide_secrets
+from runtime import distributed, fsdp
+from runtime.distributed import log
+
+LATEST = "checkpoint.pth"
+BEST = "checkpoint-best.pth"
+PART = ".part"  # end of the name of a file that is still being written
+
+
+def plain(value: Any) -> Any:
+    """Flags and the like as data that weights_only loading accepts; of URLs without what may be secret."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value if isinstance(value, (int, float, bool, type(None), torch.Tensor)) else hide_secrets(str(value))
+
+
+def write(content: dict[str, Any], path: Path) -> None:
+    """Atomic: a temporary file beside it, flushed to the disk, renamed. A reader or a crash sees the old file or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        free = 0.0
+        with contextlib.suppress(OSError):  # the folder may be gone, or not ours any more
+            temporary.unlink(missing_ok=True)
+            free = shutil.disk_usage(path.parent).free / 2**20
+        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        raise UserError(
+            f"could not write {path} ({reason[:120]}): {size_of(content) / 2**20:.1f} MiB needed, {free:.1f} MiB free; "
+            "the previous checkpoint is intact. Make room, or point --output_dir elsewhere, and start the same line again"
+        ) from None
+    sync_folder(path.parent)
+
+
+class Saver:
+    """Writes checkpoints behind the training's back, from a copy in main memory; one at a time.
+
+    An error in the background reaches the training at its next step (`check`) or save, or at the end (`wait`).
+    """
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+
+    def submit(self, content: dict[str, Any], folder: Path, names: list[str], keep_ckpts: int = 0) -> None:
+        """Write under all `names`, names[0] last, and leave only the last `keep_ckpts` step checkpoints.
+
+        Rank 0 writes. The others call it too where `content` is sharded.
+        """
+        self.wait()
+        copy = on_cpu(content, keep=distributed.is_main())
+        if not distributed.is_main():
+            return
+        self.thread = threading.Thread(target=self._write, args=(copy, folder, names, keep_ckpts), name="checkpoint")
+        self.thread.start()
+
+    def _write(self, content: dict[str, Any], folder: Path, names: list[str], keep_ckpts: int) -> None:
+        try:
+            check_finite(content, folder)
+            # The name to go on from is the last: a run killed in between repeats its step and writes all of them again.
+            first, *others = reversed(names)
+            write(content, folder / first)
+            for name in others:
+                also_as(folder / first, folder / name)
+            for old in step_checkpoints(folder)[keep_ckpts:]:
+                old.unlink(missing_ok=True)
+        except Exception as error:
+            self.error = error
+
+    def check(self) -> None:
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def wait(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self.check()
+
+
+def check_finite(content: dict[str, Any], folder: Path) -> None:
+    """Refuse to replace a good checkpoint by one whose weights, averages or moments are not finite."""
+    for part in ("model", "model_ema", "optimizer"):
+        for name, tensor in named_tensors(content.get(part)):
+            if weight_files.count_not_finite(name, tensor):
+                good = folder / LATEST
+                kept = f"the last good checkpoint is {good}" if good.exists() else "there is no good checkpoint yet"
+                raise UserError(
+                    f"{part}.{name} is not finite any more, so this state is not saved: {kept}. Lower --lr, set --clip_grad "
+                    "3.0, lengthen --warmup_epochs, or try --amp_dtype fp32"
+                )
+
+
+def named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in nested dictionaries and lists, with its keys joined by dots."""
+    if isinstance(content, torch.Tensor):
+        yield name, content
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, (list, tuple)) else ()
+    for key, value in items:
+        yield from named_tensors(value, f"{name}.{key}" if name else str(key))
+
+
+def on_cpu(content: Any, keep: bool = True) -> Any:
+    """A copy that training cannot change: tensors cloned into main memory, the rest as it is.
+
+    Sharded tensors become whole one after the other, on all ranks together; without `keep` this rank keeps none of them.
+    """
+    if isinstance(content, torch.Tensor):
+        whole = fsdp.full(content.detach())
+        return whole.to("cpu", copy=True) if keep else None
+    if isinstance(content, dict):
+        return {key: on_cpu(value, keep) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(on_cpu(value, keep) for value in content)
+    return content
+
+
+def step_name(step: int) -> str:
+    return f"checkpoint-step{step}.pth"
+
+
+def step_checkpoints(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(folder.glob("checkpoint-step*.pth"), key=lambda path: int(path.stem[len("checkpoint-step") :]), reverse=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What a killed run was writing: never complete, never used."""
+    for path in folder.glob(f".checkpoint*{PART}"):
+        path.unlink(missing_ok=True)
+
+
+def size_of(content: Any) -> int:
+    """Bytes of the tensors in nested dictionaries and lists."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(content))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable; not every file system offers it."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def also_as(path: Path, other: Path) -> None:
+    """The same checkpoint under a second name, without writing it twice; checkpoints are only ever replaced, never changed."""
+    temporary = other.with_name(f".{other.name}.{os.getpid()}{PART}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+        os.replace(temporary, other)
+    except OSError:  # no hard links here
+        shutil.copyfile(path, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, other)
+
+
+def keep_published(path: Path, folder: Path) -> None:
+    """A checkpoint in a run's folder that is not a run's of this code gets a second name, before the first is overwritten."""
+    if path.resolve().parent != folder.resolve() or path.stem.startswith("checkpoint-published"):
+        return
+    names = (f"checkpoint-published{number}.pth" for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    kept = next(folder / name for name in names if not (folder / name).exists())
+    also_as(path, kept)
+    log.info(f"kept       {path} as {kept}: this run writes its own under the old name")
+
+
+def find(resume: str, auto_resume: bool, output_dir: str) -> Path | None:
+    """The checkpoint that a run goes on from: --resume, else with --auto_resume the newest intact one of output_dir.
+
+    Rank 0 chooses for all.
+    """
+    if resume:
+        return downloads.fetch(resume)
+    if not auto_resume or not output_dir:
+        return None
+    chosen = newest_intact(Path(output_dir)) if distributed.is_main() else None
+    return distributed.gather_objects(chosen)[0]
+
+
+def newest_intact(folder: Path) -> Path | None:
+    """checkpoint.pth; where it is damaged, the other whole one with the most steps behind it, with a warning."""
+    latest = folder / LATEST
+    if latest.exists() and intact(latest):
+        return latest
+    others = {path: steps_in(path) for path in sorted(folder.glob("checkpoint-*.pth")) if intact(path)}
+    damaged = [path for path in [latest, *folder.glob("checkpoint-*.pth")] if path.exists() and path not in others]
+    if others:
+        newest = max(others, key=others.__getitem__)
+        if damaged:
+            log.warning(f"warning: {damaged[0]} is damaged (truncated or altered): going on from {newest}")
+        return newest
+    if damaged:
+        raise UserError(
+            f"{damaged[0]} is damaged and no other checkpoint in {folder} is whole: remove it to start anew, or name one "
+            "with --resume"
+        )
+    return None
+
+
+def intact(path: Path) -> bool:
+    """Whether every tensor is as it was written: a checkpoint is a zip file that holds a checksum of each."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no regular file: remove it")
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; change its permissions") from None
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):  # RuntimeError: encrypted
+        return False
+
+
+def steps_in(path: Path) -> tuple[int, int]:
+    """(epoch, step) that a checkpoint goes on with; files can be copied, so their times say nothing."""
+    content = read(path)
+    after, done = content.get("next"), content.get("epoch")
+    if after is None and isinstance(done, int):  # the published code's: the last epoch that it finished
+        return done + 1, -1
+    epoch, step = (after.get(key) if isinstance(after, dict) else None for key in ("epoch", "step"))
+    return (epoch, step) if isinstance(epoch, int) and isinstance(step, int) else (-1, -1)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A training checkpoint, or a published weight file (then only `model` is in it, and what `head` finds)."""
+    content = weight_files.load_file(path)
+    weights = weight_files.weights_in(content, str(path))
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        if isinstance(content.get("model_ema"), dict):
+            weight_files.weights_in(content["model_ema"], f"{path} (model_ema)")
+        return content | {"args": weight_files.plain_flags(content.get("args"))}
+    return {"model": weights, **head(path)}
+
+
+def head(path: Path) -> dict[str, Any]:
+    """Plain data that export_checkpoint put into the head of a safetensors file, which has no other place for it: `args`
+    and `stage`; {} for other files."""
+    if not weight_files.is_safetensors(path):
+        return {}
+    with safetensors.safe_open(path, "pt") as file:
+        texts = file.metadata() or {}
+    try:
+        return {key: json.loads(texts[key]) for key in ("args", "stage") if texts.get(key, "").startswith("{")}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: its head is no JSON ({type(error).__name__}); get the file again") from None
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Strict: a resumed model must be the one that was saved."""
+    own = model.state_dict()
+    strange = [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise UserError(f"{path}: {strange[0]} is no tensor among the weights; take another checkpoint")
+    for key in own.keys() & weights.keys():  # load_state_dict would round, or make numbers of switches
+        if weights[key].is_floating_point() != own[key].is_floating_point():
+            raise UserError(
+                f"{path}: {key} is of {weights[key].dtype}, where {own[key].dtype} is needed; take another checkpoint"
+            )
+    try:
+        model.load_state_dict(fsdp.shares_of_weights(weights, model))
+    except RuntimeError:
+        different = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
+        different += [key for key in weights if key not in own]
+        raise UserError(
+            f"{path} is {weight_files.kind_of(weights)} of another shape than this run's model ({different[0]} differs): give "
+            "the flags it was trained with, start from it with --finetune, or name another --output_dir"
+        ) from None
+    if distributed.is_main():
+        log.info(f"weights from {path}")
+
+
+def write_text(folder: str | Path, name: str, text: str) -> Path:
+    """A small result file, on rank 0."""
+    path = Path(folder) / name
+    if distributed.is_main():
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path} could not be written ({error.strerror}): make room, or name another folder") from None
+    return path
+
+
+def write_json(folder: str | Path, name: str, content: Any) -> Path:
+    return write_text(folder, name, json.dumps(plain(content), indent=1) + "\n")

@@ -1,0 +1,306 @@
+"""Where images are: folders, one folder a class, lists, CIFAR-100, tar shards. Each finder gives (image, label) pairs in a
+fixed order, and the names of the classes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Collection, Sequence, Set
+from pathlib import PurePath
+
+import numpy as np
+import torchvision
+
+from data_pipeline import shards
+from data_pipeline.image_formats import EXTENSIONS
+from errors import UserError
+from runtime.distributed import barrier, is_main, log_once
+from utils import derive_seed
+
+ACCEPTED = f"accepted: {' '.join(EXTENSIONS)}"
+SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume Information")
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
+
+Samples = Sequence[tuple[str | np.ndarray | shards.Member, int | None]]  # image (file, pixels, member of a tar), label
+
+
+def find_images(root: str, flag: str = "--data_path") -> tuple[Samples, None]:
+    """Every image below `root`, however nested, unlabelled, in the order of the paths."""
+    need_folder(root, flag)
+    left_out: Counter[str] = Counter()
+    samples: Samples = [(path, None) for path in images_below(root, left_out)]
+    tell_left_out(left_out, f"{flag} {root}")
+    if not samples:
+        raise UserError(f"{flag} {root}: no images in this folder or below it ({ACCEPTED})")
+    return samples, None
+
+
+def find_images_or_file(path: str, flag: str = "--data_path") -> list[str]:
+    """`path` itself when it is a file, whatever its name ends in, else every image below it, in the order of the paths."""
+    return [path] if os.path.isfile(path) else [str(source) for source, _ in find_images(path, flag)[0]]
+
+
+def find_classes_folder(
+    root: str, flag: str = "--data_path", classes: Sequence[str] | None = None
+) -> tuple[Samples, Sequence[str]]:
+    """root/class/**/image, labelled in the order of the names; `classes`: the names that exist and their order."""
+    need_folder(root, flag)
+    found = class_folders(root)
+    if not found:
+        raise UserError(f"{flag} {root}: no class folders in it; labelled images are expected as class_name/image.jpg")
+    _refuse_splits(found, root, flag, classes or ())
+    unknown = sorted(set(found) - set(classes)) if classes else []
+    if unknown:
+        raise UserError(f"{flag} {root}: class folder '{unknown[0]}' is no class of the training data (in all {len(unknown)})")
+    names = classes or found
+    samples: list[tuple[str | np.ndarray | shards.Member, int | None]] = []
+    folders = {name: os.path.realpath(os.path.join(root, name)) for name in found}
+    others = frozenset(folders.values())
+    if len(others) < len(found):
+        twice = [name for name in found if list(folders.values()).count(folders[name]) > 1][:2]
+        raise UserError(
+            f"{flag} {root}: class folders '{twice[0]}' and '{twice[1]}' are the same folder; remove one of the links"
+        )
+    above = _with_parents(os.path.realpath(root)).union(*(map(str, PurePath(path).parents) for path in others))
+    with os.scandir(root) as entries:
+        loose = sum(entry.is_file() and entry.name.lower().endswith(EXTENSIONS) for entry in entries)
+    left_out = Counter({"beside the class folders": loose})
+    for label, name in enumerate(names):
+        paths = images_below(os.path.join(root, name), left_out, above=above, others=others)
+        if not paths and classes is None:  # a validation split need not have every class
+            raise UserError(f"{flag} {root}: class folder '{name}' has no images ({ACCEPTED}); fill or remove it")
+        samples += [(path, label) for path in paths]
+    tell_left_out(left_out, f"{flag} {root}")
+    if not samples:
+        raise UserError(f"{flag} {root}: no images in its class folders ({ACCEPTED})")
+    return samples, names
+
+
+def _refuse_splits(found: Sequence[str], root: str, flag: str, classes: Sequence[str]) -> None:
+    """UserError where the class folders are a data set's splits, or one."""
+    if {name.lower() for name in found} <= SPLITS and not set(found) <= set(classes):
+        train = next((name for name in found if name.lower().startswith("train")), found[0])
+        rest = next((name for name in found if name != train), "val")
+        raise UserError(
+            f"{flag} {root}: its folders are {', '.join(found)}: splits, not classes; give "
+            f"--data_path {os.path.join(root, train)} --eval_data_path {os.path.join(root, rest)}"
+        )
+    if len(found) < 2 and not classes:
+        raise UserError(f"{flag} {root}: has one class folder, '{found[0]}'; two classes at least are needed")
+
+
+def read_class_index(file: str, root: str, flag: str = "--data_path") -> tuple[Samples, list[str]]:
+    """One JSON object a line, {"class": name, "files": [paths]}; labels in the order of the names. The paths are relative to
+    root/class, as in the published code, or to root, whichever is there."""
+    where = f"--image_folder_class_index_file {file}"
+    files: dict[str, list[str]] = {}
+    try:
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    name, paths = _index_line(line, f"{where}, line {number}")
+                    if name in files:
+                        raise UserError(f"{where}, line {number}: class '{name}' was listed before; give each class one line")
+                    files[name] = paths
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: cannot be read ({error})") from None
+    if not files:
+        raise UserError(f'{where}: is empty; one {{"class": ..., "files": [...]}} a line is expected')
+    base = os.path.abspath(root)
+    firsts = {name: paths[0] for name, paths in sorted(files.items())}
+    of_root = sum(os.path.isfile(os.path.join(base, path)) for path in firsts.values())
+    of_class = sum(os.path.isfile(os.path.join(base, name, path)) for name, path in firsts.items())
+    samples: list[tuple[str | np.ndarray | shards.Member, int | None]] = []
+    for label, name in enumerate(firsts):
+        for path in files[name]:
+            full = os.path.normpath(os.path.join(base, name if of_class > of_root else "", path))
+            if not full.startswith(base.rstrip(os.sep) + os.sep):
+                raise UserError(f"{where}: '{path}' of class '{name}' lies outside {flag} {root}; give paths relative to it")
+            samples.append((full, label))
+    first = samples[0][0]
+    if not (of_root or of_class):
+        raise UserError(
+            f"{where}: there is no {first}; its paths are relative to {flag} {root}, or to the class's folder in it"
+        )
+    if of_root == of_class:
+        raise UserError(
+            f"{where}: {first} is there, and the same path in the class's folder: write the paths relative to {flag} {root}, "
+            "such as class/file"
+        )
+    return samples, sorted(files)
+
+
+def _index_line(line: str, where: str) -> tuple[str, list[str]]:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    name, files = (entry.get("class"), entry.get("files")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(files, list) or not all(isinstance(path, str) for path in files):
+        raise UserError(f'{where}: expected {{"class": "name", "files": ["path", ...]}}')
+    if not files:
+        raise UserError(f"{where}: class '{name}' has no files; add some or remove the line")
+    try:
+        os.fsencode("".join([name, *files]))
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and no file's name
+        raise UserError(f"{where}: class '{name!a}' or one of its files has a name that is no text") from None
+    return name, files
+
+
+def find_cifar(root: str, train: bool, download: bool = False) -> tuple[Samples, list[str]]:
+    """CIFAR-100 (torchvision's copy below `root`), images in memory; fetched only when asked, by the first rank."""
+    cifar = torchvision.datasets.CIFAR100
+    if download:
+        try:
+            if is_main():
+                cifar(root, download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--download: CIFAR-100 could not be fetched ({error}); put its files below {root}") from None
+        barrier()
+    try:
+        data = cifar(root, train=train)
+    except RuntimeError:
+        raise UserError(f"--data_set CIFAR: no CIFAR-100 below --data_path {root}; --download fetches it") from None
+    return list(zip(data.data, data.targets, strict=True)), data.classes
+
+
+def find_shards(
+    pattern: str, flag: str = "--data_path", classes: Sequence[str] | None = None
+) -> tuple[shards.Members, list[str] | None]:
+    """The images of tar shards and, where they have labels, the classes' names: those in classes.txt, else the numbers.
+
+    `classes`: the names that exist and their order; numbers without names are taken to be in that order. One rank looks
+    through shards without an index, the others read the index that it leaves.
+    """
+    paths = shards.find_shards(pattern, flag)
+    if not is_main():
+        barrier()
+    members = shards.members_of(paths, EXTENSIONS, flag)
+    if is_main():
+        barrier()
+    if members.left_out:
+        log_once(
+            f"left out   of {flag} {pattern}: {members.left_out:,} images, since a name ends at its first dot (x.2021.jpg is "
+            "the 2021.jpg of sample x) and a sample has one image; scripts/make_shards.py writes names without further dots"
+        )
+    if members.labels is None:
+        return members, None
+    most = int(members.labels.max()) + 1
+    own = shards.class_names(paths)
+    names = own or list(classes or map(str, range(most)))
+    if most > len(names):
+        raise UserError(f"{flag} {pattern}: there is a label {most - 1}, but only {len(names)} classes are known")
+    if classes is None or own is None or own == list(classes):
+        return members, names
+    unknown = sorted(set(own) - set(classes))
+    if unknown:
+        raise UserError(f"{flag} {pattern}: class '{unknown[0]}' is no class of the training data (in all {len(unknown)})")
+    theirs = np.array([list(classes).index(name) for name in own])
+    return members.with_labels(theirs[members.labels]), list(classes)
+
+
+def class_balanced_share(samples: Samples, fraction: float, seed: int = 0) -> Samples:
+    """max(1, round(fraction * n)) of each class's n images, in the old order.
+
+    Always the same ones for a seed; a smaller share is part of a larger one.
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"--label_fraction {fraction}: give a share above 0 and up to 1")
+    if fraction == 1:
+        return samples
+    by_class: dict[int | None, list[int]] = {}
+    for index, (_, label) in enumerate(samples):
+        by_class.setdefault(label, []).append(index)
+    kept: list[int] = []
+    for label, indices in by_class.items():
+        random.Random(derive_seed(seed, "label_fraction", -1 if label is None else label)).shuffle(indices)
+        kept += indices[: max(1, round(fraction * len(indices)))]
+    if isinstance(samples, shards.Members):
+        return samples.take(sorted(kept))
+    return [samples[index] for index in sorted(kept)]
+
+
+def need_folder(root: str, flag: str) -> None:
+    if not os.path.isdir(root):
+        raise UserError(f"{flag} {root}: {'is not a folder' if os.path.exists(root) else 'no such folder'}")
+
+
+def class_folders(root: str) -> list[str]:
+    """Names of the folders in `root`, sorted; none of those of the system, nor links to `root` or above it."""
+    above = _with_parents(os.path.realpath(root))
+    with os.scandir(root) as entries:
+        folders = [entry for entry in entries if entry.is_dir() and not _is_of_the_system(entry.name)]
+    return sorted(entry.name for entry in folders if not (entry.is_symlink() and os.path.realpath(entry.path) in above))
+
+
+def images_below(
+    root: str,
+    left_out: Counter[str] | None = None,
+    endings: tuple[str, ...] = EXTENSIONS,
+    above: Collection[str] = (),
+    others: Set[str] = frozenset(),
+) -> list[str]:
+    """Sorted paths; what is left out is counted in `left_out`.
+
+    Symbolic links to folders are followed, and each folder is read once: links may form a circle. They are not followed to
+    folders above `root`, of `above`, and in `others` or below (real paths, of all classes).
+    """
+    left_out = Counter() if left_out is None else left_out
+    paths: list[str] = []
+    visited: set[str] = set()
+    start = _with_parents(os.path.realpath(root))
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            subfolders.clear()
+            continue
+        if folder != root and (real in start or real in above or not others.isdisjoint(_with_parents(real) - start)):
+            log_once(f"left out   {folder}: a link to a folder above or of another class")
+            subfolders.clear()
+            continue
+        visited.add(real)
+        for name in filter(_is_of_the_system, subfolders):
+            kind = "in hidden folders" if name.startswith(".") else f"in {name}"
+            left_out[kind] += _count_images(os.path.join(folder, name), endings)
+        subfolders[:] = sorted(name for name in subfolders if not _is_of_the_system(name))
+        for name in names:
+            if not name.lower().endswith(endings):
+                left_out[os.path.splitext(name.lower())[1] or "without ending"] += not name.startswith(".")
+            elif name.startswith("."):
+                left_out["hidden"] += 1
+            else:
+                paths.append(os.path.join(folder, name))
+    return sorted(paths)
+
+
+def tell_left_out(left_out: Counter[str], where: str, endings: Sequence[str] = EXTENSIONS) -> None:
+    """One line, if there is anything to tell."""
+    kinds = [f"{count:,} {kind}" for kind, count in left_out.most_common() if count]
+    if kinds:
+        log_once(f"left out   of {where}: {shortened(kinds)} (accepted: {' '.join(endings)})")
+
+
+def refuse_one_class(names: Sequence[str], flag: str) -> None:
+    """Tell the classes; UserError for fewer than two."""
+    if len(names) < 2:
+        raise UserError(f"{flag}: has one class, '{shortened(names)}'; two classes at least are needed")
+    log_once(f"classes    {len(names)}: {shortened(names)}")
+
+
+def shortened(names: Sequence[str], most: int = 8) -> str:
+    shown = [name if len(name) <= 40 else f"{name[:37]}..." for name in names[:most]]
+    return ", ".join(shown) + (", ..." if len(names) > most else "")
+
+
+def _is_of_the_system(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def _with_parents(real: str) -> set[str]:
+    return {real, *map(str, PurePath(real).parents)}
+
+
+def _count_images(folder: str, endings: tuple[str, ...]) -> int:
+    return sum(name.lower().endswith(endings) for _, _, names in os.walk(folder) for name in names)

@@ -1,0 +1,1 @@
+"""Where a run computes: processes, devices, signals, sharded weights, compilation, meters and loggers."""

@@ -1,0 +1,1 @@
+"""Segmentation's data and evaluation: pairs of image and mask, joint views, sliding window."""

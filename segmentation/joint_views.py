@@ -1,0 +1,148 @@
+"""Views of an image and its mask together: both are resized, cropped and flipped alike, colours vary in the image alone.
+
+Images are PIL RGB, labels PIL "L" (the class of each pixel, IGNORED: none), of one size. What comes back is uint8:
+{"image": (3, height, width), "label": (height, width)}. Random views draw from Python's global generator, which the data set
+seeds per sample (samplers.Files).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional as F
+
+from errors import UserError
+from segmentation.mask_files import IGNORED
+
+LONGEST = 4  # the longer side is at most so many times the base size
+REDRAWS = 10  # of a crop that one class fills
+BRIGHTNESS = 32  # levels, added
+FACTORS = (0.5, 1.5)  # of contrast and saturation
+HUE = 36  # degrees of the circle of colours: 18 of 180 steps in the recipe
+LEVELS = np.arange(256)
+
+Size = tuple[int, int]  # width, height
+
+
+def fitted(size: Size, base: int, scale: float = 1.0) -> Size:
+    """The size at which an image fits into (LONGEST * base, base) pixels, times `scale`; the aspect ratio is kept."""
+    factor = scale * min(base / min(size), LONGEST * base / max(size))
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+class EvaluationView:
+    """The whole image, at the size that the network looks at; labels stay as they are in the file."""
+
+    def __init__(self, base: int) -> None:
+        self.base = base
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB -> (3, height, width) uint8, the shorter side `base`."""
+        size = fitted(image.size, self.base)
+        return as_tensor(image if size == image.size else image.resize(size, Image.Resampling.BILINEAR))
+
+    def pair(self, image: Image.Image, labels: Image.Image) -> dict[str, Tensor]:
+        return {"image": self(image), "label": as_tensor(labels)[0]}
+
+
+class TrainingView:
+    """A random crop of `side` x `side` pixels of the image at a random size, perhaps mirrored, in varied colours.
+
+    An image smaller than the crop is filled up at its right and at its bottom with the colour `fill`, its labels with
+    IGNORED. A crop of whose labelled pixels one class has more than `max_class_share` is drawn anew, up to REDRAWS times.
+    """
+
+    def __init__(
+        self,
+        side: int,
+        base: int,
+        scale_range: Sequence[float] = (0.5, 2.0),
+        max_class_share: float = 0.75,
+        hflip: float = 0.5,
+        photometric: bool = True,
+        fill: tuple[int, ...] = (128, 128, 128),
+    ) -> None:
+        smallest, largest = scale_range
+        if not 0 < smallest <= largest:
+            raise UserError(f"--scale_range {smallest} {largest}: give the smallest scale, above 0, and then the largest")
+        if not 0 < max_class_share <= 1:
+            raise UserError(f"--max_class_share {max_class_share}: give a share above 0 and up to 1 (off)")
+        if not 0 <= hflip <= 1:
+            raise UserError(f"--hflip {hflip}: give a probability from 0 to 1")
+        self.side, self.base, self.scale_range, self.max_class_share = side, base, (smallest, largest), max_class_share
+        self.hflip, self.photometric, self.fill = hflip, photometric, fill
+
+    def pair(self, image: Image.Image, labels: Image.Image) -> dict[str, Tensor]:
+        image, labels = self.crop(image, labels)
+        if random.random() < self.hflip:
+            image, labels = (each.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for each in (image, labels))
+        if self.photometric:
+            image = distorted(image)
+        image, labels = filled_up(image, self.side, self.fill), filled_up(labels, self.side, IGNORED)
+        return {"image": as_tensor(image), "label": as_tensor(labels)[0]}
+
+    def crop(self, image: Image.Image, labels: Image.Image) -> tuple[Image.Image, Image.Image]:
+        """At most side x side pixels of both, resized. PIL resizes the crop's pixels alone, with the same result."""
+        width, height = fitted(image.size, self.base, random.uniform(*self.scale_range))
+        size = min(self.side, width), min(self.side, height)
+        across, down = image.width / width, image.height / height
+        for _ in range(1 if size == (width, height) else 1 + REDRAWS):
+            left, top = random.randint(0, width - size[0]), random.randint(0, height - size[1])
+            right = min((left + size[0]) * across, image.width)  # rounding may take it beyond
+            bottom = min((top + size[1]) * down, image.height)
+            box = left * across, top * down, right, bottom
+            cropped = labels.resize(size, Image.Resampling.NEAREST, box)
+            if largest_share(cropped) <= self.max_class_share:
+                break
+        return image.resize(size, Image.Resampling.BILINEAR, box), cropped
+
+
+def largest_share(labels: Image.Image) -> float:
+    """The share of the labelled pixels that the most frequent class has; above 1 where nothing is labelled."""
+    counts = labels.histogram()[:IGNORED]
+    return max(counts) / sum(counts) if any(counts) else 2.0
+
+
+def distorted(image: Image.Image) -> Image.Image:
+    """Brightness, contrast, saturation and hue, each varied with probability 1/2; contrast first or last."""
+    shift = random.uniform(-BRIGHTNESS, BRIGHTNESS) if chance() else 0.0
+    contrast, saturation = (random.uniform(*FACTORS) if chance() else 1.0 for _ in range(2))
+    hue = random.uniform(-HUE, HUE) if chance() else 0.0
+    first = chance()
+    image = looked_up(image, (LEVELS + shift).clip(0, 255) * (contrast if first else 1.0))
+    if saturation != 1 or hue != 0:
+        turned = (LEVELS + round(hue / 360 * 256)) % 256
+        tables = [turned, levels(LEVELS * saturation), LEVELS]
+        image = image.convert("HSV").point(np.concatenate(tables).tolist()).convert("RGB")
+    return image if first else looked_up(image, LEVELS * contrast)
+
+
+def looked_up(image: Image.Image, values: np.ndarray) -> Image.Image:
+    """Each level of each channel replaced by its entry of `values` (256,)."""
+    table = levels(values)
+    return image if (table == LEVELS).all() else image.point(table.tolist() * 3)
+
+
+def levels(values: np.ndarray) -> np.ndarray:
+    return np.rint(values).clip(0, 255).astype(np.int64)
+
+
+def chance() -> bool:
+    return random.random() < 0.5
+
+
+def filled_up(image: Image.Image, side: int, value: int | tuple[int, ...]) -> Image.Image:
+    if image.size == (side, side):
+        return image
+    filled = Image.new(image.mode, (side, side), value)
+    filled.paste(image, (0, 0))
+    return filled
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """(channels, height, width) uint8."""
+    return F.pil_to_tensor(image).contiguous()

@@ -1,0 +1,104 @@
+"""Segmentation models from weight files: a backbone to start from, or a finished model built from its file alone."""
+
+from __future__ import annotations
+
+import argparse
+
+from torch import Tensor
+
+import arguments
+import modeling_segmentation
+import pretrained
+from checkpoint_io import weight_files, weight_source
+from checkpoint_io.weight_source import Source
+from errors import UserError
+from evaluation.trained_classifier import first_difference
+from modeling_segmentation import Segmenter
+from runtime.distributed import log
+
+HEADS = ("decode_head.", "auxiliary_head.")
+CLASSIFIER = "decode_head.conv_seg.weight"
+# What a finished model's images must look like: taken from its file where the command line does not say otherwise.
+LOOKS_AS_TRAINED = (
+    "input_size",
+    "base_size",
+    "stride",
+    "whole_image",
+    "imagenet_default_mean_and_std",
+    "reduce_zero_label",
+)
+
+
+def parts(content: Source) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The backbone's weights, under the names of a ViT, and the heads'."""
+    heads = {key: value for key, value in content.weights.items() if key.startswith(HEADS)}
+    return {key: value for key, value in content.weights.items() if key not in heads}, heads
+
+
+def load_pretrained(model: Segmenter, content: Source, source: str) -> None:
+    """What fits of a pretrained backbone or of a segmentation model, with a report. `source` names it in messages."""
+    backbone, heads = parts(content)
+    pretrained.load_fitting(model.backbone, backbone, source)
+    if heads:
+        own = model.state_dict()
+        fitting = {key: value for key, value in heads.items() if key in own and value.shape == own[key].shape}
+        model.load_state_dict(fitting, strict=False)
+        log.info(f"heads      used {len(fitting)} of {len(heads)} tensors of the file")
+
+
+def read(source: str, flag: str) -> Source:
+    """A finished segmentation model's file. UserError: another kind of file."""
+    content = weight_source.read(source, flag=flag)
+    if CLASSIFIER not in content.weights:
+        raise UserError(f"{flag} {source} is {weight_files.kind_of(content.weights)}: a segmentation model is needed")
+    return content
+
+
+def as_trained(parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], content: Source) -> arguments.Flags:
+    """The flags, with those of the model's training where the command line says nothing. `given`: arguments.given_flags."""
+    theirs = {name: content.flags[name] for name in LOOKS_AS_TRAINED if name in content.flags and name not in given}
+    changed = [arguments.spelled(parser, name, value) for name, value in theirs.items() if value != getattr(args, name)]
+    if changed:
+        log.info(f"as trained {', '.join(changed)}")
+    return arguments.Flags(**{**vars(args), **theirs, "_frozen": False}).freeze()
+
+
+def build(content: Source, source: str) -> Segmenter:
+    """The model in a file, by the shapes of its weights; in eval. `source` names it in messages."""
+    backbone, heads = parts(content)
+    classifier, auxiliary = heads[CLASSIFIER], heads.get("auxiliary_head.conv_seg.weight")
+    try:
+        settings = pretrained.architecture(content.weights, content.flags)
+    except UserError as error:
+        raise UserError(f"{source} has no backbone that could be used: {error}") from None
+    if settings["in_chans"] != 3:
+        raise UserError(f"{source} is of images with {settings['in_chans']} channels: here they have 3")
+    del settings["num_classes"], settings["use_mean_pooling"]
+    model = modeling_segmentation.assemble(
+        "upernet" if any(key.startswith("decode_head.psp_modules.") for key in heads) else "setr_pup",
+        settings,
+        num_classes=len(classifier),
+        channels=classifier.shape[1],
+        aux_channels=0 if auxiliary is None else auxiliary.shape[1],
+    )
+    try:
+        missing, unexpected = model.load_state_dict(
+            {**{f"backbone.{k}": v for k, v in backbone.items()}, **heads}, strict=False
+        )
+    except RuntimeError as error:  # shapes
+        why = str(error).splitlines()[-1].strip()
+        raise UserError(f"{source} does not fit the model that its own shapes describe: {why}") from None
+    missing = [key for key in missing if not key.endswith("relative_position_index")]
+    if missing or unexpected:
+        what = f"it lacks {missing[0]}" if missing else f"it also holds {unexpected[0]}"
+        raise UserError(f"{source} is no segmentation model of ours or of the released ones: {what}")
+    return model.eval()
+
+
+def class_names(content: Source, given: list[str], source: str) -> list[str]:
+    """Of the file's classes: its own names, else the `given` ones, else numbers. UserError where these are others."""
+    count = len(content.weights[CLASSIFIER])
+    if given and (len(given) != count or (content.classes and content.classes != given)):
+        difference = first_difference(content.classes or [f"class {number}" for number in range(count)], given)
+        raise UserError(f"--class_names names other classes than {source} has: {difference}; correct it, or leave it out")
+    return content.classes or given or [f"class {number}" for number in range(count)]

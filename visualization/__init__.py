@@ -1,0 +1,1 @@
+"""What is looked at: drawings, HTML pages, files of codes, the pixel decoder."""

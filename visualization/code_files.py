@@ -1,0 +1,189 @@
+"""Files of visual tokens: written in shares by several processes, joined in order, read without loading them whole.
+
+A finished folder holds about.json (what was encoded and how), files.txt and skipped.txt (a line each), and codes.npy (images,
+N), row i for line i of files.txt, or codes.jsonl, one {"file": ..., "codes": rows of the grid} a line. N patches, K codes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+import norm_ema_quantizer
+from checkpoint_io import checkpoints
+from errors import UserError
+
+ABOUT = "about.json"
+RESULTS = ("codes.npy", "codes.jsonl")
+LISTS = ("files", "skipped")  # .txt
+BLOCK = 4096  # images read at a time
+MOST_CODES = 1 << 24
+KINDS: dict[str, Any] = {  # of what about.json says and is needed here
+    "images": int, "grid": list, "n_codes": int, "input_size": int, "perplexity": (int, float), "view": str,
+    "tokenizer_weight": str, "data_path": str, "crop_pct": (int, float, type(None)),
+}  # fmt: skip
+
+
+def open_text(path: Path, mode: str) -> IO[str]:
+    """Names of files go through unchanged, also those that are no UTF-8."""
+    return open(path, mode, encoding="utf-8", errors="surrogateescape", newline="\n")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The shares of `world_size` processes in their order. `grid`: rows and columns of patches."""
+
+    folder: Path
+    world_size: int
+    n_codes: int
+    grid: tuple[int, int]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint16 if self.n_codes <= 1 << 16 else np.int32).newbyteorder("<")
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def path(self, kind: str, rank: int = 0) -> Path:
+        return self.folder / f".{kind}.{rank}{checkpoints.PART}"
+
+    def lines(self, kind: str) -> Iterator[str]:
+        for rank in range(self.world_size):
+            with open_text(self.path(kind, rank), "r") as file:
+                yield from (line.rstrip("\n") for line in file)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The codes of up to BLOCK images at a time, (images, N)."""
+        for rank in range(self.world_size):
+            with open(self.path("codes", rank), "rb") as file:
+                while block := file.read(BLOCK * self.patches * self.dtype.itemsize):
+                    yield np.frombuffer(block, self.dtype).reshape(-1, self.patches)
+
+    def images(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, codes (h, w)) of every image."""
+        codes = (row.reshape(self.grid) for block in self.blocks() for row in block)
+        return zip(self.lines("files"), codes, strict=True)
+
+    def usage(self) -> dict[str, Any]:
+        """How many images there are, and how evenly they use the codes."""
+        counts, images = np.zeros(self.n_codes, dtype=np.int64), 0
+        for block in self.blocks():
+            counts += np.bincount(block.ravel(), minlength=self.n_codes)
+            images += len(block)
+        perplexity = norm_ema_quantizer.perplexity(torch.from_numpy(counts).double())
+        return {"images": images, "codes_used": int((counts > 0).sum()), "perplexity": round(perplexity, 2)}
+
+    def remove(self) -> None:
+        for kind in ("codes", *LISTS, *RESULTS, *(f"{kind}.txt" for kind in LISTS), ABOUT):
+            for path in self.folder.glob(f".{kind}.*{checkpoints.PART}"):
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def share_writer(parts: Parts, rank: int) -> Iterator[Callable[[torch.Tensor, Iterable[str], Iterable[str]], None]]:
+    """For one process's share: gives add(codes (images, N), the images' names, the files left out with the reason)."""
+    with (
+        open(parts.path("codes", rank), "wb") as codes_file,
+        open_text(parts.path("files", rank), "w") as names_file,
+        open_text(parts.path("skipped", rank), "w") as skipped_file,
+    ):
+
+        def add(codes: torch.Tensor, names: Iterable[str], skipped: Iterable[str]) -> None:
+            codes_file.write(codes.cpu().numpy().astype(parts.dtype).tobytes())
+            names_file.writelines(f"{name}\n" for name in names)
+            skipped_file.writelines(" ".join(text.splitlines()) + "\n" for text in skipped)
+
+        yield add
+
+
+def join(parts: Parts, form: str, about: dict[str, Any]) -> dict[str, Any]:
+    """The finished folder from all shares; `form`: npy or jsonl; returns `about` with what was counted.
+
+    The codes appear last: where they are, everything is there and belongs together. Another run's are removed before.
+    UserError without a single image; then another run's stay.
+    """
+    counted = parts.usage() | {"skipped": sum(1 for _ in parts.lines("skipped"))}
+    if not counted["images"]:
+        raise UserError(f"no image could be read, check --data_path: {', '.join(itertools.islice(parts.lines('skipped'), 3))}")
+    about = counted | {"format": form, "n_codes": parts.n_codes, "grid": list(parts.grid)} | about
+    for kind in LISTS:
+        with open_text(parts.path(f"{kind}.txt"), "w") as file:
+            file.writelines(f"{line}\n" for line in parts.lines(kind))
+    parts.path(ABOUT).write_text(json.dumps(checkpoints.plain(about), indent=1) + "\n", encoding="utf-8")
+    (write_npy if form == "npy" else write_jsonl)(parts, counted["images"], parts.path(f"codes.{form}"))
+    for old in RESULTS:
+        (parts.folder / old).unlink(missing_ok=True)
+    for name in ("files.txt", "skipped.txt", ABOUT, f"codes.{form}"):
+        with open(parts.path(name), "rb+") as finished:
+            os.fsync(finished.fileno())
+        os.replace(parts.path(name), parts.folder / name)
+    checkpoints.sync_folder(parts.folder)
+    return about
+
+
+def write_npy(parts: Parts, images: int, path: Path) -> None:
+    header = {"descr": parts.dtype.str, "fortran_order": False, "shape": (images, parts.patches)}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.writelines(block.tobytes() for block in parts.blocks())
+
+
+def write_jsonl(parts: Parts, images: int, path: Path) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        for name, codes in parts.images():
+            file.write(json.dumps({"file": name, "codes": codes.tolist()}) + "\n")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A finished folder of the npy form. `codes`: (images, N), mapped into memory."""
+
+    folder: Path
+    about: dict[str, Any]
+    codes: np.ndarray
+
+    def names(self, images: Iterable[int]) -> dict[int, str]:
+        """Of these images; the list of all is not kept."""
+        wanted, path = set(images), self.folder / "files.txt"
+        try:
+            with open_text(path, "r") as file:
+                found = {number: line.rstrip("\n") for number, line in enumerate(file) if number in wanted}
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); encode the images again") from None
+        if len(found) < len(wanted):
+            raise UserError(f"{path}: has no line for image {min(wanted - found.keys())}; encode the images again")
+        return found
+
+
+def read(folder: str, flag: str) -> Encoded:
+    """UserError where `folder` holds no finished codes.npy; `flag` names it in messages."""
+    path = Path(folder)
+    if not (path / "codes.npy").exists():
+        other = (
+            "codes.jsonl: encode_images.py with --format npy" if (path / "codes.jsonl").exists() else "nothing finished by it"
+        )
+        raise UserError(f"{flag} {folder}: codes.npy of encode_images.py is needed, here is {other}")
+    try:
+        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+        codes = np.load(path / "codes.npy", mmap_mode="r")
+        wrong = [name for name, kind in KINDS.items() if not isinstance(about[name], kind)]
+        if wrong or not 0 < about["n_codes"] <= MOST_CODES or codes.dtype.kind not in "iu":
+            raise ValueError(f"{wrong[0] if wrong else 'n_codes or the kind of the codes'} is wrong")
+        fits = codes.shape == (about["images"], about["grid"][0] * about["grid"][1])
+        fits = fits and about["input_size"] >= about["grid"][0] > 0 < about["grid"][1]
+    except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{flag} {folder}: {ABOUT} or codes.npy cannot be read ({error})") from None
+    if not fits:
+        raise UserError(f"{flag} {folder}: {ABOUT} and codes.npy do not belong together; encode the images again")
+    return Encoded(path, about, codes)

@@ -1,0 +1,90 @@
+"""What the scripts that look at images have in common: which images are shown, and the files that pictures are written to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import save_image
+
+from data_pipeline.image_lists import find_images_or_file
+from errors import UserError
+from runtime.distributed import log
+from transforms import load_image
+
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".pdf")
+PAGES = (".html", ".htm")
+
+
+# ── Images to show ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def find_shown(sources: Sequence[str], count: int) -> list[str]:
+    """The files among `sources`, and `count` files of each folder, evenly spread.
+
+    UserError for what does not exist, and for a file named by itself that is no image: to be called before other work.
+    """
+    chosen: list[str] = []
+    for source in sources:
+        if not os.path.exists(source):
+            raise UserError(f"--image {source}: no such file or folder")
+        paths = find_images_or_file(source, "--image")
+        if not os.path.isdir(source):
+            try:
+                load_image(source)
+            except Exception as error:  # PIL raises nearly anything for broken files
+                raise UserError(f"--image {source}: cannot be read ({error})") from None
+        taken = min(count, len(paths))
+        chosen += [paths[number * len(paths) // taken] for number in range(taken)]
+    return chosen
+
+
+def read_or_leave_out(path: str) -> Image.Image | None:
+    """None, and a line that names the file, where it does not decode."""
+    try:
+        return load_image(path)
+    except Exception as error:  # PIL raises nearly anything for broken files
+        log.warning(f"cannot read {path} ({error}): left out")
+        return None
+
+
+def read_shown(paths: Sequence[str]) -> Iterator[tuple[str, Image.Image]]:
+    """(path, image) of those that can be read, the others are named; UserError at the end if there was none."""
+    shown = 0
+    for path in paths:
+        image = read_or_leave_out(path)
+        if image is not None:
+            shown += 1
+            yield path, image
+    if not shown:
+        raise UserError(f"--image: no image could be read, of {len(paths)} such as {paths[0]}")
+
+
+# ── The file to write ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def prepare_output(path: str, endings: Sequence[str], flag: str = "--output") -> None:
+    """Make its folder, and refuse a name that could not be written to in the end: to be called before other work."""
+    if path.endswith(("/", os.sep)) or os.path.isdir(path):
+        raise UserError(f"{flag} {path}: is a folder; name the file in it, such as {Path(path) / f'name{endings[0]}'}")
+    if Path(path).suffix.lower() not in endings:
+        raise UserError(f"{flag} {path}: the name must end in {' '.join(endings)}")
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: its folder cannot be made ({error})") from None
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UserError(f"{flag} {path}: no permission to write there")
+
+
+def save_picture(picture: Tensor, path: str, flag: str = "--output") -> None:
+    """(3, height, width) in [0, 1]. UserError for a full disk, or a format that ends before the picture does (JPEG)."""
+    try:
+        save_image(picture, path)
+    except (OSError, ValueError) as error:
+        size = f"{picture.shape[2]} x {picture.shape[1]} pixels"
+        raise UserError(f"{flag} {path}: {size} cannot be written ({error}); PNG takes every size") from None

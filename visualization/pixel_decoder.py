@@ -1,0 +1,116 @@
+"""What tokens keep: a small decoder from a frozen tokenizer's codes to pixels.
+
+Nothing of it is used to train BEiT v2. The tokenizer never sees its loss, so that what it draws is what the codes hold.
+
+Shapes: B batch, h x w grid of N patches, D code dim, C width, P patch side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+import modeling_vqkd
+from checkpoint_io import downloads, weight_files, weight_formats
+from errors import UserError
+from modeling_finetune import VisionTransformer
+from modeling_vqkd import PATCH_SIZE, VQKD
+from vit_backbone import truncated_normal_
+
+HEAD_DIM = 32
+
+
+class PixelDecoder(nn.Module):
+    """Code vectors -> ViT over the grid -> each token paints a window of 2P x 2P pixels, twice its patch; windows add up.
+
+    With windows that only touch, the patches' edges stand out and the PSNR is lower (docs/visualisation.md).
+
+    Args:
+        grid: (h, w).
+        code_dim: D.
+        depth, dim: blocks and width C of the ViT; heads have 32 channels each.
+    """
+
+    def __init__(self, grid: tuple[int, int], code_dim: int, depth: int, dim: int) -> None:
+        super().__init__()
+        self.vit = VisionTransformer(
+            img_size=grid, patch_size=1, in_chans=code_dim, num_classes=0, embed_dim=dim, depth=depth,
+            num_heads=heads_of(dim),
+        )  # fmt: skip
+        self.grid = grid
+        self.to_pixels = nn.ConvTranspose2d(dim, 3, 2 * PATCH_SIZE, stride=PATCH_SIZE, padding=PATCH_SIZE // 2)
+        truncated_normal_(self.to_pixels.weight, std=0.02, cut=2.0)
+        self.to_pixels.bias.data.zero_()
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Code vectors (B, D, h, w) -> images (B, 3, h * P, w * P) in [0, 1], fp32."""
+        tokens = self.vit.forward_features(z, return_patch_tokens=True)  # (B, N, C)
+        height, _ = self.grid
+        return torch.sigmoid(self.to_pixels(rearrange(tokens, "b (h w) c -> b c h w", h=height)).float())
+
+
+def heads_of(dim: int) -> int:
+    if dim < HEAD_DIM or dim % HEAD_DIM:
+        raise UserError(f"--pixel_decoder_dim {dim}: give a multiple of {HEAD_DIM}, the width of a head")
+    return dim // HEAD_DIM
+
+
+class Reconstructor(nn.Module):
+    """Image -> codes, by a frozen tokenizer -> pixels, by a decoder that is trained. One file holds both."""
+
+    def __init__(self, tokenizer: VQKD, depth: int, dim: int) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        # How the tokenizer scales images is in no file of its own; ours must tell, for it may be all that is left.
+        for name in ("input_mean", "input_std"):
+            tokenizer.register_buffer(name, getattr(tokenizer, name), persistent=True)
+        self.grid: tuple[int, int] = tokenizer.encoder.patch_embed.patch_shape
+        self.decoder = PixelDecoder(self.grid, tokenizer.quantize.codebook_dim, depth, dim)
+
+    def train(self, mode: bool = True) -> Reconstructor:
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+    @property
+    def image_size(self) -> int:
+        return PATCH_SIZE * self.grid[0]
+
+    @property
+    def n_codes(self) -> int:
+        return self.tokenizer.quantize.num_tokens
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, height, width) in [0, 1] -> codes (B, h, w) int64."""
+        return self.tokenizer.get_codebook_indices(images).view(-1, *self.grid)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, h, w) -> images (B, 3, height, width) in [0, 1]. Nothing but the codes' own vectors is looked at."""
+        vectors = F.embedding(codes, self.tokenizer.quantize.embedding.weight)
+        return self.decoder(rearrange(vectors, "b h w d -> b d h w"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.decode(self.encode(images))
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"decoder.vit.{name}" for name in self.decoder.vit.no_weight_decay()}
+
+
+def open_reconstructor(source: str, flag: str = "--checkpoint") -> Reconstructor:
+    """The model in a file of `run_vqkd_training.py --train_pixel_decoder` (path or URL), in eval; no other file is needed."""
+    found = weight_files.weights_in(weight_files.load_file(downloads.fetch(source)), source)
+    weights = weight_formats.strip_wrappers(found)
+    if "decoder.to_pixels.weight" not in weights:
+        raise UserError(f"{flag} {source} holds no pixel decoder: run_vqkd_training.py --train_pixel_decoder trains one")
+    own = {key.removeprefix("tokenizer."): value for key, value in weights.items() if key.startswith("tokenizer.")}
+    settings: dict[str, Any] = modeling_vqkd.settings_of(own, {}, f"{flag} {source}")
+    teacher_dim = len(own["decode_task_layer.2.bias"])
+    tokenizer = modeling_vqkd.create_model(**settings, as_tokenizer=True, decoder_out_dim=teacher_dim)
+    depth, dim = modeling_vqkd.depth_of(weights, "decoder.vit"), weights["decoder.to_pixels.weight"].shape[0]
+    model = Reconstructor(tokenizer, depth, dim)
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)
