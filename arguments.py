@@ -274,7 +274,7 @@ def add_poly_optimizer_flags(parser: argparse.ArgumentParser, lr: float, weight_
 
 def add_optimizer(parser: argparse.ArgumentParser, lr: float, weight_decay: float, lr_help: str, batch_size: int = 64) -> Any:
     """What every schedule shares; returns the group."""
-    g = parser.add_argument_group("optimisation")
+    g = parser.add_argument_group("optimization")
     g.add_argument("--batch_size", type=large_count, default=batch_size, help="images per process and micro-step")
     g.add_argument("--update_freq", type=large_count, default=1, help="micro-steps accumulated into one optimizer step")
     g.add_argument("--opt", default="adamw", help="adamw, adam, sgd, or any name of timm's optimizers")
@@ -325,7 +325,7 @@ def add_data_flags(
     g.add_argument("--vflip", type=probability, default=0.0, help="probability of a vertical flip, for images without an up")
     g.add_argument("--train_interpolation", default="bicubic", help="bicubic, bilinear or lanczos")
     g.add_argument(
-        "--imagenet_default_mean_and_std", action="store_true", help="normalise by ImageNet's statistics, not 0.5/0.5"
+        "--imagenet_default_mean_and_std", action="store_true", help="normalize by ImageNet's statistics, not 0.5/0.5"
     )
 
 
@@ -333,7 +333,7 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
     """Of the stages that train on one random crop (pretraining, the tokenizer); fine-tuning has timm's augmentation."""
     g = parser.add_argument_group("speed of the data")
     g.add_argument("--data_pipeline", default="exact", choices=("exact", "fast"),
-                   help="exact: torchvision's transforms, bit for bit; fast: colours jittered behind the resize, and large "
+                   help="exact: torchvision's transforms, bit for bit; fast: colors jittered behind the resize, and large "
                    "JPEGs decoded at a reduced size (docs/performance.md: times, and how far pixels differ)")  # fmt: skip
     g.add_argument("--augment_on_device", action="store_true",
                    help="with --data_pipeline fast: jitter and flip batches on the device, with the same result")  # fmt: skip
@@ -355,7 +355,7 @@ def add_vit_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
-    g = parser.add_argument_group("masked image modelling")
+    g = parser.add_argument_group("masked image modeling")
     g.add_argument("--model", default="beit_base_patch16_224_8k_vocab", help="..._cls_pt adds BEiT v2's CLS head")
     g.add_argument(
         "--num_mask_patches", type=not_negative, default=None, help="masked patches; default: 75 of 196, scaled to the grid"
@@ -369,7 +369,7 @@ def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--predict", default=None, choices=("masked", "all"),
                    help="the patches that count in the loss; default: masked, with --no_mask all")  # fmt: skip
     g.add_argument("--target", default="tokens", choices=("tokens", "pixels"),
-                   help="what a patch predicts: its code, or its normalised pixels (then no tokenizer is needed)")  # fmt: skip
+                   help="what a patch predicts: its code, or its normalized pixels (then no tokenizer is needed)")  # fmt: skip
     g.add_argument(
         "--early_layers", type=not_negative, default=9, help="CLS head: patch tokens come from this block; large: 21"
     )
@@ -391,13 +391,13 @@ def add_knn_monitor_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("k-NN during pretraining")
     g.add_argument("--knn_freq", type=not_negative, default=0, help="epochs between k-NN evaluations of the student; 0: none")
     g.add_argument(
-        "--knn_data_path", type=expand_home, default="", help="labelled images for it: train/class/image and val/class/image"
+        "--knn_data_path", type=expand_home, default="", help="labeled images for it: train/class/image and val/class/image"
     )
     add_knn_flags(g)
 
 
 def add_knn_flags(group: Any) -> None:
-    group.add_argument("--knn_temperature", type=above_zero, default=0.07, help="a neighbour's vote is exp(similarity / this)")
+    group.add_argument("--knn_temperature", type=above_zero, default=0.07, help="a neighbor's vote is exp(similarity / this)")
     group.add_argument("--knn_standardize", action="store_true",
                        help="channels to mean 0 and std 1 over the training images before they are compared")  # fmt: skip
 
@@ -408,7 +408,7 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--linear", dest="mode", action="store_const", const="linear", default="linear",
                       help="train a linear classifier on every layer (the default)")  # fmt: skip
     mode.add_argument("--knn", dest="mode", action="store_const", const="knn", default="linear",
-                      help="k nearest neighbours among the training images; trains nothing")  # fmt: skip
+                      help="k nearest neighbors among the training images; trains nothing")  # fmt: skip
     g.add_argument("--finetune", type=expand_home, required=True, help=f"the frozen backbone: {WEIGHTS}")
     g.add_argument("--num_heads", type=small_count, default=None, help="for files of an unknown size without position bias")
     g.add_argument("--features", default="auto", choices=("auto", "cls", "mean", "cls_mean"),
@@ -416,12 +416,12 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
                    "pretraining, else cls_mean (--linear) or mean (--knn)")  # fmt: skip
     g.add_argument("--nb_classes", type=Number(int, 0, 2**20), default=0, help="0: as many as the data has")
     g.add_argument("--label_fraction", type=fraction, default=1.0, help="train on a fixed, class-balanced share of the labels")
-    g.add_argument("--crop_pct", type=crop_share, default=None, help="centre crop; default 0.875, 1.0 from 384 pixels up")
+    g.add_argument("--crop_pct", type=crop_share, default=None, help="center crop; default 0.875, 1.0 from 384 pixels up")
     g = parser.add_argument_group("linear probe")
     g.add_argument("--cached_features", action="store_true",
-                   help="compute features once, from centre crops, not random ones: fast, not the published way")  # fmt: skip
+                   help="compute features once, from center crops, not random ones: fast, not the published way")  # fmt: skip
     g = parser.add_argument_group("k-NN")
-    g.add_argument("--knn_k", type=positive, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
+    g.add_argument("--knn_k", type=positive, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbors")
     g.add_argument(
         "--knn_layer", type=small_count, default=None, help="block whose output is compared, from 1; default: the last"
     )
@@ -437,7 +437,7 @@ def add_shown_image_flags(parser: argparse.ArgumentParser) -> None:
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
     """One view of an image in all scripts that look at it, so that its tokens are the same in each."""
     parser.add_argument("--crop_pct", type=crop_share, default=None,
-                        help="share of the shorter side in the centre crop; default: evaluation's, 0.875 (1.0 from 384 pixels "
+                        help="share of the shorter side in the center crop; default: evaluation's, 0.875 (1.0 from 384 pixels "
                         "up and at 32)")  # fmt: skip
     parser.add_argument("--device", default="cuda", help="cuda (each process its own GPU; the CPU if there is none) or cpu")
 
@@ -453,7 +453,7 @@ def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--quantizer_warmup_steps", type=not_negative, default=0,
                    help="N steps without the quantizer, then k-means: keeps the codebook in use on small data")  # fmt: skip
     g.add_argument("--revive_dead_codes", action="store_true", help="codes unused for an epoch move to live features")
-    g.add_argument("--process_type", default="default", choices=("default", "imagenet_norm"), help="input normalisation")
+    g.add_argument("--process_type", default="default", choices=("default", "imagenet_norm"), help="input normalization")
     g.add_argument("--rec_loss_type", default="cosine", choices=("cosine",), help="distance to the teacher's features")
     g = parser.add_argument_group("teacher")
     g.add_argument("--teacher_model_type", default=None,
@@ -577,7 +577,7 @@ def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
         "--palette",
         type=expand_home,
         default=None,
-        help="file of the classes' colours in pictures, a line 'r g b' each, 0 to 255",
+        help="file of the classes' colors in pictures, a line 'r g b' each, 0 to 255",
     )
     add_switch(g, "reduce_zero_label", "keep_zero_label", False, "label 0 is ignored, 1 is the first class (ADE20K)")
     g.add_argument("--input_size", type=pixels, default=512, help="side of the square crops, and of evaluation's windows")
@@ -589,7 +589,7 @@ def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--hflip", type=probability, default=0.5, help="probability of a mirror image")
     add_switch(g, "photometric", "no_photometric", True, "brightness, contrast, saturation and hue vary in training")
     g.add_argument(
-        "--imagenet_default_mean_and_std", action="store_true", help="normalise by ImageNet's statistics, not 0.5/0.5"
+        "--imagenet_default_mean_and_std", action="store_true", help="normalize by ImageNet's statistics, not 0.5/0.5"
     )
     g = parser.add_argument_group("evaluation and prediction")
     g.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and stop")

@@ -36,14 +36,14 @@ from transforms import (
     eval_view,
     finetuning_view,
     load_image,
-    normalisation,
+    normalization,
 )
 
 DATA_SETS = dict.fromkeys(("image_folder", "IMNET", "CIFAR", "webdataset"))
 
 
 class ImageFiles(Files):
-    """Labelled or unlabelled images (samplers.Files); see the module for what comes back. A replaced file brings its label.
+    """Labeled or unlabeled images (samplers.Files); see the module for what comes back. A replaced file brings its label.
 
     A view with `read`, `pack` and `finish` (transforms.Crops) reads the files itself; its samples are packed, as they travel
     to the device, and `finish` makes of a batch of them what the network takes.
@@ -105,12 +105,12 @@ class ImageFiles(Files):
 
 # -------------------------------------------------------------------------------------------------------- builders
 def build_pretraining_dataset(args: Any, grid: int, held_out: str = "", tokenizer_stride: int | None = 16) -> ImageFiles:
-    """Unlabelled images with the two views and a mask of a grid x grid patch grid (PretrainingViews).
+    """Unlabeled images with the two views and a mask of a grid x grid patch grid (PretrainingViews).
 
     `held_out`: a folder (--eval_data_path) whose images are read instead, the same way. `tokenizer_stride`: pixels of the
     tokenizer's view for each patch, where --second_input_size is not given; None: there is no such view.
     """
-    mean, std = normalisation(args.imagenet_default_mean_and_std)
+    mean, std = normalization(args.imagenet_default_mean_and_std)
     views = PretrainingViews(
         args.input_size,
         None if tokenizer_stride is None else args.second_input_size or grid * tokenizer_stride,
@@ -129,7 +129,7 @@ def build_pretraining_dataset(args: Any, grid: int, held_out: str = "", tokenize
         find = find_shards if args.data_set == "webdataset" else find_images
         samples = without_labels(find(held_out, "--eval_data_path")[0])
     else:
-        samples = _unlabelled(args, train=True)
+        samples = _unlabeled(args, train=True)
     return ImageFiles(samples, views, args.seed)
 
 
@@ -152,7 +152,7 @@ def build_masks(args: Any, grid: int) -> MaskingGenerator:
 
 
 def build_vqkd_dataset(args: Any) -> ImageFiles:
-    """Unlabelled images in [0, 1]: crops and flips."""
+    """Unlabeled images in [0, 1]: crops and flips."""
     view = TokenizerViews(
         args.input_size,
         args.min_crop_scale,
@@ -162,34 +162,34 @@ def build_vqkd_dataset(args: Any) -> ImageFiles:
         args.data_pipeline,
         args.augment_on_device,
     )
-    return ImageFiles(_unlabelled(args, train=True), view, args.seed)
+    return ImageFiles(_unlabeled(args, train=True), view, args.seed)
 
 
 def build_held_out_dataset(args: Any) -> ImageFiles | None:
-    """Unlabelled images in [0, 1], centre crops: --eval_data_path, or the data set's own split; None without either."""
+    """Unlabeled images in [0, 1], center crops: --eval_data_path, or the data set's own split; None without either."""
     if args.data_set in ("image_folder", "webdataset") and not args.eval_data_path:
         return None
-    return ImageFiles(_unlabelled(args, train=False), eval_view(args.input_size), args.seed)
+    return ImageFiles(_unlabeled(args, train=False), eval_view(args.input_size), args.seed)
 
 
 def build_finetuning_dataset(
     args: Any, train: bool, own_classes: bool = False, classes: Sequence[str] | None = None, augment: bool = True
 ) -> tuple[ImageFiles, int]:
-    """Labelled images and the number of classes, which must be --nb_classes unless that is 0.
+    """Labeled images and the number of classes, which must be --nb_classes unless that is 0.
 
     The validation split takes its label numbers from the training split's class names; with `own_classes` from its own
     folders (ImageNet-A and -R: 200 of the model's 1000, so --nb_classes is not compared). `classes`: the names and order
     that a finished model was trained with, so that the training split need not be there. `augment` False: the training
     images as validation sees them.
     """
-    samples, classes = _labelled(args, train, own_classes, classes)
+    samples, classes = _labeled(args, train, own_classes, classes)
     refuse_one_class(classes, "--data_path" if train else "--eval_data_path")
     if args.nb_classes not in (0, len(classes)) and not own_classes:
         raise UserError(
             f"--nb_classes {args.nb_classes}: the data has {len(classes)} classes; correct one of them, or leave "
             "--nb_classes out to take the number from the data"
         )
-    mean, std = normalisation(args.imagenet_default_mean_and_std)
+    mean, std = normalization(args.imagenet_default_mean_and_std)
     if train:  # Not args.seed: runs that differ in the seed alone are compared on the same labels.
         samples = class_balanced_share(samples, args.label_fraction, seed=0)
     if not train or not augment:
@@ -212,14 +212,14 @@ def build_finetuning_dataset(
 
 
 def build_knn_datasets(args: Any) -> tuple[ImageFiles, ImageFiles, int]:
-    """Labelled images of --knn_data_path in centre crops: those of train/, those of val/, and the number of classes."""
+    """Labeled images of --knn_data_path in center crops: those of train/, those of val/, and the number of classes."""
     folder = args.knn_data_path
     if not all(os.path.isdir(os.path.join(folder, split)) for split in ("train", "val")):
         raise UserError(f"--knn_data_path {folder}: a folder that holds train/ and val/, each with class folders, is expected")
     train, classes = find_classes_folder(os.path.join(folder, "train"), "--knn_data_path")
     validation, _ = find_classes_folder(os.path.join(folder, "val"), "--knn_data_path", classes)
     refuse_one_class(classes, "--knn_data_path")
-    mean, std = normalisation(args.imagenet_default_mean_and_std)
+    mean, std = normalization(args.imagenet_default_mean_and_std)
     view = eval_view(args.input_size, mean=mean, std=std)
     return ImageFiles(train, view, args.seed, classes), ImageFiles(validation, view, args.seed, classes), len(classes)
 
@@ -236,7 +236,7 @@ def _split_folder(args: Any, train: bool) -> tuple[str, str]:
     return os.path.join(args.data_path, "val"), "--data_path"
 
 
-def _unlabelled(args: Any, train: bool) -> Samples:
+def _unlabeled(args: Any, train: bool) -> Samples:
     folder, flag = _split_folder(args, train)
     index = getattr(args, "image_folder_class_index_file", None)  # the published flag of fine-tuning alone
     samples: Samples
@@ -257,13 +257,13 @@ def without_labels(samples: Samples) -> Samples:
     return [(source, None) for source, _ in samples]
 
 
-def _labelled(args: Any, train: bool, own_classes: bool, classes: Sequence[str] | None = None) -> tuple[Samples, Sequence[str]]:
+def _labeled(args: Any, train: bool, own_classes: bool, classes: Sequence[str] | None = None) -> tuple[Samples, Sequence[str]]:
     folder, flag = _split_folder(args, train)
     index = args.image_folder_class_index_file
     if args.data_set == "CIFAR":
         return find_cifar(args.data_path, train, args.download)
     if args.data_set == "webdataset":
-        return _labelled_shards(args, train, own_classes, classes)
+        return _labeled_shards(args, train, own_classes, classes)
     if train:
         return read_class_index(index, folder, flag) if index else find_classes_folder(folder, flag)
     if not folder:
@@ -278,7 +278,7 @@ def _labelled(args: Any, train: bool, own_classes: bool, classes: Sequence[str] 
     return find_classes_folder(folder, flag, classes)
 
 
-def _labelled_shards(
+def _labeled_shards(
     args: Any, train: bool, own_classes: bool, classes: Sequence[str] | None
 ) -> tuple[shards.Members, Sequence[str]]:
     """As for folders; the validation shards take their names from the training shards'."""

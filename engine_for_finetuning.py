@@ -25,7 +25,7 @@ from runtime.metrics import accuracy, top_k_correct
 class FinetuningStage(Stage):
     """Cross-entropy with label smoothing, or with mixed images and labels (mixup, cutmix).
 
-    `classes`: the names behind the labels; a checkpoint keeps them, so that other images are labelled the same way.
+    `classes`: the names behind the labels; a checkpoint keeps them, so that other images are labeled the same way.
     """
 
     def __init__(

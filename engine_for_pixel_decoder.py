@@ -19,7 +19,7 @@ from visualization import drawing
 class PixelDecoderStage(Stage):
     """Draw each image from its codes; mean absolute error.
 
-    PSNR (dB, the mean over images) stands beside that of an image's mean colour, which takes no token to tell.
+    PSNR (dB, the mean over images) stands beside that of an image's mean color, which takes no token to tell.
     """
 
     def __init__(self, device: torch.device, precision: Precision, shown: Dataset, held_out: DataLoader | None = None) -> None:
@@ -54,5 +54,5 @@ class PixelDecoderStage(Stage):
 def compare(drawn: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Images (B, 3, height, width) in [0, 1] -> (loss (), means over the batch of the measures)."""
     loss = F.l1_loss(drawn, images)
-    mean_colour = images.mean(dim=(2, 3), keepdim=True)
-    return loss, {"psnr": psnr(drawn.detach(), images).mean(), "psnr_mean_colour": psnr(mean_colour, images).mean()}
+    mean_color = images.mean(dim=(2, 3), keepdim=True)
+    return loss, {"psnr": psnr(drawn.detach(), images).mean(), "psnr_mean_color": psnr(mean_color, images).mean()}

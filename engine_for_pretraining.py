@@ -31,7 +31,7 @@ class PretrainingStage(Stage):
 
     Args:
         target: codes of a frozen tokenizer, or pixels.
-        dataset: for pictures; `mean_std`: how its images are normalised.
+        dataset: for pictures; `mean_std`: how its images are normalized.
         held_out: loader of --eval_data_path.
         predict_all: the visible patches count in the loss too.
         nothing_masked: the masks are empty.
@@ -138,7 +138,7 @@ class PretrainingStage(Stage):
         rows, grid = [], model.patch_embed.patch_shape
         per_image = (part.cpu().unflatten(0, (len(samples), -1)) for part in (targets, predicted))
         for image, mask, target, predicted_targets in zip(batch["image"], batch["mask"], *per_image, strict=True):
-            shown = drawing.denormalise(image, *self.mean_std)
+            shown = drawing.denormalize(image, *self.mean_std)
             seen = drawing.masked_image(shown, mask.view(grid))
             own = self.target.pictures(target, predicted_targets, grid, image.shape[-2:])
             rows.append(drawing.side_by_side([shown, seen, *own]))
@@ -265,7 +265,7 @@ class Tokens(Target):
 
 
 class Pixels(Target):
-    """The patch's pixels as the network would see them, normalised by mean and std: mean squared error, no tokenizer.
+    """The patch's pixels as the network would see them, normalized by mean and std: mean squared error, no tokenizer.
 
     The V = 3 * patch_size ** 2 values of a patch are in the order of the patch embedding's weights: channel, row, column.
     """
@@ -291,4 +291,4 @@ class Pixels(Target):
         """The image with the predicted patches pasted into it; its targets are the image itself."""
         side = self.patch_size
         image = rearrange(predicted, "(h w) (c row col) -> c (h row) (w col)", h=grid[0], c=3, row=side, col=side)
-        return [drawing.denormalise(image, *self.mean_std)]
+        return [drawing.denormalize(image, *self.mean_std)]

@@ -1,4 +1,4 @@
-"""Semantic segmentation: one step, and an evaluation in which every labelled pixel of every image counts exactly once."""
+"""Semantic segmentation: one step, and an evaluation in which every labeled pixel of every image counts exactly once."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def scores_of(matrix: Tensor) -> Scores:
 
 
 class SegmentationStage(Stage):
-    """Cross-entropy of every labelled pixel, of the decode head and, with a weight, of the auxiliary head.
+    """Cross-entropy of every labeled pixel, of the decode head and, with a weight, of the auxiliary head.
 
-    `classes`: a checkpoint keeps them. `colours` (K, 3) and `statistics` (mean, std) of the images: for pictures.
+    `classes`: a checkpoint keeps them. `colors` (K, 3) and `statistics` (mean, std) of the images: for pictures.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class SegmentationStage(Stage):
         precision: Precision,
         how: Looking,
         classes: Sequence[str],
-        colours: Tensor,
+        colors: Tensor,
         statistics: tuple[tuple[float, ...], tuple[float, ...]],
         validation: DataLoader | None = None,
         aux_weight: float = 0.4,
     ) -> None:
         self.device, self.precision, self.how, self.validation = device, precision, how, validation
-        self.classes, self.colours, self.statistics, self.aux_weight = list(classes), colours, statistics, aux_weight
+        self.classes, self.colors, self.statistics, self.aux_weight = list(classes), colors, statistics, aux_weight
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         labels = batch["label"]
@@ -88,12 +88,12 @@ class SegmentationStage(Stage):
         for batch in evaluation_batches(self.validation, self.device):
             for image, labels in zip(batch["image"], batch["label"], strict=True):
                 predicted = predict(model, image, tuple(labels.shape), self.how, self.precision)
-                labelled = labels != IGNORED
-                counts += torch.bincount(labels[labelled] * classes + predicted[labelled], minlength=len(counts))
+                labeled = labels != IGNORED
+                counts += torch.bincount(labels[labeled] * classes + predicted[labeled], minlength=len(counts))
         distributed.all_reduce_sum(counts)
         if not counts.any():
             raise UserError(
-                "the validation masks have not one labelled pixel (255, and 0 with --reduce_zero_label, are ignored)"
+                "the validation masks have not one labeled pixel (255, and 0 with --reduce_zero_label, are ignored)"
             )
         return scores_of(counts.view(classes, classes))
 
@@ -110,8 +110,8 @@ class SegmentationStage(Stage):
         for sample in samples_to_show(dataset, PICTURES):
             image, labels = sample["image"].to(self.device), sample["label"]
             predicted = predict(model, image, tuple(labels.shape), self.how, self.precision)
-            picture = drawing.denormalise(sample["image"], *self.statistics)
-            rows.append(drawing.segmentation_row(picture, [labels, predicted.cpu()], self.colours))
+            picture = drawing.denormalize(sample["image"], *self.statistics)
+            rows.append(drawing.segmentation_row(picture, [labels, predicted.cpu()], self.colors))
         return {"segmentation": drawing.stacked(rows)} if rows else {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class SegmentationStage(Stage):
 
 
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labelled pixels of logits (B, K, H, W) against labels (B, H, W); 0 where none is labelled."""
+    """Mean over the labeled pixels of logits (B, K, H, W) against labels (B, H, W); 0 where none is labeled."""
     total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
 

@@ -21,7 +21,7 @@ CALIBRATION_IMAGES = 512
 
 
 class TokenizerStage(Stage):
-    """Reconstruct the teacher's features from quantised codes (BEiT v2, section 3.1)."""
+    """Reconstruct the teacher's features from quantized codes (BEiT v2, section 3.1)."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class TokenizerStage(Stage):
         std = std.clamp(min=0.01 * float(std.mean()) + 1e-12)  # a channel that hardly moves must not be blown up
         self.model.target_mean.copy_(distributed.broadcast(mean.float()))
         self.model.target_std.copy_(distributed.broadcast(std.float()))
-        log.info(f"teacher    channels standardised over {len(images)} images")
+        log.info(f"teacher    channels standardized over {len(images)} images")
 
     @torch.no_grad()
     def evaluate(self, model: Any) -> dict[str, float]:
@@ -89,7 +89,7 @@ class TokenizerStage(Stage):
             with self.precision.autocast():
                 loss, logs, codes = model.distil(image)
             means.add({"loss": loss} | logs, weight=len(image))
-            codes = codes[codes >= 0]  # none before the codebook is initialised
+            codes = codes[codes >= 0]  # none before the codebook is initialized
             counts.index_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))
         distributed.all_reduce_sum(counts)
         self.held_out_counts = counts

@@ -27,7 +27,7 @@ from errors import UserError, pick, tells_the_user
 from layers.rel_pos_bias import as_pair
 from runtime import distributed
 from runtime.distributed import log
-from transforms import default_crop_pct, normalisation
+from transforms import default_crop_pct, normalization
 from vit_backbone import SIZES, Trunk
 
 SUFFIXES = (".safetensors", ".pth")
@@ -201,7 +201,7 @@ def name_of(settings: dict[str, Any], weights: dict[str, Tensor], args: argparse
 def preparation(source: Source, settings: dict[str, Any], args: argparse.Namespace) -> Preprocessing:
     if source.companion.prepared is not None:
         return source.companion.prepared
-    mean, std = normalisation(source.flags.get("imagenet_default_mean_and_std", args.imagenet_default_mean_and_std))
+    mean, std = normalization(source.flags.get("imagenet_default_mean_and_std", args.imagenet_default_mean_and_std))
     return Preprocessing(mean, std, source.flags.get("crop_pct") or default_crop_pct(settings["img_size"]))
 
 
@@ -246,7 +246,7 @@ def write_ours(model: Model, args: argparse.Namespace) -> Written:
     flags = {**our_flags(model), **model.flags, "input_size": as_flag(model.settings["img_size"])}
     weight_source.save(path, model.weights, checkpoints.plain(flags), model.classes)
     notes = [] if model.name else ["no --model builds it: vit_backbone.SIZES has no row of this size"]
-    if model.prepared[:2] not in (normalisation(True), normalisation(False)):
+    if model.prepared[:2] not in (normalization(True), normalization(False)):
         notes.append("our scripts know no such mean and std: they will use 0.5, or ImageNet's with the flag")
     by = f"--finetune {path} (run_class_finetuning), --checkpoint {path} (visualize_attention)"
     return Written([path], Converted(model.weights, [], notes), [by])
@@ -259,7 +259,7 @@ def our_flags(model: Model) -> dict[str, Any]:
         "rel_pos_bias": s["use_rel_pos_bias"] or s["use_shared_rel_pos_bias"],
         "abs_pos_emb": s["use_abs_pos_emb"],
         "layer_scale_init_value": s["init_values"],
-        "imagenet_default_mean_and_std": model.prepared[:2] == normalisation(True),
+        "imagenet_default_mean_and_std": model.prepared[:2] == normalization(True),
     }
     if model.vocab_size:
         return flags | {"codebook_size": model.vocab_size}

@@ -36,7 +36,7 @@ class Conv(nn.Module):
 
 
 class Block(nn.Module):
-    """Bottleneck residual block; `gain` keeps the sum over all blocks in range, for there is no normalisation."""
+    """Bottleneck residual block; `gain` keeps the sum over all blocks in range, for there is no normalization."""
 
     def __init__(self, n_in: int, n_out: int, gain: float) -> None:
         super().__init__()

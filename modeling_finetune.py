@@ -69,7 +69,7 @@ class VisionTransformer(Trunk):
         return_all_tokens: bool = False,
         picked: Picked | None = None,
     ) -> Tensor:
-        """Pooled features (B, C); or the normalised patch tokens (B, N, C); or all tokens (B, T, C).
+        """Pooled features (B, C); or the normalized patch tokens (B, N, C); or all tokens (B, T, C).
 
         `picked`: only those of all tokens, (B, R, C); the last block computes no others.
         """

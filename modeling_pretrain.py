@@ -1,4 +1,4 @@
-"""Masked image modelling (BEiT) and its CLS pretraining (BEiT v2).
+"""Masked image modeling (BEiT) and its CLS pretraining (BEiT v2).
 
 Shapes: B batch, N patches, T = 1 + N tokens with CLS in front, C width, K codes, M masked patches of the whole batch.
 """
@@ -104,9 +104,9 @@ class VisionTransformerForMaskedImageModeling(Trunk):
         """Images (B, in_chans, height, width), mask (B, N) or None for nothing masked.
 
         Returns the logits of the masked patches (M, K) in row-major order; with return_all_tokens those of all patches
-        (B, N, K); with return_patch_tokens the normalised patch tokens (B, N, C). With `criterion`, in place of the
+        (B, N, K); with return_patch_tokens the normalized patch tokens (B, N, C). With `criterion`, in place of the
         logits what criterion(normalized tokens, head) gives: a loss that need not keep the logits.
-        A mask on the CPU beside images on a GPU spares a synchronisation: the positions are listed on the host.
+        A mask on the CPU beside images on a GPU spares a synchronization: the positions are listed on the host.
         """
         masked, hidden = self.place_mask(x, bool_masked_pos)
         every_patch = return_all_tokens or return_patch_tokens
@@ -166,7 +166,7 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
             raise UserError(f"--early_layers {early_layers} must lie between 1 and the model's depth, {depth}")
         self.early_layers, self.shared_lm_head = early_layers, shared_lm_head
         rates = drop_path_ramp(self.drop_path_rate, max(depth, early_layers + head_layers))
-        # These blocks keep PyTorch's default initialisation, rescaled: the released weights were trained so.
+        # These blocks keep PyTorch's default initialization, rescaled: the released weights were trained so.
         self.cls_pt_layers = nn.ModuleList(self.make_block(drop_path=rates[early_layers + i]) for i in range(head_layers))
         rescale_outputs(self.cls_pt_layers, first=early_layers + 1)
         if not shared_lm_head:

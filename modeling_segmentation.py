@@ -35,11 +35,11 @@ class BatchNorm(nn.BatchNorm2d):
             z = x.float()
             count = all_reduce(z.new_tensor(z.numel() / z.shape[1]))
             mean = all_reduce(z.sum(dim=(0, 2, 3))) / count
-            centred = z - mean[:, None, None]
-            var = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
+            centered = z - mean[:, None, None]
+            var = all_reduce(centered.square().sum(dim=(0, 2, 3))) / count
             self.remember(mean.detach(), var.detach(), count)
             scale = self.weight * (var + self.eps).rsqrt()
-            return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+            return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
     def remember(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         """Running statistics as torch keeps them: the variance without bias."""
@@ -220,7 +220,7 @@ class Segmenter(nn.Module):
         patch = self.backbone.patch_size
         rows, columns = (at_least((side + patch - 1) // patch, 2) for side in x.shape[-2:])  # two for the max-pool
         down, right = rows * patch - x.shape[-2], columns * patch - x.shape[-1]
-        padded = F.pad(x, (0, right, 0, down))  # with the mean colour: images are normalised
+        padded = F.pad(x, (0, right, 0, down))  # with the mean color: images are normalized
         maps = self.backbone(padded)
         logits = self.at_pixels(self.decode_head(maps), padded, x)
         if not self.training:

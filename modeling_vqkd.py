@@ -86,7 +86,7 @@ class VQKD(nn.Module):
         return (x - self.input_mean) / self.input_std
 
     def features(self, x: Tensor, picked: Picked | None = None) -> Tensor:
-        """Pre-processed images -> code vectors before normalisation (B, N, D), fp32 also under autocast.
+        """Pre-processed images -> code vectors before normalization (B, N, D), fp32 also under autocast.
 
         `picked`: of these patches alone, (B, R, D).
         """
@@ -122,7 +122,7 @@ class VQKD(nn.Module):
 
     @torch.no_grad()
     def targets(self, x: Tensor) -> Tensor:
-        """Images in [0, 1] -> the teacher's features (B, N, F), standardised per channel where the teacher asks for it."""
+        """Images in [0, 1] -> the teacher's features (B, N, F), standardized per channel where the teacher asks for it."""
         if self.teacher is None:
             raise UserError("this tokenizer was built without a teacher: it encodes, it cannot be trained")
         targets = self.teacher.targets(x).float()

@@ -29,13 +29,13 @@ class Codebook(nn.Module):
     embed_avg: Tensor
     initted: Tensor
 
-    def __init__(self, n_embed: int, embedding_dim: int, initialised: bool) -> None:
+    def __init__(self, n_embed: int, embedding_dim: int, initialized: bool) -> None:
         super().__init__()
-        weight = unit(torch.randn(n_embed, embedding_dim)) if initialised else torch.zeros(n_embed, embedding_dim)
+        weight = unit(torch.randn(n_embed, embedding_dim)) if initialized else torch.zeros(n_embed, embedding_dim)
         self.register_buffer("weight", weight)
         self.register_buffer("cluster_size", torch.zeros(n_embed))
         self.register_buffer("embed_avg", weight.clone())
-        self.register_buffer("initted", torch.tensor([float(initialised)]))
+        self.register_buffer("initted", torch.tensor([float(initialized)]))
 
 
 class NormEMAVectorQuantizer(nn.Module):
@@ -47,7 +47,7 @@ class NormEMAVectorQuantizer(nn.Module):
         decay: of the codes' moving average and of the usage statistic.
         eps: kept for the published signature; the codes need no smoothing since they are unit vectors.
         statistic_code_usage: keep `cluster_size`, the usage of each code since the last `start_epoch`.
-        kmeans_init: initialise the codebook by cosine k-means on the first features.
+        kmeans_init: initialize the codebook by cosine k-means on the first features.
     """
 
     cluster_size: Tensor
@@ -66,10 +66,10 @@ class NormEMAVectorQuantizer(nn.Module):
         self.num_tokens, self.codebook_dim = n_embed, embedding_dim
         self.beta, self.decay, self.eps = beta, decay, eps
         self.statistic_code_usage = statistic_code_usage
-        self.embedding = Codebook(n_embed, embedding_dim, initialised=not kmeans_init)
+        self.embedding = Codebook(n_embed, embedding_dim, initialized=not kmeans_init)
         self.register_buffer("cluster_size", torch.zeros(n_embed))
-        self.ready = not kmeans_init  # host-side copy of embedding.initted: asking the device would synchronise it
-        self.warming_up = False  # set by the training stage: features pass unquantised
+        self.ready = not kmeans_init  # host-side copy of embedding.initted: asking the device would synchronize it
+        self.warming_up = False  # set by the training stage: features pass unquantized
         self.gather_for_kmeans = 0  # features to collect before k-means; 0 = the first batch, as published
         self.collected: list[Tensor] = []
         self.dead: Tensor | None = None  # (K,) bool, codes to revive in the next training step
@@ -81,17 +81,17 @@ class NormEMAVectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (B, D, h, w) -> (z_q (B, D, h, w), loss (), indices (M,) int64).
 
-        The gradient passes straight through to the unit-length features. While the codebook is not initialised (before
+        The gradient passes straight through to the unit-length features. While the codebook is not initialized (before
         k-means) the features themselves come out, with loss 0 and indices -1.
         """
         with torch.autocast(z.device.type, enabled=False):
             features = unit(rearrange(z.float(), "b d h w -> b h w d").contiguous())
             flat = features.flatten(0, 2)  # (M, D)
             if self.training and not self.ready and not self.warming_up:
-                self.initialise(flat.detach())
+                self.initialize(flat.detach())
             if not self.ready or (self.training and self.warming_up):
-                unquantised = rearrange(features, "b h w d -> b d h w")
-                return unquantised, flat.new_zeros(()), flat.new_full((len(flat),), -1, dtype=torch.int64)
+                unquantized = rearrange(features, "b h w d -> b d h w")
+                return unquantized, flat.new_zeros(()), flat.new_full((len(flat),), -1, dtype=torch.int64)
             if self.training and self.dead is not None:
                 self.revive(flat.detach())
             indices = self.nearest(flat)
@@ -110,7 +110,7 @@ class NormEMAVectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, features: Tensor, indices: Tensor) -> None:
-        """Move used codes towards the mean direction of their features; unused codes keep theirs."""
+        """Move used codes toward the mean direction of their features; unused codes keep theirs."""
         counts, sums = count_and_sum(features, indices, self.num_tokens)
         distributed.all_reduce_sum(counts, sums)
         used = counts > 0
@@ -124,7 +124,7 @@ class NormEMAVectorQuantizer(nn.Module):
             self.cluster_size.copy_(torch.where(sound, usage, self.cluster_size))
 
     @torch.no_grad()
-    def initialise(self, features: Tensor) -> None:
+    def initialize(self, features: Tensor) -> None:
         """Cosine k-means on the features of all ranks, the same everywhere; may wait for more batches."""
         self.collected.append(distributed.all_gather_rows(features))
         gathered = torch.cat(self.collected)
@@ -160,7 +160,7 @@ class NormEMAVectorQuantizer(nn.Module):
         self.embedding.weight.copy_(distributed.broadcast(weight))
 
     def usage(self) -> dict[str, float]:
-        """Codes used since start_epoch, and the perplexity exp(entropy) of their use. Synchronises the device."""
+        """Codes used since start_epoch, and the perplexity exp(entropy) of their use. Synchronizes the device."""
         used = int((self.cluster_size > 0).sum())
         return {"codes_used": used, "unused_code": self.num_tokens - used, "perplexity": perplexity(self.cluster_size)}
 
@@ -173,7 +173,7 @@ def perplexity(counts: Tensor) -> float:
 
 
 def count_and_sum(features: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
-    """Features (M, D) by code: counts (K,) and sums (K, D), without a one-hot matrix and without a synchronisation."""
+    """Features (M, D) by code: counts (K,) and sums (K, D), without a one-hot matrix and without a synchronization."""
     counts = features.new_zeros(n_codes).index_add_(0, indices, features.new_ones(len(indices)))
     sums = features.new_zeros(n_codes, features.shape[1]).index_add_(0, indices, features)
     return counts, sums
@@ -181,20 +181,20 @@ def count_and_sum(features: Tensor, indices: Tensor, n_codes: int) -> tuple[Tens
 
 @torch.no_grad()
 def cosine_kmeans(features: Tensor, n_codes: int, rounds: int = 10) -> Tensor:
-    """Unit features (M, D) -> unit centres (K, D).
+    """Unit features (M, D) -> unit centers (K, D).
 
-    With fewer features than codes every feature becomes a centre and the rest are random directions: drawing with
+    With fewer features than codes every feature becomes a center and the rest are random directions: drawing with
     replacement, as the published code does, would duplicate codes, and only one of two equal codes is ever used.
     """
     generator = torch.Generator().manual_seed(0)
     distinct = torch.unique(features, dim=0)
     order = torch.randperm(len(distinct), generator=generator)[:n_codes]
-    centres = distinct[order.to(features.device)]
-    missing = n_codes - len(centres)
+    centers = distinct[order.to(features.device)]
+    missing = n_codes - len(centers)
     if missing > 0:
         random = torch.randn(missing, features.shape[1], generator=generator).to(features)
-        return torch.cat((centres, unit(random)))
+        return torch.cat((centers, unit(random)))
     for _ in range(rounds):
-        counts, sums = count_and_sum(features, nearest_codes(features, centres), n_codes)
-        centres = torch.where(counts[:, None] > 0, unit(sums), centres)
-    return centres
+        counts, sums = count_and_sum(features, nearest_codes(features, centers), n_codes)
+        centers = torch.where(counts[:, None] > 0, unit(sums), centers)
+    return centers

@@ -85,8 +85,8 @@ def create_optimizer(
 
     args: opt, lr, weight_decay, opt_eps, opt_betas, momentum.
 
-    AdamW and Adam are torch's fused ones: they can skip a step on the device, without a synchronisation. (Fused SGD can
-    too, but leaves its momentum uninitialised if the first step is skipped.) Any other name is one of timm's.
+    AdamW and Adam are torch's fused ones: they can skip a step on the device, without a synchronization. (Fused SGD can
+    too, but leaves its momentum uninitialized if the first step is skipped.) Any other name is one of timm's.
     """
     if skip_list is None:
         skip_list = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()

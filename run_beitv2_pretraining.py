@@ -1,4 +1,4 @@
-"""Pretrain a vision transformer by masked image modelling, BEiT or BEiT v2 (README: recipes)."""
+"""Pretrain a vision transformer by masked image modeling, BEiT or BEiT v2 (README: recipes)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from evaluation import knn
 from optim_factory import build_schedule, create_optimizer
 from runtime import distributed
 from runtime.distributed import log
-from transforms import normalisation
+from transforms import normalization
 from vit_backbone import SIZES, cast_frozen
 
 DALL_E = ("dall-e", "dall_e")
@@ -59,7 +59,7 @@ def patch_grid(args: argparse.Namespace) -> int:
     if has_cls_head(args):
         check_cls_head(args, SIZES[size].depth)
     if bool(args.knn_freq) != bool(args.knn_data_path):
-        raise UserError("--knn_freq (epochs, above 0) and --knn_data_path (labelled images) act together: give both or neither")
+        raise UserError("--knn_freq (epochs, above 0) and --knn_data_path (labeled images) act together: give both or neither")
     return grid
 
 
@@ -136,7 +136,7 @@ def build_target(args: argparse.Namespace, run: run_state.Run) -> Target:
     """What the patches predict: the codes of a frozen tokenizer, or their pixels."""
     if args.target == "pixels":
         patch_size = modeling_pretrain.VARIANTS[args.model][1]
-        return Pixels(patch_size, normalisation(args.imagenet_default_mean_and_std))
+        return Pixels(patch_size, normalization(args.imagenet_default_mean_and_std))
     tokenizer = build_tokenizer(args).to(run.device)
     if isinstance(tokenizer, modeling_vqkd.VQKD):
         cast_frozen(tokenizer.encoder, run.precision.dtype)
@@ -183,7 +183,7 @@ def build_model(args: argparse.Namespace, values: int) -> modeling_pretrain.Visi
 
 
 def build_knn_probe(args: argparse.Namespace, run: run_state.Run) -> knn.Probe | None:
-    """--knn_freq: labelled images to measure the student by while it learns."""
+    """--knn_freq: labeled images to measure the student by while it learns."""
     if not args.knn_freq:
         return None
     train, validation, classes = build_knn_datasets(args)
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── The student ──
     model = build_model(args, target.width)
     run_state.place(run, model)
-    mean_std = normalisation(args.imagenet_default_mean_and_std)
+    mean_std = normalization(args.imagenet_default_mean_and_std)
     stage = PretrainingStage(
         target,
         run.device,

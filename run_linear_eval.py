@@ -1,4 +1,4 @@
-"""What a frozen backbone has learnt: a linear probe of every layer, or k nearest neighbours (docs/evaluation.md)."""
+"""What a frozen backbone has learned: a linear probe of every layer, or k nearest neighbors (docs/evaluation.md)."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def get_parser() -> argparse.ArgumentParser:
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse, before any work, flags that cannot act together."""
     changed = arguments.changed_flags(parser, args)
-    centre = "--knn" if args.mode == "knn" else "--cached_features" if args.cached_features else ""
+    center = "--knn" if args.mode == "knn" else "--cached_features" if args.cached_features else ""
     for name in changed:
-        if centre and name in CROPS:
-            raise UserError(f"--{name} acts on random crops, and {centre} takes centre crops: leave one of them out")
+        if center and name in CROPS:
+            raise UserError(f"--{name} acts on random crops, and {center} takes center crops: leave one of them out")
         if args.mode == "knn" and name == "cached_features":
             raise UserError("--cached_features acts with --linear: --knn computes each feature once in any case")
         if args.mode == "linear" and name.startswith("knn_"):
@@ -86,7 +86,7 @@ def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenB
     imagenet = pretrained.uses_imagenet_statistics(flags, args, args.finetune)
     what = f"layer {layer}" if layer else f"{depth} layers"
     statistics = "ImageNet's mean and std" if imagenet else "mean and std 0.5"
-    log.info(f"features   {features} of {what}, {encode.dim} numbers each; images normalised by {statistics}")
+    log.info(f"features   {features} of {what}, {encode.dim} numbers each; images normalized by {statistics}")
     images = {"input_size": model.patch_embed.img_size, "imagenet_default_mean_and_std": imagenet}
     no_augmentation = {"aa": "none", "reprob": 0.0, "remode": "pixel", "recount": 1}  # but crop and flip
     in_memory = {"num_workers": 0} if args.cached_features else {}  # then there are no images to read in the background
@@ -119,7 +119,7 @@ def build_data(encode: FrozenBackbone, settings: argparse.Namespace, run: run_st
 def measure_channels(
     heads: LinearHeads, features: Callable[[Tensor], Tensor], train: Any, settings: argparse.Namespace, run: run_state.Run
 ) -> None:
-    """Mean and variance of each channel over evenly spread training images in centre crops; `train`: as of build_data."""
+    """Mean and variance of each channel over evenly spread training images in center crops; `train`: as of build_data."""
     plain = train if run.args.cached_features else build_finetuning_dataset(settings, train=True, augment=False)[0]
     loader = build_eval_loader(plain, settings, run.launch, run.device, every=-(-len(plain) // STATISTICS_IMAGES))
     heads.standardize_by(features(batch["image"]) for batch in evaluation_batches(loader, run.device, "--data_path"))
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def evaluate_knn(encode: FrozenBackbone, settings: argparse.Namespace, run: run_state.Run) -> None:
-    """--knn: accuracy for each number of neighbours."""
+    """--knn: accuracy for each number of neighbors."""
     args = run.args
     train, classes = build_finetuning_dataset(settings, train=True, augment=False)
     validation, _ = build_finetuning_dataset(settings, train=False)

@@ -31,7 +31,7 @@ from runtime import distributed
 from runtime.distributed import log
 from segmentation import image_mask_pairs, trained_segmenter
 from segmentation.sliding_window import Looking, predict
-from transforms import normalisation
+from transforms import normalization
 from visualization import drawing
 from visualization.inputs import read_or_leave_out, save_picture
 
@@ -93,10 +93,8 @@ def looking(args: argparse.Namespace) -> Looking:
 def build_stage(
     args: argparse.Namespace, run: run_state.Run, classes: Sequence[str], validation: DataLoader | None
 ) -> SegmentationStage:
-    colours, statistics = image_mask_pairs.palette(args, len(classes)), normalisation(args.imagenet_default_mean_and_std)
-    return SegmentationStage(
-        run.device, run.precision, looking(args), classes, colours, statistics, validation, args.aux_weight
-    )
+    colors, statistics = image_mask_pairs.palette(args, len(classes)), normalization(args.imagenet_default_mean_and_std)
+    return SegmentationStage(run.device, run.precision, looking(args), classes, colors, statistics, validation, args.aux_weight)
 
 
 @tells_the_user
@@ -228,12 +226,12 @@ def label_images(args: argparse.Namespace, run: run_state.Run, model: nn.Module,
         picture = read_or_leave_out(str(path))
         if picture is None:
             continue
-        image = image_mask_pairs.normalised(view(picture).to(run.device), stage.statistics)
+        image = image_mask_pairs.normalized(view(picture).to(run.device), stage.statistics)
         labels = predict(model, image, (picture.height, picture.width), stage.how, run.precision).cpu()
         name = path.relative_to(root)  # with its ending only where another image has the same name without
         name = name if stems[path.with_suffix("")] > 1 else name.with_suffix("")
-        save_labels(labels, first, stage.colours, out / f"{name}_labels.png")
-        overlay = drawing.label_overlay(to_tensor(picture), labels, stage.colours)
+        save_labels(labels, first, stage.colors, out / f"{name}_labels.png")
+        overlay = drawing.label_overlay(to_tensor(picture), labels, stage.colors)
         save_picture(overlay, str(out / f"{name}_overlay.png"), "--output_dir")
         done += 1
     done = sum(distributed.gather_objects(done))
@@ -242,11 +240,11 @@ def label_images(args: argparse.Namespace, run: run_state.Run, model: nn.Module,
     log.info(f"predicted  {done} of {len(paths)} images: {out}/*_labels.png and *_overlay.png")
 
 
-def save_labels(labels: Tensor, first: int, colours: Tensor, path: Path) -> None:
-    """Classes (h, w), the first one as number `first`, as a PNG whose palette shows them in colour."""
+def save_labels(labels: Tensor, first: int, colors: Tensor, path: Path) -> None:
+    """Classes (h, w), the first one as number `first`, as a PNG whose palette shows them in color."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray((labels + first).numpy().astype(np.uint8), mode="P")
-    picture.putpalette([0] * 3 * first + (colours * 255).round().byte().flatten().tolist())
+    picture.putpalette([0] * 3 * first + (colors * 255).round().byte().flatten().tolist())
     picture.save(path)
 
 

@@ -57,7 +57,7 @@ class Stage:
         return {}
 
     def better(self, test: dict[str, float]) -> float | None:
-        """What to maximise for checkpoint-best.pth; None: this stage has no best."""
+        """What to maximize for checkpoint-best.pth; None: this stage has no best."""
         return None
 
     def pictures(self, model: nn.Module) -> dict[str, Tensor]:

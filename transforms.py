@@ -80,8 +80,8 @@ def _reduce(image: Image.Image, enough: Callable[[Size], Size], may_turn: bool) 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if is_16_bit(image):  # PIL would clip these at 255 instead of scaling
-        grey = np.rint(np.asarray(image, dtype=np.float32) * (255 / 65535)).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
+        gray = np.rint(np.asarray(image, dtype=np.float32) * (255 / 65535)).astype(np.uint8)
+        return Image.fromarray(gray).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "floating-point" if image.mode == "F" else "signed or 32-bit integer"
         raise ValueError(f"its pixels are {kind} numbers, and nothing says which is white; convert it to 8 or 16 bits")
@@ -99,7 +99,7 @@ def interpolation(name: str) -> InterpolationMode:
     return pick(MODES, name, "interpolation")
 
 
-def normalisation(imagenet: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(imagenet: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) that --imagenet_default_mean_and_std chooses: ImageNet's, or 0.5 and 0.5 (the recipes)."""
     return (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (HALF_MEAN, HALF_STD)
 
@@ -115,7 +115,7 @@ class ImageOnly:
 
 
 class RandomCrop:
-    """Colour jitter, flips and one random crop, not resized yet: the randomness that all views of one image share."""
+    """Color jitter, flips and one random crop, not resized yet: the randomness that all views of one image share."""
 
     def __init__(self, min_crop_scale: float, color_jitter: float, vflip: float) -> None:
         _check_ranges(min_crop_scale, color_jitter, vflip)
@@ -137,7 +137,7 @@ class Crops:
         pick(PIPELINES, pipeline, "--data_pipeline")
         if augment_on_device and pipeline != "fast":
             raise UserError(
-                "--augment_on_device jitters colours behind the resize, which --data_pipeline exact does not: add "
+                "--augment_on_device jitters colors behind the resize, which --data_pipeline exact does not: add "
                 "--data_pipeline fast, or leave it out"
             )
         self.crop, self.fast, self.augment_on_device = crop, pipeline == "fast", augment_on_device
@@ -197,7 +197,7 @@ def per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
 class PretrainingViews(Crops):
     """Two sizes of one random crop, and a mask.
 
-    Gives {"image": (3, S, S) normalised float, for the network; "tokenizer_image": (3, S2, S2) float in [0, 1], for the
+    Gives {"image": (3, S, S) normalized float, for the network; "tokenizer_image": (3, S2, S2) float in [0, 1], for the
     tokenizer, only with a `second_size`; "mask": (H*W,) bool, row-major, True = masked}. `mask_generator()` gives the
     (H, W) mask.
     """
@@ -245,7 +245,7 @@ class PretrainingViews(Crops):
 
 
 class TokenizerViews(Crops):
-    """A random crop for tokenizer training: {"image": (3, S, S) float in [0, 1]}; models normalise for themselves."""
+    """A random crop for tokenizer training: {"image": (3, S, S) float in [0, 1]}; models normalize for themselves."""
 
     def __init__(
         self,
@@ -266,7 +266,7 @@ class TokenizerViews(Crops):
 
 
 def cut_to_length(image: Image.Image, most: int = 64) -> Image.Image:
-    """The middle of an image that is more than `most` times as long as wide: of a line of pixels, resized as a whole, a centre
+    """The middle of an image that is more than `most` times as long as wide: of a line of pixels, resized as a whole, a center
     crop would need gigabytes to show a few. All others as they are. Nothing moves: as much is cut off at either end."""
     sides = []
     for side in image.size:
@@ -310,7 +310,7 @@ def eval_view(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> View:
-    """The centre of the image, {"image": (3, size, size)}: shorter side to size / crop_pct, then a centre crop.
+    """The center of the image, {"image": (3, size, size)}: shorter side to size / crop_pct, then a center crop.
 
     `size` (height, width): the image is made to cover that rectangle / crop_pct. `crop_pct` None: 0.875, and 1.0 from
     384 pixels up and for CIFAR's 32 and below. `mean` None: stays in [0, 1].
@@ -346,7 +346,7 @@ def finetuning_view(
     hflip: float = 0.5,
     vflip: float = 0.0,
 ) -> View:
-    """timm's augmentation for training a classifier: {"image": (3, size, size) normalised float}.
+    """timm's augmentation for training a classifier: {"image": (3, size, size) normalized float}.
 
     `size`: side or (height, width). `aa`: timm's policy string; '' or 'none' switches it off, and only then
     `color_jitter` acts. Random erasing: `reprob`, `remode` (const, rand, pixel), `recount`. Up to 32 pixels: a crop of

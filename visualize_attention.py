@@ -22,7 +22,7 @@ from layers.rel_pos_bias import as_pair
 from modeling_finetune import VisionTransformer
 from runtime import distributed
 from runtime.distributed import log
-from transforms import eval_view, normalisation
+from transforms import eval_view, normalization
 from visualization import drawing, inputs
 
 MOST_PIXELS = 1024 * 1024  # T x T numbers in every block, H x T x T in one: about 4 GB for a base model with 16-pixel patches
@@ -53,7 +53,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--input_size", type=arguments.image_size, default=None, help="side, or height x width; default: the model's"
     )
     parser.add_argument(
-        "--keep_aspect", action="store_true", help="whole images, --input_size is their shorter side; else a centre crop"
+        "--keep_aspect", action="store_true", help="whole images, --input_size is their shorter side; else a center crop"
     )
     parser.add_argument("--columns", type=arguments.small_count, default=8, help="pictures in a line")
     parser.add_argument(
@@ -169,7 +169,7 @@ def named_maps(maps: Tensor, blocks: list[int]) -> list[tuple[str, Tensor]]:
 
 
 def rows_of_image(name: str, image: Tensor, model: VisionTransformer, shown: Tensor, args: argparse.Namespace) -> list[Tensor]:
-    """The rows of the figure for one image: normalised (3, height, width) for the model, in [0, 1] for the eye (`shown`)."""
+    """The rows of the figure for one image: normalized (3, height, width) for the model, in [0, 1] for the eye (`shown`)."""
     blocks, grid = blocks_to_show(args.layer, len(model.blocks)), model.patch_embed.patch_shape
     queries = {query: query_token(query, grid) for query in args.query}
     maps = dict(zip(queries, attention_of(model, image, blocks, list(queries.values())).unbind(2), strict=True))
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, flags = pretrained.open_backbone(args.checkpoint, args.input_size, args.num_heads)
     own = resized = model.to(device)
     blocks_to_show(args.layer, len(model.blocks))
-    mean, std = normalisation(pretrained.uses_imagenet_statistics(flags, args, args.checkpoint))
+    mean, std = normalization(pretrained.uses_imagenet_statistics(flags, args, args.checkpoint))
     rows = []
     for path, picture in inputs.read_shown(paths):
         size = own.patch_embed.img_size
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             resized = at_size(own, size)
         crop_pct = 1.0 if args.keep_aspect else args.crop_pct
         image = eval_view(size, crop_pct, mean=mean, std=std)(picture)["image"]
-        rows += rows_of_image(Path(path).name, image.to(device), resized, drawing.denormalise(image, mean, std), args)
+        rows += rows_of_image(Path(path).name, image.to(device), resized, drawing.denormalize(image, mean, std), args)
     inputs.save_picture(drawing.stacked(rows), args.output)
     shown = "every block, mean over heads" if args.layer is None else f"block {args.layer}"
     log.info(f"{args.output}: {len(rows)} rows, {shown}, query {' '.join(args.query)}")

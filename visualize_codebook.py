@@ -24,7 +24,7 @@ from transforms import eval_view
 from visualization import code_files, drawing, html, inputs
 from visualization.code_files import BLOCK, Encoded
 
-OUTSIDE = 0.85  # grey around the image, where a patch lies at its border
+OUTSIDE = 0.85  # gray around the image, where a patch lies at its border
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -128,7 +128,7 @@ def patches_of(codes: np.ndarray, code: int, images: np.ndarray, most: int, seed
 
 
 def cut_out(image: Tensor, row: int, column: int, patch: int, context: int) -> Tensor:
-    """The patch in the middle of `context` x `context` patches, enlarged, framed; grey where the image has ended."""
+    """The patch in the middle of `context` x `context` patches, enlarged, framed; gray where the image has ended."""
     before, side = context // 2 * patch, context * patch
     margin = F.pad(image, (before, side, before, side), value=OUTSIDE)
     picture = drawing.enlarged(margin[:, row * patch :, column * patch :][:, :side, :side])
@@ -170,7 +170,7 @@ def sections(args: argparse.Namespace, encoded: Encoded, counts: np.ndarray, cho
         for code, sample in zip(chosen, samples, strict=True)
     }
     names = encoded.names(image for patches in examples.values() for image, _ in patches)
-    colours = drawing.code_colours(len(counts))
+    colors = drawing.code_colors(len(counts))
     broken: set[int] = set()
     for code, sample in zip(chosen, samples, strict=True):
         shown = []
@@ -186,7 +186,7 @@ def sections(args: argparse.Namespace, encoded: Encoded, counts: np.ndarray, cho
         if not counts[code]:
             said = "Does not occur in these images."
         parts = [html.paragraph(said), *([html.pictures(shown)] if shown else [])]
-        yield html.section(f"Code {code}", *parts, anchor=f"code-{code}", colour=colours[code].tolist())
+        yield html.section(f"Code {code}", *parts, anchor=f"code-{code}", color=colors[code].tolist())
     if broken and len(broken) == len(names):
         raise UserError(f"no image of {root} could be read: --data_path says where the images are now")
 
@@ -208,9 +208,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Codebook",
         summary(encoded, counts, root),
         html.paragraph(
-            f"{how} Each picture is a patch, framed in red, in the {args.context} x {args.context} patches around it; grey "
+            f"{how} Each picture is a patch, framed in red, in the {args.context} x {args.context} patches around it; gray "
             "lies outside the image. The patches of a code are drawn at random, from different images as far as there are "
-            "any. The square before a code is its colour in the token maps of encode_images.py."
+            "any. The square before a code is its color in the token maps of encode_images.py."
         ),
         *sections(args, encoded, counts, chosen, root),
     )

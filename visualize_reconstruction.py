@@ -53,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     stacked = torch.stack(images)
     own, trivial = psnr(torch.stack(drawn), stacked), psnr(stacked.mean(dim=(2, 3), keepdim=True), stacked)
     for path, ours, flat in zip(paths, own.tolist(), trivial.tolist(), strict=True):
-        log.info(f"{ours:6.2f} dB (mean colour {flat:.2f})  {path}")
-    log.info(f"{own.mean():6.2f} dB (mean colour {trivial.mean():.2f})  mean of {len(images)}")
+        log.info(f"{ours:6.2f} dB (mean color {flat:.2f})  {path}")
+    log.info(f"{own.mean():6.2f} dB (mean color {trivial.mean():.2f})  mean of {len(images)}")
     captions = [(Path(path).name, "tokens", f"drawn: {ours:.2f} dB") for path, ours in zip(paths, own.tolist(), strict=True)]
     inputs.save_picture(drawing.reconstructions(images, torch.cat(codes), model.n_codes, drawn, captions), args.output)
-    log.info(f"{args.output}: images, their tokens (a colour a code), and what was drawn from the tokens alone")
+    log.info(f"{args.output}: images, their tokens (a color a code), and what was drawn from the tokens alone")
 
 
 if __name__ == "__main__":

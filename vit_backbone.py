@@ -1,7 +1,7 @@
 """The vision transformer that every stage shares: patch embedding, relative position bias, attention, block, trunk.
 
 Shapes: B batch, N patches (grid height x width), T = 1 + N tokens with CLS in front, C width, H heads, D = C / H.
-Sources: Dosovitskiy et al. 2021 (ViT); BEiT, section 2 and appendix (initialisation); Swin (relative position bias).
+Sources: Dosovitskiy et al. 2021 (ViT); BEiT, section 2 and appendix (initialization); Swin (relative position bias).
 Names of parameters are an interface: released checkpoints carry them.
 """
 

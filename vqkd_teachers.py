@@ -37,7 +37,7 @@ class Teacher(nn.Module):
     """Frozen: always in eval mode, no gradients. A subclass says what its patch features are."""
 
     dim: int
-    standardize = False  # whether VQ-KD should standardise each channel: after a ReLU all cosines are high
+    standardize = False  # whether VQ-KD should standardize each channel: after a ReLU all cosines are high
 
     def __init__(self, input_size: int, mean: Sequence[float] = (0.0,) * 3, std: Sequence[float] = (1.0,) * 3) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Teacher(nn.Module):
     compiled_methods = ("features",)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) in the teacher's own normalisation -> (B, N, D)."""
+        """(B, 3, S, S) in the teacher's own normalization -> (B, N, D)."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -270,10 +270,10 @@ def efficientnet_lite0(order: Order) -> Teacher:
 
 # ----------------------------------------------------------------------------------------------------------- no weights
 class Hog(Teacher):
-    """Histograms of gradient orientations (Dalal and Triggs, 2005), one per colour and quarter of a patch.
+    """Histograms of gradient orientations (Dalal and Triggs, 2005), one per color and quarter of a patch.
 
-    Nine unsigned orientations; bin b is centred at 20 b degrees (0: a vertical edge), a gradient is shared between its
-    two nearest bins by their distance. D = 3 colours x 2x2 cells x 9, of length 1 per patch. A cell is 8 px: the input
+    Nine unsigned orientations; bin b is centered at 20 b degrees (0: a vertical edge), a gradient is shared between its
+    two nearest bins by their distance. D = 3 colors x 2x2 cells x 9, of length 1 per patch. A cell is 8 px: the input
     is resized to 16 px per patch whatever --teacher_input_size.
     """
 
@@ -292,7 +292,7 @@ class Hog(Teacher):
             share = torch.minimum(away, self.bins - away).neg_().add_(1).clamp_(min=0)  # orientations close in a circle
             cells.append(F.avg_pool2d(share.mul_(length), self.cell))
         histograms = rearrange(torch.stack(cells), "o b c (gy y) (gx x) -> b (gy gx) (c y x o)", y=2, x=2)
-        # Under 1e-3, less than a grey level, a patch is flat: its target fades out instead of becoming amplified noise.
+        # Under 1e-3, less than a gray level, a patch is flat: its target fades out instead of becoming amplified noise.
         return F.normalize(histograms, dim=-1, eps=1e-3)
 
 

@@ -167,7 +167,7 @@ class PlainVQKD(nn.Module):
         self.teacher: Any = copy.deepcopy(teacher)
 
     def code_vectors(self, x: Tensor) -> Tensor:
-        """Images in [0, 1] -> (B, N, d), not normalised"""
+        """Images in [0, 1] -> (B, N, d), not normalized"""
         model = self.model
         patches = model.encoder.fc_norm(encoded(model.encoder, (x - model.input_mean) / model.input_std)[:, 1:])
         with torch.autocast(x.device.type, enabled=False):
@@ -207,7 +207,7 @@ class PlainViews:
         self.sizes, self.scale = (size, second_size), [min_crop_scale, 1.0]
         jitter = T.ColorJitter(color_jitter, color_jitter, color_jitter)
         self.before = T.Compose([jitter, T.RandomHorizontalFlip(0.5), T.RandomVerticalFlip(0.0)])
-        self.normalise, self.to_tensor = T.Normalize(list(mean), list(std)), T.ToTensor()
+        self.normalize, self.to_tensor = T.Normalize(list(mean), list(std)), T.ToTensor()
         self.mask_generator = mask_generator
 
     def __call__(self, image: Image.Image) -> dict[str, Tensor]:
@@ -215,7 +215,7 @@ class PlainViews:
         box = T.RandomResizedCrop.get_params(image, self.scale, [3 / 4, 4 / 3])
         first, second = (TF.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC) for size in self.sizes)
         mask = torch.from_numpy(self.mask_generator()).flatten().bool()
-        return {"image": self.normalise(self.to_tensor(first)), "tokenizer_image": self.to_tensor(second), "mask": mask}
+        return {"image": self.normalize(self.to_tensor(first)), "tokenizer_image": self.to_tensor(second), "mask": mask}
 
 
 def read_plainly(path: str) -> Image.Image:

@@ -169,7 +169,7 @@ class Row:
     ratio_min: float
     ratio_max: float
     peak_ratio: float
-    utilisation: float | None
+    utilization: float | None
 
 
 def hold(contest: Contest, rounds: int, warmup: int, matmul_flops: float) -> list[Row]:
@@ -234,7 +234,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines = [f"{'':14}{'images/s':>9}{'ms':>9}" + "".join(f"{phase:>10}" for phase in PHASES) + f"{'of matmul':>10}{'peak':>9}"]
     lines[0] += f"{'x ours':>20}{'peak x ours':>13}"
     for row in rows:
-        share = "" if row.utilisation is None else f"{row.utilisation:.0%}"
+        share = "" if row.utilization is None else f"{row.utilization:.0%}"
         phases = "".join(f"{row.ms[phase]:10.1f}" for phase in PHASES)
         ratio = f"{row.ratio:.2f} ({row.ratio_min:.2f}-{row.ratio_max:.2f})"
         times = f"{row.name:14}{row.images_per_s:9.1f}{row.ms['step']:9.1f}{phases}{share:>10}"

@@ -108,7 +108,7 @@ def inference(name: str, model: nn.Module, run: Run) -> Local:
 
 
 def enliven(model: nn.Module) -> None:
-    """Random values where initialisation leaves (nearly) zeros: biases, tables, the classifier. A mistake in what they do must
+    """Random values where initialization leaves (nearly) zeros: biases, tables, the classifier. A mistake in what they do must
     show in the loss; of a table of small values (0.02) the softmax takes hardly any notice."""
     for name, parameter in model.named_parameters():
         if parameter.abs().max() < 1e-3:

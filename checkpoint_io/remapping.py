@@ -59,7 +59,7 @@ def with_class_position(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def adapt_patch_embed(weight: Tensor, shape: Sequence[int]) -> Tensor:
     """A patch embedding (C, channels, height, width) for other channels and patches, as timm does it: channels are summed,
-    or repeated and scaled, so that a grey image gives the same; patches are resampled as in FlexiViT.
+    or repeated and scaled, so that a gray image gives the same; patches are resampled as in FlexiViT.
 
     As it is where timm has no rule: another width, or channels that are neither 1 nor 3.
     """

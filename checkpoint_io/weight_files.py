@@ -128,7 +128,7 @@ KINDS = {  # a key that only this kind of file has -> what it is, and what it is
     "heads.0.weight": "a linear probe (of run_linear_eval.py)",
     "blocks.input.w": "DALL-E's encoder (for --tokenizer_weight with --tokenizer_model dall-e)",
     "decode_head.conv_seg.weight": "a segmentation model",
-    "lm_head.weight": "a model of masked image modelling (for --finetune)",
+    "lm_head.weight": "a model of masked image modeling (for --finetune)",
     "head.weight": "a classifier (for --finetune, or --eval --resume)",
     "blocks.0.norm1.weight": "a vision transformer without a head",
 }

@@ -39,7 +39,7 @@ class Converted(NamedTuple):
 
 
 class Preprocessing(NamedTuple):
-    """What happens to an image before it is classified: shorter side to size / crop_pct, centre crop, normalisation."""
+    """What happens to an image before it is classified: shorter side to size / crop_pct, center crop, normalization."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

@@ -20,7 +20,7 @@ from checkpoint_io.weight_formats import INDEX, TABLE, Companion
 from data_pipeline.imagenet_classes import in_words, synsets
 from errors import UserError
 from layers.rel_pos_bias import as_pair, relative_position_index
-from transforms import default_crop_pct, normalisation
+from transforms import default_crop_pct, normalization
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the folders of Hugging Face and timm
 
@@ -99,7 +99,7 @@ def flags_of(companion: Companion) -> dict[str, Any]:
     if size is not None:
         flags["input_size"] = size[0] if size[0] == size[1] else size
     if prepared is not None:
-        flags["imagenet_default_mean_and_std"] = prepared[:2] == normalisation(True)
+        flags["imagenet_default_mean_and_std"] = prepared[:2] == normalization(True)
         flags["crop_pct"] = crop_flag(prepared.crop_pct, size or 224)
     return flags
 

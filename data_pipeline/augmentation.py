@@ -1,4 +1,4 @@
-"""One random crop of an image with its colour jitter and flips: drawn before a pixel is touched, applied to few of them.
+"""One random crop of an image with its color jitter and flips: drawn before a pixel is touched, applied to few of them.
 
 Two ways give nearly the same picture. `exact_crop` is torchvision's ColorJitter, flips and crop, bit for bit, on the
 pixels of the crop as far as that is possible. `jitter_and_flip` works behind the resize, on uint8 tensors and on any
@@ -79,22 +79,22 @@ class Drawing:
 def exact_crop(image: Image.Image, draws: Draws) -> Image.Image:
     """The crop of the jittered and flipped RGB `image`, bit for bit, without jittering what is cut off.
 
-    Only contrast looks at other pixels: its pivot is the mean grey of the whole image as the operations before it left it.
+    Only contrast looks at other pixels: its pivot is the mean gray of the whole image as the operations before it left it.
     """
     kinds = [kind for kind, _ in draws.operations]
     before, pivot = 0, 0
     if CONTRAST in kinds:
         before = kinds.index(CONTRAST)
         image = retouched(image, draws.operations[:before])
-        pivot = mean_grey(image)
+        pivot = mean_gray(image)
     crop = retouched(image.crop(draws.box()), draws.operations[before:], pivot)
     if draws.hflip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return crop.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if draws.vflip else crop
 
 
-def mean_grey(image: Image.Image) -> int:
-    """The grey that PIL's ImageEnhance.Contrast turns about."""
+def mean_gray(image: Image.Image) -> int:
+    """The gray that PIL's ImageEnhance.Contrast turns about."""
     counts = np.array(image.convert("L").histogram())
     return int(counts @ LEVELS / counts.sum() + 0.5)
 
@@ -103,7 +103,7 @@ def retouched(image: Image.Image, operations: Iterable[tuple[int, float]], pivot
     """The operations one after the other, each rounded to uint8 as PIL does.
 
     Brightness and contrast are the same function for every pixel and channel: a table, which PIL itself computes from the
-    256 values, and neighbours of them are one table.
+    256 values, and neighbors of them are one table.
     """
     table = RAMP
     for kind, factor in operations:
@@ -129,7 +129,7 @@ def resized(image: Image.Image, size: int, mode: InterpolationMode) -> torch.Ten
 
 
 def resized_faster(drawn: Drawn, size: int, mode: InterpolationMode) -> torch.Tensor:
-    """The same of a crop by torch's vectorised kernels, in a third of the time, within one level.
+    """The same of a crop by torch's vectorized kernels, in a third of the time, within one level.
 
     By PIL where torch has no such mode, and where the image was decoded to a smaller size, whose pixels the crop cuts.
     """
@@ -164,7 +164,7 @@ def sampled_pivot(image: Image.Image, operations: Operations) -> int:
     for kind, factor in operations[: kinds.index(CONTRAST)]:
         enhance = ImageEnhance.Brightness if kind == BRIGHTNESS else ImageEnhance.Color
         sample = enhance(sample).enhance(factor)
-    return mean_grey(sample)
+    return mean_gray(sample)
 
 
 def jitter_and_flip(image: Tensor, draws: Draws, pivot: int) -> Tensor:
@@ -172,7 +172,7 @@ def jitter_and_flip(image: Tensor, draws: Draws, pivot: int) -> Tensor:
     if draws.operations:
         x = image.float()
         for kind, factor in draws.operations:
-            blend_(x, grey(x) if kind == SATURATION else pivot if kind == CONTRAST else 0, factor)
+            blend_(x, gray(x) if kind == SATURATION else pivot if kind == CONTRAST else 0, factor)
         image = x.to(torch.uint8)
     flipped = [dim for dim, flip in ((-1, draws.hflip), (-2, draws.vflip)) if flip]
     return image.flip(flipped) if flipped else image
@@ -191,7 +191,7 @@ def jitter_and_flip_all(images: Tensor, numbers: Tensor) -> Tensor:
     kinds, factors, pivot, hflip, vflip = numbers[:, :, None, None, None].split([3, 3, 1, 1, 1], dim=1)
     for place in range(3):
         kind = kinds[:, place]
-        base = torch.where(kind == SATURATION, grey(x), torch.where(kind == CONTRAST, pivot[:, 0], 0.0))
+        base = torch.where(kind == SATURATION, gray(x), torch.where(kind == CONTRAST, pivot[:, 0], 0.0))
         blend_(x, base, factors[:, place])
     x = torch.where(hflip[:, 0] > 0, x.flip(-1), x)
     return torch.where(vflip[:, 0] > 0, x.flip(-2), x).to(torch.uint8)
@@ -206,7 +206,7 @@ def blend_(x: Tensor, base: Tensor | int, factor: Tensor | float) -> None:
     x.clamp_(0, 255).floor_()
 
 
-def grey(x: Tensor) -> Tensor:
+def gray(x: Tensor) -> Tensor:
     """PIL's conversion to L, (..., 3, height, width) -> (..., 1, height, width), in floats: its sums stay below 2**24."""
     red, green, blue = x.split(1, dim=-3)
     return (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).mul_(2**-16).floor_()

@@ -65,7 +65,7 @@ def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[ImageFile
 
 
 def is_16_bit(image: Image.Image) -> bool:
-    """Unsigned grey of which 65535 is white. Pillow calls it I where it has scaled a PPM to that range, or is older."""
+    """Unsigned gray of which 65535 is white. Pillow calls it I where it has scaled a PPM to that range, or is older."""
     return image.mode.startswith("I;16") or (image.mode == "I" and getattr(image, "format", None) in ("PNG", "PPM"))
 
 

@@ -27,7 +27,7 @@ Samples = Sequence[tuple[str | np.ndarray | shards.Member, int | None]]  # image
 
 
 def find_images(root: str, flag: str = "--data_path") -> tuple[Samples, None]:
-    """Every image below `root`, however nested, unlabelled, in the order of the paths."""
+    """Every image below `root`, however nested, unlabeled, in the order of the paths."""
     need_folder(root, flag)
     left_out: Counter[str] = Counter()
     samples: Samples = [(path, None) for path in images_below(root, left_out)]
@@ -45,11 +45,11 @@ def find_images_or_file(path: str, flag: str = "--data_path") -> list[str]:
 def find_classes_folder(
     root: str, flag: str = "--data_path", classes: Sequence[str] | None = None
 ) -> tuple[Samples, Sequence[str]]:
-    """root/class/**/image, labelled in the order of the names; `classes`: the names that exist and their order."""
+    """root/class/**/image, labeled in the order of the names; `classes`: the names that exist and their order."""
     need_folder(root, flag)
     found = class_folders(root)
     if not found:
-        raise UserError(f"{flag} {root}: no class folders in it; labelled images are expected as class_name/image.jpg")
+        raise UserError(f"{flag} {root}: no class folders in it; labeled images are expected as class_name/image.jpg")
     _refuse_splits(found, root, flag, classes or ())
     unknown = sorted(set(found) - set(classes)) if classes else []
     if unknown:

@@ -318,7 +318,7 @@ class BadFiles:
     def add(self, failed: list[str], found_image: bool = True) -> None:
         """A batch's `failed`, and whether the batch has an `image`; UserError when the data cannot be trained on.
 
-        A file is counted once an epoch: behind a bad file its neighbours' replacement may try it again.
+        A file is counted once an epoch: behind a bad file its neighbors' replacement may try it again.
         """
         self.failed.update(dict.fromkeys(failed))
         for text in dict.fromkeys(failed):

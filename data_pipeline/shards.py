@@ -1,6 +1,6 @@
 """Tar shards in WebDataset's layout, read at random: which images are in them, where each begins, and its label.
 
-A shard is an uncompressed tar file. Its members come in samples: neighbours whose names agree up to the first dot of the file
+A shard is an uncompressed tar file. Its members come in samples: neighbors whose names agree up to the first dot of the file
 name; what follows is the kind (`000012.jpg`, `000012.cls`). A shard is read through once for an index of its images (offset,
 size, label), which is kept beside it; then an image is one read at a known place. So a data set of shards is a map from
 index to image like a folder, and a run over it resumes, and is shared by processes, as exactly (docs/data.md says why).
@@ -27,7 +27,7 @@ from data_pipeline.image_formats import open_regular
 from errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE  # a header of a tar file, 512 bytes
-CLASS_NAMES = "classes.txt"  # beside labelled shards: the name of class 0, 1, ..., one a line
+CLASS_NAMES = "classes.txt"  # beside labeled shards: the name of class 0, 1, ..., one a line
 INDEX = ".index.npz"  # behind the shard's name
 INDEX_VERSION = 2
 MOST_LABEL = 999_999  # a classifier of more classes is rather a wrong number
@@ -101,7 +101,7 @@ class Members(Sequence[tuple[Member, int | None]]):
         return Members(self.paths, self.shard, self.places, labels)
 
     def sizes(self) -> list[int]:
-        """Images of each shard that has any: neighbours in the order of the indices."""
+        """Images of each shard that has any: neighbors in the order of the indices."""
         return np.unique(self.shard, return_counts=True)[1].tolist()
 
 
@@ -178,12 +178,12 @@ def members_of(paths: Sequence[str], extensions: Sequence[str], flag: str) -> Me
         raise UserError(
             f"{flag}: no images in these {len(paths)} shards (accepted: {' '.join(extensions)}, behind the first dot of a name)"
         )
-    labelled = labels >= 0
-    if labelled.any() and not labelled.all():
-        first = Member(paths[shard[labelled.argmin()]], *places[labelled.argmin()].tolist())
+    labeled = labels >= 0
+    if labeled.any() and not labeled.all():
+        first = Member(paths[shard[labeled.argmin()]], *places[labeled.argmin()].tolist())
         raise UserError(f"{flag}: {first} has no label (.cls), others have one; label all images or none")
     left_out = int(sum(index.left_out.sum() for index in indices))
-    return Members(paths, shard, places, labels if labelled.all() else None, left_out)
+    return Members(paths, shard, places, labels if labeled.all() else None, left_out)
 
 
 def index_of(path: str, extensions: Sequence[str], flag: str = "--data_path") -> Index:

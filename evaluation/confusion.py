@@ -20,7 +20,7 @@ LOW_BITS = (1 << 32) - 1
 
 
 class Confusion:
-    """Counts of pairs of class numbers, whole numbers throughout; on the labels' device, without synchronising it at every
+    """Counts of pairs of class numbers, whole numbers throughout; on the labels' device, without synchronizing it at every
     `add`."""
 
     def __init__(self, device: torch.device) -> None:
@@ -75,7 +75,7 @@ class Confusion:
 
 @dataclass(frozen=True)
 class WorstClass:
-    """One class: how many of its images were recognised, and which wrong answer was given most often (None: none was)."""
+    """One class: how many of its images were recognized, and which wrong answer was given most often (None: none was)."""
 
     label: int
     images: int

@@ -1,6 +1,6 @@
-"""k nearest neighbours on frozen features (weighted as in Wu et al. 2018, instance discrimination, and DINO).
+"""k nearest neighbors on frozen features (weighted as in Wu et al. 2018, instance discrimination, and DINO).
 
-What a backbone has learnt, without training anything on top: a validation image gets the class that its nearest training
+What a backbone has learned, without training anything on top: a validation image gets the class that its nearest training
 images vote for. Shapes: N training images, B a batch, T = 1 + patches tokens with CLS in front, C width.
 """
 
@@ -73,7 +73,7 @@ def of_all_ranks(own: Features, device: torch.device, rows: int = 4096) -> Featu
     return Features(values[order], labels[order], index[order])
 
 
-# ── Neighbours ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Neighbors ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def accuracies(
     """Accuracy in percent: {"knn10_acc1": ..., "knn10_acc5": ..., ...} and "knn_images".
 
     `train`: of all ranks, values (N, C); `own`: this rank's share of the validation images, each image on one rank.
-    The k neighbours of highest cosine similarity vote for their class with exp(similarity / temperature).
+    The k neighbors of highest cosine similarity vote for their class with exp(similarity / temperature).
     `standardize`: each channel gets the training images' mean 0 and standard deviation 1 first.
     """
     if max(ks) > len(train):
@@ -135,7 +135,7 @@ def rank_of(votes: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Probe:
-    """What --knn_freq evaluates on: this rank's share of labelled images, every so many epochs."""
+    """What --knn_freq evaluates on: this rank's share of labeled images, every so many epochs."""
 
     train: DataLoader[dict[str, Any]]
     validation: DataLoader[dict[str, Any]]

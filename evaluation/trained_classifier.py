@@ -100,7 +100,7 @@ def training_flags(trained: TrainedClassifier, parser: argparse.ArgumentParser, 
 def warn_of_other_sight(
     trained: TrainedClassifier, fitting: Mapping[str, Tensor], parser: argparse.ArgumentParser, args: argparse.Namespace
 ) -> None:
-    """Images of another size or normalisation than in training are allowed, and told."""
+    """Images of another size or normalization than in training are allowed, and told."""
     pairs = differing(trained.flags, parser, args, SEEING)
     if pairs:
         log.warning(
@@ -122,9 +122,9 @@ def warn_of_other_pretraining(
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,
 ) -> None:
-    """Fine-tuning may use other positions or another normalisation than --finetune's training, but is told.
+    """Fine-tuning may use other positions or another normalization than --finetune's training, but is told.
 
-    `flags`: of that training, {} where unknown. The positions are then what the weights hold; a tokenizer's normalisation
+    `flags`: of that training, {} where unknown. The positions are then what the weights hold; a tokenizer's normalization
     is its --process_type.
     """
     known: dict[str, Any] = {"abs_pos_emb": "pos_embed" in weights}

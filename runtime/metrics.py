@@ -26,7 +26,7 @@ except ImportError:  # Windows
 
 
 class RunningMeans:
-    """Means of scalar tensors by name; adding them never reads them back, so it never synchronises the device.
+    """Means of scalar tensors by name; adding them never reads them back, so it never synchronizes the device.
 
     The names must be the same at every `add`. Values that are not finite are left out of their mean.
     """
@@ -46,7 +46,7 @@ class RunningMeans:
             self.sums += new
 
     def read(self, over_all_ranks: bool = False) -> dict[str, float]:
-        """Name -> mean, with one synchronisation for all of them. A rank that added nothing takes part all the same."""
+        """Name -> mean, with one synchronization for all of them. A rank that added nothing takes part all the same."""
         names, sums = self.names, torch.zeros(0) if self.sums is None else self.sums.clone()
         if over_all_ranks and distributed.world_size() > 1:
             # Through the host: a rank without a batch knows neither the names nor the device.

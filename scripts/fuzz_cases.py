@@ -63,7 +63,7 @@ def make(kind: str, draw: random.Random, shared: Path, folder: Path) -> Case:
 def shared_files(folder: Path) -> Path:
     """Data and weights that the cases copy from."""
     photos = tiny_runs.photos(folder / "photos")
-    tiny_runs.labelled_pixels(folder / "pairs")
+    tiny_runs.labeled_pixels(folder / "pairs")
     tiny_runs.tokenizer(folder / "tokenizer.pth")
     tiny_runs.student(folder / "student.pth")
     import_module("make_shards").main([str(photos), str(folder / "shards"), "--images_per_shard", "5", "--classes"])

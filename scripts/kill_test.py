@@ -58,7 +58,7 @@ def build_cases(folder: Path) -> list[Case]:
     folders = tiny_runs.photos(folder / "photos", per_class=12), tiny_runs.photos(folder / "held-out", per_class=2)
     shards = pack(folders[0], folder / "shards"), pack(folders[1], folder / "held-out-shards")
     codes, student = tiny_runs.tokenizer(folder / "codes.pth"), tiny_runs.student(folder / "student.pth")
-    pairs, out = tiny_runs.labelled_pixels(folder / "pairs", images=12), Path(OUT)
+    pairs, out = tiny_runs.labeled_pixels(folder / "pairs", images=12), Path(OUT)
     common = ["--update_freq", "2", "--save_ckpt_steps", "2", "--keep_ckpts", "2", "--save_ckpt_freq", "2"]
     dropped = ["--drop_path", "0.1"]
     revived = ["--quantizer_warmup_steps", "1", "--revive_dead_codes"]
@@ -83,7 +83,7 @@ def build_cases(folder: Path) -> list[Case]:
 
 
 def pack(images: Path, folder: Path) -> Path:
-    """Shards of labelled images, made by a process of its own: tqdm leaves a thread in it, and this one is to be forked."""
+    """Shards of labeled images, made by a process of its own: tqdm leaves a thread in it, and this one is to be forked."""
     flags = [str(images), str(folder), "--images_per_shard", "3", "--classes"]
     with contextlib.redirect_stdout(io.StringIO()):
         process = FORK.Process(target=make_shards.main, args=(flags,))

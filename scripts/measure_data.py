@@ -5,7 +5,7 @@
 Three ways of making two views and a mask take turns within each round: `plain` (torchvision's loader and transforms, one
 after the other, each view resized and turned into floats), `exact` and `fast` (--data_pipeline). Times are medians over the
 rounds of the mean over the images, in milliseconds of CPU time, as other programs may be running; differences are in levels
-of 255, of the view that is not normalised.
+of 255, of the view that is not normalized.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# BEiT v2, base: 300 epochs of masked image modelling on ImageNet-1k, without its labels.
+# BEiT v2, base: 300 epochs of masked image modeling on ImageNet-1k, without its labels.
 #   DATA=/path/to/imagenet-1k/train OUTPUT=/path/to/save bash scripts/pretrain_base_300e.sh [more flags]
 # Hardware: one DGX-2, 16 V100-32GB x 128 images = 2048.
 # Time: about 25 hours, reckoned from the published speed, 4,300 images/s.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# BEiT (v1), base: 800 epochs of masked image modelling on ImageNet-1k, without its labels; DALL-E's tokenizer.
+# BEiT (v1), base: 800 epochs of masked image modeling on ImageNet-1k, without its labels; DALL-E's tokenizer.
 #   DATA=/path/to/imagenet-1k/train OUTPUT=/path/to/save bash scripts/pretrain_base_v1_in1k.sh [more flags]
 # Hardware: one DGX-2, 16 V100-32GB x 128 images = 2048.
 # Time: about five days.

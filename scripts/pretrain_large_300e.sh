@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# BEiT v2, large: 300 epochs of masked image modelling on ImageNet-1k, without its labels.
+# BEiT v2, large: 300 epochs of masked image modeling on ImageNet-1k, without its labels.
 #   DATA=/path/to/imagenet-1k/train OUTPUT=/path/to/save bash scripts/pretrain_large_300e.sh [more flags]
 # Hardware: four DGX-2, 64 V100-32GB x 32 images = 2048.
 # Time: not known.

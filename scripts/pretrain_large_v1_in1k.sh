@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# BEiT (v1), large: 800 epochs of masked image modelling on ImageNet-1k, without its labels; DALL-E's tokenizer.
+# BEiT (v1), large: 800 epochs of masked image modeling on ImageNet-1k, without its labels; DALL-E's tokenizer.
 #   DATA=/path/to/imagenet-1k/train OUTPUT=/path/to/save bash scripts/pretrain_large_v1_in1k.sh [more flags]
 # Hardware: 64 GPUs x 32 images = 2048, in four machines as for BEiT v2's large: what v1's ran on is not known.
 # Time: not known.

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# BEiT (v1), large: 150 epochs of masked image modelling on ImageNet-22k, without its labels; DALL-E's tokenizer.
+# BEiT (v1), large: 150 epochs of masked image modeling on ImageNet-22k, without its labels; DALL-E's tokenizer.
 #   DATA=/path/to/imagenet-22k OUTPUT=/path/to/save bash scripts/pretrain_large_v1_in22k.sh [more flags]
 # Hardware: 64 GPUs x 32 images = 2048, in four machines as for BEiT v2's large: what v1's ran on is not known.
 # Time: not known.
 # Expected: no figure at hand; scripts/finetune_large_v1_pt22k.sh comes next.
-# Normalised by 0.5/0.5: fine-tune without --imagenet_default_mean_and_std.
+# Normalized by 0.5/0.5: fine-tune without --imagenet_default_mean_and_std.
 # Fewer GPUs: `NODES=1 GPUS=8 ... --update_freq 8` keeps GPUs x batch_size x update_freq at 2048 (docs/recipes.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."

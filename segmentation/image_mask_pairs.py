@@ -27,8 +27,8 @@ from runtime import distributed
 from runtime.distributed import log
 from segmentation.joint_views import EvaluationView, TrainingView
 from segmentation.mask_files import ENDINGS, IGNORED, MOST_CLASSES, highest_label, labels_in, read_mask
-from transforms import load_image, normalisation, per_channel
-from visualization.drawing import distinct_colours
+from transforms import load_image, normalization, per_channel
+from visualization.drawing import distinct_colors
 
 SPLITS = {True: ("training", "train"), False: ("validation", "val")}  # by `train`
 ADE_NAMES = "objectInfo150.txt"
@@ -115,7 +115,7 @@ def _by_stem(paths: Sequence[str], root: str) -> dict[str, str]:
     return found
 
 
-# ── Classes and their colours ────────────────────────────────────────────────────────────────────────────────────────
+# ── Classes and their colors ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_classes(args: Any, pairs: Sequence[Pair]) -> list[str]:
@@ -207,19 +207,19 @@ def _look_through(pairs: Sequence[Pair], look: Callable[[Image.Image, str], int]
 
 
 def palette(args: Any, n_classes: int) -> Tensor:
-    """The classes' colours (n_classes, 3), float in [0, 1]: those of --palette, else well distinguishable ones."""
+    """The classes' colors (n_classes, 3), float in [0, 1]: those of --palette, else well distinguishable ones."""
     if not args.palette:
-        return distinct_colours(n_classes)
+        return distinct_colors(n_classes)
     where = f"--palette {args.palette}"
-    colours = []
+    colors = []
     for number, line in enumerate(_lines(args.palette, "--palette"), 1):
         values = [int(part) if part.isdecimal() else -1 for part in line.split()]
         if len(values) != 3 or not all(0 <= value <= 255 for value in values):
-            raise UserError(f"{where}, colour {number}: '{line.strip()}'; red, green and blue are expected, each 0 to 255")
-        colours.append(values)
-    if len(colours) != n_classes:
-        raise UserError(f"{where}: {len(colours)} colours for {n_classes} classes; one line a class is expected")
-    return torch.tensor(colours) / 255
+            raise UserError(f"{where}, color {number}: '{line.strip()}'; red, green and blue are expected, each 0 to 255")
+        colors.append(values)
+    if len(colors) != n_classes:
+        raise UserError(f"{where}: {len(colors)} colors for {n_classes} classes; one line a class is expected")
+    return torch.tensor(colors) / 255
 
 
 # ── Samples ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -255,10 +255,10 @@ class SegmentationFiles(Files):
         return Pair(*map(os.fsdecode, self.paths[index % self.files]))
 
     def check_masks(self) -> None:
-        """UserError for the first mask that holds something else than these classes, and where no pixel is labelled, before
+        """UserError for the first mask that holds something else than these classes, and where no pixel is labeled, before
         hours are spent. Sizes, and files that do not decode, are left to the reading."""
         if self._look_for_classes([self.pair(place) for place in range(self.files)], set()) == 0:
-            self._refuse("not one pixel is labelled")
+            self._refuse("not one pixel is labeled")
 
     def check_that_classes_occur(self) -> None:
         """UserError where fewer than two classes occur in all masks: there would be nothing to learn. Reads masks until there
@@ -273,7 +273,7 @@ class SegmentationFiles(Files):
                 return
         if most >= 0:
             self._refuse(
-                f"every labelled pixel is of class '{self.classes[occur.pop()]}'" if occur else "not one pixel is labelled"
+                f"every labeled pixel is of class '{self.classes[occur.pop()]}'" if occur else "not one pixel is labeled"
             )
 
     def _look_for_classes(self, pairs: Sequence[Pair], occur: set[int]) -> int:
@@ -320,11 +320,11 @@ class SegmentationFiles(Files):
         return self.view.pair(image, labels)
 
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch, on any device, as the network takes it: normalised float images (B, 3, h, w), int64 labels (B, h, w)."""
-        return {**batch, "image": normalised(batch["image"], self.statistics), "label": batch["label"].long()}
+        """A batch, on any device, as the network takes it: normalized float images (B, 3, h, w), int64 labels (B, h, w)."""
+        return {**batch, "image": normalized(batch["image"], self.statistics), "label": batch["label"].long()}
 
 
-def normalised(image: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+def normalized(image: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
     """(..., 3, h, w) uint8 -> float, as the network takes it; `statistics`: mean and std."""
     whole, mean, std = (per_channel(values, image.device) for values in ((255.0,), *statistics))
     return (image.float() / whole - mean).div_(std)
@@ -348,13 +348,13 @@ def build_dataset(args: Any, train: bool, classes: Sequence[str], passes: int = 
     pairs, unused = _paired(folder, train, flag)
     if unused:
         log.warning("warning: %s %s: masks without an image are not used: %s (in all %d)", flag, folder, unused[0], len(unused))
-    statistics = normalisation(args.imagenet_default_mean_and_std)
+    statistics = normalization(args.imagenet_default_mean_and_std)
     view = training_view(args) if train else evaluation_view(args)
     return SegmentationFiles(pairs, view, classes, statistics, args.reduce_zero_label, args.seed, passes)
 
 
 def training_view(args: Any) -> TrainingView:
-    mean, _ = normalisation(args.imagenet_default_mean_and_std)
+    mean, _ = normalization(args.imagenet_default_mean_and_std)
     return TrainingView(
         args.input_size,
         args.base_size or args.input_size,

@@ -1,4 +1,4 @@
-"""Views of an image and its mask together: both are resized, cropped and flipped alike, colours vary in the image alone.
+"""Views of an image and its mask together: both are resized, cropped and flipped alike, colors vary in the image alone.
 
 Images are PIL RGB, labels PIL "L" (the class of each pixel, IGNORED: none), of one size. What comes back is uint8:
 {"image": (3, height, width), "label": (height, width)}. Random views draw from Python's global generator, which the data set
@@ -22,7 +22,7 @@ LONGEST = 4  # the longer side is at most so many times the base size
 REDRAWS = 10  # of a crop that one class fills
 BRIGHTNESS = 32  # levels, added
 FACTORS = (0.5, 1.5)  # of contrast and saturation
-HUE = 36  # degrees of the circle of colours: 18 of 180 steps in the recipe
+HUE = 36  # degrees of the circle of colors: 18 of 180 steps in the recipe
 LEVELS = np.arange(256)
 
 Size = tuple[int, int]  # width, height
@@ -50,10 +50,10 @@ class EvaluationView:
 
 
 class TrainingView:
-    """A random crop of `side` x `side` pixels of the image at a random size, perhaps mirrored, in varied colours.
+    """A random crop of `side` x `side` pixels of the image at a random size, perhaps mirrored, in varied colors.
 
-    An image smaller than the crop is filled up at its right and at its bottom with the colour `fill`, its labels with
-    IGNORED. A crop of whose labelled pixels one class has more than `max_class_share` is drawn anew, up to REDRAWS times.
+    An image smaller than the crop is filled up at its right and at its bottom with the color `fill`, its labels with
+    IGNORED. A crop of whose labeled pixels one class has more than `max_class_share` is drawn anew, up to REDRAWS times.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class TrainingView:
 
 
 def largest_share(labels: Image.Image) -> float:
-    """The share of the labelled pixels that the most frequent class has; above 1 where nothing is labelled."""
+    """The share of the labeled pixels that the most frequent class has; above 1 where nothing is labeled."""
     counts = labels.histogram()[:IGNORED]
     return max(counts) / sum(counts) if any(counts) else 2.0
 

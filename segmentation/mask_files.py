@@ -1,4 +1,4 @@
-"""What is in the file of a mask: each pixel's class, as the number of a grey value or of a palette's entry."""
+"""What is in the file of a mask: each pixel's class, as the number of a gray value or of a palette's entry."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from errors import UserError
 IGNORED = 255  # a pixel that counts neither in training nor in evaluation
 MOST_CLASSES = 255  # labels 0 to 254 in 8 bits, beside IGNORED
 ENDINGS = (".png", ".tif", ".tiff", ".bmp")
-NUMBERED = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's names: grey of 1 to 32 bits, palette
-STRETCHED = {"L;2": 85, "L;4": 17}  # PNG's grey of 2 and 4 bits, which PIL stretches to 0..255: 3 becomes 255
+NUMBERED = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's names: gray of 1 to 32 bits, palette
+STRETCHED = {"L;2": 85, "L;4": 17}  # PNG's gray of 2 and 4 bits, which PIL stretches to 0..255: 3 becomes 255
 
 
 def read_mask(path: str) -> Image.Image:
@@ -25,10 +25,10 @@ def read_mask(path: str) -> Image.Image:
 
 
 def numbers_in(mask: Image.Image, path: str) -> np.ndarray:
-    """(height, width) whole numbers. UserError when the mask holds something else, such as colours."""
+    """(height, width) whole numbers. UserError when the mask holds something else, such as colors."""
     if mask.mode not in NUMBERED:
         raise UserError(
-            f"{path}: its pixels are {mask.mode}, not numbers of classes; a mask is expected to be grey (8 or 16 bits) or to "
+            f"{path}: its pixels are {mask.mode}, not numbers of classes; a mask is expected to be gray (8 or 16 bits) or to "
             "have a palette"
         )
     numbers = np.asarray(mask)
@@ -65,5 +65,5 @@ def _refuse(path: str, label: int, classes: int, reduce_zero_label: bool) -> Non
 def highest_label(mask: Image.Image, path: str, reduce_zero_label: bool) -> int:
     """Of those that are not ignored, as `labels_in` numbers them; -1 where there is none."""
     numbers = numbers_in(mask, path)
-    labelled = numbers[numbers != IGNORED]
-    return int(labelled.max()) - reduce_zero_label if labelled.size else -1
+    labeled = numbers[numbers != IGNORED]
+    return int(labeled.max()) - reduce_zero_label if labeled.size else -1

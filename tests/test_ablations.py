@@ -106,7 +106,7 @@ def test_random_masks_are_uniform_and_exact():
     assert (masks.sum(axis=(1, 2)) == 5).all()
     assert np.abs(masks.mean(axis=0) - 5 / 24).max() < 0.025  # 4.7 standard deviations
     pairs = (masks[:, :, 1:] & masks[:, :, :-1]).sum(axis=(1, 2)).mean()
-    assert pairs == pytest.approx(20 * 5 / 24 * 4 / 23, abs=0.05)  # neighbours are masked independently: no blocks
+    assert pairs == pytest.approx(20 * 5 / 24 * 4 / 23, abs=0.05)  # neighbors are masked independently: no blocks
     assert RandomMaskingGenerator(3, 0)().sum() == 0
     with pytest.raises(ValueError, match="10 patches cannot be masked on a 3x3 grid"):
         RandomMaskingGenerator(3, 10)
@@ -196,7 +196,7 @@ def test_pixels_are_regressed_without_a_tokenizer(head, data, tmp_path, monkeypa
     assert (reason in capsys.readouterr().out) == bool(head)
 
 
-def test_pixels_are_normalised_as_the_flag_says_and_predicted_everywhere(data, tmp_path, monkeypatch):
+def test_pixels_are_normalized_as_the_flag_says_and_predicted_everywhere(data, tmp_path, monkeypatch):
     seen = spy_on_steps(monkeypatch)
     more = ["--imagenet_default_mean_and_std", "--predict", "all", *PLAIN, "--image_freq", "1", "--epochs", "1"]
     run_beitv2_pretraining.main(pixel_flags(data, tmp_path, *more))
@@ -217,7 +217,7 @@ def test_the_picture_shows_image_mask_and_pasted_prediction(data, tmp_path):
     image = torch.rand(3, 4, 4)
     values = target.encode({"image": (image[None] - 0.5) / 0.5})
     answered = values.clone()
-    answered[1] = 0.0  # the upper right patch in mid-grey
+    answered[1] = 0.0  # the upper right patch in mid-gray
     (picture,) = target.pictures(values, answered, (2, 2), (4, 4))
     expected = image.clone()
     expected[:, :2, 2:] = 0.5

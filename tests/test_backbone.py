@@ -1,4 +1,4 @@
-"""Attention paths agree, every variant builds, initialisation is as in the paper, and timm's models stay timm's."""
+"""Attention paths agree, every variant builds, initialization is as in the paper, and timm's models stay timm's."""
 
 import inspect
 import math
@@ -59,7 +59,7 @@ def test_drop_path_grows_linearly_and_continues_in_the_head_layers():
     assert rates == pytest.approx([0.2, 0.3])
 
 
-def test_initialisation_of_the_pretraining_model():
+def test_initialization_of_the_pretraining_model():
     torch.manual_seed(0)
     model = VisionTransformerForMaskedImageModelingCLS(**TINY, early_layers=3, head_layers=2, vocab_size=64)
     assert model.lm_head.weight.abs().max() <= 0.02
@@ -69,14 +69,14 @@ def test_initialisation_of_the_pretraining_model():
     for layer, block in enumerate(model.blocks, start=1):
         assert block.mlp.fc2.weight.abs().max() <= 0.02 / math.sqrt(2 * layer) + 1e-9
         assert block.mlp.fc1.weight.abs().max() <= 0.02
-    # the head layers keep PyTorch's uniform initialisation (bound 1/sqrt(fan_in)), rescaled with the depth going on
+    # the head layers keep PyTorch's uniform initialization (bound 1/sqrt(fan_in)), rescaled with the depth going on
     for layer, block in enumerate(model.cls_pt_layers, start=4):
         bound = 1 / math.sqrt(4 * 48) / math.sqrt(2 * layer)
         assert 0.9 * bound < block.mlp.fc2.weight.abs().max() <= bound + 1e-9
         assert block.mlp.fc1.weight.abs().max() > 0.02
 
 
-def test_initialisation_of_the_finetuning_model():
+def test_initialization_of_the_finetuning_model():
     torch.manual_seed(0)
     model = VisionTransformer(**TINY, num_classes=10)
     assert model.blocks[0].mlp.fc1.weight.abs().max() > 0.05  # cut at +-2, not at one sigma

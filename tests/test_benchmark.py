@@ -141,7 +141,7 @@ def test_ratios_are_of_one_round():
     ours, plain = hold(contest, rounds=3, warmup=1, matmul_flops=4e6)
     assert (plain.ratio, plain.ratio_min, plain.ratio_max) == (2.0, 1.0, 2.0)
     assert (ours.ratio, plain.peak_ratio, ours.ms["step"], ours.ms["backward"]) == (1.0, 2.5, 4.0, 1.0)
-    assert ours.images_per_s == 1000 and ours.utilisation == pytest.approx(0.25)
+    assert ours.images_per_s == 1000 and ours.utilization == pytest.approx(0.25)
 
 
 def test_peak_is_the_worst_moment_and_not_the_sum(capfd):
@@ -183,7 +183,7 @@ def test_the_report(tmp_path, amp_dtype):
         assert contest["rows"][0]["ratio"] == 1
     for stage in ("pretrain", "vqkd"):
         row = contests[stage]["rows"][0]
-        assert row["ms"]["tokenizer"] > 0 and row["ms"]["optimizer"] > 0 and row["utilisation"] > 0
+        assert row["ms"]["tokenizer"] > 0 and row["ms"]["optimizer"] > 0 and row["utilization"] > 0
         assert contests[stage]["through_loader"]["data"] > 0
     if amp_dtype == "fp32":
         assert contests["quantizer"]["rows"][1]["peak_bytes"] > 10 * contests["quantizer"]["rows"][0]["peak_bytes"]

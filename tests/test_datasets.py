@@ -423,7 +423,7 @@ def test_bad_files_are_logged_once_and_stop_the_run_past_one_percent(caplog, mon
     bad.start_epoch(reads=950)
     for i in range(9):
         bad.add([f"{i}.jpg (broken)"])
-    bad.add(["0.jpg (broken)", "1.jpg (broken)"] * 20)  # again, as a neighbour's replacement: no new bad file
+    bad.add(["0.jpg (broken)", "1.jpg (broken)"] * 20)  # again, as a neighbor's replacement: no new bad file
     assert caplog.text.count("cannot read 0.jpg (broken)") == 1
     with pytest.raises(UserError, match=r"10 of this epoch's 950 images .*0.jpg.*check --my_data"):
         bad.add(["9.jpg (broken)"])

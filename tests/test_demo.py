@@ -1,4 +1,4 @@
-"""The demo's own parts: splits, class folders, and one run on a small unlabelled folder."""
+"""The demo's own parts: splits, class folders, and one run on a small unlabeled folder."""
 
 import importlib.util
 import itertools
@@ -32,13 +32,13 @@ def test_the_solar_cells_are_split_in_blocks(demo):
 
 
 def test_own_images_with_and_without_class_folders(demo, tmp_path):
-    labelled = photos(tmp_path / "labelled", per_class=10)
-    assert {label for _, label, _ in demo.own_images(str(labelled))} == {"a", "b"}
-    assert sum(validate for *_, validate in demo.own_images(str(labelled))) == 4
-    flat = labelled / "a"
+    labeled = photos(tmp_path / "labeled", per_class=10)
+    assert {label for _, label, _ in demo.own_images(str(labeled))} == {"a", "b"}
+    assert sum(validate for *_, validate in demo.own_images(str(labeled))) == 4
+    flat = labeled / "a"
     assert {label for _, label, _ in demo.own_images(str(flat))} == {"images"}
     demo.MOST_IMAGES = 8
-    assert len(demo.own_images(str(labelled))) == 8
+    assert len(demo.own_images(str(labeled))) == 8
 
 
 def test_train_and_val_of_a_folder_are_its_splits(demo, tmp_path):
@@ -48,7 +48,7 @@ def test_train_and_val_of_a_folder_are_its_splits(demo, tmp_path):
     assert found == {("train", "a", False), ("train", "b", False), ("val", "a", True), ("val", "b", True)}
 
 
-def test_a_small_unlabelled_folder_goes_through(demo, tmp_path, monkeypatch, capfd):
+def test_a_small_unlabeled_folder_goes_through(demo, tmp_path, monkeypatch, capfd):
     pytest.importorskip("efficientnet_lite_pytorch")
     folder = photos(tmp_path / "mine", per_class=20, classes="a") / "a"
     (folder / "broken.jpg").write_bytes(b"no image")
@@ -64,7 +64,7 @@ def test_a_small_unlabelled_folder_goes_through(demo, tmp_path, monkeypatch, cap
     assert "masked-token accuracy" in out
 
 
-def test_labelled_summary_and_curves_from_logs(demo, monkeypatch):
+def test_labeled_summary_and_curves_from_logs(demo, monkeypatch):
     logs = {
         "vqkd": [{"train_loss": 1.0, "train_codes_used": 9}, {"train_loss": 0.5, "train_codes_used": 250, "test_loss": 0.6}],
         "pretrain": [{"train_mlm_acc_1": 0.1, "train_mlm_acc_2": 0.1, "train_majority_code_share": 0.02}] * 2,
@@ -74,10 +74,10 @@ def test_labelled_summary_and_curves_from_logs(demo, monkeypatch):
     for name, lines in logs.items():
         (demo.OUT / name).mkdir(parents=True)
         (demo.OUT / name / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    demo.draw_curves(demo.OUT / "curves.png", labelled=True)
+    demo.draw_curves(demo.OUT / "curves.png", labeled=True)
     assert (demo.OUT / "curves.png").stat().st_size > 5000
-    monkeypatch.setattr(demo, "draw", lambda labelled: [])
-    summary = demo.summarise({"train": {"a": 6, "b": 2}, "val": {"a": 3, "b": 1}}, True, {"vqkd": 1.0})
+    monkeypatch.setattr(demo, "draw", lambda labeled: [])
+    summary = demo.summarize({"train": {"a": 6, "b": 2}, "val": {"a": 3, "b": 1}}, True, {"vqkd": 1.0})
     assert summary["finetune"]["majority_class"] == 75.0
     assert summary["vqkd"]["codes_used"] == 250
     demo.show(summary)

@@ -200,13 +200,13 @@ def test_a_module_within_itself_ends() -> None:
     assert list(dict(pickled_parameters(root))) == ["w"]
 
 
-def test_the_decoder_is_recognised(tmp_path: pathlib.Path, dall_e: types.ModuleType) -> None:
+def test_the_decoder_is_recognized(tmp_path: pathlib.Path, dall_e: types.ModuleType) -> None:
     path = saved(dall_e.Decoder(n_init=8, n_hid=64, n_blk_per_group=1, vocab_size=512), tmp_path / "decoder.pkl", False)
     with pytest.raises(UserError, match=r"decoder\.pkl is not .* 8 x 512 x 1 x 1 instead of .*, as in its decoder\)"):
         load_dall_e_encoder(path)
 
 
-def spoilt(**changes: Any) -> dict[str, Any]:
+def spoiled(**changes: Any) -> dict[str, Any]:
     state = {**state_of(), **{key.replace("__", "."): value for key, value in changes.items()}}
     return {key: value for key, value in state.items() if value is not None}
 
@@ -215,13 +215,13 @@ def spoilt(**changes: Any) -> dict[str, Any]:
     ("content", "message"),
     [
         ({"head.weight": torch.ones(2)}, r"it has no blocks\.input\.w, but head\.weight"),
-        (spoilt(blocks__output__conv__w=None), r"it has no blocks\.output\.conv\.w"),
-        (spoilt(blocks__output__conv__w=torch.ones(())), r"blocks\.output\.conv\.w is a single number"),
-        (spoilt(blocks__input__w=torch.ones(64, 1, 7, 7)), "64 x 1 x 7 x 7 instead of n_hid x 3 x 7 x 7"),
-        (spoilt(blocks__input__b=None), r"blocks\.input\.b is missing"),
-        (spoilt(blocks__input__b=torch.ones(63)), r"blocks\.input\.b is 63 instead of 64"),
-        (spoilt(blocks__input__b=torch.ones(64, dtype=torch.int8)), r"blocks\.input\.b holds torch\.int8"),
-        (spoilt(blocks__group_4__block_2__norm=torch.ones(1)), r"blocks\.group_4\.block_2\.norm is too much"),
+        (spoiled(blocks__output__conv__w=None), r"it has no blocks\.output\.conv\.w"),
+        (spoiled(blocks__output__conv__w=torch.ones(())), r"blocks\.output\.conv\.w is a single number"),
+        (spoiled(blocks__input__w=torch.ones(64, 1, 7, 7)), "64 x 1 x 7 x 7 instead of n_hid x 3 x 7 x 7"),
+        (spoiled(blocks__input__b=None), r"blocks\.input\.b is missing"),
+        (spoiled(blocks__input__b=torch.ones(63)), r"blocks\.input\.b is 63 instead of 64"),
+        (spoiled(blocks__input__b=torch.ones(64, dtype=torch.int8)), r"blocks\.input\.b holds torch\.int8"),
+        (spoiled(blocks__group_4__block_2__norm=torch.ones(1)), r"blocks\.group_4\.block_2\.norm is too much"),
     ],
 )
 def test_other_files_are_named(tmp_path: pathlib.Path, content: dict[str, Any], message: str) -> None:

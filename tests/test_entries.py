@@ -309,7 +309,7 @@ def test_a_tokenizer_without_a_codebook_is_refused(data, codes, tmp_path, capsys
     assert "never given a codebook" in capsys.readouterr().err
 
 
-def test_the_tokenizers_own_normalisation_is_used_in_pretraining(data, tmp_path):
+def test_the_tokenizers_own_normalization_is_used_in_pretraining(data, tmp_path):
     import arguments
 
     run_vqkd_training.main(vqkd_flags(data, tmp_path, "--process_type", "imagenet_norm", "--epochs", "1"))

@@ -493,7 +493,7 @@ TABLE, EMBEDDING = "blocks.0.attn.relative_position_bias_table", "pos_embed"
 @pytest.mark.parametrize(
     ("keys", "flags", "theirs"),
     [
-        ([TABLE], {}, None),  # published files tell nothing of their normalisation
+        ([TABLE], {}, None),  # published files tell nothing of their normalization
         ([TABLE], {"imagenet_default_mean_and_std": False}, None),
         ([TABLE], {"imagenet_default_mean_and_std": True}, "--imagenet_default_mean_and_std"),
         ([EMBEDDING], {}, "--abs_pos_emb, --disable_rel_pos_bias"),  # somebody else's ViT: its weights say it

@@ -93,7 +93,7 @@ def test_every_order_of_the_jitter_is_exact(order, factors):
 def test_the_pivot_is_pils():
     for seed in range(20):
         image = scene(60, 41, seed)
-        assert augmentation.mean_grey(image) == int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5)
+        assert augmentation.mean_gray(image) == int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5)
 
 
 @pytest.mark.parametrize("second", [None, 64, 32])
@@ -163,7 +163,7 @@ def test_jitter_on_tensors_is_pils_within_rounding(order):
         operations = tuple((kind, factors[kind]) for kind in order)
         draws = Draws(image.size, operations, False, False, 0, 0, 48, 64)
         before = operations[: order.index(CONTRAST)]
-        pivot = augmentation.mean_grey(augmentation.retouched(image, before))
+        pivot = augmentation.mean_gray(augmentation.retouched(image, before))
         ours = augmentation.jitter_and_flip(F.pil_to_tensor(image), draws, pivot)
         difference = (ours.int() - F.pil_to_tensor(augmentation.retouched(image, operations, pivot)).int()).abs()
         assert difference.max() <= 2
@@ -176,7 +176,7 @@ def test_the_sampled_pivot_of_a_large_image():
         image = scene(seed=seed)
         operations = ((BRIGHTNESS, 1.3), (SATURATION, 1.2), (CONTRAST, 0.7))
         whole = ImageEnhance.Color(ImageEnhance.Brightness(image).enhance(1.3)).enhance(1.2)
-        assert abs(augmentation.sampled_pivot(image, operations) - augmentation.mean_grey(whole)) <= 2
+        assert abs(augmentation.sampled_pivot(image, operations) - augmentation.mean_gray(whole)) <= 2
 
 
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -189,14 +189,14 @@ def files_of_many_kinds(folder: Path) -> dict[str, str]:
     transparent.putalpha(image.convert("L"))
     kinds = {
         "rgb.jpg": (image, {"quality": 92}),
-        "grey.jpg": (image.convert("L"), {"quality": 92}),
+        "gray.jpg": (image.convert("L"), {"quality": 92}),
         "cmyk.jpg": (image.convert("CMYK"), {"quality": 92}),
         "progressive.jpg": (image, {"quality": 92, "progressive": True}),
         "turned.jpg": (image, {"quality": 92, "exif": turned}),
         "turned_large.jpg": (scene(1600, 1200), {"quality": 92, "exif": turned}),
         "rgba.png": (transparent, {}),
         "palette.png": (image.quantize(64), {}),
-        "grey.png": (image.convert("L"), {}),
+        "gray.png": (image.convert("L"), {}),
         "lossy.webp": (image, {"quality": 90}),
     }
     for name, (picture, options) in kinds.items():

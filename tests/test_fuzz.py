@@ -14,7 +14,7 @@ def test_odd_flags_files_and_images_end_in_a_sentence():
 
 
 def test_the_fuzzer_sees_faults(tmp_path):
-    """Its judgement of made-up outcomes."""
+    """Its judgment of made-up outcomes."""
     sys.path.insert(0, str(ROOT / "scripts"))
     import fuzz
     import fuzz_cases

@@ -18,11 +18,11 @@ CLASSES = 7
 
 
 def some_features(n, seed, dim=12):
-    """Noisy class centres, one channel much larger than the others."""
+    """Noisy class centers, one channel much larger than the others."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(CLASSES, dim, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(CLASSES, dim, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(CLASSES, (n,), generator=generator)
-    values = centres[labels] + 1.2 * torch.randn(n, dim, generator=generator)
+    values = centers[labels] + 1.2 * torch.randn(n, dim, generator=generator)
     values[:, 0] *= 8
     return knn.Features(values, labels, torch.arange(n))
 
@@ -38,8 +38,8 @@ def by_hand(train, queries, k, temperature, standardize):
     for query, label in zip(asked, queries.labels.tolist(), strict=True):
         similar = bank @ (query / np.linalg.norm(query))
         votes = np.zeros(CLASSES)
-        for neighbour in np.argsort(-similar)[:k]:
-            votes[train.labels[neighbour]] += np.exp(similar[neighbour] / temperature)
+        for neighbor in np.argsort(-similar)[:k]:
+            votes[train.labels[neighbor]] += np.exp(similar[neighbor] / temperature)
         ranked = [c for c in np.argsort(-votes, kind="stable") if votes[c] > 0]
         hits += label in ranked[:1], label in ranked[:5]
     return 100 * hits / len(asked)
@@ -56,7 +56,7 @@ def test_accuracies_are_those_of_the_definition(standardize, temperature, monkey
         expected = by_hand(train, queries, k, temperature, standardize)
         assert [found[f"knn{k}_acc{top}"] for top in (1, 5)] == pytest.approx(expected)
     assert found["knn_images"] == 61
-    assert found["knn1_acc5"] == found["knn1_acc1"]  # one neighbour votes for one class
+    assert found["knn1_acc5"] == found["knn1_acc1"]  # one neighbor votes for one class
     assert 20 < found["knn10_acc1"] < 95
 
 
@@ -139,13 +139,13 @@ def test_every_flag_of_the_optimizer_is_idle_or_read_with_k_nn():
     read = {"batch_size", "amp_dtype", "warmup_lr"}  # warmup_lr is warned of everywhere
     read |= {"output_dir", "device", "seed", "num_workers", "pin_mem"}
     read |= {"auto_resume"}  # without a checkpoint there is nothing to go on from, whatever it says
-    found = {action.dest for title in ("optimisation", "run") for action in groups[title]._group_actions}
+    found = {action.dest for title in ("optimization", "run") for action in groups[title]._group_actions}
     assert found == {*run_linear_eval.OF_TRAINING} | read
 
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("labelled")
+    folder = tmp_path_factory.mktemp("labeled")
     photos(folder / "train", per_class=6)
     photos(folder / "val", per_class=5)
     return folder

@@ -8,7 +8,7 @@ import torch
 from many_processes import run_ranks
 from tiny_runs import (
     SIZE,
-    labelled_pixels,
+    labeled_pixels,
     log_lines,
     photos,
     pretraining_flags,
@@ -39,7 +39,7 @@ def cut_short(path):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("labelled")
+    root = tmp_path_factory.mktemp("labeled")
     photos(root / "train", per_class=6)
     photos(root / "val", per_class=6)
     for number in range(1, 6):
@@ -104,7 +104,7 @@ def test_held_out_loss_of_pretraining_and_of_the_tokenizer(data, tmp_path):
 
 
 def test_segmentation(tmp_path, capsys):
-    root = labelled_pixels(tmp_path / "pixels")
+    root = labeled_pixels(tmp_path / "pixels")
     cut_short(root / "images" / "validation" / "1.jpg")
     flags = segmentation_flags(root, tmp_path / "out", "--max_steps", "2", "--steps_per_epoch", "2", "--image_freq", "1")
     run_segmentation_finetuning.main(flags)

@@ -64,7 +64,7 @@ def test_random_crops_are_the_default_and_the_backbone_stays_as_it_is(folder, we
     assert lines[1]["train_loss"] < lines[0]["train_loss"]
     content = checkpoint(tmp_path / "checkpoint.pth")
     assert content["model"]["heads.0.weight"].shape == (2, 256)
-    # Statistics of the channels: of the training images in centre crops, each once.
+    # Statistics of the channels: of the training images in center crops, each once.
     args = run_linear_eval.get_parser().parse_args(flags(folder, weights, tmp_path))
     args.aa, args.reprob, args.remode, args.recount = "none", 0.0, "pixel", 1
     images = run_linear_eval.build_finetuning_dataset(args, train=True, augment=False)[0]
@@ -88,7 +88,7 @@ def test_training_images_are_only_cropped_and_flipped(more, cropped, folder, wei
     assert torch.equal(train[0, 3]["image"], train[1, 3]["image"]) is not cropped  # two epochs
     parts = train.transform.transform.transforms
     acting = [step for part in parts for step in getattr(part, "transforms", [part]) if getattr(step, "hue", 0) is not None]
-    steps = [type(step).__name__ for step in acting]  # a colour jitter of strength 0 has None for a range
+    steps = [type(step).__name__ for step in acting]  # a color jitter of strength 0 has None for a range
     assert steps[:2] == ["Resize", "RandomCrop" if cropped else "CenterCrop"]  # above 32 pixels: RandomResizedCrop
     assert not {"ColorJitter", "RandomErasing", "RandAugment"} & set(steps)
 
@@ -155,7 +155,7 @@ def test_which_features_a_file_gives(weights, folder, tmp_path, capsys):
         assert f"features   {text}" in capsys.readouterr().out
 
 
-def test_the_checkpoints_normalisation_counts(folder, tmp_path, capsys):
+def test_the_checkpoints_normalization_counts(folder, tmp_path, capsys):
     for own in (True, False):
         file = student(tmp_path / f"{own}.pth", imagenet_default_mean_and_std=own)
         run_linear_eval.main(flags(folder, file, "", "--knn", "--imagenet_default_mean_and_std"))
@@ -175,8 +175,8 @@ def test_classifiers_of_another_backbone_are_not_resumed(folder, weights, tmp_pa
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--cached_features", "--vflip", "0.5"], "--vflip acts on random crops, and --cached_features takes centre crops"),
-        (["--knn", "--min_crop_scale", "0.5"], "--min_crop_scale acts on random crops, and --knn takes centre"),
+        (["--cached_features", "--vflip", "0.5"], "--vflip acts on random crops, and --cached_features takes center crops"),
+        (["--knn", "--min_crop_scale", "0.5"], "--min_crop_scale acts on random crops, and --knn takes center"),
         (["--knn", "--cached_features"], "--cached_features acts with --linear"),
         (["--knn_k", "5"], "--knn_k acts with --knn alone"),
         (["--knn", "--knn_layer", "7"], "--knn_layer 7: the backbone has 6 blocks, 1 to 6"),

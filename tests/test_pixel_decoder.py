@@ -49,13 +49,13 @@ def four_photos(folder: Path) -> Path:
     return folder
 
 
-def test_it_draws_what_the_codes_tell_and_beats_the_mean_colour(codes, tmp_path):
+def test_it_draws_what_the_codes_tell_and_beats_the_mean_color(codes, tmp_path):
     images, out = four_photos(tmp_path / "images"), tmp_path / "out"
     longer = ["--epochs", "150", "--lr", "0.1", "--eval_freq", "150", "--print_freq", "1000"]  # times 4 / 128
     run_vqkd_training.main([*flags(images, codes, out, *longer), "--min_crop_scale", "1", "--eval_data_path", str(images)])
     first, last = log_lines(out)[0], log_lines(out)[-1]
-    assert last["test_psnr_mean_colour"] == pytest.approx(10.07, abs=0.01)  # half the range is 160 / 255: -20 log10(80 / 255)
-    assert last["test_psnr"] > last["test_psnr_mean_colour"] + 6
+    assert last["test_psnr_mean_color"] == pytest.approx(10.07, abs=0.01)  # half the range is 160 / 255: -20 log10(80 / 255)
+    assert last["test_psnr"] > last["test_psnr_mean_color"] + 6
     assert last["train_psnr"] > first["train_psnr"] + 6
     assert (out / "checkpoint-best.pth").exists()
 
@@ -124,7 +124,7 @@ def test_the_checkpoint_alone_is_enough(data, tmp_path, capsys):
     files = [str(data / "a/0.jpg"), str(data / "b")]
     visualize_reconstruction.main(["--checkpoint", str(saved), "--image", *files, "--count", "9", "--output", str(picture)])
     lines = capsys.readouterr().out
-    assert len(re.findall(r"^ *\d+\.\d\d dB \(mean colour \d+\.\d\d\) .*\.jpg$", lines, flags=re.MULTILINE)) == 9
+    assert len(re.findall(r"^ *\d+\.\d\d dB \(mean color \d+\.\d\d\) .*\.jpg$", lines, flags=re.MULTILINE)) == 9
     assert Image.open(picture).size == (8 * 162 - 2, 6 * (160 + CAPTION + 2) - 2)  # 8 images and 1: two bands of three rows
 
 

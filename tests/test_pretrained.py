@@ -182,7 +182,7 @@ def test_a_single_row_of_patches_is_resized():
     source, target = vit((16, 128)), vit((64, 64))
     key = "blocks.0.attn.relative_position_bias_table"
     table = remap_pretrained(source.state_dict(), target)[key][:-3].view(7, 7, 4)
-    assert torch.allclose(table, table[:1].expand(7, 7, 4), atol=1e-5)  # nothing was learnt about rows
+    assert torch.allclose(table, table[:1].expand(7, 7, 4), atol=1e-5)  # nothing was learned about rows
     assert table.std() > 0
 
 
@@ -215,7 +215,7 @@ def test_resuming_from_another_kind_of_model_says_what_it_is(tmp_path, capsys):
     torch.save({"model": shared().state_dict()}, tmp_path / "pt.pth")
     with pytest.raises(SystemExit):
         run_class_finetuning.main(finetuning_flags(data, tmp_path / "out", "--resume", str(tmp_path / "pt.pth")))
-    assert "is a model of masked image modelling (for --finetune) of another shape" in capsys.readouterr().err
+    assert "is a model of masked image modeling (for --finetune) of another shape" in capsys.readouterr().err
 
 
 def test_a_folder_of_hugging_face_is_fine_tuned_from(tmp_path, capsys):
@@ -336,22 +336,22 @@ def test_positions_that_the_file_lacks_change_nothing_at_the_start():
 
 
 def test_a_patch_embedding_of_other_channels_or_patches_is_adapted_as_timm_does(tmp_path, capsys):
-    grey = plain_vit(in_chans=1)
-    torch.save(grey.state_dict(), tmp_path / "grey.pth")
-    model, _ = pretrained.open_backbone(str(tmp_path / "grey.pth"), num_heads=4)
-    grey_images = IMAGES[:, :1].expand(-1, 3, -1, -1)
+    gray = plain_vit(in_chans=1)
+    torch.save(gray.state_dict(), tmp_path / "gray.pth")
+    model, _ = pretrained.open_backbone(str(tmp_path / "gray.pth"), num_heads=4)
+    gray_images = IMAGES[:, :1].expand(-1, 3, -1, -1)
     with torch.no_grad():
-        torch.testing.assert_close(model.patch_embed(grey_images), grey.patch_embed(IMAGES[:, :1]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.patch_embed(gray_images), gray.patch_embed(IMAGES[:, :1]), atol=1e-5, rtol=1e-5)
     source, target = ours(patch_size=8), ours()
     weight = remap_pretrained(source.state_dict(), target)["patch_embed.proj.weight"]
     assert torch.equal(weight, timm.layers.resample_patch_embed(source.patch_embed.proj.weight, [16, 16]))
     summed = remap_pretrained(source.state_dict(), ours(patch_size=8, in_chans=1))["patch_embed.proj.weight"]
     torch.testing.assert_close(summed, source.patch_embed.proj.weight.sum(dim=1, keepdim=True))
-    report = "\n".join(remapping.remapping_report(grey.state_dict(), model, remap_pretrained(grey.state_dict(), model)))
+    report = "\n".join(remapping.remapping_report(gray.state_dict(), model, remap_pretrained(gray.state_dict(), model)))
     assert "adapted    the patch embedding: 1 channel, patches of 16 x 16 -> 3 channels, patches of 16 x 16" in report
     data = photos(tmp_path / "data", per_class=2)
     where = ["--data_set", "image_folder", "--data_path", str(data), "--eval_data_path", str(data), "--knn", "--knn_k", "1"]
-    run_linear_eval.main([*where, *SIZE[:-2], "--finetune", str(tmp_path / "grey.pth"), "--num_heads", "4"])
+    run_linear_eval.main([*where, *SIZE[:-2], "--finetune", str(tmp_path / "gray.pth"), "--num_heads", "4"])
     assert "adapted    the patch embedding: 1 channel" in capsys.readouterr().out
 
 

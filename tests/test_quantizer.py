@@ -86,10 +86,10 @@ def test_kmeans_with_fewer_features_than_codes_has_no_duplicates():
 
 
 def test_kmeans_finds_the_clusters():
-    centres = torch.eye(8)
-    features = unit(centres.repeat_interleave(50, dim=0) + 0.05 * normal(2, 400, 8))
+    centers = torch.eye(8)
+    features = unit(centers.repeat_interleave(50, dim=0) + 0.05 * normal(2, 400, 8))
     found = cosine_kmeans(features, 8)
-    assert (centres @ found.t()).amax(dim=1).min() > 0.7  # all near a centre ...
+    assert (centers @ found.t()).amax(dim=1).min() > 0.7  # all near a center ...
     assert (features @ found.t()).amax(dim=1).mean() > 0.9  # ... and few clusters merged
 
 
@@ -101,7 +101,7 @@ def test_warm_up_passes_features_and_then_collects_for_kmeans():
     close(z_q, torch.nn.functional.normalize(z, dim=1))
     assert float(loss) == 0 and (indices == -1).all() and not quantizer.ready
     quantizer.warming_up = False
-    quantizer(z)  # 32 of 48 collected: still unquantised
+    quantizer(z)  # 32 of 48 collected: still unquantized
     assert not quantizer.ready
     _, _, indices = quantizer(normal(2, 2, 8, 4, 4))
     assert quantizer.ready and bool(quantizer.embedding.initted) and (indices >= 0).all()
@@ -121,7 +121,7 @@ def test_codes_unused_for_an_epoch_are_revived():
     assert quantizer.usage()["perplexity"] > 20
 
 
-def test_a_loaded_codebook_is_not_initialised_again():
+def test_a_loaded_codebook_is_not_initialized_again():
     trained, fresh = golden_quantizer(), NormEMAVectorQuantizer(32, 8, kmeans_init=True)
     assert not fresh.ready
     fresh.load_state_dict(trained.state_dict())

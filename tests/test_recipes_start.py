@@ -26,7 +26,7 @@ def small(tmp_path_factory):
     root = tmp_path_factory.mktemp("small")
     for split in ("train", "val"):
         tiny_runs.photos(root / "imagenet" / split, per_class=4)
-    tiny_runs.labelled_pixels(root / "ade20k", classes=7)
+    tiny_runs.labeled_pixels(root / "ade20k", classes=7)
     tiny_runs.tokenizer(root / "vqkd.pth")
     torch.save(modeling_dvae.DallEEncoder(8, 1, 16).state_dict(), root / "dvae.pth")
     student = modeling_pretrain.create_model(

@@ -29,7 +29,7 @@ from segmentation.mask_files import read_mask
 from transforms import load_image
 
 CLASSES = ["sky", "grass", "sun", "house"]
-COLOURS = np.array([[40, 80, 220], [60, 200, 40], [230, 210, 40], [180, 40, 30]], np.uint8)  # of the labels, in images
+COLORS = np.array([[40, 80, 220], [60, 200, 40], [230, 210, 40], [180, 40, 30]], np.uint8)  # of the labels, in images
 
 
 def arguments(root, **changed):
@@ -63,8 +63,8 @@ def scene(seed=0, size=(120, 80)):
     return labels
 
 
-def coloured(labels):
-    return Image.fromarray(COLOURS[labels])
+def colored(labels):
+    return Image.fromarray(COLORS[labels])
 
 
 def write(path: Path, picture: Image.Image | np.ndarray, **how: Any) -> Path:
@@ -75,7 +75,7 @@ def write(path: Path, picture: Image.Image | np.ndarray, **how: Any) -> Path:
 
 def write_pair(root, name="a", split="train", seed=0, labels=None, add=0):
     labels = scene(seed) if labels is None else labels
-    write(root / "images" / split / f"{name}.png", coloured(labels))
+    write(root / "images" / split / f"{name}.png", colored(labels))
     return write(root / "annotations" / split / f"{name}.png", (labels + add).astype(np.uint8))
 
 
@@ -144,7 +144,7 @@ def test_incomplete_and_ambiguous_pairs(tmp_path, caplog, monkeypatch):
     with pytest.raises(UserError, match=r"images/train/b.png: has no mask, .*annotations/train/b.png \(or .*1 of 3 have none"):
         find_pairs(str(tmp_path), train=True)
     (tmp_path / "annotations/train/b.jpg").rename(tmp_path / "annotations/train/b.png")
-    write(tmp_path / "images/train/c.jpg", coloured(scene()))
+    write(tmp_path / "images/train/c.jpg", colored(scene()))
     with pytest.raises(UserError, match=r"train/c.jpg and .*train/c.png: which belongs to the pair 'c'"):
         find_pairs(str(tmp_path), train=True)
     (tmp_path / "images/train/c.jpg").unlink()
@@ -212,7 +212,7 @@ def test_numbers_of_classes_that_will_not_do(tmp_path):
     write(binary, scene().astype(np.uint16) * 300)
     with pytest.raises(UserError, match=r"a.png: 901 classes; at most 255"):
         read_classes(arguments(tmp_path), find_pairs(str(tmp_path), True))
-    write(binary, coloured(scene()))
+    write(binary, colored(scene()))
     with pytest.raises(UserError, match=r"annotations/train/a.png: its pixels are RGB, not numbers of classes"):
         read_classes(arguments(tmp_path), find_pairs(str(tmp_path), True))
 
@@ -235,21 +235,21 @@ def test_ranks_share_the_looking_and_its_error(root, tmp_path, monkeypatch):
 
 
 def test_palette(tmp_path):
-    colours = palette(arguments(tmp_path), 255)
-    assert colours.shape == (255, 3) and colours.dtype == torch.float32
-    assert len(colours.unique(dim=0)) == 255
-    assert torch.equal(palette(arguments(tmp_path), 20), colours[:20])
-    assert torch.pdist(colours[:20]).min() > 0.25  # no two alike
-    assert torch.pdist(colours).min() > 0.1
-    file = tmp_path / "colours"
+    colors = palette(arguments(tmp_path), 255)
+    assert colors.shape == (255, 3) and colors.dtype == torch.float32
+    assert len(colors.unique(dim=0)) == 255
+    assert torch.equal(palette(arguments(tmp_path), 20), colors[:20])
+    assert torch.pdist(colors[:20]).min() > 0.25  # no two alike
+    assert torch.pdist(colors).min() > 0.1
+    file = tmp_path / "colors"
     own = arguments(tmp_path, palette=str(file))
     file.write_text("\ufeff0 0 0\n\n255 51 0\n", encoding="utf-8")
     torch.testing.assert_close(palette(own, 2), torch.tensor([[0, 0, 0], [1, 0.2, 0]]))
-    with pytest.raises(UserError, match=r"--palette .*colours: 2 colours for 3 classes"):
+    with pytest.raises(UserError, match=r"--palette .*colors: 2 colors for 3 classes"):
         palette(own, 3)
     for line in ("1 2", "1 2 256", "red", "1 2 -3", "1, 2, 3"):
         file.write_text(f"0 0 0\n{line}\n")
-        with pytest.raises(UserError, match=f"colour 2: '{line}'; red, green and blue are expected, each 0 to 255"):
+        with pytest.raises(UserError, match=f"color 2: '{line}'; red, green and blue are expected, each 0 to 255"):
             palette(own, 2)
     file.unlink()
     with pytest.raises(UserError, match="cannot be read"):
@@ -257,7 +257,7 @@ def test_palette(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------------- masks
-def grey_png_of_few_bits(labels, bits):
+def gray_png_of_few_bits(labels, bits):
     """PIL writes no such file."""
     import struct
     import zlib
@@ -294,7 +294,7 @@ def test_kinds_of_masks(tmp_path, kind):
     elif "palette" in kind:
         write(mask, as_palette(labels), **({"bits": 2} if "2" in kind else {}))
     elif "bits" in kind:
-        mask.write_bytes(grey_png_of_few_bits(labels, int(kind[0])))
+        mask.write_bytes(gray_png_of_few_bits(labels, int(kind[0])))
     dataset = build_dataset(arguments(tmp_path), True, CLASSES)
     assert dataset.pair(0).mask == str(mask)
     assert np.array_equal(np.asarray(read_mask(str(mask))), labels)
@@ -343,8 +343,8 @@ def test_label_zero_can_be_left_out(tmp_path):
         (scene() + 251, {}, "label 254, but"),  # 255, the house, is ignored
         (scene()[:-1], {}, r"120 x 79 pixels, but its image .*images/a.png has 120 x 80"),
         (np.rot90(scene()).copy(), {}, r"80 x 120 pixels, but its image .*images/a.png has 120 x 80"),
-        (coloured(scene()), {}, "its pixels are RGB, not numbers of classes; a mask is expected to be grey"),
-        (coloured(scene()).convert("RGBA"), {}, "its pixels are RGBA"),
+        (colored(scene()), {}, "its pixels are RGB, not numbers of classes; a mask is expected to be gray"),
+        (colored(scene()).convert("RGBA"), {}, "its pixels are RGBA"),
         (Image.fromarray(scene()).convert("LA"), {}, "its pixels are LA"),
     ],
 )
@@ -387,12 +387,12 @@ def test_masks_of_images_that_exif_turns(tmp_path, orientation):
     labels = scene()
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = write(tmp_path / "images" / "a.png", coloured(labels), exif=exif)
+    image = write(tmp_path / "images" / "a.png", colored(labels), exif=exif)
     mask = Image.fromarray(labels)
     mask.getexif()[0x0112] = orientation
     shown = ImageOps.exif_transpose(mask)
     expected = np.asarray(shown)
-    assert np.array_equal(np.asarray(load_image(str(image))), COLOURS[expected])
+    assert np.array_equal(np.asarray(load_image(str(image))), COLORS[expected])
     write(tmp_path / "annotations" / "a.png", np.asarray(shown).copy())
     sample = evaluation(tmp_path, base_size=80)[0]
     assert np.array_equal(sample["label"], expected)
@@ -400,7 +400,7 @@ def test_masks_of_images_that_exif_turns(tmp_path, orientation):
         write(tmp_path / "annotations" / "a.png", labels)
         sample = evaluation(tmp_path, base_size=80)[0]
         assert np.array_equal(sample["label"], expected)
-        assert np.array_equal(sample["image"].permute(1, 2, 0), COLOURS[expected])
+        assert np.array_equal(sample["image"].permute(1, 2, 0), COLORS[expected])
         write(tmp_path / "annotations" / "a.png", labels[1:])
         with pytest.raises(UserError, match=r"120 x 79 pixels, but its image .*a.png has 80 x 120"):
             evaluation(tmp_path)[0]
@@ -457,7 +457,7 @@ def test_a_pair_is_replaced_together(root, tmp_path):
     assert len(dataset[0]["failed"]) == 4
 
 
-def test_evaluation_keeps_the_masks_and_finish_normalises(root):
+def test_evaluation_keeps_the_masks_and_finish_normalizes(root):
     dataset = build_dataset(arguments(root, base_size=40, imagenet_default_mean_and_std=True), False, CLASSES)
     assert len(dataset) == 2 and dataset.classes == CLASSES
     sample = dataset[1]
@@ -476,14 +476,14 @@ def test_evaluation_keeps_the_masks_and_finish_normalises(root):
 
 # -------------------------------------------------------------------------------------------------------------- views
 def agreement(image, label, margin=2):
-    """The share of labelled pixels, `margin` away from borders of labels, whose colour is that of their label."""
+    """The share of labeled pixels, `margin` away from borders of labels, whose color is that of their label."""
     image, label = image.permute(1, 2, 0).numpy().astype(int), label.numpy()
     inside = label != IGNORED
     for down in range(-margin, margin + 1):
         for across in range(-margin, margin + 1):
             inside &= np.roll(label, (down, across), (0, 1)) == label
     inside[:margin], inside[-margin:], inside[:, :margin], inside[:, -margin:] = False, False, False, False
-    seen = np.abs(image[:, :, None] - COLOURS.astype(int)).sum(-1).argmin(-1)
+    seen = np.abs(image[:, :, None] - COLORS.astype(int)).sum(-1).argmin(-1)
     assert inside.sum() > 100
     return float((seen == label)[inside].mean())
 
@@ -495,16 +495,16 @@ def test_masks_follow_their_images(size):
     flipped, padded = 0, 0
     for seed in range(40):
         random.seed(seed)
-        sample = view.pair(coloured(labels), Image.fromarray(labels))
+        sample = view.pair(colored(labels), Image.fromarray(labels))
         assert agreement(sample["image"], sample["label"]) == 1
-        unlabelled = sample["label"] == IGNORED
-        assert (sample["image"].permute(1, 2, 0)[unlabelled] == 128).all()
-        rows, columns = (~unlabelled).any(1).sum(), (~unlabelled).any(0).sum()
-        assert not unlabelled[:rows, :columns].any()  # filled up at the right and the bottom alone
-        padded += bool(unlabelled.any())
+        unlabeled = sample["label"] == IGNORED
+        assert (sample["image"].permute(1, 2, 0)[unlabeled] == 128).all()
+        rows, columns = (~unlabeled).any(1).sum(), (~unlabeled).any(0).sum()
+        assert not unlabeled[:rows, :columns].any()  # filled up at the right and the bottom alone
+        padded += bool(unlabeled.any())
         random.seed(seed)
         still = TrainingView(96, 80, photometric=False, max_class_share=1.0, hflip=0.0).pair(
-            coloured(labels), Image.fromarray(labels)
+            colored(labels), Image.fromarray(labels)
         )
         if not torch.equal(still["label"], sample["label"]):
             mirrored = still["label"][:rows, :columns].flip(1)
@@ -570,21 +570,21 @@ def test_crops_that_one_class_fills_are_drawn_anew():
     assert TrainingView(100, 100, (1, 1)).crop(image, Image.fromarray(labels))[1].size == (100, 100)
     assert largest_share(Image.new("L", (9, 9), IGNORED)) > 1  # nothing to learn from
     half = Image.fromarray(np.array([[1, 1, 2, IGNORED]], np.uint8))
-    assert largest_share(half) == pytest.approx(2 / 3)  # of what is labelled
+    assert largest_share(half) == pytest.approx(2 / 3)  # of what is labeled
 
 
-def test_colours_vary_as_said():
+def test_colors_vary_as_said():
     image = Image.fromarray(np.full((4, 4, 3), (100, 140, 60), np.uint8))
     random.seed(0)
     seen = np.array([np.asarray(distorted(image))[0, 0] for _ in range(2000)])
     unchanged = (seen == (100, 140, 60)).all(1).mean()
     assert 0.03 < unchanged < 0.10  # (1/2) ** 4, and hues that turn by nothing
-    grey = Image.fromarray(np.full((4, 4, 3), 100, np.uint8))
+    gray = Image.fromarray(np.full((4, 4, 3), 100, np.uint8))
     random.seed(0)
-    greys = np.array([np.asarray(distorted(grey))[0, 0] for _ in range(2000)])
-    assert (greys == greys[:, :1]).all()  # hue and saturation leave grey alone
-    assert greys.min() == pytest.approx((100 - 32) * 0.5, abs=2)
-    assert greys.max() == pytest.approx((100 + 32) * 1.5, abs=3)
+    grays = np.array([np.asarray(distorted(gray))[0, 0] for _ in range(2000)])
+    assert (grays == grays[:, :1]).all()  # hue and saturation leave gray alone
+    assert grays.min() == pytest.approx((100 - 32) * 0.5, abs=2)
+    assert grays.max() == pytest.approx((100 + 32) * 1.5, abs=3)
     red = Image.fromarray(np.full((4, 4, 3), (200, 0, 0), np.uint8))
     random.seed(0)
     hues = np.array([distorted(red).convert("HSV").getpixel((0, 0))[0] for _ in range(1000)])
@@ -593,13 +593,13 @@ def test_colours_vary_as_said():
     assert 0.4 < (degrees == 0).mean() < 0.62
 
 
-def test_labels_do_not_vary_with_the_colours(root):
+def test_labels_do_not_vary_with_the_colors(root):
     for index in range(5):
         plain, varied = (build_dataset(arguments(root, photometric=on), True, CLASSES)[index] for on in (False, True))
         assert torch.equal(plain["label"], varied["label"])
 
 
-def test_filling_has_the_colour_of_the_mean(root):
+def test_filling_has_the_color_of_the_mean(root):
     dataset = build_dataset(arguments(root, scale_range=[0.3, 0.3], imagenet_default_mean_and_std=True), True, CLASSES)
     batch = {name: value[None] for name, value in dataset[0].items() if name in ("image", "label")}
     filled = dataset.finish(batch)["image"].permute(0, 2, 3, 1)[batch["label"] == IGNORED]

@@ -13,7 +13,7 @@ from tiny_runs import (
     assert_same_weights,
     checkpoint,
     finetuning_flags,
-    labelled_pixels,
+    labeled_pixels,
     log_lines,
     photos,
     segmentation_flags,
@@ -34,12 +34,12 @@ EXACT = ["--drop_path", "0", "--head_drop", "0"]  # what these draw depends on t
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return labelled_pixels(tmp_path_factory.mktemp("ade"))
+    return labeled_pixels(tmp_path_factory.mktemp("ade"))
 
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """A run long enough to tell the three colours apart."""
+    """A run long enough to tell the three colors apart."""
     out = tmp_path_factory.mktemp("trained")
     main(segmentation_flags(data, out, "--max_steps", "40", "--steps_per_epoch", "20", "--image_freq", "1", "--lr", "3e-3"))
     return out
@@ -91,7 +91,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_ends(stop_after
 
 def test_two_processes_train_and_evaluate_as_one(data, tmp_path):
     """Batch norm sees the images of both; every image is evaluated once (three images, so one rank has two)."""
-    # Every pixel labelled: a loss is the mean over its own rank's pixels.
+    # Every pixel labeled: a loss is the mean over its own rank's pixels.
     more = [*EXACT, "--nb_classes", "4", "--scale_range", "1", "2"]
     one = segmentation_flags(data, tmp_path / "one", *more, "--batch_size", "4")
     two = segmentation_flags(data, tmp_path / "two", *more)
@@ -193,7 +193,7 @@ def test_mistakes_are_told_in_a_sentence(flags, sentence, data, tmp_path, capsys
 
 
 def test_a_broken_validation_mask_is_found_before_the_first_epoch(tmp_path, capsys):
-    data = labelled_pixels(tmp_path / "ade")
+    data = labeled_pixels(tmp_path / "ade")
     Image.fromarray(np.full((40, 56), 9, np.uint8)).save(data / "annotations/validation/1.png")
     with pytest.raises(SystemExit):
         main(segmentation_flags(data, tmp_path / "out"))
@@ -201,25 +201,25 @@ def test_a_broken_validation_mask_is_found_before_the_first_epoch(tmp_path, caps
     assert "epoch 1" not in said.out
 
 
-def test_nothing_labelled_is_an_error(tmp_path, trained, capsys):
-    data = labelled_pixels(tmp_path / "ade")
+def test_nothing_labeled_is_an_error(tmp_path, trained, capsys):
+    data = labeled_pixels(tmp_path / "ade")
     for path in (data / "annotations/validation").iterdir():
         Image.fromarray(np.zeros((40, 56), np.uint8)).save(path)
     with pytest.raises(SystemExit):
         main(segmentation_flags(data, tmp_path / "out", "--eval", "--resume", str(trained / "checkpoint.pth")))
-    assert "not one pixel is labelled; 255 and 0 are ignored (--reduce_zero_label)" in capsys.readouterr().err
+    assert "not one pixel is labeled; 255 and 0 are ignored (--reduce_zero_label)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("white", "reduce_zero_label", "said"),
     [
-        (255, True, "not one pixel is labelled"),
-        (255, False, "every labelled pixel is of class 'class 0'"),
+        (255, True, "not one pixel is labeled"),
+        (255, False, "every labeled pixel is of class 'class 0'"),
         (1, True, "'class 0'"),
     ],
 )
-def test_masks_from_which_nothing_is_learnt_are_refused_at_the_start(white, reduce_zero_label, said, tmp_path, capsys):
-    data = labelled_pixels(tmp_path / "ade")
+def test_masks_from_which_nothing_is_learned_are_refused_at_the_start(white, reduce_zero_label, said, tmp_path, capsys):
+    data = labeled_pixels(tmp_path / "ade")
     for path in (data / "annotations").rglob("*.png"):
         Image.fromarray(np.where(np.asarray(Image.open(path)) > 1, white, 0).astype(np.uint8)).save(path)
     flags = segmentation_flags(data, tmp_path / "out", "--disable_eval")
@@ -266,7 +266,7 @@ def test_one_image_its_namesake_and_an_earlier_prediction(trained, data, tmp_pat
     for ending in ("jpg", "png"):
         Image.open(data / "images/validation/0.jpg").save(tmp_path / f"a.{ending}")
     flags = ["--device", "cpu", "--resume", str(trained / "checkpoint.pth"), "--output_dir", str(tmp_path)]
-    for _ in range(2):  # its own pictures are not labelled the second time
+    for _ in range(2):  # its own pictures are not labeled the second time
         main(["--predict", str(tmp_path), *flags])
         assert "2 of 2 images" in capsys.readouterr().out
     labels = sorted(path.name for path in (tmp_path / "predictions").glob("*_labels.png"))
@@ -282,7 +282,7 @@ def test_one_image_its_namesake_and_an_earlier_prediction(trained, data, tmp_pat
 def test_other_kinds_of_files_are_called_by_name(data, trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(segmentation_flags(data, tmp_path, "--eval", "--resume", str(student(tmp_path / "pt.pth"))))
-    assert "is a model of masked image modelling (for --finetune): a segmentation model is needed" in capsys.readouterr().err
+    assert "is a model of masked image modeling (for --finetune): a segmentation model is needed" in capsys.readouterr().err
     images = photos(tmp_path / "photos")
     with pytest.raises(SystemExit):
         run_class_finetuning.main(finetuning_flags(images, tmp_path, "--eval", "--resume", str(trained / "checkpoint.pth")))

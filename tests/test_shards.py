@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(folder, make_shards, tmp_path_factory):
-    """24 labelled photos in five shards."""
+    """24 labeled photos in five shards."""
     out = tmp_path_factory.mktemp("shards")
     make_shards([str(folder), str(out), "--images_per_shard", "5", "--classes"])
     return out
@@ -212,9 +212,9 @@ def test_plain_words_for_what_is_in_shards(packed, folder, tmp_path):
     for text, message in cases.items():
         with pytest.raises(UserError, match=message):
             find_shards(text)
-    unlabelled = write_tar(tmp_path / "unlabelled.tar", [("a.jpg", b"x")])
+    unlabeled = write_tar(tmp_path / "unlabeled.tar", [("a.jpg", b"x")])
     with pytest.raises(UserError, match=r"have no labels; scripts/make_shards\.py --classes"):
-        build_finetuning_dataset(arguments(unlabelled, data_set="webdataset"), train=True)
+        build_finetuning_dataset(arguments(unlabeled, data_set="webdataset"), train=True)
     with pytest.raises(UserError, match="--image_folder_class_index_file lists files of a folder"):
         build_vqkd_dataset(arguments(packed, data_set="webdataset", image_folder_class_index_file="x"))
 

@@ -15,7 +15,7 @@ FP32 = Precision("cpu", None)
 
 
 class Local(nn.Module):
-    """Each pixel's logits depend on its 5 x 5 neighbourhood, and on where in the window it lies."""
+    """Each pixel's logits depend on its 5 x 5 neighborhood, and on where in the window it lies."""
 
     def __init__(self, classes: int = 4) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ from utils import seeded
 
 
 def photo(width=90, height=70, seed=0) -> Image.Image:
-    """Smooth colours with some noise: no two crops look alike."""
+    """Smooth colors with some noise: no two crops look alike."""
     rng = np.random.RandomState(seed)
     small = Image.fromarray(rng.randint(0, 256, (5, 6, 3), dtype=np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC)
@@ -43,7 +43,7 @@ def pretraining(size=64, second=32, first_mode="bicubic", second_mode="bicubic",
     return PretrainingViews(size, second, 0.2, jitter, first_mode, second_mode, mean, std, masks)
 
 
-def denormalised(image, mean=HALF_MEAN, std=HALF_STD):
+def denormalized(image, mean=HALF_MEAN, std=HALF_STD):
     return image * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
 
 
@@ -54,19 +54,19 @@ def save(tmp_path, image, name, **options):
 
 
 def test_every_mode_becomes_rgb(tmp_path):
-    grey = Image.fromarray(np.arange(0, 250, 10, dtype=np.uint8).reshape(5, 5))
-    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    gray = Image.fromarray(np.arange(0, 250, 10, dtype=np.uint8).reshape(5, 5))
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
     assert deep.mode.startswith("I;16")
     for image, name in [
-        (grey, "grey.png"),
+        (gray, "gray.png"),
         (deep, "deep.png"),
         (deep, "deep.tif"),
         (deep, "deep.jp2"),
-        (grey.convert("P"), "palette.png"),
+        (gray.convert("P"), "palette.png"),
     ]:
         loaded = load_image(save(tmp_path, image, name))
         assert loaded.mode == "RGB"
-        np.testing.assert_array_equal(np.asarray(loaded)[..., 0], np.asarray(grey), err_msg=name)
+        np.testing.assert_array_equal(np.asarray(loaded)[..., 0], np.asarray(gray), err_msg=name)
 
 
 def test_deep_ppm_is_scaled_by_its_own_maximum(tmp_path):
@@ -170,7 +170,7 @@ def test_pretraining_views():
     assert sample["mask"].sum() == 6
     assert sample["tokenizer_image"].min() >= 0
     assert sample["tokenizer_image"].max() <= 1
-    assert sample["image"].min() < -0.1  # normalised
+    assert sample["image"].min() < -0.1  # normalized
     assert sample["image"].dtype == sample["tokenizer_image"].dtype == torch.float32
 
 
@@ -180,7 +180,7 @@ def test_both_views_show_one_crop(second_mode):
     for seed in range(8):
         with seeded(seed):
             sample = pretraining(second_mode=second_mode)(photo())
-        halved = torch.nn.functional.avg_pool2d(denormalised(sample["image"]), 2)
+        halved = torch.nn.functional.avg_pool2d(denormalized(sample["image"]), 2)
         assert (halved - sample["tokenizer_image"]).abs().mean() < 0.02
     with seeded(99):
         other = pretraining()(photo())
@@ -206,13 +206,13 @@ def test_equal_sizes_resize_once_with_the_result_of_two(monkeypatch):
     assert len(resizes) == 3
     for name in once:
         assert torch.equal(once[name], twice[name])
-    torch.testing.assert_close(denormalised(once["image"]), once["tokenizer_image"])
+    torch.testing.assert_close(denormalized(once["image"]), once["tokenizer_image"])
 
 
-def test_normalisation_is_the_one_asked_for():
+def test_normalization_is_the_one_asked_for():
     with seeded(5):
         sample = pretraining(second=64, mean=IMAGENET_MEAN, std=IMAGENET_STD)(photo())
-    torch.testing.assert_close(denormalised(sample["image"], IMAGENET_MEAN, IMAGENET_STD), sample["tokenizer_image"])
+    torch.testing.assert_close(denormalized(sample["image"], IMAGENET_MEAN, IMAGENET_STD), sample["tokenizer_image"])
 
 
 def test_second_interpolation_acts():
@@ -272,10 +272,10 @@ def test_eval_view_is_the_published_geometry():
     assert torch.equal(eval_view(32)(cifar)["image"], F.to_tensor(cifar))
 
 
-def test_eval_view_normalises_when_asked():
+def test_eval_view_normalizes_when_asked():
     plain, normal = eval_view(56), eval_view(56, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     image = photo()
-    torch.testing.assert_close(denormalised(normal(image)["image"], IMAGENET_MEAN, IMAGENET_STD), plain(image)["image"])
+    torch.testing.assert_close(denormalized(normal(image)["image"], IMAGENET_MEAN, IMAGENET_STD), plain(image)["image"])
 
 
 @pytest.mark.parametrize("size", [32, 64])

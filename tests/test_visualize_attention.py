@@ -306,7 +306,7 @@ def test_the_view_is_that_of_evaluation_unless_told(weights, tmp_path):
         assert picture[CAPTION + 2, 2] == pytest.approx((corner, 0, 1 - corner), abs=0.02)
 
 
-def test_a_normalisation_that_is_not_the_checkpoints_is_told(data, tmp_path, capsys):
+def test_a_normalization_that_is_not_the_checkpoints_is_told(data, tmp_path, capsys):
     own = student(tmp_path / "student.pth", imagenet_default_mean_and_std=False)
     image, flag = data / "a/0.jpg", "--imagenet_default_mean_and_std"
     plain = figure(own, [image], tmp_path / "x.png")

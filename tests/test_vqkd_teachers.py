@@ -74,7 +74,7 @@ def test_clip_gives_the_golden_targets(clip_tower: dict[str, torch.Tensor], tmp_
 
 
 # ---------------------------------------------------------------------------------------------------------------- timm
-def normalised(network: Any, x: torch.Tensor) -> torch.Tensor:
+def normalized(network: Any, x: torch.Tensor) -> torch.Tensor:
     mean, std = (torch.tensor(network.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     return (x - mean) / std
 
@@ -90,7 +90,7 @@ def test_dino_from_a_training_checkpoint_is_timms(tmp_path: pathlib.Path) -> Non
     path.unlink()
     x = fill.images(1, 224, 0)
     with torch.no_grad():
-        expected = network.forward_features(normalised(network, x))[:, 1:]
+        expected = network.forward_features(normalized(network, x))[:, 1:]
     torch.testing.assert_close(teacher.targets(x), expected, atol=1e-5, rtol=0)
     assert (teacher.dim, teacher.standardize) == (TEACHER_DIMS["dino"], False)
 
@@ -109,7 +109,7 @@ def test_vit_gives_patch_tokens_after_the_final_norm(name: str) -> None:
     network: Any = teacher.network
     x = fill.images(2, 64, 1)
     with torch.no_grad():
-        tokens = network.forward_features(normalised(network, x))
+        tokens = network.forward_features(normalized(network, x))
         if "gap" in name:
             tokens = network.fc_norm(tokens)
         else:
@@ -135,7 +135,7 @@ def test_cnn_gives_the_map_of_the_students_grid(grid: int | None, stride: int, d
     wanted.load_state_dict(network.state_dict(), strict=False)
     x = fill.images(2, 64, 1)
     with torch.no_grad():
-        (maps,) = wanted(normalised(network, x))
+        (maps,) = wanted(normalized(network, x))
     torch.testing.assert_close(teacher.targets(x), maps.flatten(2).transpose(1, 2))
     assert (teacher.dim, teacher.standardize, maps.shape[1]) == (dim, True, dim)
 
@@ -174,7 +174,7 @@ def edges(vertical: bool) -> torch.Tensor:
     return x
 
 
-def test_hog_bins_orientations_colours_and_cells() -> None:
+def test_hog_bins_orientations_colors_and_cells() -> None:
     teacher = build_teacher("hog", input_size=64)
     vertical, horizontal = (teacher.targets(edges(v)).view(16, 3, 4, 9) for v in (True, False))
     assert vertical[5, 0, :, 0].min() > 0.49  # a quarter of the patch each: length 1 / sqrt(4 cells)

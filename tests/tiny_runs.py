@@ -27,8 +27,8 @@ def photos(folder: Path, per_class: int = 8, classes: str = "ab", size: int = 40
     return folder
 
 
-def labelled_pixels(folder: Path, images: int = 6, classes: int = 3, size: tuple[int, int] = (40, 56)) -> Path:
-    """ADE20K's layout: noise around one colour a class, and masks of rectangles; label 0 is nobody's, classes count from 1."""
+def labeled_pixels(folder: Path, images: int = 6, classes: int = 3, size: tuple[int, int] = (40, 56)) -> Path:
+    """ADE20K's layout: noise around one color a class, and masks of rectangles; label 0 is nobody's, classes count from 1."""
     for split, count in (("training", images), ("validation", 3)):
         for kind in ("images", "annotations"):
             (folder / kind / split).mkdir(parents=True, exist_ok=True)
@@ -37,8 +37,8 @@ def labelled_pixels(folder: Path, images: int = 6, classes: int = 3, size: tuple
             mask = np.full(size, 1 + index % classes, dtype=np.uint8)
             mask[:, size[1] // 2 :] = 1 + (index + 1) % classes
             mask[:3] = 0
-            colours = np.random.RandomState(0).randint(40, 215, (classes + 1, 3))
-            pixels = (colours[mask] + rng.randn(*size, 3) * 8).clip(0, 255).astype("uint8")
+            colors = np.random.RandomState(0).randint(40, 215, (classes + 1, 3))
+            pixels = (colors[mask] + rng.randn(*size, 3) * 8).clip(0, 255).astype("uint8")
             Image.fromarray(pixels).save(folder / "images" / split / f"{index}.jpg")
             Image.fromarray(mask).save(folder / "annotations" / split / f"{index}.png")
     return folder

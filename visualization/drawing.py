@@ -13,22 +13,22 @@ from torch import Tensor
 
 from errors import printable
 
-MASK_GREY = 0.45
-GAP = 2  # white pixels between neighbouring pictures
+MASK_GRAY = 0.45
+GAP = 2  # white pixels between neighboring pictures
 CAPTION = 16  # height of a line of text in pixels
 RED = (0.9, 0.1, 0.1)
 
 
-def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Undo the input normalisation: (..., 3, height, width) -> the same in [0, 1]."""
+def denormalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Undo the input normalization: (..., 3, height, width) -> the same in [0, 1]."""
     shape = (3, 1, 1)
     return (image * torch.tensor(std).view(shape).to(image) + torch.tensor(mean).view(shape).to(image)).clamp(0, 1)
 
 
 def masked_image(image: Tensor, mask: Tensor) -> Tensor:
-    """Grey where `mask` (h, w) is True; every mask cell covers a rectangle of the image."""
+    """Gray where `mask` (h, w) is True; every mask cell covers a rectangle of the image."""
     cover = stretch(mask.float()[None], image.shape[-2:])
-    return image * (1 - cover) + MASK_GREY * cover
+    return image * (1 - cover) + MASK_GRAY * cover
 
 
 def stretch(cells: Tensor, size: Sequence[int]) -> Tensor:
@@ -36,22 +36,22 @@ def stretch(cells: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(cells[None], size=tuple(size), mode="nearest")[0]
 
 
-def code_colours(n_codes: int) -> Tensor:
-    """A fixed colour for every code: (K, 3). Neighbouring numbers differ: the hue walks by the golden ratio."""
+def code_colors(n_codes: int) -> Tensor:
+    """A fixed color for every code: (K, 3). Neighboring numbers differ: the hue walks by the golden ratio."""
     hue = torch.arange(n_codes) * 0.61803399 % 1.0
     value = 0.55 + 0.45 * (torch.arange(n_codes) * 0.75487767 % 1.0)
     channels = (hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6
     return value[:, None] * (1 - 0.8 * (1 - ((channels - 3).abs() - 1).clamp(0, 1)))
 
 
-def distinct_colours(n: int) -> Tensor:
-    """Fixed colours (n, 3) that are easily told apart, dark grey first: each is the one farthest from all before it.
+def distinct_colors(n: int) -> Tensor:
+    """Fixed colors (n, 3) that are easily told apart, dark gray first: each is the one farthest from all before it.
 
     Distances are those of CIELAB (D65), over 8 levels a channel and neither black nor white.
     """
     levels = torch.linspace(0, 1, 8, dtype=torch.float64)
-    colours = torch.cat((torch.tensor([[0.16, 0.16, 0.2]], dtype=torch.float64), torch.cartesian_prod(levels, levels, levels)))
-    linear = torch.where(colours > 0.04045, ((colours + 0.055) / 1.055) ** 2.4, colours / 12.92)
+    colors = torch.cat((torch.tensor([[0.16, 0.16, 0.2]], dtype=torch.float64), torch.cartesian_prod(levels, levels, levels)))
+    linear = torch.where(colors > 0.04045, ((colors + 0.055) / 1.055) ** 2.4, colors / 12.92)
     to_xyz = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], dtype=torch.float64)
     white = to_xyz.sum(dim=1)
     x, y, z = ((linear @ to_xyz.T / white).clamp(min=1e-9) ** (1 / 3)).unbind(dim=1)
@@ -62,14 +62,14 @@ def distinct_colours(n: int) -> Tensor:
     while len(taken) < n:
         taken.append(int(near.argmax()))
         near = torch.minimum(near, (lab - lab[taken[-1]]).norm(dim=1))
-    return colours[taken[:n]].float()
+    return colors[taken[:n]].float()
 
 
 def token_map(codes: Tensor, n_codes: int, size: Sequence[int]) -> Tensor:
-    """Codes (h, w) int64 -> picture of `size`, one colour a code; negative codes are left grey."""
-    colours = code_colours(n_codes)[codes.clamp(min=0)]
-    colours[codes < 0] = MASK_GREY
-    return stretch(colours.permute(2, 0, 1), size)
+    """Codes (h, w) int64 -> picture of `size`, one color a code; negative codes are left gray."""
+    colors = code_colors(n_codes)[codes.clamp(min=0)]
+    colors[codes < 0] = MASK_GRAY
+    return stretch(colors.permute(2, 0, 1), size)
 
 
 def reconstructions(
@@ -146,7 +146,7 @@ def captioned(picture: Tensor, text: str) -> Tensor:
 
 
 def framed(
-    picture: Tensor, top: int, left: int, height: int, width: int, line: int = 2, colour: Sequence[float] = RED
+    picture: Tensor, top: int, left: int, height: int, width: int, line: int = 2, color: Sequence[float] = RED
 ) -> Tensor:
     """A copy with a line of that many pixels around the rectangle: outside it, or over its edge at the picture's border."""
     bottom, right = min(top + height + line, picture.shape[1]), min(left + width + line, picture.shape[2])
@@ -154,7 +154,7 @@ def framed(
     frame = torch.zeros(picture.shape[1:], dtype=torch.bool)
     frame[top:bottom, left:right] = True
     frame[top + line : bottom - line, left + line : right - line] = False
-    return torch.where(frame, torch.tensor(colour).view(3, 1, 1), picture.cpu().float())
+    return torch.where(frame, torch.tensor(color).view(3, 1, 1), picture.cpu().float())
 
 
 def heat_overlay(image: Tensor, heat: Tensor) -> Tensor:
@@ -162,8 +162,8 @@ def heat_overlay(image: Tensor, heat: Tensor) -> Tensor:
     heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
     smooth = F.interpolate(heat[None, None].float(), size=image.shape[-2:], mode="bilinear", align_corners=False)[0]
     low, high = torch.tensor([0.05, 0.05, 0.35]).view(3, 1, 1), torch.tensor([1.0, 0.9, 0.1]).view(3, 1, 1)
-    colour = low + (high - low) * smooth
-    return 0.45 * image.cpu().float() + 0.55 * colour
+    color = low + (high - low) * smooth
+    return 0.45 * image.cpu().float() + 0.55 * color
 
 
 def most_of(weights: Tensor, share: float) -> Tensor:
@@ -183,18 +183,16 @@ def spotlight(image: Tensor, kept: Tensor) -> Tensor:
     return image * cover + dark * (1 - cover)
 
 
-def label_overlay(image: Tensor, labels: Tensor, colours: Tensor, opacity: float = 0.5) -> Tensor:
-    """Each pixel's class (h, w) as a colour over the image; the image alone where the label is none of the K colours (K, 3)."""
-    known = (labels >= 0) & (labels < len(colours))
-    cover = colours.to(image)[labels.clamp(0, len(colours) - 1)].permute(2, 0, 1)
+def label_overlay(image: Tensor, labels: Tensor, colors: Tensor, opacity: float = 0.5) -> Tensor:
+    """Each pixel's class (h, w) as a color over the image; the image alone where the label is none of the K colors (K, 3)."""
+    known = (labels >= 0) & (labels < len(colors))
+    cover = colors.to(image)[labels.clamp(0, len(colors) - 1)].permute(2, 0, 1)
     return torch.where(known, (1 - opacity) * image + opacity * cover, image)
 
 
-def segmentation_row(image: Tensor, labellings: Sequence[Tensor], colours: Tensor) -> Tensor:
-    """The image (3, h, w), and beside it each labelling (of any size) over it."""
-    overlays = [
-        label_overlay(image, stretch(labels[None].float(), image.shape[1:])[0].long(), colours) for labels in labellings
-    ]
+def segmentation_row(image: Tensor, labelings: Sequence[Tensor], colors: Tensor) -> Tensor:
+    """The image (3, h, w), and beside it each labeling (of any size) over it."""
+    overlays = [label_overlay(image, stretch(labels[None].float(), image.shape[1:])[0].long(), colors) for labels in labelings]
     return side_by_side([image, *overlays])
 
 

@@ -58,11 +58,11 @@ def table(rows: Iterable[tuple[str, str]]) -> str:
     return "<table>\n" + "\n".join(cells) + "\n</table>"
 
 
-def section(title: str, *parts: str, anchor: str, colour: Iterable[float] | None = None) -> str:
-    """A heading and what is under it; `anchor`: its name in links; `colour`: a swatch before the title, RGB in [0, 1]."""
+def section(title: str, *parts: str, anchor: str, color: Iterable[float] | None = None) -> str:
+    """A heading and what is under it; `anchor`: its name in links; `color`: a swatch before the title, RGB in [0, 1]."""
     swatch = ""
-    if colour is not None:
-        code = "".join(f"{round(255 * channel):02x}" for channel in colour)
+    if color is not None:
+        code = "".join(f"{round(255 * channel):02x}" for channel in color)
         swatch = f'<span class="swatch" style="background:#{code}"></span>'
     heading = f"<h2>{swatch}{escape(title)}</h2>"
     return "\n".join([f'<section id="{escape(anchor)}">', heading, *parts, "</section>"])

@@ -27,7 +27,7 @@ HEAD_DIM = 32
 class PixelDecoder(nn.Module):
     """Code vectors -> ViT over the grid -> each token paints a window of 2P x 2P pixels, twice its patch; windows add up.
 
-    With windows that only touch, the patches' edges stand out and the PSNR is lower (docs/visualisation.md).
+    With windows that only touch, the patches' edges stand out and the PSNR is lower (docs/visualization.md).
 
     Args:
         grid: (h, w).
