@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from checkpoint_io.remapping import remap_pretrained
 from errors import pick
 from layers.rel_pos_bias import resize_rel_pos_bias_table
-from vit_backbone import SIZES, Block, LayerNorm, Picked, Trunk, init_linear_and_norm, rescale_outputs
+from vit_backbone import SIZES, Block, LayerNorm, TokenSubset, Trunk, init_linear_and_norm, rescale_outputs
 
 __all__ = ["MODELS", "Block", "VisionTransformer", "create_model", "remap_pretrained", "resize_rel_pos_bias_table"]
 
@@ -67,17 +67,17 @@ class VisionTransformer(Trunk):
         x: Tensor,
         return_patch_tokens: bool = False,
         return_all_tokens: bool = False,
-        picked: Picked | None = None,
+        subset: TokenSubset | None = None,
     ) -> Tensor:
         """Pooled features (B, C); or the normalized patch tokens (B, N, C); or all tokens (B, T, C).
 
-        `picked`: only those of all tokens, (B, R, C); the last block computes no others.
+        `subset`: only those of all tokens, (B, R, C); the last block computes no others.
         """
         tokens, bias = self.embed(x), self.shared_bias()
         for block in self.blocks[:-1]:
             tokens = block(tokens, bias)
-        tokens = self.norm(self.blocks[-1](tokens, bias, picked))
-        if picked is not None:
+        tokens = self.norm(self.blocks[-1](tokens, bias, subset))
+        if subset is not None:
             return tokens if self.fc_norm is None else self.fc_norm(tokens)
         if return_all_tokens or return_patch_tokens:
             kept = tokens if return_all_tokens else tokens[:, 1:]

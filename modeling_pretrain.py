@@ -15,11 +15,11 @@ from errors import UserError, pick
 from vit_backbone import (
     SIZES,
     LayerNorm,
-    Picked,
+    TokenSubset,
     Trunk,
     drop_path_ramp,
     init_linear_and_norm,
-    pick_masked,
+    masked_subset,
     rescale_outputs,
     truncated_normal_,
 )
@@ -28,24 +28,24 @@ Criterion = Callable[[Tensor, nn.Linear], Any]  # of normalized tokens (M, C) or
 
 
 class MaskedPatches(NamedTuple):
-    """The masked patches, M of the batch, and the tokens that the last blocks must compute for their sake.
+    """The M masked patches of a batch, and the tokens that the last block of each branch computes.
 
-    Only masked patches reach the heads, so the last block of each branch computes no other token (`alone`), but for CLS
-    where it is read too (`with_cls`). Both are None where the images have different numbers of masked patches.
+    Only masked patches reach the heads, so the last blocks compute no other outputs (`subset`), but for CLS in front of
+    them where the other branch needs it (`subset_with_cls`). Both are None where the images have different numbers of
+    masked patches: then all outputs are computed.
     """
 
-    positions: Tensor  # (M,) int64 among the B * T tokens
-    alone: Picked | None
-    with_cls: Picked | None
+    flat_index: Tensor  # (M,) int64 among the B * T tokens
+    subset: TokenSubset | None
+    subset_with_cls: TokenSubset | None
 
-    def of(self, tokens: Tensor) -> Tensor:
-        """The masked patches (M, C) of all tokens (B, T, C), or of the picked ones, which end with the masked patches."""
-        if self.alone is None:
-            return tokens.flatten(0, 1).index_select(0, self.positions)
-        per_image = len(self.positions) // len(tokens)
-        if tokens.shape[1] > per_image + 1:
-            return tokens.flatten(0, 1).index_select(0, self.positions)
-        return tokens[:, -per_image:].flatten(0, 1)
+    def gather(self, tokens: Tensor) -> Tensor:
+        """The masked patches (M, C) of all tokens (B, T, C), or of a subset, which ends with the masked patches."""
+        if self.subset is not None:  # so every image has equally many
+            per_image = len(self.flat_index) // len(tokens)
+            if tokens.shape[1] <= per_image + 1:
+                return tokens[:, -per_image:].flatten(0, 1)
+        return tokens.flatten(0, 1).index_select(0, self.flat_index)
 
 
 class VisionTransformerForMaskedImageModeling(Trunk):
@@ -108,35 +108,35 @@ class VisionTransformerForMaskedImageModeling(Trunk):
         logits what criterion(normalized tokens, head) gives: a loss that need not keep the logits.
         A mask on the CPU beside images on a GPU spares a synchronization: the positions are listed on the host.
         """
-        masked, hidden = self.place_mask(x, bool_masked_pos)
+        mask, masked = self.locate_masked(x, bool_masked_pos)
         every_patch = return_all_tokens or return_patch_tokens
-        tokens = self.encode(x, masked, None if every_patch else hidden.alone)
-        return self.predict(tokens, hidden, return_all_tokens, return_patch_tokens, self.norm, self.lm_head, criterion)
+        tokens = self.encode(x, mask, None if every_patch else masked.subset)
+        return self.predict(tokens, masked, return_all_tokens, return_patch_tokens, self.norm, self.lm_head, criterion)
 
     compiled_methods: tuple[str, ...] = ("encode",)
 
-    def place_mask(self, x: Tensor, bool_masked_pos: Tensor | None) -> tuple[Tensor | None, MaskedPatches]:
+    def locate_masked(self, x: Tensor, bool_masked_pos: Tensor | None) -> tuple[Tensor | None, MaskedPatches]:
         """The mask on the images' device, and where in the tokens the masked patches are."""
         if bool_masked_pos is None:
             return None, MaskedPatches(torch.zeros(0, dtype=torch.int64, device=x.device), None, None)
         mask = bool_masked_pos.flatten(1).to(torch.bool)
         patches = mask.flatten().nonzero().squeeze(1)  # in (B * N)
-        positions = patches + patches // mask.shape[1] + 1  # one CLS token before each image's patches
-        alone, with_cls = (pick_masked(mask, x.device, with_cls) for with_cls in (False, True))
-        hidden = MaskedPatches(positions.to(x.device, non_blocking=True), alone, with_cls)
-        return mask.to(x.device, non_blocking=True), hidden
+        index = patches + patches // mask.shape[1] + 1  # one CLS token before each image's patches
+        subset, subset_with_cls = (masked_subset(mask, x.device, with_cls) for with_cls in (False, True))
+        masked = MaskedPatches(index.to(x.device, non_blocking=True), subset, subset_with_cls)
+        return mask.to(x.device, non_blocking=True), masked
 
-    def encode(self, x: Tensor, masked: Tensor | None, picked: Picked | None = None) -> Tensor:
-        """Images -> tokens after the last block, (B, T, C) or only the picked ones (B, R, C)."""
-        tokens, bias = self.embed(x, masked), self.shared_bias()
+    def encode(self, x: Tensor, mask: Tensor | None, subset: TokenSubset | None = None) -> Tensor:
+        """Images -> tokens after the last block, (B, T, C) or only the subset (B, R, C)."""
+        tokens, bias = self.embed(x, mask), self.shared_bias()
         for block in self.blocks[:-1]:
             tokens = block(tokens, bias)
-        return self.blocks[-1](tokens, bias, picked)
+        return self.blocks[-1](tokens, bias, subset)
 
     def predict(
         self,
         tokens: Tensor,
-        hidden: MaskedPatches,
+        masked: MaskedPatches,
         all_tokens: bool,
         patch_tokens: bool,
         norm: nn.Module,
@@ -144,7 +144,7 @@ class VisionTransformerForMaskedImageModeling(Trunk):
         criterion: Criterion | None,
     ) -> Any:
         """Only what is asked for passes the norm and the large head."""
-        asked = norm(tokens[:, 1:] if all_tokens or patch_tokens else hidden.of(tokens))
+        asked = norm(tokens[:, 1:] if all_tokens or patch_tokens else masked.gather(tokens))
         if patch_tokens:
             return asked
         return head(asked) if criterion is None else criterion(asked, head)
@@ -183,37 +183,37 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
         return_patch_tokens: bool = False,
         criterion: Criterion | None = None,
     ) -> tuple[Any, Any]:
-        masked, hidden = self.place_mask(x, bool_masked_pos)
+        mask, masked = self.locate_masked(x, bool_masked_pos)
         every_patch = return_all_tokens or return_patch_tokens
-        last, early, bias = self.encode_both(x, masked, None if every_patch else hidden.with_cls)
-        bridged = self.aggregate_into_cls(last, early, bias, None if every_patch else hidden.alone)
+        last, early, bias = self.encode_both(x, mask, None if every_patch else masked.subset_with_cls)
+        bridged = self.aggregate_into_cls(last, early, bias, None if every_patch else masked.subset)
         cls_norm, cls_head = (self.norm, self.lm_head) if self.shared_lm_head else (self.cls_pt_norm, self.cls_pt_lm_head)
-        asked = (hidden, return_all_tokens, return_patch_tokens)
+        asked = (masked, return_all_tokens, return_patch_tokens)
         main = self.predict(last, *asked, self.norm, self.lm_head, criterion)
         return main, self.predict(bridged, *asked, cls_norm, cls_head, criterion)
 
     compiled_methods = ("encode_both", "aggregate_into_cls")
 
     def encode_both(
-        self, x: Tensor, masked: Tensor | None, picked: Picked | None = None
+        self, x: Tensor, mask: Tensor | None, subset: TokenSubset | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens after the last block, (B, T, C) or those picked (B, R, C), CLS first; patch tokens after block
+        """Tokens after the last block, (B, T, C) or those of the subset (B, R, C), CLS first; patch tokens after block
         `early_layers` (B, N, C); and the shared bias."""
-        tokens, bias = self.embed(x, masked), self.shared_bias()
+        tokens, bias = self.embed(x, mask), self.shared_bias()
         early, depth = tokens, len(self.blocks)
         for layer, block in enumerate(self.blocks, start=1):
-            last_alone = layer == depth and layer > self.early_layers
-            tokens = block(tokens, bias, picked if last_alone else None)
+            needs_all = layer < depth or layer == self.early_layers
+            tokens = block(tokens, bias, None if needs_all else subset)
             if layer == self.early_layers:
                 early = tokens
         return tokens, early[:, 1:], bias
 
-    def aggregate_into_cls(self, last: Tensor, early: Tensor, bias: Tensor | None, picked: Picked | None = None) -> Tensor:
-        """[last CLS; early patches] through the head's layers: (B, T, C), or only the picked tokens (B, R, C)."""
+    def aggregate_into_cls(self, last: Tensor, early: Tensor, bias: Tensor | None, subset: TokenSubset | None = None) -> Tensor:
+        """[last CLS; early patches] through the head's layers: (B, T, C), or only the subset (B, R, C)."""
         bridged = torch.cat((last[:, :1], early), dim=1)
         for block in self.cls_pt_layers[:-1]:
             bridged = block(bridged, bias)
-        return self.cls_pt_layers[-1](bridged, bias, picked)
+        return self.cls_pt_layers[-1](bridged, bias, subset)
 
 
 # ── Variants: name -> (row of SIZES, patch size, image size); `_cls_pt` adds the CLS head ────────────────────────────

@@ -195,14 +195,14 @@ class SegmentationBackbone(Trunk):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (B, in_chans, H, W), sides multiples of the patch size -> a map (B, C, h_i, w_i) for each of out_indices."""
-        other = self.other_grid(x)
-        grid = self.patch_embed.patch_shape if other is None else other.size
-        tokens, bias = self.embed(x, other=other), self.shared_bias(other)
+        grid = self.position_grid(x)
+        size = self.patch_embed.patch_shape if grid is None else grid.size
+        tokens, bias = self.embed(x, grid=grid), self.shared_bias(grid)
         maps = []
         for i, block in enumerate(self.blocks[: max(self.out_indices) + 1]):
-            tokens = block(tokens, bias, None, other)
+            tokens = block(tokens, bias, None, grid)
             if i in self.out_indices:
-                maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid))  # (B, N, C) -> (B, C, h, w)
+                maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, size))  # (B, N, C) -> (B, C, h, w)
         return [at_stride(x) for at_stride, x in zip(self.to_strides, maps, strict=True)]
 
     compiled_methods = ("forward",)

@@ -21,7 +21,7 @@ from layers.rel_pos_bias import grid_of
 from modeling_finetune import VisionTransformer
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from transforms import IMAGENET_MEAN, IMAGENET_STD
-from vit_backbone import SIZES, Picked, at_mask, init_linear_and_norm, pick_masked
+from vit_backbone import SIZES, TokenSubset, at_mask, init_linear_and_norm, masked_subset
 from vqkd_teachers import TEACHER_DIMS
 
 INPUT_MEAN_STD = {
@@ -85,12 +85,12 @@ class VQKD(nn.Module):
         """Images (B, 3, height, width) in [0, 1] -> what the encoder sees."""
         return (x - self.input_mean) / self.input_std
 
-    def features(self, x: Tensor, picked: Picked | None = None) -> Tensor:
+    def features(self, x: Tensor, subset: TokenSubset | None = None) -> Tensor:
         """Pre-processed images -> code vectors before normalization (B, N, D), fp32 also under autocast.
 
-        `picked`: of these patches alone, (B, R, D).
+        `subset`: of these patches alone, (B, R, D).
         """
-        tokens = self.encoder.forward_features(x, return_patch_tokens=True, picked=picked)
+        tokens = self.encoder.forward_features(x, return_patch_tokens=True, subset=subset)
         with torch.autocast(x.device.type, enabled=False):
             return self.encode_task_layer(tokens.float())
 
@@ -107,10 +107,10 @@ class VQKD(nn.Module):
 
         With a mask (B, N), best on the host: the codes of its M patches alone, (M,), in row-major order.
         """
-        picked = None if bool_masked_pos is None else pick_masked(bool_masked_pos, x.device, with_cls=False)
-        features = F.normalize(self.features(self.pre_process(x), picked), dim=-1)
+        subset = None if bool_masked_pos is None else masked_subset(bool_masked_pos, x.device, with_cls=False)
+        features = F.normalize(self.features(self.pre_process(x), subset), dim=-1)
         codes = self.quantize.nearest(features.flatten(0, 1))
-        if picked is not None:
+        if subset is not None:
             return codes
         return codes.view(x.shape[0], -1) if bool_masked_pos is None else at_mask(codes, bool_masked_pos)
 

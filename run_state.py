@@ -22,6 +22,7 @@ import arguments
 from checkpoint_io import checkpoints, resumption
 from data_pipeline.samplers import ResumableSampler, build_loader
 from errors import UserError
+from layers import cpu_bf16
 from optim_factory import check_saved_state
 from runtime import compilation, distributed, fsdp, signals
 from runtime.distributed import Launch, Precision, choose_precision, log
@@ -257,6 +258,8 @@ def new_state(
     """Wrap the model for as many processes as there are. It is on its device already. `name`: for the log, if not --model."""
     if getattr(run.args, "grad_checkpointing", False):
         recompute_blocks(model)
+    if run.device.type == "cpu":
+        cpu_bf16.swap_in(model)
     runner = model
     if run.launch.world_size > 1 and not run.sharded:
         # No device_ids: DDP would move the mask to the GPU, whose positions are listed on the host. Buffers are not

@@ -19,9 +19,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from layers.cpu_bf16 import HeadsOnCpu, Linear, linear, trains_in_bf16
+from layers.attention import fused_attention, plain_attention
 from layers.rel_pos_bias import (
-    OtherGrid,
+    PositionGrid,
     add_relative_position_bias,
     as_pair,
     free_stretching,
@@ -73,37 +73,33 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[-2:]) != self.img_size:
             raise ValueError(f"the model was built for images of {self.img_size}, this batch has {tuple(x.shape[-2:])}")
-        return self.of_any_size(x)
+        return self.embed_any_size(x)
 
-    def of_any_size(self, x: Tensor) -> Tensor:
+    def embed_any_size(self, x: Tensor) -> Tensor:
         """(B, in_chans, height, width), multiples of the patch size -> (B, N, C)."""
-        if trains_in_bf16(x, self.proj.weight):  # the convolution's backward pass takes 4 times as long
-            (p, q), weight = self.patch_size, self.proj.weight.flatten(1)
-            pixels = rearrange(x.to(torch.bfloat16), "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=q)
-            return linear(pixels, weight, self.proj.bias)
         return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, N, C)
 
 
-class Picked(NamedTuple):
-    """Tokens of a batch that somebody will read, equally many of each image: the last block computes no others.
+class TokenSubset(NamedTuple):
+    """The R tokens of each image whose outputs are needed: the last block computes no others.
 
-    Keys and values still come from all tokens, so what is computed is exactly what it was.
+    Keys and values still come from all tokens, so these outputs are exactly those of the whole block.
     """
 
-    flat: Tensor  # (B * R,) int64, among the B * T tokens
-    query: Tensor  # (B * R,) int64, among one image's T tokens
-    images: int
+    flat_index: Tensor  # (B * R,) int64, among the B * T tokens
+    token_index: Tensor  # (B * R,) int64, among one image's T tokens
+    batch_size: int
 
-    def of(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, R, C)"""
-        return x.flatten(0, 1).index_select(0, self.flat).unflatten(0, (self.images, -1))
+        return x.flatten(0, 1).index_select(0, self.flat_index).unflatten(0, (self.batch_size, -1))
 
-    def bias_of(self, bias: Tensor) -> Tensor:
-        """(H, T, T) -> the rows of the picked queries, (B, H, R, T)."""
-        return rearrange(bias.index_select(1, self.query), "h (b r) t -> b h r t", b=self.images)
+    def gather_bias(self, bias: Tensor) -> Tensor:
+        """(H, T, T) -> the rows of the subset's queries, (B, H, R, T)."""
+        return rearrange(bias.index_select(1, self.token_index), "h (b r) t -> b h r t", b=self.batch_size)
 
 
-def pick_masked(mask: Tensor, device: torch.device, with_cls: bool) -> Picked | None:
+def masked_subset(mask: Tensor, device: torch.device, with_cls: bool) -> TokenSubset | None:
     """The masked patches of each image, after its CLS token if asked for, from a mask (B, N) best held on the host.
 
     None where the images have different numbers of them, or none at all, and in an export, where that is not known.
@@ -116,7 +112,7 @@ def pick_masked(mask: Tensor, device: torch.device, with_cls: bool) -> Picked | 
     chosen = F.pad(mask, (1, 0), value=with_cls)  # the CLS token stands before the patches
     flat = chosen.flatten().nonzero().squeeze(1)
     query = flat % chosen.shape[1]
-    return Picked(flat.to(device, non_blocking=True), query.to(device, non_blocking=True), len(mask))
+    return TokenSubset(flat.to(device, non_blocking=True), query.to(device, non_blocking=True), len(mask))
 
 
 def at_mask(values: Tensor, mask: Tensor) -> Tensor:
@@ -134,15 +130,15 @@ class RelativePositionBias(nn.Module):
         super().__init__()
         add_relative_position_bias(self, grid, num_heads)
 
-    def forward(self, other: OtherGrid | None = None) -> Tensor:
-        return relative_position_bias(self, other)
+    def forward(self, grid: PositionGrid | None = None) -> Tensor:
+        return relative_position_bias(self, grid)
 
 
 def cast_frozen(network: Any, dtype: torch.dtype | None) -> None:
     """Cast the weights of a frozen network once, as autocast to `dtype` does at every step: the results are the same, bit
     for bit. Other layers stay in fp32, as under autocast. From then on the network runs under that autocast alone."""
     for module in network.modules():
-        if dtype is not None and type(module) in (Linear, nn.Linear, nn.Conv2d):
+        if dtype is not None and type(module) in (nn.Linear, nn.Conv2d):
             module.to(dtype)
 
 
@@ -167,60 +163,51 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.attn_drop = attn_drop
+        self.attend = fused_attention
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.relative_position_bias_table = None
         if grid is not None:
             add_relative_position_bias(self, grid, num_heads)
-        self.qkv = Linear(dim, 3 * dim, bias=False)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def position_bias(self, shared: Tensor | None, other: OtherGrid | None = None) -> Tensor | None:
+    def position_bias(self, shared: Tensor | None, grid: PositionGrid | None = None) -> Tensor | None:
         """The block's own bias plus the shared one, (H, T, T), or None where the model has neither."""
         if self.relative_position_bias_table is None:
             return shared
-        own = relative_position_bias(self, other)
+        own = relative_position_bias(self, grid)
         return own if shared is None else own + shared
 
-    def project(self, x: Tensor, picked: Picked | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) -> query (B, H, T, D), or of the picked tokens alone (B, H, R, D); key and value (B, H, T, D)."""
+    def project(self, x: Tensor, subset: TokenSubset | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) -> query (B, H, T, D), or of the subset alone (B, H, R, D); key and value (B, H, T, D)."""
         bias = None
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        if picked is None:
-            qkv = linear(x, self.qkv.weight, bias)
-            if trains_in_bf16(x, self.qkv.weight):
-                return HeadsOnCpu.apply(qkv, self.num_heads)
+        if subset is None:
+            qkv = F.linear(x, self.qkv.weight, bias)
             q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.num_heads).unbind(0)
             return q, k, v
         width = x.shape[-1]
-        kv = linear(x, self.qkv.weight[width:], None if bias is None else bias[width:])
+        kv = F.linear(x, self.qkv.weight[width:], None if bias is None else bias[width:])
         k, v = rearrange(kv, "b t (two h d) -> two b h t d", two=2, h=self.num_heads).unbind(0)
-        q = linear(picked.of(x), self.qkv.weight[:width], self.q_bias)
+        q = F.linear(subset.gather(x), self.qkv.weight[:width], self.q_bias)
         return rearrange(q, "b r (h d) -> b h r d", h=self.num_heads), k, v
 
     def forward(
         self,
         x: Tensor,
         rel_pos_bias: Tensor | None = None,
-        picked: Picked | None = None,
-        other: OtherGrid | None = None,
+        subset: TokenSubset | None = None,
+        grid: PositionGrid | None = None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C), or of the picked tokens (B, R, C). `other`: the tokens' grid, if not the model's."""
-        q, k, v = self.project(x, picked)
-        bias = self.position_bias(rel_pos_bias, other)
+        """(B, T, C) -> (B, T, C), or of the subset (B, R, C). `grid`: the tokens' grid, if not the model's."""
+        q, k, v = self.project(x, subset)
+        bias = self.position_bias(rel_pos_bias, grid)
         if bias is not None:
-            bias = bias[None] if picked is None else picked.bias_of(bias)
-        drop = self.attn_drop if self.training else 0.0
-        learned_bias = bias is not None and bias.requires_grad
-        if q.device.type == "cpu" and torch.is_grad_enabled() and (q.dtype == torch.bfloat16 or learned_bias):
-            # torch's fused kernels have no fast bf16 backward pass on the CPU (plainly is 2 to 5 times as fast), and none
-            # at all for the bias: what torch does instead is as plain, but 1.15 times as slow and keeps more.
-            out, _ = plain_attention(q, k, v, bias, self.scale, drop)
-        else:
-            mask = None if bias is None else bias.to(q.dtype)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, scale=self.scale)
+            bias = bias[None] if subset is None else subset.gather_bias(bias)
+        out = self.attend(q, k, v, bias, self.scale, self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(rearrange(out, "b h t d -> b t (h d)")))
 
     def weights(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -231,24 +218,14 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(rearrange(out, "b h t d -> b t (h d)"))), weights
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, drop: float) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T + bias) v, step by step: (output (B, H, T, D), weights before dropout (B, H, T, T))."""
-    with torch.autocast(q.device.type, enabled=False):
-        scores = (q * scale) @ k.transpose(-2, -1)
-        if bias is not None:
-            scores = scores + bias.to(scores.dtype)
-        weights = scores.softmax(dim=-1)
-        return F.dropout(weights, drop, drop > 0) @ v, weights
-
-
 class Mlp(nn.Module):
     """C -> hidden -> C with the exact GELU; dropout only at the end (BEiT leaves the middle one out)."""
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden)
+        self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
-        self.fc2 = Linear(hidden, dim)
+        self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -307,12 +284,12 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rel_pos_bias: Tensor | None = None,
-        picked: Picked | None = None,
-        other: OtherGrid | None = None,
+        subset: TokenSubset | None = None,
+        grid: PositionGrid | None = None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C), or the picked tokens alone (B, R, C). `other`: the tokens' grid, if not the model's."""
-        attended = self.attn(self.norm1(x), rel_pos_bias, picked, other)
-        x = x if picked is None else picked.of(x)
+        """(B, T, C) -> (B, T, C), or of the subset alone (B, R, C). `grid`: the tokens' grid, if not the model's."""
+        attended = self.attn(self.norm1(x), rel_pos_bias, subset, grid)
+        x = x if subset is None else subset.gather(x)
         x = x + self.drop_path(scaled(self.gamma_1, attended))
         return x + self.drop_path(scaled(self.gamma_2, self.mlp(self.norm2(x))))
 
@@ -411,34 +388,34 @@ class Trunk(nn.Module):
             if tensor is not None:
                 truncated_normal_(tensor, std, cut)
 
-    def other_grid(self, x: Tensor) -> OtherGrid | None:
+    def position_grid(self, x: Tensor) -> PositionGrid | None:
         """The grid of images (B, in_chans, height, width), multiples of the patch size, if it is not the model's."""
         grid = (x.shape[-2] // self.patch_embed.patch_size[0], x.shape[-1] // self.patch_embed.patch_size[1])
         if has_free_size(grid):
             sides = zip(self.patch_embed.patch_shape, grid, strict=True)
-            down, across = (free_stretching(*own_and_other).to(x.device) for own_and_other in sides)
-            return OtherGrid(grid, relative_position_index(grid).to(x.device), (down, across))
+            down, across = (free_stretching(*own_and_new).to(x.device) for own_and_new in sides)
+            return PositionGrid(grid, relative_position_index(grid).to(x.device), (down, across))
         if grid == self.patch_embed.patch_shape:
             return None
-        return OtherGrid(grid, relative_position_index(grid).to(x.device, non_blocking=True))
+        return PositionGrid(grid, relative_position_index(grid).to(x.device, non_blocking=True))
 
-    def embed(self, x: Tensor, masked: Tensor | None = None, other: OtherGrid | None = None) -> Tensor:
-        """Image (B, in_chans, height, width) -> tokens (B, T, C); where `masked` (B, N) is True stands the mask token.
+    def embed(self, x: Tensor, mask: Tensor | None = None, grid: PositionGrid | None = None) -> Tensor:
+        """Image (B, in_chans, height, width) -> tokens (B, T, C); where `mask` (B, N) is True stands the mask token.
 
-        `other`: the images' grid, if it is not the model's: positions are stretched to it.
+        `grid`: the images' grid, if it is not the model's: positions are stretched to it.
         """
-        tokens = self.patch_embed(x) if other is None else self.patch_embed.of_any_size(x)
-        if masked is not None:
-            tokens = torch.where(masked[..., None], self.mask_token.to(tokens.dtype), tokens)
+        tokens = self.patch_embed(x) if grid is None else self.patch_embed.embed_any_size(x)
+        if mask is not None:
+            tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
         tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         if self.pos_embed is not None:
             own = self.patch_embed.patch_shape
-            tokens = tokens + (self.pos_embed if other is None else resize_pos_embed(self.pos_embed, other.size, own))
+            tokens = tokens + (self.pos_embed if grid is None else resize_pos_embed(self.pos_embed, grid.size, own))
         return self.pos_drop(tokens)
 
-    def shared_bias(self, other: OtherGrid | None = None) -> Tensor | None:
+    def shared_bias(self, grid: PositionGrid | None = None) -> Tensor | None:
         """The bias shared by all blocks, (H, T, T), gathered once per forward pass; None where there is none."""
-        return None if self.rel_pos_bias is None else self.rel_pos_bias(other)
+        return None if self.rel_pos_bias is None else self.rel_pos_bias(grid)
 
     def attention_maps(self, x: Tensor, layer: int = -1) -> Tensor:
         """Attention of one block on images x: (B, H, T, T)."""

@@ -1,6 +1,10 @@
-"""Training in bf16 on a CPU: linear layers and heads whose backward passes suit oneDNN. Same numbers, less time.
+"""Training on a CPU, mostly in bf16: linear layers, patch embedding and attention whose backward passes suit oneDNN.
 
-Shapes: B batch, T tokens, C width, H heads, D = C / H, M rows. Measured: docs/performance.md.
+`swap_in` exchanges them in a model that is built of torch's own layers, in place: parameters and their names stay, the
+numbers are those of the plain layers but for the order of sums. Nothing else refers to this module but the fused
+cross-entropy, for `weight_gradient`. Measured: docs/lab/performance.md.
+
+Shapes: B batch, N patches, C width, M rows.
 """
 
 from __future__ import annotations
@@ -13,7 +17,20 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from layers.attention import fused_attention, plain_attention
+
 OUTPUTS_IN_CACHE = 512  # gradients of weights are transposed by so many outputs at once
+
+
+def swap_in(model: nn.Module) -> None:
+    """Exchange, in place, the layers of a model that is about to be trained on a CPU."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = CpuLinear
+        elif type(module) is nn.Conv2d and module.kernel_size == module.stride:
+            module.__class__ = CpuPatchConv
+        if getattr(module, "attend", None) is fused_attention:
+            module.attend = cpu_attention  # type: ignore[assignment]
 
 
 def trains_in_bf16(x: Tensor, weight: Tensor) -> bool:
@@ -23,13 +40,33 @@ def trains_in_bf16(x: Tensor, weight: Tensor) -> bool:
     return torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_grad_enabled() and weight.requires_grad
 
 
-class Linear(nn.Linear):
+class CpuLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
+class CpuPatchConv(nn.Conv2d):
+    """A convolution of patches that do not overlap, as a matrix product: its own backward pass takes 4 times as long."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not trains_in_bf16(x, self.weight):
+            return super().forward(x)
+        p, q = self.kernel_size
+        pixels = rearrange(x.to(torch.bfloat16), "b c (h p) (w q) -> b h w (c p q)", p=p, q=q)
+        return linear(pixels, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)  # (B, C, h, w)
+
+
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, drop: float) -> Tensor:
+    """fused_attention. On a CPU torch's fused kernels have no fast bf16 backward pass (step by step is 2 to 5 times as
+    fast), and none at all for a learned bias: what torch does instead is 1.15 times as slow and keeps more."""
+    learned_bias = bias is not None and bias.requires_grad
+    if torch.is_grad_enabled() and (q.dtype == torch.bfloat16 or learned_bias):
+        return plain_attention(q, k, v, bias, scale, drop)[0]
+    return fused_attention(q, k, v, bias, scale, drop)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, with a faster gradient of the weight where that is known."""
+    """F.linear, with a faster gradient of the weight while training in bf16."""
     if not trains_in_bf16(x, weight):
         return F.linear(x, weight, bias)
     return LinearOnCpu.apply(*(given if given is None else given.to(torch.bfloat16) for given in (x, weight, bias)))
@@ -46,42 +83,24 @@ class LinearOnCpu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
-        rows = gradient.flatten(0, -2)
-        return of_x, weight_gradient(rows, x.flatten(0, -2)), rows.sum(dim=0) if ctx.with_bias else None
+        grad_x = grad_output @ weight if ctx.needs_input_grad[0] else None
+        rows = grad_output.flatten(0, -2)
+        return grad_x, weight_gradient(rows, x.flatten(0, -2)), rows.sum(dim=0) if ctx.with_bias else None
 
 
-def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
     """Of a linear layer, from its output's gradient (M, out) and its input (M, in): (out, in).
 
     In bf16 on a CPU from a transposed copy of the narrower factor: given a transposed view, oneDNN is up to 1.4 times as
     slow, most of all with a wide one.
     """
-    if gradient.device.type != "cpu" or gradient.dtype != torch.bfloat16:
-        return gradient.t() @ x
-    if x.shape[1] >= gradient.shape[1]:
-        return gradient.t().contiguous() @ x
-    result, narrow = x.new_empty(gradient.shape[1], x.shape[1]), x.t().contiguous()
-    for rows, columns in zip(result.split(OUTPUTS_IN_CACHE), gradient.split(OUTPUTS_IN_CACHE, dim=1), strict=True):
+    if grad_output.device.type != "cpu" or grad_output.dtype != torch.bfloat16:
+        return grad_output.t() @ x
+    if x.shape[1] >= grad_output.shape[1]:
+        return grad_output.t().contiguous() @ x
+    result, narrow = x.new_empty(grad_output.shape[1], x.shape[1]), x.t().contiguous()
+    for rows, columns in zip(result.split(OUTPUTS_IN_CACHE), grad_output.split(OUTPUTS_IN_CACHE, dim=1), strict=True):
         rows.copy_((narrow @ columns).t())
     return result
-
-
-class HeadsOnCpu(torch.autograd.Function):
-    """(B, T, 3 * C) -> query, key and value (B, H, T, D), each in one piece as the products want them. Their gradients are
-    written straight to where the projection's is read."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
-        return tuple(part.contiguous() for part in rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=heads))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        b, h, t, d = gradients[0].shape
-        of_qkv = gradients[0].new_empty(b, t, 3, h, d)
-        for part, gradient in zip(of_qkv.unbind(2), gradients, strict=True):
-            part.copy_(gradient.transpose(1, 2))
-        return of_qkv.flatten(2), None

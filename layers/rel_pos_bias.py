@@ -72,14 +72,14 @@ def add_relative_position_bias(module: Any, grid: tuple[int, int], num_heads: in
     module.grid = grid
 
 
-def relative_position_bias(module: Any, other: OtherGrid | None = None) -> Tensor:
+def relative_position_bias(module: Any, grid: PositionGrid | None = None) -> Tensor:
     """(H, T, T) from the table of `module`, on its own grid or stretched to another one."""
     table = module.relative_position_bias_table
-    if other is None:
+    if grid is None:
         return gather_bias(table, module.relative_position_index)
-    if other.stretch is not None:
-        return gather_bias(stretch_table(table, module.grid, *other.stretch), other.pairs)
-    return gather_bias(resize_rel_pos_bias_table(table, other.size, module.grid), other.pairs)
+    if grid.stretch is not None:
+        return gather_bias(stretch_table(table, module.grid, *grid.stretch), grid.pairs)
+    return gather_bias(resize_rel_pos_bias_table(table, grid.size, module.grid), grid.pairs)
 
 
 def gather_bias(table: Tensor, index: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def gather_bias(table: Tensor, index: Tensor) -> Tensor:
     return rearrange(bias, "(q k) h -> h q k", q=index.shape[0]).contiguous()  # each block reads it row by row
 
 
-class OtherGrid(NamedTuple):
+class PositionGrid(NamedTuple):
     """A grid that a model was not built for, and the row of its bias table for each pair of tokens, on the model's device.
 
     `stretch`: in an export, where the grid may be any, the matrices that bring the model's tables to it, for rows and columns.

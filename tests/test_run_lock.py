@@ -15,7 +15,8 @@ from errors import UserError
 from runtime import run_lock
 
 HOLD = """
-import os, pathlib, sys, time, run_lock
+import os, pathlib, sys, time
+from runtime import run_lock
 run_lock.RunLock(pathlib.Path(sys.argv[1])).sign()
 os.fork() or time.sleep(600)  # a child of its own, as data workers are
 print("held", flush=True)
