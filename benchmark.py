@@ -30,11 +30,46 @@ import engine
 import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
-from benchmarks.input_images import CLASSES, PHOTO, masks, photos, pretraining_view, random_batch, random_masks
+from benchmarks.input_images import (
+    CLASSES,
+    PHOTO,
+    masks,
+    photos,
+    pretraining_view,
+    random_batch,
+    random_masks,
+)
 from benchmarks.peer_models import Settings, Transformers, Worker, timm_model
-from benchmarks.plain_models import PlainClassifier, PlainPretraining, PlainQuantizer, PlainViews, PlainVQKD, read_plainly
-from benchmarks.timing import PHASES, Clock, Contender, Contest, Local, Mark, bytes_of, hold, matmul_speed, table
-from benchmarks.training_steps import ADAMW, CLIP_GRAD, MarkedTokens, Ours, classification_loss, enliven, inference, textbook
+from benchmarks.plain_models import (
+    PlainClassifier,
+    PlainPretraining,
+    PlainQuantizer,
+    PlainViews,
+    PlainVQKD,
+    read_plainly,
+)
+from benchmarks.timing import (
+    PHASES,
+    Clock,
+    Contender,
+    Contest,
+    Local,
+    Mark,
+    bytes_of,
+    hold,
+    matmul_speed,
+    table,
+)
+from benchmarks.training_steps import (
+    ADAMW,
+    CLIP_GRAD,
+    MarkedTokens,
+    Ours,
+    classification_loss,
+    enliven,
+    inference,
+    textbook,
+)
 from checkpoint_io import checkpoints
 from data_pipeline.samplers import ResumableSampler, build_loader, close, collate
 from datasets import ImageFiles
@@ -66,11 +101,26 @@ def get_parser() -> argparse.ArgumentParser:
         type=arguments.large_count,
         help="images of one step; the quantizer's stage takes 8 times as many",
     )
-    add("--amp_dtype", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 where the device computes in it")
-    add("--rounds", default=8, type=arguments.positive, help="turns of each contender; medians and ranges are over these")
+    add(
+        "--amp_dtype",
+        default="auto",
+        choices=["auto", "bf16", "fp32"],
+        help="auto: bf16 where the device computes in it",
+    )
+    add(
+        "--rounds",
+        default=8,
+        type=arguments.positive,
+        help="turns of each contender; medians and ranges are over these",
+    )
     add("--warmup", default=2, type=arguments.positive, help="rounds before those")
     add("--teacher", default="hog", help="of the vqkd stage: hog, or timm:<name> with random weights")
-    add("--num_workers", default=0, type=arguments.not_negative, help="of the loader with which the wait for data is measured")
+    add(
+        "--num_workers",
+        default=0,
+        type=arguments.not_negative,
+        help="of the loader with which the wait for data is measured",
+    )
     add("--compile", action="store_true", help="torch.compile for our model, not for the others")
     add("--output", default="", type=arguments.expand_home, help="JSON file for all that was measured")
     add("--seed", default=0, type=arguments.seed, help="of weights, images and masks")
@@ -82,12 +132,15 @@ def tolerance(run: Run) -> float | None:
 
 
 def variant(table: dict[str, Any], size: str, ending: str = "") -> str:
-    """The model of that size in a stage's table, or the base one where a stage has none (its tokenizer serves all)."""
+    """The model of that size in a stage's table, or the base one where a stage has none
+    (its tokenizer serves all).
+    """
     rows = {name: row[0] for name, row in table.items() if name.endswith(ending)}
     return next((name for wanted in (size, "base") for name, row in rows.items() if row == wanted), "")
 
 
-# ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Stages
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def pretraining(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
@@ -95,7 +148,9 @@ def pretraining(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     name = variant(modeling_pretrain.VARIANTS, args.model, "_cls_pt")
     depth = SIZES[modeling_pretrain.VARIANTS[name][0]].depth
     bias = {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "init_values": 0.1}
-    model = modeling_pretrain.create_model(name, early_layers=depth * 3 // 4, head_layers=2, **bias).to(run.device)
+    model = modeling_pretrain.create_model(name, early_layers=depth * 3 // 4, head_layers=2, **bias).to(
+        run.device
+    )
     tokenizer_name = variant(modeling_vqkd.VARIANTS, args.model)
     size = model.patch_embed.img_size[0]
     tokenizer = modeling_vqkd.create_model(tokenizer_name, as_tokenizer=True, img_size=size).to(run.device)
@@ -106,7 +161,9 @@ def pretraining(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     view = pretraining_view(size)
     stage = PretrainingStage(target, run.device, run.precision, ImageFiles([], view), (HALF_MEAN, HALF_STD))
     target.ours = ours = Ours(stage, model, run)
-    batch = random_batch(args.batch_size, size, run.device) | {"mask": random_masks(args.batch_size, size // 16, args.seed)}
+    batch = random_batch(args.batch_size, size, run.device) | {
+        "mask": random_masks(args.batch_size, size // 16, args.seed)
+    }
     flops = ours.flops(batch)
 
     def loss_of(batch: dict[str, Any], mark: Mark) -> Tensor:
@@ -114,10 +171,15 @@ def pretraining(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
         with torch.no_grad():
             codes = plain_tokenizer.codes_of(batch["tokenizer_image"])[masked]
         mark("tokenizer")
-        return torch.stack([cross_entropy(logits.float(), codes) for logits in plain(batch["image"], masked)]).sum()
+        return torch.stack(
+            [cross_entropy(logits.float(), codes) for logits in plain(batch["image"], masked)]
+        ).sum()
 
     keeps = functools.partial(bytes_of, model, tokenizer, optimizer=ours.state.optimizer)
-    contenders = [Local("ours", ours, run.device, keeps), textbook(plain, run, loss_of, beside=plain_tokenizer)]
+    contenders = [
+        Local("ours", ours, run.device, keeps),
+        textbook(plain, run, loss_of, beside=plain_tokenizer),
+    ]
     yield Contest(f"pretrain {name}", contenders, batch, args.batch_size, tolerance(run), flops, view=view)
 
 
@@ -131,11 +193,13 @@ def vqkd(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     batch["image"] = batch["tokenizer_image"]
     plain = PlainVQKD(model)
     cast_frozen(teacher, run.precision.dtype)
-    stage = TokenizerStage(model, run.device, run.precision, ImageFiles([], view := TokenizerViews(size, 0.2, 0.0, "bicubic")))
-    ours = Ours(stage, model, run)
-    flops = Ours(TokenizerStage(probe := copy.deepcopy(model), run.device, run.precision, stage.dataset), probe, run).flops(
-        batch
+    stage = TokenizerStage(
+        model, run.device, run.precision, ImageFiles([], view := TokenizerViews(size, 0.2, 0.0, "bicubic"))
     )
+    ours = Ours(stage, model, run)
+    flops = Ours(
+        TokenizerStage(probe := copy.deepcopy(model), run.device, run.precision, stage.dataset), probe, run
+    ).flops(batch)
     del probe
     targets = teacher.targets
 
@@ -148,11 +212,21 @@ def vqkd(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     keeps = functools.partial(bytes_of, model, teacher, optimizer=ours.state.optimizer)
     textbook_way = textbook(plain, run, lambda batch, mark: plain(batch["image"], mark))
     contenders = [Local("ours", ours, run.device, keeps), textbook_way]
-    yield Contest(f"vqkd {name}, teacher {args.teacher}", contenders, batch, args.batch_size, tolerance(run), flops, view=view)
+    yield Contest(
+        f"vqkd {name}, teacher {args.teacher}",
+        contenders,
+        batch,
+        args.batch_size,
+        tolerance(run),
+        flops,
+        view=view,
+    )
 
 
 def finetuning(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
-    """Inference, then a training step of the classifier with a bias table in every block, as released weights have it."""
+    """Inference, then a training step of the classifier with a bias table in every block,
+    as released weights have it.
+    """
     name = variant(modeling_finetune.VARIANTS, args.model)
     bias = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1}
     model = modeling_finetune.create_model(name, num_classes=CLASSES, **bias).to(run.device)
@@ -172,15 +246,27 @@ def finetuning(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
         models = {"ours": ours.state.runner, "plain": plain, "timm": theirs}
         contenders: list[Contender] = [inference(label, module, run) for label, module in models.items()]
         contenders += [Transformers(worker, "infer")] if worker else []
-        yield Contest(f"finetune {name}, inference", contenders, batch, args.batch_size, tolerance(run), flops // 3, absent)
+        yield Contest(
+            f"finetune {name}, inference",
+            contenders,
+            batch,
+            args.batch_size,
+            tolerance(run),
+            flops // 3,
+            absent,
+        )
         keeps = functools.partial(bytes_of, model, optimizer=ours.state.optimizer)
         contenders = [Local("ours", ours, run.device, keeps)]
         for label, module in (("plain", plain), ("timm", theirs)):
-            contenders.append(textbook(module, run, classification_loss(module), name=label, fused=label == "timm"))
+            contenders.append(
+                textbook(module, run, classification_loss(module), name=label, fused=label == "timm")
+            )
         contenders += [Transformers(worker, "step")] if worker else []
         model.train()
         view = finetuning_view(size, HALF_MEAN, HALF_STD)
-        yield Contest(f"finetune {name}, step", contenders, batch, args.batch_size, tolerance(run), flops, absent, view)
+        yield Contest(
+            f"finetune {name}, step", contenders, batch, args.batch_size, tolerance(run), flops, absent, view
+        )
     finally:
         if worker:
             worker.close()
@@ -237,7 +323,9 @@ def data(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
             cpu = torch.device("cpu")
             ours, plain = work_of(files.__getitem__, files.finish), work_of(plainly, finish=dict)
             contenders = [Local("ours", ours, cpu), Local("plain", plain, cpu)]
-            yield Contest(f"data {PHOTO[0]} x {PHOTO[1]} JPEG to two views of {size}", contenders, {}, len(paths), CLOSE)
+            yield Contest(
+                f"data {PHOTO[0]} x {PHOTO[1]} JPEG to two views of {size}", contenders, {}, len(paths), CLOSE
+            )
         finally:
             torch.set_num_threads(threads)
 
@@ -246,13 +334,17 @@ STAGES = {"pretrain": pretraining, "vqkd": vqkd, "finetune": finetuning, "quanti
 
 
 def through_loader(contest: Contest, args: argparse.Namespace, run: Run) -> dict[str, float]:
-    """Our step fed by files and the training's own loader, medians by phase: what turns cannot show is the wait for data,
-    because workers would read on while the others take theirs."""
+    """Our step fed by files and the training's own loader, medians by phase: what turns
+    cannot show is the wait for data, because workers would read on while the others
+    take theirs.
+    """
     assert contest.view is not None
     step = contest.contenders[0]
     with tempfile.TemporaryDirectory() as folder:
         paths = photos(Path(folder), 2 * args.batch_size)
-        files = ImageFiles([(path, index % CLASSES) for index, path in enumerate(paths)], contest.view, args.seed)
+        files = ImageFiles(
+            [(path, index % CLASSES) for index, path in enumerate(paths)], contest.view, args.seed
+        )
         sampler = ResumableSampler(len(files), args.batch_size, 1, 0, 1, args.seed)
         loader = build_loader(files, sampler, args.num_workers, run.device.type == "cuda", persistent=True)
         taken = []
@@ -268,7 +360,8 @@ def through_loader(contest: Contest, args: argparse.Namespace, run: Run) -> dict
     return {phase: statistics.median(ms.get(phase, 0.0) for ms in taken[2:]) for phase in PHASES}
 
 
-# ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Report
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def machine(run: Run, side: int) -> tuple[dict[str, Any], float]:
@@ -276,11 +369,17 @@ def machine(run: Run, side: int) -> tuple[dict[str, Any], float]:
     speed = matmul_speed(run.device, dtype, side)
     cuda = run.device.type == "cuda"
     facts = {
-        "device": torch.cuda.get_device_name(run.device) if cuda else f"{processor()}, {torch.get_num_threads()} threads",
-        "precision": str(run.precision), "matmul_tflops": speed / 1e12, "matmul_side": side,
-        "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
+        "device": torch.cuda.get_device_name(run.device)
+        if cuda
+        else f"{processor()}, {torch.get_num_threads()} threads",
+        "precision": str(run.precision),
+        "matmul_tflops": speed / 1e12,
+        "matmul_side": side,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
         "torchvision": torchvision.__version__,
-    }  # fmt: skip
+    }
     return facts, speed
 
 
@@ -299,7 +398,12 @@ def measure(contest: Contest, args: argparse.Namespace, run: Run, matmul: float)
         log.info(line)
     for name, reason in contest.absent.items():
         log.info(f"{name:14}{reason}")
-    result: dict[str, Any] = {"name": contest.name, "images": contest.images, "flops": contest.flops, "absent": contest.absent}
+    result: dict[str, Any] = {
+        "name": contest.name,
+        "images": contest.images,
+        "flops": contest.flops,
+        "absent": contest.absent,
+    }
     result["rows"] = [dataclasses.asdict(row) for row in rows]
     if contest.view is not None:
         result["through_loader"] = ms = through_loader(contest, args, run)
@@ -317,7 +421,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Run(args, launch, device, distributed.choose_precision(args.amp_dtype, device))
     emulated = device.type == "cpu" and run.precision.dtype and not distributed.cpu_computes_in_bf16()
     facts, matmul = machine(run, side=8192 if device.type == "cuda" else 256 if emulated else 2048)
-    log.info(", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()))
+    log.info(
+        ", ".join(
+            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in facts.items()
+        )
+    )
     results = []
     for stage in args.stage:
         seed_all(args.seed, device)
@@ -325,7 +434,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             results.append({"stage": stage, **measure(contest, args, run, matmul)})
     if args.output:
         Path(args.output).write_text(
-            json.dumps({"machine": facts, "flags": checkpoints.plain(args.plain()), "contests": results}, indent=1) + "\n"
+            json.dumps(
+                {"machine": facts, "flags": checkpoints.plain(args.plain()), "contests": results}, indent=1
+            )
+            + "\n"
         )
         log.info("")
         log.info(f"written to {args.output}")

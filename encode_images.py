@@ -1,7 +1,9 @@
-"""Images to visual tokens: python encode_images.py --tokenizer_weight vqkd.pth --data_path photos --output_dir out/codes
+"""Images to visual tokens: python encode_images.py --tokenizer_weight vqkd.pth --data_path
+photos --output_dir out/codes
 
-Every process encodes its share of the sorted files into files of its own; the first process then joins them in order, so
-that memory does not grow with the number of images, and what carries a final name is complete.
+Every process encodes its share of the sorted files into files of its own; the first
+process then joins them in order, so that memory does not grow with the number of
+images, and what carries a final name is complete.
 """
 
 from __future__ import annotations
@@ -42,12 +44,23 @@ NAMED = 5  # files that cannot be read, in the message on the terminal
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Images to visual tokens")
-    parser.add_argument("--tokenizer_model", default="vqkd", choices=("vqkd", "dall-e"),
-                        help="vqkd: built from what its file holds; dall-e: BEiT v1's dVAE")  # fmt: skip
-    parser.add_argument("--tokenizer_weight", type=arguments.expand_home, default=None,
-                        help=f"{arguments.WEIGHTS}; needed but for dall-e: default OpenAI's")  # fmt: skip
     parser.add_argument(
-        "--data_path", type=arguments.expand_home, required=True, help="folder of images, however nested, or one image"
+        "--tokenizer_model",
+        default="vqkd",
+        choices=("vqkd", "dall-e"),
+        help="vqkd: built from what its file holds; dall-e: BEiT v1's dVAE",
+    )
+    parser.add_argument(
+        "--tokenizer_weight",
+        type=arguments.expand_home,
+        default=None,
+        help=f"{arguments.WEIGHTS}; needed but for dall-e: default OpenAI's",
+    )
+    parser.add_argument(
+        "--data_path",
+        type=arguments.expand_home,
+        required=True,
+        help="folder of images, however nested, or one image",
     )
     parser.add_argument(
         "--output_dir",
@@ -55,23 +68,43 @@ def get_parser() -> argparse.ArgumentParser:
         required=True,
         help="folder for the codes; what an earlier run left there is replaced",
     )
-    parser.add_argument("--format", default="npy", choices=("npy", "jsonl"),
-                        help="npy: codes.npy (images, patches), files.txt; jsonl: codes.jsonl, an object an image")  # fmt: skip
-    parser.add_argument("--maps", type=arguments.positive, default=0, help="draw the token maps of the first N images")
-    parser.add_argument("--input_size", type=arguments.pixels, default=None,
-                        help="side of the input in pixels: the tokenizer's own, VQ-KD takes no other; dall-e: 112")  # fmt: skip
-    arguments.add_view_flags(parser)
-    parser.add_argument("--batch_size", type=arguments.large_count, default=64, help="images per process and step")
-    parser.add_argument("--amp_dtype", default="fp32", choices=("fp32", "bf16", "fp16", "auto"),
-                        help="fp32: exact; half precision is faster on GPUs and gives some patches another code")  # fmt: skip
     parser.add_argument(
-        "--num_workers", type=arguments.not_negative, default=10, help="data processes per process; capped at the cores"
+        "--format",
+        default="npy",
+        choices=("npy", "jsonl"),
+        help=("npy: codes.npy (images, patches), files.txt; jsonl: codes.jsonl, an object an image"),
+    )
+    parser.add_argument(
+        "--maps", type=arguments.positive, default=0, help="draw the token maps of the first N images"
+    )
+    parser.add_argument(
+        "--input_size",
+        type=arguments.pixels,
+        default=None,
+        help=("side of the input in pixels: the tokenizer's own, VQ-KD takes no other; dall-e: 112"),
+    )
+    arguments.add_view_flags(parser)
+    parser.add_argument(
+        "--batch_size", type=arguments.large_count, default=64, help="images per process and step"
+    )
+    parser.add_argument(
+        "--amp_dtype",
+        default="fp32",
+        choices=("fp32", "bf16", "fp16", "auto"),
+        help=("fp32: exact; half precision is faster on GPUs and gives some patches another code"),
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=arguments.not_negative,
+        default=10,
+        help="data processes per process; capped at the cores",
     )
     arguments.add_switch(parser, "pin_mem", "no_pin_mem", True, "page-locked batches: faster copies to a GPU")
     return parser
 
 
-# ── Tokenizer and images ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── Tokenizer and images
+# ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -90,20 +123,31 @@ def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
         dvae = modeling_dvae.load_dall_e_encoder(args.tokenizer_weight)
         size = args.input_size or DALL_E_SIZE
         if size % modeling_dvae.PATCH_SIZE:
-            raise UserError(f"--input_size {size} is not a multiple of DALL-E's {modeling_dvae.PATCH_SIZE} pixels a token")
+            raise UserError(
+                f"--input_size {size} is not a multiple of DALL-E's {modeling_dvae.PATCH_SIZE} pixels a token"
+            )
         side = size // modeling_dvae.PATCH_SIZE
-        return Tokenizer(dvae, args.tokenizer_weight or modeling_dvae.PUBLISHED, dvae.vocab_size, size, (side, side))
+        return Tokenizer(
+            dvae, args.tokenizer_weight or modeling_dvae.PUBLISHED, dvae.vocab_size, size, (side, side)
+        )
     if not args.tokenizer_weight:
-        raise UserError("--tokenizer_weight is missing: the checkpoint of VQ-KD training, or a published name")
+        raise UserError(
+            "--tokenizer_weight is missing: the checkpoint of VQ-KD training, or a published name"
+        )
     model, _ = modeling_vqkd.open_tokenizer(args.tokenizer_weight)
     size, grid = model.encoder.patch_embed.img_size[0], model.encoder.patch_embed.patch_shape
     if args.input_size not in (None, size):
-        raise UserError(f"--input_size {args.input_size}: this tokenizer was trained on {size} pixels and encodes no others")
+        raise UserError(
+            f"--input_size {args.input_size}: this tokenizer was trained on {size} pixels "
+            "and encodes no others"
+        )
     return Tokenizer(model, args.tokenizer_weight, model.quantize.num_tokens, size, grid)
 
 
 class EveryImage(ImageFiles):
-    """One sample for every file, in order: a file that does not decode is not replaced, `readable` is False and it is black."""
+    """One sample for every file, in order: a file that does not decode is not replaced,
+    `readable` is False and it is black.
+    """
 
     def __init__(self, samples: Samples, view: View, size: int) -> None:
         super().__init__(samples, view)
@@ -114,7 +158,12 @@ class EveryImage(ImageFiles):
         if "image" in sample:
             return {**sample, "readable": True}
         index = key[1] if isinstance(key, tuple) else key
-        return {"image": torch.zeros(3, self.size, self.size), "index": index, "failed": sample["failed"], "readable": False}
+        return {
+            "image": torch.zeros(3, self.size, self.size),
+            "index": index,
+            "failed": sample["failed"],
+            "readable": False,
+        }
 
 
 def described(view: Any) -> str:
@@ -124,12 +173,18 @@ def described(view: Any) -> str:
     return f"shorter side to {resize.size} pixels ({resize.interpolation.value}), then the central {size}"
 
 
-# ── Encoding: this process's share ───────────────────────────────────────────────────────────────────────────────────
+# ── Encoding: this process's share
+# ───────────────────────────────────────────────────────────────────────────────────
 
 
 @torch.no_grad()
 def encode_share(
-    args: argparse.Namespace, files: list[str], tokenizer: Tokenizer, view: View, launch: Launch, device: torch.device
+    args: argparse.Namespace,
+    files: list[str],
+    tokenizer: Tokenizer,
+    view: View,
+    launch: Launch,
+    device: torch.device,
 ) -> Iterator[tuple[Tensor, list[str], list[str]]]:
     """Batch by batch: codes (images, N) of this rank's readable images, their names, and the failures."""
     start, stop = (len(files) * rank // launch.world_size for rank in (launch.rank, launch.rank + 1))
@@ -144,11 +199,16 @@ def encode_share(
         readable = batch["readable"]
         with precision.autocast():
             codes = model.get_codebook_indices(batch["image"].to(device, non_blocking=True))
-        names = [os.path.relpath(str(dataset.source(index)), root) for index in batch["index"][readable].tolist()]
+        names = [
+            os.path.relpath(str(dataset.source(index)), root) for index in batch["index"][readable].tolist()
+        ]
         yield codes.cpu()[readable], names, batch["failed"]
         done, now = done + len(readable), time.monotonic()
         if now - reported > SECONDS_BETWEEN_LINES:
-            log.info(f"encoded    {done} of this process's {len(dataset)} images, {done / (now - started):.0f} images/s")
+            log.info(
+                f"encoded    {done} of this process's {len(dataset)} images, "
+                f"{done / (now - started):.0f} images/s"
+            )
             reported = now
 
 
@@ -165,20 +225,32 @@ def files_to_encode(data_path: str) -> list[str]:
     return [os.path.abspath(path) for path in fine]
 
 
-# ── What comes out ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What comes out
+# ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def finish(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: View) -> None:
     """Join the shares into the finished folder, and say what is in it."""
-    about = code_files.join(parts, args.format, {
-        "data_path": root_of(args.data_path), "tokenizer_weight": tokenizer.source, "input_size": tokenizer.input_size,
-        "crop_pct": args.crop_pct, "view": described(view), "amp_dtype": args.amp_dtype,
-    })  # fmt: skip
+    about = code_files.join(
+        parts,
+        args.format,
+        {
+            "data_path": root_of(args.data_path),
+            "tokenizer_weight": tokenizer.source,
+            "input_size": tokenizer.input_size,
+            "crop_pct": args.crop_pct,
+            "view": described(view),
+            "amp_dtype": args.amp_dtype,
+        },
+    )
     if about["skipped"]:
         named = ", ".join(itertools.islice(parts.lines("skipped"), NAMED))
         log.warning(f"skipped    {about['skipped']} files that cannot be read, all in skipped.txt: {named}")
-    log.info(f"codes      {about['images']} images in {parts.folder}/codes.{args.format}, "
-             f"{about['codes_used']} of {parts.n_codes} codes used, perplexity {about['perplexity']:.1f}")  # fmt: skip
+    log.info(
+        f"codes      {about['images']} images in {parts.folder}/codes.{args.format}, "
+        f"{about['codes_used']} of {parts.n_codes} codes used, perplexity "
+        f"{about['perplexity']:.1f}"
+    )
 
 
 def draw_maps(args: argparse.Namespace, parts: Parts, view: View) -> None:

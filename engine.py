@@ -1,7 +1,8 @@
 """The one training loop. A stage says what a step computes; how a step is taken is written here, once.
 
-Precision, accumulation, clipping, schedule, the check for non-finite steps, moving averages, progress, log.txt,
-TensorBoard, pictures and checkpoints are the same for every stage.
+Precision, accumulation, clipping, schedule, the check for non-finite steps, moving
+averages, progress, log.txt, TensorBoard, pictures and checkpoints are the same for
+every stage.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def fit(state: TrainState, stage: Stage, data: TrainingData, schedule: Schedule,
             refuse_a_run_without_a_step(state, first_step)
             log.info(f"finished epoch {epochs} in {clock(time.monotonic() - run.started)}")
         except Stopped as stopped:
-            log.info(f"stopped by {stopped} after step {state.step}: the same command line goes on from there")
+            log.info(
+                f"stopped by {stopped} after step {state.step}: the same command line goes on from there"
+            )
         finally:
             close(data.loader)
             try:
@@ -75,15 +78,21 @@ def explain_errors(run: Run) -> Iterator[None]:
     before = threading.excepthook
 
     def without_the_disk(thread: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread hands its error on to who writes next, and so here: no need for a traceback of its own."""
-        if not (isinstance(thread.exc_value, OSError) and type(thread.thread).__module__.startswith("tensorboard")):
+        """TensorBoard's thread hands its error on to who writes next, and so here: no need
+        for a traceback of its own.
+        """
+        if not (
+            isinstance(thread.exc_value, OSError) and type(thread.thread).__module__.startswith("tensorboard")
+        ):
             before(thread)
 
     threading.excepthook = without_the_disk
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError("out of GPU memory: halve --batch_size and double --update_freq, which is the same step") from None
+        raise UserError(
+            "out of GPU memory: halve --batch_size and double --update_freq, which is the same step"
+        ) from None
     except RuntimeError as error:
         raise distributed.explained(error) from None
     except OSError as error:
@@ -93,8 +102,10 @@ def explain_errors(run: Run) -> Iterator[None]:
         if not ours and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             raise
         raise UserError(
-            f"{name or 'a file of ' + ' or '.join(folders)} could not be written ({error.strerror}): the checkpoints "
-            "saved before are intact. Make room, or point --output_dir elsewhere, and start the same line again"
+            f"{name or 'a file of ' + ' or '.join(folders)} could not be written ({error.strerror}): "
+            "the checkpoints "
+            "saved before are intact. Make room, or point --output_dir elsewhere, and start the same "
+            "line again"
         ) from None
     finally:
         threading.excepthook = before
@@ -127,7 +138,8 @@ def train_epochs(
         with fsdp.whole(state.model) as model:
             test |= stage.probe(model, epoch)
         score = stage.better(test)
-        # The line in log.txt first: a run killed between the two repeats the epoch, and then replaces the line.
+        # The line in log.txt first: a run killed between the two repeats the epoch, and
+        # then replaces the line.
         reporter.epoch(epoch, train, test)
         names = [checkpoints.LATEST]
         if due(epoch, args.save_ckpt_freq, epochs):
@@ -147,7 +159,8 @@ def refuse_a_run_without_a_step(state: TrainState, first_step: int) -> None:
     steps = state.step - first_step
     if steps and state.bad_in_a_row >= steps:
         raise UserError(
-            f"each of the {steps} steps of this run had a loss or gradient that is not finite, so nothing was trained. Lower "
+            f"each of the {steps} steps of this run had a loss or gradient that is not finite, so "
+            "nothing was trained. Lower "
             "--lr, set --clip_grad 3.0, or try --amp_dtype fp32"
         )
 
@@ -163,7 +176,9 @@ def evaluate(state: TrainState, stage: Stage) -> dict[str, float]:
         test = stage.evaluate(model)
     if state.ema is not None and test:
         device = next(state.model.parameters()).device
-        on_device = state.ema.module if state.ema.device is None else copy.deepcopy(state.ema.module).to(device)
+        on_device = (
+            state.ema.module if state.ema.device is None else copy.deepcopy(state.ema.module).to(device)
+        )
         with fsdp.whole(on_device) as model:
             averaged = stage.evaluate(model)
         test |= {name.replace("test_", "test_ema_", 1): value for name, value in averaged.items()}
@@ -213,7 +228,14 @@ def train_one_epoch(
         if state.step % args.print_freq == 0 or step_in_epoch + 1 == steps:
             watch.check()
             left = len(schedule.lr) - schedule_step - 1
-            reporter.step(state.means.read(), current_lr(state), state.step, step_in_epoch, data.sampler.global_batch, left)
+            reporter.step(
+                state.means.read(),
+                current_lr(state),
+                state.step,
+                step_in_epoch,
+                data.sampler.global_batch,
+                left,
+            )
         if args.save_ckpt_steps and state.step % args.save_ckpt_steps == 0:
             watch.check()
             more = [checkpoints.step_name(state.step)] if args.keep_ckpts > 0 else []
@@ -245,7 +267,8 @@ def accumulate_gradients(
 
     `finish`: what is left to do to a batch on the device before the network takes it (uint8 to floats).
     """
-    # What a step draws (drop path, mixup) depends on the run's seed, the step and the rank alone: a resumed run draws the same.
+    # What a step draws (drop path, mixup) depends on the run's seed, the step and the
+    # rank alone: a resumed run draws the same.
     seed_all(derive_seed(run.args.seed, "step", state.step, run.launch.rank), run.device)
     logs: dict[str, Tensor] = {}
     for index, batch in enumerate(micro_batches):
@@ -256,7 +279,8 @@ def accumulate_gradients(
         with quiet:
             with run.precision.autocast():
                 loss, parts = stage.step(state.runner, batch)
-            # A loss that is not finite makes every gradient NaN, so that all ranks skip the step without having to ask.
+            # A loss that is not finite makes every gradient NaN, so that all ranks skip
+            # the step without having to ask.
             sound = torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
             state.scaler.scale(loss * sound / len(micro_batches)).backward()
         for name, value in ({"loss": loss} | parts).items():
@@ -265,9 +289,12 @@ def accumulate_gradients(
     return logs
 
 
-def evaluation_batches(loader: DataLoader, device: torch.device, flag: str = "--eval_data_path") -> Iterator[dict[str, Any]]:
-    """Batches on the device; files that do not decode are left out, named and counted, and too many of them end the run, as in
-    training. To be read to the end by all ranks: there they tell each other what was left out.
+def evaluation_batches(
+    loader: DataLoader, device: torch.device, flag: str = "--eval_data_path"
+) -> Iterator[dict[str, Any]]:
+    """Batches on the device; files that do not decode are left out, named and counted, and
+    too many of them end the run, as in training. To be read to the end by all ranks:
+    there they tell each other what was left out.
 
     `flag` names the images' folder in messages.
     """
@@ -285,7 +312,8 @@ def evaluation_batches(loader: DataLoader, device: torch.device, flag: str = "--
         bad_files.add(left_out, found_image=read > 0)
         named = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
         log.warning(
-            f"warning: {len(left_out)} of {read + len(left_out)} images of {flag} cannot be read and do not count: {named}"
+            f"warning: {len(left_out)} of {read + len(left_out)} images of {flag} cannot be read and "
+            f"do not count: {named}"
         )
 
 
@@ -320,13 +348,18 @@ def finished(sample: dict[str, Any], dataset: Any) -> dict[str, Any]:
 
 
 def take_step(state: TrainState, clip_grad: float | None) -> Tensor:
-    """Clip and update; a step whose gradients are not finite leaves weights and optimizer as they are. Returns the norm."""
+    """Clip and update; a step whose gradients are not finite leaves weights and optimizer
+    as they are. Returns the norm.
+    """
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)
     if optimizer.defaults.get("fused") and not scaler.is_enabled() and not fsdp.is_sharded(state.model):
         norm = nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
         # Read by the fused kernels, which skip the step or divide the gradients while they read them.
-        skips, divisor = (~torch.isfinite(norm)).float(), ((norm + 1e-6) / clip_grad).clamp(min=1) if clip_grad else None
+        skips, divisor = (
+            (~torch.isfinite(norm)).float(),
+            ((norm + 1e-6) / clip_grad).clamp(min=1) if clip_grad else None,
+        )
         optimizer.found_inf, optimizer.grad_scale = skips, divisor  # type: ignore[attr-defined]
         optimizer.step()
     else:
@@ -341,7 +374,8 @@ def take_step(state: TrainState, clip_grad: float | None) -> Tensor:
 
 
 class BadSteps:
-    """Names the steps that were skipped because loss or gradient was not finite, and gives up after ten in a row.
+    """Names the steps that were skipped because loss or gradient was not finite, and gives
+    up after ten in a row.
 
     The flags stay on the device until `check`, which reads them all at once.
     """
@@ -353,7 +387,8 @@ class BadSteps:
 
     def add(self, loss: Tensor, norm: Tensor, micro_batches: list[dict[str, Any]]) -> None:
         self.last_batches = micro_batches
-        # With a gradient scaler an overflowing gradient is part of the search for the scale; only the loss counts.
+        # With a gradient scaler an overflowing gradient is part of the search for the
+        # scale; only the loss counts.
         value = loss if self.state.scaler.is_enabled() else norm + loss
         self.pending.append((self.state.step, ~torch.isfinite(value)))
 
@@ -371,12 +406,15 @@ class BadSteps:
         self.pending.clear()
         if self.state.scaler.is_enabled() and self.state.scaler.get_scale() < LEAST_LOSS_SCALE:
             raise UserError(
-                "the gradients are not finite in fp16 however small the loss is scaled; the last step that counted is in the "
+                "the gradients are not finite in fp16 however small the loss is scaled; the last "
+                "step that counted is in the "
                 "checkpoint. Lower --lr, set --clip_grad 3.0, or try --amp_dtype fp32"
             )
 
     def give_up(self, step: int) -> None:
-        """End the run; the last good state is in the checkpoint, and beside it what is needed to look at the batch."""
+        """End the run; the last good state is in the checkpoint, and beside it what is
+        needed to look at the batch.
+        """
         kept = "there is no --output_dir, so nothing was kept"
         if self.run.output_dir:
             state = {"epoch": self.state.epoch, "step": step, "seed": self.run.args.seed}
@@ -386,8 +424,10 @@ class BadSteps:
             good = self.run.output_dir / checkpoints.LATEST
             kept = f"the last good checkpoint is {good}, the last batch is described in {path}"
         raise UserError(
-            f"{BAD_STEPS_TO_GIVE_UP} steps in a row, up to step {step}, had a loss or gradient that is not finite; they "
-            f"changed nothing: {kept}. Lower --lr, set --clip_grad 3.0, lengthen --warmup_epochs, or try --amp_dtype fp32"
+            f"{BAD_STEPS_TO_GIVE_UP} steps in a row, up to step {step}, had a loss or gradient that "
+            "is not finite; they "
+            f"changed nothing: {kept}. Lower --lr, set --clip_grad 3.0, lengthen --warmup_epochs, or "
+            "try --amp_dtype fp32"
         )
 
 
@@ -398,6 +438,8 @@ def describe_batch(batch: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, Tensor) and name != "index":
             x = value.detach().float()
             finite = bool(torch.isfinite(x).all())
-            numbers = {"min": float(x.min()), "max": float(x.max()), "mean": float(x.mean())} if finite else {}
+            numbers = (
+                {"min": float(x.min()), "max": float(x.max()), "mean": float(x.mean())} if finite else {}
+            )
             described[name] = {"shape": list(value.shape), "finite": finite, **numbers}
     return described

@@ -25,7 +25,8 @@ from runtime.metrics import accuracy, top_k_correct
 class FinetuningStage(Stage):
     """Cross-entropy with label smoothing, or with mixed images and labels (mixup, cutmix).
 
-    `classes`: the names behind the labels; a checkpoint keeps them, so that other images are labeled the same way.
+    `classes`: the names behind the labels; a checkpoint keeps them, so that other
+    images are labeled the same way.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class FinetuningStage(Stage):
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> tuple[dict[str, float], Confusion]:
-        """Top-1 and top-5 accuracy in percent, balanced accuracy (mean over classes) and loss on the validation images, and
-        which classes were taken for which. {} without validation images."""
+        """Top-1 and top-5 accuracy in percent, balanced accuracy (mean over classes) and
+        loss on the validation images, and which classes were taken for which. {}
+        without validation images.
+        """
         confusion = Confusion(self.device)
         if self.validation is None:
             return {}, confusion
@@ -69,7 +72,9 @@ class FinetuningStage(Stage):
             with self.precision.autocast():
                 logits = model(batch["image"]).float()
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([loss, top_k_correct(logits, labels, 5), loss.new_tensor(len(labels))]).double()
+            sums += torch.stack(
+                [loss, top_k_correct(logits, labels, 5), loss.new_tensor(len(labels))]
+            ).double()
             confusion.add(labels, logits.argmax(dim=1))
         distributed.all_reduce_sum(sums)
         confusion.sum_over_ranks()
@@ -111,8 +116,9 @@ class SomeLogits(nn.Module):
 class WithMirrorImage(nn.Module):
     """A classifier that sees each image and its mirror image and answers with the mean of both probabilities.
 
-    Of the probabilities, not of the logits: each view has one vote of equal weight, whereas one with large logits would
-    outvote the other; and the mean is a distribution, so that the loss remains one.
+    Of the probabilities, not of the logits: each view has one vote of equal weight,
+    whereas one with large logits would outvote the other; and the mean is a
+    distribution, so that the loss remains one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -120,6 +126,8 @@ class WithMirrorImage(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, height, width) -> logarithm of the mean probabilities (B, classes), which is its own log-softmax."""
+        """(B, 3, height, width) -> logarithm of the mean probabilities (B, classes), which
+        is its own log-softmax.
+        """
         views = [self.model(view).float().log_softmax(dim=1) for view in (images, images.flip(-1))]
         return torch.logaddexp(*views) - math.log(2)

@@ -1,4 +1,5 @@
-"""Linear probe: one linear classifier on every layer of a frozen backbone at once (BEiT v1's protocol, after iGPT).
+"""Linear probe: one linear classifier on every layer of a frozen backbone at once (BEiT
+v1's protocol, after iGPT).
 
 Shapes: B batch, L layers, D features of a layer (C channels, or 2C for CLS and mean).
 """
@@ -24,7 +25,9 @@ from runtime.metrics import accuracy, top_k_correct
 
 
 class FrozenBackbone:
-    """Images (B, 3, height, width) -> pooled outputs of every layer (B, L, D), or of one (from 1), (B, D). Never trained."""
+    """Images (B, 3, height, width) -> pooled outputs of every layer (B, L, D), or of one
+    (from 1), (B, D). Never trained.
+    """
 
     def __init__(self, model: Any, features: str, precision: Precision, layer: int | None = None) -> None:
         self.model, self.features, self.precision, self.layer = model.eval(), features, precision, layer
@@ -43,10 +46,12 @@ class FrozenBackbone:
 class LinearHeads(nn.Module):
     """Features (B, L, D) -> logits (L, B, classes). All that is trained, and all that a checkpoint holds.
 
-    Before its classifier each channel of each layer is brought to mean 0 and variance 1 (as by MAE's batch norm without
-    parameters), by statistics of the training images taken once: `mean` and `std` (L, D). Raw outputs differ in scale
-    from layer to layer, and from channel to channel by orders of magnitude. Batch norm would see other statistics on
-    every rank; a fixed one is the same everywhere, and a resumed run has it from its checkpoint.
+    Before its classifier each channel of each layer is brought to mean 0 and variance 1
+    (as by MAE's batch norm without parameters), by statistics of the training images
+    taken once: `mean` and `std` (L, D). Raw outputs differ in scale from layer to
+    layer, and from channel to channel by orders of magnitude. Batch norm would see
+    other statistics on every rank; a fixed one is the same everywhere, and a resumed
+    run has it from its checkpoint.
     """
 
     mean: Tensor
@@ -81,7 +86,9 @@ class LinearHeads(nn.Module):
 
 
 class CachedFeatures(Dataset[dict[str, Any]]):
-    """Features that were computed before (knn.Features), as samples: {"image": (L, D), "label", "index", "failed"}."""
+    """Features that were computed before (knn.Features), as samples: {"image": (L, D),
+    "label", "index", "failed"}.
+    """
 
     def __init__(self, features: knn.Features) -> None:
         self.features = features
@@ -100,7 +107,8 @@ class CachedFeatures(Dataset[dict[str, Any]]):
 
 
 class LinearStage(Stage):
-    """Cross-entropy of every layer's classifier. `encode` makes features of images: the backbone, or nothing if cached.
+    """Cross-entropy of every layer's classifier. `encode` makes features of images: the
+    backbone, or nothing if cached.
 
     `source` says whose features these are (file, pooling): a run goes on with the same ones only.
     """
@@ -120,17 +128,22 @@ class LinearStage(Stage):
         """The sum over the layers: no classifier's gradient depends on how many others there are."""
         logits, labels = model(self.encode(batch["image"])).float(), batch["label"]
         losses = torch.stack([F.cross_entropy(of_layer, labels) for of_layer in logits])
-        return losses.sum(), {"loss_last_layer": losses[-1], "class_acc_last_layer": accuracy(logits[-1], labels)}
+        return losses.sum(), {
+            "loss_last_layer": losses[-1],
+            "class_acc_last_layer": accuracy(logits[-1], labels),
+        }
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Top-1 accuracy of each layer in percent; `test_layer` (from 1) is the best one, of which the other figures are.
+        """Top-1 accuracy of each layer in percent; `test_layer` (from 1) is the best one,
+        of which the other figures are.
 
         The best layer is chosen on the validation images themselves, as in BEiT v1's paper.
         """
         model.eval()
         layers = len(model.heads)  # type: ignore[arg-type]
-        sums, images = torch.zeros(layers, 3, device=self.device), torch.zeros(1, device=self.device)  # loss, top 1, top 5
+        # loss, top 1, top 5
+        sums, images = torch.zeros(layers, 3, device=self.device), torch.zeros(1, device=self.device)
         for batch in evaluation_batches(self.validation, self.device):
             labels = batch["label"]
             features = self.encode(batch["image"])

@@ -22,7 +22,9 @@ class PixelDecoderStage(Stage):
     PSNR (dB, the mean over images) stands beside that of an image's mean color, which takes no token to tell.
     """
 
-    def __init__(self, device: torch.device, precision: Precision, shown: Dataset, held_out: DataLoader | None = None) -> None:
+    def __init__(
+        self, device: torch.device, precision: Precision, shown: Dataset, held_out: DataLoader | None = None
+    ) -> None:
         self.device, self.precision, self.shown, self.held_out = device, precision, shown, held_out
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -55,4 +57,7 @@ def compare(drawn: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Images (B, 3, height, width) in [0, 1] -> (loss (), means over the batch of the measures)."""
     loss = F.l1_loss(drawn, images)
     mean_color = images.mean(dim=(2, 3), keepdim=True)
-    return loss, {"psnr": psnr(drawn.detach(), images).mean(), "psnr_mean_color": psnr(mean_color, images).mean()}
+    return loss, {
+        "psnr": psnr(drawn.detach(), images).mean(),
+        "psnr_mean_color": psnr(mean_color, images).mean(),
+    }

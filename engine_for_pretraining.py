@@ -1,7 +1,7 @@
 """Masked image modeling: one step of BEiT and BEiT v2, what a patch must predict, and the ablations of that.
 
-Shapes: B batch, N patches, P predicted patches of the whole batch (the masked ones, or all B * N), V values for each,
-K codes.
+Shapes: B batch, N patches, P predicted patches of the whole batch (the masked ones, or
+all B * N), V values for each, K codes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,13 @@ class PretrainingStage(Stage):
         self.target, self.device, self.precision = target, device, precision
         self.dataset, self.mean_std, self.held_out = dataset, mean_std, held_out
         self.predict_all, self.nothing_masked, self.knn_probe = predict_all, nothing_masked, knn_probe
-        which = "all patches, none of them masked" if nothing_masked else "all patches" if predict_all else "masked patches"
+        which = (
+            "all patches, none of them masked"
+            if nothing_masked
+            else "all patches"
+            if predict_all
+            else "masked patches"
+        )
         self.task = f"{target.name} of {which}"
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -63,8 +69,11 @@ class PretrainingStage(Stage):
         def criterion(hidden: Tensor, head: nn.Linear) -> PatchLoss:
             return self.target.loss(hidden, head, target)
 
-        # The model applies the criterion to each branch, inside its forward pass: DDP and FSDP need the head there.
-        outputs = model(batch["image"], batch["mask"], return_all_tokens=self.predict_all, criterion=criterion)
+        # The model applies the criterion to each branch, inside its forward pass: DDP
+        # and FSDP need the head there.
+        outputs = model(
+            batch["image"], batch["mask"], return_all_tokens=self.predict_all, criterion=criterion
+        )
         branches = [outputs] if isinstance(outputs, PatchLoss) else list(outputs)  # main branch, CLS branch
         loss = torch.stack([branch.loss for branch in branches]).sum()
         logs: dict[str, Tensor] = {}
@@ -78,7 +87,9 @@ class PretrainingStage(Stage):
         return loss, logs
 
     def accuracies(self, correct: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
-        """`mlm_acc` is of the masked patches whatever is predicted, so that runs compare; `all_acc` of all patches."""
+        """`mlm_acc` is of the masked patches whatever is predicted, so that runs compare;
+        `all_acc` of all patches.
+        """
         if correct is None:
             return {}
         if not self.predict_all:
@@ -105,7 +116,9 @@ class PretrainingStage(Stage):
 
     @torch.no_grad()
     def probe(self, model: Any, epoch: int) -> dict[str, float]:
-        """k-NN accuracy of the student's last layer (--knn_freq): of its CLS token where that is trained, else of the mean."""
+        """k-NN accuracy of the student's last layer (--knn_freq): of its CLS token where
+        that is trained, else of the mean.
+        """
         probe, features = self.knn_probe, "cls" if hasattr(model, "cls_pt_layers") else "mean"
         if probe is None or not probe.due(epoch):
             return {}
@@ -115,13 +128,18 @@ class PretrainingStage(Stage):
             with self.precision.autocast():
                 return knn.pool(model.encode(images, None).float(), features)
 
-        batches = [evaluation_batches(loader, self.device, "--knn_data_path") for loader in (probe.train, probe.validation)]
+        batches = [
+            evaluation_batches(loader, self.device, "--knn_data_path")
+            for loader in (probe.train, probe.validation)
+        ]
         train, own = (knn.extract(of_split, encode) for of_split in batches)
         return probe.measure(train, own, self.device)
 
     @torch.no_grad()
     def pictures(self, model: Any, count: int = 6) -> dict[str, Tensor]:
-        """Each row: the image, what the model sees of it, then the target's own: token maps before and after, or pixels."""
+        """Each row: the image, what the model sees of it, then the target's own: token
+        maps before and after, or pixels.
+        """
         samples = samples_to_show(self.dataset, count)
         if not samples:
             return {}
@@ -132,12 +150,18 @@ class PretrainingStage(Stage):
         with self.precision.autocast():
             targets = self.target.encode(moved)
             outputs = model(moved["image"], moved["mask"], return_all_tokens=self.predict_all)
-            predictions = self.target.decode((outputs[0] if isinstance(outputs, tuple) else outputs).flatten(0, -2))
+            predictions = self.target.decode(
+                (outputs[0] if isinstance(outputs, tuple) else outputs).flatten(0, -2)
+            )
         predicted = targets.clone()
-        predicted[slice(None) if self.predict_all else batch["mask"].flatten().to(predicted.device)] = predictions
+        predicted[slice(None) if self.predict_all else batch["mask"].flatten().to(predicted.device)] = (
+            predictions
+        )
         rows, grid = [], model.patch_embed.patch_shape
         per_image = (part.cpu().unflatten(0, (len(samples), -1)) for part in (targets, predicted))
-        for image, mask, target, predicted_targets in zip(batch["image"], batch["mask"], *per_image, strict=True):
+        for image, mask, target, predicted_targets in zip(
+            batch["image"], batch["mask"], *per_image, strict=True
+        ):
             shown = drawing.denormalize(image, *self.mean_std)
             seen = drawing.masked_image(shown, mask.view(grid))
             own = self.target.pictures(target, predicted_targets, grid, image.shape[-2:])
@@ -150,7 +174,8 @@ class PretrainingStage(Stage):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("task", self.task) != self.task:
             raise UserError(
-                f"the checkpoint was trained on the {state['task']}, this run is on the {self.task}: go on with the same "
+                f"the checkpoint was trained on the {state['task']}, this run is on the {self.task}: "
+                "go on with the same "
                 "--target, --predict and --no_mask, or give this run an --output_dir of its own"
             )
         self.target.load_state_dict(state)
@@ -161,14 +186,17 @@ def suffix(index: int, branches: list[PatchLoss]) -> str:
     return f"_{index + 1}" if len(branches) > 1 else ""
 
 
-# ── Targets ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Targets
+# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class PatchLoss(NamedTuple):
     """The loss of one branch over the predicted patches."""
 
     loss: Tensor  # () mean
-    correct: Tensor | None  # (P,) 1 where the prediction is the target, else 0; None where predictions are values
+    # (P,) 1 where the prediction is the target, else 0; None where predictions are
+    # values
+    correct: Tensor | None
 
 
 class Target:
@@ -178,8 +206,10 @@ class Target:
     width: int  # V
 
     def encode(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
-        """A batch on the device (its mask on the host) -> the targets of every patch, (B * N, ...), images one after the
-        other, row-major; or of the masked patches alone (M, ...)."""
+        """A batch on the device (its mask on the host) -> the targets of every patch, (B *
+        N, ...), images one after the other, row-major; or of the masked patches alone
+        (M, ...).
+        """
         raise NotImplementedError
 
     def loss(self, hidden: Tensor, head: nn.Linear, target: Tensor) -> PatchLoss:
@@ -204,8 +234,12 @@ class Target:
         """The epoch's statistics, for log.txt."""
         return {}
 
-    def pictures(self, target: Tensor, predicted: Tensor, grid: tuple[int, int], size: Sequence[int]) -> list[Tensor]:
-        """One image's targets (N, ...), and the same with the predictions in their places, as pictures of `size`."""
+    def pictures(
+        self, target: Tensor, predicted: Tensor, grid: tuple[int, int], size: Sequence[int]
+    ) -> list[Tensor]:
+        """One image's targets (N, ...), and the same with the predictions in their places,
+        as pictures of `size`.
+        """
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,7 +260,9 @@ class Tokens(Target):
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
-        return self.tokenizer.get_codebook_indices(batch["tokenizer_image"], batch["mask"] if masked_only else None).flatten()
+        return self.tokenizer.get_codebook_indices(
+            batch["tokenizer_image"], batch["mask"] if masked_only else None
+        ).flatten()
 
     def networks(self) -> list[Any]:
         return [self.tokenizer]
@@ -245,7 +281,9 @@ class Tokens(Target):
         self.code_counts.zero_()
 
     def end_epoch(self) -> dict[str, float]:
-        """`majority_code_share`: the accuracy of always predicting the most frequent code, the baseline of `mlm_acc`."""
+        """`majority_code_share`: the accuracy of always predicting the most frequent code,
+        the baseline of `mlm_acc`.
+        """
         counts = self.code_counts.clone()
         distributed.all_reduce_sum(counts)
         return {
@@ -253,7 +291,9 @@ class Tokens(Target):
             "target_codes": int((counts > 0).sum()),
         }
 
-    def pictures(self, target: Tensor, predicted: Tensor, grid: tuple[int, int], size: Sequence[int]) -> list[Tensor]:
+    def pictures(
+        self, target: Tensor, predicted: Tensor, grid: tuple[int, int], size: Sequence[int]
+    ) -> list[Tensor]:
         return [drawing.token_map(codes.view(grid), self.width, size) for codes in (target, predicted)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,9 +305,11 @@ class Tokens(Target):
 
 
 class Pixels(Target):
-    """The patch's pixels as the network would see them, normalized by mean and std: mean squared error, no tokenizer.
+    """The patch's pixels as the network would see them, normalized by mean and std: mean
+    squared error, no tokenizer.
 
-    The V = 3 * patch_size ** 2 values of a patch are in the order of the patch embedding's weights: channel, row, column.
+    The V = 3 * patch_size ** 2 values of a patch are in the order of the patch
+    embedding's weights: channel, row, column.
     """
 
     name = "pixels"
@@ -287,8 +329,12 @@ class Pixels(Target):
     def decode(self, prediction: Tensor) -> Tensor:
         return prediction.float()
 
-    def pictures(self, target: Tensor, predicted: Tensor, grid: tuple[int, int], size: Sequence[int]) -> list[Tensor]:
+    def pictures(
+        self, target: Tensor, predicted: Tensor, grid: tuple[int, int], size: Sequence[int]
+    ) -> list[Tensor]:
         """The image with the predicted patches pasted into it; its targets are the image itself."""
         side = self.patch_size
-        image = rearrange(predicted, "(h w) (c row col) -> c (h row) (w col)", h=grid[0], c=3, row=side, col=side)
+        image = rearrange(
+            predicted, "(h w) (c row col) -> c (h row) (w col)", h=grid[0], c=3, row=side, col=side
+        )
         return [drawing.denormalize(image, *self.mean_std)]

@@ -1,4 +1,6 @@
-"""Semantic segmentation: one step, and an evaluation in which every labeled pixel of every image counts exactly once."""
+"""Semantic segmentation: one step, and an evaluation in which every labeled pixel of every
+image counts exactly once.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ PICTURES = 4
 
 
 class Scores(NamedTuple):
-    """Of a confusion matrix, in percent; a class that is neither there nor predicted has no IoU (NaN) and is in no mean."""
+    """Of a confusion matrix, in percent; a class that is neither there nor predicted has
+    no IoU (NaN) and is in no mean.
+    """
 
     miou: float
     macc: float  # mean over classes of the share of their pixels that is found
@@ -45,7 +49,8 @@ def scores_of(matrix: Tensor) -> Scores:
 class SegmentationStage(Stage):
     """Cross-entropy of every labeled pixel, of the decode head and, with a weight, of the auxiliary head.
 
-    `classes`: a checkpoint keeps them. `colors` (K, 3) and `statistics` (mean, std) of the images: for pictures.
+    `classes`: a checkpoint keeps them. `colors` (K, 3) and `statistics` (mean, std) of
+    the images: for pictures.
     """
 
     def __init__(
@@ -60,7 +65,12 @@ class SegmentationStage(Stage):
         aux_weight: float = 0.4,
     ) -> None:
         self.device, self.precision, self.how, self.validation = device, precision, how, validation
-        self.classes, self.colors, self.statistics, self.aux_weight = list(classes), colors, statistics, aux_weight
+        self.classes, self.colors, self.statistics, self.aux_weight = (
+            list(classes),
+            colors,
+            statistics,
+            aux_weight,
+        )
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         labels = batch["label"]
@@ -89,11 +99,14 @@ class SegmentationStage(Stage):
             for image, labels in zip(batch["image"], batch["label"], strict=True):
                 predicted = predict(model, image, tuple(labels.shape), self.how, self.precision)
                 labeled = labels != IGNORED
-                counts += torch.bincount(labels[labeled] * classes + predicted[labeled], minlength=len(counts))
+                counts += torch.bincount(
+                    labels[labeled] * classes + predicted[labeled], minlength=len(counts)
+                )
         distributed.all_reduce_sum(counts)
         if not counts.any():
             raise UserError(
-                "the validation masks have not one labeled pixel (255, and 0 with --reduce_zero_label, are ignored)"
+                "the validation masks have not one labeled pixel (255, and 0 with "
+                "--reduce_zero_label, are ignored)"
             )
         return scores_of(counts.view(classes, classes))
 

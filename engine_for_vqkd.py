@@ -54,25 +54,34 @@ class TokenizerStage(Stage):
         usage = quantizer.usage()
         if quantizer.ready and not quantizer.warming_up and usage["codes_used"] < quantizer.num_tokens / 2:
             log.warning(
-                f"warning: only {usage['codes_used']} of {quantizer.num_tokens} codes were used in this epoch. Try fewer codes "
-                "(--codebook_n_emd), code dim 32 (--codebook_emd_dim), k-means after a warm-up (--quantizer_warmup_steps 100), "
+                f"warning: only {usage['codes_used']} of {quantizer.num_tokens} codes were used in "
+                "this epoch. Try fewer codes "
+                "(--codebook_n_emd), code dim 32 (--codebook_emd_dim), k-means after a warm-up "
+                "(--quantizer_warmup_steps 100), "
                 "--revive_dead_codes, or a larger batch"
             )
         return usage
 
     @torch.no_grad()
     def calibrate_targets(self) -> None:
-        """Mean and std of the teacher's channels over a fixed sample of the training images, the same on every rank."""
+        """Mean and std of the teacher's channels over a fixed sample of the training
+        images, the same on every rank.
+        """
         images = [sample["image"] for sample in samples_to_show(self.dataset, CALIBRATION_IMAGES)]
         total = squares = torch.zeros((), device=self.device, dtype=torch.float64)
         rows = 0
         for start in range(0, len(images), 32):
             batch = torch.stack(images[start : start + 32]).to(self.device)
             features = self.model.teacher.targets(batch).double().flatten(0, 1)
-            total, squares, rows = total + features.sum(0), squares + features.square().sum(0), rows + len(features)
+            total, squares, rows = (
+                total + features.sum(0),
+                squares + features.square().sum(0),
+                rows + len(features),
+            )
         mean = total / max(rows, 1)
         std = (squares / max(rows, 1) - mean.square()).clamp(min=0).sqrt()
-        std = std.clamp(min=0.01 * float(std.mean()) + 1e-12)  # a channel that hardly moves must not be blown up
+        # a channel that hardly moves must not be blown up
+        std = std.clamp(min=0.01 * float(std.mean()) + 1e-12)
         self.model.target_mean.copy_(distributed.broadcast(mean.float()))
         self.model.target_std.copy_(distributed.broadcast(std.float()))
         log.info(f"teacher    channels standardized over {len(images)} images")

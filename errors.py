@@ -1,8 +1,11 @@
-"""The one exception that carries a sentence to the user, raised on every floor, and what may be in a text for the user.
+"""The one exception that carries a sentence to the user, raised on every floor, and what
+may be in a text for the user.
 
-A mistake of the user (a flag, a file, a folder) ends a run with one clear sentence that names the flag or file and the
-way out. A mistake of ours keeps its traceback. Names of files, classes and weights, and what servers say, were written by
-others: no control character of theirs reaches the terminal or the log, and no password or signature of a URL.
+A mistake of the user (a flag, a file, a folder) ends a run with one clear sentence that
+names the flag or file and the way out. A mistake of ours keeps its traceback. Names of
+files, classes and weights, and what servers say, were written by others: no control
+character of theirs reaches the terminal or the log, and no password or signature of a
+URL.
 """
 
 from __future__ import annotations
@@ -22,15 +25,20 @@ from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
-# A URL from its "://" on: user and password (also one whose "/", "?" or "#" are not written as %XX); host and path; the rest.
-URL = re.compile(r"://(?:[^/?#\s]*@|[^/?#\s:\[]*:(?!\d*(?:[/?#\s]|$))\S{0,256}@)?((?:(?!://)[^\s?#])*)([?#]\S*)?")
+# A URL from its "://" on: user and password (also one whose "/", "?" or "#" are not
+# written as %XX); host and path; the rest.
+URL = re.compile(
+    r"://(?:[^/?#\s]*@|[^/?#\s:\[]*:(?!\d*(?:[/?#\s]|$))\S{0,256}@)?((?:(?!://)[^\s?#])*)([?#]\S*)?"
+)
 PUNCTUATION = ":;,.()[]{}'\""  # that may follow a URL in a sentence
 LONGEST_WORD, LONGEST_LINE = 400, 4000  # characters of a message
 LONG_WORD, LONG_LINE = re.compile(rf"\S{{{LONGEST_WORD},}}"), re.compile(rf"(?s).{{{LONGEST_LINE},}}")
 
 
 def hide_secrets(text: str) -> str:
-    """`text` with no more of its URLs than scheme, host, port and path: the rest may be a password or a signature."""
+    """`text` with no more of its URLs than scheme, host, port and path: the rest may be a
+    password or a signature.
+    """
 
     def shorten(url: re.Match[str]) -> str:
         rest = url[2] or ""  # with the punctuation of the sentence that the URL stands in
@@ -40,12 +48,16 @@ def hide_secrets(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` as one line for the terminal, a log or a page: without secrets, control, direction and zero-width characters
-    and halves of surrogate pairs escaped as in Python, and what is longer than anybody reads left out of the middle."""
+    """`text` as one line for the terminal, a log or a page: without secrets, control,
+    direction and zero-width characters and halves of surrogate pairs escaped as in
+    Python, and what is longer than anybody reads left out of the middle.
+    """
     text = hide_secrets(text)
     for longest, long in ((LONGEST_WORD, LONG_WORD), (LONGEST_LINE, LONG_LINE)):
         kept = longest // 2 - 20
-        text = long.sub(lambda m: f"{m[0][:kept]}...({len(m[0]) - 2 * kept} characters)...{m[0][-kept:]}", text)  # noqa: B023
+        text = long.sub(
+            lambda m, kept=kept: f"{m[0][:kept]}...({len(m[0]) - 2 * kept} characters)...{m[0][-kept:]}", text
+        )
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
@@ -56,7 +68,8 @@ def _make_printable(record: logging.LogRecord) -> bool:
     return True
 
 
-logging.getLogger("beit").addFilter(_make_printable)  # whatever handlers there are, in the processes that read data too
+# whatever handlers there are, in the processes that read data too
+logging.getLogger("beit").addFilter(_make_printable)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -67,7 +80,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class UserError(Exception):
-    """Something the user can put right; the message is one sentence or two, without secrets, and needs no traceback."""
+    """Something the user can put right; the message is one sentence or two, without
+    secrets, and needs no traceback.
+    """
 
     def __init__(self, message: object = "") -> None:
         super().__init__(hide_secrets(str(message)))
@@ -82,13 +97,20 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
 
 
 def sentence(error: UserError) -> str:
-    """What it says. When it was raised in a worker of a DataLoader, torch has put the worker's traceback before it."""
+    """What it says. When it was raised in a worker of a DataLoader, torch has put the
+    worker's traceback before it.
+    """
     text = str(error)
     in_worker = text.startswith(f"Caught {UserError.__name__} in ") and "\nOriginal Traceback" in text
-    return text.rpartition(f"\n{UserError.__module__}.{UserError.__qualname__}: ")[2].strip() if in_worker else text
+    return (
+        text.rpartition(f"\n{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()
+        if in_worker
+        else text
+    )
 
 
-on_failure: list[Callable[[str], None]] = []  # told what a failing `main` says, before it ends: the other processes
+# told what a failing `main` says, before it ends: the other processes
+on_failure: list[Callable[[str], None]] = []
 
 
 def tell_the_others(message: str) -> None:
@@ -97,8 +119,10 @@ def tell_the_others(message: str) -> None:
 
 
 def tells_the_user(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of every script's `main`: a UserError becomes one line on stderr and exit status 2, and the traceback of
-    any other error shows no secrets and no control characters."""
+    """Decorator of every script's `main`: a UserError becomes one line on stderr and exit
+    status 2, and the traceback of any other error shows no secrets and no control
+    characters.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

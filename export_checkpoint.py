@@ -1,6 +1,8 @@
-"""Weights for timm and Hugging Face, or from them: python export_checkpoint.py --checkpoint ft.pth --to timm --output out
+"""Weights for timm and Hugging Face, or from them: python export_checkpoint.py
+--checkpoint ft.pth --to timm --output out
 
-Sources are our checkpoints, published weights, and the models of both libraries; docs/weights.md has examples.
+Sources are our checkpoints, published weights, and the models of both libraries;
+docs/weights.md has examples.
 """
 
 from __future__ import annotations
@@ -33,7 +35,14 @@ from vit_backbone import SIZES, Trunk
 SUFFIXES = (".safetensors", ".pth")
 NAMES_OF = {"ours": "our names", "timm": "timm's names", "huggingface": "Hugging Face's names"}
 # What only concerns a transformer, not a file that is passed on as it is.
-TRANSFORMER_FLAGS = ("architecture", "class_names", "model", "num_heads", "input_size", "imagenet_default_mean_and_std")
+TRANSFORMER_FLAGS = (
+    "architecture",
+    "class_names",
+    "model",
+    "num_heads",
+    "input_size",
+    "imagenet_default_mean_and_std",
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -52,7 +61,10 @@ def get_parser() -> argparse.ArgumentParser:
         help="whose names it has",
     )
     parser.add_argument(
-        "--to", required=True, choices=tuple(WRITERS), help="safetensors: our names (.pth by the output's name)"
+        "--to",
+        required=True,
+        choices=tuple(WRITERS),
+        help="safetensors: our names (.pth by the output's name)",
     )
     parser.add_argument(
         "--output",
@@ -66,7 +78,9 @@ def get_parser() -> argparse.ArgumentParser:
         choices=("auto", *weight_formats.ARCHITECTURES),
         help="Hugging Face's class; auto: the one that has the checkpoint's head",
     )
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (--model_ema of fine-tuning)")
+    parser.add_argument(
+        "--ema", action="store_true", help=("the moving average of the weights (--model_ema of fine-tuning)")
+    )
     parser.add_argument(
         "--class_names",
         type=arguments.expand_home,
@@ -74,12 +88,24 @@ def get_parser() -> argparse.ArgumentParser:
         help="imagenet-1k, or a file: one name a line, or a JSON list or {id: name}",
     )
     parser.add_argument(
-        "--input_size", type=arguments.image_size, default=None, help="side, or height x width; default: the model's"
+        "--input_size",
+        type=arguments.image_size,
+        default=None,
+        help="side, or height x width; default: the model's",
     )
-    parser.add_argument("--model", default=None, help="the model that the file must hold; default: read from the shapes")
-    parser.add_argument("--num_heads", type=arguments.small_count, default=None, help="for unknown sizes without position bias")
     parser.add_argument(
-        "--imagenet_default_mean_and_std", action="store_true", help="the checkpoint's own setting if it has one"
+        "--model", default=None, help=("the model that the file must hold; default: read from the shapes")
+    )
+    parser.add_argument(
+        "--num_heads",
+        type=arguments.small_count,
+        default=None,
+        help="for unknown sizes without position bias",
+    )
+    parser.add_argument(
+        "--imagenet_default_mean_and_std",
+        action="store_true",
+        help="the checkpoint's own setting if it has one",
     )
     return parser
 
@@ -87,7 +113,9 @@ def get_parser() -> argparse.ArgumentParser:
 def check(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if args.architecture != "auto" and args.to != "huggingface":
-        raise UserError(f"--architecture names a class of Hugging Face; --to {args.to} has none: leave it out")
+        raise UserError(
+            f"--architecture names a class of Hugging Face; --to {args.to} has none: leave it out"
+        )
     if args.model is not None:
         pick(variants(), args.model, "model")
     if args.to == "safetensors" and output.suffix not in SUFFIXES:
@@ -95,16 +123,21 @@ def check(args: argparse.Namespace) -> None:
     if args.to == "huggingface" and (output.suffix in SUFFIXES or output.is_file()):
         raise UserError(f"--output {args.output}: Hugging Face's models are folders; name a folder")
     if args.to == "timm" and output.suffix not in SUFFIXES and output.is_file():
-        raise UserError(f"--output {args.output} is a file: name a folder, or a file that ends in {' or '.join(SUFFIXES)}")
+        raise UserError(
+            f"--output {args.output} is a file: name a folder, or a file that ends in {' or '.join(SUFFIXES)}"
+        )
     if output.exists() and os.path.exists(args.checkpoint) and output.samefile(args.checkpoint):
         raise UserError(f"--output {args.output} would overwrite --checkpoint: name another place")
 
 
-# ── The model ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The model
+# ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Model(NamedTuple):
-    """`settings`: the arguments of VisionTransformer; `vocab_size` 0: without a head for masked images; `name`: of --model."""
+    """`settings`: the arguments of VisionTransformer; `vocab_size` 0: without a head for
+    masked images; `name`: of --model.
+    """
 
     weights: dict[str, Tensor]
     settings: dict[str, Any]
@@ -142,15 +175,21 @@ def open_model(source: Source, args: argparse.Namespace) -> Model:
     if classes is not None and len(classes) != settings["num_classes"]:
         classes = None  # of another head than the one in the file
     prepared = preparation(source, settings, args)
-    return Model(model.state_dict(), settings, vocab_size, name, prepared, classes, source.flags, left_out, notes)
+    return Model(
+        model.state_dict(), settings, vocab_size, name, prepared, classes, source.flags, left_out, notes
+    )
 
 
 def load(model: Trunk, weights: dict[str, Tensor], args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Load the weights; returns the keys that are no part of the model, and what else there is to say."""
     fitting, missing = remapping.load_remapped(model, weights)
     notes = []
-    if set(missing) in ({"norm.weight", "norm.bias"}, {"fc_norm.weight", "fc_norm.bias"}) and "head.weight" not in fitting:
-        notes.append("the last norm, which the file lacks, stays as it is built: 1 and 0")  # a backbone for segmentation
+    if (
+        set(missing) in ({"norm.weight", "norm.bias"}, {"fc_norm.weight", "fc_norm.bias"})
+        and "head.weight" not in fitting
+    ):
+        # a backbone for segmentation
+        notes.append("the last norm, which the file lacks, stays as it is built: 1 and 0")
     elif missing:
         raise UserError(f"--checkpoint {args.checkpoint} is incomplete: it lacks {brief(missing)}")
     try:
@@ -160,7 +199,9 @@ def load(model: Trunk, weights: dict[str, Tensor], args: argparse.Namespace) -> 
     left_out = [key for key in weights if key not in fitting and not key.endswith(INDEX)]
     before, after = remapping.patch_grid(weights), model.patch_embed.patch_shape
     if before not in (None, after):
-        notes.append(f"positions were resized from {before[0]} x {before[1]} to {after[0]} x {after[1]} patches")
+        notes.append(
+            f"positions were resized from {before[0]} x {before[1]} to {after[0]} x {after[1]} patches"
+        )
     return left_out, notes
 
 
@@ -182,7 +223,9 @@ def variants() -> dict[str, tuple[str, int, int]]:
 
 
 def name_of(settings: dict[str, Any], weights: dict[str, Tensor], args: argparse.Namespace) -> str | None:
-    """Our name of the model: the one of its kind, size and patches whose images are nearest in size; None if there is none."""
+    """Our name of the model: the one of its kind, size and patches whose images are
+    nearest in size; None if there is none.
+    """
     make = {key: settings[key] for key in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
     sizes = [size for size, row in SIZES.items() if row._asdict() == make]
     kind = ("lm_head.weight" in weights, "cls_pt_layers.0.norm1.weight" in weights)
@@ -201,7 +244,9 @@ def name_of(settings: dict[str, Any], weights: dict[str, Tensor], args: argparse
 def preparation(source: Source, settings: dict[str, Any], args: argparse.Namespace) -> Preprocessing:
     if source.companion.prepared is not None:
         return source.companion.prepared
-    mean, std = normalization(source.flags.get("imagenet_default_mean_and_std", args.imagenet_default_mean_and_std))
+    mean, std = normalization(
+        source.flags.get("imagenet_default_mean_and_std", args.imagenet_default_mean_and_std)
+    )
     return Preprocessing(mean, std, source.flags.get("crop_pct") or default_crop_pct(settings["img_size"]))
 
 
@@ -217,10 +262,16 @@ def class_names(given: str | None, count: int) -> list[str] | None:
         try:
             text = Path(given).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--class_names {given}: cannot be read ({error}); give imagenet-1k or a text file") from None
+            raise UserError(
+                f"--class_names {given}: cannot be read ({error}); give imagenet-1k or a text file"
+            ) from None
         try:
             content = json.loads(text)
-            pairs = sorted(content.items(), key=lambda pair: int(pair[0])) if isinstance(content, dict) else enumerate(content)
+            pairs = (
+                sorted(content.items(), key=lambda pair: int(pair[0]))
+                if isinstance(content, dict)
+                else enumerate(content)
+            )
             names = [str(name) for _, name in pairs]
         except (ValueError, TypeError, RecursionError):
             names = [line.strip() for line in text.splitlines() if line.strip()]
@@ -229,7 +280,8 @@ def class_names(given: str | None, count: int) -> list[str] | None:
     return names
 
 
-# ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Writing
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Written(NamedTuple):
@@ -263,7 +315,11 @@ def our_flags(model: Model) -> dict[str, Any]:
     }
     if model.vocab_size:
         return flags | {"codebook_size": model.vocab_size}
-    head = {"nb_classes": s["num_classes"], "use_mean_pooling": s["use_mean_pooling"], "qkv_bias": s["qkv_bias"]}
+    head = {
+        "nb_classes": s["num_classes"],
+        "use_mean_pooling": s["use_mean_pooling"],
+        "qkv_bias": s["qkv_bias"],
+    }
     return flags | head | {"crop_pct": weight_source.crop_flag(model.prepared.crop_pct, s["img_size"])}
 
 
@@ -277,7 +333,9 @@ def write_timm(model: Model, args: argparse.Namespace) -> Written:
     is_file = path.suffix in SUFFIXES
     converted = weight_formats.to_timm(model.weights)
     config = weight_formats.timm_config(model.settings, model.prepared, model.classes)
-    weights, facts = (path, path.with_suffix(".json")) if is_file else (path / WEIGHT_FILES[0], path / "config.json")
+    weights, facts = (
+        (path, path.with_suffix(".json")) if is_file else (path / WEIGHT_FILES[0], path / "config.json")
+    )
     weight_source.save(weights, converted.weights)
     write_json(facts, config)
     by = f'timm.create_model("local-dir:{path}", pretrained=True)'
@@ -298,7 +356,9 @@ def write_huggingface(model: Model, args: argparse.Namespace) -> Written:
         raise UserError(f"--architecture {architecture}: {args.checkpoint} has no such head; {own} fits it")
     drop_path = model.flags.get("drop_path", 0.1)
     names = [in_words(name) for name in model.classes] if model.classes else None
-    config = weight_formats.huggingface_config(model.settings, architecture, model.vocab_size, drop_path, names)
+    config = weight_formats.huggingface_config(
+        model.settings, architecture, model.vocab_size, drop_path, names
+    )
     preprocessor = weight_formats.huggingface_preprocessor(model.settings["img_size"][0], model.prepared)
     converted = weight_formats.to_huggingface(model.weights, architecture)
     files = [folder / name for name in (WEIGHT_FILES[0], "config.json", "preprocessor_config.json")]
@@ -328,11 +388,15 @@ def pass_on(source: Source, args: argparse.Namespace) -> str:
     """A tokenizer or a segmentation model: our names only, all tensors as they are."""
     held = brief(list(source.weights))
     if args.to != "safetensors":
-        raise UserError(f"--to {args.to}: {args.to} has no such model as {args.checkpoint} ({held}); only --to safetensors")
+        raise UserError(
+            f"--to {args.to}: {args.to} has no such model as {args.checkpoint} ({held}); "
+            "only --to safetensors"
+        )
     given = [name for name in arguments.changed_flags(get_parser(), args) if name in TRANSFORMER_FLAGS]
     if given:
         raise UserError(
-            f"--{given[0]} concerns classifiers and pretrained transformers; {args.checkpoint} is neither: leave it out"
+            f"--{given[0]} concerns classifiers and pretrained transformers; {args.checkpoint} is "
+            "neither: leave it out"
         )
     weight_source.save(Path(args.output), source.weights, checkpoints.plain(source.flags))
     size = checkpoints.size_of(source.weights) / 2**20
@@ -351,7 +415,11 @@ def report(source: Source, model: Model, written: Written) -> list[str]:
         ("read", f"{source.path}, {NAMES_OF[source.library]}"),
         ("written", f"{weights} ({len(written.converted.weights)} tensors, {size:.1f} MiB)"),
         *(("", str(other)) for other in others),
-        ("model", f"{model.name or 'of no known size'}: {s['embed_dim']} wide, {s['depth']} deep, {s['num_heads']} heads"),
+        (
+            "model",
+            f"{model.name or 'of no known size'}: {s['embed_dim']} wide, {s['depth']} deep, "
+            f"{s['num_heads']} heads",
+        ),
         ("", f"patches of {s['patch_size']} in {s['img_size'][0]} x {s['img_size'][1]} pixels, {head}"),
         ("images", f"crop {prepared.crop_pct:g}, mean {values[0]}, std {values[1]}"),
     ]

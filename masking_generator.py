@@ -18,10 +18,11 @@ class MaskingGenerator:
     """Calling it gives an (H, W) int array, 1 = masked, with exactly `num_masking_patches` ones.
 
     Args:
-        input_size: the patch grid, H = W or (H, W), in patches.
-        num_masking_patches: masked patches of one mask; ValueError when the grid has fewer.
-        min_num_patches, max_num_patches: area of one rectangle in patches; no maximum: whatever is still to be masked.
-        min_aspect, max_aspect: range of height / width, log-uniform; the maximum defaults to 1 / min_aspect.
+        input_size: the patch grid, H = W or (H, W), in patches. num_masking_patches:
+        masked patches of one mask; ValueError when the grid has fewer. min_num_patches,
+        max_num_patches: area of one rectangle in patches; no maximum: whatever is still
+        to be masked. min_aspect, max_aspect: range of height / width, log-uniform; the
+        maximum defaults to 1 / min_aspect.
 
     Draws from Python's global `random`: whoever calls it seeds that.
     """
@@ -37,12 +38,16 @@ class MaskingGenerator:
     ) -> None:
         self.height, self.width = (input_size, input_size) if isinstance(input_size, int) else input_size
         if not 0 <= num_masking_patches <= self.height * self.width:
-            raise ValueError(f"{num_masking_patches} patches cannot be masked on a {self.height}x{self.width} grid")
+            raise ValueError(
+                f"{num_masking_patches} patches cannot be masked on a {self.height}x{self.width} grid"
+            )
         self.num_masking_patches = num_masking_patches
         self.min_num_patches = min_num_patches
         self.max_num_patches = num_masking_patches if max_num_patches is None else max_num_patches
         if min_num_patches < 0 or self.max_num_patches < 0 or min_aspect <= 0:
-            raise ValueError(f"block areas {min_num_patches} to {max_num_patches} or min_aspect {min_aspect} are negative")
+            raise ValueError(
+                f"block areas {min_num_patches} to {max_num_patches} or min_aspect {min_aspect} are negative"
+            )
         self.log_aspect = math.log(min_aspect), math.log(max_aspect or 1 / min_aspect)
 
     def __repr__(self) -> str:
@@ -83,7 +88,9 @@ class MaskingGenerator:
 
 
 class RandomMaskingGenerator(MaskingGenerator):
-    """Single patches, each as likely as any other (BEiT's ablation of blockwise masking). What describes blocks is not used."""
+    """Single patches, each as likely as any other (BEiT's ablation of blockwise masking).
+    What describes blocks is not used.
+    """
 
     def __repr__(self) -> str:
         return f"RandomMaskingGenerator({self.num_masking_patches} of {self.height}x{self.width} patches)"
@@ -103,11 +110,15 @@ MASK_TYPES = {"block": MaskingGenerator, "random": RandomMaskingGenerator}
 
 
 def scaled_mask_count(grid: int) -> int:
-    """Masked patches of a grid x grid image when --num_mask_patches is not given: the recipe's share, 75 of 14x14."""
+    """Masked patches of a grid x grid image when --num_mask_patches is not given: the
+    recipe's share, 75 of 14x14.
+    """
     return max(1, round(75 / 196 * grid * grid))
 
 
 def scaled_min_block(grid: int) -> int:
-    """Smallest block when --min_mask_patches_per_block is not given: the square of the same share of the grid's side
-    as the recipe's (16 patches = 4x4 of 14x14), and at least 2x2; 4 on an 8x8 grid."""
+    """Smallest block when --min_mask_patches_per_block is not given: the square of the
+    same share of the grid's side as the recipe's (16 patches = 4x4 of 14x14), and at
+    least 2x2; 4 on an 8x8 grid.
+    """
     return max(2, round(4 / 14 * grid)) ** 2

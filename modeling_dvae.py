@@ -28,7 +28,9 @@ class Conv(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, kernel: int) -> None:
         super().__init__()
-        self.w = nn.Parameter(torch.empty(n_out, n_in, kernel, kernel).normal_(std=1 / math.sqrt(n_in * kernel**2)))
+        self.w = nn.Parameter(
+            torch.empty(n_out, n_in, kernel, kernel).normal_(std=1 / math.sqrt(n_in * kernel**2))
+        )
         self.b = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +58,9 @@ class Block(nn.Module):
 def group(n_in: int, n_out: int, blocks: int, pooled: bool) -> nn.Sequential:
     layers = nn.Sequential()
     for i in range(blocks):
-        layers.add_module(f"block_{i + 1}", Block(n_in if i == 0 else n_out, n_out, gain=1 / (GROUPS * blocks) ** 2))
+        layers.add_module(
+            f"block_{i + 1}", Block(n_in if i == 0 else n_out, n_out, gain=1 / (GROUPS * blocks) ** 2)
+        )
     if pooled:
         layers.add_module("pool", nn.MaxPool2d(2))
     return layers
@@ -70,9 +74,10 @@ def map_pixels(x: Tensor) -> Tensor:
 class DallEEncoder(nn.Module):
     """Images -> logits over K codes for every 8 x 8 pixels. Frozen: no gradients, always in eval mode.
 
-    Precision: fp32, as OpenAI's own code on a CPU; the last convolution always. On a GPU that code computes all the others
-    in fp16; here they are so under autocast only, and also under a bf16 one: what differs between fp32 and bf16 would be
-    other tokens. State dict: the names of OpenAI's package.
+    Precision: fp32, as OpenAI's own code on a CPU; the last convolution always. On a
+    GPU that code computes all the others in fp16; here they are so under autocast only,
+    and also under a bf16 one: what differs between fp32 and bf16 would be other tokens.
+    State dict: the names of OpenAI's package.
     """
 
     def __init__(self, n_hid: int = 256, n_blk_per_group: int = 2, vocab_size: int = 8192) -> None:
@@ -82,7 +87,9 @@ class DallEEncoder(nn.Module):
         self.blocks.add_module("input", Conv(3, n_hid, 7))
         for i in range(GROUPS):
             n_in, n_out = n_hid * 2 ** max(i - 1, 0), n_hid * 2**i
-            self.blocks.add_module(f"group_{i + 1}", group(n_in, n_out, n_blk_per_group, pooled=i < GROUPS - 1))
+            self.blocks.add_module(
+                f"group_{i + 1}", group(n_in, n_out, n_blk_per_group, pooled=i < GROUPS - 1)
+            )
         self.blocks.add_module("output", nn.Sequential())
         self.blocks.output.add_module("relu", nn.ReLU())
         self.blocks.output.add_module("conv", Conv(n_hid * 2 ** (GROUPS - 1), vocab_size, 1))
@@ -96,13 +103,15 @@ class DallEEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mapped images (B, 3, H, W) (see map_pixels) -> logits (B, K, h, w) in fp32.
 
-        UserError: H or W is no multiple of 8 (poolings would cut the rest off, and the grid would not be the student's).
+        UserError: H or W is no multiple of 8 (poolings would cut the rest off, and the
+        grid would not be the student's).
         """
         height, width = x.shape[-2:]
         if height % PATCH_SIZE or width % PATCH_SIZE or not height or not width:
             near = max(round(height / PATCH_SIZE), 1) * PATCH_SIZE
             raise UserError(
-                f"DALL-E's encoder takes images whose sides are multiples of {PATCH_SIZE} pixels, not {height} x {width}: "
+                f"DALL-E's encoder takes images whose sides are multiples of {PATCH_SIZE} pixels, not "
+                f"{height} x {width}: "
                 f"--second_input_size {near} would do"
             )
         half = x.is_cuda and torch.is_autocast_enabled("cuda")
@@ -125,9 +134,12 @@ class DallEEncoder(nn.Module):
         return codes if bool_masked_pos is None else at_mask(codes.flatten(), bool_masked_pos)
 
 
-# ----------------------------------------------------------------------------------------------------- reading its file
-# Every class that OpenAI's encoder.pkl names, and its decoder.pkl, which is taken for it so easily that it is read too, to
-# be named. Also torch's own layers: they are read in the form they have in the file, whichever version of torch wrote it.
+# -----------------------------------------------------------------------------------------------------
+#   reading its file
+# Every class that OpenAI's encoder.pkl names, and its decoder.pkl, which is taken for
+#     it so easily that it is read too, to
+# be named. Also torch's own layers: they are read in the form they have in the file,
+#     whichever version of torch wrote it.
 CLASSES = (
     "dall_e.encoder.Encoder",
     "dall_e.encoder.EncoderBlock",
@@ -145,8 +157,9 @@ CLASSES = (
 def load_dall_e_encoder(path: str | None = None) -> DallEEncoder:
     """The tokenizer in `path`: a file, a URL or a name (see downloads.fetch); None is OpenAI's, downloaded once.
 
-    Reads OpenAI's encoder.pkl (a pickled module) without running code from it, and state dicts, bare or under `model` or
-    `state_dict`, in any floating-point type. Sizes are the file's. UserError: another file than such an encoder.
+    Reads OpenAI's encoder.pkl (a pickled module) without running code from it, and
+    state dicts, bare or under `model` or `state_dict`, in any floating-point type.
+    Sizes are the file's. UserError: another file than such an encoder.
     """
     source = path or PUBLISHED
     content = weight_files.load_file(downloads.fetch(source), CLASSES)
@@ -207,5 +220,6 @@ def shape_of(tensor: Tensor) -> str:
 
 def no_encoder(source: str, why: str) -> UserError:
     return UserError(
-        f"{source} is not DALL-E's encoder ({why}); `python model_zoo.py {PUBLISHED}` downloads OpenAI's encoder.pkl"
+        f"{source} is not DALL-E's encoder ({why}); `python model_zoo.py {PUBLISHED}` downloads "
+        "OpenAI's encoder.pkl"
     )

@@ -1,4 +1,5 @@
-"""The vision transformer that reads images: classifier, frozen feature extractor, and encoder and decoder of VQ-KD.
+"""The vision transformer that reads images: classifier, frozen feature extractor, and
+encoder and decoder of VQ-KD.
 
 Shapes: B batch, N patches, T = 1 + N tokens with CLS in front, C width, H heads.
 """
@@ -16,11 +17,20 @@ from errors import pick
 from layers.rel_pos_bias import resize_rel_pos_bias_table
 from vit_backbone import SIZES, Block, LayerNorm, TokenSubset, Trunk, init_linear_and_norm, rescale_outputs
 
-__all__ = ["MODELS", "Block", "VisionTransformer", "create_model", "remap_pretrained", "resize_rel_pos_bias_table"]
+__all__ = [
+    "MODELS",
+    "Block",
+    "VisionTransformer",
+    "create_model",
+    "remap_pretrained",
+    "resize_rel_pos_bias_table",
+]
 
 
 class VisionTransformer(Trunk):
-    """ViT with a linear head. Mean pooling norms the mean of the patch tokens (`fc_norm`); CLS pooling norms all (`norm`)."""
+    """ViT with a linear head. Mean pooling norms the mean of the patch tokens (`fc_norm`);
+    CLS pooling norms all (`norm`).
+    """
 
     def __init__(
         self,
@@ -86,7 +96,9 @@ class VisionTransformer(Trunk):
 
     compiled_methods = ("forward_features",)
 
-    def forward(self, x: Tensor, return_patch_tokens: bool = False, return_all_tokens: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, return_patch_tokens: bool = False, return_all_tokens: bool = False
+    ) -> Tensor:
         """Images (B, in_chans, height, width) -> logits (B, num_classes), or the head of each token asked for."""
         return self.head(self.forward_features(x, return_patch_tokens, return_all_tokens))
 
@@ -100,7 +112,8 @@ class VisionTransformer(Trunk):
         return layers
 
 
-# ── Variants: name -> (row of SIZES, patch size, image size) ─────────────────────────────────────────────────────────
+# ── Variants: name -> (row of SIZES, patch size, image size)
+# ─────────────────────────────────────────────────────────
 
 VARIANTS = {
     "beit_demo_patch16_128": ("demo", 16, 128),
@@ -123,8 +136,12 @@ def _builder(name: str) -> Callable[..., VisionTransformer]:
 
     def build(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
         if pretrained:
-            raise ValueError(f"{name} has no weights of its own: load a checkpoint with --finetune or remap_pretrained")
-        return VisionTransformer(**{"img_size": img_size, "patch_size": patch_size, **SIZES[size]._asdict(), **kwargs})
+            raise ValueError(
+                f"{name} has no weights of its own: load a checkpoint with --finetune or remap_pretrained"
+            )
+        return VisionTransformer(
+            **{"img_size": img_size, "patch_size": patch_size, **SIZES[size]._asdict(), **kwargs}
+        )
 
     build.__name__ = name
     return build

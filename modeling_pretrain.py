@@ -1,6 +1,7 @@
 """Masked image modeling (BEiT) and its CLS pretraining (BEiT v2).
 
-Shapes: B batch, N patches, T = 1 + N tokens with CLS in front, C width, K codes, M masked patches of the whole batch.
+Shapes: B batch, N patches, T = 1 + N tokens with CLS in front, C width, K codes, M
+masked patches of the whole batch.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from vit_backbone import (
     truncated_normal_,
 )
 
-Criterion = Callable[[Tensor, nn.Linear], Any]  # of normalized tokens (M, C) or (B, N, C) and the prediction head
+# of normalized tokens (M, C) or (B, N, C) and the prediction head
+Criterion = Callable[[Tensor, nn.Linear], Any]
 
 
 class MaskedPatches(NamedTuple):
     """The M masked patches of a batch, and the tokens that the last block of each branch computes.
 
-    Only masked patches reach the heads, so the last blocks compute no other outputs (`subset`), but for CLS in front of
-    them where the other branch needs it (`subset_with_cls`). Both are None where the images have different numbers of
-    masked patches: then all outputs are computed.
+    Only masked patches reach the heads, so the last blocks compute no other outputs
+    (`subset`), but for CLS in front of them where the other branch needs it
+    (`subset_with_cls`). Both are None where the images have different numbers of masked
+    patches: then all outputs are computed.
     """
 
     flat_index: Tensor  # (M,) int64 among the B * T tokens
@@ -51,7 +54,8 @@ class MaskedPatches(NamedTuple):
 class VisionTransformerForMaskedImageModeling(Trunk):
     """ViT that predicts the visual token of every masked patch (BEiT, section 2.3).
 
-    `vocab_size`: K, the values that the head gives for a patch; --target pixels asks for those of a patch's pixels instead.
+    `vocab_size`: K, the values that the head gives for a patch; --target pixels asks
+    for those of a patch's pixels instead.
     """
 
     def __init__(
@@ -103,15 +107,19 @@ class VisionTransformerForMaskedImageModeling(Trunk):
     ) -> Any:
         """Images (B, in_chans, height, width), mask (B, N) or None for nothing masked.
 
-        Returns the logits of the masked patches (M, K) in row-major order; with return_all_tokens those of all patches
-        (B, N, K); with return_patch_tokens the normalized patch tokens (B, N, C). With `criterion`, in place of the
-        logits what criterion(normalized tokens, head) gives: a loss that need not keep the logits.
-        A mask on the CPU beside images on a GPU spares a synchronization: the positions are listed on the host.
+        Returns the logits of the masked patches (M, K) in row-major order; with
+        return_all_tokens those of all patches (B, N, K); with return_patch_tokens the
+        normalized patch tokens (B, N, C). With `criterion`, in place of the logits what
+        criterion(normalized tokens, head) gives: a loss that need not keep the logits.
+        A mask on the CPU beside images on a GPU spares a synchronization: the positions
+        are listed on the host.
         """
         mask, masked = self.locate_masked(x, bool_masked_pos)
         every_patch = return_all_tokens or return_patch_tokens
         tokens = self.encode(x, mask, None if every_patch else masked.subset)
-        return self.predict(tokens, masked, return_all_tokens, return_patch_tokens, self.norm, self.lm_head, criterion)
+        return self.predict(
+            tokens, masked, return_all_tokens, return_patch_tokens, self.norm, self.lm_head, criterion
+        )
 
     compiled_methods: tuple[str, ...] = ("encode",)
 
@@ -153,21 +161,31 @@ class VisionTransformerForMaskedImageModeling(Trunk):
 class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImageModeling):
     """BEiT v2, section 3.2: the last layer's CLS token must carry what the early layers' patch tokens lack.
 
-    [last CLS; patch tokens of block `early_layers`] passes `head_layers` more blocks, whose patch tokens predict the
-    visual tokens a second time. forward returns the pair (main branch, CLS branch).
+    [last CLS; patch tokens of block `early_layers`] passes `head_layers` more blocks,
+    whose patch tokens predict the visual tokens a second time. forward returns the pair
+    (main branch, CLS branch).
     """
 
     def __init__(
-        self, *args: Any, early_layers: int = 6, head_layers: int = 2, shared_lm_head: bool = True, **kwargs: Any
+        self,
+        *args: Any,
+        early_layers: int = 6,
+        head_layers: int = 2,
+        shared_lm_head: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         depth = len(self.blocks)
         if not 0 < early_layers <= depth:
-            raise UserError(f"--early_layers {early_layers} must lie between 1 and the model's depth, {depth}")
+            raise UserError(
+                f"--early_layers {early_layers} must lie between 1 and the model's depth, {depth}"
+            )
         self.early_layers, self.shared_lm_head = early_layers, shared_lm_head
         rates = drop_path_ramp(self.drop_path_rate, max(depth, early_layers + head_layers))
         # These blocks keep PyTorch's default initialization, rescaled: the released weights were trained so.
-        self.cls_pt_layers = nn.ModuleList(self.make_block(drop_path=rates[early_layers + i]) for i in range(head_layers))
+        self.cls_pt_layers = nn.ModuleList(
+            self.make_block(drop_path=rates[early_layers + i]) for i in range(head_layers)
+        )
         rescale_outputs(self.cls_pt_layers, first=early_layers + 1)
         if not shared_lm_head:
             self.cls_pt_norm = self.norm_layer(self.embed_dim)
@@ -187,7 +205,9 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
         every_patch = return_all_tokens or return_patch_tokens
         last, early, bias = self.encode_both(x, mask, None if every_patch else masked.subset_with_cls)
         bridged = self.aggregate_into_cls(last, early, bias, None if every_patch else masked.subset)
-        cls_norm, cls_head = (self.norm, self.lm_head) if self.shared_lm_head else (self.cls_pt_norm, self.cls_pt_lm_head)
+        cls_norm, cls_head = (
+            (self.norm, self.lm_head) if self.shared_lm_head else (self.cls_pt_norm, self.cls_pt_lm_head)
+        )
         asked = (masked, return_all_tokens, return_patch_tokens)
         main = self.predict(last, *asked, self.norm, self.lm_head, criterion)
         return main, self.predict(bridged, *asked, cls_norm, cls_head, criterion)
@@ -197,8 +217,9 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
     def encode_both(
         self, x: Tensor, mask: Tensor | None, subset: TokenSubset | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens after the last block, (B, T, C) or those of the subset (B, R, C), CLS first; patch tokens after block
-        `early_layers` (B, N, C); and the shared bias."""
+        """Tokens after the last block, (B, T, C) or those of the subset (B, R, C), CLS
+        first; patch tokens after block `early_layers` (B, N, C); and the shared bias.
+        """
         tokens, bias = self.embed(x, mask), self.shared_bias()
         early, depth = tokens, len(self.blocks)
         for layer, block in enumerate(self.blocks, start=1):
@@ -208,7 +229,9 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
                 early = tokens
         return tokens, early[:, 1:], bias
 
-    def aggregate_into_cls(self, last: Tensor, early: Tensor, bias: Tensor | None, subset: TokenSubset | None = None) -> Tensor:
+    def aggregate_into_cls(
+        self, last: Tensor, early: Tensor, bias: Tensor | None, subset: TokenSubset | None = None
+    ) -> Tensor:
         """[last CLS; early patches] through the head's layers: (B, T, C), or only the subset (B, R, C)."""
         bridged = torch.cat((last[:, :1], early), dim=1)
         for block in self.cls_pt_layers[:-1]:
@@ -216,7 +239,8 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
         return self.cls_pt_layers[-1](bridged, bias, subset)
 
 
-# ── Variants: name -> (row of SIZES, patch size, image size); `_cls_pt` adds the CLS head ────────────────────────────
+# ── Variants: name -> (row of SIZES, patch size, image size); `_cls_pt` adds the CLS
+# head ────────────────────────────
 
 VARIANTS = {
     "beit_demo_patch16_128_8k_vocab": ("demo", 16, 128),
@@ -240,7 +264,11 @@ VARIANTS = {
 def _builder(name: str) -> Callable[..., VisionTransformerForMaskedImageModeling]:
     size, patch_size, img_size = VARIANTS[name]
     with_cls_head = name.endswith("_cls_pt")
-    model = VisionTransformerForMaskedImageModelingCLS if with_cls_head else VisionTransformerForMaskedImageModeling
+    model = (
+        VisionTransformerForMaskedImageModelingCLS
+        if with_cls_head
+        else VisionTransformerForMaskedImageModeling
+    )
 
     def build(pretrained: bool = False, **kwargs: Any) -> VisionTransformerForMaskedImageModeling:
         if pretrained:
@@ -260,7 +288,9 @@ def create_model(name: str, **kwargs: Any) -> VisionTransformerForMaskedImageMod
     """`early_layers`, `head_layers` and `shared_lm_head` are dropped for models without the CLS head."""
     build = pick(MODELS, name, "pretraining model")
     if not name.endswith("_cls_pt"):
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("early_layers", "head_layers", "shared_lm_head")}
+        kwargs = {
+            k: v for k, v in kwargs.items() if k not in ("early_layers", "head_layers", "shared_lm_head")
+        }
     return build(**kwargs)
 
 

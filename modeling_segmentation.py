@@ -1,8 +1,8 @@
 """Semantic segmentation: the ViT as a backbone of four maps, and heads that give every pixel a class.
 
-Shapes: B batch, C width, K classes, h x w patches of an image of H x W pixels.
-Sources: BEiT (Bao et al. 2022, section 3.2 and appendix), UPerNet (Xiao et al. 2018), SETR-PUP (Zheng et al. 2021).
-Names of parameters are those of the released ADE20K checkpoints.
+Shapes: B batch, C width, K classes, h x w patches of an image of H x W pixels. Sources:
+BEiT (Bao et al. 2022, section 3.2 and appendix), UPerNet (Xiao et al. 2018), SETR-PUP
+(Zheng et al. 2021). Names of parameters are those of the released ADE20K checkpoints.
 """
 
 from __future__ import annotations
@@ -110,10 +110,16 @@ def set_head_dropout(model: nn.Module, share: float) -> None:
 
 
 class UPerHead(Head):
-    """UPerNet: pools of the coarsest map tell what the scene is, and a feature pyramid brings that down to the finest one."""
+    """UPerNet: pools of the coarsest map tell what the scene is, and a feature pyramid
+    brings that down to the finest one.
+    """
 
     def __init__(
-        self, in_channels: Sequence[int], channels: int, num_classes: int, pool_scales: Sequence[int] = POOL_SCALES
+        self,
+        in_channels: Sequence[int],
+        channels: int,
+        num_classes: int,
+        pool_scales: Sequence[int] = POOL_SCALES,
     ) -> None:
         super().__init__(channels, num_classes)
         *fine, coarsest = in_channels
@@ -156,7 +162,9 @@ class SETRPUPHead(Head):
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, stages: int = 4) -> None:
         super().__init__(channels, num_classes)
-        self.up_convs = nn.ModuleList(ConvModule(channels if i else in_channels, channels, 3) for i in range(stages))
+        self.up_convs = nn.ModuleList(
+            ConvModule(channels if i else in_channels, channels, 3) for i in range(stages)
+        )
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """[(B, in_channels, h, w)] -> logits (B, K, 16 h, 16 w)"""
@@ -170,7 +178,8 @@ class SETRPUPHead(Head):
 class SegmentationBackbone(Trunk):
     """The ViT without head and last norm: raw outputs of chosen blocks, as maps.
 
-    `pyramid`: the four maps are brought to strides 4, 8, 16 and 32; without it they stay at the patches' stride.
+    `pyramid`: the four maps are brought to strides 4, 8, 16 and 32; without it they
+    stay at the patches' stride.
     """
 
     def __init__(self, out_indices: Sequence[int], pyramid: bool, **kwargs: Any) -> None:
@@ -194,7 +203,9 @@ class SegmentationBackbone(Trunk):
             self.to_strides = (self.fpn1, self.fpn2, nn.Identity(), nn.MaxPool2d(2))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Images (B, in_chans, H, W), sides multiples of the patch size -> a map (B, C, h_i, w_i) for each of out_indices."""
+        """Images (B, in_chans, H, W), sides multiples of the patch size -> a map (B, C,
+        h_i, w_i) for each of out_indices.
+        """
         grid = self.position_grid(x)
         size = self.patch_embed.patch_shape if grid is None else grid.size
         tokens, bias = self.embed(x, grid=grid), self.shared_bias(grid)
@@ -211,21 +222,28 @@ class SegmentationBackbone(Trunk):
 class Segmenter(nn.Module):
     """Backbone, head and, where there is one, auxiliary head on the third map. Takes images of any size."""
 
-    def __init__(self, backbone: SegmentationBackbone, decode_head: Head, auxiliary_head: FCNHead | None = None) -> None:
+    def __init__(
+        self, backbone: SegmentationBackbone, decode_head: Head, auxiliary_head: FCNHead | None = None
+    ) -> None:
         super().__init__()
         self.backbone, self.decode_head, self.auxiliary_head = backbone, decode_head, auxiliary_head
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
-        """Images (B, 3, H, W) -> logits (B, K, H, W); in training beside them those of the auxiliary head, or None."""
+        """Images (B, 3, H, W) -> logits (B, K, H, W); in training beside them those of the
+        auxiliary head, or None.
+        """
         patch = self.backbone.patch_size
-        rows, columns = (at_least((side + patch - 1) // patch, 2) for side in x.shape[-2:])  # two for the max-pool
+        # two for the max-pool
+        rows, columns = (at_least((side + patch - 1) // patch, 2) for side in x.shape[-2:])
         down, right = rows * patch - x.shape[-2], columns * patch - x.shape[-1]
         padded = F.pad(x, (0, right, 0, down))  # with the mean color: images are normalized
         maps = self.backbone(padded)
         logits = self.at_pixels(self.decode_head(maps), padded, x)
         if not self.training:
             return logits
-        return logits, None if self.auxiliary_head is None else self.at_pixels(self.auxiliary_head(maps[2]), padded, x)
+        return logits, None if self.auxiliary_head is None else self.at_pixels(
+            self.auxiliary_head(maps[2]), padded, x
+        )
 
     @staticmethod
     def at_pixels(logits: Tensor, padded: Tensor, x: Tensor) -> Tensor:
@@ -242,7 +260,8 @@ class Segmenter(nn.Module):
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
 
-# ── Variants: <head>_beit_<size>_patch16 ─────────────────────────────────────────────────────────────────────────────
+# ── Variants: <head>_beit_<size>_patch16
+# ─────────────────────────────────────────────────────────────────────────────
 
 
 SMALL_HEAD = 256  # channels of SETR-PUP's head and of the auxiliary one
@@ -253,7 +272,9 @@ VARIANTS = {
 }
 
 
-def create_model(name: str, num_classes: int, img_size: int | tuple[int, int] = 512, **kwargs: Any) -> Segmenter:
+def create_model(
+    name: str, num_classes: int, img_size: int | tuple[int, int] = 512, **kwargs: Any
+) -> Segmenter:
     """`kwargs`: of vit_backbone.Trunk. `img_size`: of the position tables; images may have any other."""
     head, size = pick(VARIANTS, name, "segmentation model")
     width = SIZES[size].embed_dim
@@ -263,8 +284,12 @@ def create_model(name: str, num_classes: int, img_size: int | tuple[int, int] = 
     return assemble(head, settings, num_classes, width, min(width, SMALL_HEAD))
 
 
-def assemble(head: str, backbone: dict[str, Any], num_classes: int, channels: int, aux_channels: int) -> Segmenter:
-    """`backbone`: arguments of vit_backbone.Trunk; `channels`: of the decode head; `aux_channels` 0: no auxiliary head."""
+def assemble(
+    head: str, backbone: dict[str, Any], num_classes: int, channels: int, aux_channels: int
+) -> Segmenter:
+    """`backbone`: arguments of vit_backbone.Trunk; `channels`: of the decode head;
+    `aux_channels` 0: no auxiliary head.
+    """
     pyramid, depth = head == "upernet", backbone["depth"]
     outputs = [depth // 3, depth // 2, 2 * depth // 3, depth] if pyramid else [depth]  # blocks, from 1
     try:

@@ -34,11 +34,12 @@ class VQKD(nn.Module):
     """Encoder -> unit codes of dim D -> quantizer -> decoder -> the teacher's feature of every patch.
 
     Args:
-        encoder_config, decoder_config: arguments of VisionTransformer. The decoder's image is the grid of codes
+        encoder_config, decoder_config: arguments of VisionTransformer. The decoder's
+        image is the grid of codes
             (img_size = grid side, patch_size 1, in_chans = embed_dim).
-        n_embed, embed_dim: K and D.
-        decoder_out_dim: F.
-        teacher: frozen module with `targets(x) -> (B, N, F)`, needed by `forward` alone. It is a guest: it moves with
+        n_embed, embed_dim: K and D. decoder_out_dim: F. teacher: frozen module with
+        `targets(x) -> (B, N, F)`, needed by `forward` alone. It is a guest: it moves
+        with
             `.to()`, but is in neither the parameters nor the state dict.
     """
 
@@ -63,7 +64,9 @@ class VQKD(nn.Module):
         self.decoder = VisionTransformer(**decoder_config)
         if self.encoder.patch_embed.num_patches != self.decoder.patch_embed.num_patches:
             raise ValueError("the decoder's img_size must be the encoder's grid")
-        self.quantize = NormEMAVectorQuantizer(n_embed, embed_dim, beta=1.0, decay=decay, kmeans_init=quantize_kmeans_init)
+        self.quantize = NormEMAVectorQuantizer(
+            n_embed, embed_dim, beta=1.0, decay=decay, kmeans_init=quantize_kmeans_init
+        )
         self.encode_task_layer = task_layer(self.encoder.embed_dim, embed_dim)
         self.decode_task_layer = task_layer(self.decoder.embed_dim, decoder_out_dim)
         mean, std = pick(INPUT_MEAN_STD, process_type, "--process_type")
@@ -79,7 +82,8 @@ class VQKD(nn.Module):
             self.teacher._apply(fn)
         return super()._apply(fn, recurse)
 
-    # ── encoding ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── encoding
+    # ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def pre_process(self, x: Tensor) -> Tensor:
         """Images (B, 3, height, width) in [0, 1] -> what the encoder sees."""
@@ -114,7 +118,8 @@ class VQKD(nn.Module):
             return codes
         return codes.view(x.shape[0], -1) if bool_masked_pos is None else at_mask(codes, bool_masked_pos)
 
-    # ── decoding and distillation ────────────────────────────────────────────────────────────────────────────────────
+    # ── decoding and distillation
+    # ────────────────────────────────────────────────────────────────────────────────────
 
     def decode(self, z_q: Tensor) -> Tensor:
         """Codes (B, D, h, w) -> predicted teacher features (B, N, F)."""
@@ -122,7 +127,9 @@ class VQKD(nn.Module):
 
     @torch.no_grad()
     def targets(self, x: Tensor) -> Tensor:
-        """Images in [0, 1] -> the teacher's features (B, N, F), standardized per channel where the teacher asks for it."""
+        """Images in [0, 1] -> the teacher's features (B, N, F), standardized per channel
+        where the teacher asks for it.
+        """
         if self.teacher is None:
             raise UserError("this tokenizer was built without a teacher: it encodes, it cannot be trained")
         targets = self.teacher.targets(x).float()
@@ -151,7 +158,8 @@ def task_layer(width: int, out: int) -> nn.Sequential:
     return layer.apply(functools.partial(init_linear_and_norm, std=0.02, cut=2.0))
 
 
-# ── Variants ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Variants
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Variant(NamedTuple):
@@ -205,7 +213,8 @@ def _builder(name: str) -> Callable[..., VQKD]:
         decoder_depth: int | None = None,
         **kwargs: Any,
     ) -> VQKD:
-        """A tokenizer to train, or with as_tokenizer a frozen one in eval: with `pretrained_weight` when `pretrained`.
+        """A tokenizer to train, or with as_tokenizer a frozen one in eval: with
+        `pretrained_weight` when `pretrained`.
 
         `decoder_depth`: blocks of the decoder; default: the weights', else the name's.
         """
@@ -213,7 +222,8 @@ def _builder(name: str) -> Callable[..., VQKD]:
         weights = None
         if pretrained:
             weights, flags = read_tokenizer(name, pretrained_weight, n_code, code_dim)
-            decoder_out_dim = len(weights["decode_task_layer.2.bias"])  # the teacher's width, whoever that was
+            # the teacher's width, whoever that was
+            decoder_out_dim = len(weights["decode_task_layer.2.bias"])
             decoder_depth = decoder_depth_of(weights, decoder_depth, str(pretrained_weight or name))
             kwargs.setdefault("process_type", flags.get("process_type", "default"))
         if decoder_out_dim is None:
@@ -228,7 +238,9 @@ def _builder(name: str) -> Callable[..., VQKD]:
             "depth": decoder_depth or variant.decoder_depth, "num_heads": variant.decoder_heads,
         }  # fmt: skip
         kwargs = {"quantize_kmeans_init": not frozen, **kwargs}
-        model = VQKD(encoder, decoder, n_code, code_dim, decoder_out_dim=decoder_out_dim, teacher=teacher, **kwargs)
+        model = VQKD(
+            encoder, decoder, n_code, code_dim, decoder_out_dim=decoder_out_dim, teacher=teacher, **kwargs
+        )
         if weights is not None:
             load_tokenizer_weights(model, weights, str(pretrained_weight))
         return model.eval().requires_grad_(False) if frozen else model
@@ -248,7 +260,8 @@ def create_model(name: str, **kwargs: Any) -> VQKD:
 def open_tokenizer(source: str, flag: str = "--tokenizer_weight") -> tuple[VQKD, dict[str, Any]]:
     """The frozen tokenizer in a file (path, URL or published name), built from what the file says of itself.
 
-    Returns it and the flags it was trained with ({} for published files). `flag` names the source in messages.
+    Returns it and the flags it was trained with ({} for published files). `flag` names
+    the source in messages.
     """
     content = weight_files.load_file(downloads.fetch(source))
     weights = weight_formats.strip_wrappers(weight_files.weights_in(content, source))
@@ -266,7 +279,9 @@ def settings_of(weights: dict[str, Tensor], flags: dict[str, Any], source: str) 
     fitting = [name for name, variant in VARIANTS.items() if variant.encoder_shape == shape]
     name = flags["model"] if flags.get("model") in VARIANTS else next(iter(fitting), None)
     if name is None:
-        raise UserError(f"{source}: width and depth of its encoder, {shape}, are those of none of {', '.join(VARIANTS)}")
+        raise UserError(
+            f"{source}: width and depth of its encoder, {shape}, are those of none of {', '.join(VARIANTS)}"
+        )
     side = grid_of(positions.shape[1] - 1) * PATCH_SIZE
     codes = {"n_code": codebook.shape[0], "code_dim": codebook.shape[1]}
     return {"name": name, "img_size": side, **codes, "decoder_depth": depth_of(weights, "decoder")}
@@ -278,8 +293,11 @@ def depth_of(weights: dict[str, Tensor], part: str) -> int:
     return len({key[len(start) :].split(".")[0] for key in weights if key.startswith(start)})
 
 
-def read_tokenizer(name: str, source: str | None, n_code: int, code_dim: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A tokenizer's state dict, checked against the codebook asked for, and the flags it was trained with, if known.
+def read_tokenizer(
+    name: str, source: str | None, n_code: int, code_dim: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A tokenizer's state dict, checked against the codebook asked for, and the flags it
+    was trained with, if known.
 
     Teacher, scaling and loss entries of released files are left out.
     """
@@ -288,25 +306,36 @@ def read_tokenizer(name: str, source: str | None, n_code: int, code_dim: int) ->
     weights = weight_formats.strip_wrappers(weight_files.weights_in(content, source))
     codebook = weights.get("quantize.embedding.weight")
     if codebook is None or "decode_task_layer.2.bias" not in weights:
-        raise UserError(f"--tokenizer_weight {source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)")
+        raise UserError(
+            f"--tokenizer_weight {source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)"
+        )
     if tuple(codebook.shape) != (n_code, code_dim):
         raise UserError(
-            f"the tokenizer in {source} has {codebook.shape[0]} codes of dim {codebook.shape[1]}, not {n_code} of {code_dim}: "
-            f"pass --codebook_size {codebook.shape[0]} --codebook_dim {codebook.shape[1]} (in run_vqkd_training.py "
+            f"the tokenizer in {source} has {codebook.shape[0]} codes of dim {codebook.shape[1]}, not "
+            f"{n_code} of {code_dim}: "
+            f"pass --codebook_size {codebook.shape[0]} --codebook_dim {codebook.shape[1]} (in "
+            "run_vqkd_training.py "
             "--codebook_n_emd and --codebook_emd_dim)"
         )
     if float(weights.get("quantize.embedding.initted", torch.ones(1))) == 0:
-        raise UserError(f"the tokenizer in {source} was never given a codebook: its training ended in the quantizer's warm-up")
+        raise UserError(
+            f"the tokenizer in {source} was never given a codebook: its training ended in "
+            "the quantizer's warm-up"
+        )
     own = ("encoder.", "decoder.", "encode_task_layer.", "decode_task_layer.", "quantize.", "target_")
     flags = content.get("args") if isinstance(content, dict) else None
-    return {key: value for key, value in weights.items() if key.startswith(own)}, weight_files.plain_flags(flags)
+    return {key: value for key, value in weights.items() if key.startswith(own)}, weight_files.plain_flags(
+        flags
+    )
 
 
 def decoder_depth_of(weights: dict[str, Tensor], asked: int | None, source: str) -> int:
     """Blocks of the decoder in a tokenizer's state dict; UserError when another number was asked for."""
     depth = depth_of(weights, "decoder")
     if asked not in (None, depth):
-        raise UserError(f"the tokenizer in {source} has a decoder of {depth} blocks: leave --decoder_depth {asked} out")
+        raise UserError(
+            f"the tokenizer in {source} has a decoder of {depth} blocks: leave --decoder_depth {asked} out"
+        )
     return depth
 
 
@@ -315,14 +344,21 @@ def load_tokenizer_weights(model: VQKD, weights: dict[str, Tensor], source: str)
     for key in weights:
         unused = re.match(r"(encoder|decoder)\.(head\.|fc_norm\.|.*relative_position_index$)", key)
         if key.startswith(("encoder.", "decoder.")) and key not in wanted and not unused:
-            raise UserError(f"{source} is of another architecture, which no tokenizer here computes: it holds {key}")
+            raise UserError(
+                f"{source} is of another architecture, which no tokenizer here computes: it holds {key}"
+            )
     missing = [key for key in wanted if key not in weights and not key.startswith("target_")]
     misfits = [key for key, value in weights.items() if key in wanted and wanted[key].shape != value.shape]
     if missing or misfits:
         own = settings_of(weights, {}, source)
         side, fitting = own["img_size"], own["name"]
         reason = f"it is a {fitting}, or of that size"
-        if "encoder.pos_embed" in misfits and weights["encoder.pos_embed"].shape[-1] == wanted["encoder.pos_embed"].shape[-1]:
+        if (
+            "encoder.pos_embed" in misfits
+            and weights["encoder.pos_embed"].shape[-1] == wanted["encoder.pos_embed"].shape[-1]
+        ):
             reason = f"it was trained on {side}-pixel images: --second_input_size {side}"
-        raise UserError(f"{source} does not fit --tokenizer_model ({(misfits + missing)[0]} differs): {reason}")
+        raise UserError(
+            f"{source} does not fit --tokenizer_model ({(misfits + missing)[0]} differs): {reason}"
+        )
     model.load_state_dict(weights, strict=False)

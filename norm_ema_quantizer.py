@@ -31,7 +31,9 @@ class Codebook(nn.Module):
 
     def __init__(self, n_embed: int, embedding_dim: int, initialized: bool) -> None:
         super().__init__()
-        weight = unit(torch.randn(n_embed, embedding_dim)) if initialized else torch.zeros(n_embed, embedding_dim)
+        weight = (
+            unit(torch.randn(n_embed, embedding_dim)) if initialized else torch.zeros(n_embed, embedding_dim)
+        )
         self.register_buffer("weight", weight)
         self.register_buffer("cluster_size", torch.zeros(n_embed))
         self.register_buffer("embed_avg", weight.clone())
@@ -68,7 +70,8 @@ class NormEMAVectorQuantizer(nn.Module):
         self.statistic_code_usage = statistic_code_usage
         self.embedding = Codebook(n_embed, embedding_dim, initialized=not kmeans_init)
         self.register_buffer("cluster_size", torch.zeros(n_embed))
-        self.ready = not kmeans_init  # host-side copy of embedding.initted: asking the device would synchronize it
+        # host-side copy of embedding.initted: asking the device would synchronize it
+        self.ready = not kmeans_init
         self.warming_up = False  # set by the training stage: features pass unquantized
         self.gather_for_kmeans = 0  # features to collect before k-means; 0 = the first batch, as published
         self.collected: list[Tensor] = []
@@ -81,8 +84,9 @@ class NormEMAVectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (B, D, h, w) -> (z_q (B, D, h, w), loss (), indices (M,) int64).
 
-        The gradient passes straight through to the unit-length features. While the codebook is not initialized (before
-        k-means) the features themselves come out, with loss 0 and indices -1.
+        The gradient passes straight through to the unit-length features. While the
+        codebook is not initialized (before k-means) the features themselves come out,
+        with loss 0 and indices -1.
         """
         with torch.autocast(z.device.type, enabled=False):
             features = unit(rearrange(z.float(), "b d h w -> b h w d").contiguous())
@@ -117,7 +121,8 @@ class NormEMAVectorQuantizer(nn.Module):
         means = unit(sums / counts.clamp(min=1)[:, None])
         moved = unit(self.decay * self.embedding.weight + (1 - self.decay) * means)
         usage = self.decay * self.cluster_size + (1 - self.decay) * counts
-        # A batch with non-finite features must not poison the codebook; decided on the device, the same on all ranks.
+        # A batch with non-finite features must not poison the codebook; decided on the
+        # device, the same on all ranks.
         sound = torch.isfinite(sums.sum())
         self.embedding.weight.copy_(torch.where(sound & used[:, None], moved, self.embedding.weight))
         if self.statistic_code_usage:
@@ -162,18 +167,26 @@ class NormEMAVectorQuantizer(nn.Module):
     def usage(self) -> dict[str, float]:
         """Codes used since start_epoch, and the perplexity exp(entropy) of their use. Synchronizes the device."""
         used = int((self.cluster_size > 0).sum())
-        return {"codes_used": used, "unused_code": self.num_tokens - used, "perplexity": perplexity(self.cluster_size)}
+        return {
+            "codes_used": used,
+            "unused_code": self.num_tokens - used,
+            "perplexity": perplexity(self.cluster_size),
+        }
 
 
 def perplexity(counts: Tensor) -> float:
-    """exp(entropy) of how often each code (K,) is used: so many codes, used equally, are as hard to guess. 0 without any."""
+    """exp(entropy) of how often each code (K,) is used: so many codes, used equally, are
+    as hard to guess. 0 without any.
+    """
     total = counts.sum()
     shares = counts / total.clamp(min=1e-12)
     return float(torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()) * (total > 0))
 
 
 def count_and_sum(features: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
-    """Features (M, D) by code: counts (K,) and sums (K, D), without a one-hot matrix and without a synchronization."""
+    """Features (M, D) by code: counts (K,) and sums (K, D), without a one-hot matrix and
+    without a synchronization.
+    """
     counts = features.new_zeros(n_codes).index_add_(0, indices, features.new_ones(len(indices)))
     sums = features.new_zeros(n_codes, features.shape[1]).index_add_(0, indices, features)
     return counts, sums
@@ -183,8 +196,9 @@ def count_and_sum(features: Tensor, indices: Tensor, n_codes: int) -> tuple[Tens
 def cosine_kmeans(features: Tensor, n_codes: int, rounds: int = 10) -> Tensor:
     """Unit features (M, D) -> unit centers (K, D).
 
-    With fewer features than codes every feature becomes a center and the rest are random directions: drawing with
-    replacement, as the published code does, would duplicate codes, and only one of two equal codes is ever used.
+    With fewer features than codes every feature becomes a center and the rest are
+    random directions: drawing with replacement, as the published code does, would
+    duplicate codes, and only one of two equal codes is ever used.
     """
     generator = torch.Generator().manual_seed(0)
     distinct = torch.unique(features, dim=0)

@@ -1,4 +1,6 @@
-"""Parameter groups, layer-wise learning rates, optimizers and schedules. Groups and schedules are pure functions."""
+"""Parameter groups, layer-wise learning rates, optimizers and schedules. Groups and
+schedules are pure functions.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from errors import UserError
 
 
 def get_num_layer_for_vit(name: str, num_max_layer: int) -> int:
-    """Which layer a parameter belongs to: 0 embeddings and tokens, i + 1 block i, num_max_layer - 1 all the rest."""
+    """Which layer a parameter belongs to: 0 embeddings and tokens, i + 1 block i,
+    num_max_layer - 1 all the rest.
+    """
     if name in ("cls_token", "mask_token", "pos_embed") or name.startswith("patch_embed"):
         return 0
     if name.startswith("blocks."):
@@ -53,8 +57,9 @@ def get_parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups `[layer_i_]{decay,no_decay}` in the order in which the parameters first meet them.
 
-    No weight decay for 1-d parameters, biases and the names in `skip_list`. Each group carries `weight_decay` and
-    `lr_scale`; the training loop multiplies the scheduled rate by the latter.
+    No weight decay for 1-d parameters, biases and the names in `skip_list`. Each group
+    carries `weight_decay` and `lr_scale`; the training loop multiplies the scheduled
+    rate by the latter.
     """
     skipped = set(skip_list)
     groups: dict[str, dict[str, Any]] = {}
@@ -85,8 +90,9 @@ def create_optimizer(
 
     args: opt, lr, weight_decay, opt_eps, opt_betas, momentum.
 
-    AdamW and Adam are torch's fused ones: they can skip a step on the device, without a synchronization. (Fused SGD can
-    too, but leaves its momentum uninitialized if the first step is skipped.) Any other name is one of timm's.
+    AdamW and Adam are torch's fused ones: they can skip a step on the device, without a
+    synchronization. (Fused SGD can too, but leaves its momentum uninitialized if the
+    first step is skipped.) Any other name is one of timm's.
     """
     if skip_list is None:
         skip_list = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
@@ -109,7 +115,9 @@ def create_optimizer(
     return _timm_optimizer(name, groups, args)
 
 
-def _timm_optimizer(name: str, groups: list[dict[str, Any]], args: argparse.Namespace) -> torch.optim.Optimizer:
+def _timm_optimizer(
+    name: str, groups: list[dict[str, Any]], args: argparse.Namespace
+) -> torch.optim.Optimizer:
     import timm.optim
 
     settings: dict[str, Any] = {"betas": tuple(args.opt_betas)} if args.opt_betas else {}
@@ -117,36 +125,54 @@ def _timm_optimizer(name: str, groups: list[dict[str, Any]], args: argparse.Name
         settings["eps"] = args.opt_eps
     try:
         return timm.optim.create_optimizer_v2(
-            groups, opt=name, lr=args.lr, momentum=getattr(args, "momentum", 0.9), weight_decay=0.0,
-            filter_bias_and_bn=False, **settings,
-        )  # fmt: skip
+            groups,
+            opt=name,
+            lr=args.lr,
+            momentum=getattr(args, "momentum", 0.9),
+            weight_decay=0.0,
+            filter_bias_and_bn=False,
+            **settings,
+        )
     except TypeError as error:
         raise UserError(f"--opt {name} does not take --opt_eps or --opt_betas ({error})") from None
     except (ValueError, AssertionError) as error:
-        raise UserError(f"--opt {name}: neither adamw, adam, sgd nor one of timm's optimizers ({error})") from None
+        raise UserError(
+            f"--opt {name}: neither adamw, adam, sgd nor one of timm's optimizers ({error})"
+        ) from None
 
 
-MOMENTS = {  # torch's own optimizers -> what they keep of a parameter, in its shape, and whether they cannot do without
+# torch's own optimizers -> what they keep of a parameter, in its shape, and whether
+# they cannot do without
+MOMENTS = {
     torch.optim.Adam: (("exp_avg", "exp_avg_sq"), True),
     torch.optim.AdamW: (("exp_avg", "exp_avg_sq"), True),
     torch.optim.SGD: (("momentum_buffer",), False),
 }
 
 
-def check_saved_state(saved: Any, optimizer: torch.optim.Optimizer, names: Mapping[int, str], source: str) -> None:
-    """Compare a saved optimizer, tensor by tensor, with the parameters it is for: fused kernels read and write moments
-    without looking at their shapes.
+def check_saved_state(
+    saved: Any, optimizer: torch.optim.Optimizer, names: Mapping[int, str], source: str
+) -> None:
+    """Compare a saved optimizer, tensor by tensor, with the parameters it is for: fused
+    kernels read and write moments without looking at their shapes.
 
-    saved: an optimizer's `state_dict()`, of whole tensors. names: id of a parameter -> its name. UserError that begins
-    with `source`: other groups, or a tensor of another shape or kind than its parameter needs, or that is not finite.
+    saved: an optimizer's `state_dict()`, of whole tensors. names: id of a parameter ->
+    its name. UserError that begins with `source`: other groups, or a tensor of another
+    shape or kind than its parameter needs, or that is not finite.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
-        raise UserError(f"{source}: its optimizer is no optimizer's state; start from its weights with --finetune")
+        raise UserError(
+            f"{source}: its optimizer is no optimizer's state; start from its weights with --finetune"
+        )
     groups = saved.get("param_groups")
-    if not isinstance(groups, list) or not all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups):
-        raise UserError(f"{source}: its optimizer has no groups of parameters; start from its weights with --finetune")
+    if not isinstance(groups, list) or not all(
+        isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups
+    ):
+        raise UserError(
+            f"{source}: its optimizer has no groups of parameters; start from its weights with --finetune"
+        )
     found = [len(group["params"]) for group in groups]
     if found != sizes:
         where = next((i for i, (a, b) in enumerate(zip(found, sizes, strict=False)) if a != b), None)
@@ -155,10 +181,14 @@ def check_saved_state(saved: Any, optimizer: torch.optim.Optimizer, names: Mappi
             if where is None
             else f"{found[where]} parameters in group {where}, this run's has {sizes[where]}"
         )
-        raise UserError(f"{source}: its optimizer has {what}: give the flags it was trained with (--layer_decay, --model)")
+        raise UserError(
+            f"{source}: its optimizer has {what}: give the flags it was trained with (--layer_decay, --model)"
+        )
     numbers = [number for group in groups for number in group["params"]]
     if numbers != list(range(len(parameters))) or not saved["state"].keys() <= set(numbers):
-        raise UserError(f"{source}: its optimizer numbers its parameters in no order of ours; take another checkpoint")
+        raise UserError(
+            f"{source}: its optimizer numbers its parameters in no order of ours; take another checkpoint"
+        )
     if not saved["state"]:
         return
     trial = None if type(optimizer) in MOMENTS else state_after_a_step(optimizer)
@@ -171,18 +201,28 @@ def check_saved_state(saved: Any, optimizer: torch.optim.Optimizer, names: Mappi
             shapes: dict[str, Any] = dict.fromkeys(kept, parameter.shape)
             missing = [key for key in ("step", *kept) if key not in moments] if needed else []
         else:
-            shapes = {key: value.shape for key, value in trial[number].items() if isinstance(value, torch.Tensor)}
+            shapes = {
+                key: value.shape for key, value in trial[number].items() if isinstance(value, torch.Tensor)
+            }
             missing = [key for key in trial[number] if key not in moments]
         if missing:
-            raise UserError(f"{source}: the optimizer's {missing[0]} of {name} is missing; take another checkpoint")
+            raise UserError(
+                f"{source}: the optimizer's {missing[0]} of {name} is missing; take another checkpoint"
+            )
         for key, value in moments.items():
-            wrong = "" if key == "momentum_buffer" and value is None else fault_of(key, value, shapes.get(key), parameter)
+            wrong = (
+                ""
+                if key == "momentum_buffer" and value is None
+                else fault_of(key, value, shapes.get(key), parameter)
+            )
             if wrong:
                 raise UserError(f"{source}: the optimizer's {key} of {name} {wrong}; take another checkpoint")
 
 
 def fault_of(key: str, value: Any, shape: torch.Size | None, parameter: torch.Tensor) -> str:
-    """What is wrong with a saved moment; "" if it is as it should be. `shape`: None for what the optimizer has no use for."""
+    """What is wrong with a saved moment; "" if it is as it should be. `shape`: None for
+    what the optimizer has no use for.
+    """
     if key == "step" and not isinstance(value, torch.Tensor):
         fine = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
         return "" if fine else "is no count of steps"
@@ -191,7 +231,12 @@ def fault_of(key: str, value: Any, shape: torch.Size | None, parameter: torch.Te
     if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
         return "is no plain tensor"
     if key == "step":
-        fine = value.numel() == 1 and not value.is_complex() and bool(torch.isfinite(value.float())) and float(value) >= 0
+        fine = (
+            value.numel() == 1
+            and not value.is_complex()
+            and bool(torch.isfinite(value.float()))
+            and float(value) >= 0
+        )
         return "" if fine else "is no count of steps"
     if shape is not None and value.shape != shape:
         return f"has the shape {list(value.shape)}, where {list(shape)} is needed"
@@ -203,7 +248,9 @@ def fault_of(key: str, value: Any, shape: torch.Size | None, parameter: torch.Te
 
 
 def state_after_a_step(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What an optimizer keeps of each parameter, found by a step of a copy; timm's have factors of shapes of their own."""
+    """What an optimizer keeps of each parameter, found by a step of a copy; timm's have
+    factors of shapes of their own.
+    """
     trial = copy.deepcopy(optimizer)
     parameters = [p for group in trial.param_groups for p in group["params"]]
     for parameter in parameters:
@@ -221,21 +268,29 @@ def cosine_scheduler(
     start_warmup_value: float = 0,
     warmup_steps: int = -1,
 ) -> np.ndarray:
-    """One value per optimizer step: linear warm-up that includes its endpoint, then half a cosine to `final_value`.
+    """One value per optimizer step: linear warm-up that includes its endpoint, then half a
+    cosine to `final_value`.
 
-    warmup_steps > 0 replaces warmup_epochs * niter_per_ep. A warm-up longer than the run is cut at the run's end.
+    warmup_steps > 0 replaces warmup_epochs * niter_per_ep. A warm-up longer than the
+    run is cut at the run's end.
     """
     total = epochs * niter_per_ep
     warmup = warmup_steps if warmup_steps > 0 else int(warmup_epochs * niter_per_ep)
     rise = np.linspace(start_warmup_value, base_value, warmup)
     n = max(total - warmup, 0)
-    fall = [final_value + 0.5 * (base_value - final_value) * (1 + math.cos(math.pi * i / n)) for i in range(n)]
+    fall = [
+        final_value + 0.5 * (base_value - final_value) * (1 + math.cos(math.pi * i / n)) for i in range(n)
+    ]
     return np.concatenate((rise, np.array(fall)))[:total]
 
 
-def poly_scheduler(base_value: float, final_value: float, steps: int, warmup_steps: int = 0, power: float = 1.0) -> np.ndarray:
-    """One value per optimizer step: base * (1 - step / steps) ** power down to `final_value`, while a linear warm-up from
-    (nearly) 0 multiplies it (semantic segmentation's recipes)."""
+def poly_scheduler(
+    base_value: float, final_value: float, steps: int, warmup_steps: int = 0, power: float = 1.0
+) -> np.ndarray:
+    """One value per optimizer step: base * (1 - step / steps) ** power down to
+    `final_value`, while a linear warm-up from (nearly) 0 multiplies it (semantic
+    segmentation's recipes).
+    """
     step = np.arange(steps)
     fall = final_value + (base_value - final_value) * (1 - step / steps) ** power
     return fall * np.clip(step / max(warmup_steps, 1), 1e-6, 1.0) if warmup_steps > 0 else fall
@@ -245,7 +300,8 @@ def poly_scheduler(base_value: float, final_value: float, steps: int, warmup_ste
 class Schedule:
     """Learning rate and weight decay for every optimizer step of the run.
 
-    `in_steps`: the run is counted in optimizer steps, whatever an epoch is; else in epochs, whatever a step is.
+    `in_steps`: the run is counted in optimizer steps, whatever an epoch is; else in
+    epochs, whatever a step is.
     """
 
     lr: np.ndarray
@@ -267,17 +323,21 @@ def build_schedule(args: argparse.Namespace, lr: float, steps_per_epoch: int) ->
     warmup = args.warmup_steps if args.warmup_steps > 0 else int(args.warmup_epochs * steps_per_epoch)
     if args.warmup_steps >= args.epochs * steps_per_epoch:
         raise UserError(
-            f"--warmup_steps {args.warmup_steps} is as long as the run of {args.epochs * steps_per_epoch} steps "
+            f"--warmup_steps {args.warmup_steps} is as long as the run of "
+            f"{args.epochs * steps_per_epoch} steps "
             f"({args.epochs} epochs of {steps_per_epoch}): shorten it or raise --epochs"
         )
     if warmup >= args.epochs * steps_per_epoch:
         logging.getLogger("beit").warning(
-            f"warning: the warm-up ({warmup} steps) is as long as the run ({args.epochs * steps_per_epoch} steps): "
+            f"warning: the warm-up ({warmup} steps) is as long as the run "
+            f"({args.epochs * steps_per_epoch} steps): "
             "the learning rate only rises; lower --warmup_epochs"
         )
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     return Schedule(
-        cosine_scheduler(lr, args.min_lr, *shape, warmup_epochs=args.warmup_epochs, warmup_steps=args.warmup_steps),
+        cosine_scheduler(
+            lr, args.min_lr, *shape, warmup_epochs=args.warmup_epochs, warmup_steps=args.warmup_steps
+        ),
         cosine_scheduler(args.weight_decay, end, *shape),
     )
 
@@ -286,7 +346,8 @@ def build_poly_schedule(args: argparse.Namespace) -> Schedule:
     """args: max_steps, lr, min_lr, warmup_steps, poly_power, weight_decay."""
     if args.warmup_steps >= args.max_steps:
         raise UserError(
-            f"--warmup_steps {args.warmup_steps} is as long as the run of --max_steps {args.max_steps}: shorten it, or give 0"
+            f"--warmup_steps {args.warmup_steps} is as long as the run of --max_steps "
+            f"{args.max_steps}: shorten it, or give 0"
         )
     return Schedule(
         poly_scheduler(args.lr, args.min_lr, args.max_steps, args.warmup_steps, args.poly_power),

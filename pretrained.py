@@ -1,4 +1,6 @@
-"""Backbones from weight files: what a file holds, built from the shapes in it, and a report of what of it was used."""
+"""Backbones from weight files: what a file holds, built from the shapes in it, and a
+report of what of it was used.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from vit_backbone import SIZES, Trunk
 def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[str]:
     """Load what fits of `weights` and say in a block of lines what was used; returns the names that stayed new.
 
-    UserError when blocks, patch embedding or CLS token do not fit. `source` names the weights, as in "--finetune out/pt.pth".
+    UserError when blocks, patch embedding or CLS token do not fit. `source` names the
+    weights, as in "--finetune out/pt.pth".
     """
     weights = to_our_names(weights)
     fitting, missing = remapping.load_remapped(model, weights)
@@ -36,11 +39,14 @@ def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[
     return missing
 
 
-def architecture(weights: dict[str, Tensor], flags: dict[str, Any], num_heads: int | None = None) -> dict[str, Any]:
+def architecture(
+    weights: dict[str, Tensor], flags: dict[str, Any], num_heads: int | None = None
+) -> dict[str, Any]:
     """The arguments of the VisionTransformer whose weights these are, without a head, read from their shapes.
 
-    `flags`: those of the training run, {} where unknown. Only heads and the grid of a model without positions cannot be
-    read from shapes alone: they follow from the flags, the table of sizes, or `num_heads`.
+    `flags`: those of the training run, {} where unknown. Only heads and the grid of a
+    model without positions cannot be read from shapes alone: they follow from the
+    flags, the table of sizes, or `num_heads`.
     """
     blocks = {int(found.group(1)) for key in weights if (found := re.match(r"blocks\.(\d+)\.", key))}
     patches, mlp = weights.get("patch_embed.proj.weight"), weights.get("blocks.0.mlp.fc1.weight")
@@ -49,15 +55,23 @@ def architecture(weights: dict[str, Tensor], flags: dict[str, Any], num_heads: i
     if "cls_token" not in weights:
         raise UserError("it is a vision transformer without CLS token, which no model here has")
     if patches.ndim != 4 or patches.shape[2] != patches.shape[3]:
-        raise UserError(f"its patches are not square ones of images (patch_embed.proj.weight of {tuple(patches.shape)})")
+        raise UserError(
+            f"its patches are not square ones of images (patch_embed.proj.weight of {tuple(patches.shape)})"
+        )
     width, in_chans, patch_size, _ = patches.shape
     tables = [value for key, value in weights.items() if key.endswith("relative_position_bias_table")]
     rows = [size for size in SIZES.values() if (size.embed_dim, size.depth) == (width, len(blocks))]
     if tables and num_heads not in (None, tables[0].shape[1]):
-        raise UserError(f"--num_heads {num_heads}: the file's position tables are of {tables[0].shape[1]} heads; leave it out")
+        raise UserError(
+            f"--num_heads {num_heads}: the file's position tables are of "
+            f"{tables[0].shape[1]} heads; leave it out"
+        )
     heads = num_heads or (tables[0].shape[1] if tables else rows[0].num_heads if rows else None)
     if heads is None or width % heads:
-        raise UserError(f"how many heads the {width} channels of each layer are cut into is not known: --num_heads says it")
+        raise UserError(
+            f"how many heads the {width} channels of each layer are cut into is not "
+            "known: --num_heads says it"
+        )
     hidden = len(mlp)
     ratio, grid = hidden / width, remapping.patch_grid(weights)
     size = tuple(side * patch_size for side in grid) if grid else as_pair(flags.get("input_size") or 224)
@@ -86,11 +100,13 @@ def open_backbone(
     flag: str = "--checkpoint",
     content: weight_source.Source | None = None,
 ) -> tuple[VisionTransformer, dict[str, Any]]:
-    """The transformer in a file (path, URL or published name) of pretraining or fine-tuning, in eval, without its heads.
+    """The transformer in a file (path, URL or published name) of pretraining or
+    fine-tuning, in eval, without its heads.
 
-    Returns it and the flags it was trained with ({} for published files). `input_size`: side or (height, width) in pixels
-    to use it at, the position tables are resized; default: its own. `flag` names the source in messages.
-    `content`: of the file, where it has been read already.
+    Returns it and the flags it was trained with ({} for published files). `input_size`:
+    side or (height, width) in pixels to use it at, the position tables are resized;
+    default: its own. `flag` names the source in messages. `content`: of the file, where
+    it has been read already.
     """
     weights, flags, *_ = content or weight_source.read(source, flag=flag)
     try:
@@ -116,8 +132,13 @@ def has_cls_head(weights: dict[str, Tensor]) -> bool:
 
 
 def uses_imagenet_statistics(flags: dict[str, Any], args: argparse.Namespace, source: str) -> bool:
-    """--imagenet_default_mean_and_std of the training if `flags` tell, else what `args` choose; says when the two differ."""
+    """--imagenet_default_mean_and_std of the training if `flags` tell, else what `args`
+    choose; says when the two differ.
+    """
     imagenet = flags.get("imagenet_default_mean_and_std", args.imagenet_default_mean_and_std)
     if args.imagenet_default_mean_and_std and not imagenet:
-        log.warning(f"warning: {source} was trained with mean and std 0.5: --imagenet_default_mean_and_std is left out")
+        log.warning(
+            f"warning: {source} was trained with mean and std 0.5: "
+            "--imagenet_default_mean_and_std is left out"
+        )
     return imagenet

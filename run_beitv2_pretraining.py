@@ -25,7 +25,9 @@ from transforms import normalization
 from vit_backbone import SIZES, cast_frozen
 
 DALL_E = ("dall-e", "dall_e")
-STRIDES = dict.fromkeys(modeling_vqkd.VARIANTS, modeling_vqkd.PATCH_SIZE) | dict.fromkeys(DALL_E, modeling_dvae.PATCH_SIZE)
+STRIDES = dict.fromkeys(modeling_vqkd.VARIANTS, modeling_vqkd.PATCH_SIZE) | dict.fromkeys(
+    DALL_E, modeling_dvae.PATCH_SIZE
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -52,14 +54,19 @@ def patch_grid(args: argparse.Namespace) -> int:
     """Side of the student's patch grid; refuses, before any work, flags that cannot go together."""
     size, patch_size, _ = pick(modeling_pretrain.VARIANTS, args.model, "pretraining model")
     if args.input_size % patch_size:
-        raise UserError(f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}")
+        raise UserError(
+            f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}"
+        )
     grid = args.input_size // patch_size
     check_tokenizer_view(args, grid)
     check_masks(args, grid)
     if has_cls_head(args):
         check_cls_head(args, SIZES[size].depth)
     if bool(args.knn_freq) != bool(args.knn_data_path):
-        raise UserError("--knn_freq (epochs, above 0) and --knn_data_path (labeled images) act together: give both or neither")
+        raise UserError(
+            "--knn_freq (epochs, above 0) and --knn_data_path (labeled images) act "
+            "together: give both or neither"
+        )
     return grid
 
 
@@ -67,7 +74,8 @@ def check_tokenizer_view(args: argparse.Namespace, grid: int) -> None:
     stride = tokenizer_stride(args)
     if stride is not None and args.second_input_size not in (None, grid * stride):
         raise UserError(
-            f"--second_input_size {args.second_input_size} gives the tokenizer another grid than the model's {grid} x {grid}: "
+            f"--second_input_size {args.second_input_size} gives the tokenizer another grid than the "
+            f"model's {grid} x {grid}: "
             f"use {grid * stride}, or leave it out"
         )
 
@@ -75,22 +83,30 @@ def check_tokenizer_view(args: argparse.Namespace, grid: int) -> None:
 def check_masks(args: argparse.Namespace, grid: int) -> None:
     masked = args.num_mask_patches
     if args.no_mask and masked:
-        raise UserError(f"--num_mask_patches {masked} and --no_mask contradict each other: leave one of them out")
+        raise UserError(
+            f"--num_mask_patches {masked} and --no_mask contradict each other: leave one of them out"
+        )
     if args.no_mask and args.predict == "masked":
-        raise UserError("--no_mask leaves nothing for --predict masked: leave it out, then all patches are predicted")
+        raise UserError(
+            "--no_mask leaves nothing for --predict masked: leave it out, then all patches are predicted"
+        )
     if masked is not None and not args.no_mask and not 0 < masked <= grid * grid:
         raise UserError(
-            f"--num_mask_patches {masked}: the image has {grid} x {grid} patches; leave the flag out to mask 38 %, or give "
+            f"--num_mask_patches {masked}: the image has {grid} x {grid} patches; leave the flag out "
+            "to mask 38 %, or give "
             "--no_mask to mask none"
         )
 
 
 def check_cls_head(args: argparse.Namespace, depth: int) -> None:
     if not 0 < args.early_layers <= depth:
-        raise UserError(f"--early_layers {args.early_layers} must lie between 1 and {args.model}'s depth, {depth}")
+        raise UserError(
+            f"--early_layers {args.early_layers} must lie between 1 and {args.model}'s depth, {depth}"
+        )
     if args.head_layers < 1:
         raise UserError(
-            f"--head_layers {args.head_layers} must be 1 or more: the CLS token reaches the patches through these blocks "
+            f"--head_layers {args.head_layers} must be 1 or more: the CLS token reaches the patches "
+            "through these blocks "
             f"alone. Without the CLS head: --model {args.model.removesuffix('_cls_pt')}"
         )
 
@@ -116,10 +132,14 @@ def idle_flags(args: argparse.Namespace) -> dict[str, str]:
     """Flag -> why it does nothing beside the others."""
     idle: dict[str, str] = {}
     if not has_cls_head(args):
-        idle |= dict.fromkeys(("early_layers", "head_layers", "shared_lm_head"), f"{args.model} has no CLS head")
+        idle |= dict.fromkeys(
+            ("early_layers", "head_layers", "shared_lm_head"), f"{args.model} has no CLS head"
+        )
     if args.no_mask or args.mask_type == "random":
         reason = "--no_mask" if args.no_mask else "--mask_type random"
-        idle |= dict.fromkeys(("min_mask_patches_per_block", "max_mask_patches_per_block"), f"{reason} has no blocks")
+        idle |= dict.fromkeys(
+            ("min_mask_patches_per_block", "max_mask_patches_per_block"), f"{reason} has no blocks"
+        )
     if args.no_mask:
         idle["mask_type"] = "--no_mask masks nothing"
     if args.target == "pixels":
@@ -151,7 +171,8 @@ def build_tokenizer(args: argparse.Namespace) -> nn.Module:
         encoder = modeling_dvae.load_dall_e_encoder(args.tokenizer_weight)
         if encoder.vocab_size != args.codebook_size:
             raise UserError(
-                f"the dVAE in {args.tokenizer_weight or 'dall_e_encoder'} has {encoder.vocab_size} codes, not "
+                f"the dVAE in {args.tokenizer_weight or 'dall_e_encoder'} has {encoder.vocab_size} "
+                "codes, not "
                 f"{args.codebook_size}: pass --codebook_size {encoder.vocab_size}"
             )
         return encoder
@@ -166,7 +187,9 @@ def build_tokenizer(args: argparse.Namespace) -> nn.Module:
     )
 
 
-def build_model(args: argparse.Namespace, values: int) -> modeling_pretrain.VisionTransformerForMaskedImageModeling:
+def build_model(
+    args: argparse.Namespace, values: int
+) -> modeling_pretrain.VisionTransformerForMaskedImageModeling:
     """`values`: how many the head gives for a patch."""
     return modeling_pretrain.create_model(
         args.model,
@@ -187,10 +210,12 @@ def build_knn_probe(args: argparse.Namespace, run: run_state.Run) -> knn.Probe |
     if not args.knn_freq:
         return None
     train, validation, classes = build_knn_datasets(args)
-    train_loader, validation_loader = (build_eval_loader(split, args, run.launch, run.device) for split in (train, validation))
+    train_loader, validation_loader = (
+        build_eval_loader(split, args, run.launch, run.device) for split in (train, validation)
+    )
     return knn.Probe(
         train_loader, validation_loader, classes, args.knn_freq, args.knn_temperature, args.knn_standardize
-    )  # fmt: skip
+    )
 
 
 @tells_the_user
@@ -209,8 +234,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Data: two views of one crop, and a mask ──
     stride = tokenizer_stride(args)
     dataset = build_pretraining_dataset(args, grid, tokenizer_stride=stride)
-    held_out = build_pretraining_dataset(args, grid, args.eval_data_path, stride) if args.eval_data_path else None
-    held_out_loader = build_eval_loader(held_out, args, run.launch, run.device) if held_out is not None else None
+    held_out = (
+        build_pretraining_dataset(args, grid, args.eval_data_path, stride) if args.eval_data_path else None
+    )
+    held_out_loader = (
+        build_eval_loader(held_out, args, run.launch, run.device) if held_out is not None else None
+    )
     knn_probe = build_knn_probe(args, run)
     data = run_state.training_data(dataset, run)
 

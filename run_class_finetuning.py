@@ -34,7 +34,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("BEiT fine-tuning for classification")
     arguments.add_finetuning_flags(parser)
     arguments.add_vit_flags(parser)
-    arguments.add_data_flags(parser, data_set="IMNET", color_jitter=0.4, needs_training_data=False, any_shape=True)
+    arguments.add_data_flags(
+        parser, data_set="IMNET", color_jitter=0.4, needs_training_data=False, any_shape=True
+    )
     arguments.add_optimizer_flags(
         parser,
         lr=5e-4,
@@ -51,25 +53,35 @@ def get_parser() -> argparse.ArgumentParser:
 def check(args: argparse.Namespace) -> None:
     _, patch_size, _ = pick(modeling_finetune.VARIANTS, args.model, "fine-tuning model")
     if any(side % patch_size for side in as_pair(args.input_size)):
-        raise UserError(f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}")
+        raise UserError(
+            f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}"
+        )
     check_evaluation(args)
     shares = args.cutmix_minmax
     if shares is not None and not (len(shares) == 2 and shares[0] <= shares[1]):
-        raise UserError("--cutmix_minmax takes two numbers, the smallest and then the largest share of the image")
+        raise UserError(
+            "--cutmix_minmax takes two numbers, the smallest and then the largest share of the image"
+        )
 
 
 def check_evaluation(args: argparse.Namespace) -> None:
     if args.eval and not (args.resume or args.finetune):
         raise UserError(
-            "--eval needs the model to evaluate: --resume path/to/checkpoint.pth, or --finetune and a published name"
+            "--eval needs the model to evaluate: --resume path/to/checkpoint.pth, or --finetune and "
+            "a published name"
         )
     if not args.data_path and not (args.eval and args.eval_data_path and args.data_set != "CIFAR"):
-        raise UserError("--data_path is missing: name the folder of the images (--eval needs --eval_data_path alone)")
+        raise UserError(
+            "--data_path is missing: name the folder of the images (--eval needs --eval_data_path alone)"
+        )
     used = {"robust_test": args.robust_test, "tta_flip": args.tta_flip}
     used["worst_classes"] = args.worst_classes != arguments.WORST_CLASSES
     for name, given in used.items():
         if given and not args.eval:
-            raise UserError(f"--{name} acts on a finished model: add --eval --resume path/to/checkpoint.pth, or leave it out")
+            raise UserError(
+                f"--{name} acts on a finished model: add --eval --resume "
+                "path/to/checkpoint.pth, or leave it out"
+            )
     if args.robust_test:
         robust = imagenet_classes.robust_set(args.robust_test)
         if not args.eval_data_path or args.data_set == "CIFAR":
@@ -130,7 +142,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     made_for = modeling_finetune.VARIANTS[args.model][2]
     if made_for >= 224 and as_pair(args.input_size) != as_pair(made_for):
-        log.warning(f"warning: {args.model} is used at --input_size {args.input_size}; the {made_for} in its name is not read")
+        log.warning(
+            f"warning: {args.model} is used at --input_size {args.input_size}; the {made_for} "
+            "in its name is not read"
+        )
 
     if args.eval:
         evaluate(parser, args, run)
@@ -142,8 +157,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ── Data ──
     dataset, nb_classes = build_finetuning_dataset(args, train=True)
-    validation = None if args.disable_eval_during_finetuning else build_finetuning_dataset(args, train=False)[0]
-    validation_loader = build_eval_loader(validation, args, run.launch, run.device) if validation is not None else None
+    validation = (
+        None if args.disable_eval_during_finetuning else build_finetuning_dataset(args, train=False)[0]
+    )
+    validation_loader = (
+        build_eval_loader(validation, args, run.launch, run.device) if validation is not None else None
+    )
     data = run_state.training_data(dataset, run)
 
     # ── Model ──
@@ -157,13 +176,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device=kept_on, foreach=kept_on is None)
     run_state.place(run, model, ema)
     mixup = build_mixup(args, nb_classes)
-    stage = FinetuningStage(run.device, run.precision, validation_loader, mixup, args.smoothing, dataset.classes)
+    stage = FinetuningStage(
+        run.device, run.precision, validation_loader, mixup, args.smoothing, dataset.classes
+    )
 
     # ── Optimizer: deeper layers learn slower ──
     layers = LayerDecayValueAssigner(layer_decay_values(args.layer_decay, model.get_num_layers()))
     skipped = set(model.no_weight_decay())
     if args.disable_weight_decay_on_rel_pos_bias:
-        skipped |= {name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")}
+        skipped |= {
+            name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")
+        }
     optimizer = create_optimizer(args, model, layers.get_layer_id, layers.get_scale, skip_list=skipped)
     schedule = build_schedule(args, args.lr, data.steps_per_epoch)
     state = run_state.new_state(model, optimizer, run, ema)
@@ -180,7 +203,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace, run: run_state.Run) -> None:
     """--eval: accuracy of --resume (or --finetune) on the validation images; needs no training images."""
     trained = trained_classifier.read(args)
-    where = f"--eval_data_path {args.eval_data_path}" if args.eval_data_path else f"--data_path {args.data_path}"
+    where = (
+        f"--eval_data_path {args.eval_data_path}" if args.eval_data_path else f"--data_path {args.data_path}"
+    )
     name = "validation"
     indices: list[int] | None = None
     if args.robust_test:
@@ -198,7 +223,9 @@ def evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace, run: run
     measured: nn.Module = model if indices is None else SomeLogits(model, indices)
     if args.tta_flip:
         measured = WithMirrorImage(measured)
-    stage = FinetuningStage(run.device, run.precision, build_eval_loader(images, args, run.launch, run.device))
+    stage = FinetuningStage(
+        run.device, run.precision, build_eval_loader(images, args, run.launch, run.device)
+    )
     results, confusion = stage.measure(measured.to(run.device))
 
     log.info(f"{name}  " + "  ".join(f"{key} {value:.4g}" for key, value in results.items()))

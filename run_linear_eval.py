@@ -1,4 +1,6 @@
-"""What a frozen backbone has learned: a linear probe of every layer, or k nearest neighbors (docs/evaluation.md)."""
+"""What a frozen backbone has learned: a linear probe of every layer, or k nearest
+neighbors (docs/evaluation.md).
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,31 @@ from runtime.distributed import log
 STATISTICS_IMAGES = 10_000  # training images that give each channel's mean and variance
 CROPS = ("min_crop_scale", "color_jitter", "vflip", "train_interpolation")  # flags of random crops
 OF_TRAINING = (  # --batch_size and --amp_dtype are not among them: features are computed with both
-    "update_freq", "epochs", "opt", "opt_eps", "opt_betas", "momentum", "clip_grad", "weight_decay", "weight_decay_end", "lr",
-    "min_lr", "warmup_epochs", "warmup_steps", "start_epoch", "resume", "save_ckpt_freq", "save_ckpt_steps", "keep_ckpts",
-    "detect_anomaly", "print_freq", "eval_freq", "image_freq", "log_dir", "allow_changed_run",
-)  # fmt: skip
+    "update_freq",
+    "epochs",
+    "opt",
+    "opt_eps",
+    "opt_betas",
+    "momentum",
+    "clip_grad",
+    "weight_decay",
+    "weight_decay_end",
+    "lr",
+    "min_lr",
+    "warmup_epochs",
+    "warmup_steps",
+    "start_epoch",
+    "resume",
+    "save_ckpt_freq",
+    "save_ckpt_steps",
+    "keep_ckpts",
+    "detect_anomaly",
+    "print_freq",
+    "eval_freq",
+    "image_freq",
+    "log_dir",
+    "allow_changed_run",
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -56,13 +79,20 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     center = "--knn" if args.mode == "knn" else "--cached_features" if args.cached_features else ""
     for name in changed:
         if center and name in CROPS:
-            raise UserError(f"--{name} acts on random crops, and {center} takes center crops: leave one of them out")
+            raise UserError(
+                f"--{name} acts on random crops, and {center} takes center crops: leave one of them out"
+            )
         if args.mode == "knn" and name == "cached_features":
-            raise UserError("--cached_features acts with --linear: --knn computes each feature once in any case")
+            raise UserError(
+                "--cached_features acts with --linear: --knn computes each feature once in any case"
+            )
         if args.mode == "linear" and name.startswith("knn_"):
             raise UserError(f"--{name} acts with --knn alone: add --knn, or leave it out")
     if args.data_set == "image_folder" and not args.eval_data_path:
-        raise UserError("--eval_data_path is missing: name the folder of validation images, with the classes of --data_path")
+        raise UserError(
+            "--eval_data_path is missing: name the folder of validation images, with the "
+            "classes of --data_path"
+        )
 
 
 def idle_flags(args: argparse.Namespace) -> dict[str, str]:
@@ -71,9 +101,13 @@ def idle_flags(args: argparse.Namespace) -> dict[str, str]:
 
 
 def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenBackbone, argparse.Namespace]:
-    """The backbone of --finetune, and the flags with the settings of the images (or cached features) that it takes."""
+    """The backbone of --finetune, and the flags with the settings of the images (or cached
+    features) that it takes.
+    """
     content = weight_source.read(args.finetune, flag="--finetune")
-    model, flags = pretrained.open_backbone(args.finetune, args.input_size, args.num_heads, "--finetune", content)
+    model, flags = pretrained.open_backbone(
+        args.finetune, args.input_size, args.num_heads, "--finetune", content
+    )
     depth = len(model.blocks)
     if args.knn_layer is not None and args.knn_layer > depth:
         raise UserError(f"--knn_layer {args.knn_layer}: the backbone has {depth} blocks, 1 to {depth}")
@@ -89,7 +123,8 @@ def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenB
     log.info(f"features   {features} of {what}, {encode.dim} numbers each; images normalized by {statistics}")
     images = {"input_size": model.patch_embed.img_size, "imagenet_default_mean_and_std": imagenet}
     no_augmentation = {"aa": "none", "reprob": 0.0, "remode": "pixel", "recount": 1}  # but crop and flip
-    in_memory = {"num_workers": 0} if args.cached_features else {}  # then there are no images to read in the background
+    # then there are no images to read in the background
+    in_memory = {"num_workers": 0} if args.cached_features else {}
     return encode, argparse.Namespace(**{**args.plain(), **images, **no_augmentation, **in_memory})
 
 
@@ -102,27 +137,49 @@ def extract(dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, fla
 def cached(dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str) -> CachedFeatures:
     """Features of all images, in every process."""
     size = len(dataset) * encode.layers * encode.dim * 4 / 2**30
-    log.info(f"features   of {len(dataset):,} images of {flag}, computed once: {size:.2f} GiB in each process")
+    log.info(
+        f"features   of {len(dataset):,} images of {flag}, computed once: {size:.2f} GiB in each process"
+    )
     return CachedFeatures(knn.of_all_ranks(extract(dataset, encode, run, flag), run.device))
 
 
-def build_data(encode: FrozenBackbone, settings: argparse.Namespace, run: run_state.Run) -> tuple[Any, Any, int]:
+def build_data(
+    encode: FrozenBackbone, settings: argparse.Namespace, run: run_state.Run
+) -> tuple[Any, Any, int]:
     """Training and validation images, or their features (CachedFeatures), and the number of classes."""
     cache = run.args.cached_features
     train, classes = build_finetuning_dataset(settings, train=True, augment=not cache)
     validation, _ = build_finetuning_dataset(settings, train=False)
     if not cache:
         return train, validation, classes
-    return cached(train, encode, run, "--data_path"), cached(validation, encode, run, "--eval_data_path"), classes
+    return (
+        cached(train, encode, run, "--data_path"),
+        cached(validation, encode, run, "--eval_data_path"),
+        classes,
+    )
 
 
 def measure_channels(
-    heads: LinearHeads, features: Callable[[Tensor], Tensor], train: Any, settings: argparse.Namespace, run: run_state.Run
+    heads: LinearHeads,
+    features: Callable[[Tensor], Tensor],
+    train: Any,
+    settings: argparse.Namespace,
+    run: run_state.Run,
 ) -> None:
-    """Mean and variance of each channel over evenly spread training images in center crops; `train`: as of build_data."""
-    plain = train if run.args.cached_features else build_finetuning_dataset(settings, train=True, augment=False)[0]
-    loader = build_eval_loader(plain, settings, run.launch, run.device, every=-(-len(plain) // STATISTICS_IMAGES))
-    heads.standardize_by(features(batch["image"]) for batch in evaluation_batches(loader, run.device, "--data_path"))
+    """Mean and variance of each channel over evenly spread training images in center
+    crops; `train`: as of build_data.
+    """
+    plain = (
+        train
+        if run.args.cached_features
+        else build_finetuning_dataset(settings, train=True, augment=False)[0]
+    )
+    loader = build_eval_loader(
+        plain, settings, run.launch, run.device, every=-(-len(plain) // STATISTICS_IMAGES)
+    )
+    heads.standardize_by(
+        features(batch["image"]) for batch in evaluation_batches(loader, run.device, "--data_path")
+    )
 
 
 @tells_the_user
@@ -176,12 +233,14 @@ def evaluate_knn(encode: FrozenBackbone, settings: argparse.Namespace, run: run_
     args = run.args
     train, classes = build_finetuning_dataset(settings, train=True, augment=False)
     validation, _ = build_finetuning_dataset(settings, train=False)
-    log.info(f"data       {len(train):,} training and {len(validation):,} validation images of {classes} classes")
+    log.info(
+        f"data       {len(train):,} training and {len(validation):,} validation images of {classes} classes"
+    )
     bank = knn.of_all_ranks(extract(train, encode, run, "--data_path"), run.device)
     own = extract(validation, encode, run, "--eval_data_path")
     results = knn.accuracies(
         bank, own, classes, run.device, args.knn_k, args.knn_temperature, args.knn_standardize
-    )  # fmt: skip
+    )
     for k in args.knn_k:
         log.info(f"k = {k:<6} top-1 {results[f'knn{k}_acc1']:.2f} %  top-5 {results[f'knn{k}_acc5']:.2f} %")
     if args.output_dir:

@@ -1,4 +1,6 @@
-"""Fine-tune a pretrained vision transformer for semantic segmentation; evaluate one; label images (docs/segmentation.md)."""
+"""Fine-tune a pretrained vision transformer for semantic segmentation; evaluate one; label
+images (docs/segmentation.md).
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,43 @@ from visualization import drawing
 from visualization.inputs import read_or_leave_out, save_picture
 
 OF_TRAINING = (
-    "model", "nb_classes", "aux_weight", "head_drop", "layer_decay", "rel_pos_bias", "abs_pos_emb", "layer_scale_init_value",
-    "drop_path", "scale_range", "max_class_share", "hflip", "photometric", "batch_size", "update_freq", "opt", "opt_eps",
-    "opt_betas", "momentum", "clip_grad", "weight_decay", "lr", "max_steps", "steps_per_epoch", "min_lr", "warmup_steps",
-    "poly_power", "grad_checkpointing", "compile", "save_ckpt_freq", "save_ckpt_steps", "keep_ckpts", "print_freq",
-    "eval_freq", "image_freq", "disable_eval",
-)  # fmt: skip
+    "model",
+    "nb_classes",
+    "aux_weight",
+    "head_drop",
+    "layer_decay",
+    "rel_pos_bias",
+    "abs_pos_emb",
+    "layer_scale_init_value",
+    "drop_path",
+    "scale_range",
+    "max_class_share",
+    "hflip",
+    "photometric",
+    "batch_size",
+    "update_freq",
+    "opt",
+    "opt_eps",
+    "opt_betas",
+    "momentum",
+    "clip_grad",
+    "weight_decay",
+    "lr",
+    "max_steps",
+    "steps_per_epoch",
+    "min_lr",
+    "warmup_steps",
+    "poly_power",
+    "grad_checkpointing",
+    "compile",
+    "save_ckpt_freq",
+    "save_ckpt_steps",
+    "keep_ckpts",
+    "print_freq",
+    "eval_freq",
+    "image_freq",
+    "disable_eval",
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -59,13 +92,19 @@ def check(args: argparse.Namespace) -> None:
     if args.input_size % 16:
         raise UserError(f"--input_size {args.input_size} is not a multiple of the patch size 16")
     if (args.eval or args.predict) and not (args.resume or args.finetune):
-        raise UserError(f"--{'eval' if args.eval else 'predict'} needs a trained model: --resume path/to/checkpoint.pth")
+        raise UserError(
+            f"--{'eval' if args.eval else 'predict'} needs a trained model: --resume path/to/checkpoint.pth"
+        )
     if args.predict and not args.output_dir:
         raise UserError("--predict writes pictures: name a folder for them, --output_dir")
     if not args.data_path and not args.predict and not (args.eval and args.eval_data_path):
-        raise UserError("--data_path is missing: name the folder of images/ and annotations/ (docs/segmentation.md)")
+        raise UserError(
+            "--data_path is missing: name the folder of images/ and annotations/ (docs/segmentation.md)"
+        )
     if args.eval and args.predict:
-        raise UserError("--eval scores a model against masks, --predict labels images without: give one of them")
+        raise UserError(
+            "--eval scores a model against masks, --predict labels images without: give one of them"
+        )
     if args.predict and not os.path.exists(args.predict):
         raise UserError(f"--predict {args.predict}: no such file or folder")
     image_mask_pairs.training_view(args)  # the flags of both views are checked where they are used
@@ -75,17 +114,23 @@ def check(args: argparse.Namespace) -> None:
 def check_batch_norm(args: argparse.Namespace, run: run_state.Run) -> None:
     """UPerNet norms a map that is pooled to one cell an image: one image alone has no variance."""
     if args.model.startswith("upernet") and args.batch_size * run.launch.world_size == 1:
-        raise UserError("--batch_size 1: batch norm needs two images at once; use 2, several processes, or a setr_pup model")
+        raise UserError(
+            "--batch_size 1: batch norm needs two images at once; use 2, several "
+            "processes, or a setr_pup model"
+        )
 
 
 def looking(args: argparse.Namespace) -> Looking:
     window = None if args.whole_image else args.input_size
     stride = args.stride or math.floor(args.input_size * 2 / 3)
     if args.stride and args.whole_image:
-        raise UserError(f"--stride {args.stride} is of windows, --whole_image has none: leave one of them out")
+        raise UserError(
+            f"--stride {args.stride} is of windows, --whole_image has none: leave one of them out"
+        )
     if stride > args.input_size and not args.whole_image:
         raise UserError(
-            f"--stride {stride} is larger than the windows of --input_size {args.input_size}: pixels would be missed"
+            f"--stride {stride} is larger than the windows of --input_size {args.input_size}: pixels "
+            "would be missed"
         )
     return Looking(window, stride, args.eval_scales, args.tta_flip)
 
@@ -93,8 +138,13 @@ def looking(args: argparse.Namespace) -> Looking:
 def build_stage(
     args: argparse.Namespace, run: run_state.Run, classes: Sequence[str], validation: DataLoader | None
 ) -> SegmentationStage:
-    colors, statistics = image_mask_pairs.palette(args, len(classes)), normalization(args.imagenet_default_mean_and_std)
-    return SegmentationStage(run.device, run.precision, looking(args), classes, colors, statistics, validation, args.aux_weight)
+    colors, statistics = (
+        image_mask_pairs.palette(args, len(classes)),
+        normalization(args.imagenet_default_mean_and_std),
+    )
+    return SegmentationStage(
+        run.device, run.precision, looking(args), classes, colors, statistics, validation, args.aux_weight
+    )
 
 
 @tells_the_user
@@ -164,12 +214,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
-# ── A finished model ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── A finished model
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def use_finished(parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], run: run_state.Run) -> None:
-    """--eval or --predict with --resume (or --finetune): the model is built from its file, and looks as in its training."""
-    arguments.warn_of_idle_flags(parser, args, dict.fromkeys(OF_TRAINING, "the model is finished, and built from its file"))
+def use_finished(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], run: run_state.Run
+) -> None:
+    """--eval or --predict with --resume (or --finetune): the model is built from its file,
+    and looks as in its training.
+    """
+    arguments.warn_of_idle_flags(
+        parser, args, dict.fromkeys(OF_TRAINING, "the model is finished, and built from its file")
+    )
     source, flag = (args.resume, "--resume") if args.resume else (args.finetune, "--finetune")
     content = trained_segmenter.read(source, flag)
     args = trained_segmenter.as_trained(parser, args, given, content)
@@ -186,12 +243,14 @@ def use_finished(parser: argparse.ArgumentParser, args: argparse.Namespace, give
         ) from None
 
 
-def evaluate(args: argparse.Namespace, run: run_state.Run, model: nn.Module, classes: Sequence[str], source: str) -> None:
+def evaluate(
+    args: argparse.Namespace, run: run_state.Run, model: nn.Module, classes: Sequence[str], source: str
+) -> None:
     dataset = image_mask_pairs.build_dataset(args, False, classes)
     dataset.check_masks()
-    scores = build_stage(args, run, classes, build_eval_loader(dataset, args, run.launch, run.device, batch_size=1)).measure(
-        model
-    )
+    scores = build_stage(
+        args, run, classes, build_eval_loader(dataset, args, run.launch, run.device, batch_size=1)
+    ).measure(model)
     for line in as_table(scores, classes):
         log.info(line)
     if args.output_dir:
@@ -200,25 +259,34 @@ def evaluate(args: argparse.Namespace, run: run_state.Run, model: nn.Module, cla
             for name, iou, acc in zip(classes, scores.iou, scores.acc, strict=True)
         }
         results = {"test_miou": scores.miou, "test_macc": scores.macc, "test_aacc": scores.aacc}
-        checkpoints.write_json(args.output_dir, "eval.json", results | {"weights": source, "classes": by_class})
+        checkpoints.write_json(
+            args.output_dir, "eval.json", results | {"weights": source, "classes": by_class}
+        )
 
 
 def as_table(scores: Scores, classes: Sequence[str]) -> list[str]:
     """Every class, the best first; those that occur nowhere are left out."""
-    rows = sorted((row for row in zip(scores.iou, scores.acc, classes, strict=True) if row[0] == row[0]), reverse=True)
+    rows = sorted(
+        (row for row in zip(scores.iou, scores.acc, classes, strict=True) if row[0] == row[0]), reverse=True
+    )
     width = max([5, *(len(name) for name in classes)])
     lines = [f"{'class':{width}}     IoU    acc"]
     lines += [f"{name:{width}}  {iou:6.2f} {'' if acc != acc else f'{acc:6.2f}'}" for iou, acc, name in rows]
     return [*lines, f"mIoU {scores.miou:.2f}  mAcc {scores.macc:.2f}  aAcc {scores.aacc:.2f}"]
 
 
-def label_images(args: argparse.Namespace, run: run_state.Run, model: nn.Module, stage: SegmentationStage) -> None:
+def label_images(
+    args: argparse.Namespace, run: run_state.Run, model: nn.Module, stage: SegmentationStage
+) -> None:
     """--predict: beside each other in output_dir/predictions, under the image's name, labels and overlay as PNG.
 
-    The numbers are those of the masks that the model was trained on: with --reduce_zero_label the first class is 1.
+    The numbers are those of the masks that the model was trained on: with
+    --reduce_zero_label the first class is 1.
     """
     out, first = Path(args.output_dir) / "predictions", int(args.reduce_zero_label)
-    paths = [Path(path) for path in find_images_or_file(args.predict, "--predict") if out not in Path(path).parents]
+    paths = [
+        Path(path) for path in find_images_or_file(args.predict, "--predict") if out not in Path(path).parents
+    ]
     root = Path(args.predict) if os.path.isdir(args.predict) else Path(args.predict).parent
     stems = Counter(path.with_suffix("") for path in paths)
     view, done = image_mask_pairs.evaluation_view(args), 0

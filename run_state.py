@@ -1,4 +1,6 @@
-"""What a run is: where it computes, the data it reads, all that changes while it trains, and how that is saved and restored."""
+"""What a run is: where it computes, the data it reads, all that changes while it trains,
+and how that is saved and restored.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ class Stage:
         return {}
 
     def probe(self, model: nn.Module, epoch: int) -> dict[str, float]:
-        """More entries like evaluate's, from an evaluation with a frequency of its own; {} where none is due after `epoch`."""
+        """More entries like evaluate's, from an evaluation with a frequency of its own; {}
+        where none is due after `epoch`.
+        """
         return {}
 
     def better(self, test: dict[str, float]) -> float | None:
@@ -73,7 +77,8 @@ class Stage:
         """Undo state_dict."""
 
 
-# ── Setting up ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Setting up
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ class Run:
     launch: Launch
     device: torch.device
     precision: Precision
-    data: dict[str, Any] = field(default_factory=dict)  # how many images, and a digest of their names: for checkpoints
+    # how many images, and a digest of their names: for checkpoints
+    data: dict[str, Any] = field(default_factory=dict)
     lock: RunLock | None = None  # of rank 0, while it trains
     saver: checkpoints.Saver = field(default_factory=checkpoints.Saver)
     started: float = field(default_factory=time.monotonic)
@@ -100,7 +106,8 @@ class Run:
 
 
 def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace, trains: bool = True) -> Run:
-    """Join the other processes, choose device and precision, seed, say what was asked for, and open the output folder.
+    """Join the other processes, choose device and precision, seed, say what was asked for,
+    and open the output folder.
 
     trains: the run writes checkpoints, so no other run may in the same folder.
     """
@@ -109,15 +116,28 @@ def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace, trains:
     launch, device = distributed.start(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
     if getattr(args, "compile", False):  # a flag of the stages that train a ViT, as is the next
         compilation.require_compiler(device)
-    run = Run(args, launch, device, choose_precision(args.amp_dtype, device), lock=open_output(args.output_dir, trains))
+    run = Run(
+        args,
+        launch,
+        device,
+        choose_precision(args.amp_dtype, device),
+        lock=open_output(args.output_dir, trains),
+    )
     resumption.check_ranks_agree(checkpoints.plain(args.plain()))
     check_start_epoch(args)
     if run.sharded:
         fsdp.check(args, device)
     seed_all(args.seed, device)  # the same on every rank: all build the same model
     log.info(f"── {parser.description} ──")
-    log.info("flags      " + (", ".join(f"{k}={v}" for k, v in arguments.changed_flags(parser, args).items()) or "all default"))
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    log.info(
+        "flags      "
+        + (", ".join(f"{k}={v}" for k, v in arguments.changed_flags(parser, args).items()) or "all default")
+    )
+    place = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
     log.info(f"device     {launch.world_size} x {place}, {run.precision}")
     log.info(f"code       commit {git_commit()}, torch {torch.__version__}")
     log.info(f"output     {args.output_dir or 'nowhere: without --output_dir nothing is kept'}")
@@ -139,7 +159,8 @@ def open_output(output_dir: str, trains: bool) -> RunLock | None:
             return None
         lock = RunLock(folder)
         try:
-            checkpoints.remove_leftovers(folder)  # before the lock is signed, which a full disk would not allow
+            # before the lock is signed, which a full disk would not allow
+            checkpoints.remove_leftovers(folder)
             lock.sign()
         except BaseException:
             lock.release()
@@ -153,7 +174,8 @@ def check_start_epoch(args: argparse.Namespace) -> None:
     epochs = getattr(args, "epochs", None)  # one stage is counted in steps
     if args.start_epoch < 0 or (epochs is not None and args.start_epoch >= epochs):
         raise UserError(
-            f"--start_epoch {args.start_epoch} leaves nothing to do: give 0 up to {'' if epochs is None else epochs - 1}, the "
+            f"--start_epoch {args.start_epoch} leaves nothing to do: give 0 up to "
+            f"{'' if epochs is None else epochs - 1}, the "
             "last epoch, or raise --epochs"
         )
 
@@ -193,18 +215,27 @@ def training_data(dataset: Any, run: Run, num_workers: int | None = None) -> Tra
     args, launch = run.args, run.launch
     workers = args.num_workers if num_workers is None else num_workers
     sampler = ResumableSampler(
-        len(dataset), args.batch_size, args.update_freq, launch.rank, launch.world_size, args.seed,
+        len(dataset),
+        args.batch_size,
+        args.update_freq,
+        launch.rank,
+        launch.world_size,
+        args.seed,
         shard_sizes=getattr(dataset, "shard_sizes", None),
-    )  # fmt: skip
-    loader = build_loader(dataset, sampler, workers, args.pin_mem and run.device.type == "cuda", persistent=True)
+    )
+    loader = build_loader(
+        dataset, sampler, workers, args.pin_mem and run.device.type == "cuda", persistent=True
+    )
     if sampler.shrunk:
         log.warning(
-            f"warning: {len(dataset)} images do not fill one batch of {args.batch_size} x {launch.world_size} processes x "
+            f"warning: {len(dataset)} images do not fill one batch of {args.batch_size} x "
+            f"{launch.world_size} processes x "
             f"{args.update_freq}: each epoch is one step over all of them"
         )
     log.info(
         f"data       {len(dataset):,} images, effective batch {sampler.global_batch} "
-        f"({sampler.batch_size} x {launch.world_size} processes x {args.update_freq}), {sampler.steps_per_epoch} steps an epoch"
+        f"({sampler.batch_size} x {launch.world_size} processes x {args.update_freq}), "
+        f"{sampler.steps_per_epoch} steps an epoch"
     )
     run.data.update(images=len(dataset), digest=dataset.digest(args.data_path))
     resumption.check_ranks_have_the_same_images(run.data)
@@ -233,14 +264,17 @@ class TrainState:
 
 
 def compile_networks(run: Run, data: TrainingData, *networks: Any) -> None:
-    """--compile, for the model and the frozen networks beside it. Before the first step: weights are loaded, averages begun."""
+    """--compile, for the model and the frozen networks beside it. Before the first step:
+    weights are loaded, averages begun.
+    """
     if run.args.compile:
         count = compilation.compile_networks(data.sampler.batch_size, *networks)
         log.info(f"compile    {count} parts of the networks, in the first step (a minute or more)")
 
 
 def place(run: Run, model: nn.Module, ema: ModelEmaV3 | None = None) -> None:
-    """The model, and its average where it is not kept elsewhere, to this process's device: whole, or (--fsdp) its share.
+    """The model, and its average where it is not kept elsewhere, to this process's device:
+    whole, or (--fsdp) its share.
 
     Before the optimizer, which must be given the parameters that are there then.
     """
@@ -253,23 +287,33 @@ def place(run: Run, model: nn.Module, ema: ModelEmaV3 | None = None) -> None:
 
 
 def new_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, ema: ModelEmaV3 | None = None, name: str = ""
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: Run,
+    ema: ModelEmaV3 | None = None,
+    name: str = "",
 ) -> TrainState:
-    """Wrap the model for as many processes as there are. It is on its device already. `name`: for the log, if not --model."""
+    """Wrap the model for as many processes as there are. It is on its device already.
+    `name`: for the log, if not --model.
+    """
     if getattr(run.args, "grad_checkpointing", False):
         recompute_blocks(model)
     if run.device.type == "cpu":
         cpu_bf16.swap_in(model)
     runner = model
     if run.launch.world_size > 1 and not run.sharded:
-        # No device_ids: DDP would move the mask to the GPU, whose positions are listed on the host. Buffers are not
-        # broadcast: the quantizer keeps its own equal everywhere. (Newer torch renames the flag and warns.)
-        # Every step is the same graph, so no search for unused parameters, and one without a gradient is no error. Torch
-        # refuses that with a first micro-batch that is not exchanged.
+        # No device_ids: DDP would move the mask to the GPU, whose positions are listed
+        # on the host. Buffers are not broadcast: the quantizer keeps its own equal
+        # everywhere. (Newer torch renames the flag and warns.) Every step is the same
+        # graph, so no search for unused parameters, and one without a gradient is no
+        # error. Torch refuses that with a first micro-batch that is not exchanged.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             runner = DistributedDataParallel(
-                model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=run.args.update_freq == 1
+                model,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                static_graph=run.args.update_freq == 1,
             )
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision.dtype is torch.float16)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -277,12 +321,15 @@ def new_state(
     return TrainState(model, runner, optimizer, scaler, ema, epoch=run.args.start_epoch)
 
 
-# ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Checkpoints
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]) -> None:
-    """Write a checkpoint on rank 0 under each of `names`, in the background. `state` says where to go on, `epoch` which
-    one this was. All ranks call it: what is sharded they gather together."""
+    """Write a checkpoint on rank 0 under each of `names`, in the background. `state` says
+    where to go on, `epoch` which one this was. All ranks call it: what is sharded they
+    gather together.
+    """
     output_dir = run.output_dir
     if output_dir is None or not getattr(run.args, "save_ckpt", True):
         return
@@ -291,7 +338,10 @@ def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]
     if not (distributed.is_main() or run.sharded):
         return
     if not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} was removed while the run was writing to it: start the same line again")
+        raise UserError(
+            f"--output_dir {output_dir} was removed while the run was writing to it: "
+            "start the same line again"
+        )
     content = {
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
@@ -325,7 +375,9 @@ def resume(state: TrainState, stage: Stage, run: Run, steps_per_epoch: int) -> N
 
 
 def restore(state: TrainState, stage: Stage, run: Run, path: Path, steps_per_epoch: int) -> None:
-    """Undo `save`. Optimizer settings (betas, layer decay, ...) are this run's flags, its moments are the checkpoint's."""
+    """Undo `save`. Optimizer settings (betas, layer decay, ...) are this run's flags, its
+    moments are the checkpoint's.
+    """
     content = checkpoints.read(path)
     resumption.check_same_run(content, checkpoints.plain(run.args.plain()), run.data, path)
     checkpoints.load_weights(state.model, content["model"], path)
@@ -340,25 +392,31 @@ def restore(state: TrainState, stage: Stage, run: Run, path: Path, steps_per_epo
         return
     before = content.get("args", {}).get("opt", run.args.opt)
     if before != run.args.opt:
-        raise UserError(f"{path} holds the state of --opt {before}, not of {run.args.opt}: go on with --opt {before}")
+        raise UserError(
+            f"{path} holds the state of --opt {before}, not of {run.args.opt}: go on with --opt {before}"
+        )
     load_optimizer(state, content["optimizer"], path)
     try:
         restore_progress(state, stage, run, content)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{path} is no complete training checkpoint of this code ({type(error).__name__}: {error}): take another one, or "
+            f"{path} is no complete training checkpoint of this code ({type(error).__name__}: "
+            f"{error}): take another one, or "
             "start from its weights with --finetune"
         ) from None
     log.info(f"resumed    {path}: epoch {state.epoch}, {state.samples} samples into it, step {state.step}")
     if content["world_size"] != run.launch.world_size:
         log.warning(
-            f"warning: the checkpoint comes from {content['world_size']} processes, now there are {run.launch.world_size}: "
+            f"warning: the checkpoint comes from {content['world_size']} processes, now there are "
+            f"{run.launch.world_size}: "
             "the run goes on from the same sample, but no longer bit for bit"
         )
 
 
 def load_optimizer(state: TrainState, saved: Any, path: Path) -> None:
-    """The moments of a checkpoint, under this run's settings; each in memory of its own, laid out like its parameter."""
+    """The moments of a checkpoint, under this run's settings; each in memory of its own,
+    laid out like its parameter.
+    """
     names = {id(parameter): name for name, parameter in state.model.named_parameters()}
     optimizer = state.optimizer
     check_saved_state(saved, optimizer, names, str(path))
@@ -391,7 +449,9 @@ def restore_progress(state: TrainState, stage: Stage, run: Run, content: dict[st
 
 
 def restore_means(state: TrainState, run: Run, saved: Any) -> None:
-    """To each process its own, or to rank 0 the sum of all where there are others now. Earlier code kept rank 0's alone."""
+    """To each process its own, or to rank 0 the sum of all where there are others now.
+    Earlier code kept rank 0's alone.
+    """
     parts = [saved] if isinstance(saved, dict) else list(saved)
     if len(parts) == run.launch.world_size:
         state.means.load_state_dict(parts[run.launch.rank], run.device)

@@ -1,4 +1,6 @@
-"""Train a VQ-KD visual tokenizer: python run_vqkd_training.py --data_path photos --output_dir out (README: recipes)."""
+"""Train a VQ-KD visual tokenizer: python run_vqkd_training.py --data_path photos
+--output_dir out (README: recipes).
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,26 @@ from visualization import pixel_decoder
 from vit_backbone import cast_frozen
 from vqkd_teachers import build_teacher, check_name
 
-PIXEL_DECODER_DEFAULTS = {"lr": 2e-3, "min_lr": 1e-5, "epochs": 20, "warmup_epochs": 1.0}  # not the tokenizer's
+# not the tokenizer's
+PIXEL_DECODER_DEFAULTS = {"lr": 2e-3, "min_lr": 1e-5, "epochs": 20, "warmup_epochs": 1.0}
 ONLY_FOR_THE_PIXEL_DECODER = ("tokenizer_weight", "pixel_decoder_depth", "pixel_decoder_dim")
 NOT_FOR_THE_PIXEL_DECODER = (
-    "model", "codebook_n_emd", "codebook_emd_dim", "ema_decay", "quantize_kmeans_init", "quantizer_warmup_steps",
-    "revive_dead_codes", "process_type", "teacher_model_type", "teacher_weight", "teacher_input_size",
-    "standardize_teacher", "decoder_depth", "eval", "calculate_codebook_usage",
-)  # fmt: skip
+    "model",
+    "codebook_n_emd",
+    "codebook_emd_dim",
+    "ema_decay",
+    "quantize_kmeans_init",
+    "quantizer_warmup_steps",
+    "revive_dead_codes",
+    "process_type",
+    "teacher_model_type",
+    "teacher_weight",
+    "teacher_input_size",
+    "standardize_teacher",
+    "decoder_depth",
+    "eval",
+    "calculate_codebook_usage",
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -97,10 +112,14 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.train_pixel_decoder:
         pixel_decoder.heads_of(args.pixel_decoder_dim)
         if not args.tokenizer_weight:
-            raise UserError("--train_pixel_decoder needs a trained tokenizer: --tokenizer_weight path/to/checkpoint.pth")
+            raise UserError(
+                "--train_pixel_decoder needs a trained tokenizer: --tokenizer_weight path/to/checkpoint.pth"
+            )
         return
     if args.input_size % modeling_vqkd.PATCH_SIZE:
-        raise UserError(f"--input_size {args.input_size} is not a multiple of the patch size {modeling_vqkd.PATCH_SIZE}")
+        raise UserError(
+            f"--input_size {args.input_size} is not a multiple of the patch size {modeling_vqkd.PATCH_SIZE}"
+        )
     check_name(args.teacher_model_type or modeling_vqkd.default_teacher(args.model))
     if evaluates_only(args) and not args.resume:
         raise UserError("--eval needs the tokenizer to evaluate: --resume path/to/checkpoint.pth")
@@ -116,7 +135,8 @@ def check_warmup(args: argparse.Namespace, steps: int, images_per_step: int) -> 
     collecting = math.ceil(FEATURES_PER_CODE * args.codebook_n_emd / tokens_per_step)
     if args.quantizer_warmup_steps > 0 and args.quantizer_warmup_steps + collecting >= steps:
         raise UserError(
-            f"--quantizer_warmup_steps {args.quantizer_warmup_steps}, and then {collecting} steps that collect features for "
+            f"--quantizer_warmup_steps {args.quantizer_warmup_steps}, and then {collecting} steps "
+            "that collect features for "
             f"k-means, leave nothing of a run of {steps} steps: shorten the warm-up or raise --epochs"
         )
 
@@ -146,7 +166,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Teacher, tokenizer ──
     model = build_model(args).to(run.device)
     stage = TokenizerStage(
-        model, run.device, run.precision, dataset, held_out_loader, args.quantizer_warmup_steps, args.revive_dead_codes
+        model,
+        run.device,
+        run.precision,
+        dataset,
+        held_out_loader,
+        args.quantizer_warmup_steps,
+        args.revive_dead_codes,
     )
 
     # ── Optimizer: the learning rate grows with the total batch ──
@@ -166,7 +192,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
-def held_out_data(args: argparse.Namespace, run: run_state.Run) -> tuple[ImageFiles | None, DataLoader | None]:
+def held_out_data(
+    args: argparse.Namespace, run: run_state.Run
+) -> tuple[ImageFiles | None, DataLoader | None]:
     """The held-out images and their loader, or nothing where there are none or nobody wants them."""
     held_out = None if args.disable_eval else build_held_out_dataset(args)
     return held_out, None if held_out is None else build_eval_loader(held_out, args, run.launch, run.device)
@@ -179,17 +207,23 @@ def scaled_lr(args: argparse.Namespace, data: run_state.TrainingData) -> float:
 
 
 def train_pixel_decoder(args: argparse.Namespace, run: run_state.Run) -> None:
-    """--train_pixel_decoder: a decoder from the codes of the frozen --tokenizer_weight to pixels. There is no teacher."""
+    """--train_pixel_decoder: a decoder from the codes of the frozen --tokenizer_weight to
+    pixels. There is no teacher.
+    """
     # ── Tokenizer, decoder ──
     tokenizer, _ = modeling_vqkd.open_tokenizer(args.tokenizer_weight)
     codebook = tokenizer.quantize.embedding.weight.clone()
     model = pixel_decoder.Reconstructor(tokenizer, args.pixel_decoder_depth, args.pixel_decoder_dim)
     if args.input_size != model.image_size:
         raise UserError(
-            f"--input_size {args.input_size}: the tokenizer in {args.tokenizer_weight} reads images of {model.image_size} "
+            f"--input_size {args.input_size}: the tokenizer in {args.tokenizer_weight} reads images "
+            f"of {model.image_size} "
             f"pixels: --input_size {model.image_size}"
         )
-    log.info(f"tokenizer  {args.tokenizer_weight}: {model.n_codes} codes, {model.grid[0]} x {model.grid[1]} tokens an image")
+    log.info(
+        f"tokenizer  {args.tokenizer_weight}: {model.n_codes} codes, {model.grid[0]} x "
+        f"{model.grid[1]} tokens an image"
+    )
 
     # ── Data ──
     dataset = build_vqkd_dataset(args)
@@ -205,7 +239,8 @@ def train_pixel_decoder(args: argparse.Namespace, run: run_state.Run) -> None:
     run_state.resume(state, stage, run, data.steps_per_epoch)
     if not torch.equal(tokenizer.quantize.embedding.weight.cpu(), codebook):
         raise UserError(
-            f"--tokenizer_weight {args.tokenizer_weight} is not the tokenizer that the checkpoint to resume was trained on: "
+            f"--tokenizer_weight {args.tokenizer_weight} is not the tokenizer that the checkpoint to "
+            "resume was trained on: "
             "name that one, or another --output_dir"
         )
     run_state.compile_networks(run, data, model)
@@ -227,7 +262,9 @@ def evaluate(args: argparse.Namespace, run: run_state.Run) -> None:
         counts = stage.held_out_counts.cpu().long().tolist()
         log.info(f"unused codes: {sum(count == 0 for count in counts)} of {len(counts)}")
         if args.output_dir:
-            path = checkpoints.write_text(args.output_dir, "codebook_usage.txt", "\n".join(map(str, counts)) + "\n")
+            path = checkpoints.write_text(
+                args.output_dir, "codebook_usage.txt", "\n".join(map(str, counts)) + "\n"
+            )
             log.info(f"how often each code was used, one line a code: {path}")
 
 

@@ -1,7 +1,8 @@
 """Reading an image, and views of it: PIL RGB in, dictionaries of tensors out.
 
-Random views draw from the global generators, which the data set seeds per sample (utils.seeded). Crops travel to the
-device as uint8 (`pack`) and become floats there (`finish`), a quarter of the bytes in each queue between.
+Random views draw from the global generators, which the data set seeds per sample
+(utils.seeded). Crops travel to the device as uint8 (`pack`) and become floats there
+(`finish`), a quarter of the bytes in each queue between.
 """
 
 from __future__ import annotations
@@ -38,14 +39,20 @@ from errors import UserError, pick
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 ASPECT_RANGE = [3 / 4, 4 / 3]  # width / height of a random crop
-SMALL = 32  # CIFAR's size: at or below it images are shifted by a padded crop instead of being cropped and enlarged
+# CIFAR's size: at or below it images are shifted by a padded crop instead of being
+# cropped and enlarged
+SMALL = 32
 
-MODES = {name: InterpolationMode(name) for name in ("bicubic", "bilinear", "lanczos", "nearest", "box", "hamming")}
+MODES = {
+    name: InterpolationMode(name) for name in ("bicubic", "bilinear", "lanczos", "nearest", "box", "hamming")
+}
 
 Source = str | np.ndarray  # an image file, or an (H, W, 3) uint8 image in memory
 View = Callable[[Image.Image], dict[str, torch.Tensor]]
 PIPELINES = dict.fromkeys(("exact", "fast"))
-DECODED_TO_SHOWN = 1.5  # a crop is decoded to so many times the pixels of a view's side, or more: 9 dB nearer than 1
+# a crop is decoded to so many times the pixels of a view's side, or more: 9 dB nearer
+# than 1
+DECODED_TO_SHOWN = 1.5
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 Size = tuple[int, int]  # width, height
 
@@ -53,8 +60,9 @@ Size = tuple[int, int]  # width, height
 def load_image(source: Source | IO[bytes], enough: Callable[[Size], Size] | None = None) -> Image.Image:
     """RGB, upright (EXIF), 8 bits; raises whatever PIL raises for what it cannot decode.
 
-    `enough`: told the size of a JPEG before it is decoded, says which size is large enough; it may then be decoded to a
-    half, a quarter or an eighth of its size, but to no less than that.
+    `enough`: told the size of a JPEG before it is decoded, says which size is large
+    enough; it may then be decoded to a half, a quarter or an eighth of its size, but to
+    no less than that.
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
@@ -84,12 +92,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(gray).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "floating-point" if image.mode == "F" else "signed or 32-bit integer"
-        raise ValueError(f"its pixels are {kind} numbers, and nothing says which is white; convert it to 8 or 16 bits")
+        raise ValueError(
+            f"its pixels are {kind} numbers, and nothing says which is white; convert it to 8 or 16 bits"
+        )
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         # What lies under transparent pixels is arbitrary: show them on white, as a page would.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")  # PIL would copy an image that is RGB already
+    # PIL would copy an image that is RGB already
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def interpolation(name: str) -> InterpolationMode:
@@ -115,7 +126,9 @@ class ImageOnly:
 
 
 class RandomCrop:
-    """Color jitter, flips and one random crop, not resized yet: the randomness that all views of one image share."""
+    """Color jitter, flips and one random crop, not resized yet: the randomness that all
+    views of one image share.
+    """
 
     def __init__(self, min_crop_scale: float, color_jitter: float, vflip: float) -> None:
         _check_ranges(min_crop_scale, color_jitter, vflip)
@@ -128,16 +141,18 @@ class RandomCrop:
 class Crops:
     """Views that are one random crop, resized to some sizes.
 
-    `pipeline` exact: as torchvision's transforms on PIL images, bit for bit. fast: a JPEG is decoded no larger than the
-    resize needs, resized by torch, and jittered behind the resize; with `augment_on_device` the jitter and the flips are
-    left to `finish`, with the same result.
+    `pipeline` exact: as torchvision's transforms on PIL images, bit for bit. fast: a
+    JPEG is decoded no larger than the resize needs, resized by torch, and jittered
+    behind the resize; with `augment_on_device` the jitter and the flips are left to
+    `finish`, with the same result.
     """
 
     def __init__(self, crop: RandomCrop, pipeline: str, augment_on_device: bool) -> None:
         pick(PIPELINES, pipeline, "--data_pipeline")
         if augment_on_device and pipeline != "fast":
             raise UserError(
-                "--augment_on_device jitters colors behind the resize, which --data_pipeline exact does not: add "
+                "--augment_on_device jitters colors behind the resize, which --data_pipeline exact "
+                "does not: add "
                 "--data_pipeline fast, or leave it out"
             )
         self.crop, self.fast, self.augment_on_device = crop, pipeline == "fast", augment_on_device
@@ -166,9 +181,14 @@ class Crops:
         image, draws = image if isinstance(image, Drawn) else Drawn(image, self.crop.draw(image.size))
         if not self.fast:
             crop = exact_crop(image, draws)
-            return {name: resized(crop, side, interpolation(mode)) for name, (side, mode) in self.sizes().items()}
+            return {
+                name: resized(crop, side, interpolation(mode)) for name, (side, mode) in self.sizes().items()
+            }
         pivot, drawn = sampled_pivot(image, draws.operations), Drawn(image, draws)
-        views = {name: resized_faster(drawn, side, interpolation(mode)) for name, (side, mode) in self.sizes().items()}
+        views = {
+            name: resized_faster(drawn, side, interpolation(mode))
+            for name, (side, mode) in self.sizes().items()
+        }
         if self.augment_on_device:
             return views | {"draws": as_numbers(draws, pivot)}
         return {name: jitter_and_flip(view, draws, pivot) for name, view in views.items()}
@@ -190,16 +210,18 @@ class Crops:
 
 @functools.cache
 def per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """(C, 1, 1) on the device. Divided by as a tensor: GPUs multiply by the reciprocal of a number, which rounds otherwise."""
+    """(C, 1, 1) on the device. Divided by as a tensor: GPUs multiply by the reciprocal of
+    a number, which rounds otherwise.
+    """
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 class PretrainingViews(Crops):
     """Two sizes of one random crop, and a mask.
 
-    Gives {"image": (3, S, S) normalized float, for the network; "tokenizer_image": (3, S2, S2) float in [0, 1], for the
-    tokenizer, only with a `second_size`; "mask": (H*W,) bool, row-major, True = masked}. `mask_generator()` gives the
-    (H, W) mask.
+    Gives {"image": (3, S, S) normalized float, for the network; "tokenizer_image": (3,
+    S2, S2) float in [0, 1], for the tokenizer, only with a `second_size`; "mask":
+    (H*W,) bool, row-major, True = masked}. `mask_generator()` gives the (H, W) mask.
     """
 
     def __init__(
@@ -240,12 +262,16 @@ class PretrainingViews(Crops):
         image = batch["image"]
         if self.first == self.second:
             batch["tokenizer_image"] = image
-        batch["image"] = (image - per_channel(self.mean, image.device)).div_(per_channel(self.std, image.device))
+        batch["image"] = (image - per_channel(self.mean, image.device)).div_(
+            per_channel(self.std, image.device)
+        )
         return batch
 
 
 class TokenizerViews(Crops):
-    """A random crop for tokenizer training: {"image": (3, S, S) float in [0, 1]}; models normalize for themselves."""
+    """A random crop for tokenizer training: {"image": (3, S, S) float in [0, 1]}; models
+    normalize for themselves.
+    """
 
     def __init__(
         self,
@@ -266,8 +292,10 @@ class TokenizerViews(Crops):
 
 
 def cut_to_length(image: Image.Image, most: int = 64) -> Image.Image:
-    """The middle of an image that is more than `most` times as long as wide: of a line of pixels, resized as a whole, a center
-    crop would need gigabytes to show a few. All others as they are. Nothing moves: as much is cut off at either end."""
+    """The middle of an image that is more than `most` times as long as wide: of a line of
+    pixels, resized as a whole, a center crop would need gigabytes to show a few. All
+    others as they are. Nothing moves: as much is cut off at either end.
+    """
     sides = []
     for side in image.size:
         longest = max(most * min(image.size), 1)
@@ -294,12 +322,17 @@ class ResizeToCover:
     def __call__(self, image: Image.Image) -> Image.Image:
         image = cut_to_length(image)
         scale = max(self.size[0] / image.height, self.size[1] / image.width)
-        sides = (max(self.size[0], round(image.height * scale)), max(self.size[1], round(image.width * scale)))
+        sides = (
+            max(self.size[0], round(image.height * scale)),
+            max(self.size[1], round(image.width * scale)),
+        )
         return F.resize(image, list(sides), self.mode)
 
 
 def default_crop_pct(size: int | tuple[int, int]) -> float:
-    """The share of the (square) image that evaluation sees: 0.875, all of it from 384 pixels up and at 32 and below."""
+    """The share of the (square) image that evaluation sees: 0.875, all of it from 384
+    pixels up and at 32 and below.
+    """
     return 0.875 if SMALL < np.max(size) < 384 else 1.0
 
 
@@ -312,8 +345,9 @@ def eval_view(
 ) -> View:
     """The center of the image, {"image": (3, size, size)}: shorter side to size / crop_pct, then a center crop.
 
-    `size` (height, width): the image is made to cover that rectangle / crop_pct. `crop_pct` None: 0.875, and 1.0 from
-    384 pixels up and for CIFAR's 32 and below. `mean` None: stays in [0, 1].
+    `size` (height, width): the image is made to cover that rectangle / crop_pct.
+    `crop_pct` None: 0.875, and 1.0 from 384 pixels up and for CIFAR's 32 and below.
+    `mean` None: stays in [0, 1].
     """
     if crop_pct is None:
         crop_pct = default_crop_pct(size)
@@ -348,9 +382,9 @@ def finetuning_view(
 ) -> View:
     """timm's augmentation for training a classifier: {"image": (3, size, size) normalized float}.
 
-    `size`: side or (height, width). `aa`: timm's policy string; '' or 'none' switches it off, and only then
-    `color_jitter` acts. Random erasing: `reprob`, `remode` (const, rand, pixel), `recount`. Up to 32 pixels: a crop of
-    the image padded by 4.
+    `size`: side or (height, width). `aa`: timm's policy string; '' or 'none' switches
+    it off, and only then `color_jitter` acts. Random erasing: `reprob`, `remode`
+    (const, rand, pixel), `recount`. Up to 32 pixels: a crop of the image padded by 4.
     """
     _check_ranges(min_crop_scale, color_jitter, vflip)
     _check_interpolation("--train_interpolation", interpolation)
@@ -375,7 +409,9 @@ def finetuning_view(
             re_count=recount,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"--aa {aa}: timm knows no such policy ({error}); try rand-m9-mstd0.5-inc1 or none") from None
+        raise UserError(
+            f"--aa {aa}: timm knows no such policy ({error}); try rand-m9-mstd0.5-inc1 or none"
+        ) from None
     _keep_posterize_in_range(augment)
     if np.max(size) <= SMALL:
         # Resize only acts on images that are not of this size already; then shift by up to 4 pixels.
@@ -389,12 +425,14 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 def _keep_posterize_in_range(augment: T.Compose) -> None:
-    """At full strength timm posterizes to 0 bits: a black image in older Pillow releases, an exception in newer ones.
+    """At full strength timm posterizes to 0 bits: a black image in older Pillow releases,
+    an exception in newer ones.
 
     The default policy draws it for one image in a few hundred.
     """
     for policy in augment.transforms:
-        nested = getattr(policy, "policy", ())  # AutoAugment: pairs of operations; RandAugment and AugMix: a list
+        # AutoAugment: pairs of operations; RandAugment and AugMix: a list
+        nested = getattr(policy, "policy", ())
         for operation in [*getattr(policy, "ops", ()), *(each for pair in nested for each in pair)]:
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize

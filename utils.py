@@ -29,7 +29,9 @@ def seed_all(seed: int, device: torch.device | None = None) -> None:
 
 @contextlib.contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
-    """Inside the block the random numbers depend on `parts` alone; outside, the generators go on as if nothing was drawn."""
+    """Inside the block the random numbers depend on `parts` alone; outside, the generators
+    go on as if nothing was drawn.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed_all(derive_seed(*parts))
     try:

@@ -25,39 +25,65 @@ from runtime.distributed import log
 from transforms import eval_view, normalization
 from visualization import drawing, inputs
 
-MOST_PIXELS = 1024 * 1024  # T x T numbers in every block, H x T x T in one: about 4 GB for a base model with 16-pixel patches
+# T x T numbers in every block, H x T x T in one: about 4 GB for a base model with
+# 16-pixel patches
+MOST_PIXELS = 1024 * 1024
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Attention maps")
     parser.add_argument(
-        "--checkpoint", type=arguments.expand_home, required=True, help=f"of pretraining or fine-tuning: {arguments.WEIGHTS}"
+        "--checkpoint",
+        type=arguments.expand_home,
+        required=True,
+        help=f"of pretraining or fine-tuning: {arguments.WEIGHTS}",
     )
     arguments.add_shown_image_flags(parser)
-    parser.add_argument("--output", type=arguments.expand_home, default="attention.png", help="picture to write, best a PNG")
     parser.add_argument(
-        "--num_heads", type=arguments.small_count, default=None, help="for files of an unknown size without position bias"
+        "--output", type=arguments.expand_home, default="attention.png", help="picture to write, best a PNG"
     )
     parser.add_argument(
-        "--layer", type=block_or_all, default=-1, help="block to look at, -1: the last; all: each block's mean over heads"
+        "--num_heads",
+        type=arguments.small_count,
+        default=None,
+        help="for files of an unknown size without position bias",
     )
-    parser.add_argument("--query", nargs="+", default=["cls"], help="who attends: cls, or row,column of a patch; a row each")
     parser.add_argument(
-        "--mean_only", action="store_true", help="no single heads: one row an image, the mean over heads for each query"
+        "--layer",
+        type=block_or_all,
+        default=-1,
+        help=("block to look at, -1: the last; all: each block's mean over heads"),
     )
     parser.add_argument(
-        "--threshold", type=arguments.fraction, default=None,
+        "--query", nargs="+", default=["cls"], help="who attends: cls, or row,column of a patch; a row each"
+    )
+    parser.add_argument(
+        "--mean_only",
+        action="store_true",
+        help=("no single heads: one row an image, the mean over heads for each query"),
+    )
+    parser.add_argument(
+        "--threshold",
+        type=arguments.fraction,
+        default=None,
         help="show the fewest patches that hold this share of the attention, such as 0.6, not a heat map",
-    )  # fmt: skip
-    parser.add_argument(
-        "--input_size", type=arguments.image_size, default=None, help="side, or height x width; default: the model's"
     )
     parser.add_argument(
-        "--keep_aspect", action="store_true", help="whole images, --input_size is their shorter side; else a center crop"
+        "--input_size",
+        type=arguments.image_size,
+        default=None,
+        help="side, or height x width; default: the model's",
+    )
+    parser.add_argument(
+        "--keep_aspect",
+        action="store_true",
+        help=("whole images, --input_size is their shorter side; else a center crop"),
     )
     parser.add_argument("--columns", type=arguments.small_count, default=8, help="pictures in a line")
     parser.add_argument(
-        "--imagenet_default_mean_and_std", action="store_true", help="the checkpoint's own setting if it has one"
+        "--imagenet_default_mean_and_std",
+        action="store_true",
+        help="the checkpoint's own setting if it has one",
     )
     arguments.add_view_flags(parser)
     return parser
@@ -74,7 +100,9 @@ def check(args: argparse.Namespace) -> None:
     if args.keep_aspect and not isinstance(args.input_size, int | None):
         raise UserError("--keep_aspect takes the shorter side alone, such as --input_size 384")
     if args.keep_aspect and args.crop_pct is not None:
-        raise UserError("--crop_pct has no effect with --keep_aspect, which shows whole images: leave one out")
+        raise UserError(
+            "--crop_pct has no effect with --keep_aspect, which shows whole images: leave one out"
+        )
     for query in args.query:
         query_token(query, None)
     if args.input_size is not None:
@@ -84,7 +112,8 @@ def check(args: argparse.Namespace) -> None:
 def check_size(size: tuple[int, int]) -> None:
     if size[0] * size[1] > MOST_PIXELS:
         raise UserError(
-            f"--input_size: attention at {size[0]} x {size[1]} pixels does not fit into memory; choose a smaller one"
+            f"--input_size: attention at {size[0]} x {size[1]} pixels does not fit into memory; "
+            "choose a smaller one"
         )
 
 
@@ -111,13 +140,16 @@ def blocks_to_show(layer: int | None, depth: int) -> list[int]:
     return [layer % depth]
 
 
-# ── At the size of an image ──────────────────────────────────────────────────────────────────────────────────────────
+# ── At the size of an image
+# ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def whole_image_size(image: Image.Image, shorter: int, patch: int) -> tuple[int, int]:
     """(height, width) in the image's aspect ratio, to the nearest patch; its shorter side is `shorter`."""
     scale = shorter / min(image.size)
-    height, width = (max(shorter, round(side * scale / patch) * patch) for side in (image.height, image.width))
+    height, width = (
+        max(shorter, round(side * scale / patch) * patch) for side in (image.height, image.width)
+    )
     check_size((height, width))
     return height, width
 
@@ -140,7 +172,8 @@ def attention_of(model: VisionTransformer, image: Tensor, blocks: list[int], tok
     return torch.stack(maps).unflatten(-1, model.patch_embed.patch_shape)
 
 
-# ── Drawing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Drawing
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def mark_queries(image: Tensor, tokens: Sequence[int], grid: Sequence[int]) -> Tensor:
@@ -151,7 +184,9 @@ def mark_queries(image: Tensor, tokens: Sequence[int], grid: Sequence[int]) -> T
     return image
 
 
-def draw(image: Tensor, heat: Tensor, caption: str, threshold: float | None, tokens: Sequence[int] = ()) -> Tensor:
+def draw(
+    image: Tensor, heat: Tensor, caption: str, threshold: float | None, tokens: Sequence[int] = ()
+) -> Tensor:
     """One captioned picture: a heat map (h, w) over the image, or the patches that hold `threshold` of its sum."""
     if threshold is None:
         picture = drawing.heat_overlay(image, heat)
@@ -162,28 +197,39 @@ def draw(image: Tensor, heat: Tensor, caption: str, threshold: float | None, tok
 
 
 def named_maps(maps: Tensor, blocks: list[int]) -> list[tuple[str, Tensor]]:
-    """One query's maps (L, H, h, w) as (caption, (h, w)): the blocks' means, or of one block the mean and the heads."""
+    """One query's maps (L, H, h, w) as (caption, (h, w)): the blocks' means, or of one
+    block the mean and the heads.
+    """
     if len(blocks) > 1:
         return [(f"block {block}", heat) for block, heat in zip(blocks, maps.mean(1), strict=True)]
     return [("mean", maps[0].mean(0)), *((f"head {number}", heat) for number, heat in enumerate(maps[0]))]
 
 
-def rows_of_image(name: str, image: Tensor, model: VisionTransformer, shown: Tensor, args: argparse.Namespace) -> list[Tensor]:
-    """The rows of the figure for one image: normalized (3, height, width) for the model, in [0, 1] for the eye (`shown`)."""
+def rows_of_image(
+    name: str, image: Tensor, model: VisionTransformer, shown: Tensor, args: argparse.Namespace
+) -> list[Tensor]:
+    """The rows of the figure for one image: normalized (3, height, width) for the model,
+    in [0, 1] for the eye (`shown`).
+    """
     blocks, grid = blocks_to_show(args.layer, len(model.blocks)), model.patch_embed.patch_shape
     queries = {query: query_token(query, grid) for query in args.query}
-    maps = dict(zip(queries, attention_of(model, image, blocks, list(queries.values())).unbind(2), strict=True))
+    maps = dict(
+        zip(queries, attention_of(model, image, blocks, list(queries.values())).unbind(2), strict=True)
+    )
     shown = drawing.enlarged(shown)  # room for a caption
     if args.mean_only:
         title = drawing.captioned(mark_queries(shown, list(queries.values()), grid), name)
         means = [
-            draw(shown, maps[query][0].mean(0), f"query {query}", args.threshold, [token]) for query, token in queries.items()
+            draw(shown, maps[query][0].mean(0), f"query {query}", args.threshold, [token])
+            for query, token in queries.items()
         ]
         return [drawing.gallery([title, *means], args.columns)]
     rows = []
     for query, token in queries.items():
         title = drawing.captioned(mark_queries(shown, [token], grid), f"{name}, query {query}")
-        pictures = [draw(shown, heat, caption, args.threshold) for caption, heat in named_maps(maps[query], blocks)]
+        pictures = [
+            draw(shown, heat, caption, args.threshold) for caption, heat in named_maps(maps[query], blocks)
+        ]
         rows.append(drawing.gallery([title, *pictures], args.columns))
     return rows
 
@@ -210,7 +256,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             resized = at_size(own, size)
         crop_pct = 1.0 if args.keep_aspect else args.crop_pct
         image = eval_view(size, crop_pct, mean=mean, std=std)(picture)["image"]
-        rows += rows_of_image(Path(path).name, image.to(device), resized, drawing.denormalize(image, mean, std), args)
+        rows += rows_of_image(
+            Path(path).name, image.to(device), resized, drawing.denormalize(image, mean, std), args
+        )
     inputs.save_picture(drawing.stacked(rows), args.output)
     shown = "every block, mean over heads" if args.layer is None else f"block {args.layer}"
     log.info(f"{args.output}: {len(rows)} rows, {shown}, query {' '.join(args.query)}")

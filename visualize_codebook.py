@@ -1,4 +1,5 @@
-"""What the codes of a tokenizer stand for: python visualize_codebook.py --encoded out/codes --output codebook.html
+"""What the codes of a tokenizer stand for: python visualize_codebook.py --encoded
+out/codes --output codebook.html
 
 Reads what encode_images.py wrote and the images, no tokenizer. N patches an image, K codes.
 """
@@ -30,7 +31,10 @@ OUTSIDE = 0.85  # gray around the image, where a patch lies at its border
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("The patches behind each code")
     parser.add_argument(
-        "--encoded", type=arguments.expand_home, required=True, help="--output_dir of encode_images.py (--format npy)"
+        "--encoded",
+        type=arguments.expand_home,
+        required=True,
+        help="--output_dir of encode_images.py (--format npy)",
     )
     parser.add_argument(
         "--data_path",
@@ -39,21 +43,34 @@ def get_parser() -> argparse.ArgumentParser:
         help="where the images are now; default: where they were encoded",
     )
     parser.add_argument(
-        "--output", type=arguments.expand_home, default="codebook.html", help="page to write, one file with all pictures in it"
+        "--output",
+        type=arguments.expand_home,
+        default="codebook.html",
+        help="page to write, one file with all pictures in it",
     )
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--codes", type=arguments.not_negative, nargs="+", default=None, help="these codes, such as 3 17 99")
+    choice.add_argument(
+        "--codes", type=arguments.not_negative, nargs="+", default=None, help="these codes, such as 3 17 99"
+    )
     choice.add_argument("--top", type=arguments.positive, default=None, help="the N most used codes")
-    choice.add_argument("--spread", type=arguments.positive, default=24, help="N codes from the most to the least used")
-    parser.add_argument("--examples", type=arguments.positive, default=12, help="patches of each code, of different images")
+    choice.add_argument(
+        "--spread", type=arguments.positive, default=24, help="N codes from the most to the least used"
+    )
     parser.add_argument(
-        "--context", type=arguments.small_count, default=3, help="side of what is shown of the image, in patches"
+        "--examples", type=arguments.positive, default=12, help="patches of each code, of different images"
+    )
+    parser.add_argument(
+        "--context",
+        type=arguments.small_count,
+        default=3,
+        help="side of what is shown of the image, in patches",
     )
     parser.add_argument("--seed", type=arguments.seed, default=0, help="of the choice of examples")
     return parser
 
 
-# ── Which codes, which patches ───────────────────────────────────────────────────────────────────────────────────────
+# ── Which codes, which patches
+# ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def blocks_of(codes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -68,7 +85,8 @@ def count_codes(encoded: Encoded) -> np.ndarray:
     for _, block in blocks_of(encoded.codes):
         if block.min() < 0 or block.max() >= len(counts):
             raise UserError(
-                f"{encoded.folder}/codes.npy: has codes beyond the {len(counts)} of about.json; encode the images again"
+                f"{encoded.folder}/codes.npy: has codes beyond the {len(counts)} of about.json; "
+                "encode the images again"
             )
         counts += np.bincount(block.ravel(), minlength=len(counts))
     return counts
@@ -79,18 +97,26 @@ def choose_codes(args: argparse.Namespace, counts: np.ndarray) -> tuple[list[int
     if args.codes is not None:
         for code in args.codes:
             if not 0 <= code < len(counts):
-                raise UserError(f"--codes {code}: the codebook has {len(counts)} codes, 0 to {len(counts) - 1}")
+                raise UserError(
+                    f"--codes {code}: the codebook has {len(counts)} codes, 0 to {len(counts) - 1}"
+                )
         return list(dict.fromkeys(args.codes)), "The codes asked for."
     used = np.argsort(-counts, kind="stable")[: int((counts > 0).sum())]
     if args.top is not None:
-        return used[: args.top].tolist(), f"The {min(args.top, len(used))} most used codes, the most used first."
+        return used[: args.top].tolist(), (
+            f"The {min(args.top, len(used))} most used codes, the most used first."
+        )
     ranks = np.unique(np.linspace(0, len(used) - 1, args.spread).round().astype(int))
-    return used[ranks].tolist(), f"{len(ranks)} codes at even distances in the order from the most to the least used."
+    return used[ranks].tolist(), (
+        f"{len(ranks)} codes at even distances in the order from the most to the least used."
+    )
 
 
 @dataclass
 class Sample:
-    """A uniform sample of the images that have a code, and how many have it. Each image draws a key, the smallest stay."""
+    """A uniform sample of the images that have a code, and how many have it. Each image
+    draws a key, the smallest stay.
+    """
 
     images: np.ndarray
     keys: np.ndarray
@@ -116,19 +142,28 @@ def sample_images(codes: np.ndarray, chosen: list[int], n_codes: int, most: int,
     return samples
 
 
-def patches_of(codes: np.ndarray, code: int, images: np.ndarray, most: int, seed: int) -> list[tuple[int, int]]:
+def patches_of(
+    codes: np.ndarray, code: int, images: np.ndarray, most: int, seed: int
+) -> list[tuple[int, int]]:
     """(image, patch): a random one of each image, then further ones of the same images up to `most`."""
     rng = np.random.default_rng((seed, code))
-    places = [(int(image), rng.permutation(np.flatnonzero(codes[image] == code))) for image in np.sort(images)]
+    places = [
+        (int(image), rng.permutation(np.flatnonzero(codes[image] == code))) for image in np.sort(images)
+    ]
     rounds = max((len(found) for _, found in places), default=0)
-    return [(image, int(found[turn])) for turn in range(rounds) for image, found in places if turn < len(found)][:most]
+    return [
+        (image, int(found[turn])) for turn in range(rounds) for image, found in places if turn < len(found)
+    ][:most]
 
 
-# ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The page
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cut_out(image: Tensor, row: int, column: int, patch: int, context: int) -> Tensor:
-    """The patch in the middle of `context` x `context` patches, enlarged, framed; gray where the image has ended."""
+    """The patch in the middle of `context` x `context` patches, enlarged, framed; gray
+    where the image has ended.
+    """
     before, side = context // 2 * patch, context * patch
     margin = F.pad(image, (before, side, before, side), value=OUTSIDE)
     picture = drawing.enlarged(margin[:, row * patch :, column * patch :][:, :side, :side])
@@ -142,22 +177,33 @@ def summary(encoded: Encoded, counts: np.ndarray, root: str) -> str:
     about, used, commonest = encoded.about, int((counts > 0).sum()), int(counts.argmax())
     height, width = about["grid"]
     histogram = drawing.usage_histogram(torch.from_numpy(counts))
-    return "\n".join([
-        html.table([
-            ("images", f"{about['images']:,} of {root}"),
-            ("patches", f"{counts.sum():,}, {height} x {width} an image"),
-            ("codes used", f"{used:,} of {len(counts):,} ({used / len(counts):.1%})"),
-            ("perplexity", f"{about['perplexity']:.1f}: as many codes, used equally, would be as hard to guess"),
-            ("commonest code", f"{commonest}: {counts[commonest] / counts.sum():.1%} of the patches"),
-            ("view of an image", about["view"]),
-            ("tokenizer", about["tokenizer_weight"]),
-        ]),
-        html.picture(histogram, "How often each code is used, most used first, on a logarithmic scale", "PNG"),
-        html.paragraph("How often each code is used: most used first, on a logarithmic scale."),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            html.table(
+                [
+                    ("images", f"{about['images']:,} of {root}"),
+                    ("patches", f"{counts.sum():,}, {height} x {width} an image"),
+                    ("codes used", f"{used:,} of {len(counts):,} ({used / len(counts):.1%})"),
+                    (
+                        "perplexity",
+                        f"{about['perplexity']:.1f}: as many codes, used equally, would be as hard to guess",
+                    ),
+                    ("commonest code", f"{commonest}: {counts[commonest] / counts.sum():.1%} of the patches"),
+                    ("view of an image", about["view"]),
+                    ("tokenizer", about["tokenizer_weight"]),
+                ]
+            ),
+            html.picture(
+                histogram, "How often each code is used, most used first, on a logarithmic scale", "PNG"
+            ),
+            html.paragraph("How often each code is used: most used first, on a logarithmic scale."),
+        ]
+    )
 
 
-def sections(args: argparse.Namespace, encoded: Encoded, counts: np.ndarray, chosen: list[int], root: str) -> Iterator[str]:
+def sections(
+    args: argparse.Namespace, encoded: Encoded, counts: np.ndarray, chosen: list[int], root: str
+) -> Iterator[str]:
     about = encoded.about
     view, patch, columns = (
         eval_view(about["input_size"], about["crop_pct"]),
@@ -182,7 +228,9 @@ def sections(args: argparse.Namespace, encoded: Encoded, counts: np.ndarray, cho
             row, column = divmod(place, columns)
             picture = cut_out(view(opened)["image"], row, column, patch, args.context)
             shown.append(html.picture(picture, f"code {code}: patch {row},{column} of {names[image]}"))
-        said = f"{counts[code]:,} patches, {counts[code] / counts.sum():.2%} of all, in {sample.found:,} images."
+        said = (
+            f"{counts[code]:,} patches, {counts[code] / counts.sum():.2%} of all, in {sample.found:,} images."
+        )
         if not counts[code]:
             said = "Does not occur in these images."
         parts = [html.paragraph(said), *([html.pictures(shown)] if shown else [])]
@@ -196,20 +244,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     distributed.set_up_logging(0)
     if args.context % 2 == 0:
-        raise UserError(f"--context {args.context}: give an odd number of patches, so that one is in the middle")
+        raise UserError(
+            f"--context {args.context}: give an odd number of patches, so that one is in the middle"
+        )
     inputs.prepare_output(args.output, inputs.PAGES)
     encoded = code_files.read(args.encoded, "--encoded")
     root = args.data_path or encoded.about["data_path"]
     if not os.path.isdir(root):
-        raise UserError(f"{root}, the folder of the images, is not there: --data_path says where they are now")
+        raise UserError(
+            f"{root}, the folder of the images, is not there: --data_path says where they are now"
+        )
     counts = count_codes(encoded)
     chosen, how = choose_codes(args, counts)
     page = html.document(
         "Codebook",
         summary(encoded, counts, root),
         html.paragraph(
-            f"{how} Each picture is a patch, framed in red, in the {args.context} x {args.context} patches around it; gray "
-            "lies outside the image. The patches of a code are drawn at random, from different images as far as there are "
+            f"{how} Each picture is a patch, framed in red, in the {args.context} x {args.context} "
+            "patches around it; gray "
+            "lies outside the image. The patches of a code are drawn at random, from different "
+            "images as far as there are "
             "any. The square before a code is its color in the token maps of encode_images.py."
         ),
         *sections(args, encoded, counts, chosen, root),

@@ -28,7 +28,10 @@ def get_parser() -> argparse.ArgumentParser:
     )
     arguments.add_shown_image_flags(parser)
     parser.add_argument(
-        "--output", type=arguments.expand_home, default="reconstruction.png", help="picture to write, best a PNG"
+        "--output",
+        type=arguments.expand_home,
+        default="reconstruction.png",
+        help="picture to write, best a PNG",
     )
     arguments.add_view_flags(parser)
     return parser
@@ -55,9 +58,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path, ours, flat in zip(paths, own.tolist(), trivial.tolist(), strict=True):
         log.info(f"{ours:6.2f} dB (mean color {flat:.2f})  {path}")
     log.info(f"{own.mean():6.2f} dB (mean color {trivial.mean():.2f})  mean of {len(images)}")
-    captions = [(Path(path).name, "tokens", f"drawn: {ours:.2f} dB") for path, ours in zip(paths, own.tolist(), strict=True)]
-    inputs.save_picture(drawing.reconstructions(images, torch.cat(codes), model.n_codes, drawn, captions), args.output)
-    log.info(f"{args.output}: images, their tokens (a color a code), and what was drawn from the tokens alone")
+    captions = [
+        (Path(path).name, "tokens", f"drawn: {ours:.2f} dB")
+        for path, ours in zip(paths, own.tolist(), strict=True)
+    ]
+    inputs.save_picture(
+        drawing.reconstructions(images, torch.cat(codes), model.n_codes, drawn, captions), args.output
+    )
+    log.info(
+        f"{args.output}: images, their tokens (a color a code), and what was drawn from the tokens alone"
+    )
 
 
 if __name__ == "__main__":

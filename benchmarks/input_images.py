@@ -30,7 +30,9 @@ def random_masks(batch_size: int, grid: int, seed: int) -> Tensor:
 
 
 def pretraining_view(size: int) -> PretrainingViews:
-    return PretrainingViews(size, size, 0.2, 0.4, "bicubic", "bicubic", HALF_MEAN, HALF_STD, masks(size // 16))
+    return PretrainingViews(
+        size, size, 0.2, 0.4, "bicubic", "bicubic", HALF_MEAN, HALF_STD, masks(size // 16)
+    )
 
 
 def random_batch(batch_size: int, size: int, device: torch.device) -> dict[str, Any]:
@@ -45,7 +47,9 @@ def photos(folder: Path, count: int) -> list[str]:
     paths = []
     for index in range(count):
         rng = np.random.RandomState(index)
-        coarse = Image.fromarray(rng.randint(0, 256, (24, 32, 3), dtype=np.uint8)).resize(PHOTO, Image.Resampling.BICUBIC)
+        coarse = Image.fromarray(rng.randint(0, 256, (24, 32, 3), dtype=np.uint8)).resize(
+            PHOTO, Image.Resampling.BICUBIC
+        )
         pixels = np.asarray(coarse) + rng.randn(height, width, 3) * 12
         paths.append(str(folder / f"{index}.jpg"))
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)

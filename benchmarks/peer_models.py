@@ -1,4 +1,6 @@
-"""Other libraries' BEiT beside ours, on the same weights: timm's in this process, transformers' in one of its own."""
+"""Other libraries' BEiT beside ours, on the same weights: timm's in this process,
+transformers' in one of its own.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +55,13 @@ def timm_model(model: VisionTransformer) -> Any:
 
     settings = architecture(model)
     if (model.embed_dim, len(model.blocks), model.patch_embed.img_size) == (768, 12, (224, 224)):
-        theirs: Any = timm.create_model("beitv2_base_patch16_224", pretrained=False, num_classes=model.num_classes)
+        theirs: Any = timm.create_model(
+            "beitv2_base_patch16_224", pretrained=False, num_classes=model.num_classes
+        )
     else:
-        theirs = Beit(**{name: settings[name] for name in TIMM_ARGS}, use_rel_pos_bias=True, global_pool="avg")
+        theirs = Beit(
+            **{name: settings[name] for name in TIMM_ARGS}, use_rel_pos_bias=True, global_pool="avg"
+        )
     lacking = theirs.load_state_dict(to_timm(model.state_dict()).weights, strict=False).missing_keys
     if any(not key.endswith("relative_position_index") for key in lacking):
         raise RuntimeError(f"timm's model did not get {lacking}")
@@ -117,7 +123,9 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise UserError(f"transformers' process ended at '{order['do']}'; run python -P {WORKER} to see why")
+            raise UserError(
+                f"transformers' process ended at '{order['do']}'; run python -P {WORKER} to see why"
+            )
         said: dict[str, Any] = json.loads(line)
         if "error" in said:
             raise UserError(f"transformers' process: {said['error']}")

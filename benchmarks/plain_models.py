@@ -1,9 +1,12 @@
-"""The textbook way, with which benchmark.py compares ours: every formula as the papers write it, on the same weights.
+"""The textbook way, with which benchmark.py compares ours: every formula as the papers
+write it, on the same weights.
 
-Explicit softmax(q k^T + bias) v, every token through every block, distances and a one-hot matrix in the quantizer, one
-PIL operation after the other for the views. It shares modules with a copy of our model, but none of our forward passes.
+Explicit softmax(q k^T + bias) v, every token through every block, distances and a
+one-hot matrix in the quantizer, one PIL operation after the other for the views. It
+shares modules with a copy of our model, but none of our forward passes.
 
-Shapes: B batch, N patches, T = 1 + N tokens, C width, H heads, D = C / H, M masked patches, K codes, d code dim.
+Shapes: B batch, N patches, T = 1 + N tokens, C width, H heads, D = C / H, M masked
+patches, K codes, d code dim.
 """
 
 from __future__ import annotations
@@ -109,7 +112,9 @@ class PlainPretraining(nn.Module):
         bridged = torch.cat((tokens[:, :1], early), dim=1)
         for layer in model.cls_pt_layers:
             bridged = block(layer, bridged, shared)
-        norm, head = (model.norm, model.lm_head) if model.shared_lm_head else (model.cls_pt_norm, model.cls_pt_lm_head)
+        norm, head = (
+            (model.norm, model.lm_head) if model.shared_lm_head else (model.cls_pt_norm, model.cls_pt_lm_head)
+        )
         main, cls = model.norm(tokens)[:, 1:], norm(bridged)[:, 1:]
         return model.lm_head(main[mask]), head(cls[mask])
 
@@ -169,7 +174,9 @@ class PlainVQKD(nn.Module):
     def code_vectors(self, x: Tensor) -> Tensor:
         """Images in [0, 1] -> (B, N, d), not normalized"""
         model = self.model
-        patches = model.encoder.fc_norm(encoded(model.encoder, (x - model.input_mean) / model.input_std)[:, 1:])
+        patches = model.encoder.fc_norm(
+            encoded(model.encoder, (x - model.input_mean) / model.input_std)[:, 1:]
+        )
         with torch.autocast(x.device.type, enabled=False):
             return model.encode_task_layer(patches.float())
 
@@ -192,7 +199,9 @@ class PlainVQKD(nn.Module):
 
 
 class PlainViews:
-    """PIL image -> the tensors of transforms.PretrainingViews, from the same random draws; each view is resized by itself."""
+    """PIL image -> the tensors of transforms.PretrainingViews, from the same random draws;
+    each view is resized by itself.
+    """
 
     def __init__(
         self,
@@ -213,9 +222,15 @@ class PlainViews:
     def __call__(self, image: Image.Image) -> dict[str, Tensor]:
         image = self.before(image)
         box = T.RandomResizedCrop.get_params(image, self.scale, [3 / 4, 4 / 3])
-        first, second = (TF.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC) for size in self.sizes)
+        first, second = (
+            TF.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC) for size in self.sizes
+        )
         mask = torch.from_numpy(self.mask_generator()).flatten().bool()
-        return {"image": self.normalize(self.to_tensor(first)), "tokenizer_image": self.to_tensor(second), "mask": mask}
+        return {
+            "image": self.normalize(self.to_tensor(first)),
+            "tokenizer_image": self.to_tensor(second),
+            "mask": mask,
+        }
 
 
 def read_plainly(path: str) -> Image.Image:

@@ -1,6 +1,8 @@
-"""Contenders that take turns in one process, so that a ratio is of moments that lie side by side; time and peak memory.
+"""Contenders that take turns in one process, so that a ratio is of moments that lie side
+by side; time and peak memory.
 
-A machine's speed drifts by more than the differences that are looked for: only ratios within one round are quoted.
+A machine's speed drifts by more than the differences that are looked for: only ratios
+within one round are quoted.
 """
 
 from __future__ import annotations
@@ -82,9 +84,13 @@ class Contender:
 
 
 class Local(Contender):
-    """Work done in this process: work(batch, mark) -> loss (). `keeps` tells the bytes that it holds between steps."""
+    """Work done in this process: work(batch, mark) -> loss (). `keeps` tells the bytes
+    that it holds between steps.
+    """
 
-    def __init__(self, name: str, work: Work, device: torch.device, keeps: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self, name: str, work: Work, device: torch.device, keeps: Callable[[], int] = lambda: 0
+    ) -> None:
         self.name, self.work, self.device, self.keeps = name, work, device, keeps
 
     def turn(self, batch: dict[str, Any]) -> Turn:
@@ -99,8 +105,9 @@ class Local(Contender):
 def peak_growth(device: torch.device, work: Callable[[], Any]) -> int:
     """The most bytes that `work` held at once beyond what was there before.
 
-    On the CPU the allocator's own record (torch.profiler): the resident set would also count what the C library keeps of
-    freed memory. Scratch space inside oneDNN's kernels is in neither.
+    On the CPU the allocator's own record (torch.profiler): the resident set would also
+    count what the C library keeps of freed memory. Scratch space inside oneDNN's
+    kernels is in neither.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -113,7 +120,9 @@ def peak_growth(device: torch.device, work: Callable[[], Any]) -> int:
         work()
     events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     held = peak = 0
-    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+    for _, size in sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    ):
         held += size
         peak = max(peak, held)
     return peak
@@ -150,7 +159,8 @@ class Contest:
     contenders: Sequence[Contender]
     batch: dict[str, Any]
     images: int
-    tolerance: float | None = None  # largest difference of losses in the first step; None: precision does not allow one
+    # largest difference of losses in the first step; None: precision does not allow one
+    tolerance: float | None = None
     flops: int = 0  # of the matrix products that one step needs; 0 where they are not the point
     absent: dict[str, str] = field(default_factory=dict)  # contenders that cannot run here, and why
     view: Any = None  # of transforms: how files become such batches, where ours is to be fed by a loader too
@@ -175,8 +185,8 @@ class Row:
 def hold(contest: Contest, rounds: int, warmup: int, matmul_flops: float) -> list[Row]:
     """Warm up, take `rounds` turns A B C A B C ..., then measure each contender's peak memory.
 
-    `matmul_flops`: a second, what this machine does in a large matrix product of the same dtype. RuntimeError when a
-    contender's first loss is not ours.
+    `matmul_flops`: a second, what this machine does in a large matrix product of the
+    same dtype. RuntimeError when a contender's first loss is not ours.
     """
     turns: list[list[Turn]] = [[] for _ in contest.contenders]
     for _ in range(warmup + rounds):
@@ -214,7 +224,10 @@ def check_agreement(contest: Contest, losses: Sequence[float]) -> None:
         return
     for contender, loss in zip(contest.contenders, losses, strict=True):
         if not abs(loss - losses[0]) <= contest.tolerance * max(1.0, abs(losses[0])):
-            raise RuntimeError(f"{contest.name}: {contender.name} computes {loss:.6f}, ours {losses[0]:.6f}: not the same work")
+            raise RuntimeError(
+                f"{contest.name}: {contender.name} computes {loss:.6f}, ours "
+                f"{losses[0]:.6f}: not the same work"
+            )
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype, side: int, times: int = 5) -> float:
@@ -231,7 +244,11 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, side: int, times: int
 
 def table(rows: Sequence[Row]) -> list[str]:
     """Times in ms; `x ours`: time divided by ours in the same round, median (min-max); peak in MiB."""
-    lines = [f"{'':14}{'images/s':>9}{'ms':>9}" + "".join(f"{phase:>10}" for phase in PHASES) + f"{'of matmul':>10}{'peak':>9}"]
+    lines = [
+        f"{'':14}{'images/s':>9}{'ms':>9}"
+        + "".join(f"{phase:>10}" for phase in PHASES)
+        + f"{'of matmul':>10}{'peak':>9}"
+    ]
     lines[0] += f"{'x ours':>20}{'peak x ours':>13}"
     for row in rows:
         share = "" if row.utilization is None else f"{row.utilization:.0%}"

@@ -54,9 +54,12 @@ class Ours(Stage):
         return loss
 
     def flops(self, batch: dict[str, Any]) -> int:
-        """Of all matrix products and convolutions in forward, backward and the frozen networks; the step is not taken."""
+        """Of all matrix products and convolutions in forward, backward and the frozen
+        networks; the step is not taken.
+        """
         eager, self.state.runner = self.state.runner, self.state.model
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention would not be counted
+        # fused attention would not be counted
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             self.gradients(batch)
         self.state.runner = eager
         self.state.optimizer.zero_grad()
@@ -108,8 +111,10 @@ def inference(name: str, model: nn.Module, run: Run) -> Local:
 
 
 def enliven(model: nn.Module) -> None:
-    """Random values where initialization leaves (nearly) zeros: biases, tables, the classifier. A mistake in what they do must
-    show in the loss; of a table of small values (0.02) the softmax takes hardly any notice."""
+    """Random values where initialization leaves (nearly) zeros: biases, tables, the
+    classifier. A mistake in what they do must show in the loss; of a table of small
+    values (0.02) the softmax takes hardly any notice.
+    """
     for name, parameter in model.named_parameters():
         if parameter.abs().max() < 1e-3:
             nn.init.normal_(parameter, std=1.0 if name.endswith("relative_position_bias_table") else 0.02)

@@ -1,8 +1,9 @@
 """transformers' BeitForImageClassification, which takes its turns on command in a process of its own.
 
-transformers looks for a package named `datasets` and would find ours: this file is run in another folder with `python -P`,
-and takes timing.py by its path. Commands come as lines of JSON on stdin, answers go as lines to stdout:
-{"do": "build", ...}, {"do": "step"}, {"do": "infer"}, {"do": "peak", "of": "step"}.
+transformers looks for a package named `datasets` and would find ours: this file is run
+in another folder with `python -P`, and takes timing.py by its path. Commands come as
+lines of JSON on stdin, answers go as lines to stdout: {"do": "build", ...}, {"do":
+"step"}, {"do": "infer"}, {"do": "peak", "of": "step"}.
 """
 
 from __future__ import annotations
@@ -41,10 +42,14 @@ class Peer:
         torch.set_num_threads(order["threads"])
         self.device = torch.device(order["device"])
         self.dtype = {"bf16": torch.bfloat16, "fp32": None}[order["amp_dtype"]]
-        settings = {key: value for key, value in order["config"].items() if key not in ("architectures", "torch_dtype")}
-        self.model = loaded(transformers.BeitConfig(**settings), torch.load(order["weights"], weights_only=True)).to(
-            self.device
-        )
+        settings = {
+            key: value
+            for key, value in order["config"].items()
+            if key not in ("architectures", "torch_dtype")
+        }
+        self.model = loaded(
+            transformers.BeitConfig(**settings), torch.load(order["weights"], weights_only=True)
+        ).to(self.device)
         batch = torch.load(order["batch"], weights_only=True)
         self.images, self.labels = (batch[name].to(self.device) for name in ("image", "label"))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **order["optimizer"])
@@ -82,17 +87,25 @@ class Peer:
 
     def peak(self, kind: str) -> dict[str, Any]:
         kept = timing.bytes_of(self.model, optimizer=self.optimizer)
-        return {"bytes": kept + timing.peak_growth(self.device, lambda: getattr(self, kind)(lambda phase: None))}
+        return {
+            "bytes": kept + timing.peak_growth(self.device, lambda: getattr(self, kind)(lambda phase: None))
+        }
 
 
 def loaded(config: Any, weights: dict[str, Tensor]) -> Any:
-    """The classifier with these weights under the hub's names; transformers' own loader knows its modules' names."""
+    """The classifier with these weights under the hub's names; transformers' own loader
+    knows its modules' names.
+    """
     import transformers
     from safetensors.torch import save_file
 
     architecture: Any = transformers.BeitForImageClassification
     with tempfile.TemporaryDirectory() as folder:
-        save_file({key: value.contiguous() for key, value in weights.items()}, f"{folder}/model.safetensors", {"format": "pt"})
+        save_file(
+            {key: value.contiguous() for key, value in weights.items()},
+            f"{folder}/model.safetensors",
+            {"format": "pt"},
+        )
         config.save_pretrained(folder)
         model, info = architecture.from_pretrained(folder, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"]:

@@ -32,11 +32,15 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return value if isinstance(value, (int, float, bool, type(None), torch.Tensor)) else hide_secrets(str(value))
+    return (
+        value if isinstance(value, (int, float, bool, type(None), torch.Tensor)) else hide_secrets(str(value))
+    )
 
 
 def write(content: dict[str, Any], path: Path) -> None:
-    """Atomic: a temporary file beside it, flushed to the disk, renamed. A reader or a crash sees the old file or the new."""
+    """Atomic: a temporary file beside it, flushed to the disk, renamed. A reader or a
+    crash sees the old file or the new.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
         with open(temporary, "wb") as file:
@@ -51,8 +55,10 @@ def write(content: dict[str, Any], path: Path) -> None:
             free = shutil.disk_usage(path.parent).free / 2**20
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise UserError(
-            f"could not write {path} ({reason[:120]}): {size_of(content) / 2**20:.1f} MiB needed, {free:.1f} MiB free; "
-            "the previous checkpoint is intact. Make room, or point --output_dir elsewhere, and start the same line again"
+            f"could not write {path} ({reason[:120]}): {size_of(content) / 2**20:.1f} MiB needed, "
+            f"{free:.1f} MiB free; "
+            "the previous checkpoint is intact. Make room, or point --output_dir elsewhere, and "
+            "start the same line again"
         ) from None
     sync_folder(path.parent)
 
@@ -60,7 +66,8 @@ def write(content: dict[str, Any], path: Path) -> None:
 class Saver:
     """Writes checkpoints behind the training's back, from a copy in main memory; one at a time.
 
-    An error in the background reaches the training at its next step (`check`) or save, or at the end (`wait`).
+    An error in the background reaches the training at its next step (`check`) or save,
+    or at the end (`wait`).
     """
 
     def __init__(self) -> None:
@@ -76,13 +83,16 @@ class Saver:
         copy = on_cpu(content, keep=distributed.is_main())
         if not distributed.is_main():
             return
-        self.thread = threading.Thread(target=self._write, args=(copy, folder, names, keep_ckpts), name="checkpoint")
+        self.thread = threading.Thread(
+            target=self._write, args=(copy, folder, names, keep_ckpts), name="checkpoint"
+        )
         self.thread.start()
 
     def _write(self, content: dict[str, Any], folder: Path, names: list[str], keep_ckpts: int) -> None:
         try:
             check_finite(content, folder)
-            # The name to go on from is the last: a run killed in between repeats its step and writes all of them again.
+            # The name to go on from is the last: a run killed in between repeats its
+            # step and writes all of them again.
             first, *others = reversed(names)
             write(content, folder / first)
             for name in others:
@@ -110,9 +120,14 @@ def check_finite(content: dict[str, Any], folder: Path) -> None:
         for name, tensor in named_tensors(content.get(part)):
             if weight_files.count_not_finite(name, tensor):
                 good = folder / LATEST
-                kept = f"the last good checkpoint is {good}" if good.exists() else "there is no good checkpoint yet"
+                kept = (
+                    f"the last good checkpoint is {good}"
+                    if good.exists()
+                    else "there is no good checkpoint yet"
+                )
                 raise UserError(
-                    f"{part}.{name} is not finite any more, so this state is not saved: {kept}. Lower --lr, set --clip_grad "
+                    f"{part}.{name} is not finite any more, so this state is not saved: {kept}. Lower "
+                    "--lr, set --clip_grad "
                     "3.0, lengthen --warmup_epochs, or try --amp_dtype fp32"
                 )
 
@@ -121,7 +136,13 @@ def named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, torch.Ten
     """Every tensor in nested dictionaries and lists, with its keys joined by dots."""
     if isinstance(content, torch.Tensor):
         yield name, content
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, (list, tuple)) else ()
+    items = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, (list, tuple))
+        else ()
+    )
     for key, value in items:
         yield from named_tensors(value, f"{name}.{key}" if name else str(key))
 
@@ -129,7 +150,8 @@ def named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, torch.Ten
 def on_cpu(content: Any, keep: bool = True) -> Any:
     """A copy that training cannot change: tensors cloned into main memory, the rest as it is.
 
-    Sharded tensors become whole one after the other, on all ranks together; without `keep` this rank keeps none of them.
+    Sharded tensors become whole one after the other, on all ranks together; without
+    `keep` this rank keeps none of them.
     """
     if isinstance(content, torch.Tensor):
         whole = fsdp.full(content.detach())
@@ -147,7 +169,11 @@ def step_name(step: int) -> str:
 
 def step_checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
-    return sorted(folder.glob("checkpoint-step*.pth"), key=lambda path: int(path.stem[len("checkpoint-step") :]), reverse=True)
+    return sorted(
+        folder.glob("checkpoint-step*.pth"),
+        key=lambda path: int(path.stem[len("checkpoint-step") :]),
+        reverse=True,
+    )
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -172,7 +198,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def also_as(path: Path, other: Path) -> None:
-    """The same checkpoint under a second name, without writing it twice; checkpoints are only ever replaced, never changed."""
+    """The same checkpoint under a second name, without writing it twice; checkpoints are
+    only ever replaced, never changed.
+    """
     temporary = other.with_name(f".{other.name}.{os.getpid()}{PART}")
     temporary.unlink(missing_ok=True)
     try:
@@ -186,7 +214,9 @@ def also_as(path: Path, other: Path) -> None:
 
 
 def keep_published(path: Path, folder: Path) -> None:
-    """A checkpoint in a run's folder that is not a run's of this code gets a second name, before the first is overwritten."""
+    """A checkpoint in a run's folder that is not a run's of this code gets a second name,
+    before the first is overwritten.
+    """
     if path.resolve().parent != folder.resolve() or path.stem.startswith("checkpoint-published"):
         return
     names = (f"checkpoint-published{number}.pth" for number in ("", *(f"-{n}" for n in range(2, 1000))))
@@ -196,7 +226,8 @@ def keep_published(path: Path, folder: Path) -> None:
 
 
 def find(resume: str, auto_resume: bool, output_dir: str) -> Path | None:
-    """The checkpoint that a run goes on from: --resume, else with --auto_resume the newest intact one of output_dir.
+    """The checkpoint that a run goes on from: --resume, else with --auto_resume the newest
+    intact one of output_dir.
 
     Rank 0 chooses for all.
     """
@@ -214,7 +245,9 @@ def newest_intact(folder: Path) -> Path | None:
     if latest.exists() and intact(latest):
         return latest
     others = {path: steps_in(path) for path in sorted(folder.glob("checkpoint-*.pth")) if intact(path)}
-    damaged = [path for path in [latest, *folder.glob("checkpoint-*.pth")] if path.exists() and path not in others]
+    damaged = [
+        path for path in [latest, *folder.glob("checkpoint-*.pth")] if path.exists() and path not in others
+    ]
     if others:
         newest = max(others, key=others.__getitem__)
         if damaged:
@@ -222,7 +255,8 @@ def newest_intact(folder: Path) -> Path | None:
         return newest
     if damaged:
         raise UserError(
-            f"{damaged[0]} is damaged and no other checkpoint in {folder} is whole: remove it to start anew, or name one "
+            f"{damaged[0]} is damaged and no other checkpoint in {folder} is whole: remove it to "
+            "start anew, or name one "
             "with --resume"
         )
     return None
@@ -263,14 +297,17 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def head(path: Path) -> dict[str, Any]:
-    """Plain data that export_checkpoint put into the head of a safetensors file, which has no other place for it: `args`
-    and `stage`; {} for other files."""
+    """Plain data that export_checkpoint put into the head of a safetensors file, which has
+    no other place for it: `args` and `stage`; {} for other files.
+    """
     if not weight_files.is_safetensors(path):
         return {}
     with safetensors.safe_open(path, "pt") as file:
         texts = file.metadata() or {}
     try:
-        return {key: json.loads(texts[key]) for key in ("args", "stage") if texts.get(key, "").startswith("{")}
+        return {
+            key: json.loads(texts[key]) for key in ("args", "stage") if texts.get(key, "").startswith("{")
+        }
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: its head is no JSON ({type(error).__name__}); get the file again") from None
 
@@ -284,7 +321,8 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path:
     for key in own.keys() & weights.keys():  # load_state_dict would round, or make numbers of switches
         if weights[key].is_floating_point() != own[key].is_floating_point():
             raise UserError(
-                f"{path}: {key} is of {weights[key].dtype}, where {own[key].dtype} is needed; take another checkpoint"
+                f"{path}: {key} is of {weights[key].dtype}, where {own[key].dtype} is needed; take "
+                "another checkpoint"
             )
     try:
         model.load_state_dict(fsdp.shares_of_weights(weights, model))
@@ -292,7 +330,8 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path:
         different = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
         different += [key for key in weights if key not in own]
         raise UserError(
-            f"{path} is {weight_files.kind_of(weights)} of another shape than this run's model ({different[0]} differs): give "
+            f"{path} is {weight_files.kind_of(weights)} of another shape than this run's model "
+            f"({different[0]} differs): give "
             "the flags it was trained with, start from it with --finetune, or name another --output_dir"
         ) from None
     if distributed.is_main():
@@ -306,7 +345,9 @@ def write_text(folder: str | Path, name: str, text: str) -> Path:
         try:
             path.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{path} could not be written ({error.strerror}): make room, or name another folder") from None
+            raise UserError(
+                f"{path} could not be written ({error.strerror}): make room, or name another folder"
+            ) from None
     return path
 
 

@@ -1,8 +1,11 @@
-"""Weights by name, path or URL: find them, download them once, check them (`python model_zoo.py` lists the names).
+"""Weights by name, path or URL: find them, download them once, check them (`python
+model_zoo.py` lists the names).
 
-BEIT_MIRRORS names copies of the published files: base URLs (https:// or file://, blanks between them), tried in turn before
-the published address. A base ends where the published folder begins (`BASE/BEiT-v2/NAME.pth`, `BASE/v1.0/NAME.pth`,
-`BASE/dall-e/encoder.pkl`), or holds the bare files (`BASE/NAME.pth`); both are asked for, in this order.
+BEIT_MIRRORS names copies of the published files: base URLs (https:// or file://, blanks
+between them), tried in turn before the published address. A base ends where the
+published folder begins (`BASE/BEiT-v2/NAME.pth`, `BASE/v1.0/NAME.pth`,
+`BASE/dall-e/encoder.pkl`), or holds the bare files (`BASE/NAME.pth`); both are asked
+for, in this order.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ except ImportError:  # Windows: no lock; several processes may then download the
 
 log = logging.getLogger("beit")
 
-# --------------------------------------------------------------------------------------------------- what was published
+# ---------------------------------------------------------------------------------------------------
+#   what was published
 MIRRORS = ["https://github.com/addf400/files/releases/download/"]  # tried in turn
 PATIENCE, SLOWEST = 30, 10 * 1024  # seconds in which something must come, and bytes a second that it must be
 LONGEST_NAME = 150  # bytes of a file's name, to which endings are added
@@ -53,10 +57,14 @@ FORMER_HOSTS = ("conversationhub.blob.core.windows.net", "unilm.blob.core.window
 
 @dataclass(frozen=True)
 class Entry:
-    """One published file. `file` is relative to each of MIRRORS, or a whole URL; `model` names the builder it fits."""
+    """One published file. `file` is relative to each of MIRRORS, or a whole URL; `model`
+    names the builder it fits.
+    """
 
     file: str
-    kind: str  # tokenizer | pretrained | intermediate (ImageNet-21k head) | finetuned | segmentation | tokenizer-v1
+    # tokenizer | pretrained | intermediate (ImageNet-21k head) | finetuned |
+    # segmentation | tokenizer-v1
+    kind: str
     model: str = ""
     classes: int | None = None
     sha256_prefix: str | None = None
@@ -81,14 +89,18 @@ class Entry:
 CLASSES = {"intermediate": 21841, "finetuned": 1000, "segmentation": 150}  # of the heads in the files
 
 
-def _entry(name: str, kind: str, sha256_prefix: str | None = None, params: float | None = None, **metrics: float) -> Entry:
+def _entry(
+    name: str, kind: str, sha256_prefix: str | None = None, params: float | None = None, **metrics: float
+) -> Entry:
     """The row of a published name: its file and the builder it fits follow from the name."""
     folder = "v1.0" if name.startswith("beit_") else "BEiT-v2"
     model = name.split("_pt")[0].replace("beitv2", "beit")
     if kind == "pretrained":
         model += "_8k_vocab" if folder == "v1.0" else "_8k_vocab_cls_pt"
     file = f"{folder}/{name}-{sha256_prefix}.pth" if sha256_prefix else f"{folder}/{name}.pth"
-    return Entry(file, kind, "" if kind == "segmentation" else model, CLASSES.get(kind), sha256_prefix, params, metrics)
+    return Entry(
+        file, kind, "" if kind == "segmentation" else model, CLASSES.get(kind), sha256_prefix, params, metrics
+    )
 
 
 ROWS: list[tuple[str, str, dict[str, Any]]] = [
@@ -115,30 +127,59 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("beitv2_large_patch16_224_pt1k_ft21k", "intermediate", {"params": 325.8}),
     ("beitv2_base_patch16_224_pt1k_300e_ft1k", "finetuned", {"params": 86.5, "top1": 85.0}),
     ("beitv2_base_patch16_224_pt1k_ft1k", "finetuned", {"params": 86.5, "top1": 85.5, "top5": 97.5}),
-    ("beitv2_base_patch16_224_pt1k_ft21kto1k", "finetuned", {"params": 86.5, "top1": 86.458, "top5": 97.978, "loss": 0.569}),
+    (
+        "beitv2_base_patch16_224_pt1k_ft21kto1k",
+        "finetuned",
+        {"params": 86.5, "top1": 86.458, "top5": 97.978, "loss": 0.569},
+    ),
     ("beitv2_large_patch16_224_pt1k_300e_ft1k", "finetuned", {"params": 304.4, "top1": 86.6}),
     ("beitv2_large_patch16_224_pt1k_ft1k", "finetuned", {"params": 304.4, "top1": 87.3, "top5": 98.2}),
-    ("beitv2_large_patch16_224_pt1k_ft21kto1k", "finetuned", {"params": 304.4, "top1": 88.37, "top5": 98.578, "loss": 0.493}),
+    (
+        "beitv2_large_patch16_224_pt1k_ft21kto1k",
+        "finetuned",
+        {"params": 304.4, "top1": 88.37, "top5": 98.578, "loss": 0.493},
+    ),
     ("beitv2_base_patch16_224_pt1k_ftade20k", "segmentation", {"miou": 53.1}),
     ("beitv2_base_patch16_224_pt1k_ft21ktoade20k", "segmentation", {"miou": 53.5}),
     ("beitv2_large_patch16_224_pt1k_ftade20k", "segmentation", {"miou": 56.7}),
-    ("beitv2_large_patch16_224_pt1k_ft21ktoade20k", "segmentation", {"miou": 57.54, "macc": 68.78, "aacc": 86.22}),
+    (
+        "beitv2_large_patch16_224_pt1k_ft21ktoade20k",
+        "segmentation",
+        {"miou": 57.54, "macc": 68.78, "aacc": 86.22},
+    ),
     ("beit_base_patch16_224_pt22k", "pretrained", {"params": 92.0}),
     ("beit_large_patch16_224_pt22k", "pretrained", {"params": 311.5}),
     ("beit_base_patch16_224_pt22k_ft22k", "intermediate", {"params": 102.6}),
     ("beit_large_patch16_224_pt22k_ft22k", "intermediate", {"params": 325.8}),
     ("beit_base_patch16_224_pt22k_ft1k", "finetuned", {"params": 86.5, "top1": 83.7}),
     ("beit_base_patch16_224_pt22k_ft22kto1k", "finetuned", {"params": 86.5, "top1": 85.2}),
-    ("beit_base_patch16_384_pt22k_ft22kto1k", "finetuned", {"params": 86.7, "top1": 86.82, "top5": 98.124, "loss": 0.565}),
-    ("beit_large_patch16_224_pt22k_ft22kto1k", "finetuned", {"params": 304.4, "top1": 87.396, "top5": 98.282, "loss": 0.515}),
-    ("beit_large_patch16_384_pt22k_ft22kto1k", "finetuned", {"params": 305.0, "top1": 88.408, "top5": 98.602, "loss": 0.479}),
-    ("beit_large_patch16_512_pt22k_ft22kto1k", "finetuned", {"params": 305.7, "top1": 88.6, "top5": 98.658, "loss": 0.474}),
+    (
+        "beit_base_patch16_384_pt22k_ft22kto1k",
+        "finetuned",
+        {"params": 86.7, "top1": 86.82, "top5": 98.124, "loss": 0.565},
+    ),
+    (
+        "beit_large_patch16_224_pt22k_ft22kto1k",
+        "finetuned",
+        {"params": 304.4, "top1": 87.396, "top5": 98.282, "loss": 0.515},
+    ),
+    (
+        "beit_large_patch16_384_pt22k_ft22kto1k",
+        "finetuned",
+        {"params": 305.0, "top1": 88.408, "top5": 98.602, "loss": 0.479},
+    ),
+    (
+        "beit_large_patch16_512_pt22k_ft22kto1k",
+        "finetuned",
+        {"params": 305.7, "top1": 88.6, "top5": 98.658, "loss": 0.474},
+    ),
 ]
 ENTRIES = {name: _entry(name, kind, **facts) for name, kind, facts in ROWS}
 ENTRIES["dall_e_encoder"] = Entry("https://cdn.openai.com/dall-e/encoder.pkl", "tokenizer-v1", params=53.8)
 
 
-# ------------------------------------------------------------------------------------------------------------- fetching
+# -------------------------------------------------------------------------------------------------------------
+#   fetching
 class Wanted(NamedTuple):
     """A file to be downloaded."""
 
@@ -149,16 +190,20 @@ class Wanted(NamedTuple):
 
 
 def fetch(source: str | os.PathLike[str], sha256_prefix: str | None = None) -> pathlib.Path:
-    """The file behind `source`: an existing path, a name of ENTRIES, or a URL (https://, file://, http:// see below).
+    """The file behind `source`: an existing path, a name of ENTRIES, or a URL (https://,
+    file://, http:// see below).
 
-    A download goes to `checkpoints/` in torch.hub's folder (TORCH_HOME moves it), once, also when several processes ask
-    at the same time; one that broke off is resumed. Published files and those with a hash in their name lie there under
-    torch.hub's names, others in a folder for their address. A file must match `sha256_prefix`, or the prefix the zoo
-    knows, or one in its name (`-d5036aa7.pth`), also when it was put there by hand. http:// is refused unless the host is
-    this machine or BEIT_ALLOW_HTTP=1. UserError: nothing there, unreachable, another hash.
+    A download goes to `checkpoints/` in torch.hub's folder (TORCH_HOME moves it), once,
+    also when several processes ask at the same time; one that broke off is resumed.
+    Published files and those with a hash in their name lie there under torch.hub's
+    names, others in a folder for their address. A file must match `sha256_prefix`, or
+    the prefix the zoo knows, or one in its name (`-d5036aa7.pth`), also when it was put
+    there by hand. http:// is refused unless the host is this machine or
+    BEIT_ALLOW_HTTP=1. UserError: nothing there, unreachable, another hash.
     """
     source = os.fspath(source)
-    if os.path.isfile(here := os.path.expanduser(source)):  # pathlib's is_file fails on a URL longer than a file name
+    # pathlib's is_file fails on a URL longer than a file name
+    if os.path.isfile(here := os.path.expanduser(source)):
         return _checked(pathlib.Path(here), sha256_prefix)
     if source not in ENTRIES and "://" not in source:
         raise _no_such_file(source)
@@ -176,7 +221,9 @@ def fetch(source: str | os.PathLike[str], sha256_prefix: str | None = None) -> p
                 if not target.exists():
                     _download(wanted, target, "" if alone else f".{os.getpid()}")
         except PermissionError as error:
-            raise UserError(f"cannot write {target} ({error.strerror}); TORCH_HOME names another folder") from error
+            raise UserError(
+                f"cannot write {target} ({error.strerror}); TORCH_HOME names another folder"
+            ) from error
     return _checked(target, wanted.sha256_prefix, wanted.guessed, cached=True)
 
 
@@ -201,7 +248,8 @@ def _wanted(source: str, sha256_prefix: str | None) -> Wanted:
     query = urllib.parse.parse_qs(parts.query)
     if "sv" in query and "sig" not in query:
         raise UserError(
-            f"the URL {source} was cut at its first '&', and every flag after it was lost: the shell takes an unquoted "
+            f"the URL {source} was cut at its first '&', and every flag after it was lost: the shell "
+            "takes an unquoted "
             "'&' for the end of the command; put the whole URL in quotes"
         )
     name = re.split(r"[/\\]", urllib.parse.unquote(parts.path))[-1]
@@ -222,11 +270,14 @@ def _split(url: str) -> urllib.parse.SplitResult:
     """The parts of a URL; UserError where it is none."""
     try:
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme != "file" and (not parts.hostname or re.search(r"[\s\\%]", parts.hostname) or parts.port == 0):
+        if parts.scheme != "file" and (
+            not parts.hostname or re.search(r"[\s\\%]", parts.hostname) or parts.port == 0
+        ):
             raise ValueError
     except ValueError:  # of urlsplit and of `port`; what they say may hold a part of a password
         raise UserError(
-            f"{url} is no URL that can be read: https://host/path is one; in a user's name or password write / as %2F, "
+            f"{url} is no URL that can be read: https://host/path is one; in a user's name or "
+            "password write / as %2F, "
             "? as %3F, # as %23, @ as %40"
         ) from None
     return parts
@@ -245,7 +296,8 @@ def _users_mirrors() -> list[str]:
     for base in bases:
         if "://" not in base or "?" in base:
             raise UserError(
-                f"BEIT_MIRRORS: {base} is no https:// or file:// address, without a ?, to which /BEiT-v2/NAME.pth can be added"
+                f"BEIT_MIRRORS: {base} is no https:// or file:// address, without a ?, to which "
+                "/BEiT-v2/NAME.pth can be added"
             )
         _refuse_unsafe(base)
     return [base.rstrip("/") + "/" for base in bases]
@@ -259,11 +311,15 @@ def _refuse_unsafe(url: str) -> None:
     if parts.scheme != "http":
         raise UserError(f"{url}: weights are read from https:// or file:// URLs, or from a path")
     if parts.hostname not in ("localhost", "127.0.0.1", "::1") and os.environ.get("BEIT_ALLOW_HTTP") != "1":
-        raise UserError(f"{url}: http:// can be tampered with on its way; use https://, or set BEIT_ALLOW_HTTP=1")
+        raise UserError(
+            f"{url}: http:// can be tampered with on its way; use https://, or set BEIT_ALLOW_HTTP=1"
+        )
 
 
 def _hash_in_name(name: str) -> str | None:
-    """`weights-d5036aa7.pth` -> d5036aa7, torch.hub's convention. Digits alone are rather a date or a number of a run."""
+    """`weights-d5036aa7.pth` -> d5036aa7, torch.hub's convention. Digits alone are rather
+    a date or a number of a run.
+    """
     found = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.", name)
     return found.group(1) if found else None
 
@@ -277,7 +333,9 @@ def _digest(path: pathlib.Path) -> str:
 
 
 def _digest_once(path: pathlib.Path) -> str:
-    """The hash of a file in the cache. A note beside it spares every process of every run the reading of the file."""
+    """The hash of a file in the cache. A note beside it spares every process of every run
+    the reading of the file.
+    """
     version = _version(path)
     with contextlib.suppress(OSError, ValueError):
         *known, digest = _note(path).read_text().split()
@@ -303,13 +361,22 @@ def _take_note(path: pathlib.Path, version: list[str], digest: str) -> None:
         _note(path).write_text(" ".join([*version, digest]))
 
 
-def _checked(path: pathlib.Path, sha256_prefix: str | None, guessed: bool = False, cached: bool = False) -> pathlib.Path:
-    """`path`; with a prefix only if its hash begins with it. Notes are written in the cache only, not in users' folders."""
-    if sha256_prefix and not (digest := (_digest_once if cached else _digest)(path)).startswith(sha256_prefix.lower()):
+def _checked(
+    path: pathlib.Path, sha256_prefix: str | None, guessed: bool = False, cached: bool = False
+) -> pathlib.Path:
+    """`path`; with a prefix only if its hash begins with it. Notes are written in the
+    cache only, not in users' folders.
+    """
+    if sha256_prefix and not (digest := (_digest_once if cached else _digest)(path)).startswith(
+        sha256_prefix.lower()
+    ):
         way_out = "; delete it and run again" if cached else ""
         if guessed:
             way_out += f"; if {sha256_prefix} in its name is no hash, give its path instead of the URL"
-        raise UserError(f"{path} has sha256 {digest[:8]}... instead of {sha256_prefix}: it is damaged or another file{way_out}")
+        raise UserError(
+            f"{path} has sha256 {digest[:8]}... instead of {sha256_prefix}: it is damaged "
+            f"or another file{way_out}"
+        )
     return path
 
 
@@ -347,7 +414,9 @@ def _download(wanted: Wanted, target: pathlib.Path, own: str = "") -> None:
                 return _accept(part, target, wanted, url)
             except PermissionError:
                 raise
-            except UserError as error:  # another file, or an unsafe redirection: the next address may do better
+            except (
+                UserError
+            ) as error:  # another file, or an unsafe redirection: the next address may do better
                 if url == wanted.urls[-1]:
                     raise
                 log.warning(f"warning: {error}")
@@ -357,26 +426,36 @@ def _download(wanted: Wanted, target: pathlib.Path, own: str = "") -> None:
                 reason = error
             if getattr(reason, "errno", None) == errno.ENOSPC:
                 part.unlink(missing_ok=True)
-                raise UserError(f"no space left on the disk of {target}: make room; TORCH_HOME names another folder")
+                raise UserError(
+                    f"no space left on the disk of {target}: make room; TORCH_HOME names another folder"
+                )
             gained = (part.stat().st_size if part.exists() else 0) - before
-            if isinstance(reason, urllib.error.HTTPError) and reason.code == 416:  # nothing after `before`: start anew
+            # nothing after `before`: start anew
+            if isinstance(reason, urllib.error.HTTPError) and reason.code == 416:
                 part.unlink(missing_ok=True)
             elif gained < (PATIENCE * SLOWEST if isinstance(reason, _SlowError) else 1):
                 break  # no progress: asking again would not help
         failures.append(f"{url} ({' '.join(str(reason).split()) or type(reason).__name__})")
     raise UserError(
-        f"cannot download {', nor '.join(map(hide_secrets, failures))}; download it elsewhere, put it at {target} and run again"
+        f"cannot download {', nor '.join(map(hide_secrets, failures))}; download it elsewhere, put it "
+        f"at {target} and run again"
     )
 
 
 def _receive(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
     """Write what `url` gives to `part`, after what an earlier call for the same file has left there.
 
-    OSError or HTTPException: not complete, another call may go on from there. UserError: what comes cannot be used.
+    OSError or HTTPException: not complete, another call may go on from there.
+    UserError: what comes cannot be used.
     """
-    note = part.with_name(part.name + ".from")  # which file the part is of, its version (ETag or date) and its length
+    # which file the part is of, its version (ETag or date) and its length
+    note = part.with_name(part.name + ".from")
     address = ascii(hide_secrets(url))[1:-1]  # signatures change, the file does not
-    known, version, length, *_ = [*(note.read_text(encoding="utf-8").split("\n") if note.exists() else [address]), "", ""]
+    known, version, length, *_ = [
+        *(note.read_text(encoding="utf-8").split("\n") if note.exists() else [address]),
+        "",
+        "",
+    ]
     start = part.stat().st_size if part.exists() and known == address and (version or checked_by_hash) else 0
     request = _request(url)
     if start:
@@ -387,16 +466,26 @@ def _receive(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
     with _in_background(request) as take:
         reply = take()
         _refuse_unsafe(reply.url)  # after redirections
-        if (coding := reply.headers.get("Content-Encoding", "identity").strip().lower()) not in ("", "identity"):
-            raise UserError(f"{url}: the server sends the file compressed ({coding}), although asked not to: it is not used")
+        if (coding := reply.headers.get("Content-Encoding", "identity").strip().lower()) not in (
+            "",
+            "identity",
+        ):
+            raise UserError(
+                f"{url}: the server sends the file compressed ({coding}), although asked "
+                "not to: it is not used"
+            )
         if reply.headers.get_content_type() == "text/html":
-            raise UserError(f"{url} gives a web page, such as one to log in on: give the address of the file itself")
+            raise UserError(
+                f"{url} gives a web page, such as one to log in on: give the address of the file itself"
+            )
         now = _version_of(reply)
         if reply.status == 206:
             total = _total_of_rest(reply, start, int(length or 0))
             if total is None or (version and now not in ("", version)):
                 part.unlink(missing_ok=True)
-                if start:  # the rest of another file, or another part than was asked for: once more, the whole
+                # the rest of another file, or another part than was asked for: once
+                # more, the whole
+                if start:
                     _receive(url, part, checked_by_hash)
                     return
                 raise ConnectionError("the server sends a part of the file where the whole was asked for")
@@ -408,7 +497,8 @@ def _receive(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
             raise ConnectionError(f"the server answers {reply.status} {reply.reason}")
         if total is not None and total - start > (free := shutil.disk_usage(part.parent).free):
             raise UserError(
-                f"{url}: {format_size(total - start)} are to come, and the disk of {part.parent} has {format_size(free)} "
+                f"{url}: {format_size(total - start)} are to come, and the disk of {part.parent} has "
+                f"{format_size(free)} "
                 "left; make room, or name another folder with TORCH_HOME"
             )
         _write_body(take, part, start, total)
@@ -419,15 +509,29 @@ def _receive(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
         if size > total:
             part.unlink()
         raise ConnectionError(f"the connection broke off after {size} of {total} bytes")
-    if total is None and not getattr(reply, "chunked", False) and not checked_by_hash and not _is_complete(part):
+    if (
+        total is None
+        and not getattr(reply, "chunked", False)
+        and not checked_by_hash
+        and not _is_complete(part)
+    ):
         raise UserError(
-            f"what came from {url} is incomplete, or no file of weights whose end can be checked: the server does not say how "
+            f"what came from {url} is incomplete, or no file of weights whose end can be checked: the "
+            "server does not say how "
             "long it is; run again, or download it elsewhere and give its path"
         )
 
 
 def _write_body(take: Callable[[], Any], part: pathlib.Path, start: int, total: int | None) -> None:
-    bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=printable(part.stem), file=sys.stderr, disable=None)
+    bar = tqdm(
+        total=total,
+        initial=start,
+        unit="B",
+        unit_scale=True,
+        desc=printable(part.stem),
+        file=sys.stderr,
+        disable=None,
+    )
     since, received = time.monotonic(), 0
     with part.open("ab" if start else "wb") as file, bar:
         while chunk := take():
@@ -442,12 +546,16 @@ def _write_body(take: Callable[[], Any], part: pathlib.Path, start: int, total: 
 
 
 def _request(url: str) -> urllib.request.Request:
-    """For the file as it is. A user's name and password in the URL go to its own host alone, not where it redirects to."""
+    """For the file as it is. A user's name and password in the URL go to its own host
+    alone, not where it redirects to.
+    """
     parts = _split(url)
     user, _, host = parts.netloc.rpartition("@")
     clean = parts._replace(netloc=host, fragment="").geturl()
     clean = urllib.parse.quote(clean, safe="%/:=&?~+!$,;'@()*[]|", errors="surrogateescape")
-    request = urllib.request.Request(clean, headers={"User-Agent": "beit-model-zoo", "Accept-Encoding": "identity"})
+    request = urllib.request.Request(
+        clean, headers={"User-Agent": "beit-model-zoo", "Accept-Encoding": "identity"}
+    )
     if user:
         secret = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode("ascii")
         request.add_unredirected_header("Authorization", f"Basic {secret}")
@@ -459,7 +567,10 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
         _refuse_unsafe(newurl)
         parts = _split(newurl)
         if req.type == "https" and parts.scheme != "https":
-            raise UserError(f"{req.full_url} redirects to {newurl}, which can be tampered with on its way: it is not followed")
+            raise UserError(
+                f"{req.full_url} redirects to {newurl}, which can be tampered with on its "
+                "way: it is not followed"
+            )
         newurl = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         new = super().redirect_request(req, fp, code, msg, headers, newurl)
         secret = req.unredirected_hdrs.get("Authorization")
@@ -472,7 +583,8 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
 def _in_background(request: urllib.request.Request) -> Iterator[Callable[[], Any]]:
     """Gives a function that returns the reply, then piece after piece of its body, b"" at the end.
 
-    _SlowError where the next of them takes longer than PATIENCE, whatever the server does byte by byte in the meantime.
+    _SlowError where the next of them takes longer than PATIENCE, whatever the server
+    does byte by byte in the meantime.
     """
     pieces: queue.Queue[Any] = queue.Queue(maxsize=8)
     abandoned = threading.Event()
@@ -522,7 +634,8 @@ def _number(text: str | None) -> int | None:
 
 
 def _total_of_rest(reply: Any, start: int, known: int) -> int | None:
-    """The length of the whole file, of which a 206 brings the rest from `start` on; None where it brings anything else.
+    """The length of the whole file, of which a 206 brings the rest from `start` on; None
+    where it brings anything else.
 
     `known`: the length that was told before, or 0.
     """

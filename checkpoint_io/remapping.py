@@ -1,6 +1,8 @@
-"""Weights of another model into one of ours: names, patch grids, patch embeddings, and a report of what became of each.
+"""Weights of another model into one of ours: names, patch grids, patch embeddings, and a
+report of what became of each.
 
-Shapes: C width, H heads. Sources: BEiT's fine-tuning at other resolutions; timm (patch embeddings); FlexiViT (patch sizes).
+Shapes: C width, H heads. Sources: BEiT's fine-tuning at other resolutions; timm (patch
+embeddings); FlexiViT (patch sizes).
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ PATCHES = "patch_embed.proj.weight"
 def patch_grid(weights: dict[str, Tensor]) -> tuple[int, int] | None:
     """(height, width) in patches of the model that `weights` are of; None for a model without positions.
 
-    The index of a relative bias tells a grid of any shape. Without it the grid is taken to be square; UserError if it
-    cannot be.
+    The index of a relative bias tells a grid of any shape. Without it the grid is taken
+    to be square; UserError if it cannot be.
     """
     for key, index in weights.items():
         if key.endswith("relative_position_index") and index.ndim == 2 and len(index) > 1:
@@ -33,7 +35,9 @@ def patch_grid(weights: dict[str, Tensor]) -> tuple[int, int] | None:
             falls = (i for i in range(1, len(first_row)) if first_row[i - 1] - first_row[i] != 1)
             width = next(falls, len(first_row))
             return len(first_row) // width, width
-    table = next((value for key, value in weights.items() if key.endswith("relative_position_bias_table")), None)
+    table = next(
+        (value for key, value in weights.items() if key.endswith("relative_position_bias_table")), None
+    )
     positions = weights.get("pos_embed")
     try:
         if table is not None:
@@ -43,12 +47,16 @@ def patch_grid(weights: dict[str, Tensor]) -> tuple[int, int] | None:
         else:
             return None
     except ValueError as error:
-        raise UserError(f"the weights do not say what their patch grid is, and it is not square: {error}") from None
+        raise UserError(
+            f"the weights do not say what their patch grid is, and it is not square: {error}"
+        ) from None
     return side, side
 
 
 def with_class_position(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With a position of zeros for the CLS token where only a square of patches has positions (timm's no_embed_class)."""
+    """With a position of zeros for the CLS token where only a square of patches has
+    positions (timm's no_embed_class).
+    """
     positions = weights.get("pos_embed")
     if positions is None or positions.ndim != 3 or any(key.endswith((TABLE, INDEX)) for key in weights):
         return weights
@@ -58,8 +66,9 @@ def with_class_position(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def adapt_patch_embed(weight: Tensor, shape: Sequence[int]) -> Tensor:
-    """A patch embedding (C, channels, height, width) for other channels and patches, as timm does it: channels are summed,
-    or repeated and scaled, so that a gray image gives the same; patches are resampled as in FlexiViT.
+    """A patch embedding (C, channels, height, width) for other channels and patches, as
+    timm does it: channels are summed, or repeated and scaled, so that a gray image
+    gives the same; patches are resampled as in FlexiViT.
 
     As it is where timm has no rule: another width, or channels that are neither 1 nor 3.
     """
@@ -87,12 +96,15 @@ def source_for(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 
 def remap_pretrained(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """The entries of a checkpoint that `model` can take, under its names and in its shapes. Pure: nothing is modified.
+    """The entries of a checkpoint that `model` can take, under its names and in its
+    shapes. Pure: nothing is modified.
 
-    Takes timm's, Hugging Face's and plain ViTs' names too, without the names of wrappers in front; copies a shared bias
-    table to every block, resizes tables and absolute positions to the model's grid, adapts the patch embedding, gives a
-    layer scale of 1 to blocks that were trained without, and leaves out a head of another size and all that the model
-    lacks (lm_head, cls_pt_layers). UserError: weights of another architecture (weight_formats.to_our_names).
+    Takes timm's, Hugging Face's and plain ViTs' names too, without the names of
+    wrappers in front; copies a shared bias table to every block, resizes tables and
+    absolute positions to the model's grid, adapts the patch embedding, gives a layer
+    scale of 1 to blocks that were trained without, and leaves out a head of another
+    size and all that the model lacks (lm_head, cls_pt_layers). UserError: weights of
+    another architecture (weight_formats.to_our_names).
     """
     wanted, grid = model.state_dict(), model.patch_embed.patch_shape
     source = source_for(state_dict, model)
@@ -117,7 +129,9 @@ def remap_pretrained(state_dict: dict[str, Tensor], model: Any) -> dict[str, Ten
             elif src_grid != grid and key == "pos_embed":
                 value = resize_pos_embed(value, grid, src_grid)
         except (ValueError, RuntimeError) as error:
-            raise UserError(f"{key} does not belong to {src_grid[0]} x {src_grid[1]} patches: {error}") from None
+            raise UserError(
+                f"{key} does not belong to {src_grid[0]} x {src_grid[1]} patches: {error}"
+            ) from None
         if key == PATCHES and value.shape != wanted[key].shape:
             value = adapt_patch_embed(value, wanted[key].shape)
         if value.shape == wanted[key].shape:
@@ -126,9 +140,11 @@ def remap_pretrained(state_dict: dict[str, Tensor], model: Any) -> dict[str, Ten
 
 
 def load_remapped(model: Any, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Load what remap_pretrained gives; returns that, and the names that stayed new (an index is the model's own).
+    """Load what remap_pretrained gives; returns that, and the names that stayed new (an
+    index is the model's own).
 
-    Absolute positions that the weights lack start at 0, as relative ones do: so the model computes what the weights did.
+    Absolute positions that the weights lack start at 0, as relative ones do: so the
+    model computes what the weights did.
     """
     fitting = remap_pretrained(weights, model)
     missing = model.load_state_dict(fitting, strict=False).missing_keys
@@ -138,28 +154,42 @@ def load_remapped(model: Any, weights: dict[str, Tensor]) -> tuple[dict[str, Ten
 
 
 def refuse_misfits(weights: dict[str, Tensor], model: Any, remapped: dict[str, Tensor]) -> None:
-    """UserError: blocks, patch embedding or CLS token of `weights`, under our names, did not all go into the model, or did
-    not fill it. Positions may differ, and biases of query and value may start at 0."""
+    """UserError: blocks, patch embedding or CLS token of `weights`, under our names, did
+    not all go into the model, or did not fill it. Positions may differ, and biases of
+    query and value may start at 0.
+    """
     wanted = model.state_dict()
     for key, value in weights.items():
-        backbone = key.startswith(("blocks.", "patch_embed.", "cls_token")) or (key == "pos_embed" and key in wanted)
+        backbone = key.startswith(("blocks.", "patch_embed.", "cls_token")) or (
+            key == "pos_embed" and key in wanted
+        )
         if key in remapped or not backbone or key.endswith(INDEX):
             continue
         if key in wanted:
             shapes = [" x ".join(map(str, tensor.shape)) for tensor in (value, wanted[key])]
-            raise UserError(f"{key} is {shapes[0]} in it and {shapes[1]} in the model: name the --model that it is of")
+            raise UserError(
+                f"{key} is {shapes[0]} in it and {shapes[1]} in the model: name the --model that it is of"
+            )
         if not key.endswith(TABLE):
             flags = {"_bias": "leave out --disable_qkv_bias", "gamma_": "give --layer_scale_init_value 0.1"}
-            way_out = next((flag for part, flag in flags.items() if part in key), "name the --model that it is of")
+            way_out = next(
+                (flag for part, flag in flags.items() if part in key), "name the --model that it is of"
+            )
             raise UserError(f"the model has no {key}: {way_out}")
     optional = ("attn.q_bias", "attn.v_bias", INDEX, *([] if SHARED_TABLE in weights else [TABLE]))
     for key in wanted:
-        if key.startswith(("blocks.", "patch_embed.", "cls_token")) and key not in remapped and not key.endswith(optional):
+        if (
+            key.startswith(("blocks.", "patch_embed.", "cls_token"))
+            and key not in remapped
+            and not key.endswith(optional)
+        ):
             raise UserError(f"it lacks {key}; name the --model that it is of, or get the file again")
 
 
 def remapping_report(state_dict: dict[str, Tensor], model: Any, remapped: dict[str, Tensor]) -> list[str]:
-    """What remap_pretrained did, one line each: used, resized, adapted, copied to blocks, left out, new in the model."""
+    """What remap_pretrained did, one line each: used, resized, adapted, copied to blocks,
+    left out, new in the model.
+    """
     source = source_for(state_dict, model)
     wanted = [key for key in model.state_dict() if not key.endswith("relative_position_index")]
     src_grid, grid = patch_grid(source), model.patch_embed.patch_shape
@@ -170,10 +200,13 @@ def remapping_report(state_dict: dict[str, Tensor], model: Any, remapped: dict[s
     lines = [f"used       {len(remapped) - len(neutral)} of the model's {len(wanted)} tensors"]
     if src_grid is not None and src_grid != grid and resized:
         lines.append(
-            f"resized    {len(resized)} position tables: {src_grid[0]} x {src_grid[1]} -> {grid[0]} x {grid[1]} patches"
+            f"resized    {len(resized)} position tables: {src_grid[0]} x {src_grid[1]} -> {grid[0]} x "
+            f"{grid[1]} patches"
         )
     if PATCHES in remapped and source[PATCHES].shape != remapped[PATCHES].shape:
-        lines.append(f"adapted    the patch embedding: {described(source[PATCHES])} -> {described(remapped[PATCHES])}")
+        lines.append(
+            f"adapted    the patch embedding: {described(source[PATCHES])} -> {described(remapped[PATCHES])}"
+        )
     if copies:
         lines.append(f"copied     the shared relative position bias to {len(copies)} blocks")
         left_out = [key for key in left_out if key != SHARED_TABLE]
@@ -195,5 +228,7 @@ def brief(names: list[str]) -> str:
     modules: dict[str, list[str]] = {}
     for name in names:
         modules.setdefault(name.split(".")[0], []).append(name)
-    shown = [f"{module}.* ({len(own)})" if len(own) > 2 else ", ".join(own) for module, own in modules.items()]
+    shown = [
+        f"{module}.* ({len(own)})" if len(own) > 2 else ", ".join(own) for module, own in modules.items()
+    ]
     return ", ".join(shown) or "nothing"

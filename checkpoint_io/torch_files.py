@@ -1,9 +1,12 @@
-"""Files of torch.save and torch.jit.save, read without torch.load: nothing in a file is called, and every byte is checked.
+"""Files of torch.save and torch.jit.save, read without torch.load: nothing in a file is
+called, and every byte is checked.
 
-A file is a zip archive (since torch 1.6) or a stream (before); in both, a pickle describes the content, and the bytes of the
-tensors lie beside it. The pickle is a program. Here a small interpreter runs it that knows how to build plain data and
-tensors, and nothing else: a name that is not in its tables ends the reading. A TorchScript archive is read the same way, as
-the attributes of its modules; its code is left alone. Sizes, strides and lengths are compared with what the file holds before
+A file is a zip archive (since torch 1.6) or a stream (before); in both, a pickle
+describes the content, and the bytes of the tensors lie beside it. The pickle is a
+program. Here a small interpreter runs it that knows how to build plain data and
+tensors, and nothing else: a name that is not in its tables ends the reading. A
+TorchScript archive is read the same way, as the attributes of its modules; its code is
+left alone. Sizes, strides and lengths are compared with what the file holds before
 memory is taken for them, and zip's checksum of every part that is read must fit.
 """
 
@@ -27,7 +30,8 @@ MOST_STEPS = 5_000_000  # of the pickle's program; some seconds
 DEEPEST = 64  # containers within containers
 MOST_ITEMS = 5_000_000  # of all containers, counted once for each place they stand in
 MOST_COMPRESSION = 100  # bytes read for a byte on the disk; tensors of weights compress to a half at best
-MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of files before torch 1.6, in bytes or (protocols 0, 1) in digits
+# the first pickle of files before torch 1.6, in bytes or (protocols 0, 1) in digits
+MAGIC = 0x1950A86A20F9469CFC6C
 MAGICS = (MAGIC.to_bytes(10, "little"), str(MAGIC).encode())
 
 STORAGES = {
@@ -73,7 +77,9 @@ class HoldsCode(Refused):
 
 
 class PickledObject:
-    """What an object of a class becomes that the caller allows, or of a TorchScript module: its attributes, no code."""
+    """What an object of a class becomes that the caller allows, or of a TorchScript
+    module: its attributes, no code.
+    """
 
     def __init__(self, name: str = "") -> None:
         self.class_name = name
@@ -102,8 +108,9 @@ class Storage(NamedTuple):
 def load(path: Path, objects: Collection[str] = ()) -> Any:
     """What `path` holds: nested dictionaries and lists of plain data and tensors, on the CPU.
 
-    `objects`: names of classes (module.name) whose instances are read as `PickledObject`. A TorchScript archive gives its
-    state dict. Refused: with the reason; OSError: the file cannot be read.
+    `objects`: names of classes (module.name) whose instances are read as
+    `PickledObject`. A TorchScript archive gives its state dict. Refused: with the
+    reason; OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         start = file.read(64)
@@ -121,11 +128,15 @@ def load(path: Path, objects: Collection[str] = ()) -> Any:
             why = (str(error).strip().splitlines() or [""])[0][:100]
             raise Damaged(f"{type(error).__name__}: {why}") from None
     if start[:1] == b"\x80":
-        raise Refused("it is a pickle that torch.save did not write, and is not opened: save its weights with torch.save")
+        raise Refused(
+            "it is a pickle that torch.save did not write, and is not opened: save its "
+            "weights with torch.save"
+        )
     raise Damaged("it is empty" if not start else "it begins as no such file does")
 
 
-# ── The two kinds of file ────────────────────────────────────────────────────────────────────────────────────────────
+# ── The two kinds of file
+# ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _load_archive(file: IO[bytes], size: int, objects: Collection[str]) -> Any:
@@ -150,7 +161,9 @@ def _load_archive(file: IO[bytes], size: int, objects: Collection[str]) -> Any:
                 raise Damaged(f"{record} has {records[record].file_size:,} bytes instead of {length:,}")
             return bytearray(archive.read(record))  # compares the checksum
 
-        script = any(each == f"{prefix}constants.pkl" or each.startswith(f"{prefix}code/") for each in records)
+        script = any(
+            each == f"{prefix}constants.pkl" or each.startswith(f"{prefix}code/") for each in records
+        )
         content = _check_nesting(Interpreter(archive.read(name), read, objects, script).run())
         return _script_state_dict(content) if script else content
 
@@ -166,7 +179,9 @@ def _check_records(archive: zipfile.ZipFile, records: Mapping[str, zipfile.ZipIn
 
 
 def _load_stream(file: IO[bytes], size: int, objects: Collection[str]) -> Any:
-    """The format before torch 1.6: five pickles, then the storages in the order of the last one. It has no checksums."""
+    """The format before torch 1.6: five pickles, then the storages in the order of the
+    last one. It has no checksums.
+    """
     left, storages = size, dict[str, bytearray]()
 
     def reserve(key: Any, length: int) -> bytearray:
@@ -214,20 +229,24 @@ def _script_state_dict(root: Any) -> dict[str, Tensor]:
             waiting.append((f"{prefix}{name}.", value))
     if not found:
         raise Refused(
-            "a TorchScript archive whose tensors only its own code could name, and that code is not run: where you trust it, "
+            "a TorchScript archive whose tensors only its own code could name, and that code is not "
+            "run: where you trust it, "
             "save its weights with torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
         )
     return found
 
 
-# ── The interpreter of pickles ───────────────────────────────────────────────────────────────────────────────────────
+# ── The interpreter of pickles
+# ───────────────────────────────────────────────────────────────────────────────────────
 
 MARK = object()  # on the stack, where the items of a container begin
 
 
 class Interpreter:
-    """Runs one pickle. `read(key, bytes)` gives the content of a storage; `objects`: classes read as PickledObject;
-    `script`: those of TorchScript too. `run` gives the one object that the pickle describes."""
+    """Runs one pickle. `read(key, bytes)` gives the content of a storage; `objects`:
+    classes read as PickledObject; `script`: those of TorchScript too. `run` gives the
+    one object that the pickle describes.
+    """
 
     def __init__(
         self,
@@ -256,7 +275,10 @@ class Interpreter:
             elif name == "STOP":
                 return self.stack.pop()
             elif name == "PERSID":
-                raise Refused("it was saved with pickle_protocol=0, which writes storages as text: save it again without that")
+                raise Refused(
+                    "it was saved with pickle_protocol=0, which writes storages as text: "
+                    "save it again without that"
+                )
             elif name not in ("PROTO", "FRAME"):
                 raise Refused(f"its pickle has the step {name}, which no checkpoint needs")
         raise Damaged("its pickle has no end")
@@ -330,9 +352,17 @@ class Interpreter:
             return DTYPES[text]
         storage = text.removeprefix("torch.storage.").removeprefix("torch.").removeprefix("cuda.")
         known = text in BUILDERS or storage in STORAGES or storage in ("UntypedStorage", "TypedStorage")
-        if known or text in HARMLESS or text in self.objects or (self.script and text.startswith("__torch__.")):
+        if (
+            known
+            or text in HARMLESS
+            or text in self.objects
+            or (self.script and text.startswith("__torch__."))
+        ):
             return Name(text)
-        kind = next((kind for part, kind in KINDS_OF_TENSOR.items() if text.startswith("torch.") and part in text), None)
+        kind = next(
+            (kind for part, kind in KINDS_OF_TENSOR.items() if text.startswith("torch.") and part in text),
+            None,
+        )
         if kind:
             raise Refused(f"it holds {kind}; save plain tensors (.to_dense(), .dequantize(), .full_tensor())")
         raise HoldsCode(text)
@@ -342,7 +372,9 @@ class Interpreter:
         if not isinstance(name, Name) or not isinstance(arguments, tuple):
             raise Damaged("its pickle calls something that is no class or function")
         if name.text in BUILDERS:
-            self.spend(sum(len(each) for each in arguments if isinstance(each, (str, bytes, list, tuple, dict, set))))
+            self.spend(
+                sum(len(each) for each in arguments if isinstance(each, (str, bytes, list, tuple, dict, set)))
+            )
             self.stack.append(BUILDERS[name.text](self, *arguments))
         else:
             self.stack.append(self.new_object(name, arguments))
@@ -357,21 +389,27 @@ class Interpreter:
         return PickledObject(name.text)
 
     def build(self, _: Any) -> None:
-        """The state of an object: the attributes of ours and of a Namespace; a dtype's byte order; of others, nothing."""
+        """The state of an object: the attributes of ours and of a Namespace; a dtype's
+        byte order; of others, nothing.
+        """
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, (argparse.Namespace, PickledObject)):
             parts = state if isinstance(state, tuple) else (state,)
             for part in parts:
                 self.spend(len(part) if isinstance(part, dict) else 1)
                 if isinstance(part, dict) and all(isinstance(key, str) for key in part):
-                    vars(target).update({key: value for key, value in part.items() if not key.startswith("__")})
+                    vars(target).update(
+                        {key: value for key, value in part.items() if not key.startswith("__")}
+                    )
         elif isinstance(target, Dtype):
             if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
                 raise Damaged("a number's type has a state of no number")
             if any(part not in (None, -1, 0) for part in state[2:]):
                 raise HoldsCode(f"a numpy dtype {target.code} with fields")
             target.order = state[1]
-        elif not isinstance(target, (dict, Tensor)):  # an OrderedDict's attributes (torch's _metadata) say nothing to us
+        elif not isinstance(
+            target, (dict, Tensor)
+        ):  # an OrderedDict's attributes (torch's _metadata) say nothing to us
             raise Refused(f"its pickle sets the state of a {type(target).__name__}")
 
     def push_storage(self, identity: Any) -> None:
@@ -385,13 +423,18 @@ class Interpreter:
         if identity[0] != "storage" or not isinstance(kind, Name) or not isinstance(key, (str, int)):
             raise Damaged("its pickle names a storage in an unknown way")
         if len(identity) > 5 and identity[5] is not None:
-            raise Refused("its tensors share parts of storages, as only torch before 0.4 wrote them: save it again")
+            raise Refused(
+                "its tensors share parts of storages, as only torch before 0.4 wrote them: save it again"
+            )
         if not _is_count(elements):
             raise Damaged(f"storage {key} has {elements} elements")
         dtype = STORAGES.get(kind.text.rpartition(".")[2])
         size = 1 if dtype is None else dtype.itemsize
         if key not in self.storages:
-            self.storages[key], self.element_sizes[key] = Storage(self.read(key, elements * size), dtype), size
+            self.storages[key], self.element_sizes[key] = (
+                Storage(self.read(key, elements * size), dtype),
+                size,
+            )
         if self.storages[key].dtype != dtype or len(self.storages[key].content) != elements * size:
             raise Damaged(f"storage {key} is described in two ways")
         self.stack.append(self.storages[key])
@@ -404,7 +447,8 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-# ── What may be built ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What may be built
+# ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _tensor(_: Interpreter, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
@@ -418,7 +462,9 @@ def _tensor_v3(_: Interpreter, storage: Any, offset: Any, size: Any, stride: Any
 
 
 def _resolved(tensor: Tensor, metadata: Any = None, *rest: Any) -> Tensor:
-    """Of views that are negated or conjugated when they are read (`z.conj().imag`), torch stores what they are views of."""
+    """Of views that are negated or conjugated when they are read (`z.conj().imag`), torch
+    stores what they are views of.
+    """
     for name in metadata or {}:
         if name not in ("neg", "conj") or metadata[name] is not True:
             raise Refused(f"it holds a tensor with the mark {str(name)[:50]}; save plain tensors (.clone())")
@@ -431,7 +477,9 @@ def _view(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) -> Tens
     if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
         raise Damaged("its pickle makes a tensor of something that is no storage")
     numbers = (size, stride)
-    if not all(isinstance(each, (tuple, list)) and all(map(_is_count, each)) for each in numbers) or not _is_count(offset):
+    if not all(
+        isinstance(each, (tuple, list)) and all(map(_is_count, each)) for each in numbers
+    ) or not _is_count(offset):
         raise Damaged("a tensor has sizes or strides that are no whole numbers from 0 up")
     if len(size) != len(stride) or len(size) > DEEPEST:
         raise Damaged(f"a tensor has {len(size)} sizes and {len(stride)} strides")
@@ -440,12 +488,17 @@ def _view(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) -> Tens
         return torch.empty(size, dtype=dtype)
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if last >= elements:
-        raise Damaged(f"a tensor of {' x '.join(map(str, size))} reaches beyond its storage of {elements} elements")
+        raise Damaged(
+            f"a tensor of {' x '.join(map(str, size))} reaches beyond its storage of {elements} elements"
+        )
     reach = 0  # of the dimensions of smaller strides together
-    for step, length in sorted((step, length) for length, step in zip(size, stride, strict=True) if length > 1):
+    for step, length in sorted(
+        (step, length) for length, step in zip(size, stride, strict=True) if length > 1
+    ):
         if step <= reach:
             raise Refused(
-                f"a tensor of {' x '.join(map(str, size))} whose elements share memory (strides {tuple(stride)}): save it "
+                f"a tensor of {' x '.join(map(str, size))} whose elements share memory (strides "
+                f"{tuple(stride)}): save it "
                 "after .contiguous()"
             )
         reach += (length - 1) * step
@@ -459,10 +512,14 @@ def _parameter(_: Interpreter, data: Any, *rest: Any) -> Tensor:
     return data
 
 
-def _with_attributes(interpreter: Interpreter, function: Any, kind: Any, arguments: Any, *rest: Any) -> Tensor:
+def _with_attributes(
+    interpreter: Interpreter, function: Any, kind: Any, arguments: Any, *rest: Any
+) -> Tensor:
     """A tensor or parameter that had attributes, which are left."""
     if not isinstance(function, Name) or function.text not in TENSORS or not isinstance(arguments, tuple):
-        raise Refused(f"it holds a tensor of a class of its own ({getattr(kind, 'text', kind)}); save plain tensors")
+        raise Refused(
+            f"it holds a tensor of a class of its own ({getattr(kind, 'text', kind)}); save plain tensors"
+        )
     return TENSORS[function.text](interpreter, *arguments)
 
 
@@ -572,7 +629,13 @@ PLAIN_CLASSES = ("object", "int", "float", "list", "dict", "set")
 HARMLESS: tuple[str, ...] = ("argparse.Namespace", "torch.Tensor", "torch.nn.parameter.Parameter")
 HARMLESS += tuple(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in PLAIN_CLASSES)
 
-CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": MARK}
+CONSTANTS: dict[str, Any] = {
+    "NONE": None,
+    "NEWTRUE": True,
+    "NEWFALSE": False,
+    "EMPTY_TUPLE": (),
+    "MARK": MARK,
+}
 LITERALS = frozenset((
     "BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT", "BINUNICODE", "SHORT_BINUNICODE",
     "BINUNICODE8", "UNICODE", "SHORT_BINSTRING", "BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
@@ -586,7 +649,9 @@ STEPS: dict[str, Callable[[Interpreter, Any], Any]] = {
     "DUP": lambda i, _: i.stack.append(i.stack[-1]),
     "TUPLE": lambda i, _: i.collect(tuple),
     "LIST": lambda i, _: i.collect(list),
-    "DICT": lambda i, _: i.collect(lambda items: _dictionary(i, list(zip(items[::2], items[1::2], strict=True)))),
+    "DICT": lambda i, _: i.collect(
+        lambda items: _dictionary(i, list(zip(items[::2], items[1::2], strict=True)))
+    ),
     "TUPLE1": lambda i, _: i.push_tuple(1),
     "TUPLE2": lambda i, _: i.push_tuple(2),
     "TUPLE3": lambda i, _: i.push_tuple(3),
@@ -605,14 +670,15 @@ STEPS: dict[str, Callable[[Interpreter, Any], Any]] = {
 }
 
 
-# ── What came of it ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What came of it
+# ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _check_nesting(content: Any) -> Any:
     """`content`, if it can be walked through: no container in itself, none too deep, not too many items.
 
-    The same list in two places counts twice: ten lists of ten references each to the next would otherwise be small here and
-    endless for whoever copies them.
+    The same list in two places counts twice: ten lists of ten references each to the
+    next would otherwise be small here and endless for whoever copies them.
     """
     count, levels = 0, [iter((content,))]
     while levels:

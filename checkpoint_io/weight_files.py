@@ -1,4 +1,6 @@
-"""What is in a weight file, read without running any code in it: safetensors, torch.save (new or old), TorchScript."""
+"""What is in a weight file, read without running any code in it: safetensors, torch.save
+(new or old), TorchScript.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def load_file(path: str | os.PathLike[str], objects: Collection[str] = ()) -> An
         return torch_files.load(path, objects)
     except torch_files.HoldsCode as error:
         raise UserError(
-            f"{path} holds Python objects ({error.name}), which are not loaded because they can run any code; if "
+            f"{path} holds Python objects ({error.name}), which are not loaded because they can run "
+            "any code; if "
             "you trust the file, keep only its tensors: "
             f"torch.save(torch.load('{path}', weights_only=False)['model'], 'clean.pth')"
         ) from None
@@ -69,7 +72,13 @@ def load_state_dict(path: str | os.PathLike[str], keys: str = "model|module") ->
 
 def plain_flags(args: Any) -> dict[str, Any]:
     """The flags in a checkpoint: a dictionary, the argparse Namespace of published files, or {}."""
-    return dict(args) if isinstance(args, Mapping) else vars(args) if isinstance(args, argparse.Namespace) else {}
+    return (
+        dict(args)
+        if isinstance(args, Mapping)
+        else vars(args)
+        if isinstance(args, argparse.Namespace)
+        else {}
+    )
 
 
 def weights_in(content: Any, source: str, keys: str = "model|module") -> dict[str, torch.Tensor]:
@@ -80,21 +89,31 @@ def weights_in(content: Any, source: str, keys: str = "model|module") -> dict[st
         found = content[inside[0]] if inside else content
     if isinstance(found, Mapping):
         check_all_tensors(found, source, beside_others=not inside)
-    tensors = {k: v for k, v in found.items() if isinstance(v, torch.Tensor)} if isinstance(found, Mapping) else {}
+    tensors = (
+        {k: v for k, v in found.items() if isinstance(v, torch.Tensor)} if isinstance(found, Mapping) else {}
+    )
     if not tensors:
-        holds = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
-        raise UserError(f"{source} holds no weights under {keys}|state_dict nor at its top; it holds: {holds or 'nothing'}")
+        holds = (
+            ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
+        )
+        raise UserError(
+            f"{source} holds no weights under {keys}|state_dict nor at its top; it holds: "
+            f"{holds or 'nothing'}"
+        )
     for key, tensor in tensors.items():
         check_weight(key, tensor, source)
     return tensors
 
 
 def check_all_tensors(state: Mapping[Any, Any], source: str, beside_others: bool) -> None:
-    """UserError: a weight that is no tensor. `beside_others`: plain entries such as epoch may lie beside the weights."""
+    """UserError: a weight that is no tensor. `beside_others`: plain entries such as epoch
+    may lie beside the weights.
+    """
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) and (not beside_others or "." in str(key)):
             raise UserError(
-                f"{source}: {key} is no tensor but of type {type(value).__name__}, so the file is damaged or no weight file; "
+                f"{source}: {key} is no tensor but of type {type(value).__name__}, so the file is "
+                "damaged or no weight file; "
                 "remove that entry if the weight is not needed, or get the file again"
             )
 
@@ -104,7 +123,9 @@ def check_weight(key: Any, tensor: torch.Tensor, source: str) -> None:
     if not isinstance(key, str):
         raise UserError(f"{source} holds a tensor under {key!r} instead of a name")
     if tensor.is_complex():
-        raise UserError(f"{source}: {key} holds complex numbers ({tensor.dtype}), which no weight of a network is")
+        raise UserError(
+            f"{source}: {key} holds complex numbers ({tensor.dtype}), which no weight of a network is"
+        )
     if bad := count_not_finite(key, tensor):
         raise UserError(
             f"{source}: {key} holds {bad:,} value{'s that are' if bad > 1 else ' that is'} not finite (of "
@@ -113,7 +134,9 @@ def check_weight(key: Any, tensor: torch.Tensor, source: str) -> None:
 
 
 def count_not_finite(key: str, tensor: torch.Tensor) -> int:
-    """How many values are NaN or infinite. None of a mask of attention counts: OpenAI's CLIP files have them with -inf."""
+    """How many values are NaN or infinite. None of a mask of attention counts: OpenAI's
+    CLIP files have them with -inf.
+    """
     if not tensor.is_floating_point() or not tensor.numel() or key.endswith("attn_mask"):
         return 0
     numbers = tensor if tensor.element_size() > 1 else tensor.float()  # of 8 bits torch compares none

@@ -1,10 +1,13 @@
 """BEiT and plain ViTs under the names of other libraries, and what wraps them. Pure functions on dictionaries.
 
-timm kept the published names, which are ours too; it differs in what a model may have. Plain ViTs (MAE, DeiT, DINO) have one
-bias for q, k and v. Hugging Face renamed everything and split qkv. Both libraries' configuration files are written here as
-well, so that neither has to be imported: Hugging Face's brings a module named `datasets`, which is also one of ours.
+timm kept the published names, which are ours too; it differs in what a model may have.
+Plain ViTs (MAE, DeiT, DINO) have one bias for q, k and v. Hugging Face renamed
+everything and split qkv. Both libraries' configuration files are written here as well,
+so that neither has to be imported: Hugging Face's brings a module named `datasets`,
+which is also one of ours.
 
-Shapes: C width, H heads, L blocks, n patches on a side of the grid; a table of relative positions is ((2n - 1)^2 + 3, H).
+Shapes: C width, H heads, L blocks, n patches on a side of the grid; a table of relative
+positions is ((2n - 1)^2 + 3, H).
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ class Converted(NamedTuple):
 
 
 class Preprocessing(NamedTuple):
-    """What happens to an image before it is classified: shorter side to size / crop_pct, center crop, normalization."""
+    """What happens to an image before it is classified: shorter side to size / crop_pct,
+    center crop, normalization.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -55,9 +60,11 @@ class Companion(NamedTuple):
     classes: list[str] | None
 
 
-# ── Wrappers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Wrappers
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# What torch.compile, FSDP and activation checkpointing put into a name, wherever they wrap; no module is called so.
+# What torch.compile, FSDP and activation checkpointing put into a name, wherever they
+# wrap; no module is called so.
 INSIDE_NAMES = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # What DDP, Lightning and other people's models put in front of all names, also one inside the other.
 WRAPPERS = r"(?:(?:module|model|net|encoder|backbone)\.)*"
@@ -71,9 +78,11 @@ STARTS = (
 
 
 def strip_wrappers(state_dict: Mapping[str, Tensor]) -> Weights:
-    """The entries without what wrappers put in front of the names of a ViT or of a VQ-KD tokenizer, and into them.
+    """The entries without what wrappers put in front of the names of a ViT or of a VQ-KD
+    tokenizer, and into them.
 
-    Where a file holds two, the outer one is taken. UserError: an entry stands both inside and outside of a wrapper.
+    Where a file holds two, the outer one is taken. UserError: an entry stands both
+    inside and outside of a wrapper.
     """
     bare = {INSIDE_NAMES.sub("", key): value for key, value in state_dict.items()}
     for start in STARTS:
@@ -88,22 +97,43 @@ def strip_wrappers(state_dict: Mapping[str, Tensor]) -> Weights:
                     break
                 name = name.removeprefix(f"{wrapper}.")
             if name in stripped:
-                raise UserError(f"it holds two tensors that could be {name}: save the model's own state dict alone")
+                raise UserError(
+                    f"it holds two tensors that could be {name}: save the model's own state dict alone"
+                )
             stripped[name] = value
         return stripped
     return bare
 
 
-# ── Plain ViTs ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Plain ViTs
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LAYER_SCALE = {
-    **{"ls1.gamma": "gamma_1", "lambda1": "gamma_1", "lambda_1": "gamma_1", "layer_scale1.lambda1": "gamma_1"},
-    **{"ls2.gamma": "gamma_2", "lambda2": "gamma_2", "lambda_2": "gamma_2", "layer_scale2.lambda1": "gamma_2"},
+    **{
+        "ls1.gamma": "gamma_1",
+        "lambda1": "gamma_1",
+        "lambda_1": "gamma_1",
+        "layer_scale1.lambda1": "gamma_1",
+    },
+    **{
+        "ls2.gamma": "gamma_2",
+        "lambda2": "gamma_2",
+        "lambda_2": "gamma_2",
+        "layer_scale2.lambda1": "gamma_2",
+    },
 }
 WITH_BIAS = ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2")
 OUR_BLOCK = {
     *(f"{module}.{leaf}" for module in WITH_BIAS for leaf in ("weight", "bias")),
-    *("attn.qkv.weight", "attn.q_bias", "attn.v_bias", f"attn.{TABLE}", f"attn.{INDEX}", "gamma_1", "gamma_2"),
+    *(
+        "attn.qkv.weight",
+        "attn.q_bias",
+        "attn.v_bias",
+        f"attn.{TABLE}",
+        f"attn.{INDEX}",
+        "gamma_1",
+        "gamma_2",
+    ),
 }
 OTHER_PARTS = {  # in a name of what our blocks, patch embedding and tokens lack -> what it is
     r"\b[qk]_norm\b": "queries and keys are normalized",
@@ -118,7 +148,8 @@ OTHER_PARTS = {  # in a name of what our blocks, patch embedding and tokens lack
 
 
 def from_plain_blocks(weights: Mapping[str, Tensor]) -> Weights:
-    """Blocks of plain ViTs as ours: layer scale by our names; of a bias of q, k and v the first and the last third.
+    """Blocks of plain ViTs as ours: layer scale by our names; of a bias of q, k and v the
+    first and the last third.
 
     A key's bias is dropped, exactly: it adds the same to all scores of a query, which softmax does not see.
     UserError: such a bias is not of three equal parts, or stands beside those of query and value.
@@ -129,7 +160,9 @@ def from_plain_blocks(weights: Mapping[str, Tensor]) -> Weights:
         block, inside = layer.groups() if layer else ("", key)
         if layer and inside == "attn.qkv.bias":
             if value.ndim != 1 or len(value) % 3 or f"{block}attn.q_bias" in weights:
-                raise UserError(f"{key} of shape {tuple(value.shape)} is not the bias of one query, key and value")
+                raise UserError(
+                    f"{key} of shape {tuple(value.shape)} is not the bias of one query, key and value"
+                )
             ours[f"{block}attn.q_bias"], _, ours[f"{block}attn.v_bias"] = value.chunk(3)
         elif not key.endswith("attn.k_bias"):
             ours[block + LAYER_SCALE.get(inside, inside) if layer else key] = value
@@ -137,7 +170,9 @@ def from_plain_blocks(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def refuse_other_parts(weights: Mapping[str, Tensor]) -> None:
-    """UserError: blocks, patch embedding or tokens hold what no BEiT has, without which the weights compute something else."""
+    """UserError: blocks, patch embedding or tokens hold what no BEiT has, without which
+    the weights compute something else.
+    """
     for key in weights:
         layer = re.fullmatch(r"blocks\.\d+\.(.+)", key)
         if (layer and layer[1] in OUR_BLOCK) or key in ("patch_embed.proj.weight", "patch_embed.proj.bias"):
@@ -145,12 +180,15 @@ def refuse_other_parts(weights: Mapping[str, Tensor]) -> None:
         reason = next((why for part, why in OTHER_PARTS.items() if re.search(part, key)), None)
         if layer or reason:
             raise UserError(
-                f"it is of another architecture, which no model here computes: {reason or 'its blocks hold more'} ({key})"
+                "it is of another architecture, which no model here computes: "
+                f"{reason or 'its blocks hold more'} ({key})"
             )
 
 
-# ── Hugging Face ─────────────────────────────────────────────────────────────────────────────────────────────────────
-# The names that the models on their hub have. transformers 5 renamed the modules (MODERN) and still reads these.
+# ── Hugging Face
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# The names that the models on their hub have. transformers 5 renamed the modules
+# (MODERN) and still reads these.
 
 IN_BLOCK = {
     "norm1": "layernorm_before",
@@ -195,10 +233,12 @@ def is_huggingface(keys: Iterable[str]) -> bool:
 
 
 def to_our_names(state_dict: Mapping[str, Tensor]) -> Weights:
-    """A state dict of Hugging Face's BEiT, timm's, or a plain ViT under our names; ours comes back as it is, and is not copied.
+    """A state dict of Hugging Face's BEiT, timm's, or a plain ViT under our names; ours
+    comes back as it is, and is not copied.
 
-    Keys that are nobody's (a segmentation head) keep their names. UserError: as strip_wrappers, from_plain_blocks and
-    refuse_other_parts; a Hugging Face layer without its q, k or v.
+    Keys that are nobody's (a segmentation head) keep their names. UserError: as
+    strip_wrappers, from_plain_blocks and refuse_other_parts; a Hugging Face layer
+    without its q, k or v.
     """
     bare = strip_wrappers(state_dict)
     ours = from_plain_blocks(from_huggingface(bare) if is_huggingface(bare) else bare)
@@ -271,21 +311,31 @@ def to_huggingface(weights: Mapping[str, Tensor], architecture: str) -> Converte
             else:
                 model[layer + name if first == "blocks" else name] = value
     at_top = {OUTSIDE[head] for head in heads}
-    in_class = {n if architecture == BACKBONE or n.split(".")[0] in at_top else f"beit.{n}": v for n, v in model.items()}
+    in_class = {
+        n if architecture == BACKBONE or n.split(".")[0] in at_top else f"beit.{n}": v
+        for n, v in model.items()
+    }
     return Converted(in_class, left_out, notes)
 
 
 def huggingface_config(
-    model: Mapping[str, Any], architecture: str, vocab_size: int, drop_path: float, names: Sequence[str] | None
+    model: Mapping[str, Any],
+    architecture: str,
+    vocab_size: int,
+    drop_path: float,
+    names: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """config.json of a model folder. `model`: the VisionTransformer's arguments; `vocab_size` 0: no head for masked images.
+    """config.json of a model folder. `model`: the VisionTransformer's arguments;
+    `vocab_size` 0: no head for masked images.
 
-    UserError for images that are not square: Hugging Face's relative positions and absolute ones are wrong for them.
+    UserError for images that are not square: Hugging Face's relative positions and
+    absolute ones are wrong for them.
     """
     height, width = model["img_size"]
     if height != width:
         raise UserError(
-            f"Hugging Face's BEiT misplaces the patches of images of {height} x {width} pixels: only square ones fit"
+            f"Hugging Face's BEiT misplaces the patches of images of {height} x {width} pixels: only "
+            "square ones fit"
         )
     labels: dict[str, Any] = {}
     if architecture == CLASSIFIER:
@@ -315,14 +365,17 @@ def huggingface_config(
         "use_shared_relative_position_bias": model["use_shared_rel_pos_bias"],
         "layer_scale_init_value": float(model["init_values"]),  # transformers 5 refuses an int
         "drop_path_rate": drop_path,
-        # BeitForMaskedImageModeling norms the tokens itself; with CLS pooling the model in it would do so before.
+        # BeitForMaskedImageModeling norms the tokens itself; with CLS pooling the model
+        # in it would do so before.
         "use_mean_pooling": model["use_mean_pooling"] or architecture == MASKED_IMAGE,
         **labels,
     }
 
 
 def huggingface_preprocessor(size: int, prepared: Preprocessing) -> dict[str, Any]:
-    """preprocessor_config.json: the evaluation view. (BeitImageProcessor of transformers 4 only squeezes images to squares.)"""
+    """preprocessor_config.json: the evaluation view. (BeitImageProcessor of transformers 4
+    only squeezes images to squares.)
+    """
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
@@ -343,13 +396,18 @@ def read_huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str
     """UserError: another kind of model."""
     if config.get("model_type") != "beit" or config.get("hidden_act", "gelu") != "gelu":
         raise UserError(
-            f"config.json describes a {config.get('model_type')} with {config.get('hidden_act')}, not a BEiT with gelu"
+            f"config.json describes a {config.get('model_type')} with {config.get('hidden_act')}, not "
+            "a BEiT with gelu"
         )
     size = as_size(config.get("image_size", 224))
     prepared = None
     if "image_mean" in preprocessor and "image_std" in preprocessor:
         resized = preprocessor.get("size", {})
-        edge = resized.get("shortest_edge", resized.get("height", size[0])) if isinstance(resized, Mapping) else resized
+        edge = (
+            resized.get("shortest_edge", resized.get("height", size[0]))
+            if isinstance(resized, Mapping)
+            else resized
+        )
         share = max(size) / edge if preprocessor.get("do_center_crop") else 1.0
         share = math.floor(min(share, 1.0) * 1e6) / 1e6  # rounded down: int(size / share) is the edge again
         prepared = Preprocessing(tuple(preprocessor["image_mean"]), tuple(preprocessor["image_std"]), share)
@@ -359,11 +417,13 @@ def read_huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str
     return Companion(config.get("num_attention_heads", 12), size, prepared, None if unnamed else names)
 
 
-# ── timm ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── timm
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def to_timm(weights: Mapping[str, Tensor]) -> Converted:
-    """Our state dict -> the state dict of timm's `Beit`. A table shared by all blocks is added to each block's own.
+    """Our state dict -> the state dict of timm's `Beit`. A table shared by all blocks is
+    added to each block's own.
 
     timm has no masked images: the mask token and all that predicts codes stay behind.
     """
@@ -378,18 +438,27 @@ def to_timm(weights: Mapping[str, Tensor]) -> Converted:
         else:
             model[key] = value
     if shared is not None:
-        blocks = [key.removesuffix("qkv.weight") for key in weights if key.startswith("blocks.") and key.endswith("qkv.weight")]
+        blocks = [
+            key.removesuffix("qkv.weight")
+            for key in weights
+            if key.startswith("blocks.") and key.endswith("qkv.weight")
+        ]
         for block in blocks:
             own = weights.get(block + TABLE)
             model[block + TABLE] = shared.clone() if own is None else own + shared
-        notes.append(f"the relative position bias that all blocks shared was given to each of the {len(blocks)} blocks")
+        notes.append(
+            f"the relative position bias that all blocks shared was given to each of the {len(blocks)} blocks"
+        )
     return Converted(model, left_out, notes)
 
 
-def timm_config(model: Mapping[str, Any], prepared: Preprocessing, names: Sequence[str] | None) -> dict[str, Any]:
+def timm_config(
+    model: Mapping[str, Any], prepared: Preprocessing, names: Sequence[str] | None
+) -> dict[str, Any]:
     """config.json in the form of timm's hub; `model_args` are the arguments of timm.models.beit.Beit.
 
-    `model`: the VisionTransformer's arguments. The entry point in `architecture` only lends its name: the arguments say all.
+    `model`: the VisionTransformer's arguments. The entry point in `architecture` only
+    lends its name: the arguments say all.
     """
     pooling = "avg" if model["use_mean_pooling"] else "token"
     return {
@@ -425,7 +494,9 @@ def read_timm_config(config: Mapping[str, Any]) -> Companion:
     prepared = Preprocessing(tuple(mean), tuple(std), crop_pct or 1.0) if mean and std else None
     size = settings.get("img_size") or (facts.get("input_size") or (3, 224, 224))[1:]
     names = config.get("label_names") or facts.get("label_names")
-    return Companion(settings.get("num_heads"), as_size(size), prepared, list(names) if isinstance(names, list) else None)
+    return Companion(
+        settings.get("num_heads"), as_size(size), prepared, list(names) if isinstance(names, list) else None
+    )
 
 
 def as_size(size: int | Sequence[int]) -> tuple[int, int]:

@@ -1,4 +1,6 @@
-"""Weights of whatever library, with what is written in the file and beside it: flags, configuration, class names."""
+"""Weights of whatever library, with what is written in the file and beside it: flags,
+configuration, class names.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,10 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the folders of H
 
 
 class Source(NamedTuple):
-    """Weights under our names, the flags of their training ({} where unknown), the names of the classes (of their folders:
-    ImageNet's are WordNet ids), and what another library says of the model."""
+    """Weights under our names, the flags of their training ({} where unknown), the names
+    of the classes (of their folders: ImageNet's are WordNet ids), and what another
+    library says of the model.
+    """
 
     weights: dict[str, Tensor]
     flags: dict[str, Any]
@@ -45,9 +49,11 @@ def read(
     picked: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     flag: str = "--checkpoint",
 ) -> Source:
-    """`checkpoint`: a file, a folder of timm or Hugging Face, a URL or a published name. `expected`: whose names it has,
-    "ours", "timm", "huggingface" or "auto". `ema`: the moving average of the weights instead of the last ones; `keys`: where
-    in the file the weights are; `picked`: takes a part of them, under the file's own names. `flag`: for messages.
+    """`checkpoint`: a file, a folder of timm or Hugging Face, a URL or a published name.
+    `expected`: whose names it has, "ours", "timm", "huggingface" or "auto". `ema`: the
+    moving average of the weights instead of the last ones; `keys`: where in the file
+    the weights are; `picked`: takes a part of them, under the file's own names. `flag`:
+    for messages.
 
     UserError: as downloads.fetch; names of another library; no moving average; another kind of model.
     """
@@ -56,7 +62,8 @@ def read(
     beside = {**checkpoints.head(path), **(content if isinstance(content, dict) else {})}
     if ema and not isinstance(beside.get("model_ema"), dict):
         raise UserError(
-            f"{flag} {checkpoint} holds no moving average of the weights (model_ema), which run_class_finetuning keeps with "
+            f"{flag} {checkpoint} holds no moving average of the weights (model_ema), which "
+            "run_class_finetuning keeps with "
             "--model_ema: ask for the weights themselves"
         )
     found = weight_files.weights_in(content, checkpoint, "model_ema" if ema else keys)
@@ -68,7 +75,9 @@ def read(
     library = "huggingface" if huggingface else "timm" if "architecture" in config else "ours"
     if expected != "auto" and huggingface != (expected == "huggingface"):
         names = "Hugging Face's" if huggingface else "ours, which are timm's too"
-        raise UserError(f"--from {expected}: the names in {checkpoint} are {names}; --from auto sees by itself")
+        raise UserError(
+            f"--from {expected}: the names in {checkpoint} are {names}; --from auto sees by itself"
+        )
     published = downloads.ENTRIES.get(path.stem)
     flags = weight_files.plain_flags(beside.get("args"))
     stage = beside.get("stage")
@@ -111,8 +120,10 @@ def crop_flag(crop_pct: float, size: int | tuple[int, int]) -> float | None:
 
 
 def with_grid(weights: dict[str, Tensor], size: Any) -> dict[str, Tensor]:
-    """The weights with an index of relative positions, which tells a grid of any shape, where the size of the images is
-    known, fits, and nothing else tells the grid: absolute positions do not, and timm's files hold no index."""
+    """The weights with an index of relative positions, which tells a grid of any shape,
+    where the size of the images is known, fits, and nothing else tells the grid:
+    absolute positions do not, and timm's files hold no index.
+    """
     patches = weights.get("patch_embed.proj.weight")
     if size is None or patches is None or any(key.endswith(INDEX) for key in weights):
         return weights
@@ -127,19 +138,27 @@ def with_grid(weights: dict[str, Tensor], size: Any) -> dict[str, Tensor]:
 
 
 def locate(source: str, flag: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """The weight file, and the config.json and preprocessor_config.json that belong to it ({} where there is none)."""
+    """The weight file, and the config.json and preprocessor_config.json that belong to it
+    ({} where there is none).
+    """
     folder = Path(os.path.expanduser(source))
     if os.path.isdir(folder):  # pathlib's is_dir fails on a URL longer than a file name
         present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
         if not present:
-            raise UserError(f"{flag} {source}: a folder without {' or '.join(WEIGHT_FILES)}; name the weight file itself")
+            raise UserError(
+                f"{flag} {source}: a folder without {' or '.join(WEIGHT_FILES)}; name the weight file itself"
+            )
         path = present[0]
     else:
         path = downloads.fetch(source)
     if path.name not in WEIGHT_FILES:
         config = read_json(path.with_suffix(".json"))  # as export_checkpoint puts it beside a file for timm
         return path, (config if "architecture" in config else {}), {}
-    return path, read_json(path.with_name("config.json")), read_json(path.with_name("preprocessor_config.json"))
+    return (
+        path,
+        read_json(path.with_name("config.json")),
+        read_json(path.with_name("preprocessor_config.json")),
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -153,21 +172,31 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def folder_names(names: list[str] | None) -> list[str] | None:
-    """Class names of another library as those of the folders that our data sets take them from: ImageNet's are WordNet ids."""
+    """Class names of another library as those of the folders that our data sets take them
+    from: ImageNet's are WordNet ids.
+    """
     if names is None or len(names) != len(synsets()):
         return names
     same = sum(name.split(",")[0] == in_words(synset) for name, synset in zip(names, synsets(), strict=True))
     return synsets() if same > 0.9 * len(names) else names  # lists of them differ in a few words
 
 
-def save(path: Path, weights: dict[str, Tensor], flags: dict[str, Any] | None = None, classes: list[str] | None = None) -> None:
+def save(
+    path: Path,
+    weights: dict[str, Tensor],
+    flags: dict[str, Any] | None = None,
+    classes: list[str] | None = None,
+) -> None:
     """Weights to a .safetensors or .pth file, atomically.
 
-    Flags and the names of the classes lie beside the weights in a .pth, as text in the head of a .safetensors.
+    Flags and the names of the classes lie beside the weights in a .pth, as text in the
+    head of a .safetensors.
     """
     stage = {"stage": {"classes": classes}} if classes else {}
     extra: dict[str, Any] = {} if flags is None else {"args": flags, **stage}
-    tensors = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
+    tensors = {
+        key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in weights.items()
+    }
     part = path.with_name(f".{path.name}.{os.getpid()}{checkpoints.PART}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,10 +205,14 @@ def save(path: Path, weights: dict[str, Tensor], flags: dict[str, Any] | None = 
             return
         part.touch()
         mode = part.stat().st_mode
-        safetensors.torch.save_file(tensors, part, {"format": "pt", **{key: json.dumps(value) for key, value in extra.items()}})
+        safetensors.torch.save_file(
+            tensors, part, {"format": "pt", **{key: json.dumps(value) for key, value in extra.items()}}
+        )
         part.chmod(mode)  # safetensors makes files that only their owner can read
         os.replace(part, path)
     except (OSError, safetensors.SafetensorError) as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise UserError(f"--output {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(
+            f"--output {path}: cannot be written ({getattr(error, 'strerror', None) or error})"
+        ) from None

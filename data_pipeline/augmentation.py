@@ -1,8 +1,11 @@
-"""One random crop of an image with its color jitter and flips: drawn before a pixel is touched, applied to few of them.
+"""One random crop of an image with its color jitter and flips: drawn before a pixel is
+touched, applied to few of them.
 
-Two ways give nearly the same picture. `exact_crop` is torchvision's ColorJitter, flips and crop, bit for bit, on the
-pixels of the crop as far as that is possible. `jitter_and_flip` works behind the resize, on uint8 tensors and on any
-device, and gives the same numbers on all of them (docs/performance.md says how far it is from the exact way).
+Two ways give nearly the same picture. `exact_crop` is torchvision's ColorJitter, flips
+and crop, bit for bit, on the pixels of the crop as far as that is possible.
+`jitter_and_flip` works behind the resize, on uint8 tensors and on any device, and gives
+the same numbers on all of them (docs/performance.md says how far it is from the exact
+way).
 """
 
 from __future__ import annotations
@@ -54,9 +57,13 @@ class Drawn(NamedTuple):
 
 
 class Drawing:
-    """Draws as torchvision's ColorJitter, RandomHorizontalFlip, RandomVerticalFlip and RandomResizedCrop do, in this order."""
+    """Draws as torchvision's ColorJitter, RandomHorizontalFlip, RandomVerticalFlip and
+    RandomResizedCrop do, in this order.
+    """
 
-    def __init__(self, area_range: list[float], aspect_range: list[float], color_jitter: float, vflip: float) -> None:
+    def __init__(
+        self, area_range: list[float], aspect_range: list[float], color_jitter: float, vflip: float
+    ) -> None:
         self.jitter = T.ColorJitter(color_jitter, color_jitter, color_jitter) if color_jitter else None
         self.area_range, self.aspect_range, self.vflip = area_range, aspect_range, vflip
 
@@ -73,13 +80,15 @@ class Drawing:
         return Draws(size, operations, hflip, vflip, *place)
 
 
-# ── Exactly, on PIL images ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Exactly, on PIL images
+# ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def exact_crop(image: Image.Image, draws: Draws) -> Image.Image:
     """The crop of the jittered and flipped RGB `image`, bit for bit, without jittering what is cut off.
 
-    Only contrast looks at other pixels: its pivot is the mean gray of the whole image as the operations before it left it.
+    Only contrast looks at other pixels: its pivot is the mean gray of the whole image
+    as the operations before it left it.
     """
     kinds = [kind for kind, _ in draws.operations]
     before, pivot = 0, 0
@@ -102,8 +111,8 @@ def mean_gray(image: Image.Image) -> int:
 def retouched(image: Image.Image, operations: Iterable[tuple[int, float]], pivot: int = 0) -> Image.Image:
     """The operations one after the other, each rounded to uint8 as PIL does.
 
-    Brightness and contrast are the same function for every pixel and channel: a table, which PIL itself computes from the
-    256 values, and neighbors of them are one table.
+    Brightness and contrast are the same function for every pixel and channel: a table,
+    which PIL itself computes from the 256 values, and neighbors of them are one table.
     """
     table = RAMP
     for kind, factor in operations:
@@ -120,7 +129,8 @@ def looked_up(image: Image.Image, table: Image.Image) -> Image.Image:
     return image if table is RAMP else image.point(list(table.tobytes()) * 3)
 
 
-# ── Resizing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Resizing
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def resized(image: Image.Image, size: int, mode: InterpolationMode) -> torch.Tensor:
@@ -131,18 +141,23 @@ def resized(image: Image.Image, size: int, mode: InterpolationMode) -> torch.Ten
 def resized_faster(drawn: Drawn, size: int, mode: InterpolationMode) -> torch.Tensor:
     """The same of a crop by torch's vectorized kernels, in a third of the time, within one level.
 
-    By PIL where torch has no such mode, and where the image was decoded to a smaller size, whose pixels the crop cuts.
+    By PIL where torch has no such mode, and where the image was decoded to a smaller
+    size, whose pixels the crop cuts.
     """
     image, draws = drawn
     if image.size != draws.size:
         across, down = image.width / draws.size[0], image.height / draws.size[1]
         left, top, right, bottom = draws.box()
         box = (left * across, top * down, right * across, bottom * down)
-        return _as_tensor(image.resize((size, size), Image.Resampling[mode.value.upper()], box=box)).contiguous()
+        return _as_tensor(
+            image.resize((size, size), Image.Resampling[mode.value.upper()], box=box)
+        ).contiguous()
     crop = image.crop(draws.box())
     if mode not in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):
         return resized(crop, size, mode)
-    return torch.nn.functional.interpolate(_as_tensor(crop)[None], (size, size), mode=mode.value, antialias=True)[0]
+    return torch.nn.functional.interpolate(
+        _as_tensor(crop)[None], (size, size), mode=mode.value, antialias=True
+    )[0]
 
 
 def _as_tensor(image: Image.Image) -> torch.Tensor:
@@ -151,7 +166,8 @@ def _as_tensor(image: Image.Image) -> torch.Tensor:
     return values.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
-# ── Behind the resize, on tensors ────────────────────────────────────────────────────────────────────────────────────
+# ── Behind the resize, on tensors
+# ────────────────────────────────────────────────────────────────────────────────────
 
 
 def sampled_pivot(image: Image.Image, operations: Operations) -> int:
@@ -186,7 +202,9 @@ def as_numbers(draws: Draws, pivot: int) -> Tensor:
 
 
 def jitter_and_flip_all(images: Tensor, numbers: Tensor) -> Tensor:
-    """`jitter_and_flip` for a batch (B, 3, height, width) uint8 with numbers (B, 9); no value is read from the device."""
+    """`jitter_and_flip` for a batch (B, 3, height, width) uint8 with numbers (B, 9); no
+    value is read from the device.
+    """
     x = images.float()
     kinds, factors, pivot, hflip, vflip = numbers[:, :, None, None, None].split([3, 3, 1, 1, 1], dim=1)
     for place in range(3):
@@ -207,6 +225,8 @@ def blend_(x: Tensor, base: Tensor | int, factor: Tensor | float) -> None:
 
 
 def gray(x: Tensor) -> Tensor:
-    """PIL's conversion to L, (..., 3, height, width) -> (..., 1, height, width), in floats: its sums stay below 2**24."""
+    """PIL's conversion to L, (..., 3, height, width) -> (..., 1, height, width), in
+    floats: its sums stay below 2**24.
+    """
     red, green, blue = x.split(1, dim=-3)
     return (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).mul_(2**-16).floor_()

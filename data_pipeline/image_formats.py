@@ -1,7 +1,8 @@
 """Opening an image file: which formats are decoded, whatever the file is called, and from regular files alone.
 
-Pillow by itself decodes some formats by starting another program (EPS by Ghostscript), and others by plugins that few ever
-test. Here one table says what is decoded, and what a file is follows from its content.
+Pillow by itself decodes some formats by starting another program (EPS by Ghostscript),
+and others by plugins that few ever test. Here one table says what is decoded, and what
+a file is follows from its content.
 """
 
 from __future__ import annotations
@@ -53,9 +54,14 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
 
 @contextlib.contextmanager
 def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[ImageFile.ImageFile]:
-    """As Image.open, for the formats above: the pixels are to be loaded inside the block. UnidentifiedImageError with what the
-    file is instead."""
-    with open_regular(source) if isinstance(source, (str, os.PathLike)) else contextlib.nullcontext(source) as file:
+    """As Image.open, for the formats above: the pixels are to be loaded inside the block.
+    UnidentifiedImageError with what the file is instead.
+    """
+    with (
+        open_regular(source)
+        if isinstance(source, (str, os.PathLike))
+        else contextlib.nullcontext(source) as file
+    ):
         try:
             image = Image.open(file, formats=DECODED)
         except UnidentifiedImageError:
@@ -65,15 +71,20 @@ def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[ImageFile
 
 
 def is_16_bit(image: Image.Image) -> bool:
-    """Unsigned gray of which 65535 is white. Pillow calls it I where it has scaled a PPM to that range, or is older."""
-    return image.mode.startswith("I;16") or (image.mode == "I" and getattr(image, "format", None) in ("PNG", "PPM"))
+    """Unsigned gray of which 65535 is white. Pillow calls it I where it has scaled a PPM
+    to that range, or is older.
+    """
+    return image.mode.startswith("I;16") or (
+        image.mode == "I" and getattr(image, "format", None) in ("PNG", "PPM")
+    )
 
 
 def look_like_12_bits(sources: Iterable[Any]) -> bool:
     """Whether some of these are 16-bit files, and none of those has a pixel above 4095, 6 % of white."""
     brightest = []
     for source in sources:
-        with contextlib.suppress(Exception), open_image(source) as image:  # what cannot be read is named when it is needed
+        # what cannot be read is named when it is needed
+        with contextlib.suppress(Exception), open_image(source) as image:
             if is_16_bit(image):
                 brightest.append(int(np.asarray(image).max()))
     return bool(brightest) and max(brightest) < 4096

@@ -1,5 +1,6 @@
-"""Where images are: folders, one folder a class, lists, CIFAR-100, tar shards. Each finder gives (image, label) pairs in a
-fixed order, and the names of the classes."""
+"""Where images are: folders, one folder a class, lists, CIFAR-100, tar shards. Each finder
+gives (image, label) pairs in a fixed order, and the names of the classes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ ACCEPTED = f"accepted: {' '.join(EXTENSIONS)}"
 SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume Information")
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 
-Samples = Sequence[tuple[str | np.ndarray | shards.Member, int | None]]  # image (file, pixels, member of a tar), label
+# image (file, pixels, member of a tar), label
+Samples = Sequence[tuple[str | np.ndarray | shards.Member, int | None]]
 
 
 def find_images(root: str, flag: str = "--data_path") -> tuple[Samples, None]:
@@ -38,7 +40,9 @@ def find_images(root: str, flag: str = "--data_path") -> tuple[Samples, None]:
 
 
 def find_images_or_file(path: str, flag: str = "--data_path") -> list[str]:
-    """`path` itself when it is a file, whatever its name ends in, else every image below it, in the order of the paths."""
+    """`path` itself when it is a file, whatever its name ends in, else every image below
+    it, in the order of the paths.
+    """
     return [path] if os.path.isfile(path) else [str(source) for source, _ in find_images(path, flag)[0]]
 
 
@@ -49,11 +53,16 @@ def find_classes_folder(
     need_folder(root, flag)
     found = class_folders(root)
     if not found:
-        raise UserError(f"{flag} {root}: no class folders in it; labeled images are expected as class_name/image.jpg")
+        raise UserError(
+            f"{flag} {root}: no class folders in it; labeled images are expected as class_name/image.jpg"
+        )
     _refuse_splits(found, root, flag, classes or ())
     unknown = sorted(set(found) - set(classes)) if classes else []
     if unknown:
-        raise UserError(f"{flag} {root}: class folder '{unknown[0]}' is no class of the training data (in all {len(unknown)})")
+        raise UserError(
+            f"{flag} {root}: class folder '{unknown[0]}' is no class of the training data "
+            f"(in all {len(unknown)})"
+        )
     names = classes or found
     samples: list[tuple[str | np.ndarray | shards.Member, int | None]] = []
     folders = {name: os.path.realpath(os.path.join(root, name)) for name in found}
@@ -61,16 +70,21 @@ def find_classes_folder(
     if len(others) < len(found):
         twice = [name for name in found if list(folders.values()).count(folders[name]) > 1][:2]
         raise UserError(
-            f"{flag} {root}: class folders '{twice[0]}' and '{twice[1]}' are the same folder; remove one of the links"
+            f"{flag} {root}: class folders '{twice[0]}' and '{twice[1]}' are the same folder; remove "
+            "one of the links"
         )
-    above = _with_parents(os.path.realpath(root)).union(*(map(str, PurePath(path).parents) for path in others))
+    above = _with_parents(os.path.realpath(root)).union(
+        *(map(str, PurePath(path).parents) for path in others)
+    )
     with os.scandir(root) as entries:
         loose = sum(entry.is_file() and entry.name.lower().endswith(EXTENSIONS) for entry in entries)
     left_out = Counter({"beside the class folders": loose})
     for label, name in enumerate(names):
         paths = images_below(os.path.join(root, name), left_out, above=above, others=others)
         if not paths and classes is None:  # a validation split need not have every class
-            raise UserError(f"{flag} {root}: class folder '{name}' has no images ({ACCEPTED}); fill or remove it")
+            raise UserError(
+                f"{flag} {root}: class folder '{name}' has no images ({ACCEPTED}); fill or remove it"
+            )
         samples += [(path, label) for path in paths]
     tell_left_out(left_out, f"{flag} {root}")
     if not samples:
@@ -92,8 +106,10 @@ def _refuse_splits(found: Sequence[str], root: str, flag: str, classes: Sequence
 
 
 def read_class_index(file: str, root: str, flag: str = "--data_path") -> tuple[Samples, list[str]]:
-    """One JSON object a line, {"class": name, "files": [paths]}; labels in the order of the names. The paths are relative to
-    root/class, as in the published code, or to root, whichever is there."""
+    """One JSON object a line, {"class": name, "files": [paths]}; labels in the order of
+    the names. The paths are relative to root/class, as in the published code, or to
+    root, whichever is there.
+    """
     where = f"--image_folder_class_index_file {file}"
     files: dict[str, list[str]] = {}
     try:
@@ -102,7 +118,10 @@ def read_class_index(file: str, root: str, flag: str = "--data_path") -> tuple[S
                 if line.strip():
                     name, paths = _index_line(line, f"{where}, line {number}")
                     if name in files:
-                        raise UserError(f"{where}, line {number}: class '{name}' was listed before; give each class one line")
+                        raise UserError(
+                            f"{where}, line {number}: class '{name}' was listed before; "
+                            "give each class one line"
+                        )
                     files[name] = paths
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: cannot be read ({error})") from None
@@ -117,16 +136,21 @@ def read_class_index(file: str, root: str, flag: str = "--data_path") -> tuple[S
         for path in files[name]:
             full = os.path.normpath(os.path.join(base, name if of_class > of_root else "", path))
             if not full.startswith(base.rstrip(os.sep) + os.sep):
-                raise UserError(f"{where}: '{path}' of class '{name}' lies outside {flag} {root}; give paths relative to it")
+                raise UserError(
+                    f"{where}: '{path}' of class '{name}' lies outside {flag} {root}; "
+                    "give paths relative to it"
+                )
             samples.append((full, label))
     first = samples[0][0]
     if not (of_root or of_class):
         raise UserError(
-            f"{where}: there is no {first}; its paths are relative to {flag} {root}, or to the class's folder in it"
+            f"{where}: there is no {first}; its paths are relative to {flag} {root}, or to the "
+            "class's folder in it"
         )
     if of_root == of_class:
         raise UserError(
-            f"{where}: {first} is there, and the same path in the class's folder: write the paths relative to {flag} {root}, "
+            f"{where}: {first} is there, and the same path in the class's folder: write the paths "
+            f"relative to {flag} {root}, "
             "such as class/file"
         )
     return samples, sorted(files)
@@ -138,7 +162,11 @@ def _index_line(line: str, where: str) -> tuple[str, list[str]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error})") from None
     name, files = (entry.get("class"), entry.get("files")) if isinstance(entry, dict) else (None, None)
-    if not isinstance(name, str) or not isinstance(files, list) or not all(isinstance(path, str) for path in files):
+    if (
+        not isinstance(name, str)
+        or not isinstance(files, list)
+        or not all(isinstance(path, str) for path in files)
+    ):
         raise UserError(f'{where}: expected {{"class": "name", "files": ["path", ...]}}')
     if not files:
         raise UserError(f"{where}: class '{name}' has no files; add some or remove the line")
@@ -157,22 +185,28 @@ def find_cifar(root: str, train: bool, download: bool = False) -> tuple[Samples,
             if is_main():
                 cifar(root, download=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"--download: CIFAR-100 could not be fetched ({error}); put its files below {root}") from None
+            raise UserError(
+                f"--download: CIFAR-100 could not be fetched ({error}); put its files below {root}"
+            ) from None
         barrier()
     try:
         data = cifar(root, train=train)
     except RuntimeError:
-        raise UserError(f"--data_set CIFAR: no CIFAR-100 below --data_path {root}; --download fetches it") from None
+        raise UserError(
+            f"--data_set CIFAR: no CIFAR-100 below --data_path {root}; --download fetches it"
+        ) from None
     return list(zip(data.data, data.targets, strict=True)), data.classes
 
 
 def find_shards(
     pattern: str, flag: str = "--data_path", classes: Sequence[str] | None = None
 ) -> tuple[shards.Members, list[str] | None]:
-    """The images of tar shards and, where they have labels, the classes' names: those in classes.txt, else the numbers.
+    """The images of tar shards and, where they have labels, the classes' names: those in
+    classes.txt, else the numbers.
 
-    `classes`: the names that exist and their order; numbers without names are taken to be in that order. One rank looks
-    through shards without an index, the others read the index that it leaves.
+    `classes`: the names that exist and their order; numbers without names are taken to
+    be in that order. One rank looks through shards without an index, the others read
+    the index that it leaves.
     """
     paths = shards.find_shards(pattern, flag)
     if not is_main():
@@ -182,8 +216,10 @@ def find_shards(
         barrier()
     if members.left_out:
         log_once(
-            f"left out   of {flag} {pattern}: {members.left_out:,} images, since a name ends at its first dot (x.2021.jpg is "
-            "the 2021.jpg of sample x) and a sample has one image; scripts/make_shards.py writes names without further dots"
+            f"left out   of {flag} {pattern}: {members.left_out:,} images, since a name ends at its "
+            "first dot (x.2021.jpg is "
+            "the 2021.jpg of sample x) and a sample has one image; scripts/make_shards.py writes "
+            "names without further dots"
         )
     if members.labels is None:
         return members, None
@@ -191,12 +227,16 @@ def find_shards(
     own = shards.class_names(paths)
     names = own or list(classes or map(str, range(most)))
     if most > len(names):
-        raise UserError(f"{flag} {pattern}: there is a label {most - 1}, but only {len(names)} classes are known")
+        raise UserError(
+            f"{flag} {pattern}: there is a label {most - 1}, but only {len(names)} classes are known"
+        )
     if classes is None or own is None or own == list(classes):
         return members, names
     unknown = sorted(set(own) - set(classes))
     if unknown:
-        raise UserError(f"{flag} {pattern}: class '{unknown[0]}' is no class of the training data (in all {len(unknown)})")
+        raise UserError(
+            f"{flag} {pattern}: class '{unknown[0]}' is no class of the training data (in all {len(unknown)})"
+        )
     theirs = np.array([list(classes).index(name) for name in own])
     return members.with_labels(theirs[members.labels]), list(classes)
 
@@ -232,7 +272,9 @@ def class_folders(root: str) -> list[str]:
     above = _with_parents(os.path.realpath(root))
     with os.scandir(root) as entries:
         folders = [entry for entry in entries if entry.is_dir() and not _is_of_the_system(entry.name)]
-    return sorted(entry.name for entry in folders if not (entry.is_symlink() and os.path.realpath(entry.path) in above))
+    return sorted(
+        entry.name for entry in folders if not (entry.is_symlink() and os.path.realpath(entry.path) in above)
+    )
 
 
 def images_below(
@@ -244,8 +286,9 @@ def images_below(
 ) -> list[str]:
     """Sorted paths; what is left out is counted in `left_out`.
 
-    Symbolic links to folders are followed, and each folder is read once: links may form a circle. They are not followed to
-    folders above `root`, of `above`, and in `others` or below (real paths, of all classes).
+    Symbolic links to folders are followed, and each folder is read once: links may form
+    a circle. They are not followed to folders above `root`, of `above`, and in `others`
+    or below (real paths, of all classes).
     """
     left_out = Counter() if left_out is None else left_out
     paths: list[str] = []
@@ -256,7 +299,9 @@ def images_below(
         if real in visited:
             subfolders.clear()
             continue
-        if folder != root and (real in start or real in above or not others.isdisjoint(_with_parents(real) - start)):
+        if folder != root and (
+            real in start or real in above or not others.isdisjoint(_with_parents(real) - start)
+        ):
             log_once(f"left out   {folder}: a link to a folder above or of another class")
             subfolders.clear()
             continue

@@ -1,4 +1,5 @@
-"""ImageNet-1k's classes: their WordNet ids in the order of the logits, their names, and the test sets that share them.
+"""ImageNet-1k's classes: their WordNet ids in the order of the logits, their names, and
+the test sets that share them.
 
 timm ships the ids and WordNet's words for them; nothing is listed by hand here.
 """
@@ -60,17 +61,21 @@ def in_words(name: str) -> str:
 
 
 def logits_of(folders: Sequence[str], robust: RobustSet, where: str) -> list[int]:
-    """Which of the 1000 logits the class folders of a test set stand for, in the folders' order. `where`: flag and folder."""
+    """Which of the 1000 logits the class folders of a test set stand for, in the folders'
+    order. `where`: flag and folder.
+    """
     number = {synset: index for index, synset in enumerate(synsets())}
     unknown = [folder for folder in folders if folder not in number]
     if unknown:
         raise UserError(
             f"{where}: class folder '{unknown[0]}' is none of ImageNet-1k's WordNet ids such as n01440764 ("
-            f"{len(unknown)} of {len(folders)} folders are none); give the folder in which {robust.name}'s class folders lie"
+            f"{len(unknown)} of {len(folders)} folders are none); give the folder in which "
+            f"{robust.name}'s class folders lie"
         )
     if len(folders) != robust.classes:
         raise UserError(
-            f"{where}: has {len(folders)} class folders and {robust.name} has {robust.classes}; complete the folder or correct "
+            f"{where}: has {len(folders)} class folders and {robust.name} has {robust.classes}; "
+            "complete the folder or correct "
             "--robust_test, because accuracies among other classes do not compare"
         )
     return [number[folder] for folder in folders]

@@ -1,6 +1,7 @@
 """Which sample a rank reads when, how samples become batches, and what happens about files that did not decode.
 
-A key (epoch, index) names a sample; the datasets derive everything random in it from the key and the run's seed.
+A key (epoch, index) names a sample; the datasets derive everything random in it from
+the key and the run's seed.
 """
 
 from __future__ import annotations
@@ -25,20 +26,25 @@ from runtime.distributed import Launch, is_main, keep_freed_memory, log, log_onc
 from utils import derive_seed, seeded
 
 Key = tuple[int, int]  # (epoch, index)
-SHARDS_AT_ONCE = 16  # an epoch mixes the images of so many shards at a time, so that these stay in the system's file cache
+# an epoch mixes the images of so many shards at a time, so that these stay in the
+# system's file cache
+SHARDS_AT_ONCE = 16
 
 
 class ResumableSampler(Sampler[list[Key]]):
     """Batches of keys (epoch, index) for one rank, a pure function of (seed, epoch, samples done).
 
-    An epoch's global order is cut into optimizer steps of world_size * update_freq * batch_size samples (the incomplete
-    last one is dropped), a step into update_freq micro-batches, a micro-batch into the ranks' slices. What comes after
-    `samples_done` samples therefore does not depend on how many ranks or how large a batch produced them.
-    With fewer samples than one step takes, `batch_size` shrinks until a single step covers them all (`shrunk`), and the
-    order wraps around to give every rank the same number.
+    An epoch's global order is cut into optimizer steps of world_size * update_freq *
+    batch_size samples (the incomplete last one is dropped), a step into update_freq
+    micro-batches, a micro-batch into the ranks' slices. What comes after `samples_done`
+    samples therefore does not depend on how many ranks or how large a batch produced
+    them. With fewer samples than one step takes, `batch_size` shrinks until a single
+    step covers them all (`shrunk`), and the order wraps around to give every rank the
+    same number.
 
-    `shard_sizes`: indices follow each other in files of so many images. Then the order of the files is shuffled, and the
-    images of SHARDS_AT_ONCE files at a time, so that the reading moves through the files rather than about in all of them.
+    `shard_sizes`: indices follow each other in files of so many images. Then the order
+    of the files is shuffled, and the images of SHARDS_AT_ONCE files at a time, so that
+    the reading moves through the files rather than about in all of them.
     """
 
     def __init__(
@@ -53,7 +59,10 @@ class ResumableSampler(Sampler[list[Key]]):
         shard_sizes: Sequence[int] | None = None,
     ) -> None:
         if min(length, batch_size, update_freq, world_size) < 1:
-            raise ValueError(f"length {length}, batch {batch_size}, update_freq {update_freq}, world {world_size}: 1 or more")
+            raise ValueError(
+                f"length {length}, batch {batch_size}, update_freq {update_freq}, world "
+                f"{world_size}: 1 or more"
+            )
         ways = world_size * update_freq
         self.shrunk = length < batch_size * ways
         self.batch_size = -(-length // ways) if self.shrunk else batch_size
@@ -74,7 +83,9 @@ class ResumableSampler(Sampler[list[Key]]):
             order = shuffled_by_shards(self.shard_sizes or [self.length], generator)
         else:
             order = torch.arange(self.length)
-        return order.repeat(-(-self.global_batch // self.length))[: self.global_batch] if self.shrunk else order
+        return (
+            order.repeat(-(-self.global_batch // self.length))[: self.global_batch] if self.shrunk else order
+        )
 
     def _steps_left(self) -> int:
         if self.shrunk:
@@ -85,7 +96,8 @@ class ResumableSampler(Sampler[list[Key]]):
         return self._steps_left() * self.update_freq
 
     def __iter__(self) -> Iterator[list[Key]]:
-        # Locals: a set_position for the next epoch must not bend the iteration that a loader is still prefetching from.
+        # Locals: a set_position for the next epoch must not bend the iteration that a
+        # loader is still prefetching from.
         order, epoch, done = self.order(), self.epoch, self.samples_done
         across = self.batch_size * self.world_size  # samples of one micro-batch over all ranks
         for micro in range(len(self)):
@@ -94,8 +106,9 @@ class ResumableSampler(Sampler[list[Key]]):
 
 
 def shuffled_by_shards(sizes: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-    """All indices below sum(sizes), int64: the shards shuffled, and SHARDS_AT_ONCE of them at a time image by image. Up to so
-    many shards it is randperm."""
+    """All indices below sum(sizes), int64: the shards shuffled, and SHARDS_AT_ONCE of them
+    at a time image by image. Up to so many shards it is randperm.
+    """
     if len(sizes) <= SHARDS_AT_ONCE:
         return torch.randperm(sum(sizes), generator=generator)
     shards = torch.arange(sum(sizes)).split(list(sizes))
@@ -129,9 +142,10 @@ def build_eval_loader(
     every: int = 1,
     batch_size: int | None = None,
 ) -> DataLoader[dict[str, Any]]:
-    """This rank's share of the data set, every image once over all ranks; `every`: only each such image. `batch_size`: 1 where
-    images differ in size; default: --batch_size. A file that does not decode is left out, not replaced: no other image counts
-    twice."""
+    """This rank's share of the data set, every image once over all ranks; `every`: only
+    each such image. `batch_size`: 1 where images differ in size; default: --batch_size.
+    A file that does not decode is left out, not replaced: no other image counts twice.
+    """
     if isinstance(dataset, Files):
         dataset = copy.copy(dataset)
         dataset.most_failures = 1
@@ -165,8 +179,10 @@ def build_loader(
 
 
 class Loader(DataLoader[dict[str, Any]]):
-    """A loader that ends its processes when one of them brings an error. Left to the garbage collector (the error's frames make
-    a cycle of it) they would lose their queues first, and be waited for at the interpreter's exit for ever."""
+    """A loader that ends its processes when one of them brings an error. Left to the
+    garbage collector (the error's frames make a cycle of it) they would lose their
+    queues first, and be waited for at the interpreter's exit for ever.
+    """
 
     def __iter__(self) -> Any:
         iterator = super().__iter__()
@@ -203,7 +219,8 @@ def _start_worker(_: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):  # the main process's to handle; Windows lacks two
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks about EXIF blocks and large images, once per worker
+    # remarks about EXIF blocks and large images, once per worker
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -218,16 +235,20 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def collate_readable(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Of those samples alone that found their image; only {"failed": [...]} when none did."""
     failed = [text for sample in samples for text in sample["failed"]]
-    return {**collate([sample for sample in samples if "image" in sample] or [{"failed": []}]), "failed": failed}
+    return {
+        **collate([sample for sample in samples if "image" in sample] or [{"failed": []}]),
+        "failed": failed,
+    }
 
 
 class Files(Dataset[dict[str, Any]]):
-    """Samples made of files. Keys are an index (epoch 0) or (epoch, index); what is random in a sample follows from the seed
-    and the key.
+    """Samples made of files. Keys are an index (epoch 0) or (epoch, index); what is random
+    in a sample follows from the seed and the key.
 
-    A file that does not decode is replaced by the next one that does (same random numbers). After 1 % of the files, at
-    least 10, in a row the sample is {"failed": [...]} without an image. `passes`: the length is so many times the files,
-    and an index means the file `index % files`.
+    A file that does not decode is replaced by the next one that does (same random
+    numbers). After 1 % of the files, at least 10, in a row the sample is {"failed":
+    [...]} without an image. `passes`: the length is so many times the files, and an
+    index means the file `index % files`.
     """
 
     def __init__(self, files: int, seed: int, passes: int = 1) -> None:
@@ -259,8 +280,10 @@ class Files(Dataset[dict[str, Any]]):
         count = min(looked_at, self.files) if is_main() else 0
         if look_like_12_bits(self.open(number * self.files // count) for number in range(count)):
             log_once(
-                f"warning: images such as {self.name(0)} have 16 bits, but no value above 4095, as of a 12-bit camera: "
-                "65535 is white, so they are seen nearly black; multiply their values by 16 and save them again"
+                f"warning: images such as {self.name(0)} have 16 bits, but no value above 4095, as of "
+                "a 12-bit camera: "
+                "65535 is white, so they are seen nearly black; multiply their values by 16 and save "
+                "them again"
             )
 
     def sample(self, place: int, content: Any) -> dict[str, Any]:
@@ -278,7 +301,9 @@ class Files(Dataset[dict[str, Any]]):
                 place %= self.files
                 try:
                     content = self.read(place)
-                except Exception as error:  # PIL raises nearly anything for broken files, DecompressionBombError too
+                except (
+                    Exception
+                ) as error:  # PIL raises nearly anything for broken files, DecompressionBombError too
                     failed.append(f"{self.name(place)} ({reason(error)})")
                     continue
                 return {**self.sample(place, content), "index": index, "failed": failed}
@@ -295,7 +320,8 @@ def digest(names: Iterable[bytes], root: str = "") -> str:
 
 
 def reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__  # strerror: without the path again
+    # strerror: without the path again
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class BadFiles:
@@ -305,7 +331,11 @@ class BadFiles:
     """
 
     def __init__(
-        self, limit_share: float = 0.01, at_least: int = 10, flag: str = "--data_path", instead: str = "using the next image"
+        self,
+        limit_share: float = 0.01,
+        at_least: int = 10,
+        flag: str = "--data_path",
+        instead: str = "using the next image",
     ) -> None:
         self.limit_share, self.at_least, self.flag, self.instead = limit_share, at_least, flag, instead
         self.named: set[str] = set()
@@ -316,21 +346,29 @@ class BadFiles:
         self.reads, self.failed = reads, dict[str, None]()
 
     def add(self, failed: list[str], found_image: bool = True) -> None:
-        """A batch's `failed`, and whether the batch has an `image`; UserError when the data cannot be trained on.
+        """A batch's `failed`, and whether the batch has an `image`; UserError when the
+        data cannot be trained on.
 
         A file is counted once an epoch: behind a bad file its neighbors' replacement may try it again.
         """
         self.failed.update(dict.fromkeys(failed))
         for text in dict.fromkeys(failed):
-            if text not in self.named:  # ranks other than the first show errors only, and each meets other files
-                log.log(logging.WARNING if is_main() else logging.ERROR, "cannot read %s: %s", text, self.instead)
+            # ranks other than the first show errors only, and each meets other files
+            if text not in self.named:
+                log.log(
+                    logging.WARNING if is_main() else logging.ERROR, "cannot read %s: %s", text, self.instead
+                )
         self.named.update(failed)
         if not found_image:
             unread = list(dict.fromkeys(failed))
-            raise UserError(f"no image could be read, {len(unread)} files failed: {', '.join(unread[:3])}; check {self.flag}")
+            raise UserError(
+                f"no image could be read, {len(unread)} files failed: "
+                f"{', '.join(unread[:3])}; check {self.flag}"
+            )
         count, examples = len(self.failed), ", ".join(list(self.failed)[:3])
         if count >= self.at_least and count > self.limit_share * self.reads:
             raise UserError(
-                f"{count} of this epoch's {self.reads} images cannot be read ({examples}, ...): check {self.flag}, "
+                f"{count} of this epoch's {self.reads} images cannot be read ({examples}, ...): check "
+                f"{self.flag}, "
                 "and repair or remove these files"
             )

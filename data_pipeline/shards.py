@@ -1,9 +1,11 @@
 """Tar shards in WebDataset's layout, read at random: which images are in them, where each begins, and its label.
 
-A shard is an uncompressed tar file. Its members come in samples: neighbors whose names agree up to the first dot of the file
-name; what follows is the kind (`000012.jpg`, `000012.cls`). A shard is read through once for an index of its images (offset,
-size, label), which is kept beside it; then an image is one read at a known place. So a data set of shards is a map from
-index to image like a folder, and a run over it resumes, and is shared by processes, as exactly (docs/data.md says why).
+A shard is an uncompressed tar file. Its members come in samples: neighbors whose names
+agree up to the first dot of the file name; what follows is the kind (`000012.jpg`,
+`000012.cls`). A shard is read through once for an index of its images (offset, size,
+label), which is kept beside it; then an image is one read at a known place. So a data
+set of shards is a map from index to image like a folder, and a run over it resumes, and
+is shared by processes, as exactly (docs/data.md says why).
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Member(NamedTuple):
 
     def read(self) -> io.BytesIO:
         """Its bytes; OSError where the shard has become shorter."""
-        content = os.pread(_opened(self.shard).fileno(), self.size, self.offset)  # moves no position: processes may share it
+        # moves no position: processes may share it
+        content = os.pread(_opened(self.shard).fileno(), self.size, self.offset)
         if len(content) < self.size:
             raise OSError(f"the shard ends {self.size - len(content)} bytes too early")
         return io.BytesIO(content)
@@ -59,15 +62,24 @@ class Member(NamedTuple):
 
 @functools.lru_cache(maxsize=OPEN_FILES)
 def _opened(path: str) -> io.FileIO:
-    """Kept open: with a file opened for each image, the disk would be asked for the name as often as in a folder."""
+    """Kept open: with a file opened for each image, the disk would be asked for the name
+    as often as in a folder.
+    """
     return io.FileIO(path)
 
 
 class Members(Sequence[tuple[Member, int | None]]):
-    """(image, label or None) of all shards in their order; arrays, since a list of a million would burden every process."""
+    """(image, label or None) of all shards in their order; arrays, since a list of a
+    million would burden every process.
+    """
 
     def __init__(
-        self, paths: Sequence[str], shard: np.ndarray, places: np.ndarray, labels: np.ndarray | None, left_out: int = 0
+        self,
+        paths: Sequence[str],
+        shard: np.ndarray,
+        places: np.ndarray,
+        labels: np.ndarray | None,
+        left_out: int = 0,
     ) -> None:
         self.paths = paths
         self.shard = shard  # (n,) which of `paths`, rising
@@ -105,30 +117,39 @@ class Members(Sequence[tuple[Member, int | None]]):
         return np.unique(self.shard, return_counts=True)[1].tolist()
 
 
-# ── Which shards ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Which shards
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def find_shards(pattern: str, flag: str) -> list[str]:
-    """The files that `pattern` names: braces (`{000000..000146}`, `{a,b}`), `*`, a folder of .tar files, or several of these
-    with `::` between them (WebDataset's notation). UserError: missing, compressed, remote, named twice."""
+    """The files that `pattern` names: braces (`{000000..000146}`, `{a,b}`), `*`, a folder
+    of .tar files, or several of these with `::` between them (WebDataset's notation).
+    UserError: missing, compressed, remote, named twice.
+    """
     paths: list[str] = []
     for part in pattern.split("::"):
         if part.startswith("pipe:") or "://" in part:
             raise UserError(
-                f"{flag} {part}: shards are read from disks only, since their images are read at random; copy them to a folder "
+                f"{flag} {part}: shards are read from disks only, since their images are read at "
+                "random; copy them to a folder "
                 "first"
             )
         paths += _expanded(part, flag)
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{flag} {pattern}: {missing[0]}{others} of {len(paths)} shards {'are' if others else 'is'} missing")
+        raise UserError(
+            f"{flag} {pattern}: {missing[0]}{others} of {len(paths)} shards "
+            f"{'are' if others else 'is'} missing"
+        )
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise UserError(f"{flag} {pattern}: {twice} is named twice; its images would be read twice an epoch")
     compressed = [path for path in paths if path.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst"))]
     if compressed:
-        raise UserError(f"{flag}: {compressed[0]} is compressed and cannot be read at random: unpack it to a .tar first")
+        raise UserError(
+            f"{flag}: {compressed[0]} is compressed and cannot be read at random: unpack it to a .tar first"
+        )
     return paths
 
 
@@ -136,14 +157,18 @@ def _expanded(part: str, flag: str) -> list[str]:
     if os.path.isdir(part):
         found = sorted(glob.glob(os.path.join(glob.escape(part), "*.tar")))
         if not found:
-            raise UserError(f"{flag} {part}: no .tar files in this folder (scripts/make_shards.py writes them)")
+            raise UserError(
+                f"{flag} {part}: no .tar files in this folder (scripts/make_shards.py writes them)"
+            )
         return found
     from webdataset.shardlists import expand_urls  # here, for it is slow to import and few runs read shards
 
     try:
         paths: list[str] = expand_urls(part)
     except ValueError as error:  # braceexpand's UnbalancedBracesError
-        raise UserError(f"{flag} {part}: {error}; ranges are written {{000000..000146}}, lists {{a,b}}") from None
+        raise UserError(
+            f"{flag} {part}: {error}; ranges are written {{000000..000146}}, lists {{a,b}}"
+        ) from None
     found = []
     for path in paths:
         matches = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.isfile(path) else [path]
@@ -153,7 +178,8 @@ def _expanded(part: str, flag: str) -> list[str]:
     return found
 
 
-# ── What is in them ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What is in them
+# ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Index(NamedTuple):
@@ -176,7 +202,8 @@ def members_of(paths: Sequence[str], extensions: Sequence[str], flag: str) -> Me
     labels = np.concatenate([index.labels for index in indices])
     if len(labels) == 0:
         raise UserError(
-            f"{flag}: no images in these {len(paths)} shards (accepted: {' '.join(extensions)}, behind the first dot of a name)"
+            f"{flag}: no images in these {len(paths)} shards (accepted: {' '.join(extensions)}, "
+            "behind the first dot of a name)"
         )
     labeled = labels >= 0
     if labeled.any() and not labeled.all():
@@ -217,7 +244,8 @@ def scan(path: str, extensions: Sequence[str]) -> Index:
                 raise tarfile.ReadError(f"it ends within {image.name}")
             places.append((image.offset_data, image.size))
         file.seek(max(0, end - BLOCK))
-        if end % BLOCK or file.read().strip(b"\0"):  # cut between two members it would pass for a smaller shard
+        # cut between two members it would pass for a smaller shard
+        if end % BLOCK or file.read().strip(b"\0"):
             raise tarfile.ReadError("it ends without the mark of an end")
     images = np.array([left_out.total()], dtype=np.int64)
     return Index(np.array(places, dtype=np.int64).reshape(-1, 2), np.array(labels, dtype=np.int64), images)
@@ -251,11 +279,14 @@ def _number(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int:
     file = tar.extractfile(member)
     text = b"" if file is None else file.read(64)
     if not re.fullmatch(rb"\s*\d{1,20}\s*", text) or int(text) > MOST_LABEL:
-        raise UserError(f"{path}: {member.name} holds {text[:20]!r}; a class number from 0 to {MOST_LABEL:,} is expected")
+        raise UserError(
+            f"{path}: {member.name} holds {text[:20]!r}; a class number from 0 to {MOST_LABEL:,} is expected"
+        )
     return int(text)
 
 
-# ── The index beside a shard ─────────────────────────────────────────────────────────────────────────────────────────
+# ── The index beside a shard
+# ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def keep_index(path: str, extensions: Sequence[str], index: Index) -> None:
@@ -276,13 +307,17 @@ def _kept_index(path: str, extensions: Sequence[str]) -> Index | None:
         with open_regular(path + INDEX) as file, np.load(file, allow_pickle=False) as kept:
             index = Index(kept["places"], kept["labels"], kept["left_out"])
             return index if np.array_equal(kept["mark"], _mark(path, index, extensions)) else None
-    except Exception:  # numpy and zipfile raise nearly anything for broken files; the shard itself is read instead
+    except (
+        Exception
+    ):  # numpy and zipfile raise nearly anything for broken files; the shard itself is read instead
         return None
 
 
 def _mark(path: str, index: Index, extensions: Sequence[str]) -> np.ndarray:
-    """What tells whether the index is of this shard as it is now: its length and time of change, the headers of its first,
-    middle and last image, and the index's own content."""
+    """What tells whether the index is of this shard as it is now: its length and time of
+    change, the headers of its first, middle and last image, and the index's own
+    content.
+    """
     headers = b""
     with open_regular(path) as file:
         for offset, _ in index.places[[0, len(index.places) // 2, -1]].tolist() if len(index.places) else ():
@@ -293,11 +328,14 @@ def _mark(path: str, index: Index, extensions: Sequence[str]) -> np.ndarray:
     return np.array([INDEX_VERSION, about.st_size, about.st_mtime_ns, *sums], dtype=np.int64)
 
 
-# ── Names of classes ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Names of classes
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def class_names(paths: Sequence[str]) -> list[str] | None:
-    """The names in classes.txt beside the shards; None where they have none. UserError where folders differ in it."""
+    """The names in classes.txt beside the shards; None where they have none. UserError
+    where folders differ in it.
+    """
     found: dict[str, list[str]] = {}
     for folder in dict.fromkeys(os.path.dirname(path) for path in paths):
         file = os.path.join(folder, CLASS_NAMES)
@@ -313,8 +351,12 @@ def class_names(paths: Sequence[str]) -> list[str] | None:
         twice = next((name for name, count in Counter(names).items() if count > 1), None)
         if not names or twice is not None:
             what = "holds no names" if not names else f"names '{twice}' twice"
-            raise UserError(f"{file} {what}; the name of one class a line, in the order of the numbers, is expected")
+            raise UserError(
+                f"{file} {what}; the name of one class a line, in the order of the numbers, is expected"
+            )
     different = [file for file, names in found.items() if names != next(iter(found.values()))]
     if different:
-        raise UserError(f"{different[0]} and {next(iter(found))} name other classes: these shards do not belong together")
+        raise UserError(
+            f"{different[0]} and {next(iter(found))} name other classes: these shards do not belong together"
+        )
     return next(iter(found.values()), None)

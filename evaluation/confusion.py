@@ -1,4 +1,5 @@
-"""Which class is taken for which: counts of (true class, predicted class), over all ranks, and the classes that do worst.
+"""Which class is taken for which: counts of (true class, predicted class), over all ranks,
+and the classes that do worst.
 
 A full matrix of ImageNet-21k's classes would be 4 GB; here memory grows with the pairs that occur.
 """
@@ -20,11 +21,13 @@ LOW_BITS = (1 << 32) - 1
 
 
 class Confusion:
-    """Counts of pairs of class numbers, whole numbers throughout; on the labels' device, without synchronizing it at every
-    `add`."""
+    """Counts of pairs of class numbers, whole numbers throughout; on the labels' device,
+    without synchronizing it at every `add`.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.keys = torch.zeros(0, dtype=torch.int64, device=device)  # true class << 32 | predicted class; sorted, unique
+        # true class << 32 | predicted class; sorted, unique
+        self.keys = torch.zeros(0, dtype=torch.int64, device=device)
         self.counts = torch.zeros(0, dtype=torch.int64, device=device)
         self.pending: list[Tensor] = []
         self.waiting = 0
@@ -53,7 +56,9 @@ class Confusion:
         self._set(distributed.all_gather_rows(self.keys), distributed.all_gather_rows(self.counts))
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(true classes, predicted classes, counts), each (pairs,) int64, sorted by true, then by predicted class."""
+        """(true classes, predicted classes, counts), each (pairs,) int64, sorted by true,
+        then by predicted class.
+        """
         self._count()
         return self.keys >> 32, self.keys & LOW_BITS, self.counts
 
@@ -65,7 +70,9 @@ class Confusion:
         return torch.zeros_like(seen).index_add_(0, row, counts * (labels == predictions)), total
 
     def worst(self, count: int) -> list[WorstClass]:
-        """The `count` classes of lowest recall; of equal ones first the one with more images, then the lower number."""
+        """The `count` classes of lowest recall; of equal ones first the one with more
+        images, then the lower number.
+        """
         rows: dict[int, dict[int, int]] = {}
         for label, prediction, number in zip(*(column.tolist() for column in self.pairs()), strict=True):
             rows.setdefault(label, {})[prediction] = number
@@ -75,7 +82,9 @@ class Confusion:
 
 @dataclass(frozen=True)
 class WorstClass:
-    """One class: how many of its images were recognized, and which wrong answer was given most often (None: none was)."""
+    """One class: how many of its images were recognized, and which wrong answer was given
+    most often (None: none was).
+    """
 
     label: int
     images: int

@@ -1,7 +1,8 @@
 """k nearest neighbors on frozen features (weighted as in Wu et al. 2018, instance discrimination, and DINO).
 
-What a backbone has learned, without training anything on top: a validation image gets the class that its nearest training
-images vote for. Shapes: N training images, B a batch, T = 1 + patches tokens with CLS in front, C width.
+What a backbone has learned, without training anything on top: a validation image gets
+the class that its nearest training images vote for. Shapes: N training images, B a
+batch, T = 1 + patches tokens with CLS in front, C width.
 """
 
 from __future__ import annotations
@@ -22,19 +23,24 @@ SIMILARITIES = 2**27  # computed at a time: 512 MiB
 
 
 def pool(tokens: Tensor, features: str) -> Tensor:
-    """Tokens (B, T, C) -> `cls`: the CLS token (B, C); `mean`: of the patch tokens (B, C); `cls_mean`: both (B, 2C)."""
+    """Tokens (B, T, C) -> `cls`: the CLS token (B, C); `mean`: of the patch tokens (B, C);
+    `cls_mean`: both (B, 2C).
+    """
     parts = {"cls": lambda: tokens[:, 0], "mean": lambda: tokens[:, 1:].mean(dim=1)}
     return torch.cat([parts[part]() for part in features.split("_")], dim=-1)
 
 
 def channel_std(mean: Tensor, var: Tensor) -> Tensor:
-    """Standard deviations (..., C) to divide by. Below a millionth of the largest channel is rounding: it stays small."""
+    """Standard deviations (..., C) to divide by. Below a millionth of the largest channel
+    is rounding: it stays small.
+    """
     std = var.clamp_min(0).sqrt()
     least = 1e-6 * (mean.abs() + std).amax(dim=-1, keepdim=True)
     return torch.maximum(std, least.clamp_min(1e-12))
 
 
-# ── Features of a whole data set ─────────────────────────────────────────────────────────────────────────────────────
+# ── Features of a whole data set
+# ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,11 @@ def extract(batches: Iterable[dict[str, Any]], encode: Callable[[Tensor], Tensor
 
 
 def of_all_ranks(own: Features, device: torch.device, rows: int = 4096) -> Features:
-    """The features of all ranks on every rank, in the order of the data set. `rows` pass through `device` at a time."""
-    shape = max(distributed.gather_objects(tuple(own.values.shape[1:])), key=len)  # a rank may be without an image
+    """The features of all ranks on every rank, in the order of the data set. `rows` pass
+    through `device` at a time.
+    """
+    # a rank may be without an image
+    shape = max(distributed.gather_objects(tuple(own.values.shape[1:])), key=len)
     longest = max(distributed.gather_objects(len(own)))
     columns = []
     for column in (own.values.reshape(-1, *shape), own.labels, own.index):
@@ -73,7 +82,8 @@ def of_all_ranks(own: Features, device: torch.device, rows: int = 4096) -> Featu
     return Features(values[order], labels[order], index[order])
 
 
-# ── Neighbors ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Neighbors
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @torch.no_grad()
@@ -88,9 +98,10 @@ def accuracies(
 ) -> dict[str, float]:
     """Accuracy in percent: {"knn10_acc1": ..., "knn10_acc5": ..., ...} and "knn_images".
 
-    `train`: of all ranks, values (N, C); `own`: this rank's share of the validation images, each image on one rank.
-    The k neighbors of highest cosine similarity vote for their class with exp(similarity / temperature).
-    `standardize`: each channel gets the training images' mean 0 and standard deviation 1 first.
+    `train`: of all ranks, values (N, C); `own`: this rank's share of the validation
+    images, each image on one rank. The k neighbors of highest cosine similarity vote
+    for their class with exp(similarity / temperature). `standardize`: each channel gets
+    the training images' mean 0 and standard deviation 1 first.
     """
     if max(ks) > len(train):
         log.info(f"k-NN       there are {len(train)} training images: k is cut to that")
@@ -130,7 +141,8 @@ def rank_of(votes: Tensor, labels: Tensor) -> Tensor:
     return torch.where(own[:, 0] > 0, place, votes.shape[1] + 5)
 
 
-# ── During pretraining ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── During pretraining
+# ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -149,5 +161,13 @@ class Probe:
 
     def measure(self, train: Features, own: Features, device: torch.device) -> dict[str, float]:
         """test_knn_acc1 (k = 20) and test_knn10_acc1, from this rank's shares."""
-        found = accuracies(of_all_ranks(train, device), own, self.classes, device, (10, 20), self.temperature, self.standardize)
+        found = accuracies(
+            of_all_ranks(train, device),
+            own,
+            self.classes,
+            device,
+            (10, 20),
+            self.temperature,
+            self.standardize,
+        )
         return {"test_knn_acc1": found["knn20_acc1"], "test_knn10_acc1": found["knn10_acc1"]}

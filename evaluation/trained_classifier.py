@@ -1,4 +1,6 @@
-"""A fine-tuned classifier in a file: its weights, its classes, and whether it is asked to work as it was trained."""
+"""A fine-tuned classifier in a file: its weights, its classes, and whether it is asked to
+work as it was trained.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,16 @@ from runtime.distributed import log
 # What the model is made of, and what its images look like: flags that should be those of the training.
 SHAPING = ("model", "use_mean_pooling", "abs_pos_emb", "rel_pos_bias", "qkv_bias", "layer_scale_init_value")
 SEEING = ("input_size", "imagenet_default_mean_and_std", "crop_pct")
-# What fine-tuning must be told again, because it builds a model of its own: else positions are dropped or start anew.
+# What fine-tuning must be told again, because it builds a model of its own: else
+# positions are dropped or start anew.
 KEPT_FROM_PRETRAINING = ("abs_pos_emb", "rel_pos_bias", "imagenet_default_mean_and_std")
 
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """`flags`: those of its training, {} where the file does not tell; `classes`: names in the order of its logits, or None."""
+    """`flags`: those of its training, {} where the file does not tell; `classes`: names in
+    the order of its logits, or None.
+    """
 
     source: str
     weights: dict[str, Tensor]
@@ -41,7 +46,10 @@ class TrainedClassifier:
 
 def select(weights: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Tensor]:
     """--model_filter_name and --model_prefix: only keys that begin so, without it. UserError: there are none."""
-    for flag, start in (("--model_filter_name", args.model_filter_name), ("--model_prefix", args.model_prefix)):
+    for flag, start in (
+        ("--model_filter_name", args.model_filter_name),
+        ("--model_prefix", args.model_prefix),
+    ):
         chosen = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
         if not chosen:
             raise UserError(f"{flag} {start}: no key begins so; there are {', '.join(list(weights)[:3])} ...")
@@ -53,7 +61,11 @@ def read(args: argparse.Namespace) -> TrainedClassifier:
     """--resume, else --finetune; with --model_ema the moving average of the weights in it."""
     source, flag = (args.resume, "--resume") if args.resume else (args.finetune, "--finetune")
     read = weight_source.read(
-        source, ema=args.model_ema, keys=args.model_key, picked=lambda weights: select(weights, args), flag=flag
+        source,
+        ema=args.model_ema,
+        keys=args.model_key,
+        picked=lambda weights: select(weights, args),
+        flag=flag,
     )
     if "head.bias" not in read.weights:
         raise UserError(f"{flag} {source} is {weight_files.kind_of(read.weights)}: --eval needs a classifier")
@@ -61,7 +73,10 @@ def read(args: argparse.Namespace) -> TrainedClassifier:
 
 
 def load(
-    trained: TrainedClassifier, model: VisionTransformer, parser: argparse.ArgumentParser, args: argparse.Namespace
+    trained: TrainedClassifier,
+    model: VisionTransformer,
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
 ) -> None:
     """Every weight of the file into the model, which must be the one that was trained; say what else differs."""
     fitting, missing = load_remapped(model, trained.weights)
@@ -88,7 +103,9 @@ def left_out(weights: Mapping[str, Tensor], fitting: Mapping[str, Tensor]) -> li
     return unused
 
 
-def training_flags(trained: TrainedClassifier, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+def training_flags(
+    trained: TrainedClassifier, parser: argparse.ArgumentParser, args: argparse.Namespace
+) -> str:
     """The way out of a model that does not fit, as far as the file or its published name tells."""
     theirs = ", ".join(other for other, _ in differing(trained.flags, parser, args, SHAPING))
     entry = downloads.ENTRIES.get(trained.source)
@@ -98,20 +115,25 @@ def training_flags(trained: TrainedClassifier, parser: argparse.ArgumentParser, 
 
 
 def warn_of_other_sight(
-    trained: TrainedClassifier, fitting: Mapping[str, Tensor], parser: argparse.ArgumentParser, args: argparse.Namespace
+    trained: TrainedClassifier,
+    fitting: Mapping[str, Tensor],
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
 ) -> None:
     """Images of another size or normalization than in training are allowed, and told."""
     pairs = differing(trained.flags, parser, args, SEEING)
     if pairs:
         log.warning(
-            f"warning: {trained.source} was trained with {', '.join(theirs for theirs, _ in pairs)} and is evaluated with "
+            f"warning: {trained.source} was trained with {', '.join(theirs for theirs, _ in pairs)} "
+            "and is evaluated with "
             f"{', '.join(ours for _, ours in pairs)}: its accuracy may suffer"
         )
     if "input_size" not in trained.flags and any(
         value.shape != trained.weights.get(key, value).shape for key, value in fitting.items()
     ):
         log.warning(
-            f"warning: {trained.source} was trained on images of another size than --input_size {args.input_size}: its "
+            f"warning: {trained.source} was trained on images of another size than --input_size "
+            f"{args.input_size}: its "
             "positions were interpolated, and its accuracy may suffer"
         )
 
@@ -124,8 +146,8 @@ def warn_of_other_pretraining(
 ) -> None:
     """Fine-tuning may use other positions or another normalization than --finetune's training, but is told.
 
-    `flags`: of that training, {} where unknown. The positions are then what the weights hold; a tokenizer's normalization
-    is its --process_type.
+    `flags`: of that training, {} where unknown. The positions are then what the weights
+    hold; a tokenizer's normalization is its --process_type.
     """
     known: dict[str, Any] = {"abs_pos_emb": "pos_embed" in weights}
     known["rel_pos_bias"] = any(key.endswith("relative_position_bias_table") for key in weights)
@@ -135,8 +157,10 @@ def warn_of_other_pretraining(
     pairs = differing(known, parser, args, KEPT_FROM_PRETRAINING)
     if pairs:
         log.warning(
-            f"warning: --finetune {args.finetune} was trained with {', '.join(theirs for theirs, _ in pairs)} and is "
-            f"fine-tuned with {', '.join(ours for _, ours in pairs)}: give the flags of its training, unless the change "
+            f"warning: --finetune {args.finetune} was trained with "
+            f"{', '.join(theirs for theirs, _ in pairs)} and is "
+            f"fine-tuned with {', '.join(ours for _, ours in pairs)}: give the flags of its training, "
+            "unless the change "
             "is meant"
         )
 
@@ -153,34 +177,51 @@ def differing(
 
 
 def refuse_other_classes(trained: TrainedClassifier, classes: Sequence[str], where: str) -> None:
-    """The names behind the labels must be those behind the logits, as far as both are known. `where`: flag and folder."""
+    """The names behind the labels must be those behind the logits, as far as both are
+    known. `where`: flag and folder.
+    """
     if len(classes) != trained.nb_classes:
         hint = "; for ImageNet-A or -R add --robust_test" if set(classes) <= set(synsets()) else ""
-        raise UserError(f"{trained.source} tells {trained.nb_classes} classes apart, {where} has {len(classes)}{hint}")
+        raise UserError(
+            f"{trained.source} tells {trained.nb_classes} classes apart, {where} has {len(classes)}{hint}"
+        )
     if trained.classes and list(classes) != trained.classes:
-        raise UserError(f"{where} has other classes than {trained.source}: {first_difference(trained.classes, classes)}")
+        raise UserError(
+            f"{where} has other classes than {trained.source}: {first_difference(trained.classes, classes)}"
+        )
 
 
 def refuse_other_than_imagenet(trained: TrainedClassifier, robust: RobustSet) -> None:
     """The robustness sets' folders say which of ImageNet-1k's logits are meant."""
     if trained.nb_classes != len(synsets()) or (trained.classes or synsets()) != synsets():
-        what = f"tells {trained.nb_classes} others apart" if trained.classes else f"tells {trained.nb_classes} classes apart"
-        raise UserError(f"--robust_test: {robust.name} needs a model of ImageNet's 1000 classes, {trained.source} {what}")
+        what = (
+            f"tells {trained.nb_classes} others apart"
+            if trained.classes
+            else f"tells {trained.nb_classes} classes apart"
+        )
+        raise UserError(
+            f"--robust_test: {robust.name} needs a model of ImageNet's 1000 classes, {trained.source} {what}"
+        )
 
 
 def first_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
     """Where two lists of class names part, in words."""
     if len(theirs) != len(ours):
         return f"it has {len(theirs)} classes, here are {len(ours)}"
-    number, (one, other) = next((i, pair) for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
+    number, (one, other) = next(
+        (i, pair) for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1]
+    )
     return f"its class {number} is '{one}', here it is '{other}'"
 
 
 def refuse_resuming_other_classes(state: Mapping[str, Any], classes: Sequence[str], way_out: str) -> None:
-    """A resumed run must name its classes as before; `state`: of the stage, which in older checkpoints holds no names."""
+    """A resumed run must name its classes as before; `state`: of the stage, which in older
+    checkpoints holds no names.
+    """
     theirs = state.get("classes") or classes
     if classes and list(theirs) != list(classes):
         raise UserError(
-            f"the checkpoint to resume was trained on other classes: {first_difference(theirs, classes)}; give {way_out}, or "
+            "the checkpoint to resume was trained on other classes: "
+            f"{first_difference(theirs, classes)}; give {way_out}, or "
             "start anew from these weights with --finetune and another --output_dir"
         )

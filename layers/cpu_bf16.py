@@ -1,8 +1,10 @@
-"""Training on a CPU, mostly in bf16: linear layers, patch embedding and attention whose backward passes suit oneDNN.
+"""Training on a CPU, mostly in bf16: linear layers, patch embedding and attention whose
+backward passes suit oneDNN.
 
-`swap_in` exchanges them in a model that is built of torch's own layers, in place: parameters and their names stay, the
-numbers are those of the plain layers but for the order of sums. Nothing else refers to this module but the fused
-cross-entropy, for `weight_gradient`. Measured: docs/lab/performance.md.
+`swap_in` exchanges them in a model that is built of torch's own layers, in place:
+parameters and their names stay, the numbers are those of the plain layers but for the
+order of sums. Nothing else refers to this module but the fused cross-entropy, for
+`weight_gradient`. Measured: docs/lab/performance.md.
 
 Shapes: B batch, N patches, C width, M rows.
 """
@@ -37,7 +39,9 @@ def trains_in_bf16(x: Tensor, weight: Tensor) -> bool:
     """Whether this is training under bf16 autocast on a CPU, uncompiled."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return False
-    return torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_grad_enabled() and weight.requires_grad
+    return (
+        torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_grad_enabled() and weight.requires_grad
+    )
 
 
 class CpuLinear(nn.Linear):
@@ -46,7 +50,9 @@ class CpuLinear(nn.Linear):
 
 
 class CpuPatchConv(nn.Conv2d):
-    """A convolution of patches that do not overlap, as a matrix product: its own backward pass takes 4 times as long."""
+    """A convolution of patches that do not overlap, as a matrix product: its own backward
+    pass takes 4 times as long.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not trains_in_bf16(x, self.weight):
@@ -57,8 +63,10 @@ class CpuPatchConv(nn.Conv2d):
 
 
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, drop: float) -> Tensor:
-    """fused_attention. On a CPU torch's fused kernels have no fast bf16 backward pass (step by step is 2 to 5 times as
-    fast), and none at all for a learned bias: what torch does instead is 1.15 times as slow and keeps more."""
+    """fused_attention. On a CPU torch's fused kernels have no fast bf16 backward pass
+    (step by step is 2 to 5 times as fast), and none at all for a learned bias: what
+    torch does instead is 1.15 times as slow and keeps more.
+    """
     learned_bias = bias is not None and bias.requires_grad
     if torch.is_grad_enabled() and (q.dtype == torch.bfloat16 or learned_bias):
         return plain_attention(q, k, v, bias, scale, drop)[0]
@@ -69,7 +77,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear, with a faster gradient of the weight while training in bf16."""
     if not trains_in_bf16(x, weight):
         return F.linear(x, weight, bias)
-    return LinearOnCpu.apply(*(given if given is None else given.to(torch.bfloat16) for given in (x, weight, bias)))
+    return LinearOnCpu.apply(
+        *(given if given is None else given.to(torch.bfloat16) for given in (x, weight, bias))
+    )
 
 
 class LinearOnCpu(torch.autograd.Function):
@@ -93,14 +103,16 @@ class LinearOnCpu(torch.autograd.Function):
 def weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
     """Of a linear layer, from its output's gradient (M, out) and its input (M, in): (out, in).
 
-    In bf16 on a CPU from a transposed copy of the narrower factor: given a transposed view, oneDNN is up to 1.4 times as
-    slow, most of all with a wide one.
+    In bf16 on a CPU from a transposed copy of the narrower factor: given a transposed
+    view, oneDNN is up to 1.4 times as slow, most of all with a wide one.
     """
     if grad_output.device.type != "cpu" or grad_output.dtype != torch.bfloat16:
         return grad_output.t() @ x
     if x.shape[1] >= grad_output.shape[1]:
         return grad_output.t().contiguous() @ x
     result, narrow = x.new_empty(grad_output.shape[1], x.shape[1]), x.t().contiguous()
-    for rows, columns in zip(result.split(OUTPUTS_IN_CACHE), grad_output.split(OUTPUTS_IN_CACHE, dim=1), strict=True):
+    for rows, columns in zip(
+        result.split(OUTPUTS_IN_CACHE), grad_output.split(OUTPUTS_IN_CACHE, dim=1), strict=True
+    ):
         rows.copy_((narrow @ columns).t())
     return result

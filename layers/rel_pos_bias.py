@@ -1,4 +1,5 @@
-"""Where a token stands: relative position bias, absolute positions, and what becomes of both on another grid of patches.
+"""Where a token stands: relative position bias, absolute positions, and what becomes of
+both on another grid of patches.
 
 Shapes: grid (height, width) in patches, T = 1 + height * width tokens with CLS in front, H heads, C width.
 Sources: Swin (relative position bias); BEiT's fine-tuning at other resolutions (geometric spacing).
@@ -19,13 +20,18 @@ from torch import Tensor, nn
 
 
 def is_exported() -> bool:
-    """Whether torch.export or torch.jit.trace records this call: then no size of a batch or an image may become a constant."""
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 lacks the first
+    """Whether torch.export or torch.jit.trace records this call: then no size of a batch
+    or an image may become a constant.
+    """
+    # torch 2.6 lacks the first
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
     return torch.jit.is_tracing() or exporting()
 
 
 def has_free_size(sides: Sequence[int]) -> bool:
-    """Whether this call is recorded for images of any size: whether one of these sides may be another when it is played."""
+    """Whether this call is recorded for images of any size: whether one of these sides may
+    be another when it is played.
+    """
     sizes_hidden = torch.jit.is_tracing() or torch.compiler.is_dynamo_compiling()
     return is_exported() and (sizes_hidden or any(isinstance(side, torch.SymInt) for side in sides))
 
@@ -50,8 +56,9 @@ def grid_of(tokens: int) -> int:
 def relative_position_index(grid: tuple[int, int]) -> Tensor:
     """(T, T) int64: the row of the bias table for each (query, key).
 
-    Patches: (dy + height - 1) * (2 * width - 1) + (dx + width - 1) with d = query - key. The last three rows of the
-    table stand for CLS -> patch, patch -> CLS and CLS -> CLS.
+    Patches: (dy + height - 1) * (2 * width - 1) + (dx + width - 1) with d = query -
+    key. The last three rows of the table stand for CLS -> patch, patch -> CLS and CLS
+    -> CLS.
     """
     height, width = grid
     rows = (2 * height - 1) * (2 * width - 1) + 3
@@ -65,7 +72,9 @@ def relative_position_index(grid: tuple[int, int]) -> Tensor:
 
 
 def add_relative_position_bias(module: Any, grid: tuple[int, int], num_heads: int) -> None:
-    """Give `module` a zero table and its index under the published names; shared and per-block bias differ only in owner."""
+    """Give `module` a zero table and its index under the published names; shared and
+    per-block bias differ only in owner.
+    """
     rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
     module.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
     module.register_buffer("relative_position_index", relative_position_index(grid))
@@ -85,13 +94,16 @@ def relative_position_bias(module: Any, grid: PositionGrid | None = None) -> Ten
 def gather_bias(table: Tensor, index: Tensor) -> Tensor:
     """Table (rows, H) and index (T, T) -> bias (H, T, T)."""
     bias = table.index_select(0, index.flatten())
-    return rearrange(bias, "(q k) h -> h q k", q=index.shape[0]).contiguous()  # each block reads it row by row
+    # each block reads it row by row
+    return rearrange(bias, "(q k) h -> h q k", q=index.shape[0]).contiguous()
 
 
 class PositionGrid(NamedTuple):
-    """A grid that a model was not built for, and the row of its bias table for each pair of tokens, on the model's device.
+    """A grid that a model was not built for, and the row of its bias table for each pair
+    of tokens, on the model's device.
 
-    `stretch`: in an export, where the grid may be any, the matrices that bring the model's tables to it, for rows and columns.
+    `stretch`: in an export, where the grid may be any, the matrices that bring the
+    model's tables to it, for rows and columns.
     """
 
     size: tuple[int, int]
@@ -102,29 +114,36 @@ class PositionGrid(NamedTuple):
 def resize_rel_pos_bias_table(
     table: Tensor, dst_grid: int | tuple[int, int], src_grid: tuple[int, int] | None = None
 ) -> Tensor:
-    """Bias table (rows, H) of one grid -> table of another, (height, width) or a square's side; the three CLS rows are kept.
+    """Bias table (rows, H) of one grid -> table of another, (height, width) or a square's
+    side; the three CLS rows are kept.
 
-    `src_grid` None: the table is a square grid's. Source distances are spaced geometrically (1, 1+q, 1+q+q^2, ...) so that
-    the farthest one meets the target's: near offsets keep their values, far ones are stretched. Cubic spline per head
-    (BEiT's fine-tuning at other resolutions), each axis by itself: linear in the table, so gradients pass. ValueError:
-    the rows do not fit the source grid.
+    `src_grid` None: the table is a square grid's. Source distances are spaced
+    geometrically (1, 1+q, 1+q+q^2, ...) so that the farthest one meets the target's:
+    near offsets keep their values, far ones are stretched. Cubic spline per head
+    (BEiT's fine-tuning at other resolutions), each axis by itself: linear in the table,
+    so gradients pass. ValueError: the rows do not fit the source grid.
     """
     patch_rows = table[:-3]
     if src_grid is None:
         src_grid = (round(len(patch_rows) ** 0.5) + 1) // 2, (round(len(patch_rows) ** 0.5) + 1) // 2
     dst_grid = as_pair(dst_grid)
     if (2 * src_grid[0] - 1) * (2 * src_grid[1] - 1) != len(patch_rows):
-        raise ValueError(f"a bias table of {len(table)} rows does not belong to a grid of {src_grid[0]} x {src_grid[1]}")
+        raise ValueError(
+            f"a bias table of {len(table)} rows does not belong to a grid of {src_grid[0]} x {src_grid[1]}"
+        )
     if src_grid == dst_grid:
         return table.clone()
     down, across = (
-        torch.from_numpy(stretching(src, dst)).to(table.device) for src, dst in zip(src_grid, dst_grid, strict=True)
+        torch.from_numpy(stretching(src, dst)).to(table.device)
+        for src, dst in zip(src_grid, dst_grid, strict=True)
     )
     return stretch_table(table, src_grid, down, across)
 
 
 def stretch_table(table: Tensor, src_grid: tuple[int, int], down: Tensor, across: Tensor) -> Tensor:
-    """Bias table (rows, H) of `src_grid` by the matrices of stretching for its rows and its columns; the CLS rows are kept."""
+    """Bias table (rows, H) of `src_grid` by the matrices of stretching for its rows and
+    its columns; the CLS rows are kept.
+    """
     spaced = rearrange(table[:-3], "(y x) h -> h y x", y=2 * src_grid[0] - 1).double()
     if is_exported():  # where folding the heads into the rows, as matmul does, would compare sizes
         heads = spaced.shape[0]
@@ -137,21 +156,27 @@ def stretch_table(table: Tensor, src_grid: tuple[int, int], down: Tensor, across
 
 @functools.lru_cache(maxsize=64)
 def stretching(src: int, dst: int) -> np.ndarray:
-    """Matrix (2 dst - 1, 2 src - 1) that takes an axis of a bias table from `src` patches to `dst`: the spline is linear in
-    the values that it goes through."""
+    """Matrix (2 dst - 1, 2 src - 1) that takes an axis of a bias table from `src` patches
+    to `dst`: the spline is linear in the values that it goes through.
+    """
     if src == dst:
         return np.eye(2 * dst - 1)
     if src == 1:  # a single row or column says nothing of distances: it counts for all of them
         return np.ones((2 * dst - 1, 1))
     sources, targets = _geometric_coordinates(src - 1, max(dst - 1, 1)), _unit_coordinates(dst - 1)
-    splines = (InterpolatedUnivariateSpline(sources, unit, k=min(3, 2 * src - 2), ext="const") for unit in np.eye(2 * src - 1))
+    splines = (
+        InterpolatedUnivariateSpline(sources, unit, k=min(3, 2 * src - 2), ext="const")
+        for unit in np.eye(2 * src - 1)
+    )
     return np.stack([spline(targets) for spline in splines], axis=1)
 
 
 def free_stretching(src: int, dst: int) -> Tensor:
-    """`stretching` in torch alone, for an export in which `dst` is free: the spline is computed when the model is called.
+    """`stretching` in torch alone, for an export in which `dst` is free: the spline is
+    computed when the model is called.
 
-    A cubic spline by its second derivatives, whose third derivative does not jump at the second and the last but one point.
+    A cubic spline by its second derivatives, whose third derivative does not jump at
+    the second and the last but one point.
     """
     targets = torch.arange(2 * dst - 1, dtype=torch.float64)
     reach = targets[-1] / 2
@@ -164,7 +189,8 @@ def free_stretching(src: int, dst: int) -> Tensor:
         ratio = (low + high) / 2
         too_far = (1 - ratio**steps) / (1 - ratio) > reach.clamp(min=1)
         low, high = torch.where(too_far, low, ratio), torch.where(too_far, ratio, high)
-    ratio = torch.where(reach.clamp(min=1) == steps, torch.ones_like(ratio), ratio)  # this axis keeps its length
+    # this axis keeps its length
+    ratio = torch.where(reach.clamp(min=1) == steps, torch.ones_like(ratio), ratio)
     distances = (ratio ** torch.arange(steps, dtype=torch.float64)).cumsum(0)
     x = torch.cat((-distances.flip(0), torch.zeros(1, dtype=torch.float64), distances))
     targets = torch.minimum(torch.maximum(targets, x[0]), x[-1])
@@ -177,7 +203,9 @@ def free_stretching(src: int, dst: int) -> Tensor:
     first = h[1] * points[0] - (h[0] + h[1]) * points[1] + h[0] * points[2]
     last = h[-1] * points[-3] - (h[-1] + h[-2]) * points[-2] + h[-2] * points[-1]
     none = torch.zeros_like(points[:1])
-    curvature = torch.linalg.solve(torch.cat((first[None], inner, last[None])), torch.cat((none, 6 * slopes.diff(dim=0), none)))
+    curvature = torch.linalg.solve(
+        torch.cat((first[None], inner, last[None])), torch.cat((none, 6 * slopes.diff(dim=0), none))
+    )
     piece = (targets[:, None] >= x[1:-1]).sum(dim=1)
     h, left, right = h[piece], (targets - x[piece])[:, None], (x[piece + 1] - targets)[:, None]
     bend, next_bend = curvature[piece], curvature[piece + 1]
@@ -191,7 +219,9 @@ def _unit_coordinates(reach: int) -> np.ndarray:
 
 
 def _geometric_coordinates(steps: int, reach: int) -> np.ndarray:
-    """Symmetric coordinates with `steps` distances each side; the ratio is bisected until the farthest meets `reach`."""
+    """Symmetric coordinates with `steps` distances each side; the ratio is bisected until
+    the farthest meets `reach`.
+    """
     if steps == reach:  # this axis keeps its length
         return _unit_coordinates(steps)
     low, high, ratio = 1.01, 1.5, 1.01
@@ -205,8 +235,12 @@ def _geometric_coordinates(steps: int, reach: int) -> np.ndarray:
     return np.concatenate((-distances[::-1], [0.0], distances))
 
 
-def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], src_grid: tuple[int, int] | None = None) -> Tensor:
-    """Absolute positions (1, 1 + h*w, C) -> (1, 1 + height*width, C), patches bicubic, CLS kept. `src_grid` None: square."""
+def resize_pos_embed(
+    pos_embed: Tensor, grid: tuple[int, int], src_grid: tuple[int, int] | None = None
+) -> Tensor:
+    """Absolute positions (1, 1 + h*w, C) -> (1, 1 + height*width, C), patches bicubic, CLS
+    kept. `src_grid` None: square.
+    """
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
     height, width = src_grid or as_pair(grid_of(patches.shape[1]))
     patches = patches.reshape(1, height, width, -1).permute(0, 3, 1, 2)  # (1, C, h, w)

@@ -12,8 +12,9 @@ from torch import Tensor
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Tensors move, but for the mask: its positions are listed on the host, which spares a synchronization.
 
-    A GPU copies on a stream of its own, beside the kernels of the step before that are still running: the loop asks for a
-    step's batches as soon as it has enqueued the step before. What reads them is enqueued behind the copy.
+    A GPU copies on a stream of its own, beside the kernels of the step before that are
+    still running: the loop asks for a step's batches as soon as it has enqueued the
+    step before. What reads them is enqueued behind the copy.
     """
     moves = {key: value for key, value in batch.items() if isinstance(value, Tensor) and key != "mask"}
     if device.type != "cuda":

@@ -1,4 +1,5 @@
-"""One process or many, CPU or GPU: the same code. Which rank this process is, on what it computes, and in which precision.
+"""One process or many, CPU or GPU: the same code. Which rank this process is, on what it
+computes, and in which precision.
 
 Every helper is right at world size 1 and without a process group.
 """
@@ -44,27 +45,38 @@ class Launch:
 
 
 def read_launch(environ: dict[str, str], dist_on_itp: bool = False) -> Launch:
-    """Rank and world size as torchrun / torch.distributed.launch, Open MPI (`--dist_on_itp`) or SLURM's srun set them."""
+    """Rank and world size as torchrun / torch.distributed.launch, Open MPI
+    (`--dist_on_itp`) or SLURM's srun set them.
+    """
     e = environ
     if dist_on_itp and "OMPI_COMM_WORLD_SIZE" in e:
-        rank, size, local, launcher = *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK")), "mpirun"
+        rank, size, local, launcher = (
+            *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK")),
+            "mpirun",
+        )
     elif "RANK" in e and "WORLD_SIZE" in e:
         rank, size, local, launcher = "RANK", "WORLD_SIZE", "LOCAL_RANK", "torchrun"
-    # SLURM sets SLURM_PROCID also for a shell inside an allocation; only srun with several tasks means several ranks.
+    # SLURM sets SLURM_PROCID also for a shell inside an allocation; only srun with
+    # several tasks means several ranks.
     elif "SLURM_STEP_NUM_TASKS" in e and read_number(e, "SLURM_STEP_NUM_TASKS") > 1:
         rank, size, local, launcher = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "srun"
     else:
         return Launch()
     launch = Launch(read_number(e, rank), read_number(e, size), read_number(e, local, "0"), launcher)
     if launch.rank >= launch.world_size:
-        raise UserError(f"the environment says {rank}={launch.rank} and {size}={launch.world_size}: ranks count from 0")
+        raise UserError(
+            f"the environment says {rank}={launch.rank} and {size}={launch.world_size}: ranks count from 0"
+        )
     return launch
 
 
 def read_number(environ: dict[str, str], name: str, default: str = "") -> int:
     text = environ.get(name, default)
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise UserError(f"the environment variable {name} is '{text}' instead of a number: unset it, or start with torchrun")
+        raise UserError(
+            f"the environment variable {name} is '{text}' instead of a number: unset it, "
+            "or start with torchrun"
+        )
     return int(text)
 
 
@@ -82,15 +94,20 @@ def start(
         keep_freed_memory()
     if launch.launcher and not dist.is_initialized():
         if dist_url == "env://":
-            os.environ.setdefault("MASTER_ADDR", first_slurm_host() if launch.launcher == "srun" else "127.0.0.1")
-            os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 20000))
+            os.environ.setdefault(
+                "MASTER_ADDR", first_slurm_host() if launch.launcher == "srun" else "127.0.0.1"
+            )
+            os.environ.setdefault(
+                "MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 20000)
+            )
         timeout = datetime.timedelta(minutes=timeout_minutes)
         try:
             store, _, _ = next(dist.rendezvous(dist_url, launch.rank, launch.world_size, timeout=timeout))
         except (ValueError, RuntimeError, OSError) as error:  # DistError is a RuntimeError
             where = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ) if dist_url == "env://" else dist_url
             raise UserError(
-                f"the processes cannot meet at {where} ({str(error).splitlines()[0]}): see --dist_url, or MASTER_ADDR and "
+                f"the processes cannot meet at {where} ({str(error).splitlines()[0]}): see "
+                "--dist_url, or MASTER_ADDR and "
                 "MASTER_PORT"
             ) from None
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
@@ -109,14 +126,17 @@ def start(
 
 
 class SetUp:
-    """While the processes set up, the failure of one ends the others at once and with its message, wherever they wait for it.
+    """While the processes set up, the failure of one ends the others at once and with its
+    message, wherever they wait for it.
 
-    A thread looks into the store for the message. It ends before the steps begin (`end`): data processes are forked then.
+    A thread looks into the store for the message. It ends before the steps begin
+    (`end`): data processes are forked then.
     """
 
     def __init__(self, store: dist.Store, rank: int) -> None:
         self.store, self.rank, self.ended = store, rank, threading.Event()
-        self.own = store.clone() if hasattr(store, "clone") else store  # a connection that no wait of the main thread holds
+        # a connection that no wait of the main thread holds
+        self.own = store.clone() if hasattr(store, "clone") else store
         errors.on_failure.append(self.tell)
         self.thread = threading.Thread(target=self.watch, name="set-up", daemon=True)
         self.thread.start()
@@ -133,7 +153,11 @@ class SetUp:
                 if self.own.check(["failed"]):
                     message = self.own.get("failed").decode()
                     if not self.ended.is_set():
-                        print(f"error: rank {self.rank} ends with another: {message}", file=sys.stderr, flush=True)
+                        print(
+                            f"error: rank {self.rank} ends with another: {message}",
+                            file=sys.stderr,
+                            flush=True,
+                        )
                         os._exit(2)
 
     def end(self) -> None:
@@ -157,9 +181,11 @@ def end_set_up() -> None:
 def agree_on_attempt(store: dist.Store, launch: Launch, timeout: datetime.timedelta) -> str:
     """A name for this start of the run that all its processes know and no earlier start had.
 
-    torchrun keeps one store over its restarts, so a quick process would read the address that a slow one left there in
-    its earlier life. Each process therefore says hello with a fresh token; rank 0 names the start after all tokens; a
-    process accepts only a name made with its present token; and when all have accepted the same one, rank 0 says go.
+    torchrun keeps one store over its restarts, so a quick process would read the
+    address that a slow one left there in its earlier life. Each process therefore says
+    hello with a fresh token; rank 0 names the start after all tokens; a process accepts
+    only a name made with its present token; and when all have accepted the same one,
+    rank 0 says go.
     """
     token, ranks = uuid.uuid4().hex, range(launch.world_size)
     deadline = time.monotonic() + timeout.total_seconds()
@@ -181,18 +207,24 @@ def agree_on_attempt(store: dist.Store, launch: Launch, timeout: datetime.timede
             if read("go") == name:
                 return name
         time.sleep(0.05)
-    raise UserError(f"the other processes did not come within --dist_timeout {timeout.total_seconds() / 60:g} minutes")
+    raise UserError(
+        f"the other processes did not come within --dist_timeout {timeout.total_seconds() / 60:g} minutes"
+    )
 
 
 def first_slurm_host() -> str:
     """Where rank 0 runs. srun tells the nodes in a compressed form, which scontrol expands."""
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
     try:
-        listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        listing = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
         return listing.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         if "[" in nodes:
-            raise UserError(f"srun: cannot tell the first of {nodes}; export MASTER_ADDR in the job script") from None
+            raise UserError(
+                f"srun: cannot tell the first of {nodes}; export MASTER_ADDR in the job script"
+            ) from None
         return nodes.split(",")[0]
 
 
@@ -200,8 +232,9 @@ def stop() -> None:
     """Leave the process group, if there is one. After success only: a failing rank must not wait for the others."""
     if dist.is_available() and dist.is_initialized():
         end_set_up()
-        # gloo's thread may still be freeing the last collective, for which it needs the interpreter's lock, while the
-        # group's destructor holds that lock and waits for the thread (torch 2.6 hung so in a test). Give it a moment.
+        # gloo's thread may still be freeing the last collective, for which it needs the
+        # interpreter's lock, while the group's destructor holds that lock and waits for
+        # the thread (torch 2.6 hung so in a test). Give it a moment.
         time.sleep(0.2)
         dist.destroy_process_group()
 
@@ -241,8 +274,10 @@ def log_once(text: str) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what torch frees on the CPU: asking the kernel anew for every large tensor took a third of a
-    training step of a small model (page faults). Only glibc has the call; elsewhere nothing happens."""
+    """Let the C library keep what torch frees on the CPU: asking the kernel anew for every
+    large tensor took a third of a training step of a small model (page faults). Only
+    glibc has the call; elsewhere nothing happens.
+    """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: large blocks from the heap too
@@ -250,17 +285,24 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(name: str, local_rank: int = 0, world_size_of_launch: int = 1) -> torch.device:
-    """`cuda` means this process's own GPU; without one it falls back to the CPU and says so. `cuda:1`: that GPU, for a
-    single process. UserError for any other device (mps, xpu, meta), and for a GPU that is not there."""
+    """`cuda` means this process's own GPU; without one it falls back to the CPU and says
+    so. `cuda:1`: that GPU, for a single process. UserError for any other device (mps,
+    xpu, meta), and for a GPU that is not there.
+    """
     number = re.fullmatch("cuda:([0-9]{1,6})", name)
     if name not in ("cpu", "cuda") and not number:
-        raise UserError(f"--device {name[:40]!r}: this code computes on cuda or cpu; use --device cpu where there is no GPU")
+        raise UserError(
+            f"--device {name[:40]!r}: this code computes on cuda or cpu; use --device cpu "
+            "where there is no GPU"
+        )
     if name == "cpu":
         return torch.device("cpu")
     if number and world_size_of_launch > 1:
         raise UserError(f"--device {name} would put all processes on one GPU: leave the number out")
     if number and int(number[1]) >= (visible := torch.cuda.device_count()):
-        raise UserError(f"--device {name}: there is no such GPU, {visible} visible, counted from 0; use cuda or cpu")
+        raise UserError(
+            f"--device {name}: there is no such GPU, {visible} visible, counted from 0; use cuda or cpu"
+        )
     if not torch.cuda.is_available():
         log.info("no CUDA device found: running on the CPU (--device cpu says so explicitly)")
         return torch.device("cpu")
@@ -286,7 +328,9 @@ class Precision:
         return torch.autocast(self.device_type, self.dtype) if self.dtype else contextlib.nullcontext()
 
     def __str__(self) -> str:
-        return {torch.bfloat16: "bf16", torch.float16: "fp16 with a gradient scaler", None: "fp32"}[self.dtype]
+        return {torch.bfloat16: "bf16", torch.float16: "fp16 with a gradient scaler", None: "fp32"}[
+            self.dtype
+        ]
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
@@ -312,11 +356,16 @@ def cpu_has(flag: str) -> bool:
 
 
 def refuse_gpus_without_kernels(capability: tuple[int, int], built_for: Sequence[str]) -> None:
-    """A torch built for newer GPUs alone fails at the first kernel, obscurely: from 2.15 on no wheel runs on a V100."""
-    oldest = min((int(arch.split("_")[1].rstrip("af")) for arch in built_for if arch.startswith("sm_")), default=0)
+    """A torch built for newer GPUs alone fails at the first kernel, obscurely: from 2.15
+    on no wheel runs on a V100.
+    """
+    oldest = min(
+        (int(arch.split("_")[1].rstrip("af")) for arch in built_for if arch.startswith("sm_")), default=0
+    )
     if capability[0] * 10 + capability[1] < oldest:
         raise UserError(
-            f"this torch ({torch.__version__}) has no kernels for GPUs of compute capability {capability[0]}.{capability[1]} "
+            f"this torch ({torch.__version__}) has no kernels for GPUs of compute capability "
+            f"{capability[0]}.{capability[1]} "
             "(V100: 7.0). Install one that has: "
             "pip install 'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126"
         )
@@ -327,12 +376,14 @@ def explained(error: RuntimeError) -> Exception:
     text = str(error)
     if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
         return UserError(
-            f"[rank {rank()}] another process of this run was lost or did not answer within --dist_timeout; its own message "
+            f"[rank {rank()}] another process of this run was lost or did not answer within "
+            "--dist_timeout; its own message "
             f"is above or in its log. Start the same line again to go on ({text.splitlines()[0][:160]})"
         )
     if "DataLoader worker" in text:
         return UserError(
-            f"a data process died, most likely for lack of memory: fewer --num_workers ({text.splitlines()[0][:160]})"
+            "a data process died, most likely for lack of memory: fewer --num_workers "
+            f"({text.splitlines()[0][:160]})"
         )
     return error
 

@@ -1,8 +1,10 @@
-"""--fsdp: each process holds its share of the weights, gradients and moments (torch's FSDP2), a slice of every tensor's rows.
+"""--fsdp: each process holds its share of the weights, gradients and moments (torch's
+  FSDP2), a slice of every tensor's rows.
 
-While a block computes, its weights are gathered, and dropped after it. Everything around the step sees whole tensors: a
-checkpoint does not tell how many processes wrote it, and evaluation and pictures run on a whole copy of the model, so that a
-process may work there alone, by whichever method, without the others waiting for it.
+While a block computes, its weights are gathered, and dropped after it. Everything
+around the step sees whole tensors: a checkpoint does not tell how many processes wrote
+it, and evaluation and pictures run on a whole copy of the model, so that a process may
+work there alone, by whichever method, without the others waiting for it.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from torch import Tensor, nn
 
 from errors import UserError
 
-# torch.distributed's parts are imported where they are used: they take half a second, and not every torch has them.
+# torch.distributed's parts are imported where they are used: they take half a second,
+# and not every torch has them.
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "momentum")  # number by number; others need norms of whole tensors
 
-# Sharded model -> the same without weights (on the meta device), for `whole` to fill: sharded modules cannot be copied.
+# Sharded model -> the same without weights (on the meta device), for `whole` to fill:
+# sharded modules cannot be copied.
 WITHOUT_WEIGHTS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
@@ -33,23 +37,32 @@ def check(args: argparse.Namespace, device: torch.device) -> None:
 
     if args.compile:
         raise UserError(
-            "--fsdp and --compile do not go together (weights come and go between the compiled parts): leave one of them out"
+            "--fsdp and --compile do not go together (weights come and go between the compiled "
+            "parts): leave one of them out"
         )
     if args.opt.lower() not in OPTIMIZERS:
-        raise UserError(f"--fsdp works with --opt {', '.join(OPTIMIZERS)}, not with {args.opt}, which needs whole tensors")
+        raise UserError(
+            f"--fsdp works with --opt {', '.join(OPTIMIZERS)}, not with {args.opt}, which needs whole tensors"
+        )
     if getattr(args, "model_ema_force_cpu", False):
-        raise UserError("--model_ema_force_cpu has no effect with --fsdp, which shards the moving average too: leave it out")
+        raise UserError(
+            "--model_ema_force_cpu has no effect with --fsdp, which shards the moving "
+            "average too: leave it out"
+        )
     if device.type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise UserError(
-            f"--fsdp on CPUs needs a newer torch than {torch.__version__}, whose gloo cannot average gradients; leave it out"
+            f"--fsdp on CPUs needs a newer torch than {torch.__version__}, whose gloo cannot average "
+            "gradients; leave it out"
         )
 
 
 def shard(model: nn.Module, device: torch.device, unit: type[nn.Module]) -> None:
-    """Leave of `model`, in place, this process's share on `device`; the weights must be the same everywhere before.
+    """Leave of `model`, in place, this process's share on `device`; the weights must be
+    the same everywhere before.
 
-    `unit`: modules of this class are gathered one at a time, the rest of the model together. The model may be in main
-    memory: it moves to the device unit by unit, and is never whole there. Optimizers come after.
+    `unit`: modules of this class are gathered one at a time, the rest of the model
+    together. The model may be in main memory: it moves to the device unit by unit, and
+    is never whole there. Optimizers come after.
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -60,7 +73,9 @@ def shard(model: nn.Module, device: torch.device, unit: type[nn.Module]) -> None
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in [*(module for module in model.modules() if isinstance(module, unit)), model]:
         sharded: Any = fully_shard(module, mesh=mesh)
-        if device.type == "cpu":  # gloo took the sum for the mean, silently (pytorch issue 162338): sum, then divide
+        # gloo took the sum for the mean, silently (pytorch issue 162338): sum, then
+        # divide
+        if device.type == "cpu":
             sharded.set_force_sum_reduction_for_comms(True)
     # Autocast would keep its low-precision copy of every block's weights to the end of the forward pass.
     torch.set_autocast_cache_enabled(False)
@@ -112,7 +127,7 @@ def share_of(value: Any, like: Any) -> Any:
     own = value[rows].to(like.device, copy=True).contiguous()
     return DTensor.from_local(
         own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )  # fmt: skip
+    )
 
 
 def own_rows(rows: int, processes: int, rank: int) -> slice:

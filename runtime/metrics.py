@@ -1,4 +1,6 @@
-"""What is measured and how a user sees it: running means that stay on the device, accuracy, progress, log.txt, TensorBoard."""
+"""What is measured and how a user sees it: running means that stay on the device,
+accuracy, progress, log.txt, TensorBoard.
+"""
 
 from __future__ import annotations
 
@@ -46,14 +48,17 @@ class RunningMeans:
             self.sums += new
 
     def read(self, over_all_ranks: bool = False) -> dict[str, float]:
-        """Name -> mean, with one synchronization for all of them. A rank that added nothing takes part all the same."""
+        """Name -> mean, with one synchronization for all of them. A rank that added
+        nothing takes part all the same.
+        """
         names, sums = self.names, torch.zeros(0) if self.sums is None else self.sums.clone()
         if over_all_ranks and distributed.world_size() > 1:
             # Through the host: a rank without a batch knows neither the names nor the device.
             everyone = distributed.gather_objects((names, sums.tolist()))
             names = next((theirs for theirs, _ in everyone if theirs), [])
             sums = sum(
-                (torch.tensor(theirs, dtype=torch.float64) for has, theirs in everyone if has), torch.zeros(2, len(names))
+                (torch.tensor(theirs, dtype=torch.float64) for has, theirs in everyone if has),
+                torch.zeros(2, len(names)),
             )
         if not names:
             return {}
@@ -82,15 +87,21 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair of images (B, 3, height, width) in [0, 1]: (B,), in dB; equal ones have 100."""
+    """Peak signal-to-noise ratio of each pair of images (B, 3, height, width) in [0, 1]:
+    (B,), in dB; equal ones have 100.
+    """
     error = (images.float() - others.float()).square().mean(dim=(1, 2, 3))
     return -10 * error.clamp(min=1e-10).log10()
 
 
 class Reporter:
-    """Progress on the terminal, log.txt, TensorBoard and pictures. Rank 0 reports; the others only time their loaders."""
+    """Progress on the terminal, log.txt, TensorBoard and pictures. Rank 0 reports; the
+    others only time their loaders.
+    """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, epochs: int, first_epoch: int, first_step: int) -> None:
+    def __init__(
+        self, args: argparse.Namespace, device: torch.device, epochs: int, first_epoch: int, first_step: int
+    ) -> None:
         self.epochs, self.device = epochs, device
         main, folder = distributed.is_main(), args.log_dir or args.output_dir
         self.output_dir = Path(args.output_dir) if main and args.output_dir else None
@@ -122,13 +133,22 @@ class Reporter:
         return group
 
     def step(
-        self, means: dict[str, float], lr: float, step: int, step_in_epoch: int, images_per_step: int, steps_left: int
+        self,
+        means: dict[str, float],
+        lr: float,
+        step: int,
+        step_in_epoch: int,
+        images_per_step: int,
+        steps_left: int,
     ) -> None:
         """One progress report: the epoch's means so far, and the speed since the last report."""
         seconds, steps = max(time.monotonic() - self.last_report, 1e-9), max(step - self.last_step, 1)
         speed = steps * images_per_step / seconds
         text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        text += f"  lr {lr:.2e}  {speed:.{0 if speed >= 10 else 2}f} images/s  data wait {100 * self.waited / seconds:.0f}%"
+        text += (
+            f"  lr {lr:.2e}  {speed:.{0 if speed >= 10 else 2}f} images/s  data wait "
+            f"{100 * self.waited / seconds:.0f}%"
+        )
         text += f"  {memory(self.device)}  eta {clock(steps_left * seconds / steps)}"
         if self.bar.disable:
             log.info(f"{self.title} [{step_in_epoch + 1}/{self.steps_per_epoch}]  {text}")
@@ -144,7 +164,12 @@ class Reporter:
     def epoch(self, epoch: int, train: dict[str, float], test: dict[str, float]) -> None:
         """One JSON object in log.txt, one line on the terminal."""
         seconds = round(time.monotonic() - self.epoch_started, 2)
-        line = {"epoch": epoch, **{f"train_{name}": value for name, value in train.items()}, **test, "seconds": seconds}
+        line = {
+            "epoch": epoch,
+            **{f"train_{name}": value for name, value in train.items()},
+            **test,
+            "seconds": seconds,
+        }
         text = "  ".join(f"{name} {value:.4g}" for name, value in line.items() if name != "epoch")
         log.info(f"{self.title} done  {text}")
         if self.output_dir is not None:

@@ -26,14 +26,20 @@ NOT_OFFERED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # by
 class RunLock:
     """output_dir/run.lock, held from here to `release` or to the end of the process, however it ends.
 
-    The kernel's lock (fcntl) is the truth on this machine: it ends with the process, and processes started by it do not
-    share it. Where there is none, and for other machines, which it may not reach, the file says who holds it. UserError
-    with host, process and start where another run does.
+    The kernel's lock (fcntl) is the truth on this machine: it ends with the process,
+    and processes started by it do not share it. Where there is none, and for other
+    machines, which it may not reach, the file says who holds it. UserError with host,
+    process and start where another run does.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
-        self.me = {"host": socket.gethostname(), "boot": boot_id(), "pid": os.getpid(), "process_started": started(os.getpid())}
+        self.me = {
+            "host": socket.gethostname(),
+            "boot": boot_id(),
+            "pid": os.getpid(),
+            "process_started": started(os.getpid()),
+        }
         self.handle: int | None = None
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -68,7 +74,9 @@ class RunLock:
 
     def refusal(self, holder: dict[str, Any], way_out: str) -> UserError:
         who = (
-            f"process {holder['pid']} on {holder['host']}, since {holder['since']}" if "since" in holder else "another process"
+            f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+            if "since" in holder
+            else "another process"
         )
         return UserError(f"--output_dir {self.path.parent} is in use by a run ({who}): {way_out}")
 
@@ -91,7 +99,9 @@ class RunLock:
 
 
 def lock(handle: int) -> bool | None:
-    """True: locked; False: another process has it; None: there are no locks here. Not flock: children would share it."""
+    """True: locked; False: another process has it; None: there are no locks here. Not
+    flock: children would share it.
+    """
     if fcntl is None:
         return None
     try:

@@ -1,4 +1,6 @@
-"""Being asked to stop: SIGTERM, SIGUSR1, SIGHUP or Ctrl-C let the step finish; all ranks stop after the same step."""
+"""Being asked to stop: SIGTERM, SIGUSR1, SIGHUP or Ctrl-C let the step finish; all ranks
+stop after the same step.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,24 @@ import torch.distributed as dist
 from runtime import distributed
 
 # Windows has neither USR1 nor HUP (the terminal was closed).
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name))
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)
+)
 
 
 def handle(number: int, handler: Any) -> Any:
-    """signal.signal, but a SIGHUP that is ignored stays so: nohup has asked for that. Returns the earlier handler, None:
-    unchanged."""
+    """signal.signal, but a SIGHUP that is ignored stays so: nohup has asked for that.
+    Returns the earlier handler, None: unchanged.
+    """
     if signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
         return None
     return signal.signal(number, handler)
 
 
 def end_between_steps() -> None:
-    """From here to the first step, and after the last, a signal ends the process with success: there is nothing to save."""
+    """From here to the first step, and after the last, a signal ends the process with
+    success: there is nothing to save.
+    """
     for number in SIGNALS:
         if number != signal.SIGINT:
             with contextlib.suppress(ValueError):  # only the main thread may handle signals
@@ -39,10 +46,11 @@ def _end(number: int, _: FrameType | None) -> None:
 
 
 class StopSignal:
-    """Within the `with` block the signals are noted instead of ending the process; a second Ctrl-C ends it at once.
+    """Within the `with` block the signals are noted instead of ending the process; a
+    second Ctrl-C ends it at once.
 
-    `agreed`, called once a step on every rank, says whether any rank was asked. The question of one step is answered at
-    the next, so that nobody waits for the answer.
+    `agreed`, called once a step on every rank, says whether any rank was asked. The
+    question of one step is answered at the next, so that nobody waits for the answer.
     """
 
     def __init__(self) -> None:

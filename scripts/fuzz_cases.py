@@ -1,4 +1,6 @@
-"""What scripts/fuzz.py tries: tiny valid runs of the entry scripts, and seeded ways to damage what they are given."""
+"""What scripts/fuzz.py tries: tiny valid runs of the entry scripts, and seeded ways to
+damage what they are given.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ ONE_EPOCH = ("--epochs", "1", "--warmup_epochs", "0")
 
 @dataclass
 class Case:
-    """One run. With status 0 the output must name one of `named` where `must_name`; `check` gives a complaint or None."""
+    """One run. With status 0 the output must name one of `named` where `must_name`;
+    `check` gives a complaint or None.
+    """
 
     kind: str
     what: str
@@ -54,10 +58,13 @@ class Case:
 
 
 def make(kind: str, draw: random.Random, shared: Path, folder: Path) -> Case:
-    return {"flags": flag_case, "weights": weight_case, "images": image_case, "lists": list_case}[kind](draw, shared, folder)
+    return {"flags": flag_case, "weights": weight_case, "images": image_case, "lists": list_case}[kind](
+        draw, shared, folder
+    )
 
 
-# ── Valid runs ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Valid runs
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def shared_files(folder: Path) -> Path:
@@ -66,7 +73,9 @@ def shared_files(folder: Path) -> Path:
     tiny_runs.labeled_pixels(folder / "pairs")
     tiny_runs.tokenizer(folder / "tokenizer.pth")
     tiny_runs.student(folder / "student.pth")
-    import_module("make_shards").main([str(photos), str(folder / "shards"), "--images_per_shard", "5", "--classes"])
+    import_module("make_shards").main(
+        [str(photos), str(folder / "shards"), "--images_per_shard", "5", "--classes"]
+    )
     quietly("run_class_finetuning", tiny_runs.finetuning_flags(photos, folder / "classifier", *ONE_EPOCH))
     quietly("run_segmentation_finetuning", segmentation(folder, folder / "segmenter"))
     quietly("encode_images", encoding(folder, folder / "encoded"))
@@ -94,12 +103,40 @@ def segmentation(data: Path, out: Path) -> list[Any]:
 
 def encoding(data: Path, out: Path) -> list[Any]:
     plain = ["--device", "cpu", "--num_workers", "0", "--batch_size", "4"]
-    return ["--tokenizer_weight", data / "tokenizer.pth", "--data_path", data / "photos", "--output_dir", out, *plain]
+    return [
+        "--tokenizer_weight",
+        data / "tokenizer.pth",
+        "--data_path",
+        data / "photos",
+        "--output_dir",
+        out,
+        *plain,
+    ]
 
 
 def linear_eval(photos: Path, weights: Path, out: Path) -> list[Any]:
-    data = ["--data_set", "image_folder", "--data_path", photos, "--eval_data_path", photos, "--output_dir", out]
-    return [*data, *tiny_runs.SIZE, "--finetune", weights, "--batch_size", "4", "--epochs", "1", "--knn_k", "1"]
+    data = [
+        "--data_set",
+        "image_folder",
+        "--data_path",
+        photos,
+        "--eval_data_path",
+        photos,
+        "--output_dir",
+        out,
+    ]
+    return [
+        *data,
+        *tiny_runs.SIZE,
+        "--finetune",
+        weights,
+        "--batch_size",
+        "4",
+        "--epochs",
+        "1",
+        "--knn_k",
+        "1",
+    ]
 
 
 def valid_runs(shared: Path, out: Path) -> dict[str, list[Any]]:
@@ -113,7 +150,14 @@ def valid_runs(shared: Path, out: Path) -> dict[str, list[Any]]:
         "run_segmentation_finetuning": segmentation(shared, out),
         "run_linear_eval": linear_eval(photos, student, out),
         "encode_images": encoding(shared, out),
-        "export_checkpoint": ["--checkpoint", student, "--to", "safetensors", "--output", out / "x.safetensors"],
+        "export_checkpoint": [
+            "--checkpoint",
+            student,
+            "--to",
+            "safetensors",
+            "--output",
+            out / "x.safetensors",
+        ],
         "visualize_attention": ["--checkpoint", student, "--output", out / "x.png", *picture],
         "visualize_codebook": ["--encoded", shared / "encoded", "--output", out / "x.html"],
     }
@@ -129,9 +173,24 @@ def fake_programs(folder: Path) -> Path:
     return programs
 
 
-# ── Flags ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Flags
+# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-NUMBERS = ("nan", "inf", "-inf", "-1", "0", "0.5", "1", "2", "1e30", "-1e-30", "1e400", str(10**30), "-9223372036854775809")
+NUMBERS = (
+    "nan",
+    "inf",
+    "-inf",
+    "-1",
+    "0",
+    "0.5",
+    "1",
+    "2",
+    "1e30",
+    "-1e-30",
+    "1e400",
+    str(10**30),
+    "-9223372036854775809",
+)
 WORDS = (
     "",
     " ",
@@ -146,7 +205,16 @@ WORDS = (
     "\udcff",
     "a" * 5000,
 )
-LEFT_ALONE = ("help", "download", "dist_url", "dist_on_itp", "device", "num_workers", "detect_anomaly", "compile")
+LEFT_ALONE = (
+    "help",
+    "download",
+    "dist_url",
+    "dist_on_itp",
+    "device",
+    "num_workers",
+    "detect_anomaly",
+    "compile",
+)
 
 
 def flag_case(draw: random.Random, shared: Path, folder: Path) -> Case:
@@ -160,7 +228,13 @@ def flag_case(draw: random.Random, shared: Path, folder: Path) -> Case:
     ]
     given = []
     for action in draw.sample(actions, draw.choice((1, 1, 1, 2, 3))):
-        values = (*NUMBERS, *map(str, action.choices)) if action.choices else NUMBERS if action.type else (*WORDS, *NUMBERS[:6])
+        values = (
+            (*NUMBERS, *map(str, action.choices))
+            if action.choices
+            else NUMBERS
+            if action.type
+            else (*WORDS, *NUMBERS[:6])
+        )
         count = draw.randint(1, 3) if action.nargs in ("+", 2) else 1
         given.append(f"{action.option_strings[0]}={draw.choice(values)}")
         given[-1:] = [action.option_strings[0], *draw.choices(values, k=count)] if count > 1 else given[-1:]
@@ -176,12 +250,15 @@ def finite_log(folder: Path) -> str | None:
     return None
 
 
-# ── Weight files ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Weight files
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def weight_case(draw: random.Random, shared: Path, folder: Path) -> Case:
     """A damaged or hostile file wherever weights are taken."""
-    source = draw.choice(("classifier/checkpoint.pth", "student.pth", "tokenizer.pth", "segmenter/checkpoint.pth"))
+    source = draw.choice(
+        ("classifier/checkpoint.pth", "student.pth", "tokenizer.pth", "segmenter/checkpoint.pth")
+    )
     path = folder / "weights.pth"
     shutil.copy(shared / source, path)
     what, must_fail = draw.choice(DAMAGES)(draw, path)
@@ -197,8 +274,14 @@ def weight_case(draw: random.Random, shared: Path, folder: Path) -> Case:
         ],
         "segmenter/checkpoint.pth": [
             ("run_segmentation_finetuning", [*runs["run_segmentation_finetuning"], "--finetune", path]),
-            ("run_segmentation_finetuning", [*runs["run_segmentation_finetuning"], "--resume", path, "--eval"]),
-            ("run_segmentation_finetuning", [*runs["run_segmentation_finetuning"], "--resume", path, "--max_steps", "3"]),
+            (
+                "run_segmentation_finetuning",
+                [*runs["run_segmentation_finetuning"], "--resume", path, "--eval"],
+            ),
+            (
+                "run_segmentation_finetuning",
+                [*runs["run_segmentation_finetuning"], "--resume", path, "--max_steps", "3"],
+            ),
         ],
     }
     backbone: list[tuple[str, list[Any]]] = [
@@ -207,7 +290,14 @@ def weight_case(draw: random.Random, shared: Path, folder: Path) -> Case:
         ("run_segmentation_finetuning", [*runs["run_segmentation_finetuning"], "--finetune", path]),
         (
             "export_checkpoint",
-            ["--checkpoint", path, "--to", draw.choice(("timm", "safetensors")), "--output", out / "x.safetensors"],
+            [
+                "--checkpoint",
+                path,
+                "--to",
+                draw.choice(("timm", "safetensors")),
+                "--output",
+                out / "x.safetensors",
+            ],
         ),
         ("visualize_attention", [*runs["visualize_attention"], "--checkpoint", path]),
     ]
@@ -238,7 +328,9 @@ def flip_in_a_tensor(draw: random.Random, path: Path) -> tuple[str, bool]:
     """A bit of what zip stores for a tensor: its checksum no longer fits."""
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
-        record = draw.choice([info for info in archive.infolist() if "/data/" in info.filename and info.file_size])
+        record = draw.choice(
+            [info for info in archive.infolist() if "/data/" in info.filename and info.file_size]
+        )
     start = record.header_offset + 30 + int.from_bytes(content[record.header_offset + 26 :][:2], "little")
     start += int.from_bytes(content[record.header_offset + 28 :][:2], "little")
     content[start + draw.randrange(record.file_size)] ^= 1 << draw.randrange(8)
@@ -250,7 +342,9 @@ def flip_anywhere(draw: random.Random, path: Path) -> tuple[str, bool]:
     """Headers and padding too, where it may be harmless."""
     content = bytearray(path.read_bytes())
     for _ in range(draw.randint(1, 20)):
-        content[draw.randrange(len(content)) if draw.random() < 0.3 else -1 - draw.randrange(4000)] ^= 1 << draw.randrange(8)
+        content[draw.randrange(len(content)) if draw.random() < 0.3 else -1 - draw.randrange(4000)] ^= (
+            1 << draw.randrange(8)
+        )
     path.write_bytes(content)
     return "flipped bits", False
 
@@ -280,9 +374,16 @@ def change_tensors(draw: random.Random, path: Path) -> tuple[str, bool]:
     content = torch.load(path, weights_only=True)
     weights = content["model"]
     key = draw.choice(
-        [key for key, value in weights.items() if value.is_floating_point() and value.numel() > 1 and "blocks.0" in key]
+        [
+            key
+            for key, value in weights.items()
+            if value.is_floating_point() and value.numel() > 1 and "blocks.0" in key
+        ]
     )
-    value, kind = weights[key], draw.choice(("nan", "inf", "shape", "sparse", "meta", "expanded", "gone", "text", "complex"))
+    value, kind = (
+        weights[key],
+        draw.choice(("nan", "inf", "shape", "sparse", "meta", "expanded", "gone", "text", "complex")),
+    )
     changed: Any = {
         "nan": lambda: torch.where(torch.arange(value.numel()).view_as(value) == 0, torch.nan, value),
         "inf": lambda: torch.where(torch.arange(value.numel()).view_as(value) == 0, torch.inf, value),
@@ -298,7 +399,17 @@ def change_tensors(draw: random.Random, path: Path) -> tuple[str, bool]:
     if kind == "gone":
         del weights[key]
     torch.save(content, path)
-    return f"{key}: {kind}", kind in ("nan", "inf", "sparse", "meta", "expanded", "shape", "gone", "text", "complex")
+    return f"{key}: {kind}", kind in (
+        "nan",
+        "inf",
+        "sparse",
+        "meta",
+        "expanded",
+        "shape",
+        "gone",
+        "text",
+        "complex",
+    )
 
 
 class Hostile:
@@ -334,7 +445,8 @@ def torchscript(_: random.Random, path: Path) -> tuple[str, bool]:
         "    @torch.jit.export\n    def __getstate__(self) -> Tuple[torch.Tensor, bool]:\n"
         "        return (self.w, self.training)\n"
         f"    @torch.jit.export\n    def __setstate__(self, state: Tuple[torch.Tensor, bool]) -> None:\n"
-        f"        self.w = state[0]\n        self.training = state[1]\n        torch.save(state[0], {canary!r})\n"
+        "        self.w = state[0]\n        self.training = state[1]\n        torch.save(state[0], "
+        f"{canary!r})\n"
         "    def forward(self, x: torch.Tensor) -> torch.Tensor:\n        return x + self.w\n"
     )
     module = path.with_name("writes_module.py")
@@ -357,7 +469,9 @@ def pickle_bomb(draw: random.Random, path: Path) -> tuple[str, bool]:
     deep = b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b"."
     doubled = (
         b"\x80\x02]q\x00"
-        + b"".join(b"]q" + bytes([i]) + b"h" + bytes([i - 1]) + b"h" + bytes([i - 1]) + b"\x86e" for i in range(0))
+        + b"".join(
+            b"]q" + bytes([i]) + b"h" + bytes([i - 1]) + b"h" + bytes([i - 1]) + b"\x86e" for i in range(0)
+        )
         + b"."
     )
     large = records[name].replace(b"K\x80", b"J\xff\xff\xff\x7f", 3)
@@ -389,25 +503,50 @@ def other_content(draw: random.Random, path: Path) -> tuple[str, bool]:
     elif kind == "png":
         Image.new("RGB", (8, 8)).save(path, "PNG")
     else:
-        path.write_bytes({"noise": draw.randbytes(5000), "text": b"text\n", "json": b"[" * 100_000, "html": b"<html>"}[kind])
+        path.write_bytes(
+            {"noise": draw.randbytes(5000), "text": b"text\n", "json": b"[" * 100_000, "html": b"<html>"}[
+                kind
+            ]
+        )
     return kind, True
 
 
 DAMAGES: tuple[Damage, ...] = (
-    truncate, flip_in_a_tensor, flip_in_a_tensor, flip_anywhere, recompress, drop_a_record, change_tensors, change_tensors,
-    change_tensors, hostile_pickle, hostile_pickle, torchscript, pickle_bomb, other_content,
-)  # fmt: skip
+    truncate,
+    flip_in_a_tensor,
+    flip_in_a_tensor,
+    flip_anywhere,
+    recompress,
+    drop_a_record,
+    change_tensors,
+    change_tensors,
+    change_tensors,
+    hostile_pickle,
+    hostile_pickle,
+    torchscript,
+    pickle_bomb,
+    other_content,
+)
 
 
-# ── Images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Images
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def image_case(draw: random.Random, shared: Path, folder: Path) -> Case:
     """One bad file among the photos, or among the images or masks of segmentation."""
     entry = draw.choice(
-        ("run_vqkd_training", "run_beitv2_pretraining", "run_class_finetuning", "run_class_finetuning", "run_linear_eval",
-         "encode_images", "run_segmentation_finetuning", "visualize_attention")
-    )  # fmt: skip
+        (
+            "run_vqkd_training",
+            "run_beitv2_pretraining",
+            "run_class_finetuning",
+            "run_class_finetuning",
+            "run_linear_eval",
+            "encode_images",
+            "run_segmentation_finetuning",
+            "visualize_attention",
+        )
+    )
     data = folder / "data"
     data.mkdir()
     shutil.copytree(shared / "photos", data / "photos")
@@ -423,7 +562,8 @@ def image_case(draw: random.Random, shared: Path, folder: Path) -> Case:
     if draw.random() < 0.2 and path.exists():
         path = path.rename(
             path.with_name(
-                draw.choice(("\x1b[31m", "a\nb", "\u202egnp", "x\udcff", "ü", "a'b\"c", "-x", "%s{0}")) + path.suffix
+                draw.choice(("\x1b[31m", "a\nb", "\u202egnp", "x\udcff", "ü", "a'b\"c", "-x", "%s{0}"))
+                + path.suffix
             )
         )
         what += f", called {path.name!a}"
@@ -431,9 +571,17 @@ def image_case(draw: random.Random, shared: Path, folder: Path) -> Case:
             unreadable = False
         return Case("images", f"{entry}: {what}", entry, valid_runs(data, folder / "out")[entry])
     named = (path.name, str(path))
-    read = entry != "visualize_attention" and "training" not in path.parts  # those read a part of the images alone
+    # those read a part of the images alone
+    read = entry != "visualize_attention" and "training" not in path.parts
     must_name = unreadable and read
-    return Case("images", f"{entry}: {what}", entry, valid_runs(data, folder / "out")[entry], must_name=must_name, named=named)
+    return Case(
+        "images",
+        f"{entry}: {what}",
+        entry,
+        valid_runs(data, folder / "out")[entry],
+        must_name=must_name,
+        named=named,
+    )
 
 
 BadImage = Callable[[random.Random, Path], tuple[str, bool]]  # -> in words, whether it cannot be decoded
@@ -461,7 +609,10 @@ def calling_image(draw: random.Random, path: Path) -> tuple[str, bool]:
         + b"\0" * 18
         + b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
         "PDF": b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF",
-        "SVG": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image href="file:///etc/passwd"/></svg>',
+        "SVG": (
+            b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image '
+            b'href="file:///etc/passwd"/></svg>'
+        ),
         "WMF": b"\xd7\xcd\xc6\x9a" + b"\0" * 60,
         "a shell script": b"#!/bin/sh\ntouch canary\n",
         "MVG": b"push graphic-context\nfill 'url(https://h/\"|touch canary\")'\n",
@@ -490,7 +641,9 @@ def odd_file(draw: random.Random, path: Path) -> tuple[str, bool]:
 def odd_pixels(draw: random.Random, path: Path) -> tuple[str, bool]:
     ramp = np.linspace(0, 1, 40 * 56).reshape(40, 56)
     noise = np.random.RandomState(draw.randrange(1000)).rand(40, 56)
-    kind = draw.choice(("float", "int32", "uint16", "line", "column", "pixel", "CMYK", "LA", "P", "1", "LAB", "bomb"))
+    kind = draw.choice(
+        ("float", "int32", "uint16", "line", "column", "pixel", "CMYK", "LA", "P", "1", "LAB", "bomb")
+    )
     image = {
         "float": lambda: Image.fromarray((ramp * 1.001).astype("float32")),
         "int32": lambda: Image.fromarray((ramp * 100_000).astype("int32")),
@@ -523,16 +676,21 @@ BAD_IMAGES: tuple[BadImage, ...] = (
 )
 
 
-# ── Lists, shards and what lies beside ───────────────────────────────────────────────────────────────────────────────
+# ── Lists, shards and what lies beside
+# ───────────────────────────────────────────────────────────────────────────────
 
 
 def list_case(draw: random.Random, shared: Path, folder: Path) -> Case:
-    return draw.choice((index_file_case, shard_case, shard_case, codes_case, layout_case, beside_case))(draw, shared, folder)
+    return draw.choice((index_file_case, shard_case, shard_case, codes_case, layout_case, beside_case))(
+        draw, shared, folder
+    )
 
 
 def index_file_case(draw: random.Random, shared: Path, folder: Path) -> Case:
     lines = [json.dumps({"class": name, "files": [f"{name}/{i}.jpg" for i in range(8)]}) for name in "ab"]
-    kind = draw.choice(("deep", "outside", "binary", "twice", "number", "empty", "one class", "control", "missing"))
+    kind = draw.choice(
+        ("deep", "outside", "binary", "twice", "number", "empty", "one class", "control", "missing")
+    )
     text = {
         "deep": "[" * 100_000,
         "outside": json.dumps({"class": "a", "files": ["../../etc/passwd"]}),
@@ -545,7 +703,11 @@ def index_file_case(draw: random.Random, shared: Path, folder: Path) -> Case:
     }.get(kind, "")
     path = folder / "index.jsonl"
     path.write_bytes(draw.randbytes(400) if kind == "binary" else text.encode())
-    argv = [*valid_runs(shared, folder / "out")["run_class_finetuning"], "--image_folder_class_index_file", path]
+    argv = [
+        *valid_runs(shared, folder / "out")["run_class_finetuning"],
+        "--image_folder_class_index_file",
+        path,
+    ]
     return Case("lists", f"class index file: {kind}", "run_class_finetuning", argv, must_fail=True)
 
 
@@ -553,7 +715,9 @@ def shard_case(draw: random.Random, shared: Path, folder: Path) -> Case:
     shards = folder / "shards"
     shutil.copytree(shared / "shards", shards)
     first = sorted(shards.glob("*.tar"))[0]
-    kind = draw.choice(("cut", "flipped", "index", "classes", "large label", "no label", "not a tar", "hostile names"))
+    kind = draw.choice(
+        ("cut", "flipped", "index", "classes", "large label", "no label", "not a tar", "hostile names")
+    )
     must_fail = kind in ("classes", "large label", "no label", "not a tar")
     if kind == "cut":
         first.write_bytes(first.read_bytes()[: draw.randrange(first.stat().st_size - 1024)])
@@ -566,7 +730,10 @@ def shard_case(draw: random.Random, shared: Path, folder: Path) -> Case:
     elif kind == "not a tar":
         first.write_bytes(draw.choice((b"", draw.randbytes(2048), b"\x1f\x8b" + draw.randbytes(600))))
     else:
-        label = {"large label": str(10 ** draw.choice((5, 12, 60))), "no label": draw.choice(("", "-3", "x"))}.get(kind, "0")
+        label = {
+            "large label": str(10 ** draw.choice((5, 12, 60))),
+            "no label": draw.choice(("", "-3", "x")),
+        }.get(kind, "0")
         for index in shards.glob("*.npz"):
             index.unlink()
         (shards / "classes.txt").unlink()
@@ -602,11 +769,20 @@ def codes_case(draw: random.Random, shared: Path, folder: Path) -> Case:
     content = path.read_bytes()
     if damage == "object":
         buffer = io.BytesIO()
-        np.save(buffer, np.array([Hostile((os.system, (f"touch {folder / CANARY}",)))], dtype=object), allow_pickle=True)
+        np.save(
+            buffer,
+            np.array([Hostile((os.system, (f"touch {folder / CANARY}",)))], dtype=object),
+            allow_pickle=True,
+        )
         path.write_bytes(buffer.getvalue())
     else:
         path.write_bytes(
-            {"cut": content[: len(content) // 2], "noise": draw.randbytes(500), "empty": b"", "deep": b"[" * 100_000}[damage]
+            {
+                "cut": content[: len(content) // 2],
+                "noise": draw.randbytes(500),
+                "empty": b"",
+                "deep": b"[" * 100_000,
+            }[damage]
         )
     argv = ["--encoded", encoded, "--output", folder / "x.html", "--data_path", shared / "photos"]
     return Case("lists", f"codes: {name} {damage}", "visualize_codebook", argv, must_fail=True)
@@ -615,7 +791,9 @@ def codes_case(draw: random.Random, shared: Path, folder: Path) -> Case:
 def layout_case(draw: random.Random, shared: Path, folder: Path) -> Case:
     """Folders that are not what the flags say."""
     data, out = folder / "data", folder / "out"
-    kind = draw.choice(("one level too high", "one class", "empty class", "no images", "a file", "loop", "other endings"))
+    kind = draw.choice(
+        ("one level too high", "one class", "empty class", "no images", "a file", "loop", "other endings")
+    )
     named: tuple[str, ...] = ()
     if kind == "one level too high":
         shutil.copytree(shared / "photos", data / "train")
@@ -645,7 +823,9 @@ def beside_case(draw: random.Random, shared: Path, folder: Path) -> Case:
     """Files that lie beside weights or images: configuration, names, colors, an old log."""
     out = folder / "out"
     out.mkdir()
-    content = draw.choice((b"", b"[" * 100_000, b"\xff\xfe", b"{}", b'{"a": NaN}', draw.randbytes(200), b"a\x1b[31m\nb\nc\n"))
+    content = draw.choice(
+        (b"", b"[" * 100_000, b"\xff\xfe", b"{}", b'{"a": NaN}', draw.randbytes(200), b"a\x1b[31m\nb\nc\n")
+    )
     kind = draw.choice(("config.json", "log.txt", "class_names", "palette", "mask names"))
     runs = valid_runs(shared, out)
     if kind == "config.json":
@@ -659,7 +839,9 @@ def beside_case(draw: random.Random, shared: Path, folder: Path) -> Case:
         )
     if kind == "log.txt":
         (out / "log.txt").write_bytes(content)
-        return Case("lists", f"log.txt {content[:10]!r}", "run_class_finetuning", runs["run_class_finetuning"])
+        return Case(
+            "lists", f"log.txt {content[:10]!r}", "run_class_finetuning", runs["run_class_finetuning"]
+        )
     (folder / "given.txt").write_bytes(content)
     flag = "--palette" if kind == "palette" else "--class_names"
     argv = [*runs["run_segmentation_finetuning"], flag, folder / "given.txt"]

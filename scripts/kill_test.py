@@ -1,12 +1,15 @@
-"""Kill training runs with -9 at random moments, start each again by the same line, and compare its end with an undisturbed run.
+"""Kill training runs with -9 at random moments, start each again by the same line, and
+compare its end with an undisturbed run.
 
     python scripts/kill_test.py [--kills 100] [--seed 0] [--stages vqkd finetune ...]
 
-Every stage, on tiny models, with --update_freq 2: once on images in folders, read by the run itself, and once on tar shards,
-read by two data workers (segmentation: on folders both times). Among them: k-means and revival of dead codes, a moving average
-of the weights, mixup, dropped paths. A run is killed again and again until it ends between two kills; its end is then compared
-bit for bit: all that is in its checkpoints (weights, moments, averages, ...) and each line of log.txt but the seconds.
-Prints counts for each stage, and every difference.
+Every stage, on tiny models, with --update_freq 2: once on images in folders, read by
+the run itself, and once on tar shards, read by two data workers (segmentation: on
+folders both times). Among them: k-means and revival of dead codes, a moving average of
+the weights, mixup, dropped paths. A run is killed again and again until it ends between
+two kills; its end is then compared bit for bit: all that is in its checkpoints
+(weights, moments, averages, ...) and each line of log.txt but the seconds. Prints
+counts for each stage, and every difference.
 """
 
 from __future__ import annotations
@@ -55,7 +58,10 @@ class Case:
 
 
 def build_cases(folder: Path) -> list[Case]:
-    folders = tiny_runs.photos(folder / "photos", per_class=12), tiny_runs.photos(folder / "held-out", per_class=2)
+    folders = (
+        tiny_runs.photos(folder / "photos", per_class=12),
+        tiny_runs.photos(folder / "held-out", per_class=2),
+    )
     shards = pack(folders[0], folder / "shards"), pack(folders[1], folder / "held-out-shards")
     codes, student = tiny_runs.tokenizer(folder / "codes.pth"), tiny_runs.student(folder / "student.pth")
     pairs, out = tiny_runs.labeled_pixels(folder / "pairs", images=12), Path(OUT)
@@ -72,18 +78,34 @@ def build_cases(folder: Path) -> list[Case]:
         plain = ["--data_path", str(data), "--output_dir", OUT, "--batch_size", "4", *tiny_runs.SIZE]
         cases += [
             Case("vqkd", name, "run_vqkd_training", [*tiny_runs.vqkd_flags(data, out), *revived, *seen]),
-            Case("pretrain", name, "run_beitv2_pretraining", [*tiny_runs.pretraining_flags(data, out, codes), *dropped, *seen]),
-            Case("finetune", name, "run_class_finetuning", [*tiny_runs.finetuning_flags(data, out), *averaged, *seen]),
+            Case(
+                "pretrain",
+                name,
+                "run_beitv2_pretraining",
+                [*tiny_runs.pretraining_flags(data, out, codes), *dropped, *seen],
+            ),
+            Case(
+                "finetune",
+                name,
+                "run_class_finetuning",
+                [*tiny_runs.finetuning_flags(data, out), *averaged, *seen],
+            ),
             Case("linear", name, "run_linear_eval", [*plain, "--finetune", str(student), *seen]),
             Case("pixels", name, "run_vqkd_training", [*plain, *pixels, *seen]),
-            Case("segment", f"pairs, {workers} workers", "run_segmentation_finetuning",
-                 [*tiny_runs.segmentation_flags(pairs, out), *dropped, *steps, *reading]),
-        ]  # fmt: skip
+            Case(
+                "segment",
+                f"pairs, {workers} workers",
+                "run_segmentation_finetuning",
+                [*tiny_runs.segmentation_flags(pairs, out), *dropped, *steps, *reading],
+            ),
+        ]
     return cases
 
 
 def pack(images: Path, folder: Path) -> Path:
-    """Shards of labeled images, made by a process of its own: tqdm leaves a thread in it, and this one is to be forked."""
+    """Shards of labeled images, made by a process of its own: tqdm leaves a thread in it,
+    and this one is to be forked.
+    """
     flags = [str(images), str(folder), "--images_per_shard", "3", "--classes"]
     with contextlib.redirect_stdout(io.StringIO()):
         process = FORK.Process(target=make_shards.main, args=(flags,))
@@ -109,7 +131,9 @@ def start(case: Case, folder: Path) -> Any:
     return process
 
 
-def kill_again_and_again(case: Case, folder: Path, whole: Path, seconds: float, kills: int, draw: random.Random) -> int:
+def kill_again_and_again(
+    case: Case, folder: Path, whole: Path, seconds: float, kills: int, draw: random.Random
+) -> int:
     """How many of so many kills were followed by the end of the undisturbed run `whole`, which took `seconds`."""
     done = pending = equal = 0
     while done < kills or pending:
@@ -137,9 +161,19 @@ def last_words(folder: Path) -> str:
 def compare(whole: Path, other: Path) -> list[str]:
     """What differs between two output folders, in words."""
     differences = []
-    lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in tiny_runs.log_lines(f)] for f in (whole, other)]
+    lines = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in tiny_runs.log_lines(f)]
+        for f in (whole, other)
+    ]
     if json.dumps(lines[0]) != json.dumps(lines[1]):
-        keys = sorted({key for one, two in zip(*lines, strict=False) for key in one | two if one.get(key) != two.get(key)})
+        keys = sorted(
+            {
+                key
+                for one, two in zip(*lines, strict=False)
+                for key in one | two
+                if one.get(key) != two.get(key)
+            }
+        )
         differences.append(f"log.txt: {len(lines[1])} lines instead of {len(lines[0])}, different in {keys}")
     names = [sorted(path.name for path in folder.glob("checkpoint*.pth")) for folder in (whole, other)]
     differences += [] if names[0] == names[1] else [f"checkpoints {names[1]} instead of {names[0]}"]
@@ -152,7 +186,13 @@ def compare(whole: Path, other: Path) -> list[str]:
 
 def leaves(content: Any, name: str = "") -> Any:
     """Every tensor, number and text in nested dictionaries and lists, with its keys."""
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, (list, tuple)) else None
+    items = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, (list, tuple))
+        else None
+    )
     if items is None:
         yield name, content
     for key, value in items or ():
@@ -163,7 +203,9 @@ def same(one: Any, two: Any) -> bool:
     if not (isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor)):
         return type(one) is type(two) and one == two
     alike = one.dtype == two.dtype and one.shape == two.shape
-    return alike and torch.equal(one.contiguous().flatten().view(torch.uint8), two.contiguous().flatten().view(torch.uint8))
+    return alike and torch.equal(
+        one.contiguous().flatten().view(torch.uint8), two.contiguous().flatten().view(torch.uint8)
+    )
 
 
 def get_parser() -> ArgumentParser:
@@ -191,12 +233,19 @@ def main() -> int:
             process = start(case, whole)
             process.join(TIME_LIMIT)
             if process.exitcode != 0:
-                raise SystemExit(f"the undisturbed run failed (status {process.exitcode}):\n{last_words(whole)}")
+                raise SystemExit(
+                    f"the undisturbed run failed (status {process.exitcode}):\n{last_words(whole)}"
+                )
             seconds = time.monotonic() - started
             good = kill_again_and_again(case, folder / f"killed-{number}", whole, seconds, share, draw)
-            print(f"{case.stage:<9} {case.data}: {good} of {share} kills, a run of {seconds:.1f} s", flush=True)
+            print(
+                f"{case.stage:<9} {case.data}: {good} of {share} kills, a run of {seconds:.1f} s", flush=True
+            )
             kills, equal = kills + share, equal + good
-    print(f"{equal} of {kills} kills were followed by the end of the undisturbed run, in {time.monotonic() - began:.0f} s")
+    print(
+        f"{equal} of {kills} kills were followed by the end of the undisturbed run, in "
+        f"{time.monotonic() - began:.0f} s"
+    )
     return 0 if equal == kills else 1
 
 

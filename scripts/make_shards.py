@@ -2,8 +2,9 @@
 
     python scripts/make_shards.py FOLDER OUT --images_per_shard 8720 [--classes]
 
-Images are copied as they are, in an order shuffled by --seed, so that each shard is a sample of the whole: training mixes a
-few shards at a time. OUT receives 000000.tar, 000001.tar, ..., the index of each, and with --classes classes.txt.
+Images are copied as they are, in an order shuffled by --seed, so that each shard is a
+sample of the whole: training mixes a few shards at a time. OUT receives 000000.tar,
+000001.tar, ..., the index of each, and with --classes classes.txt.
 """
 
 from __future__ import annotations
@@ -34,13 +35,22 @@ from utils import derive_seed  # noqa: E402
 
 def get_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=arguments.expand_home, help="images, however nested; with --classes one folder a class")
+    parser.add_argument(
+        "folder", type=arguments.expand_home, help="images, however nested; with --classes one folder a class"
+    )
     parser.add_argument("out", type=arguments.expand_home, help="where the shards go; without shards yet")
     parser.add_argument(
-        "--images_per_shard", type=arguments.positive, required=True, help="100 MB to 1 GB a shard is a good size"
+        "--images_per_shard",
+        type=arguments.positive,
+        required=True,
+        help="100 MB to 1 GB a shard is a good size",
     )
-    parser.add_argument("--classes", action="store_true", help="also write labels: the classes' numbers, and classes.txt")
-    parser.add_argument("--seed", type=arguments.seed, default=0, help="the order of the images derives from it (default: 0)")
+    parser.add_argument(
+        "--classes", action="store_true", help="also write labels: the classes' numbers, and classes.txt"
+    )
+    parser.add_argument(
+        "--seed", type=arguments.seed, default=0, help="the order of the images derives from it (default: 0)"
+    )
     return parser
 
 
@@ -49,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     out = Path(args.out)
     samples: Samples
-    samples, classes = find_classes_folder(args.folder, "FOLDER") if args.classes else find_images(args.folder, "FOLDER")
+    samples, classes = (
+        find_classes_folder(args.folder, "FOLDER") if args.classes else find_images(args.folder, "FOLDER")
+    )
     make_empty(out)
     order = list(range(len(samples)))
     random.Random(derive_seed(args.seed, "shards")).shuffle(order)
@@ -62,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = range(first, min(first + args.images_per_shard, len(order)))
         write_shard(out / f"{number:0{digits}d}.tar", ((place, *samples[order[place]]) for place in chosen))
     pattern = out / f"{{{0:0{digits}d}..{count - 1:0{digits}d}}}.tar"
-    print(printable(f"{len(samples):,} images in {count} shards: --data_set webdataset --data_path '{pattern}'"))
+    print(
+        printable(f"{len(samples):,} images in {count} shards: --data_set webdataset --data_path '{pattern}'")
+    )
 
 
 def make_empty(out: Path) -> None:
@@ -78,7 +92,9 @@ def make_empty(out: Path) -> None:
 def write_class_names(path: Path, classes: Sequence[str]) -> None:
     for name in classes:
         if name.splitlines() != [name] or not name.strip() or name != name.encode(errors="ignore").decode():
-            raise UserError(f"FOLDER: the class name {name!a} is no line of text, which {path.name} is to hold: rename it")
+            raise UserError(
+                f"FOLDER: the class name {name!a} is no line of text, which {path.name} is to hold: rename it"
+            )
     path.write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
 
 
@@ -87,7 +103,9 @@ def read(source: str) -> bytes:
         with open_regular(source) as file:
             return file.read()
     except OSError as error:
-        raise UserError(f"FOLDER: {source} cannot be read ({error.strerror or error}); repair or remove it") from None
+        raise UserError(
+            f"FOLDER: {source} cannot be read ({error.strerror or error}); repair or remove it"
+        ) from None
 
 
 def write_shard(path: Path, samples: Any) -> None:
@@ -97,13 +115,16 @@ def write_shard(path: Path, samples: Any) -> None:
         with open(temporary, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
             for place, source, label in samples:
                 stem, kind = os.path.splitext(os.path.basename(source))
-                key = f"{place:08d}_{re.sub(r'[^A-Za-z0-9_-]', '-', stem)[:60]}"  # dots would end it; tar names are short
+                # dots would end it; tar names are short
+                key = f"{place:08d}_{re.sub(r'[^A-Za-z0-9_-]', '-', stem)[:60]}"
                 content: dict[str, Any] = {"__key__": key, kind[1:].lower(): read(source)}
                 writer.write(content if label is None else content | {"cls": str(label).encode()})
         os.replace(temporary, path)
         shards.keep_index(str(path), EXTENSIONS, shards.scan(str(path), EXTENSIONS))
     except OSError as error:
-        raise UserError(f"could not write {path} ({error.strerror}: {error.filename or 'the disk'}); start anew") from None
+        raise UserError(
+            f"could not write {path} ({error.strerror}: {error.filename or 'the disk'}); start anew"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,11 +1,13 @@
-"""What a sample of pretraining costs on one CPU core, step by step, and how far the pixels of the pipelines differ.
+"""What a sample of pretraining costs on one CPU core, step by step, and how far the pixels
+of the pipelines differ.
 
     python scripts/measure_data.py folder_of_images [--input_size 224] [--rounds 20] [--no_jitter]
 
-Three ways of making two views and a mask take turns within each round: `plain` (torchvision's loader and transforms, one
-after the other, each view resized and turned into floats), `exact` and `fast` (--data_pipeline). Times are medians over the
-rounds of the mean over the images, in milliseconds of CPU time, as other programs may be running; differences are in levels
-of 255, of the view that is not normalized.
+Three ways of making two views and a mask take turns within each round: `plain`
+(torchvision's loader and transforms, one after the other, each view resized and turned
+into floats), `exact` and `fast` (--data_pipeline). Times are medians over the rounds of
+the mean over the images, in milliseconds of CPU time, as other programs may be running;
+differences are in levels of 255, of the view that is not normalized.
 """
 
 from __future__ import annotations
@@ -28,7 +30,15 @@ from torchvision.transforms import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import arguments
-from data_pipeline.augmentation import Drawn, as_numbers, exact_crop, jitter_and_flip, resized, resized_faster, sampled_pivot
+from data_pipeline.augmentation import (
+    Drawn,
+    as_numbers,
+    exact_crop,
+    jitter_and_flip,
+    resized,
+    resized_faster,
+    sampled_pivot,
+)
 from data_pipeline.image_lists import find_images
 from errors import tells_the_user
 from masking_generator import MaskingGenerator
@@ -48,11 +58,15 @@ Steps = Iterator[str]  # the name of each step once it is done
 def views(size: int, jitter: float, pipeline: str, on_device: bool = False) -> PretrainingViews:
     masks = MaskingGenerator(size // PATCH, round(0.38 * (size // PATCH) ** 2))
     modes = ("bicubic", "bicubic")
-    return PretrainingViews(size, size, CROP[0], jitter, *modes, HALF_MEAN, HALF_STD, masks, 0.0, pipeline, on_device)
+    return PretrainingViews(
+        size, size, CROP[0], jitter, *modes, HALF_MEAN, HALF_STD, masks, 0.0, pipeline, on_device
+    )
 
 
 def plain(size: int, jitter: float) -> Callable[[str, dict[str, Any]], Steps]:
-    augment = T.Compose([*([T.ColorJitter(jitter, jitter, jitter)] if jitter else []), T.RandomHorizontalFlip(0.5)])
+    augment = T.Compose(
+        [*([T.ColorJitter(jitter, jitter, jitter)] if jitter else []), T.RandomHorizontalFlip(0.5)]
+    )
     flip = T.RandomVerticalFlip(0.0)
     masks = views(size, jitter, "exact").mask_generator
 
@@ -73,7 +87,9 @@ def plain(size: int, jitter: float) -> Callable[[str, dict[str, Any]], Steps]:
     return steps
 
 
-def ours(size: int, jitter: float, pipeline: str, on_device: bool = False) -> Callable[[str, dict[str, Any]], Steps]:
+def ours(
+    size: int, jitter: float, pipeline: str, on_device: bool = False
+) -> Callable[[str, dict[str, Any]], Steps]:
     """The same steps as PretrainingViews.read and .pack, which are timed as a whole too."""
     view = views(size, jitter, pipeline, on_device)
 
@@ -102,7 +118,9 @@ def ours(size: int, jitter: float, pipeline: str, on_device: bool = False) -> Ca
     return steps
 
 
-def measure(files: list[str], ways: dict[str, Callable[[str, dict[str, Any]], Steps]], rounds: int) -> dict[str, Any]:
+def measure(
+    files: list[str], ways: dict[str, Callable[[str, dict[str, Any]], Steps]], rounds: int
+) -> dict[str, Any]:
     """Way -> step -> milliseconds an image of each round."""
     times: dict[str, dict[str, list[float]]] = {name: {} for name in ways}
     for number in range(rounds):
@@ -142,11 +160,15 @@ def differences(files: list[str], size: int, jitter: float, pipeline: str, seeds
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=arguments.expand_home)
     parser.add_argument("--input_size", type=arguments.pixels, default=224)
     parser.add_argument("--rounds", type=arguments.positive, default=20)
-    parser.add_argument("--seeds", type=arguments.small_count, default=8, help="crops an image that are compared")
+    parser.add_argument(
+        "--seeds", type=arguments.small_count, default=8, help="crops an image that are compared"
+    )
     parser.add_argument("--no_jitter", action="store_true", help="crops and flips alone")
     return parser
 
@@ -163,7 +185,10 @@ def main() -> None:
     measure(files, ways, 1)
     times = measure(files, ways, args.rounds)
     steps = list(times["plain"])
-    print(f"{len(files)} images, {args.rounds} rounds, ms an image on one core (median; ratio: median of each round's)")
+    print(
+        f"{len(files)} images, {args.rounds} rounds, ms an image on one core (median; ratio: median "
+        "of each round's)"
+    )
     print("| | " + " | ".join(steps) + " | plain / this |\n|---|" + "---|" * (len(steps) + 1))
     for name, of in times.items():
         cells = [f"{statistics.median(of[step]):.2f}" if step in of else "-" for step in steps]

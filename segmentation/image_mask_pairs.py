@@ -1,7 +1,8 @@
 """Images and their masks: where the pairs are, which classes there are, and what a sample is.
 
-A folder holds images/ and annotations/, each with training/ and validation/ (ADE20K) or train/ and val/, or the pairs
-themselves. A mask has its image's path below annotations/, but for the ending. Files: segmentation/mask_files.py; views:
+A folder holds images/ and annotations/, each with training/ and validation/ (ADE20K) or
+train/ and val/, or the pairs themselves. A mask has its image's path below
+annotations/, but for the ending. Files: segmentation/mask_files.py; views:
 segmentation/joint_views.py.
 """
 
@@ -49,14 +50,16 @@ class Pair(NamedTuple):
     mask: str
 
 
-# ── Where the pairs are ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── Where the pairs are
+# ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def find_pairs(folder: str, train: bool, flag: str = "--data_path") -> list[Pair]:
     """The pairs of a split, however nested, in the order of the images' paths.
 
-    The split is looked for in images/: training/ or train/, validation/ or val/. Without any of these the pairs lie in images/
-    and annotations/ themselves; such a --data_path is for training alone, since nobody evaluates on it unawares. UserError
+    The split is looked for in images/: training/ or train/, validation/ or val/.
+    Without any of these the pairs lie in images/ and annotations/ themselves; such a
+    --data_path is for training alone, since nobody evaluates on it unawares. UserError
     for an image without a mask, and for two files that differ in the ending alone.
     """
     return _paired(folder, train, flag)[0]
@@ -79,24 +82,39 @@ def _paired(folder: str, train: bool, flag: str) -> tuple[list[Pair], list[str]]
     without = [stem for stem in images if stem not in masks]
     if without:
         expected = f"{os.path.join(mask_folder, without[0])}.png (or {' '.join(ENDINGS[1:])})"
-        raise UserError(f"{images[without[0]]}: has no mask, {expected} is expected; {len(without)} of {len(images)} have none")
-    return [Pair(images[stem], masks[stem]) for stem in images], [masks[stem] for stem in masks if stem not in images]
+        raise UserError(
+            f"{images[without[0]]}: has no mask, {expected} is expected; {len(without)} "
+            f"of {len(images)} have none"
+        )
+    return [Pair(images[stem], masks[stem]) for stem in images], [
+        masks[stem] for stem in masks if stem not in images
+    ]
 
 
 def _split_of(folder: str, train: bool, flag: str) -> tuple[str, ...]:
     """The name of the split's folders; none where the pairs lie in images/ and annotations/ themselves."""
-    layout = "images/ and annotations/, each with training/ and validation/ or train/ and val/, or with the pairs themselves"
+    layout = (
+        "images/ and annotations/, each with training/ and validation/ or train/ and val/, or "
+        "with the pairs themselves"
+    )
     if not folder:
         raise UserError(f"{flag} is missing: name a folder that holds {layout}")
     need_folder(folder, flag)
     if not os.path.isdir(os.path.join(folder, "images")):
         raise UserError(f"{flag} {folder}: has no images/; expected are {layout}")
-    there = [name for names in SPLITS.values() for name in names if os.path.isdir(os.path.join(folder, "images", name))]
+    there = [
+        name
+        for names in SPLITS.values()
+        for name in names
+        if os.path.isdir(os.path.join(folder, "images", name))
+    ]
     own = [name for name in there if name in SPLITS[train]]
     wanted = "/ or ".join(SPLITS[train])
     elsewhere = "; --eval_data_path names another folder" if flag == "--data_path" and not train else ""
     if len(own) > 1:
-        raise UserError(f"{flag} {folder}: images/ has both {own[0]}/ and {own[1]}/; rename or remove one of them")
+        raise UserError(
+            f"{flag} {folder}: images/ has both {own[0]}/ and {own[1]}/; rename or remove one of them"
+        )
     if there and not own:
         raise UserError(f"{flag} {folder}: images/ has {there[0]}/, but no {wanted}/{elsewhere}")
     if not own and elsewhere:
@@ -110,20 +128,26 @@ def _by_stem(paths: Sequence[str], root: str) -> dict[str, str]:
     for path in paths:
         stem = os.path.splitext(os.path.relpath(path, root))[0]
         if stem in found:
-            raise UserError(f"{found[stem]} and {path}: which belongs to the pair '{stem}'? Remove or rename one of them")
+            raise UserError(
+                f"{found[stem]} and {path}: which belongs to the pair '{stem}'? Remove or rename one of them"
+            )
         found[stem] = path
     return found
 
 
-# ── Classes and their colors ────────────────────────────────────────────────────────────────────────────────────────
+# ── Classes and their colors
+# ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_classes(args: Any, pairs: Sequence[Pair]) -> list[str]:
     """The classes' names: of --class_names, else of ADE20K's list in --data_path; else "class 0", ... as many as
-    --nb_classes says or the masks of `pairs` have. All ranks call it: they share the looking."""
+    --nb_classes says or the masks of `pairs` have. All ranks call it: they share the looking.
+    """
     names, where = read_names(args)
     if names and args.nb_classes not in (0, len(names)):
-        raise UserError(f"--nb_classes {args.nb_classes}: {where} names {len(names)} classes; correct one of them")
+        raise UserError(
+            f"--nb_classes {args.nb_classes}: {where} names {len(names)} classes; correct one of them"
+        )
     if not names:
         count = args.nb_classes or _highest_label(pairs, args.reduce_zero_label) + 1
         names, where = [f"class {number}" for number in range(count)], f"--nb_classes {args.nb_classes}"
@@ -131,11 +155,14 @@ def read_classes(args: Any, pairs: Sequence[Pair]) -> list[str]:
             where = f"the {len(pairs)} masks, such as {pairs[0].mask}"
     if len(names) < 2:
         raise UserError(
-            f"{where}: 2 classes at least are needed, here are {len(names)}; label {IGNORED} is ignored, and so is 0 with "
+            f"{where}: 2 classes at least are needed, here are {len(names)}; label {IGNORED} is "
+            "ignored, and so is 0 with "
             "--reduce_zero_label"
         )
     if len(names) > MOST_CLASSES - args.reduce_zero_label:
-        raise UserError(f"{where}: {len(names)} classes; at most {MOST_CLASSES} fit into 8 bits beside {IGNORED}, ignored")
+        raise UserError(
+            f"{where}: {len(names)} classes; at most {MOST_CLASSES} fit into 8 bits beside {IGNORED}, ignored"
+        )
     return names
 
 
@@ -154,12 +181,17 @@ def read_names(args: Any) -> tuple[list[str], str]:
     if not os.path.isfile(listed):
         return [], ""
     rows = [line.split("\t") for line in _lines(listed, "--data_path")]
-    names = [row[-1].split(",")[0].strip() for row in rows if row[0].strip().isdigit()]  # the first line is the heading
+    # the first line is the heading
+    names = [row[-1].split(",")[0].strip() for row in rows if row[0].strip().isdigit()]
     if not names:
-        raise UserError(f"{listed}: ADE20K's table is expected, number first, names last, tabs between; or give --class_names")
+        raise UserError(
+            f"{listed}: ADE20K's table is expected, number first, names last, tabs "
+            "between; or give --class_names"
+        )
     if not args.reduce_zero_label:
         raise UserError(
-            f"{listed}: its first class is label 1, and 0 is none of them: add --reduce_zero_label, or name the classes from "
+            f"{listed}: its first class is label 1, and 0 is none of them: add --reduce_zero_label, "
+            "or name the classes from "
             "label 0 on with --class_names"
         )
     return names, listed
@@ -176,14 +208,18 @@ def _lines(path: str, flag: str) -> list[str]:
 
 def _highest_label(pairs: Sequence[Pair], reduce_zero_label: bool) -> int:
     """Of all masks, of which each rank reads its share; masks that do not decode are left to the data set."""
-    log.info("looking through %d masks for their highest label; --nb_classes or --class_names spares it", len(pairs))
+    log.info(
+        "looking through %d masks for their highest label; --nb_classes or --class_names spares it",
+        len(pairs),
+    )
 
     return _look_through(pairs, lambda mask, path: highest_label(mask, path, reduce_zero_label))
 
 
 def _look_through(pairs: Sequence[Pair], look: Callable[[Image.Image, str], int]) -> int:
-    """The highest that `look` gives for a mask and its path, over all ranks, which share the masks; -1 without any that
-    decodes. A rank's UserError is raised on all of them."""
+    """The highest that `look` gives for a mask and its path, over all ranks, which share
+    the masks; -1 without any that decodes. A rank's UserError is raised on all of them.
+    """
 
     def one(pair: Pair) -> int:
         try:
@@ -215,22 +251,29 @@ def palette(args: Any, n_classes: int) -> Tensor:
     for number, line in enumerate(_lines(args.palette, "--palette"), 1):
         values = [int(part) if part.isdecimal() else -1 for part in line.split()]
         if len(values) != 3 or not all(0 <= value <= 255 for value in values):
-            raise UserError(f"{where}, color {number}: '{line.strip()}'; red, green and blue are expected, each 0 to 255")
+            raise UserError(
+                f"{where}, color {number}: '{line.strip()}'; red, green and blue are expected, each 0 to 255"
+            )
         colors.append(values)
     if len(colors) != n_classes:
-        raise UserError(f"{where}: {len(colors)} colors for {n_classes} classes; one line a class is expected")
+        raise UserError(
+            f"{where}: {len(colors)} colors for {n_classes} classes; one line a class is expected"
+        )
     return torch.tensor(colors) / 255
 
 
-# ── Samples ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Samples
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class SegmentationFiles(Files):
-    """Images with their masks; keys and undecodable files as samplers.Files says, an image and its mask replaced together.
+    """Images with their masks; keys and undecodable files as samplers.Files says, an image
+    and its mask replaced together.
 
-    A sample: {"image": (3, h, w) uint8, "label": (h, w) uint8, class or 255 (ignored), "index": int, "failed": [...]}. In
-    training both are one crop; in evaluation the image is resized for the network and the label has the file's size. UserError
-    for a mask that does not fit its image or holds something else than classes.
+    A sample: {"image": (3, h, w) uint8, "label": (h, w) uint8, class or 255 (ignored),
+    "index": int, "failed": [...]}. In training both are one crop; in evaluation the
+    image is resized for the network and the label has the file's size. UserError for a
+    mask that does not fit its image or holds something else than classes.
     """
 
     def __init__(
@@ -255,14 +298,17 @@ class SegmentationFiles(Files):
         return Pair(*map(os.fsdecode, self.paths[index % self.files]))
 
     def check_masks(self) -> None:
-        """UserError for the first mask that holds something else than these classes, and where no pixel is labeled, before
-        hours are spent. Sizes, and files that do not decode, are left to the reading."""
+        """UserError for the first mask that holds something else than these classes, and
+        where no pixel is labeled, before hours are spent. Sizes, and files that do not
+        decode, are left to the reading.
+        """
         if self._look_for_classes([self.pair(place) for place in range(self.files)], set()) == 0:
             self._refuse("not one pixel is labeled")
 
     def check_that_classes_occur(self) -> None:
-        """UserError where fewer than two classes occur in all masks: there would be nothing to learn. Reads masks until there
-        are two, mostly the first few."""
+        """UserError where fewer than two classes occur in all masks: there would be
+        nothing to learn. Reads masks until there are two, mostly the first few.
+        """
         pairs = [self.pair(place) for place in range(self.files)]
         occur: set[int] = set()
         most = -1
@@ -273,7 +319,9 @@ class SegmentationFiles(Files):
                 return
         if most >= 0:
             self._refuse(
-                f"every labeled pixel is of class '{self.classes[occur.pop()]}'" if occur else "not one pixel is labeled"
+                f"every labeled pixel is of class '{self.classes[occur.pop()]}'"
+                if occur
+                else "not one pixel is labeled"
             )
 
     def _look_for_classes(self, pairs: Sequence[Pair], occur: set[int]) -> int:
@@ -291,9 +339,14 @@ class SegmentationFiles(Files):
         return [label for label, pixels in enumerate(labels.histogram()) if pixels and label != IGNORED]
 
     def _refuse(self, what: str) -> NoReturn:
-        ignored = f"{IGNORED} and 0 are ignored (--reduce_zero_label)" if self.reduce_zero_label else f"{IGNORED} is ignored"
+        ignored = (
+            f"{IGNORED} and 0 are ignored (--reduce_zero_label)"
+            if self.reduce_zero_label
+            else f"{IGNORED} is ignored"
+        )
         raise UserError(
-            f"{self.files} masks, such as {self.pair(0).mask}: {what}; {ignored}: write black and white masks (0 and 255) as "
+            f"{self.files} masks, such as {self.pair(0).mask}: {what}; {ignored}: write black and "
+            "white masks (0 and 255) as "
             "numbers of classes"
         )
 
@@ -314,13 +367,18 @@ class SegmentationFiles(Files):
         if mask.size != image.size:
             mask = _turned(mask, pair.image)
         if mask.size != image.size:
-            sizes = f"{mask.width} x {mask.height} pixels, but its image {pair.image} has {image.width} x {image.height}"
+            sizes = (
+                f"{mask.width} x {mask.height} pixels, but its image {pair.image} has "
+                f"{image.width} x {image.height}"
+            )
             raise UserError(f"{pair.mask}: {sizes}; a mask has a pixel for each of its image")
         labels = labels_in(mask, pair.mask, len(self.classes), self.reduce_zero_label)
         return self.view.pair(image, labels)
 
     def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch, on any device, as the network takes it: normalized float images (B, 3, h, w), int64 labels (B, h, w)."""
+        """A batch, on any device, as the network takes it: normalized float images (B, 3,
+        h, w), int64 labels (B, h, w).
+        """
         return {**batch, "image": normalized(batch["image"], self.statistics), "label": batch["label"].long()}
 
 
@@ -331,7 +389,9 @@ def normalized(image: Tensor, statistics: tuple[tuple[float, ...], tuple[float, 
 
 
 def _turned(mask: Image.Image, image_path: str) -> Image.Image:
-    """The mask of an image that its EXIF block turns by a quarter, upright like the image, if it fits the pixels as stored."""
+    """The mask of an image that its EXIF block turns by a quarter, upright like the image,
+    if it fits the pixels as stored.
+    """
     with open_image(image_path) as stored:
         orientation = 1
         with contextlib.suppress(Exception):  # a broken EXIF block
@@ -341,13 +401,20 @@ def _turned(mask: Image.Image, image_path: str) -> Image.Image:
 
 
 def build_dataset(args: Any, train: bool, classes: Sequence[str], passes: int = 1) -> SegmentationFiles:
-    """The training pairs of --data_path, augmented, `passes` times over; or the validation pairs, of --eval_data_path when it
-    is given, as they are."""
+    """The training pairs of --data_path, augmented, `passes` times over; or the validation
+    pairs, of --eval_data_path when it is given, as they are.
+    """
     elsewhere = not train and args.eval_data_path
     folder, flag = (args.eval_data_path, "--eval_data_path") if elsewhere else (args.data_path, "--data_path")
     pairs, unused = _paired(folder, train, flag)
     if unused:
-        log.warning("warning: %s %s: masks without an image are not used: %s (in all %d)", flag, folder, unused[0], len(unused))
+        log.warning(
+            "warning: %s %s: masks without an image are not used: %s (in all %d)",
+            flag,
+            folder,
+            unused[0],
+            len(unused),
+        )
     statistics = normalization(args.imagenet_default_mean_and_std)
     view = training_view(args) if train else evaluation_view(args)
     return SegmentationFiles(pairs, view, classes, statistics, args.reduce_zero_label, args.seed, passes)

@@ -1,8 +1,10 @@
-"""Views of an image and its mask together: both are resized, cropped and flipped alike, colors vary in the image alone.
+"""Views of an image and its mask together: both are resized, cropped and flipped alike,
+colors vary in the image alone.
 
-Images are PIL RGB, labels PIL "L" (the class of each pixel, IGNORED: none), of one size. What comes back is uint8:
-{"image": (3, height, width), "label": (height, width)}. Random views draw from Python's global generator, which the data set
-seeds per sample (samplers.Files).
+Images are PIL RGB, labels PIL "L" (the class of each pixel, IGNORED: none), of one
+size. What comes back is uint8: {"image": (3, height, width), "label": (height, width)}.
+Random views draw from Python's global generator, which the data set seeds per sample
+(samplers.Files).
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ Size = tuple[int, int]  # width, height
 
 
 def fitted(size: Size, base: int, scale: float = 1.0) -> Size:
-    """The size at which an image fits into (LONGEST * base, base) pixels, times `scale`; the aspect ratio is kept."""
+    """The size at which an image fits into (LONGEST * base, base) pixels, times `scale`;
+    the aspect ratio is kept.
+    """
     factor = scale * min(base / min(size), LONGEST * base / max(size))
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
@@ -52,8 +56,9 @@ class EvaluationView:
 class TrainingView:
     """A random crop of `side` x `side` pixels of the image at a random size, perhaps mirrored, in varied colors.
 
-    An image smaller than the crop is filled up at its right and at its bottom with the color `fill`, its labels with
-    IGNORED. A crop of whose labeled pixels one class has more than `max_class_share` is drawn anew, up to REDRAWS times.
+    An image smaller than the crop is filled up at its right and at its bottom with the
+    color `fill`, its labels with IGNORED. A crop of whose labeled pixels one class has
+    more than `max_class_share` is drawn anew, up to REDRAWS times.
     """
 
     def __init__(
@@ -68,12 +73,19 @@ class TrainingView:
     ) -> None:
         smallest, largest = scale_range
         if not 0 < smallest <= largest:
-            raise UserError(f"--scale_range {smallest} {largest}: give the smallest scale, above 0, and then the largest")
+            raise UserError(
+                f"--scale_range {smallest} {largest}: give the smallest scale, above 0, and then the largest"
+            )
         if not 0 < max_class_share <= 1:
             raise UserError(f"--max_class_share {max_class_share}: give a share above 0 and up to 1 (off)")
         if not 0 <= hflip <= 1:
             raise UserError(f"--hflip {hflip}: give a probability from 0 to 1")
-        self.side, self.base, self.scale_range, self.max_class_share = side, base, (smallest, largest), max_class_share
+        self.side, self.base, self.scale_range, self.max_class_share = (
+            side,
+            base,
+            (smallest, largest),
+            max_class_share,
+        )
         self.hflip, self.photometric, self.fill = hflip, photometric, fill
 
     def pair(self, image: Image.Image, labels: Image.Image) -> dict[str, Tensor]:
@@ -86,7 +98,9 @@ class TrainingView:
         return {"image": as_tensor(image), "label": as_tensor(labels)[0]}
 
     def crop(self, image: Image.Image, labels: Image.Image) -> tuple[Image.Image, Image.Image]:
-        """At most side x side pixels of both, resized. PIL resizes the crop's pixels alone, with the same result."""
+        """At most side x side pixels of both, resized. PIL resizes the crop's pixels
+        alone, with the same result.
+        """
         width, height = fitted(image.size, self.base, random.uniform(*self.scale_range))
         size = min(self.side, width), min(self.side, height)
         across, down = image.width / width, image.height / height

@@ -11,7 +11,8 @@ from errors import UserError
 IGNORED = 255  # a pixel that counts neither in training nor in evaluation
 MOST_CLASSES = 255  # labels 0 to 254 in 8 bits, beside IGNORED
 ENDINGS = (".png", ".tif", ".tiff", ".bmp")
-NUMBERED = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's names: gray of 1 to 32 bits, palette
+# PIL's names: gray of 1 to 32 bits, palette
+NUMBERED = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")
 STRETCHED = {"L;2": 85, "L;4": 17}  # PNG's gray of 2 and 4 bits, which PIL stretches to 0..255: 3 becomes 255
 
 
@@ -28,7 +29,8 @@ def numbers_in(mask: Image.Image, path: str) -> np.ndarray:
     """(height, width) whole numbers. UserError when the mask holds something else, such as colors."""
     if mask.mode not in NUMBERED:
         raise UserError(
-            f"{path}: its pixels are {mask.mode}, not numbers of classes; a mask is expected to be gray (8 or 16 bits) or to "
+            f"{path}: its pixels are {mask.mode}, not numbers of classes; a mask is expected to be "
+            "gray (8 or 16 bits) or to "
             "have a palette"
         )
     numbers = np.asarray(mask)
@@ -38,7 +40,8 @@ def numbers_in(mask: Image.Image, path: str) -> np.ndarray:
 def labels_in(mask: Image.Image, path: str, classes: int, reduce_zero_label: bool) -> Image.Image:
     """The class of each pixel, 0 to `classes` - 1 or IGNORED, as an "L" image.
 
-    255 is ignored; with `reduce_zero_label` 0 is, too, and class 0 is label 1. UserError for labels beyond the classes.
+    255 is ignored; with `reduce_zero_label` 0 is, too, and class 0 is label 1.
+    UserError for labels beyond the classes.
     """
     numbers = numbers_in(mask, path)
     highest = classes if reduce_zero_label else classes - 1
@@ -58,7 +61,9 @@ def _refuse(path: str, label: int, classes: int, reduce_zero_label: bool) -> Non
         way_out = "leave it out where 0 is a class, or correct --nb_classes or the mask"
     else:
         known = f"{classes} classes are labels 0 to {classes - 1}"
-        way_out = "correct --nb_classes or the mask, or add --reduce_zero_label where 0 is no class and 1 the first"
+        way_out = (
+            "correct --nb_classes or the mask, or add --reduce_zero_label where 0 is no class and 1 the first"
+        )
     raise UserError(f"{path}: label {label}, but {known}, and {IGNORED} is ignored; {way_out}")
 
 

@@ -1,7 +1,8 @@
 """What class each pixel of an image of any size is: windows that slide over it, several scales, mirror images.
 
-Shapes: image (3, h, w) as the network takes it, K classes, scores (K, h, w) logits or probabilities. However large the
-file, at most the scores of the image at the network's scale, and of a strip of the file's own size, are held.
+Shapes: image (3, h, w) as the network takes it, K classes, scores (K, h, w) logits or
+probabilities. However large the file, at most the scores of the image at the network's
+scale, and of a strip of the file's own size, are held.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Looking:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, image: Tensor, size: tuple[int, int], how: Looking, precision: distributed.Precision) -> Tensor:
+def predict(
+    model: nn.Module, image: Tensor, size: tuple[int, int], how: Looking, precision: distributed.Precision
+) -> Tensor:
     """Classes (height, width) int64 of an image (3, h, w); `size` is the picture's own, (height, width)."""
 
     def scores_of(batch: Tensor) -> Tensor:
@@ -43,7 +46,9 @@ def predict(model: nn.Module, image: Tensor, size: tuple[int, int], how: Looking
 
 
 def scores(network: Callable[[Tensor], Tensor], image: Tensor, how: Looking) -> Tensor:
-    """Logits of the image, (K, h, w); of several views the mean of their probabilities, each view at the image's size."""
+    """Logits of the image, (K, h, w); of several views the mean of their probabilities,
+    each view at the image's size.
+    """
     views = list(itertools.product(how.scales, (False, True) if how.flip else (False,)))
     total: Tensor | None = None
     for scale, flipped in views:
@@ -84,12 +89,16 @@ def starts(side: int, window: int, stride: int) -> list[int]:
 
 
 def classes_at(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """The highest of scores (K, h, w) at each pixel of a picture of `size`: (height, width) int64. Bilinear, strip by strip."""
+    """The highest of scores (K, h, w) at each pixel of a picture of `size`: (height,
+    width) int64. Bilinear, strip by strip.
+    """
     height, width = size
     if scores.shape[1:] == size:
         return scores.argmax(dim=0)
     rows = max(1, STRIP // (len(scores) * width))
-    strips = [strip(scores, size, top, min(top + rows, height)).argmax(dim=0) for top in range(0, height, rows)]
+    strips = [
+        strip(scores, size, top, min(top + rows, height)).argmax(dim=0) for top in range(0, height, rows)
+    ]
     return torch.cat(strips)
 
 

@@ -1,4 +1,6 @@
-"""Segmentation models from weight files: a backbone to start from, or a finished model built from its file alone."""
+"""Segmentation models from weight files: a backbone to start from, or a finished model
+built from its file alone.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from runtime.distributed import log
 
 HEADS = ("decode_head.", "auxiliary_head.")
 CLASSIFIER = "decode_head.conv_seg.weight"
-# What a finished model's images must look like: taken from its file where the command line does not say otherwise.
+# What a finished model's images must look like: taken from its file where the command
+# line does not say otherwise.
 LOOKS_AS_TRAINED = (
     "input_size",
     "base_size",
@@ -36,7 +39,9 @@ def parts(content: Source) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def load_pretrained(model: Segmenter, content: Source, source: str) -> None:
-    """What fits of a pretrained backbone or of a segmentation model, with a report. `source` names it in messages."""
+    """What fits of a pretrained backbone or of a segmentation model, with a report.
+    `source` names it in messages.
+    """
     backbone, heads = parts(content)
     pretrained.load_fitting(model.backbone, backbone, source)
     if heads:
@@ -50,14 +55,26 @@ def read(source: str, flag: str) -> Source:
     """A finished segmentation model's file. UserError: another kind of file."""
     content = weight_source.read(source, flag=flag)
     if CLASSIFIER not in content.weights:
-        raise UserError(f"{flag} {source} is {weight_files.kind_of(content.weights)}: a segmentation model is needed")
+        raise UserError(
+            f"{flag} {source} is {weight_files.kind_of(content.weights)}: a segmentation model is needed"
+        )
     return content
 
 
-def as_trained(parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], content: Source) -> arguments.Flags:
-    """The flags, with those of the model's training where the command line says nothing. `given`: arguments.given_flags."""
-    theirs = {name: content.flags[name] for name in LOOKS_AS_TRAINED if name in content.flags and name not in given}
-    changed = [arguments.spelled(parser, name, value) for name, value in theirs.items() if value != getattr(args, name)]
+def as_trained(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], content: Source
+) -> arguments.Flags:
+    """The flags, with those of the model's training where the command line says nothing.
+    `given`: arguments.given_flags.
+    """
+    theirs = {
+        name: content.flags[name] for name in LOOKS_AS_TRAINED if name in content.flags and name not in given
+    }
+    changed = [
+        arguments.spelled(parser, name, value)
+        for name, value in theirs.items()
+        if value != getattr(args, name)
+    ]
     if changed:
         log.info(f"as trained {', '.join(changed)}")
     return arguments.Flags(**{**vars(args), **theirs, "_frozen": False}).freeze()
@@ -96,9 +113,15 @@ def build(content: Source, source: str) -> Segmenter:
 
 
 def class_names(content: Source, given: list[str], source: str) -> list[str]:
-    """Of the file's classes: its own names, else the `given` ones, else numbers. UserError where these are others."""
+    """Of the file's classes: its own names, else the `given` ones, else numbers. UserError
+    where these are others.
+    """
     count = len(content.weights[CLASSIFIER])
     if given and (len(given) != count or (content.classes and content.classes != given)):
-        difference = first_difference(content.classes or [f"class {number}" for number in range(count)], given)
-        raise UserError(f"--class_names names other classes than {source} has: {difference}; correct it, or leave it out")
+        difference = first_difference(
+            content.classes or [f"class {number}" for number in range(count)], given
+        )
+        raise UserError(
+            f"--class_names names other classes than {source} has: {difference}; correct it, or leave it out"
+        )
     return content.classes or given or [f"class {number}" for number in range(count)]

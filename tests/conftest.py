@@ -23,7 +23,9 @@ def _seeded():
 
 @pytest.fixture(autouse=True)
 def _logger_as_it_was():
-    """A `main` sets up the project's logger; without this, what a later test captures of it depends on the order of tests."""
+    """A `main` sets up the project's logger; without this, what a later test captures of
+    it depends on the order of tests.
+    """
     log = logging.getLogger("beit")
     before = log.handlers[:], log.level, log.propagate
     distributed.log_once.cache_clear()

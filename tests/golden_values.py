@@ -1,4 +1,6 @@
-"""Access to tests/golden: numbers of the published implementation, and the weights and inputs behind them (fill.py)."""
+"""Access to tests/golden: numbers of the published implementation, and the weights and
+inputs behind them (fill.py).
+"""
 
 import importlib.util
 import json

@@ -1,7 +1,8 @@
 """Run by test_export.py in a process of its own: what transformers makes of exported folders.
 
-transformers looks for a package `datasets` and would find our module of that name, so this file imports nothing of ours and
-runs in another folder. Usage: python huggingface_side.py jobs.json, a list of {"folder", "class", "inputs", "outputs", ...}.
+transformers looks for a package `datasets` and would find our module of that name, so
+this file imports nothing of ours and runs in another folder. Usage: python
+huggingface_side.py jobs.json, a list of {"folder", "class", "inputs", "outputs", ...}.
 """
 
 import json
@@ -25,11 +26,16 @@ def run(job: dict) -> dict:
     if "picture" in job:
         for name in ("AutoImageProcessor", "BeitImageProcessor"):
             processor = getattr(transformers, name).from_pretrained(job["folder"])
-            outputs[name] = processor(Image.open(job["picture"]), return_tensors="pt")["pixel_values"].contiguous()
+            outputs[name] = processor(Image.open(job["picture"]), return_tensors="pt")[
+                "pixel_values"
+            ].contiguous()
     save_file(outputs, job["outputs"])
     model.save_pretrained(job["saved"])  # the names of the hub
-    save_file({key: value.clone() for key, value in model.state_dict().items()}, job["modules"])  # those of its modules
-    problems = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    # those of its modules
+    save_file({key: value.clone() for key, value in model.state_dict().items()}, job["modules"])
+    problems = {
+        key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
     return {**problems, "id2label": model.config.id2label, "kind": type(model).__name__}
 
 

@@ -1,4 +1,6 @@
-"""Each switch of pretraining, as main([...]) on tiny data: it does what it says, or is refused, and its run resumes."""
+"""Each switch of pretraining, as main([...]) on tiny data: it does what it says, or is
+refused, and its run resumes.
+"""
 
 import random
 import re
@@ -97,7 +99,8 @@ def refused(capsys, *flags):
     return error
 
 
-# ── masks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── masks
+# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_random_masks_are_uniform_and_exact():
     random.seed(0)
     generator = RandomMaskingGenerator((4, 6), 5)
@@ -106,7 +109,8 @@ def test_random_masks_are_uniform_and_exact():
     assert (masks.sum(axis=(1, 2)) == 5).all()
     assert np.abs(masks.mean(axis=0) - 5 / 24).max() < 0.025  # 4.7 standard deviations
     pairs = (masks[:, :, 1:] & masks[:, :, :-1]).sum(axis=(1, 2)).mean()
-    assert pairs == pytest.approx(20 * 5 / 24 * 4 / 23, abs=0.05)  # neighbors are masked independently: no blocks
+    # neighbors are masked independently: no blocks
+    assert pairs == pytest.approx(20 * 5 / 24 * 4 / 23, abs=0.05)
     assert RandomMaskingGenerator(3, 0)().sum() == 0
     with pytest.raises(ValueError, match="10 patches cannot be masked on a 3x3 grid"):
         RandomMaskingGenerator(3, 10)
@@ -114,7 +118,9 @@ def test_random_masks_are_uniform_and_exact():
 
 def test_mask_type_random_masks_single_patches(data, codes, tmp_path, monkeypatch):
     seen = spy_on_steps(monkeypatch)
-    monkeypatch.setattr(masking_generator.MaskingGenerator, "_mask_block", lambda *_: pytest.fail("a block was masked"))
+    monkeypatch.setattr(
+        masking_generator.MaskingGenerator, "_mask_block", lambda *_: pytest.fail("a block was masked")
+    )
     lines = pretrain(data, tmp_path, codes, "--mask_type", "random", "--epochs", "1")
     masks = torch.cat([batch["mask"] for _, batch, *_ in seen])
     assert masks.sum(dim=1).tolist() == [2] * 16
@@ -131,11 +137,14 @@ def test_masks_follow_the_flags():
     assert masked("--mask_type", "random", "--num_mask_patches", "98") == 98
 
 
-# ── what is predicted ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is predicted
+# ────────────────────────────────────────────────────────────────────────────────────────────────
 @BOTH
 def test_predict_all_covers_all_patches(head, data, codes, tmp_path, monkeypatch):
     seen = spy_on_steps(monkeypatch)
-    lines = pretrain(data, tmp_path, codes, "--predict", "all", "--epochs", "1", "--eval_data_path", str(data), *head)
+    lines = pretrain(
+        data, tmp_path, codes, "--predict", "all", "--epochs", "1", "--eval_data_path", str(data), *head
+    )
     stage, batch, outputs, loss, logs = seen[0]
     targets = stage.target.tokenizer.get_codebook_indices(batch["tokenizer_image"])  # (B, N)
     expected = [F.cross_entropy(out.flatten(0, 1), targets.flatten()) for out in outputs]
@@ -146,7 +155,8 @@ def test_predict_all_covers_all_patches(head, data, codes, tmp_path, monkeypatch
     assert logs[f"all_acc{ending}"] == pytest.approx(float(right.float().mean()))
     assert logs[f"mlm_acc{ending}"] == pytest.approx(float(right[batch["mask"]].float().mean()))
     assert {f"train_all_acc{ending}", f"test_mlm_acc{ending}", f"test_all_acc{ending}"} <= lines[0].keys()
-    counted = sum(step[1]["mask"].numel() for step in seen[:4])  # four training steps, then those of the evaluation
+    # four training steps, then those of the evaluation
+    counted = sum(step[1]["mask"].numel() for step in seen[:4])
     assert stage.target.code_counts.sum() == counted == 64
 
 
@@ -162,7 +172,9 @@ def test_only_masked_patches_count_by_default(data, codes, tmp_path, monkeypatch
 
 def test_no_mask_shows_everything_and_predicts_everything(data, codes, tmp_path, monkeypatch, capsys):
     seen = spy_on_steps(monkeypatch)
-    lines = pretrain(data, tmp_path, codes, "--no_mask", "--num_mask_patches", "0", *PLAIN, "--eval_data_path", str(data))
+    lines = pretrain(
+        data, tmp_path, codes, "--no_mask", "--num_mask_patches", "0", *PLAIN, "--eval_data_path", str(data)
+    )
     _, batch, outputs, _, _ = seen[0]
     assert not batch["mask"].any()
     assert outputs[0].shape == (4, 4, 16)
@@ -174,9 +186,13 @@ def test_no_mask_shows_everything_and_predicts_everything(data, codes, tmp_path,
 
 @BOTH
 def test_pixels_are_regressed_without_a_tokenizer(head, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_beitv2_pretraining, "build_tokenizer", lambda *_: pytest.fail("a tokenizer was opened"))
+    monkeypatch.setattr(
+        run_beitv2_pretraining, "build_tokenizer", lambda *_: pytest.fail("a tokenizer was opened")
+    )
     seen = spy_on_steps(monkeypatch)
-    run_beitv2_pretraining.main(pixel_flags(data, tmp_path, "--epochs", "1", "--eval_data_path", str(data), *head))
+    run_beitv2_pretraining.main(
+        pixel_flags(data, tmp_path, "--epochs", "1", "--eval_data_path", str(data), *head)
+    )
     _, batch, outputs, loss, _ = seen[0]
     assert "tokenizer_image" not in batch
     patches = []  # by hand: image by image, row by row, each patch flattened as (channel, row, column)
@@ -198,7 +214,16 @@ def test_pixels_are_regressed_without_a_tokenizer(head, data, tmp_path, monkeypa
 
 def test_pixels_are_normalized_as_the_flag_says_and_predicted_everywhere(data, tmp_path, monkeypatch):
     seen = spy_on_steps(monkeypatch)
-    more = ["--imagenet_default_mean_and_std", "--predict", "all", *PLAIN, "--image_freq", "1", "--epochs", "1"]
+    more = [
+        "--imagenet_default_mean_and_std",
+        "--predict",
+        "all",
+        *PLAIN,
+        "--image_freq",
+        "1",
+        "--epochs",
+        "1",
+    ]
     run_beitv2_pretraining.main(pixel_flags(data, tmp_path, *more))
     stage, batch, outputs, loss, logs = seen[0]
     assert outputs[0].shape == (4, 4, 768)
@@ -206,7 +231,9 @@ def test_pixels_are_normalized_as_the_flag_says_and_predicted_everywhere(data, t
     grid = stage.target.encode(batch).view(4, 2, 2, 3, 16, 16).permute(0, 3, 1, 4, 2, 5).reshape(4, 3, 32, 32)
     assert torch.equal(grid, batch["image"])
     assert logs == {}
-    assert loss == pytest.approx(float((outputs[0].flatten(0, 1) - stage.target.encode(batch)).square().mean()))
+    assert loss == pytest.approx(
+        float((outputs[0].flatten(0, 1) - stage.target.encode(batch)).square().mean())
+    )
 
 
 def test_the_picture_shows_image_mask_and_pasted_prediction(data, tmp_path):
@@ -242,7 +269,10 @@ def test_a_resumed_pixel_run_is_exact(stop_after, data, tmp_path, monkeypatch):
 def test_a_run_goes_on_with_its_own_task_alone(data, codes, tmp_path, capsys):
     pretrain(data, tmp_path, codes, "--epochs", "1")
     for more, sentence in (
-        (["--predict", "all"], "trained on the tokens of masked patches, this run is on the tokens of all patches"),
+        (
+            ["--predict", "all"],
+            "trained on the tokens of masked patches, this run is on the tokens of all patches",
+        ),
         (["--no_mask", "--num_mask_patches", "0"], "none of them masked: go on with the same --target"),
         (["--target", "pixels"], "of another shape than this run's model"),
     ):
@@ -252,8 +282,20 @@ def test_a_run_goes_on_with_its_own_task_alone(data, codes, tmp_path, capsys):
 
 
 def test_two_processes_follow_the_curve_of_one(data, codes, tmp_path):
-    """All that is unusual at once: no tokenizer, empty masks (the mask token has no gradient), all patches, held-out images."""
-    flags = ["--target", "pixels", "--no_mask", "--num_mask_patches", "0", "--drop_path", "0", "--eval_data_path", str(data)]
+    """All that is unusual at once: no tokenizer, empty masks (the mask token has no
+    gradient), all patches, held-out images.
+    """
+    flags = [
+        "--target",
+        "pixels",
+        "--no_mask",
+        "--num_mask_patches",
+        "0",
+        "--drop_path",
+        "0",
+        "--eval_data_path",
+        str(data),
+    ]
     two_processes("run_beitv2_pretraining.py", pretraining_flags(data, tmp_path / "two", codes, *flags))
     lines = pretrain(data, tmp_path / "one", codes, *flags, "--batch_size", "8")
     for two, one in zip(log_lines(tmp_path / "two"), lines, strict=True):
@@ -264,14 +306,17 @@ def test_two_processes_follow_the_curve_of_one(data, codes, tmp_path):
 def test_a_pixel_run_is_fine_tuned_and_looked_at(data, tmp_path, capsys):
     run_beitv2_pretraining.main(pixel_flags(data, tmp_path / "pt", "--epochs", "1"))
     weights = tmp_path / "pt/checkpoint.pth"
-    run_class_finetuning.main(finetuning_flags(data, tmp_path / "ft", "--finetune", str(weights), "--epochs", "1"))
+    run_class_finetuning.main(
+        finetuning_flags(data, tmp_path / "ft", "--finetune", str(weights), "--epochs", "1")
+    )
     assert re.search("left out   .*lm_head.weight", capsys.readouterr().out)
     picture, photo = tmp_path / "attention.png", next(data.rglob("*.jpg"))
     visualize_attention.main(["--checkpoint", str(weights), "--image", str(photo), "--output", str(picture)])
     assert picture.exists()
 
 
-# ── positions ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── positions
+# ────────────────────────────────────────────────────────────────────────────────────────────────────────
 POSITIONS = {
     "relative": [],
     "absolute": ["--abs_pos_emb", "--disable_rel_pos_bias"],
@@ -292,10 +337,13 @@ def test_positions(name, data, tmp_path, capsys):
         assert weights[table].abs().max() > 0  # it starts at 0
     lines = log_lines(tmp_path)
     assert lines[1]["train_loss"] < lines[0]["train_loss"]
-    # fine-tuning with the same flags takes all positions over; with the default ones it says what it leaves out or lacks
+    # fine-tuning with the same flags takes all positions over; with the default ones it
+    # says what it leaves out or lacks
     weights_file = str(tmp_path / "checkpoint.pth")
     for flags in (POSITIONS[name], []):
-        run_class_finetuning.main(finetuning_flags(data, "", "--finetune", weights_file, "--epochs", "1", *flags))
+        run_class_finetuning.main(
+            finetuning_flags(data, "", "--finetune", weights_file, "--epochs", "1", *flags)
+        )
         out = capsys.readouterr().out
         same = flags == POSITIONS[name]
         assert ("was trained with" in out) != same
@@ -305,25 +353,52 @@ def test_positions(name, data, tmp_path, capsys):
             ours = ", ".join(DEFAULT_POSITIONS[flag] for flag in POSITIONS[name])
             assert f"{weights_file} was trained with {theirs} and is fine-tuned with {ours}: give" in out
     # without positions nothing tells one masked patch of an image from another
-    model = modeling_pretrain.create_model(PLAIN[1], img_size=32, vocab_size=768, init_values=0.1, early_layers=4,
-        use_abs_pos_emb="pos_embed" in weights, use_shared_rel_pos_bias=table in weights)  # fmt: skip
+    model = modeling_pretrain.create_model(
+        PLAIN[1],
+        img_size=32,
+        vocab_size=768,
+        init_values=0.1,
+        early_layers=4,
+        use_abs_pos_emb="pos_embed" in weights,
+        use_shared_rel_pos_bias=table in weights,
+    )
     model.load_state_dict({key: value for key, value in weights.items() if "cls_pt" not in key})
     mask = torch.tensor([[True, False, False, True]])
     first, second = model.eval()(torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), mask)
     assert torch.allclose(first, second, atol=1e-5) == (name == "none")
 
 
-# ── DALL-E's tokenizer ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── DALL-E's tokenizer
+# ───────────────────────────────────────────────────────────────────────────────────────────────
 def dall_e_flags(data, out, dvae, *more):
     """No --second_input_size: 16 pixels for the 2 x 2 grid."""
-    return [*pixel_flags(data, out, *PLAIN), "--target", "tokens", "--tokenizer_model", "dall-e",
-            "--tokenizer_weight", str(dvae), "--codebook_size", "16", *more]  # fmt: skip
+    return [
+        *pixel_flags(data, out, *PLAIN),
+        "--target",
+        "tokens",
+        "--tokenizer_model",
+        "dall-e",
+        "--tokenizer_weight",
+        str(dvae),
+        "--codebook_size",
+        "16",
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("name", ["dall-e", "dall_e"])
 def test_dall_e_end_to_end(name, data, dvae, tmp_path, monkeypatch):
     seen = spy_on_steps(monkeypatch)
-    more = ["--tokenizer_model", name, "--second_interpolation", "lanczos", "--image_freq", "1", "--eval_data_path", str(data)]
+    more = [
+        "--tokenizer_model",
+        name,
+        "--second_interpolation",
+        "lanczos",
+        "--image_freq",
+        "1",
+        "--eval_data_path",
+        str(data),
+    ]
     run_beitv2_pretraining.main(dall_e_flags(data, tmp_path, dvae, *more))
     _, batch, outputs, loss, _ = seen[0]
     assert batch["image"].shape == (4, 3, 32, 32)
@@ -350,7 +425,9 @@ def test_dall_e_refuses_another_codebook_and_another_grid(data, dvae, tmp_path, 
         assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("model", "view"), [("base_patch16_224", 112), ("base_patch16_256", 128), ("huge_patch14_224", 128)])
+@pytest.mark.parametrize(
+    ("model", "view"), [("base_patch16_224", 112), ("base_patch16_256", 128), ("huge_patch14_224", 128)]
+)
 def test_the_views_of_both_tokenizers_follow_the_grid(model, view, capsys):
     size = model.split("_")[-1]
     flags = ["--model", f"beit_{model}_8k_vocab", "--input_size", size, "--second_input_size", "24"]
@@ -358,14 +435,21 @@ def test_the_views_of_both_tokenizers_follow_the_grid(model, view, capsys):
     assert f"use {2 * view}, or leave it out" in refused(capsys, *flags)
 
 
-# ── what is refused, and what is said to do nothing ──────────────────────────────────────────────────────────────────
+# ── what is refused, and what is said to do nothing
+# ──────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--no_mask", "--num_mask_patches", "75"], "--num_mask_patches 75 and --no_mask contradict each other"),
+        (
+            ["--no_mask", "--num_mask_patches", "75"],
+            "--num_mask_patches 75 and --no_mask contradict each other",
+        ),
         (["--no_mask", "--predict", "masked"], "--no_mask leaves nothing for --predict masked"),
         (["--num_mask_patches", "0"], "--num_mask_patches 0: .* or give --no_mask to mask none"),
-        (["--head_layers", "0"], "--head_layers 0 must be 1 or more: .*--model beit_base_patch16_224_8k_vocab$"),
+        (
+            ["--head_layers", "0"],
+            "--head_layers 0 must be 1 or more: .*--model beit_base_patch16_224_8k_vocab$",
+        ),
         (["--head_layers", "-1"], "--head_layers: .-1. is not a whole number"),
         (["--early_layers", "0"], "--early_layers 0 must lie between 1 and"),
         (["--target", "pixel"], "argument --target: invalid choice"),
@@ -379,17 +463,34 @@ def test_impossible_combinations_are_refused(flags, message, capsys):
 @pytest.mark.parametrize(
     ("flags", "warning"),
     [
-        ([*PLAIN], "--early_layers, --head_layers do nothing here: beit_demo_patch16_128_8k_vocab has no CLS head"),
-        ([*PLAIN, "--shared_lm_head", "False"], "--early_layers, --head_layers, --shared_lm_head do nothing here"),
-        (["--target", "pixels"], "--codebook_dim, --codebook_size, --second_input_size, --tokenizer_model, --tokenizer_weight "
-         "do nothing here: --target pixels has no tokenizer"),
-        (["--mask_type", "random", "--min_mask_patches_per_block", "2"],
-         "--min_mask_patches_per_block does nothing here: --mask_type random has no blocks"),
-        (["--no_mask", "--num_mask_patches", "0", "--mask_type", "random"], "--mask_type does nothing here: --no_mask"),
-        (["--knn_standardize", "--knn_temperature", "0.5"],
-         "--knn_standardize, --knn_temperature do nothing here: without --knn_freq there is no k-NN"),
+        (
+            [*PLAIN],
+            "--early_layers, --head_layers do nothing here: beit_demo_patch16_128_8k_vocab has no CLS head",
+        ),
+        (
+            [*PLAIN, "--shared_lm_head", "False"],
+            "--early_layers, --head_layers, --shared_lm_head do nothing here",
+        ),
+        (
+            ["--target", "pixels"],
+            "--codebook_dim, --codebook_size, --second_input_size, "
+            "--tokenizer_model, --tokenizer_weight "
+            "do nothing here: --target pixels has no tokenizer",
+        ),
+        (
+            ["--mask_type", "random", "--min_mask_patches_per_block", "2"],
+            "--min_mask_patches_per_block does nothing here: --mask_type random has no blocks",
+        ),
+        (
+            ["--no_mask", "--num_mask_patches", "0", "--mask_type", "random"],
+            "--mask_type does nothing here: --no_mask",
+        ),
+        (
+            ["--knn_standardize", "--knn_temperature", "0.5"],
+            "--knn_standardize, --knn_temperature do nothing here: without --knn_freq there is no k-NN",
+        ),
     ],
-)  # fmt: skip
+)
 def test_flags_without_effect_are_named(flags, warning, data, codes, tmp_path, capsys):
     pretrain(data, tmp_path, codes, "--epochs", "1", *flags)
     assert f"warning: {warning}" in capsys.readouterr().out
@@ -400,20 +501,33 @@ def test_a_default_run_warns_of_nothing(data, codes, tmp_path, capsys):
     assert "nothing here" not in capsys.readouterr().out
 
 
-# ── the CLS head's switches ──────────────────────────────────────────────────────────────────────────────────────────
+# ── the CLS head's switches
+# ──────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(("early", "layers", "shared"), [(1, 3, "True"), (6, 1, "True"), (3, 2, "False")])
 def test_switches_of_the_cls_head(early, layers, shared, data, codes, tmp_path, monkeypatch):
     built = []
     original = modeling_pretrain.create_model
-    monkeypatch.setattr(modeling_pretrain, "create_model", lambda *a, **k: built.append(original(*a, **k)) or built[-1])
-    flags = ["--early_layers", str(early), "--head_layers", str(layers), "--shared_lm_head", shared, "--epochs", "1"]
+    monkeypatch.setattr(
+        modeling_pretrain, "create_model", lambda *a, **k: built.append(original(*a, **k)) or built[-1]
+    )
+    flags = [
+        "--early_layers",
+        str(early),
+        "--head_layers",
+        str(layers),
+        "--shared_lm_head",
+        shared,
+        "--epochs",
+        "1",
+    ]
     pretrain(data, tmp_path, codes, *flags)
     (model,) = built
     assert (model.early_layers, len(model.cls_pt_layers)) == (early, layers)
     keys = checkpoint(tmp_path / "checkpoint.pth")["model"].keys()
     assert ("cls_pt_lm_head.weight" in keys) == (shared == "False")
     assert f"cls_pt_layers.{layers - 1}.attn.qkv.weight" in keys
-    # the second branch sees the early layers' patches: what comes after reaches it through the CLS token alone
+    # the second branch sees the early layers' patches: what comes after reaches it
+    # through the CLS token alone
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     _, early_tokens, _ = model.eval().encode_both(x, None)
     tokens, bias = model.embed(x), model.shared_bias()
@@ -422,15 +536,20 @@ def test_switches_of_the_cls_head(early, layers, shared, data, codes, tmp_path, 
     assert torch.allclose(early_tokens, tokens[:, 1:])
 
 
-# ── the depth of the tokenizer's decoder ─────────────────────────────────────────────────────────────────────────────
+# ── the depth of the tokenizer's decoder
+# ─────────────────────────────────────────────────────────────────────────────
 def test_a_tokenizer_of_another_decoder_depth(data, tmp_path, capsys):
-    vqkd = vqkd_flags(data, tmp_path / "vqkd", "--decoder_depth", "2", "--quantize_kmeans_init", "--epochs", "1")
+    vqkd = vqkd_flags(
+        data, tmp_path / "vqkd", "--decoder_depth", "2", "--quantize_kmeans_init", "--epochs", "1"
+    )
     run_vqkd_training.main(vqkd)
     weights = tmp_path / "vqkd/checkpoint.pth"
     blocks = {key.split(".")[2] for key in checkpoint(weights)["model"] if key.startswith("decoder.blocks.")}
     assert blocks == {"0", "1"}
     flags = pretraining_flags(data, tmp_path / "pt", weights, "--epochs", "1")
-    opened = run_beitv2_pretraining.build_tokenizer(arguments.parse(run_beitv2_pretraining.get_parser(), flags))
+    opened = run_beitv2_pretraining.build_tokenizer(
+        arguments.parse(run_beitv2_pretraining.get_parser(), flags)
+    )
     assert len(opened.decoder.blocks) == 2
     run_beitv2_pretraining.main(flags)
 
@@ -439,7 +558,10 @@ def test_a_tokenizer_of_another_decoder_depth(data, tmp_path, capsys):
     assert "test_rec_loss" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run_vqkd_training.main(vqkd_flags("/nowhere", tmp_path / "eval", *evaluation, "--decoder_depth", "3"))
-    assert f"the tokenizer in {weights} has a decoder of 2 blocks: leave --decoder_depth 3 out" in capsys.readouterr().err
+    assert (
+        f"the tokenizer in {weights} has a decoder of 2 blocks: leave --decoder_depth 3 out"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_decoders_depth_is_the_names_unless_it_is_given():

@@ -31,7 +31,8 @@ DEVIATING = {
     ("run_beitv2_pretraining", "--min_mask_patches_per_block"),  # the same: 16 on 14 x 14
     ("run_beitv2_pretraining", "--second_input_size"),  # what gives the model's grid: 224 for VQ-KD
     ("run_beitv2_pretraining", "--second_interpolation"),  # bicubic, as in the recipe
-    ("run_vqkd_training", "--teacher_model_type"),  # the teacher in the tokenizer's name; clip for the default one
+    # the teacher in the tokenizer's name; clip for the default one
+    ("run_vqkd_training", "--teacher_model_type"),
     ("run_class_finetuning", "--eval_data_path"),  # '' rather than None
 }
 
@@ -46,7 +47,9 @@ NO_PATHS = {  # texts that name something else
 def parsers():
     """One of every script that has flags; each has `get_parser`."""
     for path in sorted(all_files()):
-        if path.stem not in ("arguments", "errors") and re.search(r"\b(ArgumentParser|new_parser)\(", path.read_text()):
+        if path.stem not in ("arguments", "errors") and re.search(
+            r"\b(ArgumentParser|new_parser)\(", path.read_text()
+        ):
             yield path.stem, importlib.import_module(path.stem).get_parser()
 
 
@@ -99,7 +102,9 @@ def test_every_flag_is_a_number_within_bounds_a_path_or_a_name():
         if is_numeric(action) or action.dest == "layer":
             assert action.type not in (int, float), name
             kinds["Number"] += 1
-            for value in [action.default] if not isinstance(action.default, (list, tuple)) else action.default:
+            for value in (
+                [action.default] if not isinstance(action.default, (list, tuple)) else action.default
+            ):
                 if value is not None and not isinstance(value, tuple) and name != ("encode_images", "maps"):
                     assert action.type(str(value)) == value, name
         elif action.dest in NO_PATHS:
@@ -116,7 +121,19 @@ def test_numbers_that_are_not_finite_or_out_of_range_are_refused(capsys):
     for script, parser, action in flags_that_take_values():
         if is_numeric(action) or action.dest == "layer":
             flag = action.option_strings[0]
-            for value in ("nan", "inf", "-inf", "-1e9", "-1000000000", str(10**30), str(10**400), "9" * 5000, "1e400", "", "x"):
+            for value in (
+                "nan",
+                "inf",
+                "-inf",
+                "-1e9",
+                "-1000000000",
+                str(10**30),
+                str(10**400),
+                "9" * 5000,
+                "1e400",
+                "",
+                "x",
+            ):
                 error = refused(parser, [f"{flag}={value}"], capsys)
                 assert f"argument {'/'.join(action.option_strings)}: " in error, (script, flag, value)
                 assert len(error.splitlines()[-1]) < 300, (script, flag, value)
@@ -132,8 +149,16 @@ def test_numbers_that_are_not_finite_or_out_of_range_are_refused(capsys):
     ("script", "words", "message"),
     [
         ("run_beitv2_pretraining", "--lr=-1", "argument --lr: '-1' is not a number from 0 to 1e+09"),
-        ("run_beitv2_pretraining", "--drop_path 1", "argument --drop_path: '1' is not a number from 0 and below 1"),
-        ("run_beitv2_pretraining", "--seed -1", "argument --seed: '-1' is not a whole number from 0 to 4,294,967,295"),
+        (
+            "run_beitv2_pretraining",
+            "--drop_path 1",
+            "argument --drop_path: '1' is not a number from 0 and below 1",
+        ),
+        (
+            "run_beitv2_pretraining",
+            "--seed -1",
+            "argument --seed: '-1' is not a whole number from 0 to 4,294,967,295",
+        ),
         ("run_class_finetuning", "--smoothing 2", "argument --smoothing: '2' is not"),
         ("run_class_finetuning", "--mixup nan", "argument --mixup: 'nan' is not"),
         ("run_segmentation_finetuning", "--aux_weight inf", "argument --aux_weight: 'inf' is not"),
@@ -146,7 +171,8 @@ def test_what_a_refused_number_is_told(script, words, message, capsys):
 
 def test_numbers_of_published_lines_are_taken():
     words = (
-        "--data_path x --warmup_steps -1 --drop_path 0 --layer_decay 1.0 --clip_grad 3.0 --opt_betas 0.9 0.98 --local_rank -1"
+        "--data_path x --warmup_steps -1 --drop_path 0 --layer_decay 1.0 --clip_grad 3.0 --opt_betas "
+        "0.9 0.98 --local_rank -1"
     )
     args = arguments.parse(run_class_finetuning.get_parser(), words.split())
     assert (args.warmup_steps, args.drop_path, args.layer_decay, args.local_rank) == (-1, 0.0, 1.0, -1)
@@ -161,8 +187,13 @@ def test_a_tilde_is_the_home_folder_for_every_path(monkeypatch, capsys):
         if action.option_strings:
             flag = action.option_strings[0]
             assert "NUL" in refused(parser, [f"{flag}=a\0b"], capsys), (script, flag)
-            assert f"{flag}: '~nobody-of-this-name/x'" in refused(parser, [f"{flag}=~nobody-of-this-name/x"], capsys)
-        assert parser._get_values(action, ["~/x"]) in ("/home/somebody/x", ["/home/somebody/x"]), (script, action.dest)
+            assert f"{flag}: '~nobody-of-this-name/x'" in refused(
+                parser, [f"{flag}=~nobody-of-this-name/x"], capsys
+            )
+        assert parser._get_values(action, ["~/x"]) in ("/home/somebody/x", ["/home/somebody/x"]), (
+            script,
+            action.dest,
+        )
     assert arguments.expand_home("~/a.tar::b::~/c") == "/home/somebody/a.tar::b::/home/somebody/c"
     assert arguments.expand_home("https://a.b/c?~d") == "https://a.b/c?~d"
 
@@ -224,7 +255,9 @@ def test_the_commands_of_the_guide_parse_word_for_word(command):
 
 
 def test_a_blank_after_a_backslash_is_no_argument():
-    args = arguments.parse(run_beitv2_pretraining.get_parser(), ["--data_path", "x", " ", "--log_dir", "", "\n"])
+    args = arguments.parse(
+        run_beitv2_pretraining.get_parser(), ["--data_path", "x", " ", "--log_dir", "", "\n"]
+    )
     assert (args.data_path, args.log_dir) == ("x", "")
 
 
@@ -251,7 +284,10 @@ def test_flags_are_read_only_and_changes_are_listed():
             ["--model", "beit_base_patch16_224_8k_vocab_cls_pt", "--early_layers", "13"],
             "--early_layers 13 must lie .* depth, 12",
         ),
-        (["--tokenizer_model", "vqkd_encoder_base_decoder_2x768x12_clip"], "did you mean vqkd_encoder_base_decoder_"),
+        (
+            ["--tokenizer_model", "vqkd_encoder_base_decoder_2x768x12_clip"],
+            "did you mean vqkd_encoder_base_decoder_",
+        ),
         (["--model", "beit_bose_patch16_224_8k_vocab"], "did you mean beit_base_patch16_224_8k_vocab"),
     ],
 )
@@ -266,13 +302,19 @@ def test_impossible_combinations_are_refused_with_one_sentence(flags, message, c
 
 def test_obsolete_flags_warn(caplog):
     parser = run_class_finetuning.get_parser()
-    args = arguments.parse(parser, ["--data_path", "x", "--resplit", "--enable_deepspeed", "--warmup_lr", "0.1"])
+    args = arguments.parse(
+        parser, ["--data_path", "x", "--resplit", "--enable_deepspeed", "--warmup_lr", "0.1"]
+    )
     import logging
 
     logging.getLogger("beit").propagate = True
     with caplog.at_level("WARNING", logger="beit"):
         arguments.warn_of_obsolete_flags(parser, args)
-    assert {record.message.split()[1] for record in caplog.records} == {"--resplit", "--enable_deepspeed", "--warmup_lr"}
+    assert {record.message.split()[1] for record in caplog.records} == {
+        "--resplit",
+        "--enable_deepspeed",
+        "--warmup_lr",
+    }
 
 
 def test_a_missing_gpu_is_no_crash():
@@ -296,7 +338,9 @@ def test_a_device_that_is_not_supported_or_not_there_is_refused(name):
 
 def test_one_place_asks_whether_there_is_a_gpu():
     """All else goes by the device of the run, which may be the CPU of a machine that has one."""
-    asking = {path.name: count for path in library_files() if (count := path.read_text().count("cuda.is_available"))}
+    asking = {
+        path.name: count for path in library_files() if (count := path.read_text().count("cuda.is_available"))
+    }
     assert asking == {"distributed.py": 1}
 
 

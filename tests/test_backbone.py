@@ -14,7 +14,10 @@ import modeling_pretrain
 import modeling_vqkd
 from layers.rel_pos_bias import relative_position_index
 from modeling_finetune import VisionTransformer, remap_pretrained
-from modeling_pretrain import VisionTransformerForMaskedImageModeling, VisionTransformerForMaskedImageModelingCLS
+from modeling_pretrain import (
+    VisionTransformerForMaskedImageModeling,
+    VisionTransformerForMaskedImageModelingCLS,
+)
 from vit_backbone import Attention, drop_path_ramp, plain_attention
 
 
@@ -54,7 +57,9 @@ def test_relative_position_index_by_hand():
 
 def test_drop_path_grows_linearly_and_continues_in_the_head_layers():
     assert drop_path_ramp(0.3, 4) == pytest.approx([0.0, 0.1, 0.2, 0.3])
-    model = VisionTransformerForMaskedImageModelingCLS(**TINY, drop_path_rate=0.3, early_layers=2, head_layers=2)
+    model = VisionTransformerForMaskedImageModelingCLS(
+        **TINY, drop_path_rate=0.3, early_layers=2, head_layers=2
+    )
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.cls_pt_layers]
     assert rates == pytest.approx([0.2, 0.3])
 
@@ -69,7 +74,8 @@ def test_initialization_of_the_pretraining_model():
     for layer, block in enumerate(model.blocks, start=1):
         assert block.mlp.fc2.weight.abs().max() <= 0.02 / math.sqrt(2 * layer) + 1e-9
         assert block.mlp.fc1.weight.abs().max() <= 0.02
-    # the head layers keep PyTorch's uniform initialization (bound 1/sqrt(fan_in)), rescaled with the depth going on
+    # the head layers keep PyTorch's uniform initialization (bound 1/sqrt(fan_in)),
+    # rescaled with the depth going on
     for layer, block in enumerate(model.cls_pt_layers, start=4):
         bound = 1 / math.sqrt(4 * 48) / math.sqrt(2 * layer)
         assert 0.9 * bound < block.mlp.fc2.weight.abs().max() <= bound + 1e-9
@@ -119,7 +125,9 @@ def test_importing_the_project_leaves_timms_models_alone():
 
 
 def test_the_same_weights_in_timms_beitv2_give_the_same_logits():
-    ours = modeling_finetune.beit_base_patch16_224(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+    ours = modeling_finetune.beit_base_patch16_224(
+        use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1
+    )
     fill(ours, 7).eval()
     theirs = timm.create_model("beitv2_base_patch16_224", pretrained=False).eval()
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
@@ -132,7 +140,12 @@ def test_the_same_weights_in_timms_beitv2_give_the_same_logits():
 
 def test_pretrained_weights_move_into_a_classifier_of_another_grid():
     source = VisionTransformerForMaskedImageModelingCLS(
-        **TINY, use_abs_pos_emb=True, use_shared_rel_pos_bias=True, init_values=0.1, vocab_size=64, early_layers=3
+        **TINY,
+        use_abs_pos_emb=True,
+        use_shared_rel_pos_bias=True,
+        init_values=0.1,
+        vocab_size=64,
+        early_layers=3,
     )
     fill(source, 1)
     target = VisionTransformer(
@@ -149,13 +162,20 @@ def test_pretrained_weights_move_into_a_classifier_of_another_grid():
     close(tables[0][-3:], source.rel_pos_bias.relative_position_bias_table[-3:], atol=0)
     assert not any(key.startswith(("lm_head", "cls_pt", "mask_token", "head", "norm")) for key in fitting)
     missing = target.load_state_dict(fitting, strict=False).missing_keys
-    assert {key for key in missing if "index" not in key} == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert {key for key in missing if "index" not in key} == {
+        "fc_norm.weight",
+        "fc_norm.bias",
+        "head.weight",
+        "head.bias",
+    }
 
 
 def test_a_head_of_another_size_is_dropped_and_one_of_the_same_size_kept():
     source = VisionTransformer(**TINY, num_classes=10)
     assert "head.weight" in remap_pretrained(source.state_dict(), VisionTransformer(**TINY, num_classes=10))
-    assert "head.weight" not in remap_pretrained(source.state_dict(), VisionTransformer(**TINY, num_classes=3))
+    assert "head.weight" not in remap_pretrained(
+        source.state_dict(), VisionTransformer(**TINY, num_classes=3)
+    )
 
 
 def test_a_mask_on_the_host_and_on_the_device_are_the_same():

@@ -1,4 +1,6 @@
-"""The comparators compute what ours computes: losses, gradients, codebooks, views; the report says what was measured."""
+"""The comparators compute what ours computes: losses, gradients, codebooks, views; the
+report says what was measured.
+"""
 
 import argparse
 import copy
@@ -18,7 +20,14 @@ import modeling_pretrain
 import modeling_vqkd
 from benchmarks import timing
 from benchmarks.input_images import photos, pretraining_view
-from benchmarks.plain_models import PlainClassifier, PlainPretraining, PlainQuantizer, PlainViews, PlainVQKD, read_plainly
+from benchmarks.plain_models import (
+    PlainClassifier,
+    PlainPretraining,
+    PlainQuantizer,
+    PlainViews,
+    PlainVQKD,
+    read_plainly,
+)
 from benchmarks.timing import Contender, Contest, Local, Turn, check_agreement, hold, peak_growth
 from benchmarks.training_steps import classification_loss, textbook
 from datasets import ImageFiles
@@ -47,7 +56,10 @@ def assert_same_gradients(ours: torch.nn.Module, plain: torch.nn.Module) -> None
 
 def test_pretraining():
     ours = fill(
-        modeling_pretrain.create_model("beit_demo_patch16_128_8k_vocab_cls_pt", **BIAS, use_shared_rel_pos_bias=True), 1
+        modeling_pretrain.create_model(
+            "beit_demo_patch16_128_8k_vocab_cls_pt", **BIAS, use_shared_rel_pos_bias=True
+        ),
+        1,
     )
     plain, x, mask = PlainPretraining(ours), torch.rand(2, 3, 128, 128), random_mask(2, 8, 25, 3)
     codes = torch.randint(8192, (50,))
@@ -61,7 +73,9 @@ def test_pretraining():
 @pytest.mark.parametrize("teacher", ["hog"])
 def test_vqkd(teacher):
     ours = modeling_vqkd.create_model(
-        "vqkd_encoder_demo_decoder_1x128x4_hog", teacher=build_teacher(teacher, grid=8), quantize_kmeans_init=False
+        "vqkd_encoder_demo_decoder_1x128x4_hog",
+        teacher=build_teacher(teacher, grid=8),
+        quantize_kmeans_init=False,
     )
     fill(ours, 2).train()
     ours.quantize.embedding.weight.copy_(F.normalize(torch.randn(8192, 32), dim=-1))
@@ -78,7 +92,10 @@ def test_vqkd(teacher):
 
 
 def test_classifier():
-    ours = fill(modeling_finetune.create_model("beit_demo_patch16_128", num_classes=7, **BIAS, use_rel_pos_bias=True), 3)
+    ours = fill(
+        modeling_finetune.create_model("beit_demo_patch16_128", num_classes=7, **BIAS, use_rel_pos_bias=True),
+        3,
+    )
     plain, x, labels = PlainClassifier(ours), torch.rand(2, 3, 128, 128), torch.tensor([1, 4])
     losses = [F.cross_entropy(model(x), labels) for model in (ours, plain)]
     close(losses[0], losses[1], atol=1e-4)
@@ -96,7 +113,9 @@ def test_quantizer_moves_its_codebook_as_the_one_hot_matrix_does():
             close(mine, theirs, atol=1e-6)
     close(ours.embedding.weight, plain.quantizer.embedding.weight, atol=1e-6)
     close(ours.cluster_size, plain.quantizer.cluster_size, atol=1e-6)
-    assert not torch.equal(ours.embedding.weight, PlainQuantizer(NormEMAVectorQuantizer(256, 8)).quantizer.embedding.weight)
+    assert not torch.equal(
+        ours.embedding.weight, PlainQuantizer(NormEMAVectorQuantizer(256, 8)).quantizer.embedding.weight
+    )
 
 
 def test_views_are_the_same_pixels(tmp_path):
@@ -106,7 +125,9 @@ def test_views_are_the_same_pixels(tmp_path):
     for index, path in enumerate(paths):
         with seeded(5, 0, index):
             plain = views(read_plainly(path))
-        sample = {name: value[None] for name, value in files[index].items() if isinstance(value, torch.Tensor)}
+        sample = {
+            name: value[None] for name, value in files[index].items() if isinstance(value, torch.Tensor)
+        }
         ours = files.finish(sample)
         assert all(torch.equal(ours[name][0], value) for name, value in plain.items())
 
@@ -137,7 +158,9 @@ def test_ratios_are_of_one_round():
             return self.bytes_held
 
     # the machine is ten times slower in the second round; the ratio of medians would be 1
-    contest = Contest("x", [Fixed("ours", [99, 1, 9, 3], 100), Fixed("plain", [99, 3, 19, 3], 250)], {}, 4, flops=4000)
+    contest = Contest(
+        "x", [Fixed("ours", [99, 1, 9, 3], 100), Fixed("plain", [99, 3, 19, 3], 250)], {}, 4, flops=4000
+    )
     ours, plain = hold(contest, rounds=3, warmup=1, matmul_flops=4e6)
     assert (plain.ratio, plain.ratio_min, plain.ratio_max) == (2.0, 1.0, 2.0)
     assert (ours.ratio, plain.peak_ratio, ours.ms["step"], ours.ms["backward"]) == (1.0, 2.5, 4.0, 1.0)
@@ -171,7 +194,8 @@ def test_phases_add_up():
 def test_the_report(tmp_path, amp_dtype):
     output = tmp_path / "out.json"
     stages, more = ["pretrain", "vqkd", "quantizer", "data", "finetune"], []
-    if amp_dtype == "bf16":  # a few products alone: without a unit for them a CPU takes a hundred times as long
+    # a few products alone: without a unit for them a CPU takes a hundred times as long
+    if amp_dtype == "bf16":
         stages, more = stages[:2], ["--batch_size", "1", "--rounds", "1"]
     benchmark.main([*SMALL, *more, "--stage", *stages, "--amp_dtype", amp_dtype, "--output", str(output)])
     report = json.loads(output.read_text())
@@ -179,14 +203,20 @@ def test_the_report(tmp_path, amp_dtype):
     assert list(contests) == stages
     for contest in contests.values():
         assert [row["name"] for row in contest["rows"]][:2] == ["ours", "plain"]
-        assert all(row["images_per_s"] > 0 and row["ratio_min"] <= row["ratio"] <= row["ratio_max"] for row in contest["rows"])
+        assert all(
+            row["images_per_s"] > 0 and row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+            for row in contest["rows"]
+        )
         assert contest["rows"][0]["ratio"] == 1
     for stage in ("pretrain", "vqkd"):
         row = contests[stage]["rows"][0]
         assert row["ms"]["tokenizer"] > 0 and row["ms"]["optimizer"] > 0 and row["utilization"] > 0
         assert contests[stage]["through_loader"]["data"] > 0
     if amp_dtype == "fp32":
-        assert contests["quantizer"]["rows"][1]["peak_bytes"] > 10 * contests["quantizer"]["rows"][0]["peak_bytes"]
+        assert (
+            contests["quantizer"]["rows"][1]["peak_bytes"]
+            > 10 * contests["quantizer"]["rows"][0]["peak_bytes"]
+        )
         names = {row["name"] for row in contests["finetune"]["rows"]} | contests["finetune"]["absent"].keys()
         assert names == {"ours", "plain", "timm", "transformers"}
     assert report["machine"]["matmul_tflops"] > 0

@@ -1,11 +1,22 @@
-"""--grad_checkpointing and --compile change how a step is computed, not what; nor do torch.export and torch.jit.trace."""
+"""--grad_checkpointing and --compile change how a step is computed, not what; nor do
+torch.export and torch.jit.trace.
+"""
 
 import copy
 
 import pytest
 import torch
 import torch._dynamo
-from tiny_runs import STUDENT, checkpoint, finetuning_flags, log_lines, photos, pretraining_flags, tokenizer, vqkd_flags
+from tiny_runs import (
+    STUDENT,
+    checkpoint,
+    finetuning_flags,
+    log_lines,
+    photos,
+    pretraining_flags,
+    tokenizer,
+    vqkd_flags,
+)
 from torch._dynamo.utils import counters
 
 import modeling_finetune
@@ -29,7 +40,8 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return photos(tmp_path_factory.mktemp("photos"), per_class=5)  # 10 images: an evaluation ends with a batch of 2
+    # 10 images: an evaluation ends with a batch of 2
+    return photos(tmp_path_factory.mktemp("photos"), per_class=5)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +51,9 @@ def codes(tmp_path_factory):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Traced and differentiated as ever, but not translated to C++, which takes minutes: breaks and recompilations show."""
+    """Traced and differentiated as ever, but not translated to C++, which takes minutes:
+    breaks and recompilations show.
+    """
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
@@ -71,7 +85,9 @@ def step(model, inputs):
     model.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = model(*inputs)
-        loss = sum(output.square().mean() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
+        loss = sum(
+            output.square().mean() for output in (outputs if isinstance(outputs, tuple) else (outputs,))
+        )
     loss.backward()
     return float(loss), {name: p.grad.clone() for name, p in model.named_parameters()}, sum(kept.values())
 
@@ -79,7 +95,12 @@ def step(model, inputs):
 def classifier():
     torch.manual_seed(0)
     model = modeling_finetune.create_model(
-        "beit_demo_patch16_128", img_size=64, num_classes=5, drop_path_rate=0.3, use_rel_pos_bias=True, init_values=0.1
+        "beit_demo_patch16_128",
+        img_size=64,
+        num_classes=5,
+        drop_path_rate=0.3,
+        use_rel_pos_bias=True,
+        init_values=0.1,
     )
     return model.train(), (torch.randn(4, 3, 64, 64),)
 
@@ -107,7 +128,9 @@ def test_recomputed_blocks_in_evaluation_are_plain(monkeypatch):
 def test_every_stage_trains_the_same_with_grad_checkpointing(stage, data, codes, tmp_path, monkeypatch):
     calls = []
     original = vit_backbone.checkpoint
-    monkeypatch.setattr("vit_backbone.checkpoint", lambda *args, **how: calls.append(1) or original(*args, **how))
+    monkeypatch.setattr(
+        "vit_backbone.checkpoint", lambda *args, **how: calls.append(1) or original(*args, **how)
+    )
     script, flags = STAGES[stage]
     more = [codes] if stage == "pretrain" else []
     drop = [] if stage == "vqkd" else ["--drop_path", "0.2"]
@@ -160,12 +183,15 @@ def test_a_frozen_tokenizer_is_compiled_for_whole_batches(graphs):
 def test_compiled_runs_follow_the_curve_and_their_checkpoints_are_plain(stage, data, codes, tmp_path, graphs):
     script, flags = STAGES[stage]
     more = [codes] if stage == "pretrain" else []
-    more += ["--eval_data_path", str(data), "--save_ckpt_freq", "1"] + (["--model_ema"] if stage == "finetune" else [])
+    more += ["--eval_data_path", str(data), "--save_ckpt_freq", "1"] + (
+        ["--model_ema"] if stage == "finetune" else []
+    )
     script.main(flags(data, tmp_path / "plain", *more))
     assert not graphs["stats"]
     script.main(flags(data, tmp_path / "compiled", *more, "--compile"))
     compiled_graphs = graphs["stats"]["unique_graphs"]
-    assert compiled_graphs == {"pretrain": 3, "finetune": 1, "vqkd": 3}[stage]  # none again in the second epoch
+    # none again in the second epoch
+    assert compiled_graphs == {"pretrain": 3, "finetune": 1, "vqkd": 3}[stage]
     assert not graphs["graph_break"]
     for one, two in zip(log_lines(tmp_path / "plain"), log_lines(tmp_path / "compiled"), strict=True):
         assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-3)
@@ -186,7 +212,8 @@ def test_without_a_compiler_one_sentence_says_so(data, codes, tmp_path, monkeypa
     assert "--compile on a CPU needs a C++ compiler" in capsys.readouterr().err
 
 
-# ── Exported models ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Exported models
+# ──────────────────────────────────────────────────────────────────────────────────────────────────
 class Method(torch.nn.Module):
     """A model whose forward is one of its methods."""
 
@@ -206,13 +233,17 @@ def exported_model(name):
     torch.manual_seed(0)
     size = {"img_size": 32}
     if name == "classifier":
-        model = modeling_finetune.create_model("beit_demo_patch16_128", **size, **BIAS, use_rel_pos_bias=True, num_classes=3)
+        model = modeling_finetune.create_model(
+            "beit_demo_patch16_128", **size, **BIAS, use_rel_pos_bias=True, num_classes=3
+        )
     elif name == "tokenizer":
         model = modeling_vqkd.create_model(
             "vqkd_encoder_demo_decoder_1x128x4_hog", **size, n_code=256, code_dim=8, as_tokenizer=True
         )
     elif name in ("upernet", "setr_pup"):
-        model = modeling_segmentation.create_model(f"{name}_beit_demo_patch16", 3, **size, **BIAS, use_rel_pos_bias=True)
+        model = modeling_segmentation.create_model(
+            f"{name}_beit_demo_patch16", 3, **size, **BIAS, use_rel_pos_bias=True
+        )
     else:
         model = modeling_pretrain.create_model(
             name, **size, **BIAS, use_shared_rel_pos_bias=True, vocab_size=16, early_layers=4
@@ -229,7 +260,10 @@ EXPORTED = {
     "vectors": lambda: (Method(exported_model("tokenizer"), "encode"), 1),
     "masked patches": lambda: (exported_model(PRETRAINING[0]), 2),
     "masked patches, CLS": lambda: (exported_model(PRETRAINING[1]), 2),
-    "all patches, CLS": lambda: (Method(exported_model(PRETRAINING[1]), "forward", return_all_tokens=True), 2),
+    "all patches, CLS": lambda: (
+        Method(exported_model(PRETRAINING[1]), "forward", return_all_tokens=True),
+        2,
+    ),
     "upernet": lambda: (exported_model("upernet"), 1),
     "setr_pup": lambda: (exported_model("setr_pup"), 1),
 }
@@ -241,7 +275,9 @@ EXPORTED = {
 def test_an_exported_model_takes_batches_of_any_size(name, way):
     model, count = EXPORTED[name]()
     generator = torch.Generator().manual_seed(1)
-    inputs = (torch.rand(5, 3, 32, 32, generator=generator), torch.rand(5, 4, generator=generator) > 0.5)[:count]
+    inputs = (torch.rand(5, 3, 32, 32, generator=generator), torch.rand(5, 4, generator=generator) > 0.5)[
+        :count
+    ]
     two = tuple(x[:2] for x in inputs)
     with torch.no_grad():
         if way == "trace":
@@ -266,8 +302,14 @@ def test_an_exported_segmenter_takes_images_of_any_size(name, way):
         if way == "trace":
             exported = torch.jit.trace(model, x, check_trace=False)
         else:
-            dim = torch.export.Dim  # of UPerNet's sizes torch cannot prove that half of them is a size: AUTO checks when called
-            sides = {2: dim.AUTO, 3: dim.AUTO} if name == "upernet" else {2: dim("height", min=64), 3: dim("width", min=64)}
+            # of UPerNet's sizes torch cannot prove that half of them is a size: AUTO
+            # checks when called
+            dim = torch.export.Dim
+            sides = (
+                {2: dim.AUTO, 3: dim.AUTO}
+                if name == "upernet"
+                else {2: dim("height", min=64), 3: dim("width", min=64)}
+            )
             sizes = {0: dim.AUTO if name == "upernet" else dim("batch"), **sides}
             exported = torch.export.export(model, (x,), dynamic_shapes=(sizes,)).module()
         for shape in ((1, 3, 64, 64), (3, 3, 96, 160), (2, 3, 100, 75)):

@@ -16,8 +16,21 @@ from PIL import Image
 
 from data_pipeline import samplers
 from data_pipeline.image_lists import class_balanced_share, find_classes_folder, find_images, read_class_index
-from data_pipeline.samplers import BadFiles, EvalSampler, ResumableSampler, build_eval_loader, build_loader, collate
-from datasets import ImageFiles, build_finetuning_dataset, build_held_out_dataset, build_pretraining_dataset, build_vqkd_dataset
+from data_pipeline.samplers import (
+    BadFiles,
+    EvalSampler,
+    ResumableSampler,
+    build_eval_loader,
+    build_loader,
+    collate,
+)
+from datasets import (
+    ImageFiles,
+    build_finetuning_dataset,
+    build_held_out_dataset,
+    build_pretraining_dataset,
+    build_vqkd_dataset,
+)
 from errors import UserError
 from runtime.distributed import Launch
 from transforms import TokenizerViews, eval_view
@@ -26,7 +39,9 @@ from transforms import TokenizerViews, eval_view
 def write_image(path, seed=0, size=(40, 30)):
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.RandomState(seed)
-    Image.fromarray(rng.randint(0, 256, (4, 5, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC).save(path)
+    Image.fromarray(rng.randint(0, 256, (4, 5, 3), dtype=np.uint8)).resize(
+        size, Image.Resampling.BICUBIC
+    ).save(path)
     return str(path)
 
 
@@ -86,9 +101,18 @@ def flat(tmp_path_factory):
     return root
 
 
-# ------------------------------------------------------------------------------------------------------- finders
+# -------------------------------------------------------------------------------------------------------
+#   finders
 def test_find_images(tmp_path):
-    for name in ("b.JPG", "a.png", "deep/er/c.webp", "deep/d.tiff", ".hidden.jpg", ".thumbs/e.jpg", "._a.png"):
+    for name in (
+        "b.JPG",
+        "a.png",
+        "deep/er/c.webp",
+        "deep/d.tiff",
+        ".hidden.jpg",
+        ".thumbs/e.jpg",
+        "._a.png",
+    ):
         write_image(tmp_path / "root" / name.replace(".JPG", ".jpg"))
     (tmp_path / "root" / "b.jpg").rename(tmp_path / "root" / "b.JPG")
     (tmp_path / "root" / "notes.txt").write_text("no image")
@@ -177,7 +201,10 @@ def test_splits_and_single_classes_are_no_classes(tmp_path, caplog, monkeypatch)
     root = tmp_path / "photos"
     with pytest.raises(
         UserError,
-        match=f"its folders are train, val: splits, not classes; give .*--data_path {root}/train --eval_data_path {root}/val",
+        match=(
+            f"its folders are train, val: splits, not classes; give .*--data_path {root}/train "
+            f"--eval_data_path {root}/val"
+        ),
     ):
         build_finetuning_dataset(arguments(root), train=True)
     with pytest.raises(UserError, match="has one class folder, 'photos'; two classes at least"):
@@ -209,7 +236,10 @@ def test_class_index_as_published(tmp_path):
 def test_class_index(tmp_path):
     write_classes(tmp_path / "data", {"one": 2, "two": 1})
     index = tmp_path / "index.jsonl"
-    lines = [{"class": "zebra", "files": ["two/00.jpg"]}, {"class": "ape", "files": ["one/00.jpg", "one/01.jpg"]}]
+    lines = [
+        {"class": "zebra", "files": ["two/00.jpg"]},
+        {"class": "ape", "files": ["one/00.jpg", "one/01.jpg"]},
+    ]
     index.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     samples, classes = read_class_index(str(index), str(tmp_path / "data"))
     assert classes == ["ape", "zebra"]
@@ -228,7 +258,10 @@ def test_class_index(tmp_path):
         ("[1, 2]", "line 1: expected"),
         ('{"class": "a", "files": [1]}', "line 1: expected"),
         ('{"class": "a", "files": []}', "class 'a' has no files"),
-        ('{"class": "a", "files": ["x"]}\n{"class": "a", "files": ["y"]}', "line 2: class 'a' was listed before"),
+        (
+            '{"class": "a", "files": ["x"]}\n{"class": "a", "files": ["y"]}',
+            "line 2: class 'a' was listed before",
+        ),
         ('{"class": "a", "files": ["../secret.jpg"]}', "'../secret.jpg' of class 'a' lies outside"),
         ('{"class": "a", "files": ["a/../../data_too/x.jpg"]}', "lies outside"),
         ('{"class": "a", "files": ["/etc/x.jpg"]}', "'/etc/x.jpg' of class 'a' lies outside"),
@@ -262,7 +295,8 @@ def test_class_balanced_share():
             class_balanced_share(samples, fraction)
 
 
-# -------------------------------------------------------------------------------------------------------- samples
+# --------------------------------------------------------------------------------------------------------
+#   samples
 def epoch_of(dataset, sampler, workers=0):
     return list(build_loader(dataset, sampler, workers, pin_memory=False))
 
@@ -356,7 +390,8 @@ def test_workers_are_capped_at_the_cores(flat, caplog, monkeypatch):
     samplers._workers.cache_clear()
 
 
-# --------------------------------------------------------------------------------------------------- broken files
+# ---------------------------------------------------------------------------------------------------
+#   broken files
 @pytest.fixture
 def broken(tmp_path):
     """Good 0, then a truncated JPEG, an empty file and a text, then good 4 and 5."""
@@ -440,7 +475,8 @@ def test_bad_files_are_logged_once_and_stop_the_run_past_one_percent(caplog, mon
         bad.add([f"{i}.jpg (broken)"])  # far over one percent, but under ten
 
 
-# -------------------------------------------------------------------------------------------------------- builders
+# --------------------------------------------------------------------------------------------------------
+#   builders
 def test_pretraining_dataset(flat):
     dataset = build_pretraining_dataset(arguments(flat, input_size=128), grid=8)
     sample = dataset[0]
@@ -504,7 +540,9 @@ def test_validation_labels_are_those_of_training(tmp_path):
     assert build_finetuning_dataset(args, train=False)[0].labels.tolist() == [0, 1]
 
     write_image(tmp_path / "val" / "dodo" / "1.jpg")
-    with pytest.raises(UserError, match=r"--eval_data_path .*class folder 'dodo' is no class of the training data"):
+    with pytest.raises(
+        UserError, match=(r"--eval_data_path .*class folder 'dodo' is no class of the " r"training data")
+    ):
         build_finetuning_dataset(args, train=False)
 
 
@@ -520,7 +558,9 @@ def test_finetuning_mistakes(tmp_path):
 
 def test_label_fraction_keeps_the_same_share_whatever_the_seed(tmp_path):
     root = write_classes(tmp_path, {"a": 10, "b": 4})
-    shares = [build_finetuning_dataset(arguments(root, label_fraction=0.5, seed=s), train=True)[0] for s in (0, 1)]
+    shares = [
+        build_finetuning_dataset(arguments(root, label_fraction=0.5, seed=s), train=True)[0] for s in (0, 1)
+    ]
     assert shares[0].labels.tolist() == [0] * 5 + [1] * 2
     assert (shares[0].sources == shares[1].sources).all()
 
@@ -551,7 +591,8 @@ def test_cifar(tmp_path, monkeypatch):
     assert "label" not in vqkd_dataset(args, True)[0]
 
 
-# -------------------------------------------------------------------------------------------------------- samplers
+# --------------------------------------------------------------------------------------------------------
+#   samplers
 def global_order(length, batch, freq, world, epoch, done, seed=0):
     """What all ranks read together, micro-batch by micro-batch."""
     ranks = []
@@ -619,7 +660,9 @@ def test_a_whole_number_of_steps_is_not_shrunk():
     assert ResumableSampler(24, 4, 2, 0, 3, seed=0).steps_per_epoch == 1
 
 
-@pytest.mark.parametrize(("length", "batch", "world"), [(10, 3, 1), (10, 3, 4), (3, 2, 4), (16, 4, 2), (17, 4, 2)])
+@pytest.mark.parametrize(
+    ("length", "batch", "world"), [(10, 3, 1), (10, 3, 4), (3, 2, 4), (16, 4, 2), (17, 4, 2)]
+)
 def test_evaluation_reads_everything_once(length, batch, world):
     samplers = [EvalSampler(length, batch, rank, world) for rank in range(world)]
     batches = [keys for sampler in samplers for keys in sampler]

@@ -1,4 +1,6 @@
-"""Two gloo processes through run_state.new_state: parameters without a gradient, accumulation, recomputation, compilation."""
+"""Two gloo processes through run_state.new_state: parameters without a gradient,
+accumulation, recomputation, compilation.
+"""
 
 from types import SimpleNamespace
 
@@ -30,7 +32,13 @@ class MeanSquare(run_state.Stage):
 
 
 def three_steps(rank, world_size, build, update_freq, recompute, compiled):
-    flags = {"grad_checkpointing": recompute, "update_freq": update_freq, "model": "x", "start_epoch": 0, "seed": 0}
+    flags = {
+        "grad_checkpointing": recompute,
+        "update_freq": update_freq,
+        "model": "x",
+        "start_epoch": 0,
+        "seed": 0,
+    }
     place = Launch(rank, world_size), torch.device("cpu"), Precision("cpu", None)
     run = run_state.Run(SimpleNamespace(**flags), *place)
     torch.manual_seed(0)
@@ -83,7 +91,13 @@ def alone(build, update_freq):
 
 
 # what is built, update_freq, recomputed, compiled
-CASES = [(idle, 1, False, False), (vit, 1, True, False), (vit, 2, True, False), (vit, 1, False, True), (vit, 1, True, True)]
+CASES = [
+    (idle, 1, False, False),
+    (vit, 1, True, False),
+    (vit, 2, True, False),
+    (vit, 1, False, True),
+    (vit, 1, True, True),
+]
 
 
 def every_case(rank, world_size):

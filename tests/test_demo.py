@@ -44,7 +44,9 @@ def test_own_images_with_and_without_class_folders(demo, tmp_path):
 def test_train_and_val_of_a_folder_are_its_splits(demo, tmp_path):
     for split, count in (("train", 4), ("val", 2)):
         photos(tmp_path / split, per_class=count)
-    found = {(path.parent.parent.name, label, validate) for path, label, validate in demo.own_images(str(tmp_path))}
+    found = {
+        (path.parent.parent.name, label, validate) for path, label, validate in demo.own_images(str(tmp_path))
+    }
     assert found == {("train", "a", False), ("train", "b", False), ("val", "a", True), ("val", "b", True)}
 
 
@@ -66,7 +68,10 @@ def test_a_small_unlabeled_folder_goes_through(demo, tmp_path, monkeypatch, capf
 
 def test_labeled_summary_and_curves_from_logs(demo, monkeypatch):
     logs = {
-        "vqkd": [{"train_loss": 1.0, "train_codes_used": 9}, {"train_loss": 0.5, "train_codes_used": 250, "test_loss": 0.6}],
+        "vqkd": [
+            {"train_loss": 1.0, "train_codes_used": 9},
+            {"train_loss": 0.5, "train_codes_used": 250, "test_loss": 0.6},
+        ],
         "pretrain": [{"train_mlm_acc_1": 0.1, "train_mlm_acc_2": 0.1, "train_majority_code_share": 0.02}] * 2,
     }
     for name in ("acc1", "acc1_from_scratch", "acc1_10pct", "acc1_10pct_from_scratch"):

@@ -1,4 +1,6 @@
-"""Servers that answer wrongly, slowly or with bad intent: never a wrong file under the final name, never an endless wait."""
+"""Servers that answer wrongly, slowly or with bad intent: never a wrong file under the
+final name, never an endless wait.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ WHOLE = answer(OK, "Content-Length: 1000", 'ETag: "1"', body=BODY)
 
 
 class Script:
-    """A server that gives one prepared answer (bytes, or a function of the connection) a request, the last for ever."""
+    """A server that gives one prepared answer (bytes, or a function of the connection) a
+    request, the last for ever.
+    """
 
     def __init__(self) -> None:
         self.answers: list[bytes | Callable[[socket.socket], None]] = []
@@ -79,7 +83,11 @@ def hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path
 
 
 def final_files(hub: pathlib.Path) -> list[str]:
-    return [path.name for path in hub.rglob("*") if path.is_file() and path.suffix not in (".lock", ".part", ".from")]
+    return [
+        path.name
+        for path in hub.rglob("*")
+        if path.is_file() and path.suffix not in (".lock", ".part", ".from")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +110,9 @@ def test_a_206_with_another_part_is_not_put_behind_the_first(server: Script, hea
 
 
 def test_the_right_206_is_used(server: Script) -> None:
-    rest = answer(REST, "Content-Range: bytes 400-999/1000", "Content-Length: 600", 'ETag: "1"', body=BODY[400:])
+    rest = answer(
+        REST, "Content-Range: bytes 400-999/1000", "Content-Length: 600", 'ETag: "1"', body=BODY[400:]
+    )
     server.answers = [FIRST_PART, rest]
     assert downloads.fetch(f"{server.url}/w.pth").read_bytes() == BODY
 
@@ -123,7 +133,9 @@ def weights(form: str) -> bytes:
 
 
 @pytest.mark.parametrize("form", ["pth", "safetensors"])
-def test_without_a_length_only_what_is_seen_to_be_whole_is_kept(server: Script, hub: pathlib.Path, form: str) -> None:
+def test_without_a_length_only_what_is_seen_to_be_whole_is_kept(
+    server: Script, hub: pathlib.Path, form: str
+) -> None:
     body = weights(form)
     for cut in (body[:-200], BODY):
         server.answers = [answer(OK, body=cut)]
@@ -151,7 +163,10 @@ def test_a_cut_in_chunks_is_no_end(server: Script, hub: pathlib.Path) -> None:
         (answer(OK, "Content-Length: 6", "Content-Type: text/html", body=b"<html>"), "a web page"),
         (answer(OK, "Content-Length: 900000000000000", body=BODY), "make room"),
         (answer(OK, f"Content-Length: {'9' * 5000}", body=BODY), "no number"),
-        (answer(REST, "Content-Range: bytes 0-999/1000", "Content-Length: 1000", body=BODY), "a part of the file"),
+        (
+            answer(REST, "Content-Range: bytes 0-999/1000", "Content-Length: 1000", body=BODY),
+            "a part of the file",
+        ),
         (answer("HTTP/1.1 204 No Content"), "answers 204"),
         (answer("HTTP/1.1 302 Found", "Location: /w.pth"), "infinite loop"),
         (answer("HTTP/1.1 302 Found", "Location: http://example.com/w.pth"), "tampered"),
@@ -186,7 +201,9 @@ def test_a_password_goes_where_the_url_goes(server: Script) -> None:
     other.listener.close()
 
 
-@pytest.mark.parametrize("head", [b"", answer(OK, "Content-Length: 1000"), answer(OK, "Transfer-Encoding: chunked")])
+@pytest.mark.parametrize(
+    "head", [b"", answer(OK, "Content-Length: 1000"), answer(OK, "Transfer-Encoding: chunked")]
+)
 def test_a_server_that_trickles_is_left(server: Script, head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     def trickle(connection: socket.socket) -> None:
         connection.sendall(head)
@@ -201,7 +218,8 @@ def test_a_server_that_trickles_is_left(server: Script, head: bytes, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "path", ["%2e%2e%2f%2e%2e%2fx.pth", "..%5c..%5cx.pth", "x%00%1b.pth", "é" * 300 + ".pth", "x y\u202e\udcff.pth"]
+    "path",
+    ["%2e%2e%2f%2e%2e%2fx.pth", "..%5c..%5cx.pth", "x%00%1b.pth", "é" * 300 + ".pth", "x y\u202e\udcff.pth"],
 )
 def test_names_in_urls_stay_names(server: Script, hub: pathlib.Path, path: str) -> None:
     server.answers = [WHOLE]
@@ -210,14 +228,18 @@ def test_names_in_urls_stay_names(server: Script, hub: pathlib.Path, path: str) 
     assert found.name.isprintable()
 
 
-@pytest.mark.parametrize("url", ["https://", "https://u:a/SECRET@h/w.pth", "https://[::1/w.pth", "https://h:99999/w.pth"])
+@pytest.mark.parametrize(
+    "url", ["https://", "https://u:a/SECRET@h/w.pth", "https://[::1/w.pth", "https://h:99999/w.pth"]
+)
 def test_what_is_no_url_is_said_to_be_none(url: str) -> None:
     with pytest.raises(UserError, match="no URL that can be read") as error:
         downloads.fetch(url)
     assert "SECRET" not in str(error.value)
 
 
-def test_without_locks_two_downloads_do_not_mix(server: Script, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_two_downloads_do_not_mix(
+    server: Script, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def slowly(connection: socket.socket) -> None:
         for start in range(0, len(WHOLE), 100):
             connection.sendall(WHOLE[start : start + 100])
@@ -227,7 +249,10 @@ def test_without_locks_two_downloads_do_not_mix(server: Script, hub: pathlib.Pat
     monkeypatch.setattr(os, "getpid", threading.get_ident)
     server.answers = [slowly]
     found: list[Any] = []
-    threads = [threading.Thread(target=lambda: found.append(downloads.fetch(f"{server.url}/w-{HASH}.pth"))) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: found.append(downloads.fetch(f"{server.url}/w-{HASH}.pth")))
+        for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

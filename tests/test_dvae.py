@@ -23,7 +23,9 @@ SIZES = dict(n_hid=72, n_blk_per_group=2, vocab_size=520)  # no size follows fro
 
 @pytest.fixture(scope="module")
 def dall_e() -> types.ModuleType:
-    return pytest.importorskip("dall_e", reason="pip install -r requirements-dev.txt (OpenAI's dall-e is not installed)")
+    return pytest.importorskip(
+        "dall_e", reason=("pip install -r requirements-dev.txt (OpenAI's dall-e is not installed)")
+    )
 
 
 def filled(model: Any) -> Any:
@@ -49,7 +51,8 @@ def saved(content: Any, path: pathlib.Path, new_format: bool = True) -> str:
     return str(path)
 
 
-# -------------------------------------------------------------------------------------------------------------- numbers
+# --------------------------------------------------------------------------------------------------------------
+#   numbers
 def test_golden_values() -> None:
     model, golden = DallEEncoder(**TINY), arrays("dalle_tiny")
     assert_keys(model, "dalle_encoder_tiny")
@@ -112,7 +115,9 @@ def test_fp16_on_a_gpu_under_autocast_is_the_packages(dall_e: types.ModuleType) 
 
 @pytest.mark.parametrize("size", [(100, 112), (112, 100), (4, 4), (0, 8)])
 def test_sides_must_be_multiples_of_8(size: tuple[int, int]) -> None:
-    with pytest.raises(UserError, match=f"multiples of 8 pixels, not {size[0]} x {size[1]}: --second_input_size"):
+    with pytest.raises(
+        UserError, match=(f"multiples of 8 pixels, not {size[0]} x {size[1]}: --second_input_size")
+    ):
         DallEEncoder(**TINY).get_codebook_indices(torch.rand(1, 3, *size))
 
 
@@ -121,9 +126,12 @@ def test_bytes_are_not_taken_for_images() -> None:
         DallEEncoder(**TINY).get_codebook_indices(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------------------------------
+#   files
 @pytest.mark.parametrize("new_format", [True, False])
-def test_the_packages_pickled_encoder(tmp_path: pathlib.Path, dall_e: types.ModuleType, new_format: bool) -> None:
+def test_the_packages_pickled_encoder(
+    tmp_path: pathlib.Path, dall_e: types.ModuleType, new_format: bool
+) -> None:
     theirs = dall_e.Encoder(**SIZES)
     path = saved(theirs, tmp_path / "encoder.pkl", new_format)
     mine = load_dall_e_encoder(path)
@@ -188,7 +196,9 @@ def test_the_files_classes_are_never_made(
 ) -> None:
     path = saved(dall_e.Encoder(**TINY), tmp_path / "encoder.pkl", new_format)
     for kind in (dall_e.Encoder, nn.Sequential, nn.MaxPool2d):
-        monkeypatch.setattr(kind, "__setstate__", lambda self, state: pytest.fail(f"a {type(self)} was made"), raising=False)
+        monkeypatch.setattr(
+            kind, "__setstate__", lambda self, state: pytest.fail(f"a {type(self)} was made"), raising=False
+        )
     with pytest.raises(pytest.fail.Exception, match="was made"):
         torch.load(path, weights_only=False)
     assert load_dall_e_encoder(path).vocab_size == 512
@@ -196,13 +206,19 @@ def test_the_files_classes_are_never_made(
 
 def test_a_module_within_itself_ends() -> None:
     root = PickledObject()
-    vars(root).update(_parameters={"w": torch.ones(1)}, _modules={"again": root, "odd": PickledObject(), "no": 3})
+    vars(root).update(
+        _parameters={"w": torch.ones(1)}, _modules={"again": root, "odd": PickledObject(), "no": 3}
+    )
     assert list(dict(pickled_parameters(root))) == ["w"]
 
 
 def test_the_decoder_is_recognized(tmp_path: pathlib.Path, dall_e: types.ModuleType) -> None:
-    path = saved(dall_e.Decoder(n_init=8, n_hid=64, n_blk_per_group=1, vocab_size=512), tmp_path / "decoder.pkl", False)
-    with pytest.raises(UserError, match=r"decoder\.pkl is not .* 8 x 512 x 1 x 1 instead of .*, as in its decoder\)"):
+    path = saved(
+        dall_e.Decoder(n_init=8, n_hid=64, n_blk_per_group=1, vocab_size=512), tmp_path / "decoder.pkl", False
+    )
+    with pytest.raises(
+        UserError, match=(r"decoder\.pkl is not .* 8 x 512 x 1 x 1 instead of .*, as in " r"its decoder\)")
+    ):
         load_dall_e_encoder(path)
 
 
@@ -221,21 +237,32 @@ def spoiled(**changes: Any) -> dict[str, Any]:
         (spoiled(blocks__input__b=None), r"blocks\.input\.b is missing"),
         (spoiled(blocks__input__b=torch.ones(63)), r"blocks\.input\.b is 63 instead of 64"),
         (spoiled(blocks__input__b=torch.ones(64, dtype=torch.int8)), r"blocks\.input\.b holds torch\.int8"),
-        (spoiled(blocks__group_4__block_2__norm=torch.ones(1)), r"blocks\.group_4\.block_2\.norm is too much"),
+        (
+            spoiled(blocks__group_4__block_2__norm=torch.ones(1)),
+            r"blocks\.group_4\.block_2\.norm is too much",
+        ),
     ],
 )
 def test_other_files_are_named(tmp_path: pathlib.Path, content: dict[str, Any], message: str) -> None:
     path = saved(collections.OrderedDict(content), tmp_path / "w.pth")
-    with pytest.raises(UserError, match=rf"w\.pth is not DALL-E's encoder \(.*{message}.*`python model_zoo.py dall_e_encoder`"):
+    with pytest.raises(
+        UserError,
+        match=(rf"w\.pth is not DALL-E's encoder \(.*{message}.*`python " r"model_zoo.py dall_e_encoder`"),
+    ):
         load_dall_e_encoder(path)
 
 
 def test_files_without_weights_are_named(tmp_path: pathlib.Path) -> None:
-    for content, message in ((nn.Sequential(nn.ReLU()), "holds no weights"), ({"epoch": 3}, "holds no weights")):
+    for content, message in (
+        (nn.Sequential(nn.ReLU()), "holds no weights"),
+        ({"epoch": 3}, "holds no weights"),
+    ):
         for new_format in (True, False):
             with pytest.raises(UserError, match=message):
                 load_dall_e_encoder(saved(content, tmp_path / "w.pkl", new_format))
     for noise in (b"", b"<html>404</html>", b"\x80\x02K\x01.", bytes(range(200))):
         (tmp_path / "w.pkl").write_bytes(noise)
-        with pytest.raises(UserError, match=r"w\.pkl(: it is a pickle| is no weight file or an incomplete one)"):
+        with pytest.raises(
+            UserError, match=(r"w\.pkl(: it is a pickle| is no weight file or an " r"incomplete one)")
+        ):
             load_dall_e_encoder(str(tmp_path / "w.pkl"))

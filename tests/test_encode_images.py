@@ -1,4 +1,6 @@
-"""Images to codes: the right code for the right file, whatever breaks; and the page that shows what the codes stand for."""
+"""Images to codes: the right code for the right file, whatever breaks; and the page that
+shows what the codes stand for.
+"""
 
 import base64
 import html.parser
@@ -54,7 +56,16 @@ def broken(tmp_path):
 
 def flags(weights, data, out, *more):
     fixed = ["--batch_size", "3", "--num_workers", "0", "--device", "cpu"]
-    return ["--tokenizer_weight", str(weights), "--data_path", str(data), "--output_dir", str(out), *fixed, *more]
+    return [
+        "--tokenizer_weight",
+        str(weights),
+        "--data_path",
+        str(data),
+        "--output_dir",
+        str(out),
+        *fixed,
+        *more,
+    ]
 
 
 def names_in(out):
@@ -74,7 +85,8 @@ def expected(weights, data):
     return codes
 
 
-# ── Codes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Codes
+# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_image_has_the_codes_of_the_evaluation_view(data, weights, tmp_path, capsys):
@@ -121,7 +133,9 @@ def test_two_processes_write_what_one_writes(broken, weights, tmp_path):
     where = ["--nproc_per_node=2", "--master_port", str(free_port())]
     command = [sys.executable, "-m", "torch.distributed.run", *where, "encode_images.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, *flags(weights, broken, tmp_path / "two")], cwd=ROOT, env=environment, capture_output=True)
+    done = subprocess.run(
+        [*command, *flags(weights, broken, tmp_path / "two")], cwd=ROOT, env=environment, capture_output=True
+    )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     for name in ("codes.npy", "files.txt", "skipped.txt", "about.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
@@ -136,7 +150,9 @@ def test_every_number_of_processes_shares_all_images_in_order(data, weights, tmp
         names = []
         for rank in range(world_size):
             launch = distributed.Launch(rank, world_size)
-            share = encode_images.encode_share(args, files, encoder, eval_view(32), launch, torch.device("cpu"))
+            share = encode_images.encode_share(
+                args, files, encoder, eval_view(32), launch, torch.device("cpu")
+            )
             names += [name for _, batch, _ in share for name in batch]
         assert [str(data / name) for name in names] == files
 
@@ -163,8 +179,14 @@ def test_a_run_that_breaks_off_leaves_the_old_results_or_none(data, weights, tmp
         encode_images.main(flags(weights, data, tmp_path))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     monkeypatch.undo()
-    encode_images.main(flags(weights, data / "a", tmp_path))  # one encoding a folder: the other form's codes go
-    assert {path.name for path in tmp_path.iterdir()} == {"codes.npy", "files.txt", "skipped.txt", "about.json"}
+    # one encoding a folder: the other form's codes go
+    encode_images.main(flags(weights, data / "a", tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "codes.npy",
+        "files.txt",
+        "skipped.txt",
+        "about.json",
+    }
 
 
 def test_the_other_parts_of_a_killed_run_are_not_joined(data, weights, tmp_path):
@@ -248,7 +270,8 @@ def test_a_folder_of_broken_files_is_refused_and_the_old_codes_stay(data, weight
     assert len(np.load(tmp_path / "out/codes.npy")) == 10 == len(names_in(tmp_path / "out"))
 
 
-# ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The page
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Page(html.parser.HTMLParser):
@@ -308,7 +331,8 @@ def test_the_page_shows_patches_that_have_the_code_and_needs_nothing_else(invent
     ranked = np.argsort(-counts, kind="stable")
     chosen = [int(ranked[1]), unused, int(ranked[0])]
     found = page(invented, tmp_path / "page.html", "--codes", *map(str, chosen), "--examples", "8")
-    assert list(found.pictures) == [None, *(f"code-{code}" for code in chosen)]  # None: the histogram before them
+    # None: the histogram before them
+    assert list(found.pictures) == [None, *(f"code-{code}" for code in chosen)]
     assert len(found.pictures[None]) == 1
     assert found.pictures[f"code-{unused}"] == []
     assert "Does not occur in these images" in found.text
@@ -321,7 +345,10 @@ def test_the_page_shows_patches_that_have_the_code_and_needs_nothing_else(invent
             images.append(name)
         have = sum((row == code).any() for row in codes)
         assert len(set(images)) == min(len(images), have)
-        assert f"{counts[code]} patches, {counts[code] / counts.sum():.2%} of all, in {have} images" in found.text
+        assert (
+            f"{counts[code]} patches, {counts[code] / counts.sum():.2%} of all, in {have} images"
+            in found.text
+        )
     assert all(link.startswith("data:") for link in found.links)
 
 

@@ -1,4 +1,6 @@
-"""The three scripts, as main([...]), on tiny data: what they write, that they learn, and that they resume exactly."""
+"""The three scripts, as main([...]), on tiny data: what they write, that they learn, and
+that they resume exactly.
+"""
 
 import math
 import shutil
@@ -72,7 +74,9 @@ def test_what_a_run_leaves_behind(name, data, codes, tmp_path):
     else:
         assert list((tmp_path / "out" / "pictures").glob("*.png"))
     if name == "pretrain":
-        assert {"train_loss", "train_mlm_acc_1", "train_mlm_acc_2", "train_majority_code_share"} <= lines[0].keys()
+        assert {"train_loss", "train_mlm_acc_1", "train_mlm_acc_2", "train_majority_code_share"} <= lines[
+            0
+        ].keys()
     if name == "vqkd":
         assert {"train_loss", "train_codes_used", "train_perplexity"} <= lines[0].keys()
 
@@ -89,7 +93,9 @@ def test_seeded_loss_curves_guard_refactors(name, data, codes, tmp_path):
 
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("stop_after", ["epoch", "middle of an epoch"])
-def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_ends(name, stop_after, data, codes, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_ends(
+    name, stop_after, data, codes, tmp_path, monkeypatch
+):
     main, flags = stage(name, data, codes, tmp_path / "whole")
     main(flags)
 
@@ -139,8 +145,21 @@ def test_the_tokenizer_trains_with_accumulation_too(data, tmp_path):
 
 
 def test_fine_tuning_learns_stripes_and_evaluates_what_it_saved(data, tmp_path, capsys):
-    plain = ["--aa", "none", "--reprob", "0", "--min_crop_scale", "0.8", "--layer_decay", "1.0", "--drop_path", "0"]
-    flags = finetuning_flags(data, tmp_path, "--epochs", "20", *plain, "--eval_freq", "10", "--init_scale", "1.0")
+    plain = [
+        "--aa",
+        "none",
+        "--reprob",
+        "0",
+        "--min_crop_scale",
+        "0.8",
+        "--layer_decay",
+        "1.0",
+        "--drop_path",
+        "0",
+    ]
+    flags = finetuning_flags(
+        data, tmp_path, "--epochs", "20", *plain, "--eval_freq", "10", "--init_scale", "1.0"
+    )
     run_class_finetuning.main(flags)
     lines = log_lines(tmp_path)
     best = max(line["test_acc1"] for line in lines if "test_acc1" in line)
@@ -151,12 +170,18 @@ def test_fine_tuning_learns_stripes_and_evaluates_what_it_saved(data, tmp_path, 
 
 
 def test_a_tokenizer_goes_into_pretraining_and_that_into_fine_tuning(data, tmp_path, capsys):
-    run_vqkd_training.main(vqkd_flags(data, tmp_path / "vqkd", "--quantizer_warmup_steps", "3", "--epochs", "6"))
+    run_vqkd_training.main(
+        vqkd_flags(data, tmp_path / "vqkd", "--quantizer_warmup_steps", "3", "--epochs", "6")
+    )
     assert "codes_used" in capsys.readouterr().out
     weights = tmp_path / "vqkd/checkpoint.pth"
-    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path / "pt", weights, "--eval_data_path", str(data)))
+    run_beitv2_pretraining.main(
+        pretraining_flags(data, tmp_path / "pt", weights, "--eval_data_path", str(data))
+    )
     assert "test_mlm_acc_1" in log_lines(tmp_path / "pt")[0]
-    run_class_finetuning.main(finetuning_flags(data, tmp_path / "ft", "--finetune", str(tmp_path / "pt/checkpoint.pth")))
+    run_class_finetuning.main(
+        finetuning_flags(data, tmp_path / "ft", "--finetune", str(tmp_path / "pt/checkpoint.pth"))
+    )
     out = capsys.readouterr().out
     assert "used       " in out
     assert "head.weight" in out.split("new        ")[1].splitlines()[0]
@@ -171,7 +196,14 @@ def test_a_tokenizer_goes_into_pretraining_and_that_into_fine_tuning(data, tmp_p
 
 
 def test_pretraining_without_the_cls_head_and_with_absolute_positions(data, codes, tmp_path):
-    more = ["--model", "beit_demo_patch16_128_8k_vocab", "--abs_pos_emb", "--disable_rel_pos_bias", "--epochs", "1"]
+    more = [
+        "--model",
+        "beit_demo_patch16_128_8k_vocab",
+        "--abs_pos_emb",
+        "--disable_rel_pos_bias",
+        "--epochs",
+        "1",
+    ]
     run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, *more))
     assert "train_mlm_acc" in log_lines(tmp_path)[0]
     keys = checkpoint(tmp_path / "checkpoint.pth")["model"].keys()
@@ -180,14 +212,18 @@ def test_pretraining_without_the_cls_head_and_with_absolute_positions(data, code
 
 
 def test_a_folder_smaller_than_a_batch_is_one_step_an_epoch(data, codes, tmp_path, capsys):
-    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--batch_size", "128", "--warmup_epochs", "10"))
+    run_beitv2_pretraining.main(
+        pretraining_flags(data, tmp_path, codes, "--batch_size", "128", "--warmup_epochs", "10")
+    )
     out = capsys.readouterr().out
     assert "16 images do not fill one batch" in out
     assert "the learning rate only rises" in out
     assert len(log_lines(tmp_path)) == 2
 
 
-def test_ten_steps_that_are_not_finite_end_the_run_and_change_nothing(data, codes, tmp_path, monkeypatch, capsys):
+def test_ten_steps_that_are_not_finite_end_the_run_and_change_nothing(
+    data, codes, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "out"
     run_beitv2_pretraining.main(pretraining_flags(data, out, codes, "--epochs", "1"))
     shutil.copy(out / "checkpoint.pth", tmp_path / "good.pth")
@@ -199,7 +235,9 @@ def test_ten_steps_that_are_not_finite_end_the_run_and_change_nothing(data, code
 
     monkeypatch.setattr(run_beitv2_pretraining.PretrainingStage, "step", explode)
     with pytest.raises(SystemExit) as stop:
-        run_beitv2_pretraining.main(pretraining_flags(data, out, codes, "--epochs", "20", "--print_freq", "1"))
+        run_beitv2_pretraining.main(
+            pretraining_flags(data, out, codes, "--epochs", "20", "--print_freq", "1")
+        )
     assert stop.value.code == 2
     captured = capsys.readouterr()
     assert "10 steps in a row, up to step 13" in captured.err
@@ -212,7 +250,9 @@ def test_ten_steps_that_are_not_finite_end_the_run_and_change_nothing(data, code
 
 
 @pytest.mark.parametrize("opt", ["adamw", "lamb", "sgd"])
-def test_one_bad_step_is_skipped_and_named_and_the_run_goes_on(opt, data, codes, tmp_path, monkeypatch, capsys):
+def test_one_bad_step_is_skipped_and_named_and_the_run_goes_on(
+    opt, data, codes, tmp_path, monkeypatch, capsys
+):
     original, seen = run_beitv2_pretraining.PretrainingStage.step, []
 
     def explode_once(self, model, batch):
@@ -225,12 +265,16 @@ def test_one_bad_step_is_skipped_and_named_and_the_run_goes_on(opt, data, codes,
     out = capsys.readouterr().out
     assert "step 1 was skipped" in out
     assert out.count("was skipped") == 1
-    assert all(torch.isfinite(value).all() for value in checkpoint(tmp_path / "checkpoint.pth")["model"].values())
+    assert all(
+        torch.isfinite(value).all() for value in checkpoint(tmp_path / "checkpoint.pth")["model"].values()
+    )
     assert all(math.isfinite(line["train_loss"]) for line in log_lines(tmp_path))
 
 
 def test_fp16_scales_the_loss(data, codes, tmp_path):
-    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--amp_dtype", "fp16", "--epochs", "1"))
+    run_beitv2_pretraining.main(
+        pretraining_flags(data, tmp_path, codes, "--amp_dtype", "fp16", "--epochs", "1")
+    )
     assert checkpoint(tmp_path / "checkpoint.pth")["scaler"]["scale"] > 0
     assert log_lines(tmp_path)[0]["train_loss_scale"] > 0
 
@@ -314,7 +358,9 @@ def test_the_tokenizers_own_normalization_is_used_in_pretraining(data, tmp_path)
 
     run_vqkd_training.main(vqkd_flags(data, tmp_path, "--process_type", "imagenet_norm", "--epochs", "1"))
     flags = pretraining_flags(data, tmp_path / "pt", tmp_path / "checkpoint.pth")
-    tokenizer_used = run_beitv2_pretraining.build_tokenizer(arguments.parse(run_beitv2_pretraining.get_parser(), flags))
+    tokenizer_used = run_beitv2_pretraining.build_tokenizer(
+        arguments.parse(run_beitv2_pretraining.get_parser(), flags)
+    )
     assert tokenizer_used.input_mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
 
 
@@ -329,7 +375,9 @@ def test_evaluation_alone_needs_no_training_images(data, tmp_path, capsys):
     content["model"]["teacher.conv1.weight"] = torch.zeros(1)
     torch.save({"model": content["model"]}, tmp_path / "released.pth")
     capsys.readouterr()
-    flags = vqkd_flags("/nowhere", tmp_path / "vq2", "--eval_data_path", str(data), "--calculate_codebook_usage")
+    flags = vqkd_flags(
+        "/nowhere", tmp_path / "vq2", "--eval_data_path", str(data), "--calculate_codebook_usage"
+    )
     run_vqkd_training.main([*flags, "--resume", str(tmp_path / "released.pth")])
     assert "unused codes:" in capsys.readouterr().out
     assert len((tmp_path / "vq2/codebook_usage.txt").read_text().split()) == 16
@@ -338,7 +386,9 @@ def test_evaluation_alone_needs_no_training_images(data, tmp_path, capsys):
 def test_held_out_loss_does_not_depend_on_the_batch_size(data, codes, tmp_path):
     losses = []
     for size in ("3", "16"):
-        flags = pretraining_flags(data, tmp_path / size, codes, "--eval_data_path", str(data), "--epochs", "1", "--lr", "0")
+        flags = pretraining_flags(
+            data, tmp_path / size, codes, "--eval_data_path", str(data), "--epochs", "1", "--lr", "0"
+        )
         run_beitv2_pretraining.main([*flags, "--min_lr", "0", "--batch_size", size])
         losses.append(log_lines(tmp_path / size)[0]["test_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -1,4 +1,6 @@
-"""Evaluating a finished classifier: ImageNet-A, -R and -Sketch, mirror images, confused classes, and what must fit what."""
+"""Evaluating a finished classifier: ImageNet-A, -R and -Sketch, mirror images, confused
+classes, and what must fit what.
+"""
 
 import json
 import os
@@ -25,12 +27,14 @@ from evaluation.confusion import Confusion, WorstClass, as_table, described
 
 CPU = torch.device("cpu")
 MODEL = "beit_demo_patch16_128"
-# Class 0: 4 images, one right, two taken for 2, one for 1; class 1: always right; class 2: 2 images, both taken for 0.
+# Class 0: 4 images, one right, two taken for 2, one for 1; class 1: always right; class
+# 2: 2 images, both taken for 0.
 LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
 ANSWERS = torch.tensor([0, 2, 1, 2, 1, 1, 1, 0, 0])
 
 
-# ── Counting ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Counting
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def dense(confusion: Confusion, classes: int) -> torch.Tensor:
@@ -56,7 +60,11 @@ def test_confusion_by_hand(pending, monkeypatch):
 def test_of_equal_recalls_the_class_with_more_images_comes_first_and_of_equal_answers_the_lower_number():
     counts = Confusion(CPU)
     counts.add(torch.tensor([0, 1, 1, 2]), torch.tensor([2, 2, 0, 1]))
-    assert counts.worst(3) == [WorstClass(1, 2, 0, 0, 1), WorstClass(0, 1, 0, 2, 1), WorstClass(2, 1, 0, 1, 1)]
+    assert counts.worst(3) == [
+        WorstClass(1, 2, 0, 0, 1),
+        WorstClass(0, 1, 0, 2, 1),
+        WorstClass(2, 1, 0, 1, 1),
+    ]
 
 
 def test_the_table_names_classes_in_words():
@@ -85,7 +93,9 @@ def test_counts_of_many_classes_take_memory_for_the_pairs_alone():
     first, second, number = counts.pairs()
     assert len(first) <= 5000
     assert int(number.sum()) == 5000
-    assert set(zip(first.tolist(), second.tolist(), strict=True)) == set(zip(labels.tolist(), answers.tolist(), strict=True))
+    assert set(zip(first.tolist(), second.tolist(), strict=True)) == set(
+        zip(labels.tolist(), answers.tolist(), strict=True)
+    )
 
 
 def _share(rank, world_size):
@@ -104,7 +114,8 @@ def test_two_processes_count_as_one_also_where_one_has_no_images():
         assert counts.tolist() == [[[1, 1, 2], [0, 3, 0], [2, 0, 0]]] * 2
 
 
-# ── ImageNet's class names ───────────────────────────────────────────────────────────────────────────────────────────
+# ── ImageNet's class names
+# ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def timms_table(name):
@@ -115,7 +126,9 @@ def timms_table(name):
 def test_the_200_logits_are_those_of_timms_table(letter):
     folders = timms_table(f"imagenet_{letter}_synsets")
     robust = imagenet_classes.robust_set(f"imagenet_{letter}")
-    assert imagenet_classes.logits_of(folders, robust, "") == [int(n) for n in timms_table(f"imagenet_{letter}_indices")]
+    assert imagenet_classes.logits_of(folders, robust, "") == [
+        int(n) for n in timms_table(f"imagenet_{letter}_indices")
+    ]
 
 
 def test_imagenets_list():
@@ -148,13 +161,16 @@ def test_other_names_are_told_the_three():
         imagenet_classes.robust_set("imagenet_v2")
 
 
-# ── A 1000-class model on ImageNet-A, -R and -Sketch ─────────────────────────────────────────────────────────────────
+# ── A 1000-class model on ImageNet-A, -R and -Sketch
+# ─────────────────────────────────────────────────────────────────
 
 
 def classifier(classes: int, path: Path, **kwargs) -> modeling_finetune.VisionTransformer:
     """Random weights whose answers vary from image to image."""
     torch.manual_seed(3)
-    shape = dict(img_size=32, num_classes=classes, init_values=0.1, use_abs_pos_emb=False, use_rel_pos_bias=True)
+    shape = dict(
+        img_size=32, num_classes=classes, init_values=0.1, use_abs_pos_emb=False, use_rel_pos_bias=True
+    )
     model = modeling_finetune.create_model(MODEL, **(shape | kwargs), init_scale=1.0)
     with torch.no_grad():
         for value in model.parameters():
@@ -184,7 +200,17 @@ def imagenet_r(tmp_path_factory):
 
 
 def eval_flags(images: Path, out: Path, *more: str) -> list[str]:
-    flags = ["--eval", "--eval_data_path", str(images), "--output_dir", str(out), "--model", MODEL, "--batch_size", "32"]
+    flags = [
+        "--eval",
+        "--eval_data_path",
+        str(images),
+        "--output_dir",
+        str(out),
+        "--model",
+        MODEL,
+        "--batch_size",
+        "32",
+    ]
     return [*flags, *SIZE[:-2], *more]
 
 
@@ -193,7 +219,9 @@ def images_of(folder: Path, out: Path) -> tuple[torch.Tensor, torch.Tensor]:
     args = run_class_finetuning.arguments.parse(run_class_finetuning.get_parser(), eval_flags(folder, out))
     dataset, _ = build_finetuning_dataset(args, train=False, own_classes=True)
     samples = [dataset[i] for i in range(len(dataset))]
-    return torch.stack([sample["image"] for sample in samples]), torch.tensor([sample["label"] for sample in samples])
+    return torch.stack([sample["image"] for sample in samples]), torch.tensor(
+        [sample["label"] for sample in samples]
+    )
 
 
 def results(out: Path) -> dict:
@@ -202,7 +230,9 @@ def results(out: Path) -> dict:
 
 def test_imagenet_r_chooses_among_its_200_classes(weights, imagenet_r, tmp_path, capsys):
     path, model = weights
-    run_class_finetuning.main(eval_flags(imagenet_r, tmp_path, "--robust_test", "ImageNet_R", "--finetune", str(path)))
+    run_class_finetuning.main(
+        eval_flags(imagenet_r, tmp_path, "--robust_test", "ImageNet_R", "--finetune", str(path))
+    )
     images, labels = images_of(imagenet_r, tmp_path)
     with torch.no_grad():
         logits = model(images)
@@ -210,9 +240,13 @@ def test_imagenet_r_chooses_among_its_200_classes(weights, imagenet_r, tmp_path,
     got = results(tmp_path)
     assert got["set"] == "ImageNet-R"
     assert got["test_images"] == 200
-    assert got["test_loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(chosen, labels)), rel=1e-5)
+    assert got["test_loss"] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(chosen, labels)), rel=1e-5
+    )
     assert got["test_acc1"] == pytest.approx(100 * float((chosen.argmax(1) == labels).double().mean()))
-    assert got["test_acc5"] == pytest.approx(100 * float((chosen.topk(5).indices == labels[:, None]).any(1).double().mean()))
+    assert got["test_acc5"] == pytest.approx(
+        100 * float((chosen.topk(5).indices == labels[:, None]).any(1).double().mean())
+    )
     assert got["test_acc1"] == pytest.approx(got["test_balanced_acc"])  # one image a class
     assert len(set(logits.argmax(1).tolist())) > 3  # the model does tell images apart,
     assert (chosen.argmax(1) != logits.argmax(1)).any()  # and most of its first choices are not among the 200
@@ -227,7 +261,9 @@ def test_imagenet_r_chooses_among_its_200_classes(weights, imagenet_r, tmp_path,
 def test_sketch_takes_all_1000_logits_and_the_folder_must_be_complete(weights, tmp_path, capsys):
     path, _ = weights
     folder = noise(tmp_path / "sketch", imagenet_classes.synsets()[:999])
-    flags = eval_flags(folder, tmp_path / "out", "--robust_test", "sketch", "--resume", str(path), "--worst_classes", "3")
+    flags = eval_flags(
+        folder, tmp_path / "out", "--robust_test", "sketch", "--resume", str(path), "--worst_classes", "3"
+    )
     with pytest.raises(SystemExit):
         run_class_finetuning.main(flags)
     assert "has 999 class folders and ImageNet-Sketch has 1000" in capsys.readouterr().err
@@ -282,7 +318,11 @@ def test_robustness_folders_and_models_that_are_not_imagenets(weights, imagenet_
     torch.save(renamed, tmp_path / "renamed.pth")
     stripes = photos(tmp_path / "stripes", per_class=1)
     for folder, model, message in (
-        (stripes, path, "class folder 'a' is none of ImageNet-1k's WordNet ids such as n01440764 (2 of 2 folders"),
+        (
+            stripes,
+            path,
+            "class folder 'a' is none of ImageNet-1k's WordNet ids such as n01440764 (2 of 2 folders",
+        ),
         (imagenet_r, tmp_path / "seven.pth", "needs a model of ImageNet's 1000 classes"),
         (imagenet_r, tmp_path / "renamed.pth", "tells 1000 others apart"),
     ):
@@ -296,7 +336,8 @@ def test_robustness_folders_and_models_that_are_not_imagenets(weights, imagenet_
     assert "has 200; for ImageNet-A or -R add --robust_test" in capsys.readouterr().err
 
 
-# ── Mirror images ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Mirror images
+# ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Table(torch.nn.Module):
@@ -317,7 +358,9 @@ def test_mean_probability_of_an_image_and_its_mirror_image():
     torch.testing.assert_close(answer[0].softmax(0), expected)
     torch.testing.assert_close(answer, WithMirrorImage(Table())(images.flip(-1)))
     # The mean logits would call all three equally likely; two of the 200 classes: chosen before the softmax.
-    torch.testing.assert_close(WithMirrorImage(SomeLogits(Table(), [2, 0]))(images)[0].exp().sum(), torch.tensor(1.0))
+    torch.testing.assert_close(
+        WithMirrorImage(SomeLogits(Table(), [2, 0]))(images)[0].exp().sum(), torch.tensor(1.0)
+    )
 
 
 def test_tta_flip_evaluates_both_views(weights, imagenet_r, tmp_path):
@@ -337,7 +380,8 @@ def test_tta_flip_evaluates_both_views(weights, imagenet_r, tmp_path):
     assert losses[0] < (losses[1] + losses[2]) / 2 - 1e-4  # the two views do differ
 
 
-# ── A model that we trained ──────────────────────────────────────────────────────────────────────────────────────────
+# ── A model that we trained
+# ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +420,9 @@ def test_evaluation_agrees_with_the_training_for_the_weights_and_for_their_avera
 
 def test_weights_without_an_average(weights, imagenet_r, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        run_class_finetuning.main(eval_flags(imagenet_r, tmp_path, "--resume", str(weights[0]), "--model_ema"))
+        run_class_finetuning.main(
+            eval_flags(imagenet_r, tmp_path, "--resume", str(weights[0]), "--model_ema")
+        )
     assert "no moving average" in capsys.readouterr().err
 
 
@@ -388,16 +434,25 @@ def test_labels_follow_the_classes_of_the_training_without_its_images(trained, t
         (tmp_path / "some" / name).symlink_to(trained / "data" / name)
     evaluate(trained, trained / "data", tmp_path / "all", "--worst_classes", "3")
     evaluate(trained, tmp_path / "some", tmp_path / "out", "--worst_classes", "3")
-    by_class = [{line["class"]: line["recall"] for line in results(tmp_path / out)["worst_classes"]} for out in ("all", "out")]
+    by_class = [
+        {line["class"]: line["recall"] for line in results(tmp_path / out)["worst_classes"]}
+        for out in ("all", "out")
+    ]
     assert {"a": by_class[0]["a"], "c": by_class[0]["c"]} == by_class[1]
-    assert results(tmp_path / "out")["test_balanced_acc"] == pytest.approx((by_class[0]["a"] + by_class[0]["c"]) / 2)
+    assert results(tmp_path / "out")["test_balanced_acc"] == pytest.approx(
+        (by_class[0]["a"] + by_class[0]["c"]) / 2
+    )
     other = photos(tmp_path / "other", per_class=1, classes="abd")
-    assert "class folder 'd' is no class of the training data" in refused(capsys, trained, other, tmp_path / "x")
+    assert "class folder 'd' is no class of the training data" in refused(
+        capsys, trained, other, tmp_path / "x"
+    )
 
 
 def test_resuming_with_other_classes_is_refused_and_without_names_is_not(trained, tmp_path, capsys):
     other = photos(tmp_path / "other", per_class=4, classes="abd")
-    flags = finetuning_flags(other, tmp_path / "out", "--resume", str(trained / "run/checkpoint.pth"), "--allow_changed_run")
+    flags = finetuning_flags(
+        other, tmp_path / "out", "--resume", str(trained / "run/checkpoint.pth"), "--allow_changed_run"
+    )
     with pytest.raises(SystemExit):
         run_class_finetuning.main(flags)
     assert "its class 2 is 'c', here it is 'd'" in capsys.readouterr().err
@@ -410,7 +465,11 @@ def test_resuming_with_other_classes_is_refused_and_without_names_is_not(trained
 @pytest.mark.parametrize(
     ("flags", "theirs", "ours"),
     [
-        (["--imagenet_default_mean_and_std"], "no --imagenet_default_mean_and_std", "with --imagenet_default_mean_and_std"),
+        (
+            ["--imagenet_default_mean_and_std"],
+            "no --imagenet_default_mean_and_std",
+            "with --imagenet_default_mean_and_std",
+        ),
         (["--input_size", "48"], "--input_size 32", "--input_size 48"),
         (["--crop_pct", "0.5"], "no --crop_pct", "--crop_pct 0.5"),
     ],
@@ -427,7 +486,11 @@ def test_images_unlike_those_of_the_training_are_told(flags, theirs, ours, train
     [
         (["--use_cls"], "it lacks norm.weight", "--use_mean_pooling"),
         (["--abs_pos_emb"], "it lacks pos_embed", "no --abs_pos_emb"),
-        (["--disable_rel_pos_bias"], "also holds blocks.0.attn.relative_position_bias_table", "--rel_pos_bias"),
+        (
+            ["--disable_rel_pos_bias"],
+            "also holds blocks.0.attn.relative_position_bias_table",
+            "--rel_pos_bias",
+        ),
         (["--disable_qkv_bias"], "also holds blocks.0.attn.q_bias", "--qkv_bias"),
         (["--layer_scale_init_value", "0"], "also holds blocks.0.gamma_1", "--layer_scale_init_value 0.1"),
         (["--model", "beit_tiny_patch16_224"], "it lacks cls_token", f"--model {MODEL}"),
@@ -443,7 +506,8 @@ def test_nothing_is_told_about_a_model_used_as_it_was_trained(trained, tmp_path,
     evaluate(trained, trained / "data", tmp_path, "--dist_eval")
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "warning" in line] == [
-        "warning: --dist_eval does nothing: evaluation is always shared by all processes, and every image counts once"
+        "warning: --dist_eval does nothing: evaluation is always shared by all processes, and every "
+        "image counts once"
     ]
 
 
@@ -460,7 +524,8 @@ def test_published_weights_by_name_without_their_flags(trained, tmp_path, capsys
     run_class_finetuning.main(flags)
     assert results(tmp_path / "out")["weights"] == name
     assert "warning" not in capsys.readouterr().out
-    run_class_finetuning.main([*flags, "--input_size", "48"])  # the file tells by the shape of its bias tables
+    # the file tells by the shape of its bias tables
+    run_class_finetuning.main([*flags, "--input_size", "48"])
     assert "trained on images of another size than --input_size 48" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run_class_finetuning.main([*flags, "--use_cls"])
@@ -470,13 +535,22 @@ def test_published_weights_by_name_without_their_flags(trained, tmp_path, capsys
 def test_two_processes_count_every_image_once(trained, tmp_path):
     images = photos(tmp_path / "images", per_class=3, classes="abc")
     (images / "b/0.jpg").unlink()  # 8 images in batches of 3: shares of 4 and 4; a ninth in none
-    flags = [*eval_flags(images, tmp_path / "two", "--tta_flip"), "--resume", str(trained / "run/checkpoint.pth")]
+    flags = [
+        *eval_flags(images, tmp_path / "two", "--tta_flip"),
+        "--resume",
+        str(trained / "run/checkpoint.pth"),
+    ]
     flags += ["--batch_size", "3", "--worst_classes", "3"]
     where = ["--nproc_per_node=2", "--master_port", str(free_port())]
     command = [sys.executable, "-m", "torch.distributed.run", *where, "run_class_finetuning.py", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, timeout=300
+        command,
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     run_class_finetuning.main([*flags, "--output_dir", str(tmp_path / "one"), "--batch_size", "32"])
@@ -497,7 +571,8 @@ TABLE, EMBEDDING = "blocks.0.attn.relative_position_bias_table", "pos_embed"
         ([TABLE], {"imagenet_default_mean_and_std": False}, None),
         ([TABLE], {"imagenet_default_mean_and_std": True}, "--imagenet_default_mean_and_std"),
         ([EMBEDDING], {}, "--abs_pos_emb, --disable_rel_pos_bias"),  # somebody else's ViT: its weights say it
-        ([EMBEDDING], {"process_type": "imagenet_norm", "imagenet_default_mean_and_std": False},  # a tokenizer's encoder
+        # a tokenizer's encoder
+        ([EMBEDDING], {"process_type": "imagenet_norm", "imagenet_default_mean_and_std": False},
          "--abs_pos_emb, --disable_rel_pos_bias, --imagenet_default_mean_and_std"),
         ([TABLE], {"process_type": "default", "imagenet_default_mean_and_std": True}, None),
     ],
@@ -507,4 +582,8 @@ def test_fine_tuning_unlike_the_pretraining_is_told(keys, flags, theirs, caplog)
     args = parser.parse_args(["--finetune", "x.pth"])
     with caplog.at_level("WARNING", logger="beit"):
         trained_classifier.warn_of_other_pretraining(dict.fromkeys(keys, torch.zeros(1)), flags, parser, args)
-    assert caplog.messages == [] if theirs is None else f"x.pth was trained with {theirs} and is fine" in caplog.messages[0]
+    assert (
+        caplog.messages == []
+        if theirs is None
+        else f"x.pth was trained with {theirs} and is fine" in caplog.messages[0]
+    )

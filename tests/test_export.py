@@ -1,4 +1,6 @@
-"""Exported weights compute the same in timm and in transformers (a process of its own), and come back bit for bit."""
+"""Exported weights compute the same in timm and in transformers (a process of its own),
+and come back bit for bit.
+"""
 
 import json
 import subprocess
@@ -36,7 +38,9 @@ PICTURE = torch.randint(0, 256, (73, 90, 3), generator=torch.Generator().manual_
 
 
 def classifier(case: str) -> modeling_finetune.VisionTransformer:
-    return fill(modeling_finetune.VisionTransformer(**TINY | CLASSIFIERS[case], num_classes=10), seed=7).eval()
+    return fill(
+        modeling_finetune.VisionTransformer(**TINY | CLASSIFIERS[case], num_classes=10), seed=7
+    ).eval()
 
 
 def pretraining() -> modeling_pretrain.VisionTransformerForMaskedImageModelingCLS:
@@ -65,11 +69,15 @@ def assert_same(mine: dict, theirs: dict) -> None:
     assert [key for key in mine if not torch.equal(mine[key], theirs[key])] == []
 
 
-# ── timm ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── timm
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# Folders are read and written by timm's own hub code, which in old releases does not know the new huggingface_hub.
-timms_hub = pytest.mark.skipif(not has_hf_hub(), reason="this timm does not work with the installed huggingface_hub")
+# Folders are read and written by timm's own hub code, which in old releases does not
+# know the new huggingface_hub.
+timms_hub = pytest.mark.skipif(
+    not has_hf_hub(), reason="this timm does not work with the installed huggingface_hub"
+)
 
 
 @timms_hub
@@ -117,7 +125,8 @@ def test_timm_s_own_base_model_loads_the_file_strictly(tmp_path):
 
 def test_images_that_are_not_square_go_to_timm_and_back(tmp_path):
     model = fill(
-        modeling_finetune.VisionTransformer(**TINY | BLOCK_BIAS | {"img_size": (32, 64)}, num_classes=3), seed=1
+        modeling_finetune.VisionTransformer(**TINY | BLOCK_BIAS | {"img_size": (32, 64)}, num_classes=3),
+        seed=1,
     ).eval()
     folder = export(save(model, tmp_path / "wide.pth"), "timm", tmp_path / "timm")
     theirs = Beit(**json.loads((folder / "config.json").read_text())["model_args"]).eval()
@@ -129,7 +138,8 @@ def test_images_that_are_not_square_go_to_timm_and_back(tmp_path):
     assert_same(load_file(back), model.state_dict())
 
 
-# ── transformers ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── transformers
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def jobs_in(folder: Path) -> dict[str, dict]:
@@ -145,7 +155,13 @@ def jobs_in(folder: Path) -> dict[str, dict]:
         given = {"images": inputs()} | ({"mask": mask(2, 4, 6, 1).to(torch.uint8)} if case == "codes" else {})
         save_file(given, there / "inputs.safetensors")
         parts = {key: f"{there}/{key}.safetensors" for key in ("inputs", "outputs", "modules")}
-        described[case] = {"folder": f"{there}/hf", "class": name, **parts, "saved": f"{there}/saved", "model": model}
+        described[case] = {
+            "folder": f"{there}/hf",
+            "class": name,
+            **parts,
+            "saved": f"{there}/saved",
+            "model": model,
+        }
     Image.fromarray(PICTURE.numpy()).save(folder / "picture.png")
     described["mean"]["picture"] = f"{folder}/picture.png"
     return described
@@ -185,24 +201,33 @@ def test_transformers_computes_the_same_features(huggingface):
         close(job["found"]["pooler_output"], job["model"].forward_features(inputs()), CLOSE)
         close(job["found"]["last_hidden_state"], job["model"].get_intermediate_layers(inputs())[-1], CLOSE)
         job = huggingface["tokens"]
-        close(job["found"]["last_hidden_state"][:, 1:], job["model"](inputs(), return_patch_tokens=True)[0], CLOSE)
+        close(
+            job["found"]["last_hidden_state"][:, 1:],
+            job["model"](inputs(), return_patch_tokens=True)[0],
+            CLOSE,
+        )
 
 
 def test_transformers_predicts_the_same_codes(huggingface):
     job = huggingface["codes"]
     with torch.no_grad():
-        close(job["found"]["logits"], job["model"](inputs(), mask(2, 4, 6, 1), return_all_tokens=True)[0], CLOSE)
+        close(
+            job["found"]["logits"], job["model"](inputs(), mask(2, 4, 6, 1), return_all_tokens=True)[0], CLOSE
+        )
 
 
 def test_transformers_sees_the_image_as_our_evaluation_does(huggingface, tmp_path):
     Image.fromarray(PICTURE.numpy()).save(tmp_path / "picture.png")
-    ours = eval_view(64, mean=IMAGENET_MEAN, std=IMAGENET_STD)(load_image(str(tmp_path / "picture.png")))["image"]
+    ours = eval_view(64, mean=IMAGENET_MEAN, std=IMAGENET_STD)(load_image(str(tmp_path / "picture.png")))[
+        "image"
+    ]
     for processor in ("AutoImageProcessor", "BeitImageProcessor"):
         close(huggingface["mean"]["found"][processor][0], ours, CLOSE)
     assert huggingface["mean"]["said"]["id2label"]["3"] == "class 3"
 
 
-# ── And back ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── And back
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("case", [*CLASSIFIERS, "codes", "tokens", "features"])
@@ -210,7 +235,9 @@ def test_weights_come_back_from_hugging_face_bit_for_bit(case, huggingface, tmp_
     """From our own folder, from one that transformers saved, and from the names that its modules have now."""
     job = huggingface[case]
     mine = job["model"].state_dict()
-    lost = {"codes": ("cls_pt",), "tokens": ("cls_pt", "lm_head", "mask_token"), "features": ("head",)}.get(case, ())
+    lost = {"codes": ("cls_pt",), "tokens": ("cls_pt", "lm_head", "mask_token"), "features": ("head",)}.get(
+        case, ()
+    )
     mine = {key: value for key, value in mine.items() if not key.startswith(lost)}
     if case == "plain":  # query and value have a bias there: zeros
         zeros = torch.zeros(48)
@@ -218,7 +245,11 @@ def test_weights_come_back_from_hugging_face_bit_for_bit(case, huggingface, tmp_
     for folder in (job["folder"], job["saved"]):
         assert_same(load_file(export(folder, "safetensors", tmp_path / "back.safetensors")), mine)
     converted = weight_formats.to_our_names(load_file(job["modules"]))
-    assert all(torch.equal(converted[key], value) for key, value in mine.items() if not key.endswith("relative_position_index"))
+    assert all(
+        torch.equal(converted[key], value)
+        for key, value in mine.items()
+        if not key.endswith("relative_position_index")
+    )
 
 
 @timms_hub
@@ -242,7 +273,13 @@ def test_imported_weights_bring_flags_and_class_names(huggingface, tmp_path):
     path = export(huggingface["mean"]["saved"], "safetensors", tmp_path / "back.pth")
     content = torch.load(path, weights_only=True)
     assert content["args"]["model"] is None  # 48 channels: no size of ours
-    expected = {"input_size": 64, "nb_classes": 10, "use_mean_pooling": True, "rel_pos_bias": True, "abs_pos_emb": False}
+    expected = {
+        "input_size": 64,
+        "nb_classes": 10,
+        "use_mean_pooling": True,
+        "rel_pos_bias": True,
+        "abs_pos_emb": False,
+    }
     assert {key: content["args"][key] for key in expected} == expected
     assert content["args"]["imagenet_default_mean_and_std"] is False  # transformers saved no preprocessor
     assert content["stage"]["classes"][3] == "class 3"
@@ -254,7 +291,10 @@ def test_a_demo_model_gets_its_name_and_keeps_its_flags(tmp_path):
     settings = BLOCK_BIAS | {"img_size": 64, "num_classes": 2}
     model = fill(modeling_finetune.create_model("beit_demo_patch16_128", **settings), seed=2)
     hf = export(
-        save(model, tmp_path / "ft.pth", model_ema=fill(model, 4).state_dict()), "huggingface", tmp_path / "hf", "--ema"
+        save(model, tmp_path / "ft.pth", model_ema=fill(model, 4).state_dict()),
+        "huggingface",
+        tmp_path / "hf",
+        "--ema",
     )
     path = export(hf, "safetensors", tmp_path / "back.safetensors")
     assert_same(load_file(path), model.state_dict())  # filled again: these are the averaged weights
@@ -276,7 +316,9 @@ def test_another_size_resizes_the_tables(tmp_path):
     larger = modeling_finetune.VisionTransformer(**TINY | BLOCK_BIAS | {"img_size": 96}, num_classes=10)
     larger.load_state_dict(modeling_finetune.remap_pretrained(model.state_dict(), larger), strict=False)
     assert json.loads((hf / "config.json").read_text())["image_size"] == 96
-    assert json.loads((hf / "preprocessor_config.json").read_text())["size"] == {"shortest_edge": int(96 / 0.875)}
+    assert json.loads((hf / "preprocessor_config.json").read_text())["size"] == {
+        "shortest_edge": int(96 / 0.875)
+    }
     assert_same(load_file(export(hf, "safetensors", tmp_path / "back.safetensors")), larger.state_dict())
 
 
@@ -290,7 +332,8 @@ def test_a_head_that_predicts_pixels_is_none_of_hugging_face_s(tmp_path, capsys)
     assert "BeitModel fits it" in refusal(capsys, source, "huggingface", tmp_path / "no", *flags)
 
 
-# ── What cannot be done ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── What cannot be done
+# ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def refusal(capsys, source: Path, to: str, output: Path, *flags: str) -> str:
@@ -311,11 +354,20 @@ def test_mistakes_end_in_one_sentence(tmp_path, capsys):
         ((ft, "safetensors", out), "ends in .safetensors or .pth"),
         ((ft, "huggingface", tmp_path / "out.safetensors"), "name a folder"),
         ((ft, "timm", out, "--architecture", "BeitModel"), "--architecture names a class of Hugging Face"),
-        ((ft, "huggingface", out, "--architecture", "BeitForMaskedImageModeling"), "BeitForImageClassification fits it"),
-        ((pt, "huggingface", out, "--architecture", "BeitForImageClassification"), "BeitForMaskedImageModeling fits it"),
+        (
+            (ft, "huggingface", out, "--architecture", "BeitForMaskedImageModeling"),
+            "BeitForImageClassification fits it",
+        ),
+        (
+            (pt, "huggingface", out, "--architecture", "BeitForImageClassification"),
+            "BeitForMaskedImageModeling fits it",
+        ),
         ((ft, "huggingface", out, "--ema"), "no moving average"),
         ((ft, "huggingface", out, "--from", "huggingface"), "--from auto"),
-        ((ft, "huggingface", out, "--model", "beit_base_patch16_224"), "--model beit_base_patch16_224 is not what"),
+        (
+            (ft, "huggingface", out, "--model", "beit_base_patch16_224"),
+            "--model beit_base_patch16_224 is not what",
+        ),
         ((ft, "huggingface", out, "--model", "beit_base_patch16_22"), "did you mean beit_base_patch16_224"),
         ((ft, "huggingface", out, "--input_size", "65"), "--input_size"),
         ((ft, "huggingface", out, "--input_size", "64x32"), "only square"),
@@ -339,11 +391,15 @@ def test_other_models_are_told_apart(tmp_path, capsys):
     assert "not a BEiT" in refusal(capsys, hf, "timm", tmp_path / "out")
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "cnn.pth")
     assert "and no vision transformer" in refusal(capsys, tmp_path / "cnn.pth", "timm", tmp_path / "out")
-    torch.save(timm.create_model("vit_tiny_patch16_224", qk_norm=True).state_dict(), tmp_path / "timm_vit.pth")
+    torch.save(
+        timm.create_model("vit_tiny_patch16_224", qk_norm=True).state_dict(), tmp_path / "timm_vit.pth"
+    )
     assert "are normalized (blocks.0.attn.q_norm.weight)" in refusal(
         capsys, tmp_path / "timm_vit.pth", "timm", tmp_path / "out"
     )
-    weights = {key: value for key, value in classifier("mean").state_dict().items() if key != "blocks.2.norm1.bias"}
+    weights = {
+        key: value for key, value in classifier("mean").state_dict().items() if key != "blocks.2.norm1.bias"
+    }
     torch.save({"model": weights}, tmp_path / "part.pth")
     assert "it lacks blocks.2.norm1.bias" in refusal(capsys, tmp_path / "part.pth", "timm", tmp_path / "out")
 
@@ -351,14 +407,20 @@ def test_other_models_are_told_apart(tmp_path, capsys):
 def test_a_backbone_of_hugging_face_s_segmentation_comes_without_its_head(tmp_path, capsys):
     model = classifier("mean")
     weights = weight_formats.to_huggingface(model.state_dict(), weight_formats.CLASSIFIER).weights
-    weights = {key: value.clone() for key, value in weights.items() if key.startswith(("beit.emb", "beit.enc"))}
+    weights = {
+        key: value.clone() for key, value in weights.items() if key.startswith(("beit.emb", "beit.enc"))
+    }
     save_file(weights | {"decode_head.classifier.weight": torch.zeros(3)}, tmp_path / "segmenter.safetensors")
     back = export(tmp_path / "segmenter.safetensors", "safetensors", tmp_path / "back.safetensors")
     said = capsys.readouterr().out
     assert "left out   decode_head.classifier.weight" in said
     assert "the last norm, which the file lacks" in said
     theirs = load_file(back)
-    assert all(torch.equal(theirs[key], value) for key, value in model.state_dict().items() if key.startswith("blocks"))
+    assert all(
+        torch.equal(theirs[key], value)
+        for key, value in model.state_dict().items()
+        if key.startswith("blocks")
+    )
 
 
 def test_a_tokenizer_only_changes_its_container(tmp_path, capsys):
@@ -366,11 +428,15 @@ def test_a_tokenizer_only_changes_its_container(tmp_path, capsys):
     torch.save({"model": weights}, tmp_path / "tokenizer.pth")
     assert "timm has no such model" in refusal(capsys, tmp_path / "tokenizer.pth", "timm", tmp_path / "out")
     path = tmp_path / "tokenizer.safetensors"
-    assert "--class_names" in refusal(capsys, tmp_path / "tokenizer.pth", "safetensors", path, "--class_names", "imagenet-1k")
+    assert "--class_names" in refusal(
+        capsys, tmp_path / "tokenizer.pth", "safetensors", path, "--class_names", "imagenet-1k"
+    )
     assert_same(load_file(export(tmp_path / "tokenizer.pth", "safetensors", path)), weights)
 
 
-@pytest.mark.parametrize("text", ["tench\ngoldfish\n", '["tench", "goldfish"]', '{"1": "goldfish", "0": "tench"}'])
+@pytest.mark.parametrize(
+    "text", ["tench\ngoldfish\n", '["tench", "goldfish"]', '{"1": "goldfish", "0": "tench"}']
+)
 def test_class_names_from_a_file(text, tmp_path):
     (tmp_path / "names").write_text(text)
     assert export_checkpoint.class_names(str(tmp_path / "names"), 2) == ["tench", "goldfish"]

@@ -1,4 +1,6 @@
-"""The pipelines of the data: exact is torchvision's bit for bit, fast is near it, and the device augments as a worker does."""
+"""The pipelines of the data: exact is torchvision's bit for bit, fast is near it, and the
+device augments as a worker does.
+"""
 
 import itertools
 from pathlib import Path
@@ -22,7 +24,15 @@ from datasets import ImageFiles
 from errors import UserError
 from masking_generator import MaskingGenerator
 from runtime.device import to_device
-from transforms import ASPECT_RANGE, HALF_MEAN, HALF_STD, PretrainingViews, RandomCrop, TokenizerViews, load_image
+from transforms import (
+    ASPECT_RANGE,
+    HALF_MEAN,
+    HALF_STD,
+    PretrainingViews,
+    RandomCrop,
+    TokenizerViews,
+    load_image,
+)
 from utils import seeded
 
 SIZES = [(500, 375), (375, 500), (90, 70), (33, 32), (7, 300), (400, 5), (3, 2), (1, 1)]
@@ -33,7 +43,9 @@ ADJUST = {BRIGHTNESS: F.adjust_brightness, CONTRAST: F.adjust_contrast, SATURATI
 def scene(width=500, height=375, seed=0) -> Image.Image:
     """Like a photo: smooth shades, hard edges, saturated and clipped places, some noise."""
     rng = np.random.RandomState(seed)
-    shades = Image.fromarray(rng.randint(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    shades = Image.fromarray(rng.randint(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     values = np.array(shades).astype(np.float32)
     for _ in range(6):
         top, left = rng.randint(0, height), rng.randint(0, width)
@@ -47,9 +59,13 @@ def crop_of_torchvision(image, min_crop_scale, color_jitter, vflip):
     return F.crop(image, *T.RandomResizedCrop.get_params(image, [min_crop_scale, 1.0], ASPECT_RANGE))
 
 
-def pretraining(size=64, second: int | None = 64, jitter=0.4, vflip=0.0, pipeline="exact", on_device=False, mode="bicubic"):
+def pretraining(
+    size=64, second: int | None = 64, jitter=0.4, vflip=0.0, pipeline="exact", on_device=False, mode="bicubic"
+):
     masks = MaskingGenerator(4, 6)
-    return PretrainingViews(size, second, 0.2, jitter, mode, mode, HALF_MEAN, HALF_STD, masks, vflip, pipeline, on_device)
+    return PretrainingViews(
+        size, second, 0.2, jitter, mode, mode, HALF_MEAN, HALF_STD, masks, vflip, pipeline, on_device
+    )
 
 
 def levels(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -57,7 +73,8 @@ def levels(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return 255 * (one - other).abs()
 
 
-# ── Exact ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Exact
+# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -78,8 +95,12 @@ def test_a_crop_is_torchvisions_bit_for_bit(size, jitter, vflip):
     assert len(crops) > 3 or max(size) <= 3
 
 
-@pytest.mark.parametrize("order", [*ORDERS, (SATURATION, CONTRAST), (CONTRAST,), (BRIGHTNESS, SATURATION), ()])
-@pytest.mark.parametrize("factors", [(0.6, 0.6, 0.6), (1.4, 1.4, 1.4), (1.37, 0.71, 1.21), (0.8, 1.3, 0.0), (1.0, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    "order", [*ORDERS, (SATURATION, CONTRAST), (CONTRAST,), (BRIGHTNESS, SATURATION), ()]
+)
+@pytest.mark.parametrize(
+    "factors", [(0.6, 0.6, 0.6), (1.4, 1.4, 1.4), (1.37, 0.71, 1.21), (0.8, 1.3, 0.0), (1.0, 1.0, 1.0)]
+)
 def test_every_order_of_the_jitter_is_exact(order, factors):
     image = scene(120, 90)
     draws = Draws(image.size, tuple((kind, factors[kind]) for kind in order), True, True, 11, 23, 40, 50)
@@ -114,13 +135,16 @@ def test_exact_views_are_the_published_steps(second):
             assert torch.equal(sample["tokenizer_image"], resized)
 
 
-# ── Fast ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Fast
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (90, 70), (33, 32)])
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "lanczos", "random"])
 def test_fast_shows_the_same_crop(size, mode):
-    """The scene is harder than photos, which differ by half a level (docs/performance.md): much of it is clipped."""
+    """The scene is harder than photos, which differ by half a level (docs/performance.md):
+    much of it is clipped.
+    """
     image, means, crops = scene(*size), [], []
     for seed in range(10):
         samples = []
@@ -142,7 +166,9 @@ def test_without_jitter_fast_is_within_a_level():
         views = []
         for pipeline in ("exact", "fast"):
             with seeded(seed):
-                views.append(TokenizerViews(96, 0.2, 0.0, "bicubic", 0.5, pipeline)(scene(seed=seed))["image"])
+                views.append(
+                    TokenizerViews(96, 0.2, 0.0, "bicubic", 0.5, pipeline)(scene(seed=seed))["image"]
+                )
         assert levels(*views).max() < 1.01
         assert levels(*views).mean() < 0.02
 
@@ -165,7 +191,9 @@ def test_jitter_on_tensors_is_pils_within_rounding(order):
         before = operations[: order.index(CONTRAST)]
         pivot = augmentation.mean_gray(augmentation.retouched(image, before))
         ours = augmentation.jitter_and_flip(F.pil_to_tensor(image), draws, pivot)
-        difference = (ours.int() - F.pil_to_tensor(augmentation.retouched(image, operations, pivot)).int()).abs()
+        difference = (
+            ours.int() - F.pil_to_tensor(augmentation.retouched(image, operations, pivot)).int()
+        ).abs()
         assert difference.max() <= 2
         assert difference.float().mean() < 0.01
         assert abs(augmentation.sampled_pivot(image, operations) - pivot) <= 2
@@ -179,7 +207,8 @@ def test_the_sampled_pivot_of_a_large_image():
         assert abs(augmentation.sampled_pivot(image, operations) - augmentation.mean_gray(whole)) <= 2
 
 
-# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Files
+# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def files_of_many_kinds(folder: Path) -> dict[str, str]:
@@ -247,7 +276,8 @@ def test_large_jpegs_are_decoded_no_larger_than_needed(tmp_path):
 def test_a_replaced_file_gets_the_same_random_numbers(tmp_path, pipeline):
     files = files_of_many_kinds(tmp_path)
     whole = Path(files["rgb.jpg"]).read_bytes()
-    (tmp_path / "broken.jpg").write_bytes(whole[: len(whole) // 2])  # its size is known before the decoding fails
+    # its size is known before the decoding fails
+    (tmp_path / "broken.jpg").write_bytes(whole[: len(whole) // 2])
     good, broken = (files["rgb.jpg"], None), (str(tmp_path / "broken.jpg"), None)
     replaced = ImageFiles([broken, good], pretraining(pipeline=pipeline))[3, 0]
     itself = ImageFiles([good, good], pretraining(pipeline=pipeline))[3, 0]
@@ -256,7 +286,8 @@ def test_a_replaced_file_gets_the_same_random_numbers(tmp_path, pipeline):
     assert torch.equal(replaced["mask"], itself["mask"])
 
 
-# ── To the device ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── To the device
+# ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.4])
@@ -267,7 +298,9 @@ def test_the_device_augments_as_a_worker_does(tmp_path, jitter, second):
     for on_device in (False, True):
         views = pretraining(64, second, jitter=jitter, vflip=0.5, pipeline="fast", on_device=on_device)
         dataset = ImageFiles(samples, views, seed=2)
-        batch = next(iter(build_loader(dataset, ResumableSampler(10, 10, 1, 0, 1, seed=0), 0, pin_memory=False)))
+        batch = next(
+            iter(build_loader(dataset, ResumableSampler(10, 10, 1, 0, 1, seed=0), 0, pin_memory=False))
+        )
         assert batch["image"].dtype == torch.uint8
         assert ("draws" in batch) == on_device
         assert ("tokenizer_image" in batch) == (second == 32)  # equal views travel once
@@ -277,8 +310,13 @@ def test_the_device_augments_as_a_worker_does(tmp_path, jitter, second):
         assert batches[0][name].dtype == torch.float32
         assert torch.equal(batches[0][name], batches[1][name])
     assert torch.equal(batches[0]["mask"], batches[1]["mask"])
-    raw = [ImageFiles(samples, pretraining(pipeline="fast", jitter=jitter, vflip=0.5, on_device=True), seed=2)[0, 0]]
-    assert not torch.equal(raw[0]["image"].float() / 255 * 2 - 1, batches[0]["image"][0])  # something was left to do
+    raw = [
+        ImageFiles(samples, pretraining(pipeline="fast", jitter=jitter, vflip=0.5, on_device=True), seed=2)[
+            0, 0
+        ]
+    ]
+    # something was left to do
+    assert not torch.equal(raw[0]["image"].float() / 255 * 2 - 1, batches[0]["image"][0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -286,7 +324,9 @@ def test_a_gpu_gets_the_pixels_that_the_cpu_gets(tmp_path):
     samples = [(file, None) for file in files_of_many_kinds(tmp_path).values()]
     for pipeline, on_device in (("exact", False), ("fast", True)):
         dataset = ImageFiles(samples, pretraining(64, 32, vflip=0.5, pipeline=pipeline, on_device=on_device))
-        batch = next(iter(build_loader(dataset, ResumableSampler(10, 10, 1, 0, 1, seed=0), 0, pin_memory=True)))
+        batch = next(
+            iter(build_loader(dataset, ResumableSampler(10, 10, 1, 0, 1, seed=0), 0, pin_memory=True))
+        )
         here = dataset.finish(to_device(batch, torch.device("cpu")))
         there = dataset.finish(to_device(batch, torch.device("cuda", 0)))
         assert there["mask"].device.type == "cpu"
@@ -299,17 +339,30 @@ def test_a_quarter_of_the_bytes_travel():
     assert sum(value.nbytes for name, value in sample.items() if name != "mask") == 3 * 64 * 64
 
 
-# ── Runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Runs
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_runs_do_not_depend_on_who_augments(tmp_path):
     data, codes = photos(tmp_path / "photos"), tokenizer(tmp_path / "tokenizer.pth")
     for name, more in {"worker": [], "device": ["--augment_on_device"]}.items():
-        flags = ["--data_pipeline", "fast", "--epochs", "1", "--eval_data_path", str(data), "--image_freq", "1", *more]
+        flags = [
+            "--data_pipeline",
+            "fast",
+            "--epochs",
+            "1",
+            "--eval_data_path",
+            str(data),
+            "--image_freq",
+            "1",
+            *more,
+        ]
         run_beitv2_pretraining.main(pretraining_flags(data, tmp_path / name, codes, *flags))
         run_vqkd_training.main(vqkd_flags(data, tmp_path / f"{name}_vqkd", *flags, "--color_jitter", "0.4"))
     for stage in ("", "_vqkd"):
-        assert_same_weights(tmp_path / f"worker{stage}/checkpoint.pth", tmp_path / f"device{stage}/checkpoint.pth")
+        assert_same_weights(
+            tmp_path / f"worker{stage}/checkpoint.pth", tmp_path / f"device{stage}/checkpoint.pth"
+        )
         lines = [log_lines(tmp_path / f"{name}{stage}")[0] for name in ("worker", "device")]
         assert [line["train_loss"] for line in lines] == [lines[0]["train_loss"]] * 2
         assert [line["test_loss"] for line in lines] == [lines[0]["test_loss"]] * 2

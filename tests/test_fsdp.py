@@ -1,4 +1,6 @@
-"""--fsdp: two gloo processes that hold a half each end where DDP and one process end, and write the same checkpoints."""
+"""--fsdp: two gloo processes that hold a half each end where DDP and one process end, and
+write the same checkpoints.
+"""
 
 import json
 import math
@@ -34,20 +36,42 @@ from runtime import distributed, fsdp
 from runtime.distributed import Launch, Precision
 
 on_cpu = pytest.mark.skipif(
-    not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"), reason="this torch's gloo cannot average gradients"
+    not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"),
+    reason="this torch's gloo cannot average gradients",
 )
 CPU = torch.device("cpu")
 
-# ── Whole runs: the same command lines with and without the flag ─────────────────────────────────────────────────────
+# ── Whole runs: the same command lines with and without the flag
+# ─────────────────────────────────────────────────────
 
 
 def lines_of(folder: Path) -> dict[str, tuple[str, list[str]]]:
-    """Name of a run -> script and flags of two processes. 16 images, 9 to evaluate on: one rank has a batch more."""
+    """Name of a run -> script and flags of two processes. 16 images, 9 to evaluate on: one
+    rank has a batch more.
+    """
     train, uneven, codes = folder / "photos/train", folder / "photos/val", folder / "tokenizer.pth"
     looking = ["--eval_data_path", str(uneven), "--knn_freq", "1", "--knn_data_path", str(folder / "photos")]
     looking += ["--drop_path", "0", "--clip_grad", "3", "--image_freq", "1"]
-    drawing = ["--eval_data_path", str(uneven), "--drop_path", "0.1", "--mixup", "0.8", "--model_ema", "--model_ema_decay"]
-    drawing += ["0.5", "--update_freq", "2", "--grad_checkpointing", "--clip_grad", "1", "--save_ckpt_steps", "1"]
+    drawing = [
+        "--eval_data_path",
+        str(uneven),
+        "--drop_path",
+        "0.1",
+        "--mixup",
+        "0.8",
+        "--model_ema",
+        "--model_ema_decay",
+    ]
+    drawing += [
+        "0.5",
+        "--update_freq",
+        "2",
+        "--grad_checkpointing",
+        "--clip_grad",
+        "1",
+        "--save_ckpt_steps",
+        "1",
+    ]
     drawing += ["--keep_ckpts", "9", "--batch_size", "2"]
 
     def pretrain(out, *more):
@@ -102,7 +126,9 @@ def all_runs(rank, world_size, folder):
 
 @pytest.fixture(scope="module")
 def both_ranks(tmp_path_factory):
-    """Where the runs are, and what `trained` returned on each rank: processes are started once, which takes the most time."""
+    """Where the runs are, and what `trained` returned on each rank: processes are started
+    once, which takes the most time.
+    """
     folder = tmp_path_factory.mktemp("fsdp")
     photos(folder / "photos/train")
     photos(folder / "photos/val", per_class=5)
@@ -122,19 +148,26 @@ def assert_near(one: Path, two: Path, tolerance: float) -> None:
         assert first.keys() == second.keys()
         for name, value in first.items():
             assert value.shape == second[name].shape
-            assert torch.allclose(value, second[name], atol=tolerance), (entry, name, (value - second[name]).abs().max())
+            assert torch.allclose(value, second[name], atol=tolerance), (
+                entry,
+                name,
+                (value - second[name]).abs().max(),
+            )
 
 
 def assert_same_moments(one: dict, two: dict) -> None:
-    """What the gradients of half precision add up to. Not the weights: Adam's first step is the gradient's sign times --lr,
-    and a gradient that one sum rounds to 0 is not 0 in the other's order."""
+    """What the gradients of half precision add up to. Not the weights: Adam's first step
+    is the gradient's sign times --lr, and a gradient that one sum rounds to 0 is not 0
+    in the other's order.
+    """
     first, second = one["optimizer"]["state"], two["optimizer"]["state"]
     assert first.keys() == second.keys()
     for index, moments in first.items():
         assert moments["step"] == second[index]["step"]
         for name in ("exp_avg", "exp_avg_sq"):
             expected = second[index][name]
-            assert (moments[name] - expected).norm() <= 0.02 * expected.norm(), (index, name)  # 0.001 was seen
+            # 0.001 was seen
+            assert (moments[name] - expected).norm() <= 0.02 * expected.norm(), (index, name)
 
 
 def assert_same_curves(one: Path, two: Path) -> None:
@@ -147,7 +180,9 @@ def assert_same_curves(one: Path, two: Path) -> None:
 @on_cpu
 @pytest.mark.parametrize("run", ["pretrained", "tuned"])
 def test_shares_end_where_whole_copies_end(run, runs):
-    """Clipping, layer decay, accumulation, recomputed blocks, moving average; evaluation, k-NN and pictures between."""
+    """Clipping, layer decay, accumulation, recomputed blocks, moving average; evaluation,
+    k-NN and pictures between.
+    """
     assert_same_curves(runs / run, runs / f"{run}_ddp")
     assert_near(runs / run, runs / f"{run}_ddp", 2e-6)
     shares, copies = (checkpoint(runs / name / "checkpoint.pth")["optimizer"] for name in (run, f"{run}_ddp"))
@@ -176,7 +211,9 @@ def test_uneven_evaluation_counts_every_image_once_and_pictures_come_out(runs):
 def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(runs):
     assert checkpoint(runs / "tuned/checkpoint-step3.pth")["next"]["samples"] > 0
     assert_same_weights(runs / "tuned/checkpoint.pth", runs / "resumed/checkpoint.pth")
-    moments = [checkpoint(runs / name / "checkpoint.pth")["optimizer"]["state"] for name in ("tuned", "resumed")]
+    moments = [
+        checkpoint(runs / name / "checkpoint.pth")["optimizer"]["state"] for name in ("tuned", "resumed")
+    ]
     assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
 
 
@@ -191,15 +228,20 @@ def test_a_run_goes_on_without_the_flag_and_with_fewer_processes(runs, tmp_path)
 @on_cpu
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(runs):
     assert_near(runs / "bad", runs / "bad_ddp", 2e-6)
-    files = {run: checkpoint(runs / run / "checkpoint.pth") for run in ("bad", "bad_sgd", "bad_fp16", "bad_fp16_ddp")}
+    files = {
+        run: checkpoint(runs / run / "checkpoint.pth")
+        for run in ("bad", "bad_sgd", "bad_fp16", "bad_fp16_ddp")
+    }
     assert all(value.isfinite().all() for content in files.values() for value in content["model"].values())
-    assert {float(moments["step"]) for moments in files["bad"]["optimizer"]["state"].values()} == {3.0}  # of 4
+    # of 4
+    assert {float(moments["step"]) for moments in files["bad"]["optimizer"]["state"].values()} == {3.0}
     assert_same_moments(files["bad_fp16"], files["bad_fp16_ddp"])
     assert files["bad_fp16"]["scaler"] == files["bad_fp16_ddp"]["scaler"]
     assert files["bad_fp16"]["scaler"]["scale"] < 2.0**16  # the scale that it began with
 
 
-# ── What a rank holds, and what it writes ────────────────────────────────────────────────────────────────────────────
+# ── What a rank holds, and what it writes
+# ────────────────────────────────────────────────────────────────────────────
 
 
 class Args(SimpleNamespace):
@@ -210,7 +252,14 @@ class Args(SimpleNamespace):
 def vit():
     """With 5 rows in the head, 1 in the tokens, and a parameter that never gets a gradient."""
     model = modeling_finetune.VisionTransformer(
-        img_size=32, patch_size=16, embed_dim=64, depth=3, num_heads=2, num_classes=5, init_values=0.1, init_scale=1.0
+        img_size=32,
+        patch_size=16,
+        embed_dim=64,
+        depth=3,
+        num_heads=2,
+        num_classes=5,
+        init_values=0.1,
+        init_scale=1.0,
     )
     model.idle = torch.nn.Parameter(torch.ones(2, 2))
     return model
@@ -218,8 +267,19 @@ def vit():
 
 def started(rank, world_size, folder, seed):
     settings = {"opt": "adamw", "lr": 1e-3, "opt_eps": 1e-8, "opt_betas": None, "weight_decay": 0.05}
-    args = Args(**settings, fsdp=True, seed=0, model="vit", start_epoch=0, update_freq=1, output_dir=str(folder), keep_ckpts=0)
-    run = run_state.Run(args, Launch(rank, world_size), CPU, Precision("cpu", None), data={"images": 0, "digest": ""})
+    args = Args(
+        **settings,
+        fsdp=True,
+        seed=0,
+        model="vit",
+        start_epoch=0,
+        update_freq=1,
+        output_dir=str(folder),
+        keep_ckpts=0,
+    )
+    run = run_state.Run(
+        args, Launch(rank, world_size), CPU, Precision("cpu", None), data={"images": 0, "digest": ""}
+    )
     torch.manual_seed(seed)
     model = vit()
     ema = ModelEmaV3(model, decay=0.5)
@@ -247,7 +307,12 @@ def trained(rank, world_size, folder):
     assert all(parameter.is_meta for parameter in plain.parameters())  # the copy is gone
     run_state.save(state, MeanSquare(), run, 0, ["a.pth"])
     run.saver.wait()
-    moments = [value for moments in state.optimizer.state.values() for name, value in moments.items() if name != "step"]
+    moments = [
+        value
+        for moments in state.optimizer.state.values()
+        for name, value in moments.items()
+        if name != "step"
+    ]
     parts = {
         "weights": state.model.parameters(),
         "moments": moments,
@@ -279,7 +344,12 @@ def test_each_rank_holds_its_share(both_ranks):
     first, second = both_ranks[1]
     size = sum(parameter.numel() * 4 for parameter in vit().parameters())
     trained_size = size - 16
-    for name, expected in {"weights": size, "gradients": trained_size, "moments": 2 * trained_size, "ema": size}.items():
+    for name, expected in {
+        "weights": size,
+        "gradients": trained_size,
+        "moments": 2 * trained_size,
+        "ema": size,
+    }.items():
         assert first[name] + second[name] == expected, name
         assert max(first[name], second[name]) < 0.52 * expected, name
     assert not first["autocast_cache"]  # else autocast holds all weights in low precision
@@ -306,7 +376,9 @@ def test_one_rank_alone_sees_what_the_checkpoint_holds(both_ranks):
 @on_cpu
 def test_checkpoints_pass_from_shares_to_one_process_and_back_unchanged(runs):
     content = checkpoint(runs / "a.pth")
-    assert size_of(content["optimizer"]) >= 2 * size_of(content["model_ema"]) > 0.9 * size_of(content["model"])
+    assert (
+        size_of(content["optimizer"]) >= 2 * size_of(content["model_ema"]) > 0.9 * size_of(content["model"])
+    )
     for other in ("b.pth", "c.pth"):
         assert_same(content, checkpoint(runs / other), ("model", "model_ema", "optimizer"))
 
@@ -316,17 +388,27 @@ def assert_same(one, two, names):
         assert flat(one[name]).keys() == flat(two[name]).keys()
         for key, value in flat(one[name]).items():
             other = flat(two[name])[key]
-            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, (name, key)
+            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, (
+                name,
+                key,
+            )
 
 
 def flat(content, prefix=""):
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else None
+    items = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, list)
+        else None
+    )
     if items is None:
         return {prefix: content}
     return {key: value for name, item in items for key, value in flat(item, f"{prefix}/{name}").items()}
 
 
-# ── Where the flag does nothing, and where it is refused ─────────────────────────────────────────────────────────────
+# ── Where the flag does nothing, and where it is refused
+# ─────────────────────────────────────────────────────────────
 
 
 def test_one_process_says_that_there_is_nothing_to_shard(tmp_path, capsys):

@@ -10,7 +10,10 @@ import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
 from modeling_finetune import VisionTransformer, resize_rel_pos_bias_table
-from modeling_pretrain import VisionTransformerForMaskedImageModeling, VisionTransformerForMaskedImageModelingCLS
+from modeling_pretrain import (
+    VisionTransformerForMaskedImageModeling,
+    VisionTransformerForMaskedImageModelingCLS,
+)
 
 SHARED = dict(use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1)
 TINY_CLS = dict(TINY, vocab_size=128, **SHARED)
@@ -53,7 +56,9 @@ def test_pretraining_model(case):
 
     with torch.no_grad():
         tokens = model(x, hidden, return_patch_tokens=True)
-    for branch, (logits, patches) in enumerate(zip(outputs, tokens if len(outputs) == 2 else (tokens,), strict=True)):
+    for branch, (logits, patches) in enumerate(
+        zip(outputs, tokens if len(outputs) == 2 else (tokens,), strict=True)
+    ):
         n, m = patches.shape[1], len(labels)
         close(logits[:: max(1, m // 12), :64], golden[f"logits{branch}"])
         close(patches[:, :: max(1, n // 8), :32], golden[f"tokens{branch}"])
@@ -62,7 +67,9 @@ def test_pretraining_model(case):
 FINETUNING = {
     "finetune_tiny": (
         70,
-        lambda: VisionTransformer(**TINY, num_classes=10, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1),
+        lambda: VisionTransformer(
+            **TINY, num_classes=10, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1
+        ),
     ),
     "finetune_tiny_cls": (
         80,
@@ -72,7 +79,9 @@ FINETUNING = {
     ),
     "finetune_base": (
         90,
-        lambda: modeling_finetune.beit_base_patch16_224(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1),
+        lambda: modeling_finetune.beit_base_patch16_224(
+            use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1
+        ),
     ),
 }
 
@@ -129,11 +138,15 @@ def test_tokenizer(case):
 def test_large_models_have_the_published_keys(case):
     with torch.device("meta"):
         if case == "finetune_large":
-            model = modeling_finetune.beit_large_patch16_224(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=1e-5)
+            model = modeling_finetune.beit_large_patch16_224(
+                use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=1e-5
+            )
         elif case == "pretrain_large_v1":
             model = modeling_pretrain.beit_large_patch16_224_8k_vocab(**SHARED)
         else:
-            model = modeling_pretrain.beit_large_patch16_224_8k_vocab_cls_pt(**SHARED, early_layers=21, head_layers=2)
+            model = modeling_pretrain.beit_large_patch16_224_8k_vocab_cls_pt(
+                **SHARED, early_layers=21, head_layers=2
+            )
     assert_keys(model, case)
 
 

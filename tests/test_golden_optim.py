@@ -33,7 +33,9 @@ def assert_groups(mine, golden):
 def test_groups_of_layer_wise_decay():
     facts = data("layer_decay_groups")
     with torch.device("meta"):
-        model = modeling_finetune.beit_base_patch16_224(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+        model = modeling_finetune.beit_base_patch16_224(
+            use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1
+        )
     assigner = LayerDecayValueAssigner(layer_decay_values(facts["layer_decay"], depth=12))
     groups = get_parameter_groups(
         model, facts["weight_decay"], model.no_weight_decay(), assigner.get_layer_id, assigner.get_scale
@@ -45,7 +47,11 @@ def test_groups_of_pretraining():
     facts = data("pretrain_groups")
     with torch.device("meta"):
         model = modeling_pretrain.beit_base_patch16_224_8k_vocab_cls_pt(
-            use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1, early_layers=9, head_layers=2
+            use_abs_pos_emb=False,
+            use_shared_rel_pos_bias=True,
+            init_values=0.1,
+            early_layers=9,
+            head_layers=2,
         )
     groups = get_parameter_groups(model, facts["weight_decay"], model.no_weight_decay())
     assert_groups(described(model, groups), facts["groups"])
@@ -63,7 +69,9 @@ def test_schedules():
     close = dict(rtol=1e-9, atol=1e-12)
     lr = cosine_scheduler(1.5e-3, 1e-5, 12, 7, warmup_epochs=3)
     np.testing.assert_allclose(lr, golden["lr"].numpy(), **close)
-    np.testing.assert_allclose(cosine_scheduler(1.5e-3, 1e-5, 12, 7, warmup_steps=10), golden["lr_steps"].numpy(), **close)
+    np.testing.assert_allclose(
+        cosine_scheduler(1.5e-3, 1e-5, 12, 7, warmup_steps=10), golden["lr_steps"].numpy(), **close
+    )
     np.testing.assert_allclose(cosine_scheduler(0.05, 0.2, 12, 7), golden["wd"].numpy(), **close)
     assert lr[0] == 0 and lr[20] == 1.5e-3  # first step, end of the warm-up
     assert lr[-1] > 1e-5  # the last step stands one short of the final value, as published

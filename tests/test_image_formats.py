@@ -28,7 +28,10 @@ def test_no_program_is_started_by_an_image(tmp_path, monkeypatch):
     evil = tmp_path / "evil.jpg"
     evil.write_bytes(EPS)
     for read in (load_image, read_mask):
-        with pytest.raises(UnidentifiedImageError, match=r"^PostScript, which is not decoded; convert it to JPEG or PNG$"):
+        with pytest.raises(
+            UnidentifiedImageError,
+            match=(r"^PostScript, which is not decoded; convert it to JPEG or " r"PNG$"),
+        ):
             read(str(evil))
     assert not (tmp_path / "started").exists()
 
@@ -82,7 +85,8 @@ def calls_of_image_open(text: str) -> int:
         if isinstance(node, ast.Import):
             names |= {alias.asname for alias in node.names if alias.name == "PIL.Image" and alias.asname}
     return sum(
-        isinstance(node, ast.Attribute) and node.attr == "open" and ast.unparse(node.value) in names for node in ast.walk(tree)
+        isinstance(node, ast.Attribute) and node.attr == "open" and ast.unparse(node.value) in names
+        for node in ast.walk(tree)
     )
 
 

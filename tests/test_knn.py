@@ -87,7 +87,9 @@ def share(features, rank, world_size):
     own = range(rank, len(features), world_size)
     chunks = [list(own[start : start + 4]) for start in range(0, len(own), 4)]
     columns = {"image": features.values, "label": features.labels, "index": features.index}
-    return knn.extract(({name: column[chunk] for name, column in columns.items()} for chunk in chunks), lambda x: x)
+    return knn.extract(
+        ({name: column[chunk] for name, column in columns.items()} for chunk in chunks), lambda x: x
+    )
 
 
 def on_rank(rank, world_size):
@@ -96,7 +98,9 @@ def on_rank(rank, world_size):
     same = torch.equal(whole.values, train.values) and torch.equal(whole.labels, train.labels)
     tiny = knn.of_all_ranks(share(single, rank, world_size), CPU)  # rank 1 has nothing
     same = same and torch.equal(tiny.values, single.values)
-    results = [knn.accuracies(whole, share(f, rank, world_size), CLASSES, CPU, (10, 20)) for f in (queries, single)]
+    results = [
+        knn.accuracies(whole, share(f, rank, world_size), CLASSES, CPU, (10, 20)) for f in (queries, single)
+    ]
     return {"same": same, "results": results}
 
 
@@ -111,8 +115,19 @@ def test_two_processes_find_what_one_finds():
 def test_the_script_finds_every_image_nearest_to_itself(tmp_path, capsys):
     data, weights = photos(tmp_path / "data", per_class=5, classes="abc"), student(tmp_path / "student.pth")
     flags = ["--knn", "--finetune", str(weights), "--data_set", "image_folder", "--data_path", str(data)]
-    flags += ["--eval_data_path", str(data), "--output_dir", str(tmp_path / "out"), "--device", "cpu", "--num_workers", "0"]
-    run_linear_eval.main([*flags, "--knn_k", "1", "30", "--amp_dtype", "fp32", "--batch_size", "4", "--knn_layer", "2"])
+    flags += [
+        "--eval_data_path",
+        str(data),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+    ]
+    run_linear_eval.main(
+        [*flags, "--knn_k", "1", "30", "--amp_dtype", "fp32", "--batch_size", "4", "--knn_layer", "2"]
+    )
     results = json.loads((tmp_path / "out/knn.json").read_text())
     assert (results["knn1_acc1"], results["knn_images"]) == (100, 15)
     assert results["knn30_acc5"] == 100  # all 15 vote, and there are three classes
@@ -123,12 +138,26 @@ def test_the_script_finds_every_image_nearest_to_itself(tmp_path, capsys):
 
 def test_flags_of_training_are_named_with_k_nn(tmp_path, capsys):
     data, weights = photos(tmp_path / "data", per_class=2), student(tmp_path / "student.pth")
-    flags = ["--finetune", str(weights), "--data_set", "image_folder", "--data_path", str(data), "--device", "cpu"]
+    flags = [
+        "--finetune",
+        str(weights),
+        "--data_set",
+        "image_folder",
+        "--data_path",
+        str(data),
+        "--device",
+        "cpu",
+    ]
     flags += ["--eval_data_path", str(data), "--num_workers", "0", "--amp_dtype", "fp32", "--batch_size", "2"]
     run_linear_eval.main([*flags, "--knn"])
     assert "warning" not in capsys.readouterr().out.replace("k is cut", "")
-    run_linear_eval.main([*flags, "--knn", "--epochs", "3", "--lr", "5", "--opt", "sgd", "--save_ckpt_freq", "1"])
-    assert "warning: --epochs, --lr, --opt, --save_ckpt_freq do nothing here: --knn trains nothing" in capsys.readouterr().out
+    run_linear_eval.main(
+        [*flags, "--knn", "--epochs", "3", "--lr", "5", "--opt", "sgd", "--save_ckpt_freq", "1"]
+    )
+    assert (
+        "warning: --epochs, --lr, --opt, --save_ckpt_freq do nothing here: --knn trains nothing"
+        in capsys.readouterr().out
+    )
     run_linear_eval.main([*flags, "--epochs", "1", "--lr", "5"])
     assert "nothing here" not in capsys.readouterr().out
 
@@ -161,10 +190,29 @@ def test_k_nn_during_pretraining_has_its_own_frequency_and_changes_nothing(split
     lines = log_lines(tmp_path / "with")
     assert ["test_knn_acc1" in line for line in lines] == [False, True, False, True]
     assert ["test_loss" in line for line in lines] == [False, False, True, True]
-    assert all(0 <= line[name] <= 100 for line in lines[1::2] for name in ("test_knn_acc1", "test_knn10_acc1"))
+    assert all(
+        0 <= line[name] <= 100 for line in lines[1::2] for name in ("test_knn_acc1", "test_knn10_acc1")
+    )
     # The same figure as of the finished checkpoint.
-    flags = ["--knn", "--finetune", str(tmp_path / "with/checkpoint.pth"), "--data_set", "IMNET", "--data_path", str(split)]
-    flags += ["--device", "cpu", "--num_workers", "0", "--amp_dtype", "fp32", "--output_dir", str(tmp_path / "knn")]
+    flags = [
+        "--knn",
+        "--finetune",
+        str(tmp_path / "with/checkpoint.pth"),
+        "--data_set",
+        "IMNET",
+        "--data_path",
+        str(split),
+    ]
+    flags += [
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+        "--amp_dtype",
+        "fp32",
+        "--output_dir",
+        str(tmp_path / "knn"),
+    ]
     run_linear_eval.main([*flags, "--knn_k", "10", "20", "--batch_size", "4"])
     results = json.loads((tmp_path / "knn/knn.json").read_text())
     assert lines[-1]["test_knn_acc1"] == results["knn20_acc1"]
@@ -176,12 +224,17 @@ def test_k_nn_during_pretraining_has_its_own_frequency_and_changes_nothing(split
     [
         (["--knn_freq", "2"], "--knn_freq .* and --knn_data_path .* act together"),
         (["--knn_data_path", "/x"], "--knn_freq .* and --knn_data_path .* act together"),
-        (["--knn_freq", "1", "--knn_data_path", "/nowhere"], "--knn_data_path /nowhere: a folder that holds train/ and val/"),
+        (
+            ["--knn_freq", "1", "--knn_data_path", "/nowhere"],
+            "--knn_data_path /nowhere: a folder that holds train/ and val/",
+        ),
         (["--knn_temperature", "0"], "knn_temperature: .0. is not a number above 0"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(flags, message, split, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        run_beitv2_pretraining.main(pretraining_flags(split / "train", tmp_path, tokenizer(tmp_path / "t.pth"), *flags))
+        run_beitv2_pretraining.main(
+            pretraining_flags(split / "train", tmp_path, tokenizer(tmp_path / "t.pth"), *flags)
+        )
     assert stop.value.code == 2
     assert re.search(message, capsys.readouterr().err)

@@ -1,4 +1,6 @@
-"""The same scripts under a launcher: two gloo processes end where one ends, the guide's command runs, evaluation is exact."""
+"""The same scripts under a launcher: two gloo processes end where one ends, the guide's
+command runs, evaluation is exact.
+"""
 
 import os
 import re
@@ -61,8 +63,13 @@ def folder(tmp_path_factory):
 def test_pretraining_on_two_processes_follows_the_same_curve_as_on_one(launcher, folder, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
     more = ["--drop_path", "0"]  # what drop path draws depends on the rank
-    two_processes("run_beitv2_pretraining.py", pretraining_flags(folder, tmp_path / "two", codes, *more), launcher)
-    one_process("run_beitv2_pretraining.py", pretraining_flags(folder, tmp_path / "one", codes, *more, "--batch_size", "8"))
+    two_processes(
+        "run_beitv2_pretraining.py", pretraining_flags(folder, tmp_path / "two", codes, *more), launcher
+    )
+    one_process(
+        "run_beitv2_pretraining.py",
+        pretraining_flags(folder, tmp_path / "one", codes, *more, "--batch_size", "8"),
+    )
     two, one = log_lines(tmp_path / "two"), log_lines(tmp_path / "one")
     for mine, other in zip(two, one, strict=True):
         for key in ("train_loss", "train_grad_norm", "train_mlm_acc_1", "train_majority_code_share"):
@@ -76,7 +83,10 @@ def test_the_codebook_of_two_processes_is_that_of_one(folder, tmp_path):
     two, one = log_lines(tmp_path / "two"), log_lines(tmp_path / "one")
     assert two[0]["train_rec_loss"] == pytest.approx(one[0]["train_rec_loss"], rel=1e-3)
     assert two[0]["test_codes_used"] == one[0]["test_codes_used"]
-    codebooks = [checkpoint(tmp_path / out / "checkpoint.pth")["model"]["quantize.embedding.weight"] for out in ("two", "one")]
+    codebooks = [
+        checkpoint(tmp_path / out / "checkpoint.pth")["model"]["quantize.embedding.weight"]
+        for out in ("two", "one")
+    ]
     assert (codebooks[0] * codebooks[1]).sum(-1).min() > 0.99
 
 
@@ -96,7 +106,9 @@ def test_a_run_of_two_processes_resumes_exactly_and_one_process_takes_over(folde
     codes = tokenizer(tmp_path / "tokenizer.pth")
     whole = pretraining_flags(folder, tmp_path / "whole", codes, "--drop_path", "0.1")
     two_processes("run_beitv2_pretraining.py", whole)
-    broken = pretraining_flags(folder, tmp_path / "broken", codes, "--drop_path", "0.1", "--save_ckpt_freq", "1")
+    broken = pretraining_flags(
+        folder, tmp_path / "broken", codes, "--drop_path", "0.1", "--save_ckpt_freq", "1"
+    )
     two_processes("run_beitv2_pretraining.py", broken)
     first_epoch = tmp_path / "broken/checkpoint-0.pth"
     two_processes("run_beitv2_pretraining.py", [*broken, "--resume", str(first_epoch)])
@@ -107,7 +119,9 @@ def test_a_run_of_two_processes_resumes_exactly_and_one_process_takes_over(folde
 
 
 def test_the_guides_command_for_the_base_model_runs_on_two_processes(tmp_path):
-    """Only paths, process count and epochs are changed, and `--device cpu` added (a few images: 92 M parameters on a CPU)."""
+    """Only paths, process count and epochs are changed, and `--device cpu` added (a few
+    images: 92 M parameters on a CPU).
+    """
     images = photos(tmp_path / "imagenet/train", per_class=2)
     torch.manual_seed(0)
     weights = modeling_vqkd.vqkd_encoder_base_decoder_3x768x12_clip(as_tokenizer=True).state_dict()
@@ -126,7 +140,9 @@ def test_the_guides_command_for_the_base_model_runs_on_two_processes(tmp_path):
     command.insert(command.index("run_beitv2_pretraining.py"), f"--master_port={free_port()}")
     start([*command, "--device", "cpu"])
     model = checkpoint(tmp_path / "out/checkpoint.pth")["model"]
-    assert {key: list(value.shape) for key, value in model.items()} == data("state_dict_keys")["pretrain_base_cls_pt"]
+    assert {key: list(value.shape) for key, value in model.items()} == data("state_dict_keys")[
+        "pretrain_base_cls_pt"
+    ]
     assert "train_mlm_acc_2" in log_lines(tmp_path / "out")[0]
 
 

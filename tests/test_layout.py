@@ -4,8 +4,10 @@ import ast
 
 from source_files import FOLDERS, library_files, module_name
 
-LAYERS = (  # from top to bottom: names of folders and of modules at the root; `*` stands for the end of a name
-    ("commands", "run_vqkd_training run_beitv2_pretraining run_class_finetuning run_segmentation_finetuning run_linear_eval "
+# from top to bottom: names of folders and of modules at the root; `*` stands for the
+# end of a name
+LAYERS = (
+    ("commands", "run_vqkd_training run_beitv2_pretraining run_class_finetuning " "run_segmentation_finetuning run_linear_eval "
      "encode_images visualize_* export_checkpoint model_zoo benchmark"),
     ("benchmarks", "benchmarks"),
     ("engines", "engine* run_state"),
@@ -61,4 +63,6 @@ def test_the_check_can_fail():
     assert violations({"utils": "import engine", "engine": ""})
     assert violations({"layers.a": "from runtime import b", "runtime.b": ""})
     assert violations({"runtime.a": "from runtime.b import c", "runtime.b": "from runtime import a"})
-    assert not violations({"runtime.a": "from runtime.b import c", "runtime.b": "", "engine": "from runtime import a"})
+    assert not violations(
+        {"runtime.a": "from runtime.b import c", "runtime.b": "", "engine": "from runtime import a"}
+    )

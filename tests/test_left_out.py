@@ -54,9 +54,15 @@ class Brightness(torch.nn.Module):
 
 def counted(rank, world, folder):
     dataset = ImageFiles(find_classes_folder(folder)[0], eval_view(32))
-    loader = build_eval_loader(dataset, Namespace(batch_size=2, num_workers=0, pin_mem=False), Launch(rank, world), CPU)
+    loader = build_eval_loader(
+        dataset, Namespace(batch_size=2, num_workers=0, pin_mem=False), Launch(rank, world), CPU
+    )
     results, confusion = FinetuningStage(CPU, Precision("cpu", None), loader).measure(Brightness())
-    return {"of_class": confusion.by_class()[1].tolist(), "results": results, "training": "image" in dataset[1]}
+    return {
+        "of_class": confusion.by_class()[1].tolist(),
+        "results": results,
+        "training": "image" in dataset[1],
+    }
 
 
 def test_classification_on_one_process_and_two(data, caplog, monkeypatch):
@@ -64,7 +70,10 @@ def test_classification_on_one_process_and_two(data, caplog, monkeypatch):
     alone = counted(0, 1, str(data / "val"))
     assert alone["of_class"] == [1, 6] and alone["results"]["test_images"] == 7
     assert alone["training"]  # there the next image takes its place
-    assert "5 of 12 images of --eval_data_path cannot be read and do not count: " in caplog.text and "a/1.jpg" in caplog.text
+    assert (
+        "5 of 12 images of --eval_data_path cannot be read and do not count: " in caplog.text
+        and "a/1.jpg" in caplog.text
+    )
     assert "using the next image" not in caplog.text
     for of_rank in run_ranks(counted, 2, str(data / "val")):
         assert of_rank["of_class"] == [1, 6]
@@ -72,11 +81,31 @@ def test_classification_on_one_process_and_two(data, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "mode", [["--knn", "--knn_k", "3"], ["--linear", "--epochs", "1"], ["--linear", "--epochs", "1", "--cached_features"]]
+    "mode",
+    [
+        ["--knn", "--knn_k", "3"],
+        ["--linear", "--epochs", "1"],
+        ["--linear", "--epochs", "1", "--cached_features"],
+    ],
 )
 def test_frozen_features(mode, data, tmp_path):
-    flags = ["--finetune", str(student(tmp_path / "student.pth")), "--data_set", "image_folder", *SIZE, "--batch_size", "4"]
-    flags += ["--data_path", str(data / "train"), "--eval_data_path", str(data / "val"), "--output_dir", str(tmp_path)]
+    flags = [
+        "--finetune",
+        str(student(tmp_path / "student.pth")),
+        "--data_set",
+        "image_folder",
+        *SIZE,
+        "--batch_size",
+        "4",
+    ]
+    flags += [
+        "--data_path",
+        str(data / "train"),
+        "--eval_data_path",
+        str(data / "val"),
+        "--output_dir",
+        str(tmp_path),
+    ]
     run_linear_eval.main([*flags, *mode])
     knn = "--knn" in mode
     found = json.loads((tmp_path / "knn.json").read_text()) if knn else log_lines(tmp_path)[-1]
@@ -94,7 +123,9 @@ def test_held_out_loss_of_pretraining_and_of_the_tokenizer(data, tmp_path):
         run_vqkd_training.main(vqkd_flags(data / "train", tmp_path / name, *more))
         losses[name] = log_lines(tmp_path / name)[-1]["test_loss"]
     assert losses["broken"] == pytest.approx(losses["whole"], rel=1e-6)
-    dataset = ImageFiles([(str(data / "val" / "a" / f"{number}.jpg"), None) for number in range(6)], eval_view(32))
+    dataset = ImageFiles(
+        [(str(data / "val" / "a" / f"{number}.jpg"), None) for number in range(6)], eval_view(32)
+    )
     loader = build_eval_loader(dataset, Namespace(batch_size=2, num_workers=0, pin_mem=False), Launch(), CPU)
     assert [batch["index"].tolist() for batch in evaluation_batches(loader, CPU)] == [[0]]
     more = ["--epochs", "1", "--warmup_epochs", "0", "--eval_data_path", str(data / "val")]
@@ -106,7 +137,9 @@ def test_held_out_loss_of_pretraining_and_of_the_tokenizer(data, tmp_path):
 def test_segmentation(tmp_path, capsys):
     root = labeled_pixels(tmp_path / "pixels")
     cut_short(root / "images" / "validation" / "1.jpg")
-    flags = segmentation_flags(root, tmp_path / "out", "--max_steps", "2", "--steps_per_epoch", "2", "--image_freq", "1")
+    flags = segmentation_flags(
+        root, tmp_path / "out", "--max_steps", "2", "--steps_per_epoch", "2", "--image_freq", "1"
+    )
     run_segmentation_finetuning.main(flags)
     broken = log_lines(tmp_path / "out")[-1]
     assert "1 of 3 images of --eval_data_path cannot be read and do not count" in capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""Linear probe: every layer's classifier learns, the backbone does not; resumption and several processes are exact."""
+"""Linear probe: every layer's classifier learns, the backbone does not; resumption and
+several processes are exact.
+"""
 
 import re
 
@@ -27,8 +29,29 @@ def weights(tmp_path_factory):
 
 
 def flags(data, weights, out, *more):
-    where = ["--data_set", "image_folder", "--data_path", str(data), "--eval_data_path", str(data), "--output_dir", str(out)]
-    return [*where, *SIZE, "--finetune", str(weights), "--batch_size", "4", "--epochs", "2", "--lr", "0.1", *more]
+    where = [
+        "--data_set",
+        "image_folder",
+        "--data_path",
+        str(data),
+        "--eval_data_path",
+        str(data),
+        "--output_dir",
+        str(out),
+    ]
+    return [
+        *where,
+        *SIZE,
+        "--finetune",
+        str(weights),
+        "--batch_size",
+        "4",
+        "--epochs",
+        "2",
+        "--lr",
+        "0.1",
+        *more,
+    ]
 
 
 def test_every_layer_learns_to_tell_stripes_apart(folder, weights, tmp_path):
@@ -41,7 +64,11 @@ def test_every_layer_learns_to_tell_stripes_apart(folder, weights, tmp_path):
     assert last["test_images"] == 16
     assert last["train_loss"] < 0.7 * LAYERS * 0.6931  # without learning: log 2 a layer
     heads = checkpoint(tmp_path / "checkpoint-best.pth")["model"]
-    assert heads.keys() == {"mean", "std", *(f"heads.{i}.{part}" for i in range(LAYERS) for part in ("weight", "bias"))}
+    assert heads.keys() == {
+        "mean",
+        "std",
+        *(f"heads.{i}.{part}" for i in range(LAYERS) for part in ("weight", "bias")),
+    }
     assert heads["heads.5.weight"].shape == (2, 256)
 
 
@@ -87,9 +114,15 @@ def test_training_images_are_only_cropped_and_flipped(more, cropped, folder, wei
     train = next(dataset for of_training, dataset in built if of_training)
     assert torch.equal(train[0, 3]["image"], train[1, 3]["image"]) is not cropped  # two epochs
     parts = train.transform.transform.transforms
-    acting = [step for part in parts for step in getattr(part, "transforms", [part]) if getattr(step, "hue", 0) is not None]
+    acting = [
+        step
+        for part in parts
+        for step in getattr(part, "transforms", [part])
+        if getattr(step, "hue", 0) is not None
+    ]
     steps = [type(step).__name__ for step in acting]  # a color jitter of strength 0 has None for a range
-    assert steps[:2] == ["Resize", "RandomCrop" if cropped else "CenterCrop"]  # above 32 pixels: RandomResizedCrop
+    # above 32 pixels: RandomResizedCrop
+    assert steps[:2] == ["Resize", "RandomCrop" if cropped else "CenterCrop"]
     assert not {"ColorJitter", "RandomErasing", "RandAugment"} & set(steps)
 
 
@@ -109,10 +142,16 @@ def test_layers_do_not_disturb_each_other(folder, weights, tmp_path, monkeypatch
     """The first layer's classifier ends the same whether the others are there or not."""
     run_linear_eval.main(flags(folder, weights, tmp_path / "all", "--cached_features"))
     original = engine_for_linear_eval.FrozenBackbone.__call__
-    monkeypatch.setattr(engine_for_linear_eval.FrozenBackbone, "__call__", lambda self, images: original(self, images)[:, :1])
-    monkeypatch.setattr(run_linear_eval, "LinearHeads", lambda layers, dim, classes: LinearHeads(1, dim, classes))
+    monkeypatch.setattr(
+        engine_for_linear_eval.FrozenBackbone, "__call__", lambda self, images: original(self, images)[:, :1]
+    )
+    monkeypatch.setattr(
+        run_linear_eval, "LinearHeads", lambda layers, dim, classes: LinearHeads(1, dim, classes)
+    )
     run_linear_eval.main(flags(folder, weights, tmp_path / "first", "--cached_features"))
-    both = [checkpoint(tmp_path / name / "checkpoint.pth")["model"]["heads.0.weight"] for name in ("all", "first")]
+    both = [
+        checkpoint(tmp_path / name / "checkpoint.pth")["model"]["heads.0.weight"] for name in ("all", "first")
+    ]
     assert torch.allclose(*both, rtol=1e-5, atol=1e-7)
     assert both[0].abs().max() > 1e-3
 
@@ -148,7 +187,11 @@ def test_the_learning_rate_is_for_256_images(folder, weights, tmp_path, capsys):
 
 def test_which_features_a_file_gives(weights, folder, tmp_path, capsys):
     without = student(tmp_path / "without.pth", STUDENT.removesuffix("_cls_pt"))
-    expected = {(weights, "--linear"): "cls of 6", (without, "--linear"): "cls_mean of 6", (weights, "--knn"): "cls of layer 6"}
+    expected = {
+        (weights, "--linear"): "cls of 6",
+        (without, "--linear"): "cls_mean of 6",
+        (weights, "--knn"): "cls of layer 6",
+    }
     expected |= {(without, "--knn"): "mean of layer 6"}
     for (file, mode), text in expected.items():
         run_linear_eval.main(flags(folder, file, tmp_path / f"{text}", mode, "--epochs", "1"))
@@ -175,8 +218,14 @@ def test_classifiers_of_another_backbone_are_not_resumed(folder, weights, tmp_pa
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--cached_features", "--vflip", "0.5"], "--vflip acts on random crops, and --cached_features takes center crops"),
-        (["--knn", "--min_crop_scale", "0.5"], "--min_crop_scale acts on random crops, and --knn takes center"),
+        (
+            ["--cached_features", "--vflip", "0.5"],
+            "--vflip acts on random crops, and --cached_features takes center crops",
+        ),
+        (
+            ["--knn", "--min_crop_scale", "0.5"],
+            "--min_crop_scale acts on random crops, and --knn takes center",
+        ),
         (["--knn", "--cached_features"], "--cached_features acts with --linear"),
         (["--knn_k", "5"], "--knn_k acts with --knn alone"),
         (["--knn", "--knn_layer", "7"], "--knn_layer 7: the backbone has 6 blocks, 1 to 6"),

@@ -21,7 +21,8 @@ from errors import UserError, hide_secrets, printable
 from visualization import html
 
 ROOT = Path(__file__).resolve().parent.parent
-RAW = [*range(10), *range(11, 32), *range(127, 160), 0x200B, 0x202E, 0x2066, 0xFEFF, 0xDCFF]  # all but line feeds
+# all but line feeds
+RAW = [*range(10), *range(11, 32), *range(127, 160), 0x200B, 0x202E, 0x2066, 0xFEFF, 0xDCFF]
 HOSTILE = "\x1b]0;PWN\x07\x9b2J\u202egpj\u200b"
 
 
@@ -65,13 +66,17 @@ def test_tracebacks_of_our_own_mistakes(capsys: pytest.CaptureFixture[str]) -> N
         f"    raise KeyError('http://u:pw@h/?sig=SECRET') from ValueError({HOSTILE!r})\nmain()"
     )
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stderr
-    assert "KeyError: 'http://h/'" in said and r"ValueError: \x1b]0;PWN" in said and no_control_character(said)
+    assert (
+        "KeyError: 'http://h/'" in said and r"ValueError: \x1b]0;PWN" in said and no_control_character(said)
+    )
     assert "SECRET" not in said and "pw@" not in said
 
 
 def test_pages_are_escaped() -> None:
     page = html.document(f"<b>{HOSTILE}", html.table([("tokenizer", "https://u:pw@h/w.pth?sig=SECRET")]))
-    assert "&lt;b&gt;\\x1b]0;PWN" in page and no_control_character(page) and "<td>https://h/w.pth</td>" in page
+    assert (
+        "&lt;b&gt;\\x1b]0;PWN" in page and no_control_character(page) and "<td>https://h/w.pth</td>" in page
+    )
 
 
 ASKED: list[str] = []
@@ -117,7 +122,10 @@ def test_secrets_of_urls_stay_on_the_command_line(
             assert word not in text, (where, word)
     shown = f"http://{host}/w.pth"
     assert f"finetune={shown}" in said.out and f"http://{host}/none.pth (HTTP Error 404" in said.err
-    assert shown.encode() in kept[str(out / "checkpoint.pth")] and shown.encode() in kept[str(tmp_path / "e.safetensors")]
+    assert (
+        shown.encode() in kept[str(out / "checkpoint.pth")]
+        and shown.encode() in kept[str(tmp_path / "e.safetensors")]
+    )
 
 
 def test_hostile_names_work_and_are_shown_escaped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -39,8 +39,9 @@ assert re.search("[a-f]", HASH)  # else no name could carry it
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves BODY, or what `bodies` has for a path, under every path that ends in .pth; `break_after`: after how many bytes
-    each answer breaks off."""
+    """Serves BODY, or what `bodies` has for a path, under every path that ends in .pth;
+    `break_after`: after how many bytes each answer breaks off.
+    """
 
     daemon_threads = True
 
@@ -66,7 +67,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         body = self.server.bodies.get(self.path, BODY)
         unchanged = self.headers.get("If-Range") in (None, self.server.etag)
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.server.ranges and unchanged else 0
+        start = (
+            int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.server.ranges and unchanged else 0
+        )
         if start >= len(body):
             self.send_error(416)
             return
@@ -110,7 +113,10 @@ def test_table_names_files_builders_and_results() -> None:
     assert entry.urls == [downloads.MIRRORS[0] + "BEiT-v2/beitv2_base_patch16_224_pt1k.pth"]
     assert (entry.kind, entry.model) == ("pretrained", "beit_base_patch16_224_8k_vocab_cls_pt")
     entry = downloads.ENTRIES["beit_base_patch16_384_pt22k_ft22kto1k"]
-    assert (entry.file, entry.model) == ("v1.0/beit_base_patch16_384_pt22k_ft22kto1k.pth", "beit_base_patch16_384")
+    assert (entry.file, entry.model) == (
+        "v1.0/beit_base_patch16_384_pt22k_ft22kto1k.pth",
+        "beit_base_patch16_384",
+    )
     assert (entry.classes, dict(entry.metrics)) == (1000, {"top1": 86.82, "top5": 98.124, "loss": 0.565})
     entry = downloads.ENTRIES["vqkd_encoder_base_decoder_3x768x12_clip"]
     assert entry.urls[0].endswith("/BEiT-v2/vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth")
@@ -151,7 +157,9 @@ def test_the_parameter_counts_are_those_of_the_models() -> None:
                 model = modeling_vqkd.create_model(name, as_tokenizer=True)
             elif entry.kind == "pretrained":
                 layers = {"early_layers": 9 if "base" in name else 21}
-                model = modeling_pretrain.create_model(entry.model, use_shared_rel_pos_bias=True, **positions, **layers)
+                model = modeling_pretrain.create_model(
+                    entry.model, use_shared_rel_pos_bias=True, **positions, **layers
+                )
             elif entry.kind == "tokenizer-v1":
                 model = modeling_dvae.DallEEncoder()
             elif entry.kind in ("intermediate", "finetuned"):
@@ -162,7 +170,8 @@ def test_the_parameter_counts_are_those_of_the_models() -> None:
         assert entry.params == round(sum(p.numel() for p in model.parameters()) / 1e6, 1), name
 
 
-# ------------------------------------------------------------------------------------------------------------- fetching
+# -------------------------------------------------------------------------------------------------------------
+#   fetching
 def test_download_once_under_the_name_without_query(server: Server, hub: pathlib.Path) -> None:
     path = downloads.fetch(f"{server.url}some/weights-{HASH}.pth?sv=1&sig=abc%3D")
     assert path == hub / f"weights-{HASH}.pth"
@@ -173,7 +182,11 @@ def test_download_once_under_the_name_without_query(server: Server, hub: pathlib
 
 
 def test_one_file_name_at_two_addresses_is_two_files(server: Server, hub: pathlib.Path) -> None:
-    server.bodies = {"/a/checkpoint-best.pth": b"A", "/b/checkpoint-best.pth": b"B", "/b/checkpoint-best.pth?run=2": b"C"}
+    server.bodies = {
+        "/a/checkpoint-best.pth": b"A",
+        "/b/checkpoint-best.pth": b"B",
+        "/b/checkpoint-best.pth?run=2": b"C",
+    }
     files = {path: downloads.fetch(server.url.rstrip("/") + path) for path in server.bodies}
     assert {path: file.read_bytes() for path, file in files.items()} == server.bodies
     assert all(file.name == "checkpoint-best.pth" and file.parent.parent == hub for file in files.values())
@@ -182,7 +195,9 @@ def test_one_file_name_at_two_addresses_is_two_files(server: Server, hub: pathli
     assert len(server.requests) == 4
 
 
-def test_published_files_and_hashed_names_lie_where_torch_hub_put_them(server: Server, hub: pathlib.Path) -> None:
+def test_published_files_and_hashed_names_lie_where_torch_hub_put_them(
+    server: Server, hub: pathlib.Path
+) -> None:
     hub.mkdir(parents=True)
     published = "beit_base_patch16_224_pt22k.pth"
     plain = {
@@ -199,21 +214,30 @@ def test_published_files_and_hashed_names_lie_where_torch_hub_put_them(server: S
     assert len(server.requests) == 1
 
 
-def test_a_file_put_into_the_cache_by_hand_is_checked(hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_put_into_the_cache_by_hand_is_checked(
+    hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.mkdir(parents=True)
     name = "vqkd_encoder_base_decoder_1x768x12_clip"
     path = hub / f"{name}-d93179da.pth"
     path.write_text("garbage")
     for _ in range(2):  # the note beside it makes no difference
-        with pytest.raises(UserError, match=r"-d93179da\.pth has sha256 [0-9a-f]{8}\.\.\. instead of d93179da: .*delete it"):
+        with pytest.raises(
+            UserError,
+            match=(r"-d93179da\.pth has sha256 [0-9a-f]{8}\.\.\. instead of " r"d93179da: .*delete it"),
+        ):
             downloads.fetch(name)
     assert path.read_text() == "garbage"  # not ours to delete
     path.write_bytes(BODY)  # the right file, in the place of the wrong one
-    monkeypatch.setitem(downloads.ENTRIES, name, dataclasses.replace(downloads.ENTRIES[name], sha256_prefix=HASH))
+    monkeypatch.setitem(
+        downloads.ENTRIES, name, dataclasses.replace(downloads.ENTRIES[name], sha256_prefix=HASH)
+    )
     assert downloads.fetch(name) == path
 
 
-def test_a_cached_file_is_read_for_its_hash_once(server: Server, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_file_is_read_for_its_hash_once(
+    server: Server, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hashed = []
     digest = downloads._digest
     monkeypatch.setattr(downloads, "_digest", lambda path: [hashed.append(path.name), digest(path)][1])
@@ -276,7 +300,9 @@ def test_wrong_hash_is_refused_and_deleted(server: Server, hub: pathlib.Path) ->
 
 
 def test_a_hash_that_only_the_name_tells_deletes_nothing(server: Server, hub: pathlib.Path) -> None:
-    with pytest.raises(UserError, match=r"instead of 0123abcd, as in its name; .*kept as .*/unchecked_w-0123abcd\.pth"):
+    with pytest.raises(
+        UserError, match=(r"instead of 0123abcd, as in its name; .*kept as " r".*/unchecked_w-0123abcd\.pth")
+    ):
         downloads.fetch(f"{server.url}w-0123abcd.pth")
     assert downloads.fetch(hub / "unchecked_w-0123abcd.pth").read_bytes() == BODY
     (hub / "w-0123abcd.pth").write_bytes(BODY)
@@ -290,7 +316,9 @@ def test_a_number_in_a_name_is_no_hash(server: Server, name: str) -> None:
     assert downloads.fetch(server.url + name).read_bytes() == BODY
 
 
-def test_mirrors_are_tried_in_turn(server: Server, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mirrors_are_tried_in_turn(
+    server: Server, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(downloads, "MIRRORS", [f"http://127.0.0.1:{closed_port()}/", server.url])
     assert downloads.fetch("beit_base_patch16_224_pt22k") == hub / "beit_base_patch16_224_pt22k.pth"
     monkeypatch.setattr(downloads, "FORMER_HOSTS", ("localhost",))
@@ -307,7 +335,9 @@ def test_the_users_mirrors_come_first(
     (folder / "BEiT-v2" / f"{name}.pth").write_bytes(b"in the published folder")
     (folder / "beit_base_patch16_224_pt22k.pth").write_bytes(b"bare")
     monkeypatch.setattr(downloads, "MIRRORS", [f"{server.url}published/"])
-    monkeypatch.setenv("BEIT_MIRRORS", f"http://127.0.0.1:{closed_port()} {folder.as_uri()} {server.url}mirror/")
+    monkeypatch.setenv(
+        "BEIT_MIRRORS", f"http://127.0.0.1:{closed_port()} {folder.as_uri()} {server.url}mirror/"
+    )
     assert downloads.fetch(name).read_bytes() == b"in the published folder"
     assert downloads.fetch("beit_base_patch16_224_pt22k").read_bytes() == b"bare"
     assert not server.requests
@@ -318,9 +348,13 @@ def test_the_users_mirrors_come_first(
     assert downloads.fetch("dall_e_encoder") == hub / "encoder.pkl"
 
 
-def test_a_mirror_with_another_file_is_passed_over(server: Server, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mirror_with_another_file_is_passed_over(
+    server: Server, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = "vqkd_encoder_base_decoder_1x768x12_clip"
-    monkeypatch.setitem(downloads.ENTRIES, name, dataclasses.replace(downloads.ENTRIES[name], sha256_prefix=HASH))
+    monkeypatch.setitem(
+        downloads.ENTRIES, name, dataclasses.replace(downloads.ENTRIES[name], sha256_prefix=HASH)
+    )
     monkeypatch.setattr(downloads, "MIRRORS", [server.url])
     monkeypatch.setenv("BEIT_MIRRORS", f"{server.url}login")
     server.bodies = {f"/login/{part}{name}-d93179da.pth": b"<html>" for part in ("BEiT-v2/", "")}
@@ -332,7 +366,10 @@ def test_unreachable_mirrors_are_all_named(hub: pathlib.Path, monkeypatch: pytes
     port = closed_port()
     monkeypatch.setattr(downloads, "MIRRORS", [f"http://127.0.0.1:{port}/published/"])
     monkeypatch.setenv("BEIT_MIRRORS", f"http://127.0.0.1:{port}/mirror")
-    with pytest.raises(UserError, match=r"/mirror/v1\.0/beit.* nor .*/mirror/beit.* nor .*/published/v1\.0/beit.*put it at"):
+    with pytest.raises(
+        UserError,
+        match=(r"/mirror/v1\.0/beit.* nor .*/mirror/beit.* nor " r".*/published/v1\.0/beit.*put it at"),
+    ):
         downloads.fetch("beit_base_patch16_224_pt22k")
 
 
@@ -396,12 +433,16 @@ def test_mistyped_source_offers_names() -> None:
 def test_two_processes_download_once(server: Server, hub: pathlib.Path) -> None:
     server.pause = 1.0
     code = f"from checkpoint_io import downloads; print(downloads.fetch('{server.url}w-{HASH}.pth'))"
-    ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     assert [rank.communicate(timeout=60)[0].strip() for rank in ranks] == [str(hub / f"w-{HASH}.pth")] * 2
     assert len(server.requests) == 1
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------------------------------------
+#   reading
 class RunsCode:
     def __init__(self, trace: str) -> None:
         self.trace = trace
@@ -413,7 +454,11 @@ class RunsCode:
 @pytest.mark.parametrize("new_format", [True, False])
 def test_pickled_code_is_refused_and_not_run(tmp_path: pathlib.Path, new_format: bool) -> None:
     trace, path = tmp_path / "trace", tmp_path / "bad.pth"
-    torch.save({"model": {"w": torch.ones(2)}, "x": RunsCode(str(trace))}, path, _use_new_zipfile_serialization=new_format)
+    torch.save(
+        {"model": {"w": torch.ones(2)}, "x": RunsCode(str(trace))},
+        path,
+        _use_new_zipfile_serialization=new_format,
+    )
     with pytest.raises(UserError, match=r"bad\.pth holds Python objects \(\w+\.system\)"):
         weight_files.load_file(path)
     assert not trace.exists()
@@ -473,7 +518,9 @@ def test_safetensors_and_torchscript(tmp_path: pathlib.Path) -> None:
         assert all(torch.equal(loaded[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("kind", ["empty", "half", "half of the old format", "html", "noise", "zip", "safetensors"])
+@pytest.mark.parametrize(
+    "kind", ["empty", "half", "half of the old format", "html", "noise", "zip", "safetensors"]
+)
 def test_damaged_files_are_named(tmp_path: pathlib.Path, kind: str) -> None:
     path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
     torch.save({"w": torch.ones(20_000)}, path, _use_new_zipfile_serialization=kind == "half")

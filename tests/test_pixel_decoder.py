@@ -1,4 +1,6 @@
-"""The pixel decoder: it learns to draw from codes alone, the tokenizer stays as it was, and its file needs no other."""
+"""The pixel decoder: it learns to draw from codes alone, the tokenizer stays as it was,
+and its file needs no other.
+"""
 
 import re
 import shutil
@@ -9,7 +11,16 @@ import pytest
 import torch
 from PIL import Image
 from test_entries import kill_after
-from tiny_runs import SIZE, TOKENIZER, assert_same_weights, checkpoint, log_lines, photos, tokenizer, vqkd_flags
+from tiny_runs import (
+    SIZE,
+    TOKENIZER,
+    assert_same_weights,
+    checkpoint,
+    log_lines,
+    photos,
+    tokenizer,
+    vqkd_flags,
+)
 
 import arguments
 import encode_images
@@ -34,7 +45,15 @@ def codes(tmp_path_factory):
 
 
 def flags(data: Path, codes: Path, out: Path, *more: str) -> list[str]:
-    own = ["--train_pixel_decoder", "--tokenizer_weight", str(codes), "--data_path", str(data), "--output_dir", str(out)]
+    own = [
+        "--train_pixel_decoder",
+        "--tokenizer_weight",
+        str(codes),
+        "--data_path",
+        str(data),
+        "--output_dir",
+        str(out),
+    ]
     small = ["--pixel_decoder_depth", "1", "--pixel_decoder_dim", "64", "--batch_size", "4", "--epochs", "2"]
     return [*own, *small, *SIZE, *more]
 
@@ -52,9 +71,12 @@ def four_photos(folder: Path) -> Path:
 def test_it_draws_what_the_codes_tell_and_beats_the_mean_color(codes, tmp_path):
     images, out = four_photos(tmp_path / "images"), tmp_path / "out"
     longer = ["--epochs", "150", "--lr", "0.1", "--eval_freq", "150", "--print_freq", "1000"]  # times 4 / 128
-    run_vqkd_training.main([*flags(images, codes, out, *longer), "--min_crop_scale", "1", "--eval_data_path", str(images)])
+    run_vqkd_training.main(
+        [*flags(images, codes, out, *longer), "--min_crop_scale", "1", "--eval_data_path", str(images)]
+    )
     first, last = log_lines(out)[0], log_lines(out)[-1]
-    assert last["test_psnr_mean_color"] == pytest.approx(10.07, abs=0.01)  # half the range is 160 / 255: -20 log10(80 / 255)
+    # half the range is 160 / 255: -20 log10(80 / 255)
+    assert last["test_psnr_mean_color"] == pytest.approx(10.07, abs=0.01)
     assert last["test_psnr"] > last["test_psnr_mean_color"] + 6
     assert last["train_psnr"] > first["train_psnr"] + 6
     assert (out / "checkpoint-best.pth").exists()
@@ -70,7 +92,9 @@ def test_the_tokenizer_stays_as_it_was(data, codes, tmp_path):
 
 
 def test_training_leaves_the_tokenizer_in_eval_and_without_gradients():
-    model = Reconstructor(modeling_vqkd.create_model(TOKENIZER, img_size=32, n_code=16, code_dim=8), 1, 32).train()
+    model = Reconstructor(
+        modeling_vqkd.create_model(TOKENIZER, img_size=32, n_code=16, code_dim=8), 1, 32
+    ).train()
     assert model.decoder.training
     assert not any(module.training for module in model.tokenizer.modules())
     model(torch.rand(2, 3, 32, 32)).mean().backward()
@@ -81,7 +105,9 @@ def test_training_leaves_the_tokenizer_in_eval_and_without_gradients():
 
 def test_pixels_come_from_the_codes_alone():
     torch.manual_seed(0)
-    model = Reconstructor(modeling_vqkd.create_model(TOKENIZER, img_size=32, n_code=16, code_dim=8, as_tokenizer=True), 1, 32)
+    model = Reconstructor(
+        modeling_vqkd.create_model(TOKENIZER, img_size=32, n_code=16, code_dim=8, as_tokenizer=True), 1, 32
+    )
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         drawn = model.eval()(images)
@@ -122,10 +148,15 @@ def test_the_checkpoint_alone_is_enough(data, tmp_path, capsys):
     capsys.readouterr()
     picture = tmp_path / "new/folder/reconstruction.png"
     files = [str(data / "a/0.jpg"), str(data / "b")]
-    visualize_reconstruction.main(["--checkpoint", str(saved), "--image", *files, "--count", "9", "--output", str(picture)])
+    visualize_reconstruction.main(
+        ["--checkpoint", str(saved), "--image", *files, "--count", "9", "--output", str(picture)]
+    )
     lines = capsys.readouterr().out
-    assert len(re.findall(r"^ *\d+\.\d\d dB \(mean color \d+\.\d\d\) .*\.jpg$", lines, flags=re.MULTILINE)) == 9
-    assert Image.open(picture).size == (8 * 162 - 2, 6 * (160 + CAPTION + 2) - 2)  # 8 images and 1: two bands of three rows
+    assert (
+        len(re.findall(r"^ *\d+\.\d\d dB \(mean color \d+\.\d\d\) .*\.jpg$", lines, flags=re.MULTILINE)) == 9
+    )
+    # 8 images and 1: two bands of three rows
+    assert Image.open(picture).size == (8 * 162 - 2, 6 * (160 + CAPTION + 2) - 2)
 
 
 @pytest.fixture(scope="module")
@@ -145,15 +176,26 @@ def drawn_of(pixels, images, out, monkeypatch, *more):
 
     with monkeypatch.context() as patch:
         patch.setattr(drawing, "reconstructions", spy)
-        visualize_reconstruction.main(["--checkpoint", str(pixels), "--image", str(images), "--output", str(out), *more])
+        visualize_reconstruction.main(
+            ["--checkpoint", str(pixels), "--image", str(images), "--output", str(out), *more]
+        )
     return seen
 
 
 @pytest.mark.parametrize("view", [[], ["--crop_pct", "0.5"]])
 def test_an_image_has_the_same_tokens_in_every_script(view, data, codes, pixels, tmp_path, monkeypatch):
-    own = ["--tokenizer_weight", str(codes), "--data_path", str(data), "--output_dir", str(tmp_path / "codes")]
+    own = [
+        "--tokenizer_weight",
+        str(codes),
+        "--data_path",
+        str(data),
+        "--output_dir",
+        str(tmp_path / "codes"),
+    ]
     encode_images.main([*own, "--num_workers", "0", "--device", "cpu", *view])
-    shown, captions = drawn_of(pixels, data, tmp_path / "x.png", monkeypatch, "--count", "99", "--device", "cpu", *view)
+    shown, captions = drawn_of(
+        pixels, data, tmp_path / "x.png", monkeypatch, "--count", "99", "--device", "cpu", *view
+    )
     assert shown == np.load(tmp_path / "codes/codes.npy").tolist()
     names = [Path(line).name for line in (tmp_path / "codes/files.txt").read_text().splitlines()]
     assert [caption[0] for caption in captions] == names
@@ -162,7 +204,9 @@ def test_an_image_has_the_same_tokens_in_every_script(view, data, codes, pixels,
 
 def test_the_scripts_that_look_share_flags_and_defaults():
     scripts = (encode_images, visualize_attention, visualize_reconstruction)
-    shared = [{name: script.get_parser().get_default(name) for name in ("crop_pct", "device")} for script in scripts]
+    shared = [
+        {name: script.get_parser().get_default(name) for name in ("crop_pct", "device")} for script in scripts
+    ]
     assert shared == [{"crop_pct": None, "device": "cuda"}] * 3
     assert [script.get_parser().get_default("count") for script in scripts[1:]] == [8, 8]
 
@@ -175,14 +219,20 @@ def test_a_broken_image_of_a_folder_is_left_out(data, pixels, tmp_path, capsys):
     visualize_reconstruction.main([*given, str(folder)])
     lines = capsys.readouterr().out
     assert lines.count("left out") == 2 and lines.count(" dB ") == len(list(folder.iterdir())) - 2 + 1
-    for source, message in ((folder / "2.jpg", r"--image .*2\.jpg: cannot be read"), ("/nowhere", "--image /nowhere: no such")):
+    for source, message in (
+        (folder / "2.jpg", r"--image .*2\.jpg: cannot be read"),
+        ("/nowhere", "--image /nowhere: no such"),
+    ):
         refused(visualize_reconstruction.main, [*given, str(source)], message, capsys)
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [(".", r"--output .*: is a folder"), ("x.xyz", r"--output .*x\.xyz: the name must end in \.png")]
+    ("name", "message"),
+    [(".", r"--output .*: is a folder"), ("x.xyz", r"--output .*x\.xyz: the name must end in \.png")],
 )
-def test_the_name_of_the_picture_is_looked_at_before_the_model(name, message, data, tmp_path, capsys, monkeypatch):
+def test_the_name_of_the_picture_is_looked_at_before_the_model(
+    name, message, data, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(visualize_reconstruction, "open_reconstructor", None)
     own = ["--checkpoint", "x.pth", "--image", str(data), "--output", str(tmp_path / name)]
     refused(visualize_reconstruction.main, own, message, capsys)
@@ -212,7 +262,12 @@ def test_mistakes_end_in_one_sentence(more, message, data, codes, tmp_path, caps
 
 def test_its_flags_are_refused_where_they_do_nothing(data, codes, tmp_path, capsys):
     flag = ["--tokenizer_weight", str(codes)]
-    refused(run_vqkd_training.main, vqkd_flags(data, tmp_path, *flag), "no effect without --train_pixel_decoder", capsys)
+    refused(
+        run_vqkd_training.main,
+        vqkd_flags(data, tmp_path, *flag),
+        "no effect without --train_pixel_decoder",
+        capsys,
+    )
 
 
 def test_another_tokenizer_than_the_resumed_one_is_refused(data, codes, tmp_path, capsys):

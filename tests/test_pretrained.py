@@ -1,4 +1,6 @@
-"""What of a weight file a model takes: grids of any shape, shared and own bias, prefixes, and a report of all of it."""
+"""What of a weight file a model takes: grids of any shape, shared and own bias, prefixes,
+and a report of all of it.
+"""
 
 import pytest
 import safetensors.torch
@@ -23,7 +25,12 @@ from segmentation import trained_segmenter
 
 
 def vit(size=64, **settings):
-    settings = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1, "num_classes": 10} | settings
+    settings = {
+        "use_abs_pos_emb": False,
+        "use_rel_pos_bias": True,
+        "init_values": 0.1,
+        "num_classes": 10,
+    } | settings
     return fill(VisionTransformer(**(TINY | {"img_size": size} | settings)), 3).eval()
 
 
@@ -52,7 +59,9 @@ def test_a_bias_that_depends_on_rows_alone_stays_so_on_a_grid_that_is_not_square
     """Stretching the columns of a 5 x 5 grid to 9 must not touch the rows, and keeps their order."""
     height = width = 5
     dy = torch.arange(-(height - 1), height).float()
-    table = torch.cat((dy[:, None].expand(-1, 2 * width - 1).reshape(-1, 1), torch.tensor([[7.0], [8.0], [9.0]])))
+    table = torch.cat(
+        (dy[:, None].expand(-1, 2 * width - 1).reshape(-1, 1), torch.tensor([[7.0], [8.0], [9.0]]))
+    )
     wide = resize_rel_pos_bias_table(table, (5, 9))
     assert wide.shape == (9 * 17 + 3, 1)
     torch.testing.assert_close(wide[:-3].view(9, 17), dy[:, None].expand(9, 17), atol=1e-5, rtol=0)
@@ -63,14 +72,18 @@ def test_a_bias_that_depends_on_rows_alone_stays_so_on_a_grid_that_is_not_square
 
 def test_square_and_per_axis_resizing_agree():
     table = torch.randn(13 * 13 + 3, 2)
-    assert torch.equal(resize_rel_pos_bias_table(table, 12), resize_rel_pos_bias_table(table, (12, 12), (7, 7)))
+    assert torch.equal(
+        resize_rel_pos_bias_table(table, 12), resize_rel_pos_bias_table(table, (12, 12), (7, 7))
+    )
 
 
 @pytest.mark.parametrize("size", [96, (64, 96), (112, 48)])
 def test_weights_go_to_another_grid_and_give_finite_logits(size):
     source, target = vit(), vit(size)
     fitting = remap_pretrained(source.state_dict(), target)
-    assert set(target.state_dict()) - set(fitting) == {k for k in target.state_dict() if k.endswith("position_index")}
+    assert set(target.state_dict()) - set(fitting) == {
+        k for k in target.state_dict() if k.endswith("position_index")
+    }
     target.load_state_dict(fitting, strict=False)
     with torch.no_grad():
         assert target(torch.rand(1, 3, *target.patch_embed.img_size)).isfinite().all()
@@ -99,12 +112,18 @@ def test_the_report_names_what_was_used_resized_copied_dropped_and_new(capsys):
         assert torch.equal(fitting[f"blocks.{block}.attn.relative_position_bias_table"], resized)
     unchanged = vit()
     report = remapping.remapping_report(unchanged.state_dict(), unchanged, unchanged.state_dict())
-    assert report[-2:] == ["left out   nothing", "new        nothing"] and not any("resized" in line for line in report)
+    assert report[-2:] == ["left out   nothing", "new        nothing"] and not any(
+        "resized" in line for line in report
+    )
 
 
 def test_weights_of_another_size_are_refused():
     with pytest.raises(
-        UserError, match=r"--finetune x.pth is no file of ours \(it holds layer1.conv.weight\): none of its weights fits"
+        UserError,
+        match=(
+            r"--finetune x.pth is no file of ours \(it holds layer1.conv.weight\): none "
+            r"of its weights fits"
+        ),
     ):
         pretrained.load_fitting(vit(), {"layer1.conv.weight": torch.zeros(3)}, "--finetune x.pth")
 
@@ -151,7 +170,9 @@ def test_fine_tuning_on_images_that_are_not_square(tmp_path):
     data = photos(tmp_path / "data", per_class=2)
     flags = finetuning_flags(data, tmp_path / "square", "--epochs", "1", "--batch_size", "2")
     run_class_finetuning.main(flags)
-    wide = finetuning_flags(data, tmp_path / "wide", "--epochs", "1", "--batch_size", "2", "--input_size", "32x64")
+    wide = finetuning_flags(
+        data, tmp_path / "wide", "--epochs", "1", "--batch_size", "2", "--input_size", "32x64"
+    )
     run_class_finetuning.main([*wide, "--finetune", str(tmp_path / "square/checkpoint.pth")])
     weights = torch.load(tmp_path / "wide/checkpoint.pth", weights_only=True)["model"]
     assert patch_grid(weights) == (2, 4)
@@ -174,7 +195,9 @@ def test_a_grid_that_only_looks_square_keeps_its_positions(tmp_path):
     torch.save({"model": source.state_dict(), "args": {"input_size": [64, 256]}}, tmp_path / "w.pth")
     model, _ = pretrained.open_backbone(str(tmp_path / "w.pth"), num_heads=4)
     assert model.patch_embed.patch_shape == (4, 16) and torch.equal(model.pos_embed, source.pos_embed)
-    other = remap_pretrained(weight_source.read(str(tmp_path / "w.pth")).weights, vit((128, 128), use_abs_pos_emb=True))
+    other = remap_pretrained(
+        weight_source.read(str(tmp_path / "w.pth")).weights, vit((128, 128), use_abs_pos_emb=True)
+    )
     assert not torch.equal(other["pos_embed"], source.pos_embed)
 
 
@@ -214,20 +237,27 @@ def test_resuming_from_another_kind_of_model_says_what_it_is(tmp_path, capsys):
     data = photos(tmp_path / "data", per_class=1)
     torch.save({"model": shared().state_dict()}, tmp_path / "pt.pth")
     with pytest.raises(SystemExit):
-        run_class_finetuning.main(finetuning_flags(data, tmp_path / "out", "--resume", str(tmp_path / "pt.pth")))
+        run_class_finetuning.main(
+            finetuning_flags(data, tmp_path / "out", "--resume", str(tmp_path / "pt.pth"))
+        )
     assert "is a model of masked image modeling (for --finetune) of another shape" in capsys.readouterr().err
 
 
 def test_a_folder_of_hugging_face_is_fine_tuned_from(tmp_path, capsys):
     data = photos(tmp_path / "data", per_class=1)
-    theirs = weight_formats.to_huggingface(vit(32, embed_dim=128, depth=6).state_dict(), weight_formats.CLASSIFIER).weights
+    theirs = weight_formats.to_huggingface(
+        vit(32, embed_dim=128, depth=6).state_dict(), weight_formats.CLASSIFIER
+    ).weights
     (tmp_path / "hf").mkdir()
     safetensors.torch.save_file(theirs, tmp_path / "hf/model.safetensors")
-    run_class_finetuning.main(finetuning_flags(data, tmp_path / "out", "--finetune", str(tmp_path / "hf"), "--epochs", "1"))
+    run_class_finetuning.main(
+        finetuning_flags(data, tmp_path / "out", "--finetune", str(tmp_path / "hf"), "--epochs", "1")
+    )
     assert "new        head.weight, head.bias" in capsys.readouterr().out
 
 
-# ── Weights of plain ViTs ────────────────────────────────────────────────────────────────────────────────────────────
+# ── Weights of plain ViTs
+# ────────────────────────────────────────────────────────────────────────────────────────────
 PLAIN = {"img_size": 32, "patch_size": 16, "embed_dim": 128, "depth": 6, "num_heads": 4}
 POSITIONS = {"use_abs_pos_emb": True, "use_rel_pos_bias": False}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -282,11 +312,15 @@ def test_a_frozen_backbone_computes_what_its_file_does(settings, tmp_path):
     theirs = plain_vit(**settings)
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
     model, _ = pretrained.open_backbone(str(tmp_path / "w.pth"), num_heads=4)
-    torch.testing.assert_close(model.get_intermediate_layers(IMAGES)[-1][:, 0], last_cls(theirs), atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        model.get_intermediate_layers(IMAGES)[-1][:, 0], last_cls(theirs), atol=2e-6, rtol=1e-6
+    )
     segmenter = trained_segmenter.modeling_segmentation.create_model(
         "upernet_beit_demo_patch16", 3, 32, **POSITIONS, init_values=0.1
     )
-    trained_segmenter.load_pretrained(segmenter.eval(), weight_source.read(str(tmp_path / "w.pth")), "--finetune w.pth")
+    trained_segmenter.load_pretrained(
+        segmenter.eval(), weight_source.read(str(tmp_path / "w.pth")), "--finetune w.pth"
+    )
     tokens = segmenter.backbone.embed(IMAGES)
     for block in segmenter.backbone.blocks:
         tokens = block(tokens)
@@ -296,7 +330,9 @@ def test_a_frozen_backbone_computes_what_its_file_does(settings, tmp_path):
 OTHERS = {
     "queries and keys are normalized": {"qk_norm": True},
     "SwiGLU": {"mlp_layer": timm.layers.SwiGLU},
-    "blocks.0.mlp.fc2.weight is 128 x 256 in it and 128 x 512 in the model": {"mlp_layer": timm.layers.GluMlp},
+    "blocks.0.mlp.fc2.weight is 128 x 256 in it and 128 x 512 in the model": {
+        "mlp_layer": timm.layers.GluMlp
+    },
     "register tokens": {"reg_tokens": 4},
     "normalized before the blocks": {"pre_norm": True},
     "its blocks hold more .blocks.0.attn.norm.weight.": {"scale_attn_norm": True},
@@ -310,7 +346,9 @@ def test_a_part_without_a_home_is_refused_by_name(reason, tmp_path):
     with pytest.raises(UserError, match=reason):
         pretrained.open_backbone(str(tmp_path / "w.pth"), num_heads=4)
     with pytest.raises(UserError, match=reason):
-        pretrained.load_fitting(ours(init_values=0.1), plain_vit(**OTHERS[reason]).state_dict(), "--finetune w.pth")
+        pretrained.load_fitting(
+            ours(init_values=0.1), plain_vit(**OTHERS[reason]).state_dict(), "--finetune w.pth"
+        )
 
 
 @pytest.mark.parametrize(
@@ -325,11 +363,16 @@ def test_a_part_without_a_home_is_refused_by_name(reason, tmp_path):
 )
 def test_a_model_that_would_compute_something_else_is_refused(theirs, mine, reason):
     with pytest.raises(UserError, match=f"w.pth does not fit this model or is incomplete: .*{reason}"):
-        pretrained.load_fitting(ours(**({"init_values": 0.1} | mine)), plain_vit(**theirs).state_dict(), "w.pth")
+        pretrained.load_fitting(
+            ours(**({"init_values": 0.1} | mine)), plain_vit(**theirs).state_dict(), "w.pth"
+        )
 
 
 def test_positions_that_the_file_lacks_change_nothing_at_the_start():
-    source, model = vit(32, embed_dim=128, depth=6, num_classes=2), ours(use_rel_pos_bias=True, init_values=0.1)
+    source, model = (
+        vit(32, embed_dim=128, depth=6, num_classes=2),
+        ours(use_rel_pos_bias=True, init_values=0.1),
+    )
     pretrained.load_fitting(model, source.state_dict(), "w.pth")
     with torch.no_grad():
         torch.testing.assert_close(model(IMAGES), source(IMAGES), atol=1e-6, rtol=1e-6)
@@ -341,28 +384,50 @@ def test_a_patch_embedding_of_other_channels_or_patches_is_adapted_as_timm_does(
     model, _ = pretrained.open_backbone(str(tmp_path / "gray.pth"), num_heads=4)
     gray_images = IMAGES[:, :1].expand(-1, 3, -1, -1)
     with torch.no_grad():
-        torch.testing.assert_close(model.patch_embed(gray_images), gray.patch_embed(IMAGES[:, :1]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model.patch_embed(gray_images), gray.patch_embed(IMAGES[:, :1]), atol=1e-5, rtol=1e-5
+        )
     source, target = ours(patch_size=8), ours()
     weight = remap_pretrained(source.state_dict(), target)["patch_embed.proj.weight"]
     assert torch.equal(weight, timm.layers.resample_patch_embed(source.patch_embed.proj.weight, [16, 16]))
     summed = remap_pretrained(source.state_dict(), ours(patch_size=8, in_chans=1))["patch_embed.proj.weight"]
     torch.testing.assert_close(summed, source.patch_embed.proj.weight.sum(dim=1, keepdim=True))
-    report = "\n".join(remapping.remapping_report(gray.state_dict(), model, remap_pretrained(gray.state_dict(), model)))
-    assert "adapted    the patch embedding: 1 channel, patches of 16 x 16 -> 3 channels, patches of 16 x 16" in report
+    report = "\n".join(
+        remapping.remapping_report(gray.state_dict(), model, remap_pretrained(gray.state_dict(), model))
+    )
+    assert (
+        "adapted    the patch embedding: 1 channel, patches of 16 x 16 -> 3 channels, patches of 16 x 16"
+    ) in report
     data = photos(tmp_path / "data", per_class=2)
-    where = ["--data_set", "image_folder", "--data_path", str(data), "--eval_data_path", str(data), "--knn", "--knn_k", "1"]
+    where = [
+        "--data_set",
+        "image_folder",
+        "--data_path",
+        str(data),
+        "--eval_data_path",
+        str(data),
+        "--knn",
+        "--knn_k",
+        "1",
+    ]
     run_linear_eval.main([*where, *SIZE[:-2], "--finetune", str(tmp_path / "gray.pth"), "--num_heads", "4"])
     assert "adapted    the patch embedding: 1 channel" in capsys.readouterr().out
 
 
-# ── Wrappers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-PREFIXES = "_orig_mod. module. model. net. encoder. backbone. module._orig_mod. model.net.encoder. _orig_mod.module."
+# ── Wrappers
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+PREFIXES = (
+    "_orig_mod. module. model. net. encoder. backbone. module._orig_mod. model.net.encoder. _orig_mod.module."
+)
 
 
 @pytest.mark.parametrize("prefix", PREFIXES.split())
 def test_what_wraps_a_model_is_taken_off(prefix, tmp_path):
     source = vit()
-    inside = {f"{prefix}{key}".replace("blocks.1.", "blocks.1._orig_mod."): value for key, value in source.state_dict().items()}
+    inside = {
+        f"{prefix}{key}".replace("blocks.1.", "blocks.1._orig_mod."): value
+        for key, value in source.state_dict().items()
+    }
     torch.save({"state_dict": inside | {"loss.weight": torch.ones(1)}}, tmp_path / "w.pth")
     model, _ = pretrained.open_backbone(str(tmp_path / "w.pth"))
     x = torch.rand(1, 3, 64, 64)
@@ -390,8 +455,14 @@ def test_a_wrapped_tokenizer_stays_a_tokenizer(prefix, tmp_path):
 def test_the_outer_one_of_two_models_is_taken_and_what_could_be_either_is_refused():
     weights = vit().state_dict()
     average = {f"encoder.{key}": torch.zeros_like(value) for key, value in weights.items()}
-    assert all(torch.equal(value, weights[key]) for key, value in remap_pretrained(weights | average, vit()).items())
-    twice = {**{f"model.{key}": value for key, value in weights.items()}, "norm.weight": 1, "model.norm.weight": 2}
+    assert all(
+        torch.equal(value, weights[key]) for key, value in remap_pretrained(weights | average, vit()).items()
+    )
+    twice = {
+        **{f"model.{key}": value for key, value in weights.items()},
+        "norm.weight": 1,
+        "model.norm.weight": 2,
+    }
     with pytest.raises(UserError, match=r"two tensors that could be norm\.weight"):
         remap_pretrained(twice, vit())
 
@@ -399,9 +470,15 @@ def test_the_outer_one_of_two_models_is_taken_and_what_could_be_either_is_refuse
 @pytest.mark.parametrize("flag", ["--model_filter_name", "--model_prefix"])
 def test_one_of_several_models_in_a_file_is_chosen_by_its_prefix(flag, tmp_path, capsys):
     data, source = photos(tmp_path / "data", per_class=1), ours(init_values=0.1)
-    both = {f"{part}.{key}": value for part in ("student", "encoder") for key, value in source.state_dict().items()}
+    both = {
+        f"{part}.{key}": value
+        for part in ("student", "encoder")
+        for key, value in source.state_dict().items()
+    }
     torch.save({"model": both}, tmp_path / "w.pth")
-    flags = finetuning_flags(data, "", "--finetune", str(tmp_path / "w.pth"), "--epochs", "1", "--abs_pos_emb")
+    flags = finetuning_flags(
+        data, "", "--finetune", str(tmp_path / "w.pth"), "--epochs", "1", "--abs_pos_emb"
+    )
     flags += ["--disable_rel_pos_bias", flag]
     run_class_finetuning.main([*flags, "student."])
     assert "left out   nothing" in capsys.readouterr().out
@@ -410,7 +487,9 @@ def test_one_of_several_models_in_a_file_is_chosen_by_its_prefix(flag, tmp_path,
     assert f"{flag} teacher.: no key begins so; there are student.cls_token" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("key", ["encoder.blocks.0.attn.q_norm.weight", "decoder.blocks.0.attn.qkv.bias", "encoder.reg_token"])
+@pytest.mark.parametrize(
+    "key", ["encoder.blocks.0.attn.q_norm.weight", "decoder.blocks.0.attn.qkv.bias", "encoder.reg_token"]
+)
 def test_a_tokenizer_of_another_architecture_is_refused(key, tmp_path):
     content = torch.load(tokenizer(tmp_path / "tokenizer.pth"), weights_only=True)
     content["model"][key] = torch.ones(8)

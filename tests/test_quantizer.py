@@ -1,4 +1,6 @@
-"""The EMA quantizer: golden numbers, what it must not write, k-means, revival, and two processes with one codebook."""
+"""The EMA quantizer: golden numbers, what it must not write, k-means, revival, and two
+processes with one codebook.
+"""
 
 import pytest
 import torch
@@ -147,6 +149,7 @@ def _train_on_a_share(rank, world_size, kmeans):
 def test_two_processes_keep_one_codebook_and_it_is_that_of_one_process(kmeans):
     first, second = run_ranks(_train_on_a_share, 2, kmeans)
     alone = _train_on_a_share(0, 1, kmeans)
-    for key in first.keys() - {"embedding.embed_avg"}:  # the start weights, which here differ by rank on purpose
+    # the start weights, which here differ by rank on purpose
+    for key in first.keys() - {"embedding.embed_avg"}:
         assert torch.equal(first[key], second[key]), key
         close(first[key], alone[key], atol=1e-5)

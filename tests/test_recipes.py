@@ -1,4 +1,6 @@
-"""The shell files in scripts/ give the published settings: what they would run is parsed and compared with the tables here."""
+"""The shell files in scripts/ give the published settings: what they would run is parsed
+and compared with the tables here.
+"""
 
 import os
 import re
@@ -47,14 +49,16 @@ PRETRAINING = {
     "pretrain_large_300e": ("large", 300, 64, 32, 21, 1e-5, 0.0, [0.9, 0.98]),
     "pretrain_large_1600e": ("large", 1600, 64, 32, 21, 1e-5, 0.1, [0.9, 0.999]),
 }
-# BEiT v1. name: size, data, epochs, warm-up, GPUs, batch of each, layer_scale_init_value, ImageNet's mean and std
+# BEiT v1. name: size, data, epochs, warm-up, GPUs, batch of each,
+# layer_scale_init_value, ImageNet's mean and std
 PRETRAINING_V1 = {
     "pretrain_base_v1_in1k": ("base", "imagenet-1k", 800, {"warmup_epochs": 10}, 16, 128, 0.1, True),
     "pretrain_large_v1_in1k": ("large", "imagenet-1k", 800, {"warmup_epochs": 10}, 64, 32, 1e-5, True),
     "pretrain_base_v1_in22k": ("base", "imagenet-22k", 150, {"warmup_steps": 10000}, 16, 128, 0.1, False),
     "pretrain_large_v1_in22k": ("large", "imagenet-22k", 150, {"warmup_steps": 10000}, 64, 32, 1e-5, False),
 }
-# Ablations of v1. name: what differs from pretrain_base_v1_in1k, published top-1 and mIoU (None: not published)
+# Ablations of v1. name: what differs from pretrain_base_v1_in1k, published top-1 and
+# mIoU (None: not published)
 ABLATIONS_V1 = {
     "v1_300e": ({}, "82.86", "44.65"),
     "v1_random_masks": ({"mask_type": "random"}, "82.77", "42.93"),
@@ -84,10 +88,24 @@ ABLATIONS_VQKD = {
     "v2_decoder_depth_6": ({"decoder_depth": 6}, {}),
     "v2_teacher_dino": ({"teacher_model_type": "dino"}, {}),
 }
-# name: GPUs, batch, update_freq, lr, epochs, warmup_epochs, layer_decay, drop_path, mixup, cutmix, weight_decay, from
+# name: GPUs, batch, update_freq, lr, epochs, warmup_epochs, layer_decay, drop_path,
+# mixup, cutmix, weight_decay, from
 FINETUNING = {
     "base_v2_1600e": (8, 128, 1, 5e-4, 100, 20, 0.6, 0.2, 0.8, 1.0, 0.05, "beitv2_base_patch16_224_pt1k"),
-    "base_v2_300e": (8, 128, 1, 5e-4, 100, 20, 0.65, 0.1, 0.8, 1.0, 0.05, "beitv2_base_patch16_224_pt1k_300e"),
+    "base_v2_300e": (
+        8,
+        128,
+        1,
+        5e-4,
+        100,
+        20,
+        0.65,
+        0.1,
+        0.8,
+        1.0,
+        0.05,
+        "beitv2_base_patch16_224_pt1k_300e",
+    ),
     "base_v2_ft21k": (8, 128, 1, 5e-5, 30, 20, 0.75, 0.1, 0, 0, 0.05, "beitv2_base_patch16_224_pt1k_ft21k"),
     "large_v2_1600e": (8, 64, 2, 2e-4, 50, 5, 0.8, 0.2, 0.8, 1.0, 0.05, "beitv2_large_patch16_224_pt1k"),
     "large_v2_300e": (8, 64, 2, 5e-4, 50, 5, 0.8, 0.2, 0.8, 1.0, 0.05, "beitv2_large_patch16_224_pt1k_300e"),
@@ -95,8 +113,34 @@ FINETUNING = {
     "base_v2_to_21k": (32, 128, 1, 6e-4, 90, 20, 0.75, 0.1, 0.8, 1.0, 0.05, "beitv2_base_patch16_224_pt1k"),
     "base_v1_pt22k": (8, 128, 1, 4e-3, 100, 20, 0.65, 0.1, 0.8, 1.0, 0.05, "beit_base_patch16_224_pt22k"),
     "large_v1_pt22k": (8, 64, 2, 1e-3, 50, 5, 0.75, 0.2, 0.8, 1.0, 0.05, "beit_large_patch16_224_pt22k"),
-    "base_v1_pt22k_ft22k": (8, 64, 1, 2e-5, 30, 5, 0.85, 0.1, 0, 0, 1e-8, "beit_base_patch16_224_pt22k_ft22k"),
-    "large_v1_pt22k_ft22k": (8, 32, 2, 2e-5, 30, 5, 0.9, 0.4, 0, 0, 1e-8, "beit_large_patch16_224_pt22k_ft22k"),
+    "base_v1_pt22k_ft22k": (
+        8,
+        64,
+        1,
+        2e-5,
+        30,
+        5,
+        0.85,
+        0.1,
+        0,
+        0,
+        1e-8,
+        "beit_base_patch16_224_pt22k_ft22k",
+    ),
+    "large_v1_pt22k_ft22k": (
+        8,
+        32,
+        2,
+        2e-5,
+        30,
+        5,
+        0.9,
+        0.4,
+        0,
+        0,
+        1e-8,
+        "beit_large_patch16_224_pt22k_ft22k",
+    ),
 }
 FINETUNING = {f"finetune_{name}": row for name, row in FINETUNING.items()}
 # name: features, from
@@ -105,13 +149,54 @@ LINEAR = {
     "linear_base_v1_pt22k": ("cls_mean", "beit_base_patch16_224_pt22k"),
     "linear_large_v1_pt22k": ("cls_mean", "beit_large_patch16_224_pt22k"),
 }
-# name: model, layer_scale_init_value, drop_path, layer_decay, lr, from, published mIoU (None: not published for these weights)
+# name: model, layer_scale_init_value, drop_path, layer_decay, lr, from, published mIoU
+# (None: not published for these weights)
 SEGMENTATION = {
-    "base_v2_1600e": ("upernet_beit_base_patch16", 0.1, 0.15, 0.75, 5e-5, "beitv2_base_patch16_224_pt1k", "53.1"),
-    "base_v2_ft21k": ("upernet_beit_base_patch16", 0.1, 0.15, 0.85, 5e-5, "beitv2_base_patch16_224_pt1k_ft21k", "53.5"),
-    "large_v2_1600e": ("upernet_beit_large_patch16", 1e-6, 0.2, 0.9, 4e-5, "beitv2_large_patch16_224_pt1k", "56.7"),
-    "large_v2_ft21k": ("upernet_beit_large_patch16", 1e-6, 0.2, 0.9, 3e-5, "beitv2_large_patch16_224_pt1k_ft21k", "57.5"),
-    "base_v1_setr_pup": ("setr_pup_beit_base_patch16", 0.1, 0.15, 0.75, 5e-5, "beit_base_patch16_224_pt22k", None),
+    "base_v2_1600e": (
+        "upernet_beit_base_patch16",
+        0.1,
+        0.15,
+        0.75,
+        5e-5,
+        "beitv2_base_patch16_224_pt1k",
+        "53.1",
+    ),
+    "base_v2_ft21k": (
+        "upernet_beit_base_patch16",
+        0.1,
+        0.15,
+        0.85,
+        5e-5,
+        "beitv2_base_patch16_224_pt1k_ft21k",
+        "53.5",
+    ),
+    "large_v2_1600e": (
+        "upernet_beit_large_patch16",
+        1e-6,
+        0.2,
+        0.9,
+        4e-5,
+        "beitv2_large_patch16_224_pt1k",
+        "56.7",
+    ),
+    "large_v2_ft21k": (
+        "upernet_beit_large_patch16",
+        1e-6,
+        0.2,
+        0.9,
+        3e-5,
+        "beitv2_large_patch16_224_pt1k_ft21k",
+        "57.5",
+    ),
+    "base_v1_setr_pup": (
+        "setr_pup_beit_base_patch16",
+        0.1,
+        0.15,
+        0.75,
+        5e-5,
+        "beit_base_patch16_224_pt22k",
+        None,
+    ),
 }
 SEGMENTATION = {f"segment_{name}": row for name, row in SEGMENTATION.items()}
 
@@ -124,7 +209,9 @@ def call(name: str, *flags: str, cwd: Path = ROOT, **environment: str) -> subpro
 
 
 def dry_run(name: str, *flags: str, **environment: str) -> SimpleNamespace:
-    """What the recipe would run: the launcher's words, nodes, GPUs a node, the script's flags as typed and as parsed."""
+    """What the recipe would run: the launcher's words, nodes, GPUs a node, the script's
+    flags as typed and as parsed.
+    """
     defaults = {"DRY_RUN": "1", "DATA": "/data", "OUTPUT": "/out", "NODE_RANK": "0", "MASTER_ADDR": "node0"}
     done = call(name, *flags, **{**defaults, **environment})
     assert done.returncode == 0, done.stderr
@@ -134,7 +221,9 @@ def dry_run(name: str, *flags: str, **environment: str) -> SimpleNamespace:
     args = arguments.parse(entry.get_parser(), words[at + 1 :])
     nodes, gpus = (int(launcher[launcher.index(flag) + 1]) for flag in ("--nnodes", "--nproc_per_node"))
     batch = nodes * gpus * args.batch_size * args.update_freq
-    return SimpleNamespace(entry=entry, launcher=launcher, gpus=nodes * gpus, batch=batch, flags=words[at + 1 :], args=args)
+    return SimpleNamespace(
+        entry=entry, launcher=launcher, gpus=nodes * gpus, batch=batch, flags=words[at + 1 :], args=args
+    )
 
 
 def expect(run: SimpleNamespace, **values: object) -> None:
@@ -154,10 +243,40 @@ def test_tokenizer_recipes(name):
     model, teacher = VQKD[name]
     run = dry_run(name)
     assert (run.entry, run.gpus, run.batch) == (run_vqkd_training, 8, 512)
-    expect(run, model=model, teacher_model_type=teacher, data_set="image_folder", data_path="/data", output_dir="/out")
-    expect(run, batch_size=64, epochs=100, warmup_epochs=10, lr=5e-5, min_lr=1e-5, weight_decay=1e-4, opt_betas=[0.9, 0.99])
-    expect(run, codebook_n_emd=8192, codebook_emd_dim=32, ema_decay=0.99, quantize_kmeans_init=True, rec_loss_type="cosine")
-    expect(run, min_crop_scale=0.08, color_jitter=0, train_interpolation="bicubic", process_type="default", opt="adamw")
+    expect(
+        run,
+        model=model,
+        teacher_model_type=teacher,
+        data_set="image_folder",
+        data_path="/data",
+        output_dir="/out",
+    )
+    expect(
+        run,
+        batch_size=64,
+        epochs=100,
+        warmup_epochs=10,
+        lr=5e-5,
+        min_lr=1e-5,
+        weight_decay=1e-4,
+        opt_betas=[0.9, 0.99],
+    )
+    expect(
+        run,
+        codebook_n_emd=8192,
+        codebook_emd_dim=32,
+        ema_decay=0.99,
+        quantize_kmeans_init=True,
+        rec_loss_type="cosine",
+    )
+    expect(
+        run,
+        min_crop_scale=0.08,
+        color_jitter=0,
+        train_interpolation="bicubic",
+        process_type="default",
+        opt="adamw",
+    )
     run_vqkd_training.check(run.entry.get_parser(), run.args)
     assert model in modeling_vqkd.VARIANTS
     assert model in downloads.ENTRIES
@@ -168,12 +287,32 @@ def test_pretraining_recipes(name):
     size, epochs, gpus, batch_size, early_layers, layer_scale, drop_path, betas = PRETRAINING[name]
     run = dry_run(name)
     assert (run.entry, run.gpus, run.batch) == (run_beitv2_pretraining, gpus, 2048)
-    expect(run, model=f"beit_{size}_patch16_224_8k_vocab_cls_pt", data_set="image_folder", data_path="/data", output_dir="/out")
-    expect(run, epochs=epochs, batch_size=batch_size, opt_betas=betas, drop_path=drop_path, layer_scale_init_value=layer_scale)
-    expect(run, early_layers=early_layers, head_layers=2, shared_lm_head=True, imagenet_default_mean_and_std=True)
+    expect(
+        run,
+        model=f"beit_{size}_patch16_224_8k_vocab_cls_pt",
+        data_set="image_folder",
+        data_path="/data",
+        output_dir="/out",
+    )
+    expect(
+        run,
+        epochs=epochs,
+        batch_size=batch_size,
+        opt_betas=betas,
+        drop_path=drop_path,
+        layer_scale_init_value=layer_scale,
+    )
+    expect(
+        run, early_layers=early_layers, head_layers=2, shared_lm_head=True, imagenet_default_mean_and_std=True
+    )
     expect(run, lr=1.5e-3, warmup_epochs=10, clip_grad=3.0, weight_decay=0.05, opt="adamw", opt_eps=1e-8)
-    expect(run, num_mask_patches=75, min_crop_scale=0.2, second_input_size=224, second_interpolation="bicubic")
-    expect(run, **dict.fromkeys(("tokenizer_model", "tokenizer_weight"), "vqkd_encoder_base_decoder_3x768x12_clip"))
+    expect(
+        run, num_mask_patches=75, min_crop_scale=0.2, second_input_size=224, second_interpolation="bicubic"
+    )
+    expect(
+        run,
+        **dict.fromkeys(("tokenizer_model", "tokenizer_weight"), "vqkd_encoder_base_decoder_3x768x12_clip"),
+    )
     assert run_beitv2_pretraining.patch_grid(run.args) == 14
     assert run.args.model in modeling_pretrain.VARIANTS
     assert run.args.tokenizer_model in modeling_vqkd.VARIANTS
@@ -186,9 +325,24 @@ def test_pretraining_recipes_of_v1(name):
     assert f"DATA=/path/to/{data}" in RECIPES[name]
     run = dry_run(name)
     assert (run.entry, run.gpus, run.batch) == (run_beitv2_pretraining, gpus, 2048)
-    expect(run, model=f"beit_{size}_patch16_224_8k_vocab", data_set="image_folder", data_path="/data", output_dir="/out")
-    expect(run, epochs=epochs, batch_size=batch_size, layer_scale_init_value=layer_scale, drop_path=0.1, **warm_up)
-    expect(run, lr=1.5e-3, clip_grad=3.0, weight_decay=0.05, opt="adamw", opt_eps=1e-8, opt_betas=[0.9, 0.999])
+    expect(
+        run,
+        model=f"beit_{size}_patch16_224_8k_vocab",
+        data_set="image_folder",
+        data_path="/data",
+        output_dir="/out",
+    )
+    expect(
+        run,
+        epochs=epochs,
+        batch_size=batch_size,
+        layer_scale_init_value=layer_scale,
+        drop_path=0.1,
+        **warm_up,
+    )
+    expect(
+        run, lr=1.5e-3, clip_grad=3.0, weight_decay=0.05, opt="adamw", opt_eps=1e-8, opt_betas=[0.9, 0.999]
+    )
     expect(run, num_mask_patches=75, min_mask_patches_per_block=16, min_crop_scale=0.08, color_jitter=0.4)
     expect(run, second_input_size=112, second_interpolation="lanczos", codebook_size=8192)
     expect(run, tokenizer_model="dall-e", tokenizer_weight="dall_e_encoder")
@@ -196,7 +350,9 @@ def test_pretraining_recipes_of_v1(name):
     assert (run.args.rel_pos_bias, run.args.abs_pos_emb) == (True, False)
     assert run_beitv2_pretraining.patch_grid(run.args) == 14
     assert (
-        run_beitv2_pretraining.idle_flags(run.args).keys() & arguments.changed_flags(run.entry.get_parser(), run.args) == set()
+        run_beitv2_pretraining.idle_flags(run.args).keys()
+        & arguments.changed_flags(run.entry.get_parser(), run.args)
+        == set()
     )
     assert downloads.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer-v1"
 
@@ -251,16 +407,23 @@ def test_ablations_of_the_tokenizer_change_one_thing_and_name_the_flags_of_pretr
     assert differing == switches
     run_vqkd_training.check(run.entry.get_parser(), run.args)
     expected = said_of(name, "Expected")
-    assert expected.startswith("100 % of the codebook" if name == "v2_decoder_depth_1" else "no figure at hand")
+    assert expected.startswith(
+        "100 % of the codebook" if name == "v2_decoder_depth_1" else "no figure at hand"
+    )
 
-    recipe, flags = re.fullmatch(r"DATA=\.\.\. OUTPUT=\.\.\. bash scripts/(\w+)\.sh (.+)", said_of(name, "Then")).groups()
+    recipe, flags = re.fullmatch(
+        r"DATA=\.\.\. OUTPUT=\.\.\. bash scripts/(\w+)\.sh (.+)", said_of(name, "Then")
+    ).groups()
     pretraining = dry_run(recipe, *flags.split()).args
     weights = "/path/to/save/checkpoint.pth"
     assert {k: v for k, v in vars(pretraining).items() if v != getattr(dry_run(recipe).args, k)} == {
         "tokenizer_weight": weights,
         **more,
     }
-    assert (pretraining.codebook_size, pretraining.codebook_dim) == (run.args.codebook_n_emd, run.args.codebook_emd_dim)
+    assert (pretraining.codebook_size, pretraining.codebook_dim) == (
+        run.args.codebook_n_emd,
+        run.args.codebook_emd_dim,
+    )
     assert pretraining.tokenizer_model == run.args.model
 
 
@@ -270,21 +433,55 @@ def test_an_ablation_explains_itself_and_takes_more_flags(tmp_path):
     assert "bash scripts/ablations/v1_pixels.sh [more flags]" in done.stderr
     assert dry_run("ablations/v1_pixels", "--epochs", "7", GPUS="2").args.epochs == 7
     (tmp_path / "photos").mkdir()
-    words = shlex.split(call("ablations/v1_pixels", cwd=tmp_path, DATA="photos", OUTPUT="out", DRY_RUN="1").stdout)
+    words = shlex.split(
+        call("ablations/v1_pixels", cwd=tmp_path, DATA="photos", OUTPUT="out", DRY_RUN="1").stdout
+    )
     assert words[words.index("--data_path") + 1] == str(tmp_path / "photos")
 
 
 @pytest.mark.parametrize("name", FINETUNING)
 def test_finetuning_recipes(name):
-    gpus, batch_size, update_freq, lr, epochs, warmup, layer_decay, drop_path, mixup, cutmix, weight_decay, weights = (
-        FINETUNING[name]
-    )
+    (
+        gpus,
+        batch_size,
+        update_freq,
+        lr,
+        epochs,
+        warmup,
+        layer_decay,
+        drop_path,
+        mixup,
+        cutmix,
+        weight_decay,
+        weights,
+    ) = FINETUNING[name]
     run = dry_run(name)
     assert (run.entry, run.gpus, run.batch) == (run_class_finetuning, gpus, gpus * batch_size * update_freq)
     to_21k, v2 = name.endswith("to_21k"), "_v2" in name
-    expect(run, model=f"beit_{name.split('_')[1]}_patch16_224", finetune=weights, data_path="/data", output_dir="/out")
-    expect(run, batch_size=batch_size, update_freq=update_freq, lr=lr, epochs=epochs, warmup_epochs=warmup, min_lr=1e-6)
-    expect(run, layer_decay=layer_decay, drop_path=drop_path, mixup=mixup, cutmix=cutmix, weight_decay=weight_decay)
+    expect(
+        run,
+        model=f"beit_{name.split('_')[1]}_patch16_224",
+        finetune=weights,
+        data_path="/data",
+        output_dir="/out",
+    )
+    expect(
+        run,
+        batch_size=batch_size,
+        update_freq=update_freq,
+        lr=lr,
+        epochs=epochs,
+        warmup_epochs=warmup,
+        min_lr=1e-6,
+    )
+    expect(
+        run,
+        layer_decay=layer_decay,
+        drop_path=drop_path,
+        mixup=mixup,
+        cutmix=cutmix,
+        weight_decay=weight_decay,
+    )
     expect(run, smoothing=0.1, aa="rand-m9-mstd0.5-inc1", reprob=0.25, nb_classes=21841 if to_21k else 1000)
     assert run.args.data_set == ("image_folder" if to_21k else "IMNET")
     assert run.args.disable_eval_during_finetuning is to_21k
@@ -305,8 +502,25 @@ def test_linear_probe_recipes(name):
     run = dry_run(name)
     assert (run.entry, run.gpus, run.batch) == (run_linear_eval, 8, 1024)
     assert run.args.lr * run.batch / 256 == pytest.approx(4e-3)
-    expect(run, finetune=weights, features=features, data_set="IMNET", data_path="/data", output_dir="/out", nb_classes=1000)
-    expect(run, batch_size=128, epochs=100, opt="adamw", min_lr=0, weight_decay=0, min_crop_scale=0.08, color_jitter=0)
+    expect(
+        run,
+        finetune=weights,
+        features=features,
+        data_set="IMNET",
+        data_path="/data",
+        output_dir="/out",
+        nb_classes=1000,
+    )
+    expect(
+        run,
+        batch_size=128,
+        epochs=100,
+        opt="adamw",
+        min_lr=0,
+        weight_decay=0,
+        min_crop_scale=0.08,
+        color_jitter=0,
+    )
     assert run.args.imagenet_default_mean_and_std is ("v2" in name)
     assert run.args.mode == "linear"
     assert not run.args.cached_features
@@ -319,9 +533,27 @@ def test_segmentation_recipes(name):
     model, layer_scale, drop_path, layer_decay, lr, weights, miou = SEGMENTATION[name]
     run = dry_run(name)
     assert (run.entry, run.gpus, run.batch) == (run_segmentation_finetuning, 8, 16)
-    expect(run, model=model, finetune=weights, data_path="/data", output_dir="/out", nb_classes=150, reduce_zero_label=True)
-    expect(run, layer_scale_init_value=layer_scale, drop_path=drop_path, layer_decay=layer_decay, lr=lr, min_lr=0)
-    expect(run, max_steps=160000, warmup_steps=1500, poly_power=1.0, input_size=512, batch_size=2, steps_per_epoch=16000)
+    expect(
+        run,
+        model=model,
+        finetune=weights,
+        data_path="/data",
+        output_dir="/out",
+        nb_classes=150,
+        reduce_zero_label=True,
+    )
+    expect(
+        run, layer_scale_init_value=layer_scale, drop_path=drop_path, layer_decay=layer_decay, lr=lr, min_lr=0
+    )
+    expect(
+        run,
+        max_steps=160000,
+        warmup_steps=1500,
+        poly_power=1.0,
+        input_size=512,
+        batch_size=2,
+        steps_per_epoch=16000,
+    )
     expect(run, opt="adamw", opt_betas=[0.9, 0.999], weight_decay=0.05)
     assert run.args.imagenet_default_mean_and_std is ("v2" in name)
     assert (run.args.scale_range, run.args.max_class_share, run.args.hflip) == ([0.5, 2.0], 0.75, 0.5)
@@ -335,7 +567,9 @@ def test_segmentation_recipes(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_head_says_what_to_expect_and_its_example_for_fewer_gpus_keeps_the_batch(name):
-    head = [line for line in RECIPES[name].split("set -euo pipefail")[0].splitlines() if line.startswith("# ")]
+    head = [
+        line for line in RECIPES[name].split("set -euo pipefail")[0].splitlines() if line.startswith("# ")
+    ]
     text = "\n".join(head)
     for part in ("Hardware", "Time", "Expected", "Fewer GPUs"):
         assert re.search(rf"^# {part}: \S", text, re.MULTILINE), part
@@ -364,7 +598,10 @@ def test_shell_syntax(path):
 def test_missing_data_is_one_clear_sentence(name):
     done = call(name, OUTPUT="/out")
     assert done.returncode == 2
-    assert re.fullmatch(rf"error: DATA is not set; scripts/{name}\.sh runs as: DATA=/\S+ OUTPUT=/\S+ bash .*\n", done.stderr)
+    assert re.fullmatch(
+        rf"error: DATA is not set; scripts/{name}\.sh runs as: DATA=/\S+ OUTPUT=/\S+ " r"bash .*\n",
+        done.stderr,
+    )
 
 
 FLAWED = [
@@ -376,8 +613,14 @@ FLAWED = [
         {"DATA": "/", "OUTPUT": "/out", "MASTER_ADDR": "node0"},
         "NODE_RANK=: each of the 4 machines needs its own number, 0 to 3",
     ),
-    ({"DATA": "/", "OUTPUT": "/out", "MASTER_ADDR": "node0", "NODE_RANK": "4"}, "NODE_RANK=4: each of the 4 machines"),
-    ({"DATA": "/", "OUTPUT": "/out", "MASTER_ADDR": "node0", "SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks, but"),
+    (
+        {"DATA": "/", "OUTPUT": "/out", "MASTER_ADDR": "node0", "NODE_RANK": "4"},
+        "NODE_RANK=4: each of the 4 machines",
+    ),
+    (
+        {"DATA": "/", "OUTPUT": "/out", "MASTER_ADDR": "node0", "SLURM_STEP_NUM_TASKS": "4"},
+        "srun started 4 tasks, but",
+    ),
 ]
 
 
@@ -399,7 +642,9 @@ def test_paths_count_from_the_caller_and_may_hold_spaces(tmp_path):
 
 
 def test_the_callers_flags_win():
-    run = dry_run("pretrain_base_300e", "--lr", "1e-3", "--opt_betas", "0.8", "0.9", "--update_freq", "4", GPUS="2")
+    run = dry_run(
+        "pretrain_base_300e", "--lr", "1e-3", "--opt_betas", "0.8", "0.9", "--update_freq", "4", GPUS="2"
+    )
     assert (run.args.lr, run.args.opt_betas, run.gpus, run.batch) == (1e-3, [0.8, 0.9], 2, 1024)
 
 

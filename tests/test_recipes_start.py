@@ -1,4 +1,6 @@
-"""Every recipe really starts: its own command line, with small data, models and weights at its end, trains one epoch."""
+"""Every recipe really starts: its own command line, with small data, models and weights at
+its end, trains one epoch.
+"""
 
 import pytest
 import tiny_runs
@@ -33,13 +35,17 @@ def small(tmp_path_factory):
         "beit_demo_patch16_128_8k_vocab", vocab_size=16, use_shared_rel_pos_bias=True, **POSITIONS
     )
     torch.save({"model": student.state_dict()}, root / "pretrained.pth")
-    classifier = modeling_finetune.create_model("beit_demo_patch16_128", num_classes=7, use_rel_pos_bias=True, **POSITIONS)
+    classifier = modeling_finetune.create_model(
+        "beit_demo_patch16_128", num_classes=7, use_rel_pos_bias=True, **POSITIONS
+    )
     torch.save({"model": classifier.state_dict()}, root / "intermediate.pth")
     return root
 
 
 def stand_ins(name, run, small):
-    """Flags that make a recipe small; what makes it this recipe (its switches, its schedule's shape) stays, or shrinks."""
+    """Flags that make a recipe small; what makes it this recipe (its switches, its
+    schedule's shape) stays, or shrinks.
+    """
     flags, args = run.flags, run.args
     if run.entry is run_vqkd_training:
         teacher = ["--teacher_weight", "random"] if "teacher" in name else ["--teacher_model_type", "hog"]
@@ -53,11 +59,20 @@ def stand_ins(name, run, small):
             *ONE_EPOCH,
         ]
     if run.entry is run_beitv2_pretraining:
-        model = tiny_runs.STUDENT if args.model.endswith("_cls_pt") else tiny_runs.STUDENT.removesuffix("_cls_pt")
+        model = (
+            tiny_runs.STUDENT if args.model.endswith("_cls_pt") else tiny_runs.STUDENT.removesuffix("_cls_pt")
+        )
         more = ["--model", model, "--codebook_size", "16"]
         if "--early_layers" in flags:
             early = args.early_layers * SIZES["demo"].depth // SIZES[args.model.split("_")[1]].depth
-            more += ["--early_layers", str(early), "--tokenizer_model", tiny_runs.TOKENIZER, "--codebook_dim", "8"]
+            more += [
+                "--early_layers",
+                str(early),
+                "--tokenizer_model",
+                tiny_runs.TOKENIZER,
+                "--codebook_dim",
+                "8",
+            ]
             more += ["--tokenizer_weight", str(small / "vqkd.pth"), "--second_input_size", "32"]
         else:
             more += ["--tokenizer_weight", str(small / "dvae.pth"), "--second_input_size", "16"]

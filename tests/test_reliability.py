@@ -70,14 +70,21 @@ def end(process):
     return process.returncode, out
 
 
-# ── killed, asked to stop ────────────────────────────────────────────────────────────────────────────────────────────
+# ── killed, asked to stop
+# ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_killed_runs_resume_bit_for_bit():
     """Two kills; scripts/kill_test.py makes a hundred, over all stages."""
-    command = [sys.executable, "scripts/kill_test.py", "--kills", "2", "--stages", "vqkd"]  # folders, then shards
+    # folders, then shards
+    command = [sys.executable, "scripts/kill_test.py", "--kills", "2", "--stages", "vqkd"]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 2 kills were followed by the end of the undisturbed run" in done.stdout
@@ -88,7 +95,11 @@ def test_the_name_to_go_on_from_is_given_last(tmp_path, monkeypatch):
     given, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda old, new: (replace(old, new), given.append(Path(new).name)))
     saver = checkpoints.Saver()
-    saver.submit({"model": {"w": torch.ones(2)}}, tmp_path, ["checkpoint.pth", "checkpoint-4.pth", "checkpoint-best.pth"])
+    saver.submit(
+        {"model": {"w": torch.ones(2)}},
+        tmp_path,
+        ["checkpoint.pth", "checkpoint-4.pth", "checkpoint-best.pth"],
+    )
     saver.wait()
     assert sorted(given) == ["checkpoint-4.pth", "checkpoint-best.pth", "checkpoint.pth"]
     assert given[-1] == "checkpoint.pth"
@@ -120,7 +131,9 @@ def test_a_signal_ends_the_step_saves_and_exits_with_success(number, data, codes
     process.send_signal(number)
     status, out = end(process)
     assert status == 0, out
-    assert re.search(rf"stopped by {signal.Signals(number).name} after step \d+: the same command line goes on", out)
+    assert re.search(
+        rf"stopped by {signal.Signals(number).name} after step \d+: the same command line " r"goes on", out
+    )
     stopped = checkpoint(tmp_path / "out/checkpoint.pth")["next"]["step"]
     assert 6 <= stopped < 48
     run_beitv2_pretraining.main(flags)
@@ -150,7 +163,10 @@ def ranks_of(launcher_pid):
         if entry.name.isdigit():
             try:
                 parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                if parent == launcher_pid and b"run_beitv2_pretraining.py" in (entry / "cmdline").read_bytes():
+                if (
+                    parent == launcher_pid
+                    and b"run_beitv2_pretraining.py" in (entry / "cmdline").read_bytes()
+                ):
                     found.append(int(entry.name))
             except (OSError, IndexError):
                 continue
@@ -174,7 +190,9 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(data, c
 
 
 def test_torchrun_restarts_after_a_process_was_killed(data, codes, tmp_path):
-    flags = pretraining_flags(data, tmp_path / "out", codes, "--print_freq", "1", "--epochs", "8", "--save_ckpt_steps", "1")
+    flags = pretraining_flags(
+        data, tmp_path / "out", codes, "--print_freq", "1", "--epochs", "8", "--save_ckpt_steps", "1"
+    )
     process = start("run_beitv2_pretraining.py", flags, two_ranks("--max-restarts=1"))
     read_until(process, r"epoch 2/8 \[1/2\]")
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
@@ -187,7 +205,9 @@ def test_torchrun_restarts_after_a_process_was_killed(data, codes, tmp_path):
 
 
 def test_a_lost_process_takes_the_others_down_with_a_message(data, codes, tmp_path):
-    flags = pretraining_flags(data, tmp_path, codes, "--print_freq", "1", "--epochs", "400", "--dist_timeout", "0.2")
+    flags = pretraining_flags(
+        data, tmp_path, codes, "--print_freq", "1", "--epochs", "400", "--dist_timeout", "0.2"
+    )
     process = start("run_beitv2_pretraining.py", flags, two_ranks())
     read_until(process, r"epoch 2/400 \[1/2\]")
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
@@ -196,7 +216,8 @@ def test_a_lost_process_takes_the_others_down_with_a_message(data, codes, tmp_pa
     assert "another process of this run was lost" in out or "Signal 9" in out or "SIGKILL" in out
 
 
-# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── files
+# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
@@ -220,8 +241,13 @@ def test_a_damaged_latest_checkpoint_falls_back_to_the_newest_good_one(damage, d
 
 
 def test_only_the_last_step_checkpoints_are_kept(data, codes, tmp_path):
-    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--save_ckpt_steps", "1", "--keep_ckpts", "2"))
-    assert {path.name for path in tmp_path.glob("checkpoint-step*")} == {"checkpoint-step7.pth", "checkpoint-step8.pth"}
+    run_beitv2_pretraining.main(
+        pretraining_flags(data, tmp_path, codes, "--save_ckpt_steps", "1", "--keep_ckpts", "2")
+    )
+    assert {path.name for path in tmp_path.glob("checkpoint-step*")} == {
+        "checkpoint-step7.pth",
+        "checkpoint-step8.pth",
+    }
 
 
 def test_what_a_killed_run_was_writing_is_removed(data, codes, tmp_path):
@@ -233,7 +259,10 @@ def test_what_a_killed_run_was_writing_is_removed(data, codes, tmp_path):
 @contextlib.contextmanager
 def small_disk(folder, size):
     folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]).returncode
+    ):
         pytest.skip("cannot mount a small tmpfs here")
     try:
         yield folder
@@ -244,7 +273,9 @@ def small_disk(folder, size):
 def test_a_full_disk_leaves_the_previous_checkpoint_and_names_the_space(data, codes, tmp_path, capsys):
     with small_disk(tmp_path / "small", "30m") as small:
         with pytest.raises(SystemExit) as stop:
-            run_beitv2_pretraining.main(pretraining_flags(data, small, codes, "--log_dir", str(tmp_path / "tb")))
+            run_beitv2_pretraining.main(
+                pretraining_flags(data, small, codes, "--log_dir", str(tmp_path / "tb"))
+            )
         assert stop.value.code == 2
         error = capsys.readouterr().err
         assert re.search(r"MiB needed, [\d.]+ MiB free; the previous checkpoint is intact", error)
@@ -272,7 +303,8 @@ def test_what_is_saved_is_what_was_at_the_time_of_saving(tmp_path):
     assert float(checkpoint(tmp_path / "checkpoint.pth")["model"]["w"].sum()) == 0
 
 
-# ── input that cannot be trusted ─────────────────────────────────────────────────────────────────────────────────────
+# ── input that cannot be trusted
+# ─────────────────────────────────────────────────────────────────────────────────────
 
 
 class Payload:
@@ -296,12 +328,21 @@ def test_a_payload_is_refused_by_every_flag_that_takes_a_file(format, data, code
         (run_beitv2_pretraining, [*pretraining_flags(data, out, codes), "--resume", str(file)]),
         (run_beitv2_pretraining, pretraining_flags(data, out, file)),
         (run_vqkd_training, [*vqkd_flags(data, out), "--resume", str(file)]),
-        (run_vqkd_training, [*vqkd_flags(data, out), "--eval", "--eval_data_path", str(data), "--resume", str(file)]),
-        (run_vqkd_training, [*vqkd_flags(data, out), "--teacher_model_type", "timm:resnet18", "--teacher_weight", str(file)]),
+        (
+            run_vqkd_training,
+            [*vqkd_flags(data, out), "--eval", "--eval_data_path", str(data), "--resume", str(file)],
+        ),
+        (
+            run_vqkd_training,
+            [*vqkd_flags(data, out), "--teacher_model_type", "timm:resnet18", "--teacher_weight", str(file)],
+        ),
         (run_class_finetuning, [*finetuning_flags(data, out), "--resume", str(file)]),
         (run_class_finetuning, [*finetuning_flags(data, out), "--finetune", str(file)]),
         (run_class_finetuning, [*finetuning_flags(data, out), "--eval", "--resume", str(file)]),
-        (visualize_attention, ["--checkpoint", str(file), "--image", photo, "--output", str(tmp_path / "a.png")]),
+        (
+            visualize_attention,
+            ["--checkpoint", str(file), "--image", photo, "--output", str(tmp_path / "a.png")],
+        ),
     ]
     for module, flags in cases:
         with pytest.raises(SystemExit) as stop:
@@ -322,7 +363,8 @@ def test_a_published_file_with_a_namespace_resumes_as_weights(data, codes, tmp_p
     assert "holds weights alone" in capsys.readouterr().out
 
 
-# ── numbers that go wrong ────────────────────────────────────────────────────────────────────────────────────────────
+# ── numbers that go wrong
+# ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_bad_batch_is_described(data, codes, tmp_path, monkeypatch):
@@ -336,7 +378,9 @@ def test_the_bad_batch_is_described(data, codes, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_beitv2_pretraining.PretrainingStage, "step", explode)
     with pytest.raises(SystemExit):
-        run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--epochs", "20", "--print_freq", "1"))
+        run_beitv2_pretraining.main(
+            pretraining_flags(data, tmp_path, codes, "--epochs", "20", "--print_freq", "1")
+        )
     described = json.loads((tmp_path / "bad_batch-rank0.json").read_text())
     assert described["step"] == 9
     batch = described["last_micro_batches"][0]
@@ -357,7 +401,8 @@ def test_anomaly_detection_names_the_operation(data, codes, tmp_path, monkeypatc
     torch.autograd.set_detect_anomaly(False)
 
 
-# ── several machines ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── several machines
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -384,12 +429,31 @@ def two_hosts():
 
 def test_two_hosts_with_one_process_follow_the_curve_of_one_host_with_two(two_hosts, data, codes, tmp_path):
     flags = pretraining_flags(data, tmp_path / "hosts", codes)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "veth0"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "veth0",
+    }
     processes = []
     for node, host in enumerate(two_hosts):
-        launcher = ["-m", "torch.distributed.launch", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1"]
+        launcher = [
+            "-m",
+            "torch.distributed.launch",
+            "--nnodes=2",
+            f"--node_rank={node}",
+            "--nproc_per_node=1",
+        ]
         launcher += ["--master_addr=10.77.0.1", "--master_port=29511"]
-        command = ["ip", "netns", "exec", host, sys.executable, *launcher, "run_beitv2_pretraining.py", *flags]
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            host,
+            sys.executable,
+            *launcher,
+            "run_beitv2_pretraining.py",
+            *flags,
+        ]
         processes.append(
             subprocess.Popen(
                 command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -405,14 +469,19 @@ def test_two_hosts_with_one_process_follow_the_curve_of_one_host_with_two(two_ho
     assert_same_weights(tmp_path / "hosts/checkpoint.pth", tmp_path / "one/checkpoint.pth")
 
 
-# ── before the first step, and where nobody can write ────────────────────────────────────────────────────────────────
+# ── before the first step, and where nobody can write
+# ────────────────────────────────────────────────────────────────
 
 
 def ranks_with(flags, *more):
     """Two processes of pretraining, started by hand, each with its own further flags."""
     port, processes = str(free_port()), []
     for rank, own in enumerate(more):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONUNBUFFERED": "1",
+        }
         environment |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, "run_beitv2_pretraining.py", *flags, *own]
@@ -458,7 +527,9 @@ def test_a_closed_terminal_saves_and_ends_with_success(data, codes, tmp_path):
     import pty
 
     ours, theirs = pty.openpty()
-    flags = pretraining_flags(data, tmp_path, codes, "--print_freq", "1", "--epochs", "400", "--num_workers", "1")
+    flags = pretraining_flags(
+        data, tmp_path, codes, "--print_freq", "1", "--epochs", "400", "--num_workers", "1"
+    )
     process = subprocess.Popen(
         [sys.executable, "run_beitv2_pretraining.py", *flags], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
@@ -511,7 +582,9 @@ def test_a_folder_removed_while_running_is_told_in_a_sentence(data, codes, tmp_p
 def test_a_folder_that_cannot_be_written_is_told_in_a_sentence(data, codes, tmp_path, capsys):
     (tmp_path / "file").write_text("a file where a folder should be")
     for out in (tmp_path / "file/out", Path("/proc/self/out")):
-        assert f"--output_dir {out}: cannot be written to" in one_sentence(capsys, pretraining_flags(data, out, codes))
+        assert f"--output_dir {out}: cannot be written to" in one_sentence(
+            capsys, pretraining_flags(data, out, codes)
+        )
 
 
 def test_a_disk_that_is_full_on_resume_keeps_checkpoint_and_log(data, codes, tmp_path, capsys):
@@ -519,7 +592,8 @@ def test_a_disk_that_is_full_on_resume_keeps_checkpoint_and_log(data, codes, tmp
         run_beitv2_pretraining.main(pretraining_flags(data, small, codes, "--epochs", "1"))
         before = [(small / name).read_bytes() for name in ("checkpoint.pth", "log.txt")]
         (small / ".checkpoint.pth.7.part").write_bytes(b"")
-        subprocess.run(["dd", "if=/dev/zero", f"of={small}/filler", "bs=4096"], capture_output=True)  # to the last block
+        # to the last block
+        subprocess.run(["dd", "if=/dev/zero", f"of={small}/filler", "bs=4096"], capture_output=True)
         error = one_sentence(capsys, pretraining_flags(data, small, codes))
         assert "No space left" in error
         assert [(small / name).read_bytes() for name in ("checkpoint.pth", "log.txt")] == before

@@ -1,4 +1,6 @@
-"""What a run may go on from: a checkpoint whose every part fits, of the same run; everything else is refused or named."""
+"""What a run may go on from: a checkpoint whose every part fits, of the same run;
+everything else is refused or named.
+"""
 
 import argparse
 import copy
@@ -28,7 +30,9 @@ def data(tmp_path_factory):
 def finished(data, tmp_path_factory):
     """Two epochs of four steps, with a moving average."""
     out = tmp_path_factory.mktemp("finished")
-    run_class_finetuning.main(finetuning_flags(data, out, "--model_ema", "--save_ckpt_steps", "1", "--keep_ckpts", "9"))
+    run_class_finetuning.main(
+        finetuning_flags(data, out, "--model_ema", "--save_ckpt_steps", "1", "--keep_ckpts", "9")
+    )
     return out
 
 
@@ -48,20 +52,47 @@ FAULTS = {
         lambda c: spoil_moments(c, "exp_avg", lambda v: v.flatten()[:3].clone()),
         r"exp_avg of \S+ has the shape",
     ),
-    "one number": (lambda c: spoil_moments(c, "exp_avg_sq", lambda v: torch.ones(1)), r"exp_avg_sq of \S+ has the shape \[1\]"),
-    "integers": (lambda c: spoil_moments(c, "exp_avg", torch.Tensor.long), r"exp_avg of \S+ is of torch.int64"),
-    "not finite": (lambda c: spoil_moments(c, "exp_avg", lambda v: v * float("nan")), r"exp_avg of \S+ holds .* not finite"),
-    "below zero": (lambda c: spoil_moments(c, "exp_avg_sq", lambda v: v - 1), r"exp_avg_sq of \S+ is below zero"),
+    "one number": (
+        lambda c: spoil_moments(c, "exp_avg_sq", lambda v: torch.ones(1)),
+        r"exp_avg_sq of \S+ has the shape \[1\]",
+    ),
+    "integers": (
+        lambda c: spoil_moments(c, "exp_avg", torch.Tensor.long),
+        r"exp_avg of \S+ is of torch.int64",
+    ),
+    "not finite": (
+        lambda c: spoil_moments(c, "exp_avg", lambda v: v * float("nan")),
+        r"exp_avg of \S+ holds .* not finite",
+    ),
+    "below zero": (
+        lambda c: spoil_moments(c, "exp_avg_sq", lambda v: v - 1),
+        r"exp_avg_sq of \S+ is below zero",
+    ),
     "no tensor": (lambda c: spoil_moments(c, "exp_avg", lambda v: "text"), r"exp_avg of \S+ is no tensor"),
-    "no count": (lambda c: spoil_moments(c, "step", lambda v: torch.tensor(float("nan"))), r"step of \S+ is no count"),
+    "no count": (
+        lambda c: spoil_moments(c, "step", lambda v: torch.tensor(float("nan"))),
+        r"step of \S+ is no count",
+    ),
     "many counts": (lambda c: spoil_moments(c, "step", lambda v: torch.ones(7)), r"step of \S+ is no count"),
     "a moment gone": (lambda c: c["optimizer"]["state"][3].pop("exp_avg"), r"exp_avg of \S+ is missing"),
     "a group gone": (lambda c: c["optimizer"]["param_groups"].pop(), r"groups of parameters"),
-    "a parameter gone": (lambda c: c["optimizer"]["param_groups"][0]["params"].pop(), r"parameters in group 0"),
-    "another order": (lambda c: c["optimizer"]["param_groups"][0]["params"].reverse(), "numbers its parameters"),
+    "a parameter gone": (
+        lambda c: c["optimizer"]["param_groups"][0]["params"].pop(),
+        r"parameters in group 0",
+    ),
+    "another order": (
+        lambda c: c["optimizer"]["param_groups"][0]["params"].reverse(),
+        "numbers its parameters",
+    ),
     "no optimizer": (lambda c: c.update(optimizer=[1]), "no optimizer's state"),
-    "average of another shape": (lambda c: c["model_ema"].update({"head.bias": torch.zeros(7)}), r"head.bias differs"),
-    "integer weights": (lambda c: c["model"].update({"head.bias": torch.zeros(2).long()}), r"head.bias is of torch.int64"),
+    "average of another shape": (
+        lambda c: c["model_ema"].update({"head.bias": torch.zeros(7)}),
+        r"head.bias differs",
+    ),
+    "integer weights": (
+        lambda c: c["model"].update({"head.bias": torch.zeros(2).long()}),
+        r"head.bias is of torch.int64",
+    ),
     "no step": (lambda c: c["next"].pop("step"), "no complete training checkpoint"),
     "steps below zero": (lambda c: c["next"].update(step=-5), "no complete training checkpoint"),
     "means of something": (lambda c: c.update(means=3), "no complete training checkpoint"),
@@ -74,7 +105,9 @@ def test_a_resumed_state_that_does_not_fit_is_refused_by_name(fault, finished, d
     content = checkpoint(finished / "checkpoint-step5.pth")
     change(content)
     torch.save(content, tmp_path / "spoiled.pth")
-    error = refused(finetuning_flags(data, "", "--model_ema", "--resume", str(tmp_path / "spoiled.pth")), capsys)
+    error = refused(
+        finetuning_flags(data, "", "--model_ema", "--resume", str(tmp_path / "spoiled.pth")), capsys
+    )
     assert "spoiled.pth" in error
     assert re.search(says, error), error
 
@@ -93,7 +126,9 @@ def test_resumed_moments_are_laid_out_like_their_parameters(finished, data, tmp_
         )
     torch.save(content, tmp_path / "plain.pth")
     for name in ("odd", "plain"):
-        run_class_finetuning.main(finetuning_flags(data, tmp_path / name, "--resume", str(tmp_path / f"{name}.pth")))
+        run_class_finetuning.main(
+            finetuning_flags(data, tmp_path / name, "--resume", str(tmp_path / f"{name}.pth"))
+        )
     assert_same_weights(tmp_path / "odd/checkpoint.pth", tmp_path / "plain/checkpoint.pth")
 
 
@@ -109,33 +144,47 @@ def test_moments_of_timms_optimizers_are_compared_by_a_step_of_a_copy(opt, capsy
     names = {id(p): name for name, p in layer.named_parameters()}
     saved = copy.deepcopy(optimizer.state_dict())
     check_saved_state(saved, optimizer, names, "file")
-    key = next(key for key, value in saved["state"][0].items() if isinstance(value, torch.Tensor) and value.numel() > 1)
+    key = next(
+        key
+        for key, value in saved["state"][0].items()
+        if isinstance(value, torch.Tensor) and value.numel() > 1
+    )
     saved["state"][0][key] = torch.zeros(3, 3)
     with pytest.raises(UserError, match=r"file: the optimizer's \w+ of weight has the shape \[3, 3\]"):
         check_saved_state(saved, optimizer, names, "file")
 
 
-# ── only what is good is kept ────────────────────────────────────────────────────────────────────────────────────────
+# ── only what is good is kept
+# ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("where", ["model", "model_ema", "optimizer"])
 def test_a_state_that_is_not_finite_replaces_no_checkpoint(where, tmp_path):
-    good = {"model": {"w": torch.ones(2)}, "model_ema": {"w": torch.ones(2)}, "optimizer": {"state": {0: {"w": torch.ones(2)}}}}
+    good = {
+        "model": {"w": torch.ones(2)},
+        "model_ema": {"w": torch.ones(2)},
+        "optimizer": {"state": {0: {"w": torch.ones(2)}}},
+    }
     saver = checkpoints.Saver()
     saver.submit(good, tmp_path, ["checkpoint.pth"])
     saver.wait()
     bad = copy.deepcopy(good)
     next(checkpoints.named_tensors(bad[where]))[1][1] = float("inf")
     saver.submit(bad, tmp_path, ["checkpoint.pth", "checkpoint-best.pth"])
-    with pytest.raises(UserError, match=rf"{where}\.\S*w is not finite .* the last good checkpoint is .*checkpoint.pth"):
+    with pytest.raises(
+        UserError, match=(rf"{where}\.\S*w is not finite .* the last good checkpoint is " r".*checkpoint.pth")
+    ):
         saver.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
     assert all(
-        bool(torch.isfinite(tensor).all()) for _, tensor in checkpoints.named_tensors(checkpoint(tmp_path / "checkpoint.pth"))
+        bool(torch.isfinite(tensor).all())
+        for _, tensor in checkpoints.named_tensors(checkpoint(tmp_path / "checkpoint.pth"))
     )
 
 
-def test_a_run_whose_weights_explode_ends_with_an_error_and_its_last_good_checkpoint(data, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_weights_explode_ends_with_an_error_and_its_last_good_checkpoint(
+    data, tmp_path, monkeypatch, capsys
+):
     def explode(state, clip_grad):
         norm = take_step(state, clip_grad)
         if state.step == 2:
@@ -148,7 +197,9 @@ def test_a_run_whose_weights_explode_ends_with_an_error_and_its_last_good_checkp
     assert "is not finite any more" in error
     kept = checkpoint(tmp_path / "checkpoint.pth")
     assert kept["next"]["step"] == 2
-    assert all(bool(torch.isfinite(value).all()) for value in kept["model"].values() if value.is_floating_point())
+    assert all(
+        bool(torch.isfinite(value).all()) for value in kept["model"].values() if value.is_floating_point()
+    )
     assert not (tmp_path / "checkpoint-best.pth").exists()
 
 
@@ -164,7 +215,8 @@ def test_a_run_that_skips_each_step_is_no_success(data, tmp_path, monkeypatch, c
     assert "each of the 8 steps of this run" in refused(finetuning_flags(data, tmp_path), capsys)
 
 
-# ── the same run ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the same run
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_other_images_or_another_seed_are_refused_unless_allowed(finished, data, tmp_path, capsys):
@@ -174,7 +226,9 @@ def test_other_images_or_another_seed_are_refused_unless_allowed(finished, data,
     assert re.search(r"checkpoint-step5.pth is of a run on 16 images, not 12: .* --allow_changed_run", error)
     error = refused(finetuning_flags(data, tmp_path / "out", *from_here, "--seed", "7"), capsys)
     assert "--seed 0, not 7" in error
-    run_class_finetuning.main(finetuning_flags(fewer, tmp_path / "out", *from_here, "--seed", "7", "--allow_changed_run"))
+    run_class_finetuning.main(
+        finetuning_flags(fewer, tmp_path / "out", *from_here, "--seed", "7", "--allow_changed_run")
+    )
     out = capsys.readouterr().out
     assert "warning: the checkpoint is of a run on 16 images, not 12" in out
     assert "warning: the checkpoint is of a run on --seed 0, not 7" in out
@@ -197,9 +251,20 @@ def test_the_same_images_elsewhere_are_the_same_and_other_names_or_labels_are_no
 def test_what_changes_the_result_is_named_and_used(finished, data, tmp_path, capsys):
     more = ["--lr", "5e-4", "--epochs", "3", "--weight_decay", "0.1", "--print_freq", "1"]
     capsys.readouterr()
-    run_class_finetuning.main(finetuning_flags(data, tmp_path, *more, "--resume", str(finished / "checkpoint.pth")))
-    changed = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("changed ")]
-    names = ["--epochs: 2 -> 3", "--lr: 0.001 -> 0.0005", "--model_ema: True -> False", "--weight_decay: 0.05 -> 0.1"]
+    run_class_finetuning.main(
+        finetuning_flags(data, tmp_path, *more, "--resume", str(finished / "checkpoint.pth"))
+    )
+    changed = [
+        line.split(maxsplit=1)[1]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("changed ")
+    ]
+    names = [
+        "--epochs: 2 -> 3",
+        "--lr: 0.001 -> 0.0005",
+        "--model_ema: True -> False",
+        "--weight_decay: 0.05 -> 0.1",
+    ]
     assert changed == names
     assert log_lines(tmp_path)[-1]["epoch"] == 2
 
@@ -222,17 +287,24 @@ def test_each_entry_of_the_log_is_the_undisturbed_runs_wherever_it_was_killed(st
     lines = (finished / "log.txt").read_text().splitlines(keepends=True)
     (tmp_path / "log.txt").write_text("".join(lines[: (step - 1) // 4]))
     run_class_finetuning.main(finetuning_flags(data, tmp_path, "--model_ema"))
-    told = [[{k: v for k, v in line.items() if k != "seconds"} for line in log_lines(out)] for out in (finished, tmp_path)]
+    told = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in log_lines(out)]
+        for out in (finished, tmp_path)
+    ]
     assert told[0] == told[1]
 
 
-def test_a_published_training_checkpoint_goes_on_behind_its_epoch_and_is_kept(finished, data, tmp_path, capsys):
+def test_a_published_training_checkpoint_goes_on_behind_its_epoch_and_is_kept(
+    finished, data, tmp_path, capsys
+):
     """microsoft/unilm's utils.save_model: model, optimizer, epoch, scaler, args (a Namespace)."""
     ours = checkpoint(finished / "checkpoint-step4.pth")
     optimizer = ours["optimizer"]
     for moments in optimizer["state"].values():
         moments["step"] = int(moments["step"])  # as torch wrote it then
-    args = argparse.Namespace(**{name: ours["args"][name] for name in ("lr", "opt", "epochs", "batch_size")}, seed=3)
+    args = argparse.Namespace(
+        **{name: ours["args"][name] for name in ("lr", "opt", "epochs", "batch_size")}, seed=3
+    )
     theirs = {"model": ours["model"], "optimizer": optimizer, "epoch": 0, "scaler": {}, "args": args}
     torch.save(theirs, tmp_path / "checkpoint.pth")
     published = (tmp_path / "checkpoint.pth").read_bytes()
@@ -240,10 +312,13 @@ def test_a_published_training_checkpoint_goes_on_behind_its_epoch_and_is_kept(fi
     out = capsys.readouterr().out
     assert re.search(r"resumed .*checkpoint.pth: epoch 1, 0 samples into it, step 4", out)
     assert (tmp_path / "checkpoint-published.pth").read_bytes() == published
-    assert_same_weights(tmp_path / "checkpoint.pth", finished / "checkpoint.pth")  # its moments too, or they would differ
+    # its moments too, or they would differ
+    assert_same_weights(tmp_path / "checkpoint.pth", finished / "checkpoint.pth")
     assert [line["epoch"] for line in log_lines(tmp_path)] == [1]
 
 
 @pytest.mark.parametrize("epoch", ["2", "99"])
 def test_a_start_behind_the_end_is_refused(epoch, data, tmp_path, capsys):
-    assert f"--start_epoch {epoch}" in refused(finetuning_flags(data, tmp_path, "--start_epoch", epoch), capsys)
+    assert f"--start_epoch {epoch}" in refused(
+        finetuning_flags(data, tmp_path, "--start_epoch", epoch), capsys
+    )

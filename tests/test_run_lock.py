@@ -26,7 +26,9 @@ time.sleep(600)
 
 @pytest.fixture
 def holder(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, start_new_session=True
+    )
     assert process.stdout.readline() == b"held\n"
     yield process
     os.killpg(process.pid, signal.SIGKILL)
@@ -41,8 +43,13 @@ def record(path, **changes):
 @pytest.mark.parametrize("locks", [True, False], ids=["with locks", "file system without locks"])
 def test_a_second_run_is_refused_and_a_killed_ones_place_is_taken(locks, holder, tmp_path, monkeypatch):
     if not locks:
-        monkeypatch.setattr(run_lock.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks")))
-    with pytest.raises(UserError, match=rf"in use by a run \(process {holder.pid} on \S+, since 20.* another --output_dir"):
+        monkeypatch.setattr(
+            run_lock.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks"))
+        )
+    with pytest.raises(
+        UserError,
+        match=(rf"in use by a run \(process {holder.pid} on \S+, since 20.* " r"another --output_dir"),
+    ):
         run_lock.RunLock(tmp_path)
     holder.kill()  # its child lives on
     holder.wait()
@@ -75,7 +82,9 @@ def test_a_lock_of_another_machine_is_not_taken_and_the_way_out_is_told(tmp_path
     run_lock.RunLock(tmp_path).release()
 
 
-def test_a_run_in_the_folder_of_another_is_told_in_one_sentence_and_evaluation_is_not(holder, tmp_path, capsys):
+def test_a_run_in_the_folder_of_another_is_told_in_one_sentence_and_evaluation_is_not(
+    holder, tmp_path, capsys
+):
     data = photos(tmp_path / "photos")
     (tmp_path / ".checkpoint.pth.1.part").write_bytes(b"what the other is writing")
     with pytest.raises(SystemExit) as stop:
@@ -91,5 +100,7 @@ def test_a_run_in_the_folder_of_another_is_told_in_one_sentence_and_evaluation_i
 
 
 def test_the_lock_is_gone_when_a_run_has_ended(tmp_path):
-    run_class_finetuning.main(finetuning_flags(photos(tmp_path / "photos"), tmp_path / "out", "--epochs", "1"))
+    run_class_finetuning.main(
+        finetuning_flags(photos(tmp_path / "photos"), tmp_path / "out", "--epochs", "1")
+    )
     assert not (tmp_path / "out" / run_lock.NAME).exists()

@@ -29,7 +29,8 @@ from segmentation.mask_files import read_mask
 from transforms import load_image
 
 CLASSES = ["sky", "grass", "sun", "house"]
-COLORS = np.array([[40, 80, 220], [60, 200, 40], [230, 210, 40], [180, 40, 30]], np.uint8)  # of the labels, in images
+# of the labels, in images
+COLORS = np.array([[40, 80, 220], [60, 200, 40], [230, 210, 40], [180, 40, 30]], np.uint8)
 
 
 def arguments(root, **changed):
@@ -90,7 +91,8 @@ def root(tmp_path_factory):
     return root
 
 
-# ---------------------------------------------------------------------------------------------------- where pairs are
+# ----------------------------------------------------------------------------------------------------
+#   where pairs are
 def relative(pairs, root):
     return [tuple(str(Path(path).relative_to(root)) for path in pair) for pair in pairs]
 
@@ -103,7 +105,9 @@ def test_both_layouts_and_nested_folders(tmp_path, splits):
     (tmp_path / "annotations" / splits[0] / "b.png").rename(tmp_path / "annotations" / splits[0] / "b.TIF")
     found = relative(find_pairs(str(tmp_path), train=True), tmp_path)
     expected = [("a.2.png", "a.2.png"), ("b.png", "b.TIF"), ("deep/er/c.png", "deep/er/c.png")]
-    assert found == [(f"images/{splits[0]}/{image}", f"annotations/{splits[0]}/{mask}") for image, mask in expected]
+    assert found == [
+        (f"images/{splits[0]}/{image}", f"annotations/{splits[0]}/{mask}") for image, mask in expected
+    ]
     assert len(find_pairs(str(tmp_path), train=False)) == 1
     assert len(find_pairs(str(tmp_path), train=False, flag="--eval_data_path")) == 1
 
@@ -113,21 +117,29 @@ def test_pairs_without_splits(tmp_path):
     write_pair(tmp_path, "town/y", "")
     assert len(find_pairs(str(tmp_path), train=True)) == 2
     assert len(find_pairs(str(tmp_path), train=False, flag="--eval_data_path")) == 2
-    with pytest.raises(UserError, match="no validation/ or val/, all of it is for training; --eval_data_path names"):
+    with pytest.raises(
+        UserError, match=("no validation/ or val/, all of it is for training; --eval_data_path names")
+    ):
         find_pairs(str(tmp_path), train=False)
 
 
 def test_folders_that_hold_no_pairs(tmp_path):
-    with pytest.raises(UserError, match=r"^--data_path is missing: name a folder that holds images/ and annotations/"):
+    with pytest.raises(
+        UserError, match=(r"^--data_path is missing: name a folder that holds images/ " r"and annotations/")
+    ):
         find_pairs("", train=True)
     with pytest.raises(UserError, match=r"--eval_data_path .*nowhere: no such folder"):
         find_pairs(str(tmp_path / "nowhere"), train=False, flag="--eval_data_path")
     with pytest.raises(UserError, match=r"has no images/; expected are images/ and annotations/"):
         find_pairs(str(tmp_path), train=True)
     (tmp_path / "images" / "train").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"there is .*images/train, but no .*annotations/train with the masks"):
+    with pytest.raises(
+        UserError, match=(r"there is .*images/train, but no .*annotations/train with " r"the masks")
+    ):
         find_pairs(str(tmp_path), train=True)
-    with pytest.raises(UserError, match=r"images/ has train/, but no validation/ or val/; --eval_data_path names"):
+    with pytest.raises(
+        UserError, match=(r"images/ has train/, but no validation/ or val/; " r"--eval_data_path names")
+    ):
         find_pairs(str(tmp_path), train=False)
     (tmp_path / "annotations" / "train").mkdir(parents=True)
     with pytest.raises(UserError, match=r"no images in .*images/train"):
@@ -140,8 +152,12 @@ def test_folders_that_hold_no_pairs(tmp_path):
 def test_incomplete_and_ambiguous_pairs(tmp_path, caplog, monkeypatch):
     for name in "abc":
         write_pair(tmp_path, name)
-    (tmp_path / "annotations/train/b.png").rename(tmp_path / "annotations/train/b.jpg")  # JPEG changes labels: no mask
-    with pytest.raises(UserError, match=r"images/train/b.png: has no mask, .*annotations/train/b.png \(or .*1 of 3 have none"):
+    # JPEG changes labels: no mask
+    (tmp_path / "annotations/train/b.png").rename(tmp_path / "annotations/train/b.jpg")
+    with pytest.raises(
+        UserError,
+        match=(r"images/train/b.png: has no mask, .*annotations/train/b.png " r"\(or .*1 of 3 have none"),
+    ):
         find_pairs(str(tmp_path), train=True)
     (tmp_path / "annotations/train/b.jpg").rename(tmp_path / "annotations/train/b.png")
     write(tmp_path / "images/train/c.jpg", colored(scene()))
@@ -155,11 +171,21 @@ def test_incomplete_and_ambiguous_pairs(tmp_path, caplog, monkeypatch):
     assert len(find_pairs(str(tmp_path), train=True)) == 1
     assert not caplog.text
     assert len(build_dataset(arguments(tmp_path), True, CLASSES)) == 1
-    assert len({record for record in caplog.records if "masks without an image are not used" in record.getMessage()}) == 1
+    assert (
+        len(
+            {
+                record
+                for record in caplog.records
+                if "masks without an image are not used" in record.getMessage()
+            }
+        )
+        == 1
+    )
     assert "annotations/train/b.png (in all 2)" in caplog.text
 
 
-# ------------------------------------------------------------------------------------------------------------ classes
+# ------------------------------------------------------------------------------------------------------------
+#   classes
 def test_names_come_from_the_list_then_from_ade_then_from_the_masks(root, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(distributed.log, "propagate", True)
     caplog.set_level(logging.INFO, "beit")
@@ -169,10 +195,15 @@ def test_names_come_from_the_list_then_from_ade_then_from_the_masks(root, tmp_pa
     assert read_classes(arguments(root, reduce_zero_label=True), pairs) == ["class 0", "class 1", "class 2"]
     caplog.clear()
     assert read_classes(arguments(root, nb_classes=7), pairs) == [f"class {i}" for i in range(7)]
-    table = "Idx\tRatio\tTrain\tVal\tName\n1\t0.15\t11664\t1172\twall\n22 \t0.1\t6\t6\tbed \n3\t0.1\t1\t2\tbuilding, edifice\n"
+    table = (
+        "Idx\tRatio\tTrain\tVal\tName\n1\t0.15\t11664\t1172\twall\n22 \t0.1\t6\t6\tbed "
+        "\n3\t0.1\t1\t2\tbuilding, edifice\n"
+    )
     (tmp_path / "objectInfo150.txt").write_text(table)
     assert read_classes(arguments(tmp_path, reduce_zero_label=True), pairs) == ["wall", "bed", "building"]
-    with pytest.raises(UserError, match=r"objectInfo150.txt: its first class is label 1.*add --reduce_zero_label"):
+    with pytest.raises(
+        UserError, match=(r"objectInfo150.txt: its first class is label 1.*add " r"--reduce_zero_label")
+    ):
         read_classes(arguments(tmp_path), pairs)
     (tmp_path / "names").write_text("\ufeffsky\r\n\n grass \nblue sun\n", encoding="utf-8")
     named = arguments(tmp_path, class_names=str(tmp_path / "names"))
@@ -213,7 +244,9 @@ def test_numbers_of_classes_that_will_not_do(tmp_path):
     with pytest.raises(UserError, match=r"a.png: 901 classes; at most 255"):
         read_classes(arguments(tmp_path), find_pairs(str(tmp_path), True))
     write(binary, colored(scene()))
-    with pytest.raises(UserError, match=r"annotations/train/a.png: its pixels are RGB, not numbers of classes"):
+    with pytest.raises(
+        UserError, match=(r"annotations/train/a.png: its pixels are RGB, not numbers of " r"classes")
+    ):
         read_classes(arguments(tmp_path), find_pairs(str(tmp_path), True))
 
 
@@ -224,7 +257,9 @@ def test_ranks_share_the_looking_and_its_error(root, tmp_path, monkeypatch):
     seen: list[str] = []
     look = image_mask_pairs.highest_label
     monkeypatch.setattr(
-        image_mask_pairs, "highest_label", lambda mask, path, reduce: seen.append(path) or look(mask, path, reduce)
+        image_mask_pairs,
+        "highest_label",
+        lambda mask, path, reduce: seen.append(path) or look(mask, path, reduce),
     )
     monkeypatch.setattr(distributed, "gather_objects", lambda value: [8, value])
     assert len(read_classes(arguments(root), pairs)) == 9
@@ -249,14 +284,17 @@ def test_palette(tmp_path):
         palette(own, 3)
     for line in ("1 2", "1 2 256", "red", "1 2 -3", "1, 2, 3"):
         file.write_text(f"0 0 0\n{line}\n")
-        with pytest.raises(UserError, match=f"color 2: '{line}'; red, green and blue are expected, each 0 to 255"):
+        with pytest.raises(
+            UserError, match=(f"color 2: '{line}'; red, green and blue are expected, each 0 to 255")
+        ):
             palette(own, 2)
     file.unlink()
     with pytest.raises(UserError, match="cannot be read"):
         palette(own, 2)
 
 
-# -------------------------------------------------------------------------------------------------------------- masks
+# --------------------------------------------------------------------------------------------------------------
+#   masks
 def gray_png_of_few_bits(labels, bits):
     """PIL writes no such file."""
     import struct
@@ -299,7 +337,9 @@ def test_kinds_of_masks(tmp_path, kind):
     assert dataset.pair(0).mask == str(mask)
     assert np.array_equal(np.asarray(read_mask(str(mask))), labels)
     assert set(dataset[0]["label"].unique().tolist()) <= {0, 1, 2, 3, IGNORED}
-    assert read_classes(arguments(tmp_path), find_pairs(str(tmp_path), True)) == [f"class {i}" for i in range(4)]
+    assert read_classes(arguments(tmp_path), find_pairs(str(tmp_path), True)) == [
+        f"class {i}" for i in range(4)
+    ]
 
 
 def one_bit(tmp_path):
@@ -326,8 +366,12 @@ def test_label_zero_can_be_left_out(tmp_path):
         write(mask, written)
         expected = torch.from_numpy(labels).long()
         assert torch.equal(evaluation(tmp_path)[0]["label"].long(), expected)
-        left_out = torch.where(expected == 0, IGNORED, torch.where(expected == IGNORED, IGNORED, expected - 1))
-        assert torch.equal(evaluation(tmp_path, CLASSES[1:], reduce_zero_label=True)[0]["label"].long(), left_out)
+        left_out = torch.where(
+            expected == 0, IGNORED, torch.where(expected == IGNORED, IGNORED, expected - 1)
+        )
+        assert torch.equal(
+            evaluation(tmp_path, CLASSES[1:], reduce_zero_label=True)[0]["label"].long(), left_out
+        )
 
 
 @pytest.mark.parametrize(
@@ -336,9 +380,14 @@ def test_label_zero_can_be_left_out(tmp_path):
         (
             scene() + 4,
             {},
-            r"label 7, but 4 classes are labels 0 to 3, and 255 is ignored; correct --nb_classes .*reduce_zero_label",
+            r"label 7, but 4 classes are labels 0 to 3, and 255 is ignored; correct --nb_classes "
+            r".*reduce_zero_label",
         ),
-        (scene() + 2, {"reduce_zero_label": True}, r"label 5, but --reduce_zero_label makes labels 1 to 4 the 4 classes"),
+        (
+            scene() + 2,
+            {"reduce_zero_label": True},
+            r"label 5, but --reduce_zero_label makes labels 1 to 4 the 4 " r"classes",
+        ),
         (scene().astype(np.uint16) + 256, {"reduce_zero_label": True}, "label 259, but"),
         (scene() + 251, {}, "label 254, but"),  # 255, the house, is ignored
         (scene()[:-1], {}, r"120 x 79 pixels, but its image .*images/a.png has 120 x 80"),
@@ -350,7 +399,10 @@ def test_label_zero_can_be_left_out(tmp_path):
 )
 def test_masks_that_are_refused(tmp_path, picture, flags, sentence):
     write(write_pair(tmp_path, split=""), picture)
-    for dataset in (evaluation(tmp_path, **flags), build_dataset(arguments(tmp_path, **flags), True, CLASSES)):
+    for dataset in (
+        evaluation(tmp_path, **flags),
+        build_dataset(arguments(tmp_path, **flags), True, CLASSES),
+    ):
         with pytest.raises(UserError, match=rf"annotations/a.png: {sentence}"):
             dataset[0]
 
@@ -378,7 +430,8 @@ def test_the_user_reads_the_sentence_alone(tmp_path, capsys, workers, train):
     assert err.count("\n") == 1 and "Traceback" not in err and "UserError" not in err
 
 
-# --------------------------------------------------------------------------------------------------- images on their side
+# ---------------------------------------------------------------------------------------------------
+#   images on their side
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_masks_of_images_that_exif_turns(tmp_path, orientation):
     """Drawn on what is shown, or, if the sizes say so, on the pixels as they are stored."""
@@ -406,7 +459,8 @@ def test_masks_of_images_that_exif_turns(tmp_path, orientation):
             evaluation(tmp_path)[0]
 
 
-# ------------------------------------------------------------------------------------------------------------ samples
+# ------------------------------------------------------------------------------------------------------------
+#   samples
 def same(one, other):
     return torch.equal(one["image"], other["image"]) and torch.equal(one["label"], other["label"])
 
@@ -424,7 +478,12 @@ def test_samples_follow_from_seed_epoch_and_index_alone(root):
     assert same(dataset[2, 1], first)
     assert random.getstate() == state
     assert same(pickle.loads(pickle.dumps(dataset))[2, 1], first)
-    others = [dataset[3, 1], dataset[2, 6], dataset[2, 11], build_dataset(arguments(root, seed=1), True, CLASSES)[2, 1]]
+    others = [
+        dataset[3, 1],
+        dataset[2, 6],
+        dataset[2, 11],
+        build_dataset(arguments(root, seed=1), True, CLASSES)[2, 1],
+    ]
     assert not any(same(other, first) for other in others)  # the next passes draw anew
     assert dataset[2, 6]["index"] == 6
     sampler = ResumableSampler(len(dataset), 5, 1, 0, 1, seed=0)
@@ -439,7 +498,9 @@ def test_a_pair_is_replaced_together(root, tmp_path):
     (tmp_path / "images/train/0.png").write_text("<html>404</html>")
     mask = tmp_path / "annotations/train/1.png"
     mask.write_bytes(mask.read_bytes()[:-40])
-    dataset = build_dataset(arguments(tmp_path, photometric=False, hflip=0.0, max_class_share=1.0), True, CLASSES, passes=2)
+    dataset = build_dataset(
+        arguments(tmp_path, photometric=False, hflip=0.0, max_class_share=1.0), True, CLASSES, passes=2
+    )
     for index in (0, 1, 4, 5):
         sample = dataset[index]
         assert agreement(sample["image"], sample["label"]) > 0.99
@@ -450,7 +511,8 @@ def test_a_pair_is_replaced_together(root, tmp_path):
     assert dataset[2]["failed"] == []
     good = dataset[2]
     assert dataset[1]["index"] == 1 and good["index"] == 2
-    assert read_classes(arguments(tmp_path), find_pairs(str(tmp_path), True))[-1] == "class 3"  # the scan goes on
+    # the scan goes on
+    assert read_classes(arguments(tmp_path), find_pairs(str(tmp_path), True))[-1] == "class 3"
     for image in (tmp_path / "images/train").iterdir():
         image.write_bytes(b"")
     assert set(dataset[0]) == {"failed"}
@@ -474,7 +536,8 @@ def test_evaluation_keeps_the_masks_and_finish_normalizes(root):
     assert finished["index"].tolist() == [0, 1] and finished["failed"] == []
 
 
-# -------------------------------------------------------------------------------------------------------------- views
+# --------------------------------------------------------------------------------------------------------------
+#   views
 def agreement(image, label, margin=2):
     """The share of labeled pixels, `margin` away from borders of labels, whose color is that of their label."""
     image, label = image.permute(1, 2, 0).numpy().astype(int), label.numpy()
@@ -531,7 +594,8 @@ def test_the_crop_is_that_of_the_whole_image_resized():
         there = np.s_[top : top + image.height, left : left + image.width]
         rows = (np.arange(top, top + image.height) + 0.5) * 70 / height
         columns = (np.arange(left, left + image.width) + 0.5) * 110 / width
-        sure = np.logical_and.outer(*[np.abs(at - at.round()) > 1e-6 for at in (rows, columns)])  # between two pixels: either
+        # between two pixels: either
+        sure = np.logical_and.outer(*[np.abs(at - at.round()) > 1e-6 for at in (rows, columns)])
         assert (np.asarray(cropped) == mask[there])[sure].all() and sure.mean() > 0.5
         assert np.abs(np.asarray(image).astype(int) - whole[there]).max() <= 1
 
@@ -545,7 +609,9 @@ def test_sizes():
     scales = []
     for seed in range(200):
         random.seed(seed)
-        image, _ = TrainingView(1000, 100, (0.5, 2.0)).crop(Image.new("RGB", (150, 100)), Image.new("L", (150, 100)))
+        image, _ = TrainingView(1000, 100, (0.5, 2.0)).crop(
+            Image.new("RGB", (150, 100)), Image.new("L", (150, 100))
+        )
         scales.append(image.height / 100)
     assert 0.5 <= min(scales) < 0.55 and 1.9 < max(scales) <= 2
 
@@ -595,12 +661,16 @@ def test_colors_vary_as_said():
 
 def test_labels_do_not_vary_with_the_colors(root):
     for index in range(5):
-        plain, varied = (build_dataset(arguments(root, photometric=on), True, CLASSES)[index] for on in (False, True))
+        plain, varied = (
+            build_dataset(arguments(root, photometric=on), True, CLASSES)[index] for on in (False, True)
+        )
         assert torch.equal(plain["label"], varied["label"])
 
 
 def test_filling_has_the_color_of_the_mean(root):
-    dataset = build_dataset(arguments(root, scale_range=[0.3, 0.3], imagenet_default_mean_and_std=True), True, CLASSES)
+    dataset = build_dataset(
+        arguments(root, scale_range=[0.3, 0.3], imagenet_default_mean_and_std=True), True, CLASSES
+    )
     batch = {name: value[None] for name, value in dataset[0].items() if name in ("image", "label")}
     filled = dataset.finish(batch)["image"].permute(0, 2, 3, 1)[batch["label"] == IGNORED]
     assert len(filled) > 1000

@@ -49,10 +49,17 @@ def test_keys_of_the_heads_are_the_released_ones(case, classes):
         with torch.device("meta"):
             model = create_model("upernet_beit_base_patch16", classes, **BEIT)
         mine = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
-        backbone = {key.removeprefix("backbone."): v for key, v in model.state_dict().items() if key.startswith("backbone.")}
+        backbone = {
+            key.removeprefix("backbone."): v
+            for key, v in model.state_dict().items()
+            if key.startswith("backbone.")
+        }
         with torch.device("meta"):
             trunk = Trunk(img_size=512, **SIZES["base"]._asdict(), **BEIT)
-        pyramid = [f"fpn1.{i}.{name}" for i in (0, 3) for name in ("weight", "bias")] + ["fpn2.0.weight", "fpn2.0.bias"]
+        pyramid = [f"fpn1.{i}.{name}" for i in (0, 3) for name in ("weight", "bias")] + [
+            "fpn2.0.weight",
+            "fpn2.0.bias",
+        ]
         pyramid += [f"fpn1.1.{name}" for name in nn.BatchNorm2d(1).state_dict()]
         assert backbone.keys() == trunk.state_dict().keys() | set(pyramid)
     assert {key: list(value.shape) for key, value in mine.items()} == data("upernet_keys")[case]
@@ -71,7 +78,9 @@ def test_every_variant_builds(name):
 
 @pytest.mark.parametrize("head", ["upernet", "setr_pup"])
 def test_images_of_any_size(head):
-    """Logits of the image's size; a side that is no multiple of the patch is padded, and the padding is cut off again."""
+    """Logits of the image's size; a side that is no multiple of the patch is padded, and
+    the padding is cut off again.
+    """
     torch.manual_seed(0)
     model = create_model(f"{head}_beit_demo_patch16", 5, img_size=64, **BEIT)
     for size in ((64, 64), (96, 48), (70, 33), (7, 130)):
@@ -95,11 +104,15 @@ def test_backbone_gives_raw_outputs_of_its_blocks():
     maps = backbone(x)
     assert [m.shape[-1] for m in maps] == [16, 8, 4, 2]
     assert torch.equal(maps[2].flatten(2).transpose(1, 2), outputs[2][:, 1:])
-    assert torch.equal(maps[3], nn.functional.max_pool2d(outputs[3][:, 1:].transpose(1, 2).unflatten(2, (4, 4)), 2))
+    assert torch.equal(
+        maps[3], nn.functional.max_pool2d(outputs[3][:, 1:].transpose(1, 2).unflatten(2, (4, 4)), 2)
+    )
 
 
 def test_another_size_is_another_model_with_stretched_tables():
-    """Running a model at another size is what a model of that size with resized tables does; and the tables learn there."""
+    """Running a model at another size is what a model of that size with resized tables
+    does; and the tables learn there.
+    """
     torch.manual_seed(0)
     small = SegmentationBackbone((3,), pyramid=False, **TINY, **BEIT)
     for block in small.blocks:
@@ -123,7 +136,8 @@ def test_a_size_that_is_no_multiple_of_the_patch_is_refused():
         create_model("upernet_beit_demo_patch16", 5, img_size=100)
 
 
-# ── Batch norm over processes ────────────────────────────────────────────────────────────────────────────────────────
+# ── Batch norm over processes
+# ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def step_of_a_convolution(rank, world_size, x):

@@ -1,4 +1,6 @@
-"""run_segmentation_finetuning as main([...]) on tiny data: what it writes, resumption, processes, evaluation, predictions."""
+"""run_segmentation_finetuning as main([...]) on tiny data: what it writes, resumption,
+processes, evaluation, predictions.
+"""
 
 import json
 import math
@@ -41,19 +43,27 @@ def data(tmp_path_factory):
 def trained(data, tmp_path_factory):
     """A run long enough to tell the three colors apart."""
     out = tmp_path_factory.mktemp("trained")
-    main(segmentation_flags(data, out, "--max_steps", "40", "--steps_per_epoch", "20", "--image_freq", "1", "--lr", "3e-3"))
+    main(
+        segmentation_flags(
+            data, out, "--max_steps", "40", "--steps_per_epoch", "20", "--image_freq", "1", "--lr", "3e-3"
+        )
+    )
     return out
 
 
 def test_it_learns_and_writes_what_the_other_stages_write(trained):
     first, last = log_lines(trained)
     assert last["epoch"] == 1
-    assert last["train_loss"] == pytest.approx(last["train_seg_loss"] + 0.4 * last["train_aux_loss"], rel=1e-4)
+    assert last["train_loss"] == pytest.approx(
+        last["train_seg_loss"] + 0.4 * last["train_aux_loss"], rel=1e-4
+    )
     assert last["train_loss"] < first["train_loss"]
     assert last["test_miou"] > 70  # the commonest class everywhere: 11 to 22
     content = checkpoint(trained / "checkpoint.pth")
     assert content["stage"]["classes"] == ["class 0", "class 1", "class 2"]
-    assert {"checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-best.pth"} <= {path.name for path in trained.iterdir()}
+    assert {"checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-best.pth"} <= {
+        path.name for path in trained.iterdir()
+    }
     assert Image.open(trained / "pictures" / "segmentation-0001.png").width > 3 * 40
 
 
@@ -75,7 +85,9 @@ def test_poly_schedule_by_hand():
 
 
 @pytest.mark.parametrize("stop_after", [2, 4])
-def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_ends(stop_after, data, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_ends(
+    stop_after, data, tmp_path, monkeypatch
+):
     """In the middle of an epoch and of the cut last one."""
     more = ["--max_steps", "5", "--save_ckpt_steps", "1"]
     main(segmentation_flags(data, tmp_path / "whole", *more))
@@ -111,8 +123,19 @@ def test_two_processes_train_and_evaluate_as_one(data, tmp_path):
 
 
 def test_evaluation_is_that_of_a_confusion_matrix(trained, data, tmp_path):
-    """--eval from the checkpoint's file alone; against labels and predictions counted by hand at the masks' size."""
-    more = ["--resume", str(trained / "checkpoint-best.pth"), "--device", "cpu", "--amp_dtype", "fp32", "--num_workers", "0"]
+    """--eval from the checkpoint's file alone; against labels and predictions counted by
+    hand at the masks' size.
+    """
+    more = [
+        "--resume",
+        str(trained / "checkpoint-best.pth"),
+        "--device",
+        "cpu",
+        "--amp_dtype",
+        "fp32",
+        "--num_workers",
+        "0",
+    ]
     main(["--eval", "--data_path", str(data), "--output_dir", str(tmp_path), *more])
     result = json.loads((tmp_path / "eval.json").read_text())
     best = max(line["test_miou"] for line in log_lines(trained))
@@ -136,7 +159,14 @@ def test_predictions_keep_folders_and_pass_over_broken_files(trained, data, tmp_
     images.mkdir(parents=True)
     Image.open(data / "images/validation/0.jpg").resize((90, 33)).save(images / "a.png")
     (images / "b.jpg").write_bytes(b"no image")
-    flags = ["--device", "cpu", "--resume", str(trained / "checkpoint.pth"), "--output_dir", str(tmp_path / "out")]
+    flags = [
+        "--device",
+        "cpu",
+        "--resume",
+        str(trained / "checkpoint.pth"),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     main(["--predict", str(tmp_path / "mine"), *flags, "--eval_scales", "0.5", "1.5", "--tta_flip"])
     folder = tmp_path / "out/predictions/deep"
     assert sorted(path.name for path in folder.iterdir()) == ["a_labels.png", "a_overlay.png"]
@@ -144,11 +174,17 @@ def test_predictions_keep_folders_and_pass_over_broken_files(trained, data, tmp_
     assert "b.jpg" in capsys.readouterr().out
 
 
-def test_fine_tuning_starts_from_pretraining_and_from_another_segmentation_model(trained, data, tmp_path, capsys):
+def test_fine_tuning_starts_from_pretraining_and_from_another_segmentation_model(
+    trained, data, tmp_path, capsys
+):
     start = student(tmp_path / "pt.pth")
     main(segmentation_flags(data, tmp_path / "a", "--finetune", str(start), "--max_steps", "3"))
     assert "copied     the shared relative position bias to 6 blocks" in capsys.readouterr().out
-    main(segmentation_flags(data, tmp_path / "b", "--finetune", str(trained / "checkpoint.pth"), "--max_steps", "3"))
+    main(
+        segmentation_flags(
+            data, tmp_path / "b", "--finetune", str(trained / "checkpoint.pth"), "--max_steps", "3"
+        )
+    )
     assert "heads      used 82 of 82 tensors" in capsys.readouterr().out
 
 
@@ -156,7 +192,12 @@ def test_a_released_checkpoint_loads_strictly_and_tells_its_model(tmp_path):
     """mmseg's file: `state_dict` with the backbone's, the decode head's and the auxiliary head's names."""
     torch.manual_seed(0)
     model = modeling_segmentation.create_model(
-        "upernet_beit_demo_patch16", 5, img_size=64, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1
+        "upernet_beit_demo_patch16",
+        5,
+        img_size=64,
+        use_abs_pos_emb=False,
+        use_rel_pos_bias=True,
+        init_values=0.1,
     ).eval()
     torch.save({"meta": {"CLASSES": ("a", "b")}, "state_dict": model.state_dict()}, tmp_path / "released.pth")
     content = trained_segmenter.read(str(tmp_path / "released.pth"), "--resume")
@@ -206,7 +247,9 @@ def test_nothing_labeled_is_an_error(tmp_path, trained, capsys):
     for path in (data / "annotations/validation").iterdir():
         Image.fromarray(np.zeros((40, 56), np.uint8)).save(path)
     with pytest.raises(SystemExit):
-        main(segmentation_flags(data, tmp_path / "out", "--eval", "--resume", str(trained / "checkpoint.pth")))
+        main(
+            segmentation_flags(data, tmp_path / "out", "--eval", "--resume", str(trained / "checkpoint.pth"))
+        )
     assert "not one pixel is labeled; 255 and 0 are ignored (--reduce_zero_label)" in capsys.readouterr().err
 
 
@@ -218,7 +261,9 @@ def test_nothing_labeled_is_an_error(tmp_path, trained, capsys):
         (1, True, "'class 0'"),
     ],
 )
-def test_masks_from_which_nothing_is_learned_are_refused_at_the_start(white, reduce_zero_label, said, tmp_path, capsys):
+def test_masks_from_which_nothing_is_learned_are_refused_at_the_start(
+    white, reduce_zero_label, said, tmp_path, capsys
+):
     data = labeled_pixels(tmp_path / "ade")
     for path in (data / "annotations").rglob("*.png"):
         Image.fromarray(np.where(np.asarray(Image.open(path)) > 1, white, 0).astype(np.uint8)).save(path)
@@ -231,11 +276,15 @@ def test_masks_from_which_nothing_is_learned_are_refused_at_the_start(white, red
 
 
 @pytest.mark.parametrize(("before", "after"), [("3", "6"), ("6", "3")])
-def test_another_length_of_epoch_changes_neither_the_schedule_nor_the_end(before, after, data, tmp_path, monkeypatch):
+def test_another_length_of_epoch_changes_neither_the_schedule_nor_the_end(
+    before, after, data, tmp_path, monkeypatch
+):
     flags = ["--max_steps", "12", "--save_ckpt_steps", "1"]
     rates = []
     original = Schedule.apply
-    monkeypatch.setattr(Schedule, "apply", lambda self, optimizer, step: (rates.append(step), original(self, optimizer, step)))
+    monkeypatch.setattr(
+        Schedule, "apply", lambda self, optimizer, step: (rates.append(step), original(self, optimizer, step))
+    )
     with monkeypatch.context() as patch:
         kill_after(6, patch)
         with pytest.raises(KeyboardInterrupt):
@@ -248,7 +297,15 @@ def test_another_length_of_epoch_changes_neither_the_schedule_nor_the_end(before
 
 
 def test_the_command_line_overrides_the_file_also_with_a_default(trained, data, tmp_path, capsys):
-    more = ["--eval", "--data_path", str(data), "--resume", str(trained / "checkpoint.pth"), "--device", "cpu"]
+    more = [
+        "--eval",
+        "--data_path",
+        str(data),
+        "--resume",
+        str(trained / "checkpoint.pth"),
+        "--device",
+        "cpu",
+    ]
     main([*more, "--output_dir", str(tmp_path), "--lr", "3"])
     said = capsys.readouterr().out
     assert "as trained --input_size 32, --reduce_zero_label" in said
@@ -282,17 +339,24 @@ def test_one_image_its_namesake_and_an_earlier_prediction(trained, data, tmp_pat
 def test_other_kinds_of_files_are_called_by_name(data, trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(segmentation_flags(data, tmp_path, "--eval", "--resume", str(student(tmp_path / "pt.pth"))))
-    assert "is a model of masked image modeling (for --finetune): a segmentation model is needed" in capsys.readouterr().err
+    assert (
+        "is a model of masked image modeling (for --finetune): a segmentation model is needed"
+        in capsys.readouterr().err
+    )
     images = photos(tmp_path / "photos")
     with pytest.raises(SystemExit):
-        run_class_finetuning.main(finetuning_flags(images, tmp_path, "--eval", "--resume", str(trained / "checkpoint.pth")))
+        run_class_finetuning.main(
+            finetuning_flags(images, tmp_path, "--eval", "--resume", str(trained / "checkpoint.pth"))
+        )
     assert "a segmentation model" in capsys.readouterr().err
 
 
 def test_published_segmentation_models_are_looked_at_as_they_were_trained(monkeypatch, tmp_path):
     name = "beitv2_base_patch16_224_pt1k_ftade20k"
     assert downloads.ENTRIES[name].kind == "segmentation"
-    torch.save({"state_dict": {"decode_head.conv_seg.weight": torch.zeros(150, 8, 1, 1)}}, tmp_path / f"{name}.pth")
+    torch.save(
+        {"state_dict": {"decode_head.conv_seg.weight": torch.zeros(150, 8, 1, 1)}}, tmp_path / f"{name}.pth"
+    )
     monkeypatch.setattr(downloads, "fetch", lambda source: tmp_path / f"{name}.pth")
     assert weight_source.read(name).flags["imagenet_default_mean_and_std"] is True
 

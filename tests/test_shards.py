@@ -1,4 +1,6 @@
-"""Tar shards: what is found in them, their index, the order of an epoch, exact resumption, plain words for what is wrong."""
+"""Tar shards: what is found in them, their index, the order of an epoch, exact resumption,
+plain words for what is wrong.
+"""
 
 import importlib.util
 import io
@@ -73,7 +75,8 @@ def jpeg(tmp_path, seed=0):
     return Path(write_image(tmp_path / f"{seed}.jpg", seed)).read_bytes()
 
 
-# ── What is found ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What is found
+# ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_shards_hold_each_file_of_the_folder_once_as_it_is_with_its_label(folder, packed):
@@ -81,8 +84,11 @@ def test_shards_hold_each_file_of_the_folder_once_as_it_is_with_its_label(folder
     assert classes == ["a", "b"]
     assert members.sizes() == [5, 5, 5, 5, 4]
     inside = sorted((member.read().getvalue(), label) for member, label in members)
-    assert inside == sorted((path.read_bytes(), "ab".index(path.parent.name)) for path in folder.rglob("*.jpg"))
-    assert [label for _, label in members] != sorted(label for _, label in members)  # shuffled: a shard is a sample of all
+    assert inside == sorted(
+        (path.read_bytes(), "ab".index(path.parent.name)) for path in folder.rglob("*.jpg")
+    )
+    # shuffled: a shard is a sample of all
+    assert [label for _, label in members] != sorted(label for _, label in members)
 
 
 def test_the_webdataset_library_reads_what_we_wrote(packed):
@@ -98,7 +104,12 @@ def test_the_webdataset_library_reads_what_we_wrote(packed):
 @pytest.mark.parametrize("kind", ["braces", "folder", "list", "stars"])
 def test_ways_to_name_shards(kind, packed):
     names = [str(packed / f"00000{i}.tar") for i in range(5)]
-    text = {"braces": pattern(packed), "folder": str(packed), "list": "::".join(names), "stars": f"{packed}/*.tar"}[kind]
+    text = {
+        "braces": pattern(packed),
+        "folder": str(packed),
+        "list": "::".join(names),
+        "stars": f"{packed}/*.tar",
+    }[kind]
     assert shards.find_shards(text, "--data_path") == names
 
 
@@ -143,7 +154,8 @@ def test_class_numbers_without_names_and_names_in_another_order(tmp_path):
     assert len(build_finetuning_dataset(half, train=True)[0]) == 3  # at least one image a class
 
 
-# ── The index beside a shard ─────────────────────────────────────────────────────────────────────────────────────────
+# ── The index beside a shard
+# ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_kept_index_saves_reading_the_shard_and_another_shards_is_not_believed(tmp_path, monkeypatch):
@@ -173,7 +185,8 @@ def test_a_folder_that_cannot_be_written_to_is_scanned_each_time(tmp_path, monke
     assert [file.name for file in tmp_path.glob("0.tar*")] == ["0.tar"]
 
 
-# ── What is wrong ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What is wrong
+# ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -197,7 +210,8 @@ def test_plain_words_for_shards_that_cannot_be_read(text, message, packed):
 def test_plain_words_for_what_is_in_shards(packed, folder, tmp_path):
     whole = (packed / "000000.tar").read_bytes()
     third = shards.scan(str(packed / "000000.tar"), EXTENSIONS).places[2, 0]
-    for cut in (3000, third + 100, third - 3 * tarfile.BLOCKSIZE):  # not at a block's end, within an image, between two samples
+    # not at a block's end, within an image, between two samples
+    for cut in (3000, third + 100, third - 3 * tarfile.BLOCKSIZE):
         (tmp_path / "cut.tar").write_bytes(whole[:cut])
         with pytest.raises(UserError, match=r"cut\.tar is no whole tar file .*; write or copy it again"):
             find_shards(str(tmp_path / "cut.tar"))
@@ -207,7 +221,9 @@ def test_plain_words_for_what_is_in_shards(packed, folder, tmp_path):
         str(tmp_path / "a.tar.gz"): "is compressed",
         str(tmp_path / "empty"): "no .tar files in this folder",
         write_tar(tmp_path / "text.tar", [("a.txt", b"hello")]): "no images in these 1 shards",
-        write_tar(tmp_path / "named.tar", [("a.jpg", b"x"), ("a.cls", b"cat")]): r"a\.cls holds b'cat'; a class number",
+        write_tar(
+            tmp_path / "named.tar", [("a.jpg", b"x"), ("a.cls", b"cat")]
+        ): r"a\.cls holds b'cat'; a class number",
     }
     for text, message in cases.items():
         with pytest.raises(UserError, match=message):
@@ -235,7 +251,9 @@ def test_images_that_are_not_taken_are_counted(tmp_path, caplog, monkeypatch):
 @pytest.mark.parametrize("number", ["1000000", "100000000", "1" + "0" * 12, "1" + "0" * 60, "-1", "1_0", "١"])
 def test_a_class_number_is_one(number, tmp_path):
     path = write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(tmp_path)), ("a.cls", number.encode())])
-    with pytest.raises(UserError, match=r"0\.tar: a\.cls holds .*; a class number from 0 to 999,999 is expected"):
+    with pytest.raises(
+        UserError, match=(r"0\.tar: a\.cls holds .*; a class number from 0 to 999,999 " r"is expected")
+    ):
         find_shards(path)
 
 
@@ -298,7 +316,11 @@ def spoil(kind, shard, index):
 
 @pytest.mark.parametrize("kind", ["truncated", "time", "pipe", "places", "labels", "left_out"])
 def test_an_index_that_contradicts_its_shard_is_made_anew(kind, tmp_path):
-    members = [(f"{i}.{end}", data) for i in range(8) for end, data in (("jpg", jpeg(tmp_path, i)), ("cls", b"%d" % i))]
+    members = [
+        (f"{i}.{end}", data)
+        for i in range(8)
+        for end, data in (("jpg", jpeg(tmp_path, i)), ("cls", b"%d" % i))
+    ]
     path = Path(write_tar(tmp_path / "0.tar", members))
     first = shards.index_of(str(path), EXTENSIONS)
     spoil(kind, path, Path(f"{path}{shards.INDEX}"))
@@ -315,7 +337,9 @@ def test_an_image_that_does_not_decode_is_named_and_replaced(tmp_path):
     assert "image" in sample
 
 
-def test_make_shards_refuses_and_leaves_nothing_half(folder, packed, make_shards, tmp_path, capsys, monkeypatch):
+def test_make_shards_refuses_and_leaves_nothing_half(
+    folder, packed, make_shards, tmp_path, capsys, monkeypatch
+):
     for words, message in (
         ([folder, packed], "has shards already"),
         ([tmp_path / "none", tmp_path / "out"], "no such folder"),
@@ -324,14 +348,17 @@ def test_make_shards_refuses_and_leaves_nothing_half(folder, packed, make_shards
         with pytest.raises(SystemExit):
             make_shards([*map(str, words), "--images_per_shard", "5"])
         assert message in capsys.readouterr().err
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(SystemExit):
         make_shards([str(folder), str(tmp_path / "full"), "--images_per_shard", "5"])
     assert "No space left" in capsys.readouterr().err
     assert list((tmp_path / "full").iterdir()) == []
 
 
-# ── Order, ranks, workers, resumption ────────────────────────────────────────────────────────────────────────────────
+# ── Order, ranks, workers, resumption
+# ────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_order_mixes_a_few_shards_at_a_time_and_is_a_function_of_seed_and_epoch():
@@ -352,7 +379,9 @@ def test_the_order_mixes_a_few_shards_at_a_time_and_is_a_function_of_seed_and_ep
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ranks_and_workers_share_an_epoch_without_repeats_and_a_resumed_run_reads_the_rest(workers, packed, monkeypatch):
+def test_ranks_and_workers_share_an_epoch_without_repeats_and_a_resumed_run_reads_the_rest(
+    workers, packed, monkeypatch
+):
     monkeypatch.setattr("data_pipeline.samplers.SHARDS_AT_ONCE", 2)
     dataset = build_vqkd_dataset(arguments(packed, data_set="webdataset"))
     assert dataset.shard_sizes == [5, 5, 5, 5, 4]
@@ -383,18 +412,33 @@ def test_a_sample_depends_on_seed_epoch_and_index_as_in_a_folder(packed):
     assert torch.equal(in_memory[2, 7]["image"], dataset[2, 7]["image"])
 
 
-# ── Whole runs ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Whole runs
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 SHARDS = ["--data_set", "webdataset", "--num_workers", "2"]
 
 
 def test_pretraining_on_shards_stopped_within_an_epoch_ends_bit_for_bit_the_same(packed, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
-    more = [*SHARDS, "--eval_data_path", str(packed), "--drop_path", "0.1", "--save_ckpt_steps", "4", "--keep_ckpts", "9"]
+    more = [
+        *SHARDS,
+        "--eval_data_path",
+        str(packed),
+        "--drop_path",
+        "0.1",
+        "--save_ckpt_steps",
+        "4",
+        "--keep_ckpts",
+        "9",
+    ]
     run_beitv2_pretraining.main(pretraining_flags(pattern(packed), tmp_path / "whole", codes, *more))
     middle = tmp_path / "whole" / "checkpoint-step8.pth"
     assert checkpoint(middle)["next"] == {"epoch": 1, "samples": 8, "step": 8}
-    resumed = [*pretraining_flags(pattern(packed), tmp_path / "resumed", codes, *more), "--resume", str(middle)]
+    resumed = [
+        *pretraining_flags(pattern(packed), tmp_path / "resumed", codes, *more),
+        "--resume",
+        str(middle),
+    ]
     run_beitv2_pretraining.main(resumed)
     assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "resumed/checkpoint.pth")
     assert log_lines(tmp_path / "whole")[1]["train_loss"] == log_lines(tmp_path / "resumed")[0]["train_loss"]
@@ -402,7 +446,9 @@ def test_pretraining_on_shards_stopped_within_an_epoch_ends_bit_for_bit_the_same
 
 
 def test_the_other_stages_train_on_shards(packed, tmp_path):
-    run_vqkd_training.main(vqkd_flags(pattern(packed), tmp_path / "vqkd", *SHARDS, "--eval_data_path", str(packed)))
+    run_vqkd_training.main(
+        vqkd_flags(pattern(packed), tmp_path / "vqkd", *SHARDS, "--eval_data_path", str(packed))
+    )
     assert "test_rec_loss" in log_lines(tmp_path / "vqkd")[1]
     flags = [*finetuning_flags(packed, tmp_path / "ft"), *SHARDS]
     run_class_finetuning.main(flags)

@@ -85,7 +85,8 @@ def test_memory_is_bounded_by_the_networks_scale(monkeypatch):
     assert max(height * width for height, width in sizes) * 4 <= 1 << 16
 
 
-# ── What is counted ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What is counted
+# ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_scores_of_a_matrix_by_hand():
@@ -106,7 +107,9 @@ def test_ignored_pixels_count_nowhere():
     kept = labels != IGNORED
     rows = logits.permute(0, 2, 3, 1)[kept]
     torch.testing.assert_close(pixel_loss(logits, labels), F.cross_entropy(rows, labels[kept]))
-    torch.testing.assert_close(pixel_accuracy(logits, labels), (rows.argmax(1) == labels[kept]).float().mean())
+    torch.testing.assert_close(
+        pixel_accuracy(logits, labels), (rows.argmax(1) == labels[kept]).float().mean()
+    )
     nothing = pixel_loss(logits, torch.full_like(labels, IGNORED))
     nothing.backward()
     assert float(nothing) == 0

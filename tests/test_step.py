@@ -31,7 +31,8 @@ def autocast(dtype):
     return torch.autocast("cpu", dtype or BF16, enabled=dtype is not None)
 
 
-# ── Cross-entropy over the codes ─────────────────────────────────────────────────────────────────────────────────────
+# ── Cross-entropy over the codes
+# ─────────────────────────────────────────────────────────────────────────────────────
 def head_and_inputs(patches=50, width=48, codes=256):
     torch.manual_seed(0)
     head, hidden = nn.Linear(width, codes), torch.randn(patches, width)
@@ -69,11 +70,14 @@ def test_cross_entropy_of_the_head_in_fp32(rows):
 
 @pytest.mark.parametrize(("dtype", "scale", "near"), [(BF16, 1.0, 0.01), (torch.float16, 2.0**14, 0.002)])
 def test_cross_entropy_of_the_head_in_low_precision(dtype, scale, near, rows, monkeypatch):
-    """As close to fp32 as the plain way is, also with a scaled loss and more patches than fp16 may sum up at once."""
+    """As close to fp32 as the plain way is, also with a scaled loss and more patches than
+    fp16 may sum up at once.
+    """
     monkeypatch.setattr(fused, "FP16_ROWS", 20)
     exact = learned(plainly, *head_and_inputs(), None)
     plain, ours = (learned(way, *head_and_inputs(), dtype, scale) for way in (plainly, linear_cross_entropy))
-    assert float(ours[0]) == pytest.approx(float(plain[0]), rel=1e-6)  # the same logits, and fp32 from there on
+    # the same logits, and fp32 from there on
+    assert float(ours[0]) == pytest.approx(float(plain[0]), rel=1e-6)
     assert torch.equal(ours[1], plain[1])
     for mine, theirs, truth in zip(ours[2], plain[2], exact[2], strict=True):
         assert far(mine, truth) < min(near, 1.2 * far(theirs, truth))
@@ -92,14 +96,17 @@ def test_extreme_logits_have_a_loss_and_those_that_are_none_have_none():
 def test_nothing_is_kept_for_each_patch_and_code():
     head, hidden, target = head_and_inputs(patches=300, width=8, codes=512)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
         loss, _ = linear_cross_entropy(hidden.requires_grad_(), head, target)
     assert 0 < sum(kept) < 2 * (head.weight.numel() + hidden.numel())
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(hidden, head, target)[0], loss)
 
 
-# ── Linear layers ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Linear layers
+# ────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(("width", "out"), [(24, 1100), (40, 40), (200, 24)])
 def test_the_gradient_of_a_weight_is_the_plain_one(width, out):
     torch.manual_seed(0)
@@ -134,7 +141,9 @@ def test_our_linear_layer_is_torchs(dtype, monkeypatch):
 def test_layers_swapped_in_for_a_cpu_learn_as_the_plain_ones():
     """In bf16: gradients differ in the order of sums alone. In fp32, and in evaluation, nothing differs."""
     torch.manual_seed(0)
-    plain = modeling_finetune.create_model("beit_demo_patch16_128", img_size=48, num_classes=5, use_rel_pos_bias=True)
+    plain = modeling_finetune.create_model(
+        "beit_demo_patch16_128", img_size=48, num_classes=5, use_rel_pos_bias=True
+    )
     model, x, target = copy.deepcopy(plain), torch.rand(3, 3, 48, 48), torch.tensor([0, 3, 1])
     cpu_bf16.swap_in(model)
     recomputed = copy.deepcopy(model)
@@ -143,7 +152,9 @@ def test_layers_swapped_in_for_a_cpu_learn_as_the_plain_ones():
     for one in (recomputed.train(), model.train(), plain.train()):
         with autocast(BF16):
             F.cross_entropy(one(x).float(), target).backward()
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), recomputed.parameters(), strict=True))
+    assert all(
+        torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), recomputed.parameters(), strict=True)
+    )
     for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert mine.grad.dtype == torch.float32 and mine.grad.stride() == mine.stride()
         assert far(mine.grad, theirs.grad) < 0.02, name
@@ -156,7 +167,9 @@ def test_every_layer_of_a_block_is_swapped_and_kept_by_copies():
     cpu_bf16.swap_in(model)
     block = copy.deepcopy(model).blocks[0]
     assert {type(layer) for layer in (block.mlp.fc1, block.mlp.fc2, block.attn.proj)} == {cpu_bf16.CpuLinear}
-    assert block.attn.attend is cpu_bf16.cpu_attention and type(model.patch_embed.proj) is cpu_bf16.CpuPatchConv
+    assert (
+        block.attn.attend is cpu_bf16.cpu_attention and type(model.patch_embed.proj) is cpu_bf16.CpuPatchConv
+    )
 
 
 def test_patches_are_cut_as_the_convolution_cuts_them():
@@ -175,10 +188,13 @@ def test_a_bias_is_read_row_by_row():
     assert bias.is_contiguous() and torch.equal(bias[2], table[:, 2][index])
 
 
-# ── Frozen networks ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Frozen networks
+# ──────────────────────────────────────────────────────────────────────────────────────────────────
 def frozen():
     torch.manual_seed(0)
-    tokenizer = modeling_vqkd.create_model("vqkd_encoder_demo_decoder_1x128x4_hog", img_size=64, as_tokenizer=True)
+    tokenizer = modeling_vqkd.create_model(
+        "vqkd_encoder_demo_decoder_1x128x4_hog", img_size=64, as_tokenizer=True
+    )
     teachers = [build_teacher(f"timm:{name}", "random", 64) for name in ("test_vit", "test_resnet")]
     networks = [(tokenizer.encoder, lambda x: tokenizer.features(tokenizer.pre_process(x)))]
     return networks + [(teacher, teacher.targets) for teacher in teachers]
@@ -193,7 +209,9 @@ def test_weights_cast_once_give_the_same_bits(which, dtype):
         before = use(x)
         cast_frozen(network, dtype)
         assert torch.equal(use(x), before)
-    types = {type(module): {p.dtype for p in module.parameters(recurse=False)} for module in network.modules()}
+    types = {
+        type(module): {p.dtype for p in module.parameters(recurse=False)} for module in network.modules()
+    }
     assert types[nn.Conv2d] == {dtype}
     assert all(dtypes <= {torch.float32} for kind, dtypes in types.items() if "Norm" in kind.__name__)
 
@@ -204,7 +222,8 @@ def test_in_fp32_nothing_is_cast():
     assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 
-# ── The optimizer's step ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── The optimizer's step
+# ─────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("clip_grad", [None, 0.5, 1e6])
 def test_gradients_are_clipped_inside_fused_adamw_as_before_it(clip_grad):
     torch.manual_seed(0)
@@ -217,7 +236,9 @@ def test_gradients_are_clipped_inside_fused_adamw_as_before_it(clip_grad):
         x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
         for model in (ours, plain):
             model(x).square().sum().backward()
-        state = SimpleNamespace(model=ours, optimizer=optimizers[0], scaler=scaler, parameters=list(ours.parameters()))
+        state = SimpleNamespace(
+            model=ours, optimizer=optimizers[0], scaler=scaler, parameters=list(ours.parameters())
+        )
         norms.append(float(engine.take_step(state, clip_grad)))
         norms.append(float(nn.utils.clip_grad_norm_(plain.parameters(), clip_grad or float("inf"))))
         optimizers[1].step()
@@ -225,5 +246,7 @@ def test_gradients_are_clipped_inside_fused_adamw_as_before_it(clip_grad):
     assert norms[::2] == pytest.approx(norms[1::2], rel=1e-5)
     for (name, mine), theirs in zip(ours.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5), name
-    moments = [torch.cat([s["exp_avg"].flatten() for s in optimizer.state.values()]) for optimizer in optimizers]
+    moments = [
+        torch.cat([s["exp_avg"].flatten() for s in optimizer.state.values()]) for optimizer in optimizers
+    ]
     assert far(*moments) < 1e-4

@@ -58,13 +58,23 @@ def refusal(path):
     return str(refused.value)
 
 
-# ── what is read ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is read
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("new_format", [True, False])
 def test_the_same_as_torch_reads(tmp_path, new_format):
     base = torch.randn(8, 6)
-    dtypes = [torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+    dtypes = [
+        torch.float64,
+        torch.float16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    ]
     content = {
         "model": OrderedDict(
             {str(dtype): torch.randint(0, 2, (3, 2)).to(dtype) for dtype in dtypes},
@@ -88,8 +98,12 @@ def test_the_same_as_torch_reads(tmp_path, new_format):
 @pytest.mark.parametrize("new_format", [True, False])
 @pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
 def test_every_protocol_of_pickle(tmp_path, protocol, new_format):
-    torch.save(WEIGHTS, tmp_path / "f.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=new_format)
-    assert all(torch.equal(value, WEIGHTS[key]) for key, value in torch_files.load(tmp_path / "f.pth").items())
+    torch.save(
+        WEIGHTS, tmp_path / "f.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=new_format
+    )
+    assert all(
+        torch.equal(value, WEIGHTS[key]) for key, value in torch_files.load(tmp_path / "f.pth").items()
+    )
     torch.save(WEIGHTS, tmp_path / "f.pth", pickle_protocol=0, _use_new_zipfile_serialization=new_format)
     assert "pickle_protocol=0" in refusal(tmp_path / "f.pth")
 
@@ -102,7 +116,9 @@ def test_negated_and_conjugated_views_keep_their_sign(tmp_path):
         assert torch.equal(torch_files.load(tmp_path / "f.pth")["w"], view)
 
 
-@pytest.mark.parametrize("value", [np.float64(0.1), np.float32(-2.5), np.int64(-7), np.uint8(200), np.bool_(True)])
+@pytest.mark.parametrize(
+    "value", [np.float64(0.1), np.float32(-2.5), np.int64(-7), np.uint8(200), np.bool_(True)]
+)
 def test_numbers_of_numpy_become_pythons(tmp_path, value):
     torch.save({"v": value}, tmp_path / "f.pth")
     read = torch_files.load(tmp_path / "f.pth")["v"]
@@ -155,7 +171,8 @@ def test_a_torchscript_archive_with_a_state_of_its_own_is_refused(tmp_path):
     assert "state_dict()" in said
 
 
-# ── code ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── code
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("form", ["new", "old", "pickle"])
@@ -205,7 +222,8 @@ def test_torch_load_is_called_nowhere():
                     raise AssertionError(f"{path.name}:{node.lineno} calls {owner}.{node.attr}")
 
 
-# ── tensors that are none ────────────────────────────────────────────────────────────────────────────────────────────
+# ── tensors that are none
+# ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def odd_tensors():
@@ -229,7 +247,17 @@ def tensor_program(size, stride, offset=0, elements=4, key=b"0", storage=b"Float
     number = lambda n: b"\x8a\x08" + struct.pack("<q", n)  # noqa: E731
     numbers = lambda each: b"(" + b"".join(map(number, each)) + b"t"  # noqa: E731
     text = lambda t: b"X" + struct.pack("<I", len(t)) + t  # noqa: E731
-    persistent = b"(" + text(b"storage") + b"ctorch\n" + storage + b"\n" + text(key) + text(b"cpu") + number(elements) + b"tQ"
+    persistent = (
+        b"("
+        + text(b"storage")
+        + b"ctorch\n"
+        + storage
+        + b"\n"
+        + text(key)
+        + text(b"cpu")
+        + number(elements)
+        + b"tQ"
+    )
     head = b"\x80\x02}" + text(b"w") + b"ctorch._utils\n_rebuild_tensor_v2\n("
     return head + persistent + number(offset) + numbers(size) + numbers(stride) + b"\x89}tRs."
 
@@ -252,16 +280,23 @@ def test_tensors_outside_their_storage(tmp_path, wrong):
     refusal(with_pickle(tmp_path / "f.pth", tensor_program(**{"size": (4,), "stride": (1,), **wrong})))
 
 
-# ── programs without end ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── programs without end
+# ─────────────────────────────────────────────────────────────────────────────────────────────
 
 BOMBS = {
     "nested lists": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
     "nested tuples": b"\x80\x02)" + b"\x85" * 100_000 + b".",
     "nested tuples as a key": b"\x80\x02}(" + b")" + b"\x85" * 1_000_000 + b"Nu.",
     "a list in itself": b"\x80\x02]q\x00h\x00a.",
-    "doubled sixty times": b"\x80\x02]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60)) + b".",
+    "doubled sixty times": b"\x80\x02]q\x00"
+    + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60))
+    + b".",
     "many steps": b"\x80\x02" + b"N0" * 4_000_000 + b"}.",
-    "copies of copies": b"\x80\x02](" + b"N" * 100_000 + b"eq\x00(" + b"ctorch\nSize\nh\x00\x85R0" * 1000 + b"t}.",
+    "copies of copies": b"\x80\x02]("
+    + b"N" * 100_000
+    + b"eq\x00("
+    + b"ctorch\nSize\nh\x00\x85R0" * 1000
+    + b"t}.",
     "a text longer than the file": b"\x80\x02X\xff\xff\xff\x7f.",
     "no end": b"\x80\x02}",
     "nothing on the stack": b"\x80\x020000.",
@@ -280,14 +315,17 @@ def test_programs_that_build_nothing_sensible(tmp_path, what):
     refusal(with_pickle(tmp_path / "f.pth", BOMBS[what]))
 
 
-# ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── damage
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_recompressed_file_is_the_same(tmp_path, method):
     torch.save({"model": WEIGHTS}, tmp_path / "f.pth")
     repack(tmp_path / "f.pth", compression=method)
-    assert all(torch.equal(v, WEIGHTS[k]) for k, v in weight_files.load_state_dict(tmp_path / "f.pth").items())
+    assert all(
+        torch.equal(v, WEIGHTS[k]) for k, v in weight_files.load_state_dict(tmp_path / "f.pth").items()
+    )
 
 
 def test_a_flipped_bit_is_found(tmp_path):
@@ -295,7 +333,8 @@ def test_a_flipped_bit_is_found(tmp_path):
     content = bytearray((tmp_path / "f.pth").read_bytes())
     content[content.index(struct.pack("<f", 1.0) * 100) + 402] ^= 1
     (tmp_path / "f.pth").write_bytes(content)
-    assert torch.load(tmp_path / "f.pth", weights_only=True)["model"]["w"].sum() != 1000  # nobody else sees it
+    # nobody else sees it
+    assert torch.load(tmp_path / "f.pth", weights_only=True)["model"]["w"].sum() != 1000
     assert "CRC" in refusal(tmp_path / "f.pth")
     with pytest.raises(UserError, match="CRC"):
         checkpoints.read(tmp_path / "f.pth")
@@ -322,7 +361,11 @@ def test_archives_that_are_odd(tmp_path):
     path.write_bytes(encrypted)
     assert "encrypted" in refusal(path)
     path.write_bytes(whole)
-    repack(path, lambda name, content: bytes(2**28) if name.endswith("data/0") else content, compression=zipfile.ZIP_DEFLATED)
+    repack(
+        path,
+        lambda name, content: bytes(2**28) if name.endswith("data/0") else content,
+        compression=zipfile.ZIP_DEFLATED,
+    )
     assert "data/0 has 268,435,456 bytes instead of 24" in refusal(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("word/document.xml", "<w/>")
@@ -340,7 +383,9 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value):
 
             save_file(weights, tmp_path / file)
         assert "b.weight holds 1 value that is not finite (of 2)" in refusal(tmp_path / file)
-    torch.save({"w": torch.ones(3).to(torch.float8_e4m3fn), "none": torch.empty(0)}, tmp_path / "eight_bits.pth")
+    torch.save(
+        {"w": torch.ones(3).to(torch.float8_e4m3fn), "none": torch.empty(0)}, tmp_path / "eight_bits.pth"
+    )
     weight_files.load_state_dict(tmp_path / "eight_bits.pth")
     torch.save({"model": {**WEIGHTS, "attn_mask": torch.tensor([0, -torch.inf])}}, tmp_path / "clip.pth")
     weight_files.load_state_dict(tmp_path / "clip.pth")
@@ -351,8 +396,11 @@ def test_a_weight_that_is_no_tensor_is_named(tmp_path, value):
     spoiled = {**WEIGHTS, "blocks.0.gamma_2": value}
     for content in (spoiled, {"model": spoiled}, {"epoch": 3, "state_dict": spoiled}):
         torch.save(content, tmp_path / "f.pth")
-        assert f"blocks.0.gamma_2 is no tensor but of type {type(value).__name__}" in refusal(tmp_path / "f.pth")
-    torch.save({**WEIGHTS, "epoch": 3, "arch": "ViT-B"}, tmp_path / "f.pth")  # plain entries beside bare weights
+        assert f"blocks.0.gamma_2 is no tensor but of type {type(value).__name__}" in refusal(
+            tmp_path / "f.pth"
+        )
+    # plain entries beside bare weights
+    torch.save({**WEIGHTS, "epoch": 3, "arch": "ViT-B"}, tmp_path / "f.pth")
     assert set(weight_files.load_state_dict(tmp_path / "f.pth")) == set(WEIGHTS)
 
 
@@ -386,7 +434,8 @@ def test_what_is_no_file(tmp_path):
         checkpoints.newest_intact(tmp_path)
 
 
-# ── which checkpoint a run goes on from ──────────────────────────────────────────────────────────────────────────────
+# ── which checkpoint a run goes on from
+# ──────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_fallback_is_the_newest_by_step(tmp_path):
@@ -408,5 +457,8 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monke
         monkeypatch.setattr(io, "open", refuse)
         monkeypatch.setattr("builtins.open", refuse)
     for read in (checkpoints.newest_intact, lambda folder: checkpoints.read(folder / "checkpoint.pth")):
-        with pytest.raises(UserError, match=r"checkpoint\.pth cannot be read: Permission denied; change its permissions"):
+        with pytest.raises(
+            UserError,
+            match=(r"checkpoint\.pth cannot be read: Permission denied; " r"change its permissions"),
+        ):
             read(tmp_path)

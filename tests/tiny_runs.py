@@ -10,7 +10,18 @@ from PIL import Image
 import modeling_pretrain
 import modeling_vqkd
 
-SIZE = ["--input_size", "32", "--device", "cpu", "--amp_dtype", "fp32", "--num_workers", "0", "--image_freq", "0"]
+SIZE = [
+    "--input_size",
+    "32",
+    "--device",
+    "cpu",
+    "--amp_dtype",
+    "fp32",
+    "--num_workers",
+    "0",
+    "--image_freq",
+    "0",
+]
 STUDENT = "beit_demo_patch16_128_8k_vocab_cls_pt"
 TOKENIZER = "vqkd_encoder_demo_decoder_1x128x4_hog"
 
@@ -28,7 +39,9 @@ def photos(folder: Path, per_class: int = 8, classes: str = "ab", size: int = 40
 
 
 def labeled_pixels(folder: Path, images: int = 6, classes: int = 3, size: tuple[int, int] = (40, 56)) -> Path:
-    """ADE20K's layout: noise around one color a class, and masks of rectangles; label 0 is nobody's, classes count from 1."""
+    """ADE20K's layout: noise around one color a class, and masks of rectangles; label 0 is
+    nobody's, classes count from 1.
+    """
     for split, count in (("training", images), ("validation", 3)):
         for kind in ("images", "annotations"):
             (folder / kind / split).mkdir(parents=True, exist_ok=True)
@@ -54,7 +67,9 @@ def tokenizer(path: Path) -> Path:
 
 
 def student(path: Path, name: str = STUDENT, **flags: object) -> Path:
-    """A pretraining checkpoint of random weights for 32-pixel images; `flags` are those it says it was trained with."""
+    """A pretraining checkpoint of random weights for 32-pixel images; `flags` are those it
+    says it was trained with.
+    """
     torch.manual_seed(2)
     more = {"early_layers": 4, "head_layers": 1, "use_abs_pos_emb": False, "use_shared_rel_pos_bias": True}
     model = modeling_pretrain.create_model(name, img_size=32, vocab_size=16, init_values=0.1, **more)
@@ -63,26 +78,72 @@ def student(path: Path, name: str = STUDENT, **flags: object) -> Path:
 
 
 def vqkd_flags(data: Path, out: Path, *more: str) -> list[str]:
-    flags = ["--data_path", str(data), "--output_dir", str(out), "--model", TOKENIZER, "--teacher_input_size", "32"]
+    flags = [
+        "--data_path",
+        str(data),
+        "--output_dir",
+        str(out),
+        "--model",
+        TOKENIZER,
+        "--teacher_input_size",
+        "32",
+    ]
     codes = ["--codebook_n_emd", "16", "--codebook_emd_dim", "8", "--batch_size", "4", "--lr", "1e-3"]
     return [*flags, *codes, *SIZE, "--epochs", "2", "--warmup_epochs", "1", *more]
 
 
 def pretraining_flags(data: Path, out: Path, tokenizer_path: Path, *more: str) -> list[str]:
-    flags = ["--data_path", str(data), "--output_dir", str(out), "--model", STUDENT, "--tokenizer_model", TOKENIZER]
+    flags = [
+        "--data_path",
+        str(data),
+        "--output_dir",
+        str(out),
+        "--model",
+        STUDENT,
+        "--tokenizer_model",
+        TOKENIZER,
+    ]
     flags += ["--tokenizer_weight", str(tokenizer_path), "--second_input_size", "32", "--codebook_size", "16"]
-    flags += ["--codebook_dim", "8", "--early_layers", "4", "--head_layers", "1", "--batch_size", "4", "--lr", "1e-3"]
+    flags += [
+        "--codebook_dim",
+        "8",
+        "--early_layers",
+        "4",
+        "--head_layers",
+        "1",
+        "--batch_size",
+        "4",
+        "--lr",
+        "1e-3",
+    ]
     return [*flags, *SIZE, "--num_mask_patches", "2", "--epochs", "2", "--warmup_epochs", "1", *more]
 
 
 def finetuning_flags(data: Path, out: Path, *more: str) -> list[str]:
-    flags = ["--data_path", str(data), "--eval_data_path", str(data), "--output_dir", str(out), "--data_set", "image_folder"]
+    flags = [
+        "--data_path",
+        str(data),
+        "--eval_data_path",
+        str(data),
+        "--output_dir",
+        str(out),
+        "--data_set",
+        "image_folder",
+    ]
     flags += ["--model", "beit_demo_patch16_128", "--batch_size", "4", "--lr", "1e-3", "--layer_decay", "0.8"]
     return [*flags, *SIZE, "--epochs", "2", "--warmup_epochs", "1", *more]
 
 
 def segmentation_flags(data: Path, out: Path, *more: str) -> list[str]:
-    flags = ["--data_path", str(data), "--output_dir", str(out), "--model", "upernet_beit_demo_patch16", "--reduce_zero_label"]
+    flags = [
+        "--data_path",
+        str(data),
+        "--output_dir",
+        str(out),
+        "--model",
+        "upernet_beit_demo_patch16",
+        "--reduce_zero_label",
+    ]
     flags += ["--batch_size", "2", "--lr", "1e-3", "--layer_decay", "0.8", "--nb_classes", "3"]
     return [*flags, *SIZE, "--max_steps", "6", "--steps_per_epoch", "3", "--warmup_steps", "1", *more]
 

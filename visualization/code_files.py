@@ -1,7 +1,9 @@
-"""Files of visual tokens: written in shares by several processes, joined in order, read without loading them whole.
+"""Files of visual tokens: written in shares by several processes, joined in order, read
+without loading them whole.
 
-A finished folder holds about.json (what was encoded and how), files.txt and skipped.txt (a line each), and codes.npy (images,
-N), row i for line i of files.txt, or codes.jsonl, one {"file": ..., "codes": rows of the grid} a line. N patches, K codes.
+A finished folder holds about.json (what was encoded and how), files.txt and skipped.txt
+(a line each), and codes.npy (images, N), row i for line i of files.txt, or codes.jsonl,
+one {"file": ..., "codes": rows of the grid} a line. N patches, K codes.
 """
 
 from __future__ import annotations
@@ -28,9 +30,16 @@ LISTS = ("files", "skipped")  # .txt
 BLOCK = 4096  # images read at a time
 MOST_CODES = 1 << 24
 KINDS: dict[str, Any] = {  # of what about.json says and is needed here
-    "images": int, "grid": list, "n_codes": int, "input_size": int, "perplexity": (int, float), "view": str,
-    "tokenizer_weight": str, "data_path": str, "crop_pct": (int, float, type(None)),
-}  # fmt: skip
+    "images": int,
+    "grid": list,
+    "n_codes": int,
+    "input_size": int,
+    "perplexity": (int, float),
+    "view": str,
+    "tokenizer_weight": str,
+    "data_path": str,
+    "crop_pct": (int, float, type(None)),
+}
 
 
 def open_text(path: Path, mode: str) -> IO[str]:
@@ -91,8 +100,12 @@ class Parts:
 
 
 @contextlib.contextmanager
-def share_writer(parts: Parts, rank: int) -> Iterator[Callable[[torch.Tensor, Iterable[str], Iterable[str]], None]]:
-    """For one process's share: gives add(codes (images, N), the images' names, the files left out with the reason)."""
+def share_writer(
+    parts: Parts, rank: int
+) -> Iterator[Callable[[torch.Tensor, Iterable[str], Iterable[str]], None]]:
+    """For one process's share: gives add(codes (images, N), the images' names, the files
+    left out with the reason).
+    """
     with (
         open(parts.path("codes", rank), "wb") as codes_file,
         open_text(parts.path("files", rank), "w") as names_file,
@@ -110,12 +123,16 @@ def share_writer(parts: Parts, rank: int) -> Iterator[Callable[[torch.Tensor, It
 def join(parts: Parts, form: str, about: dict[str, Any]) -> dict[str, Any]:
     """The finished folder from all shares; `form`: npy or jsonl; returns `about` with what was counted.
 
-    The codes appear last: where they are, everything is there and belongs together. Another run's are removed before.
-    UserError without a single image; then another run's stay.
+    The codes appear last: where they are, everything is there and belongs together.
+    Another run's are removed before. UserError without a single image; then another
+    run's stay.
     """
     counted = parts.usage() | {"skipped": sum(1 for _ in parts.lines("skipped"))}
     if not counted["images"]:
-        raise UserError(f"no image could be read, check --data_path: {', '.join(itertools.islice(parts.lines('skipped'), 3))}")
+        raise UserError(
+            "no image could be read, check --data_path: "
+            f"{', '.join(itertools.islice(parts.lines('skipped'), 3))}"
+        )
     about = counted | {"format": form, "n_codes": parts.n_codes, "grid": list(parts.grid)} | about
     for kind in LISTS:
         with open_text(parts.path(f"{kind}.txt"), "w") as file:
@@ -162,7 +179,9 @@ class Encoded:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); encode the images again") from None
         if len(found) < len(wanted):
-            raise UserError(f"{path}: has no line for image {min(wanted - found.keys())}; encode the images again")
+            raise UserError(
+                f"{path}: has no line for image {min(wanted - found.keys())}; encode the images again"
+            )
         return found
 
 
@@ -171,7 +190,9 @@ def read(folder: str, flag: str) -> Encoded:
     path = Path(folder)
     if not (path / "codes.npy").exists():
         other = (
-            "codes.jsonl: encode_images.py with --format npy" if (path / "codes.jsonl").exists() else "nothing finished by it"
+            "codes.jsonl: encode_images.py with --format npy"
+            if (path / "codes.jsonl").exists()
+            else "nothing finished by it"
         )
         raise UserError(f"{flag} {folder}: codes.npy of encode_images.py is needed, here is {other}")
     try:
@@ -185,5 +206,7 @@ def read(folder: str, flag: str) -> Encoded:
     except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{flag} {folder}: {ABOUT} or codes.npy cannot be read ({error})") from None
     if not fits:
-        raise UserError(f"{flag} {folder}: {ABOUT} and codes.npy do not belong together; encode the images again")
+        raise UserError(
+            f"{flag} {folder}: {ABOUT} and codes.npy do not belong together; encode the images again"
+        )
     return Encoded(path, about, codes)

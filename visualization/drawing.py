@@ -22,7 +22,9 @@ RED = (0.9, 0.1, 0.1)
 def denormalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Undo the input normalization: (..., 3, height, width) -> the same in [0, 1]."""
     shape = (3, 1, 1)
-    return (image * torch.tensor(std).view(shape).to(image) + torch.tensor(mean).view(shape).to(image)).clamp(0, 1)
+    return (image * torch.tensor(std).view(shape).to(image) + torch.tensor(mean).view(shape).to(image)).clamp(
+        0, 1
+    )
 
 
 def masked_image(image: Tensor, mask: Tensor) -> Tensor:
@@ -45,14 +47,19 @@ def code_colors(n_codes: int) -> Tensor:
 
 
 def distinct_colors(n: int) -> Tensor:
-    """Fixed colors (n, 3) that are easily told apart, dark gray first: each is the one farthest from all before it.
+    """Fixed colors (n, 3) that are easily told apart, dark gray first: each is the one
+    farthest from all before it.
 
     Distances are those of CIELAB (D65), over 8 levels a channel and neither black nor white.
     """
     levels = torch.linspace(0, 1, 8, dtype=torch.float64)
-    colors = torch.cat((torch.tensor([[0.16, 0.16, 0.2]], dtype=torch.float64), torch.cartesian_prod(levels, levels, levels)))
+    colors = torch.cat(
+        (torch.tensor([[0.16, 0.16, 0.2]], dtype=torch.float64), torch.cartesian_prod(levels, levels, levels))
+    )
     linear = torch.where(colors > 0.04045, ((colors + 0.055) / 1.055) ** 2.4, colors / 12.92)
-    to_xyz = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], dtype=torch.float64)
+    to_xyz = torch.tensor(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], dtype=torch.float64
+    )
     white = to_xyz.sum(dim=1)
     x, y, z = ((linear @ to_xyz.T / white).clamp(min=1e-9) ** (1 / 3)).unbind(dim=1)
     lab = torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=1)
@@ -80,9 +87,11 @@ def reconstructions(
     captions: Sequence[Sequence[str]] | None = None,
     a_row: int = 8,
 ) -> Tensor:
-    """Images, the token maps of their codes (B, h, w), and what a decoder drew of the codes; `a_row` images a row.
+    """Images, the token maps of their codes (B, h, w), and what a decoder drew of the
+    codes; `a_row` images a row.
 
-    `captions`: for each image three texts, of it, its tokens and what was drawn; pictures are then enlarged to hold them.
+    `captions`: for each image three texts, of it, its tokens and what was drawn;
+    pictures are then enlarged to hold them.
     """
     if captions is not None:
         images, drawn = [enlarged(image) for image in images], [enlarged(image) for image in drawn]
@@ -90,7 +99,9 @@ def reconstructions(
     if captions is not None:
         texts = zip(*captions, strict=True)
         kinds = [list(map(captioned, kind, said)) for kind, said in zip(kinds, texts, strict=True)]
-    rows = [side_by_side(kind[start : start + a_row]) for start in range(0, len(images), a_row) for kind in kinds]
+    rows = [
+        side_by_side(kind[start : start + a_row]) for start in range(0, len(images), a_row) for kind in kinds
+    ]
     return stacked(rows)
 
 
@@ -106,7 +117,9 @@ def stacked(rows: Sequence[Tensor]) -> Tensor:
 
 def gallery(pictures: Sequence[Tensor], columns: int) -> Tensor:
     """Pictures in reading order, at most `columns` in a row."""
-    return stacked([side_by_side(pictures[start : start + columns]) for start in range(0, len(pictures), columns)])
+    return stacked(
+        [side_by_side(pictures[start : start + columns]) for start in range(0, len(pictures), columns)]
+    )
 
 
 def join(pictures: Sequence[Tensor], dim: int) -> Tensor:
@@ -124,7 +137,9 @@ def join(pictures: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def enlarged(image: Tensor, shorter: int = 160) -> Tensor:
-    """A small picture smoothly enlarged by the whole number that brings its shorter side closest to `shorter` pixels."""
+    """A small picture smoothly enlarged by the whole number that brings its shorter side
+    closest to `shorter` pixels.
+    """
     factor = max(1, round(shorter / min(image.shape[1:])))
     if factor == 1:
         return image
@@ -148,7 +163,9 @@ def captioned(picture: Tensor, text: str) -> Tensor:
 def framed(
     picture: Tensor, top: int, left: int, height: int, width: int, line: int = 2, color: Sequence[float] = RED
 ) -> Tensor:
-    """A copy with a line of that many pixels around the rectangle: outside it, or over its edge at the picture's border."""
+    """A copy with a line of that many pixels around the rectangle: outside it, or over its
+    edge at the picture's border.
+    """
     bottom, right = min(top + height + line, picture.shape[1]), min(left + width + line, picture.shape[2])
     top, left = max(top - line, 0), max(left - line, 0)
     frame = torch.zeros(picture.shape[1:], dtype=torch.bool)
@@ -160,7 +177,9 @@ def framed(
 def heat_overlay(image: Tensor, heat: Tensor) -> Tensor:
     """Attention (h, w) over the image: dark blue where it is low, yellow where it is high."""
     heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
-    smooth = F.interpolate(heat[None, None].float(), size=image.shape[-2:], mode="bilinear", align_corners=False)[0]
+    smooth = F.interpolate(
+        heat[None, None].float(), size=image.shape[-2:], mode="bilinear", align_corners=False
+    )[0]
     low, high = torch.tensor([0.05, 0.05, 0.35]).view(3, 1, 1), torch.tensor([1.0, 0.9, 0.1]).view(3, 1, 1)
     color = low + (high - low) * smooth
     return 0.45 * image.cpu().float() + 0.55 * color
@@ -184,7 +203,9 @@ def spotlight(image: Tensor, kept: Tensor) -> Tensor:
 
 
 def label_overlay(image: Tensor, labels: Tensor, colors: Tensor, opacity: float = 0.5) -> Tensor:
-    """Each pixel's class (h, w) as a color over the image; the image alone where the label is none of the K colors (K, 3)."""
+    """Each pixel's class (h, w) as a color over the image; the image alone where the label
+    is none of the K colors (K, 3).
+    """
     known = (labels >= 0) & (labels < len(colors))
     cover = colors.to(image)[labels.clamp(0, len(colors) - 1)].permute(2, 0, 1)
     return torch.where(known, (1 - opacity) * image + opacity * cover, image)
@@ -192,7 +213,10 @@ def label_overlay(image: Tensor, labels: Tensor, colors: Tensor, opacity: float 
 
 def segmentation_row(image: Tensor, labelings: Sequence[Tensor], colors: Tensor) -> Tensor:
     """The image (3, h, w), and beside it each labeling (of any size) over it."""
-    overlays = [label_overlay(image, stretch(labels[None].float(), image.shape[1:])[0].long(), colors) for labels in labelings]
+    overlays = [
+        label_overlay(image, stretch(labels[None].float(), image.shape[1:])[0].long(), colors)
+        for labels in labelings
+    ]
     return side_by_side([image, *overlays])
 
 

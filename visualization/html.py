@@ -32,7 +32,9 @@ def escape(text: str) -> str:
 
 
 def picture(image: Tensor, alt: str, form: str = "JPEG") -> str:
-    """An <img> of (3, height, width) in [0, 1]; `alt` is what it shows, in words. `form`: JPEG, or PNG for drawings."""
+    """An <img> of (3, height, width) in [0, 1]; `alt` is what it shows, in words. `form`:
+    JPEG, or PNG for drawings.
+    """
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     file = io.BytesIO()
     settings = {"quality": 88, "subsampling": 0} if form == "JPEG" else {"optimize": True}
@@ -40,7 +42,10 @@ def picture(image: Tensor, alt: str, form: str = "JPEG") -> str:
     data = base64.b64encode(file.getvalue()).decode("ascii")
     text = escape(alt)
     height, width = image.shape[1:]
-    return f'<img src="data:image/{form.lower()};base64,{data}" width="{width}" height="{height}" alt="{text}" title="{text}">'
+    return (
+        f'<img src="data:image/{form.lower()};base64,{data}" width="{width}" height="{height}" '
+        f'alt="{text}" title="{text}">'
+    )
 
 
 def pictures(images: Iterable[str]) -> str:
@@ -59,7 +64,9 @@ def table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def section(title: str, *parts: str, anchor: str, color: Iterable[float] | None = None) -> str:
-    """A heading and what is under it; `anchor`: its name in links; `color`: a swatch before the title, RGB in [0, 1]."""
+    """A heading and what is under it; `anchor`: its name in links; `color`: a swatch
+    before the title, RGB in [0, 1].
+    """
     swatch = ""
     if color is not None:
         code = "".join(f"{round(255 * channel):02x}" for channel in color)
@@ -71,7 +78,9 @@ def section(title: str, *parts: str, anchor: str, color: Iterable[float] | None 
 def document(title: str, *parts: str) -> str:
     """The whole page; the parts are HTML."""
     name = escape(title)
-    head = f'<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n<title>{name}</title>'
+    head = (
+        f'<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n<title>{name}</title>'
+    )
     body = "\n".join([f"<h1>{name}</h1>", *parts])
     inside = f"<head>\n{head}\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>"
     return f'<!DOCTYPE html>\n<html lang="en">\n{inside}\n</html>\n'

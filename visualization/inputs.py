@@ -1,4 +1,6 @@
-"""What the scripts that look at images have in common: which images are shown, and the files that pictures are written to."""
+"""What the scripts that look at images have in common: which images are shown, and the
+files that pictures are written to.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,15 @@ PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".pdf")
 PAGES = (".html", ".htm")
 
 
-# ── Images to show ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Images to show
+# ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def find_shown(sources: Sequence[str], count: int) -> list[str]:
     """The files among `sources`, and `count` files of each folder, evenly spread.
 
-    UserError for what does not exist, and for a file named by itself that is no image: to be called before other work.
+    UserError for what does not exist, and for a file named by itself that is no image:
+    to be called before other work.
     """
     chosen: list[str] = []
     for source in sources:
@@ -63,13 +67,18 @@ def read_shown(paths: Sequence[str]) -> Iterator[tuple[str, Image.Image]]:
         raise UserError(f"--image: no image could be read, of {len(paths)} such as {paths[0]}")
 
 
-# ── The file to write ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The file to write
+# ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def prepare_output(path: str, endings: Sequence[str], flag: str = "--output") -> None:
-    """Make its folder, and refuse a name that could not be written to in the end: to be called before other work."""
+    """Make its folder, and refuse a name that could not be written to in the end: to be
+    called before other work.
+    """
     if path.endswith(("/", os.sep)) or os.path.isdir(path):
-        raise UserError(f"{flag} {path}: is a folder; name the file in it, such as {Path(path) / f'name{endings[0]}'}")
+        raise UserError(
+            f"{flag} {path}: is a folder; name the file in it, such as {Path(path) / f'name{endings[0]}'}"
+        )
     if Path(path).suffix.lower() not in endings:
         raise UserError(f"{flag} {path}: the name must end in {' '.join(endings)}")
     folder = Path(path).parent
@@ -82,7 +91,9 @@ def prepare_output(path: str, endings: Sequence[str], flag: str = "--output") ->
 
 
 def save_picture(picture: Tensor, path: str, flag: str = "--output") -> None:
-    """(3, height, width) in [0, 1]. UserError for a full disk, or a format that ends before the picture does (JPEG)."""
+    """(3, height, width) in [0, 1]. UserError for a full disk, or a format that ends
+    before the picture does (JPEG).
+    """
     try:
         save_image(picture, path)
     except (OSError, ValueError) as error:

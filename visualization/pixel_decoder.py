@@ -1,6 +1,7 @@
 """What tokens keep: a small decoder from a frozen tokenizer's codes to pixels.
 
-Nothing of it is used to train BEiT v2. The tokenizer never sees its loss, so that what it draws is what the codes hold.
+Nothing of it is used to train BEiT v2. The tokenizer never sees its loss, so that what
+it draws is what the codes hold.
 
 Shapes: B batch, h x w grid of N patches, D code dim, C width, P patch side.
 """
@@ -25,7 +26,8 @@ HEAD_DIM = 32
 
 
 class PixelDecoder(nn.Module):
-    """Code vectors -> ViT over the grid -> each token paints a window of 2P x 2P pixels, twice its patch; windows add up.
+    """Code vectors -> ViT over the grid -> each token paints a window of 2P x 2P pixels,
+    twice its patch; windows add up.
 
     With windows that only touch, the patches' edges stand out and the PSNR is lower (docs/visualization.md).
 
@@ -38,11 +40,18 @@ class PixelDecoder(nn.Module):
     def __init__(self, grid: tuple[int, int], code_dim: int, depth: int, dim: int) -> None:
         super().__init__()
         self.vit = VisionTransformer(
-            img_size=grid, patch_size=1, in_chans=code_dim, num_classes=0, embed_dim=dim, depth=depth,
+            img_size=grid,
+            patch_size=1,
+            in_chans=code_dim,
+            num_classes=0,
+            embed_dim=dim,
+            depth=depth,
             num_heads=heads_of(dim),
-        )  # fmt: skip
+        )
         self.grid = grid
-        self.to_pixels = nn.ConvTranspose2d(dim, 3, 2 * PATCH_SIZE, stride=PATCH_SIZE, padding=PATCH_SIZE // 2)
+        self.to_pixels = nn.ConvTranspose2d(
+            dim, 3, 2 * PATCH_SIZE, stride=PATCH_SIZE, padding=PATCH_SIZE // 2
+        )
         truncated_normal_(self.to_pixels.weight, std=0.02, cut=2.0)
         self.to_pixels.bias.data.zero_()
 
@@ -65,7 +74,8 @@ class Reconstructor(nn.Module):
     def __init__(self, tokenizer: VQKD, depth: int, dim: int) -> None:
         super().__init__()
         self.tokenizer = tokenizer.eval().requires_grad_(False)
-        # How the tokenizer scales images is in no file of its own; ours must tell, for it may be all that is left.
+        # How the tokenizer scales images is in no file of its own; ours must tell, for
+        # it may be all that is left.
         for name in ("input_mean", "input_std"):
             tokenizer.register_buffer(name, getattr(tokenizer, name), persistent=True)
         self.grid: tuple[int, int] = tokenizer.encoder.patch_embed.patch_shape
@@ -89,7 +99,9 @@ class Reconstructor(nn.Module):
         return self.tokenizer.get_codebook_indices(images).view(-1, *self.grid)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w) -> images (B, 3, height, width) in [0, 1]. Nothing but the codes' own vectors is looked at."""
+        """Codes (B, h, w) -> images (B, 3, height, width) in [0, 1]. Nothing but the
+        codes' own vectors is looked at.
+        """
         vectors = F.embedding(codes, self.tokenizer.quantize.embedding.weight)
         return self.decoder(rearrange(vectors, "b h w d -> b d h w"))
 
@@ -101,12 +113,20 @@ class Reconstructor(nn.Module):
 
 
 def open_reconstructor(source: str, flag: str = "--checkpoint") -> Reconstructor:
-    """The model in a file of `run_vqkd_training.py --train_pixel_decoder` (path or URL), in eval; no other file is needed."""
+    """The model in a file of `run_vqkd_training.py --train_pixel_decoder` (path or URL),
+    in eval; no other file is needed.
+    """
     found = weight_files.weights_in(weight_files.load_file(downloads.fetch(source)), source)
     weights = weight_formats.strip_wrappers(found)
     if "decoder.to_pixels.weight" not in weights:
-        raise UserError(f"{flag} {source} holds no pixel decoder: run_vqkd_training.py --train_pixel_decoder trains one")
-    own = {key.removeprefix("tokenizer."): value for key, value in weights.items() if key.startswith("tokenizer.")}
+        raise UserError(
+            f"{flag} {source} holds no pixel decoder: run_vqkd_training.py --train_pixel_decoder trains one"
+        )
+    own = {
+        key.removeprefix("tokenizer."): value
+        for key, value in weights.items()
+        if key.startswith("tokenizer.")
+    }
     settings: dict[str, Any] = modeling_vqkd.settings_of(own, {}, f"{flag} {source}")
     teacher_dim = len(own["decode_task_layer.2.bias"])
     tokenizer = modeling_vqkd.create_model(**settings, as_tokenizer=True, decoder_out_dim=teacher_dim)
