@@ -47,6 +47,10 @@ def hide_secrets(text: str) -> str:
     return URL.sub(shorten, text) if "://" in text else text
 
 
+def _cut_middle(kept: int, match: re.Match[str]) -> str:
+    return f"{match[0][:kept]}...({len(match[0]) - 2 * kept} characters)...{match[0][-kept:]}"
+
+
 def printable(text: str) -> str:
     """`text` as one line for the terminal, a log or a page: without secrets, control,
     direction and zero-width characters and halves of surrogate pairs escaped as in
@@ -55,9 +59,7 @@ def printable(text: str) -> str:
     text = hide_secrets(text)
     for longest, long in ((LONGEST_WORD, LONG_WORD), (LONGEST_LINE, LONG_LINE)):
         kept = longest // 2 - 20
-        text = long.sub(
-            lambda m, kept=kept: f"{m[0][:kept]}...({len(m[0]) - 2 * kept} characters)...{m[0][-kept:]}", text
-        )
+        text = long.sub(functools.partial(_cut_middle, kept), text)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
