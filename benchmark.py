@@ -76,7 +76,7 @@ from datasets import ImageFiles
 from engine_for_finetuning import FinetuningStage
 from engine_for_pretraining import PretrainingStage
 from engine_for_vqkd import TokenizerStage
-from errors import UserError, tells_the_user
+from errors import UserError, report_user_errors
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from run_state import Run
 from runtime import distributed
@@ -412,7 +412,7 @@ def measure(contest: Contest, args: argparse.Namespace, run: Run, matmul: float)
     return result
 
 
-@tells_the_user
+@report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     launch, device = distributed.start(args.device)

@@ -28,7 +28,7 @@ import modeling_vqkd
 from data_pipeline.image_lists import Samples, find_images_or_file
 from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles
-from errors import UserError, tells_the_user
+from errors import UserError, report_user_errors
 from runtime import distributed
 from runtime.distributed import Launch, log
 from transforms import View, eval_view
@@ -283,7 +283,7 @@ def draw_maps(args: argparse.Namespace, parts: Parts, view: View) -> None:
         log.info(f"maps       {path}")
 
 
-@tells_the_user
+@report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
 

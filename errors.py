@@ -120,7 +120,7 @@ def tell_the_others(message: str) -> None:
         tell(message)
 
 
-def tells_the_user(main: Callable[..., Any]) -> Callable[..., Any]:
+def report_user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of every script's `main`: a UserError becomes one line on stderr and exit
     status 2, and the traceback of any other error shows no secrets and no control
     characters.

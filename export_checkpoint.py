@@ -25,7 +25,7 @@ from checkpoint_io.remapping import brief
 from checkpoint_io.weight_formats import INDEX, Converted, Preprocessing
 from checkpoint_io.weight_source import WEIGHT_FILES, Source
 from data_pipeline.imagenet_classes import in_words, synsets
-from errors import UserError, pick, tells_the_user
+from errors import UserError, pick, report_user_errors
 from layers.rel_pos_bias import as_pair
 from runtime import distributed
 from runtime.distributed import log
@@ -438,7 +438,7 @@ def brief_classes(names: list[str] | None) -> str:
     return "; ".join(map(in_words, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-@tells_the_user
+@report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     check(args)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from checkpoint_io.downloads import ENTRIES, Entry, cache_folder, fetch, format_size
-from errors import ArgumentParser, pick, tells_the_user
+from errors import ArgumentParser, pick, report_user_errors
 
 PURPOSES = {
     "tokenizer": (
@@ -65,7 +65,7 @@ def get_parser() -> ArgumentParser:
     return parser
 
 
-@tells_the_user
+@report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     names = get_parser().parse_args(argv).names
     for name in names:

@@ -16,7 +16,7 @@ import run_state
 from data_pipeline.samplers import build_eval_loader
 from datasets import build_knn_datasets, build_pretraining_dataset
 from engine_for_pretraining import Pixels, PretrainingStage, Target, Tokens
-from errors import UserError, pick, tells_the_user
+from errors import UserError, pick, report_user_errors
 from evaluation import knn
 from optim_factory import build_schedule, create_optimizer
 from runtime import distributed
@@ -218,7 +218,7 @@ def build_knn_probe(args: argparse.Namespace, run: run_state.Run) -> knn.Probe |
     )
 
 
-@tells_the_user
+@report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     parser = get_parser()
     args = arguments.parse(parser, argv)

@@ -21,7 +21,7 @@ from data_pipeline import imagenet_classes
 from data_pipeline.samplers import build_eval_loader
 from datasets import build_finetuning_dataset
 from engine_for_finetuning import FinetuningStage, SomeLogits, WithMirrorImage
-from errors import UserError, pick, tells_the_user
+from errors import UserError, pick, report_user_errors
 from evaluation import trained_classifier
 from evaluation.confusion import as_table, described
 from layers.rel_pos_bias import as_pair
@@ -131,7 +131,7 @@ def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
     )
 
 
-@tells_the_user
+@report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     parser = get_parser()
     args = arguments.parse(parser, argv)

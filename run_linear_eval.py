@@ -20,7 +20,7 @@ from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles, build_finetuning_dataset
 from engine import evaluation_batches
 from engine_for_linear_eval import CachedFeatures, FrozenBackbone, LinearHeads, LinearStage
-from errors import UserError, tells_the_user
+from errors import UserError, report_user_errors
 from evaluation import knn
 from optim_factory import build_schedule, create_optimizer
 from runtime import distributed
@@ -182,7 +182,7 @@ def measure_channels(
     )
 
 
-@tells_the_user
+@report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     parser = get_parser()
     args = arguments.parse(parser, argv)

@@ -26,7 +26,7 @@ from checkpoint_io import checkpoints, weight_source
 from data_pipeline.image_lists import find_images_or_file
 from data_pipeline.samplers import build_eval_loader
 from engine_for_segmentation import Scores, SegmentationStage
-from errors import UserError, pick, tells_the_user
+from errors import UserError, pick, report_user_errors
 from evaluation.trained_classifier import warn_of_other_pretraining
 from optim_factory import LayerDecayValueAssigner, build_poly_schedule, create_optimizer, layer_decay_values
 from runtime import distributed
@@ -147,7 +147,7 @@ def build_stage(
     )
 
 
-@tells_the_user
+@report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     parser = get_parser()
     args = arguments.parse(parser, argv)

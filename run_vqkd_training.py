@@ -20,7 +20,7 @@ from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles, build_held_out_dataset, build_vqkd_dataset
 from engine_for_pixel_decoder import PixelDecoderStage
 from engine_for_vqkd import TokenizerStage
-from errors import UserError, tells_the_user
+from errors import UserError, report_user_errors
 from norm_ema_quantizer import FEATURES_PER_CODE
 from optim_factory import build_schedule, create_optimizer
 from runtime import distributed
@@ -141,7 +141,7 @@ def check_warmup(args: argparse.Namespace, steps: int, images_per_step: int) -> 
         )
 
 
-@tells_the_user
+@report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     parser, args = parse_flags(argv)
     check(parser, args)

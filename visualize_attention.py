@@ -17,7 +17,7 @@ from torch import Tensor
 import arguments
 import modeling_finetune
 import pretrained
-from errors import UserError, tells_the_user
+from errors import UserError, report_user_errors
 from layers.rel_pos_bias import as_pair
 from modeling_finetune import VisionTransformer
 from runtime import distributed
@@ -234,7 +234,7 @@ def rows_of_image(
     return rows
 
 
-@tells_the_user
+@report_user_errors
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)

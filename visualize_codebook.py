@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import arguments
-from errors import UserError, tells_the_user
+from errors import UserError, report_user_errors
 from runtime import distributed
 from runtime.distributed import log
 from transforms import eval_view
@@ -239,7 +239,7 @@ def sections(
         raise UserError(f"no image of {root} could be read: --data_path says where the images are now")
 
 
-@tells_the_user
+@report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     distributed.set_up_logging(0)

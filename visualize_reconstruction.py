@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import arguments
-from errors import tells_the_user
+from errors import report_user_errors
 from runtime import distributed
 from runtime.distributed import log
 from runtime.metrics import psnr
@@ -37,7 +37,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@tells_the_user
+@report_user_errors
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)

@@ -26,7 +26,7 @@ from torchvision.utils import save_image  # noqa: E402
 
 import stages  # noqa: E402
 from data_pipeline.image_lists import find_images  # noqa: E402
-from errors import UserError, printable, tells_the_user  # noqa: E402
+from errors import UserError, printable, report_user_errors  # noqa: E402
 from stages import run_entry  # noqa: E402
 from transforms import cut_to_length, load_image  # noqa: E402
 from visualization import drawing  # noqa: E402
@@ -351,7 +351,7 @@ def show(summary: dict[str, Any]) -> None:
     print("pictures:  " + "\n           ".join(summary["pictures"]))
 
 
-@tells_the_user
+@report_user_errors
 def main(argv: list[str]) -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()

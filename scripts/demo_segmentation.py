@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 from PIL import Image, ImageSequence  # noqa: E402
 
 from data_pipeline.image_formats import open_image  # noqa: E402
-from errors import UserError, tells_the_user  # noqa: E402
+from errors import UserError, report_user_errors  # noqa: E402
 from stages import log_of, run_entry  # noqa: E402
 
 OUT = ROOT / "demo_output_segmentation"
@@ -193,7 +193,7 @@ def show(summary: dict[str, Any]) -> None:
     print("pictures:  " + "\n           ".join(summary["pictures"]) + "   (image, truth, prediction)")
 
 
-@tells_the_user
+@report_user_errors
 def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()

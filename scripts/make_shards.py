@@ -29,7 +29,7 @@ import arguments  # noqa: E402
 from data_pipeline import shards  # noqa: E402
 from data_pipeline.image_formats import open_regular  # noqa: E402
 from data_pipeline.image_lists import EXTENSIONS, Samples, find_classes_folder, find_images  # noqa: E402
-from errors import ArgumentParser, UserError, printable, tells_the_user  # noqa: E402
+from errors import ArgumentParser, UserError, printable, report_user_errors  # noqa: E402
 from utils import derive_seed  # noqa: E402
 
 
@@ -54,7 +54,7 @@ def get_parser() -> ArgumentParser:
     return parser
 
 
-@tells_the_user
+@report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     out = Path(args.out)

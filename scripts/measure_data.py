@@ -40,7 +40,7 @@ from data_pipeline.augmentation import (
     sampled_pivot,
 )
 from data_pipeline.image_lists import find_images
-from errors import tells_the_user
+from errors import report_user_errors
 from masking_generator import MaskingGenerator
 from runtime.distributed import keep_freed_memory
 from transforms import (
@@ -173,7 +173,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@tells_the_user
+@report_user_errors
 def main() -> None:
     args = get_parser().parse_args()
     torch.set_num_threads(1)

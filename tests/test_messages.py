@@ -62,7 +62,7 @@ def test_errors_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_tracebacks_of_our_own_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     code = (
-        "import errors\n@errors.tells_the_user\ndef main():\n"
+        "import errors\n@errors.report_user_errors\ndef main():\n"
         f"    raise KeyError('http://u:pw@h/?sig=SECRET') from ValueError({HOSTILE!r})\nmain()"
     )
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stderr
@@ -157,7 +157,7 @@ def test_the_logger_of_a_data_process_escapes(caplog: pytest.LogCaptureFixture) 
 
 
 def test_any_terminal_and_any_length_of_a_name_will_do(tmp_path: Path) -> None:
-    code = "import errors\n@errors.tells_the_user\ndef main():\n    print('é')\n    open('k' * 10**6)\nmain()"
+    code = "import errors\n@errors.report_user_errors\ndef main():\n    print('é')\n    open('k' * 10**6)\nmain()"
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (2, "\\xe9\n")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.samplers import EvalSampler, ResumableSampler, build_loader
-from errors import UserError, tells_the_user
+from errors import UserError, report_user_errors
 from runtime import distributed
 from segmentation import image_mask_pairs
 from segmentation.image_mask_pairs import (
@@ -415,7 +415,7 @@ def test_the_user_reads_the_sentence_alone(tmp_path, capsys, workers, train):
         write_pair(tmp_path, name, split="", add=5)
     dataset = build_dataset(arguments(tmp_path), True, CLASSES) if train else evaluation(tmp_path)
 
-    @tells_the_user
+    @report_user_errors
     def main():
         for _ in build_loader(dataset, EvalSampler(4, 1, 0, 1), workers, pin_memory=False):
             raise AssertionError("a batch")
