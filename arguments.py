@@ -16,7 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from errors import ArgumentParser
+from data_pipeline.samplers import LoaderSettings
+from datasets import ImageSource
+from errors import ArgumentParser, UserError
+from masking_generator import MASK_TYPES, MaskingGenerator, scaled_mask_count, scaled_min_block
+from transforms import (
+    ImageOnly,
+    PretrainingViews,
+    TokenizerViews,
+    eval_view,
+    finetuning_view,
+    normalization,
+)
 
 # Accepted so that old command lines run; a warning says what replaces them.
 OBSOLETE = {
@@ -976,3 +987,96 @@ def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--tta_flip", action="store_true", help="also average with the mirror image")
     g.add_argument("--disable_eval", action="store_true", help="no evaluation during training")
+
+
+# ── What the flags say, as the values that the library takes ──
+
+
+def image_source(args: argparse.Namespace) -> ImageSource:
+    return ImageSource(
+        args.data_path,
+        args.eval_data_path,
+        args.data_set,
+        args.image_folder_class_index_file,
+        args.download,
+    )
+
+
+def loader_settings(args: argparse.Namespace, batch_size: int | None = None) -> LoaderSettings:
+    """`batch_size`: where it is not --batch_size, such as 1 where images differ in size."""
+    return LoaderSettings(batch_size or args.batch_size, args.num_workers, args.pin_mem)
+
+
+def mean_and_std(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return normalization(args.imagenet_default_mean_and_std)
+
+
+def build_tokenizer_views(args: argparse.Namespace) -> TokenizerViews:
+    return TokenizerViews(
+        args.input_size,
+        args.min_crop_scale,
+        args.color_jitter,
+        args.train_interpolation,
+        args.vflip,
+        args.data_pipeline,
+        args.augment_on_device,
+    )
+
+
+def build_pretraining_views(
+    args: argparse.Namespace, grid: int, tokenizer_stride: int | None = 16
+) -> PretrainingViews:
+    """`grid`: patches of the model along a side. `tokenizer_stride`: pixels of the
+    tokenizer's view for each patch, where --second_input_size is not given; None: there
+    is no such view.
+    """
+    return PretrainingViews(
+        args.input_size,
+        None if tokenizer_stride is None else args.second_input_size or grid * tokenizer_stride,
+        args.min_crop_scale,
+        args.color_jitter,
+        args.train_interpolation,
+        args.second_interpolation,
+        *mean_and_std(args),
+        build_mask_generator(args, grid),
+        args.vflip,
+        args.data_pipeline,
+        args.augment_on_device,
+    )
+
+
+def build_mask_generator(args: argparse.Namespace, grid: int) -> MaskingGenerator:
+    """The masks that the flags ask for; empty ones with --no_mask."""
+    count = scaled_mask_count(grid) if args.num_mask_patches is None else args.num_mask_patches
+    smallest, largest = args.min_mask_patches_per_block, args.max_mask_patches_per_block
+    smallest = scaled_min_block(grid) if smallest is None else smallest
+    if args.mask_type == "block" and not args.no_mask and largest is not None and 0 <= largest < smallest:
+        raise UserError(
+            f"--max_mask_patches_per_block {largest} is below --min_mask_patches_per_block {smallest}: "
+            "give the smallest block and a larger one"
+        )
+    try:
+        return MASK_TYPES[args.mask_type](grid, 0 if args.no_mask else count, smallest, largest)
+    except ValueError as error:
+        raise UserError(f"--min_mask_patches_per_block, --max_mask_patches_per_block: {error}") from None
+
+
+def build_finetuning_view(args: argparse.Namespace) -> ImageOnly:
+    return finetuning_view(
+        args.input_size,
+        *mean_and_std(args),
+        aa=args.aa,
+        color_jitter=args.color_jitter,
+        reprob=args.reprob,
+        remode=args.remode,
+        recount=args.recount,
+        train_interpolation=args.train_interpolation,
+        min_crop_scale=args.min_crop_scale,
+        vflip=args.vflip,
+    )
+
+
+def build_eval_view(args: argparse.Namespace) -> ImageOnly:
+    """The center of an image, as a classifier is evaluated on it."""
+    mean, std = mean_and_std(args)
+    return eval_view(args.input_size, args.crop_pct, mean=mean, std=std)

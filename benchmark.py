@@ -71,7 +71,8 @@ from benchmarks.training_steps import (
     textbook,
 )
 from checkpoint_io import checkpoints
-from data_pipeline.samplers import ResumableSampler, build_loader, close, collate
+from data_pipeline.files import collate
+from data_pipeline.samplers import ResumableSampler, build_loader, close
 from datasets import ImageFiles
 from engine_for_finetuning import FinetuningStage
 from engine_for_pretraining import PretrainingStage
@@ -321,7 +322,7 @@ def data(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
         torch.set_num_threads(1)
         try:
             cpu = torch.device("cpu")
-            ours, plain = work_of(files.__getitem__, files.finish), work_of(plainly, finish=dict)
+            ours, plain = work_of(files.__getitem__, files.device_transform), work_of(plainly, finish=dict)
             contenders = [Local("ours", ours, cpu), Local("plain", plain, cpu)]
             yield Contest(
                 f"data {PHOTO[0]} x {PHOTO[1]} JPEG to two views of {size}", contenders, {}, len(paths), CLOSE
@@ -353,7 +354,7 @@ def through_loader(contest: Contest, args: argparse.Namespace, run: Run) -> dict
             batches = iter(loader)
             for _ in range(sampler.steps_per_epoch):
                 clock = Clock(run.device)
-                batch = files.finish(engine.to_device(next(batches), run.device))
+                batch = files.device_transform(engine.to_device(next(batches), run.device))
                 clock.mark("data")
                 taken.append(clock.read() | step.turn(batch).ms)
         close(loader)

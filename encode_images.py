@@ -31,7 +31,7 @@ from datasets import ImageFiles
 from errors import UserError, report_user_errors
 from runtime import distributed
 from runtime.distributed import Launch, log
-from transforms import View, eval_view
+from transforms import ImageOnly, eval_view
 from visualization import code_files, drawing, inputs
 from visualization.code_files import Parts
 
@@ -149,7 +149,7 @@ class EveryImage(ImageFiles):
     `readable` is False and it is black.
     """
 
-    def __init__(self, samples: Samples, view: View, size: int) -> None:
+    def __init__(self, samples: Samples, view: ImageOnly, size: int) -> None:
         super().__init__(samples, view)
         self.most_failures, self.size = 1, size
 
@@ -168,7 +168,7 @@ class EveryImage(ImageFiles):
 
 def described(view: Any) -> str:
     """An eval_view of a square in words."""
-    resize, crop = view.transform.transforms[:2]
+    resize, crop = view.steps.transforms[:2]
     size = " x ".join(map(str, crop.size))
     return f"shorter side to {resize.size} pixels ({resize.interpolation.value}), then the central {size}"
 
@@ -182,7 +182,7 @@ def encode_share(
     args: argparse.Namespace,
     files: list[str],
     tokenizer: Tokenizer,
-    view: View,
+    view: ImageOnly,
     launch: Launch,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, list[str], list[str]]]:
@@ -195,7 +195,9 @@ def encode_share(
     model, root = tokenizer.model.to(device), root_of(args.data_path)
     done, started = 0, time.monotonic()
     reported = started
-    for batch in build_eval_loader(dataset, args, Launch(), device):  # the share is cut already
+    for batch in build_eval_loader(
+        dataset, arguments.loader_settings(args), Launch(), device
+    ):  # the share is cut already
         readable = batch["readable"]
         with precision.autocast():
             codes = model.get_codebook_indices(batch["image"].to(device, non_blocking=True))
@@ -229,7 +231,7 @@ def files_to_encode(data_path: str) -> list[str]:
 # ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def finish(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: View) -> None:
+def finish(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: ImageOnly) -> None:
     """Join the shares into the finished folder, and say what is in it."""
     about = code_files.join(
         parts,
@@ -253,7 +255,7 @@ def finish(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: V
     )
 
 
-def draw_maps(args: argparse.Namespace, parts: Parts, view: View) -> None:
+def draw_maps(args: argparse.Namespace, parts: Parts, view: ImageOnly) -> None:
     """The first --maps images above their token maps, SHEET of them on a picture."""
     for old in parts.folder.glob("token_maps-*.png"):
         old.unlink()

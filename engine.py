@@ -21,13 +21,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from checkpoint_io import checkpoints
-from data_pipeline.samplers import BadFiles, close
+from data_pipeline.files import BadFiles, SampleDataset
+from data_pipeline.samplers import Loader, close
 from errors import UserError
 from optim_factory import Schedule
-from run_state import Run, Stage, TrainingData, TrainState, finisher, save
+from run_state import Run, Stage, TrainingData, TrainState, save
 from runtime import distributed, fsdp
 from runtime.device import to_device
 from runtime.distributed import Precision, log
@@ -217,7 +217,7 @@ def train_one_epoch(
         micro_batches = reporter.waiting_for(batches, args.update_freq)
         for batch in micro_batches:
             bad_files.add(batch["failed"], found_image="image" in batch)
-        logs = accumulate_gradients(state, stage, micro_batches, run, data.finish)
+        logs = accumulate_gradients(state, stage, micro_batches, run, data.loader.dataset.device_transform)
         norm = take_step(state, args.clip_grad)
         watch.add(logs["loss"], norm, micro_batches)
         state.means.add(logs | {"grad_norm": norm})
@@ -261,11 +261,11 @@ def accumulate_gradients(
     stage: Stage,
     micro_batches: list[dict[str, Any]],
     run: Run,
-    finish: Callable[[dict[str, Any]], dict[str, Any]],
+    device_transform: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> dict[str, Tensor]:
     """Forward and backward of each micro-batch; the ranks exchange gradients at the last one. Means of the logs.
 
-    `finish`: what is left to do to a batch on the device before the network takes it (uint8 to floats).
+    `device_transform`: what makes of a batch, on the device, what the network takes (View).
     """
     # What a step draws (drop path, mixup) depends on the run's seed, the step and the
     # rank alone: a resumed run draws the same.
@@ -275,7 +275,7 @@ def accumulate_gradients(
         last = index + 1 == len(micro_batches)
         ddp = isinstance(state.runner, DistributedDataParallel)
         quiet = cast(Any, state.runner).no_sync() if ddp and not last else contextlib.nullcontext()
-        batch = finish(to_device(batch, run.device))
+        batch = device_transform(to_device(batch, run.device))
         with quiet:
             with run.precision.autocast():
                 loss, parts = stage.step(state.runner, batch)
@@ -290,7 +290,7 @@ def accumulate_gradients(
 
 
 def evaluation_batches(
-    loader: DataLoader, device: torch.device, flag: str = "--eval_data_path"
+    loader: Loader, device: torch.device, flag: str = "--eval_data_path"
 ) -> Iterator[dict[str, Any]]:
     """Batches on the device; files that do not decode are left out, named and counted, and
     too many of them end the run, as in training. To be read to the end by all ranks:
@@ -298,14 +298,14 @@ def evaluation_batches(
 
     `flag` names the images' folder in messages.
     """
-    bad_files, finish = BadFiles(flag=flag, instead="left out"), finisher(loader.dataset)
-    bad_files.start_epoch(len(cast(Any, loader.dataset)))
+    bad_files = BadFiles(flag=flag, instead="left out")
+    bad_files.start_epoch(len(loader.dataset))
     read = 0
     for batch in loader:
         bad_files.add(batch["failed"])
         if "image" in batch:
             read += len(batch["image"])
-            yield finish(to_device(batch, device))
+            yield loader.dataset.device_transform(to_device(batch, device))
     found = distributed.gather_objects((read, list(bad_files.failed)))
     read, left_out = sum(count for count, _ in found), [name for _, names in found for name in names]
     if left_out:
@@ -334,17 +334,17 @@ def mean_of_steps(
     return {f"test_{name}": value for name, value in means.read(over_all_ranks=True).items()}
 
 
-def samples_to_show(dataset: Any, count: int) -> list[dict[str, Any]]:
-    """`count` samples spread over the data set, always the same ones, for pictures and statistics."""
+def samples_to_show(dataset: SampleDataset, count: int) -> list[dict[str, Any]]:
+    """`count` samples spread over the data set, always the same ones, for pictures and
+    statistics: their tensors, as the network takes them.
+    """
     count = min(count, len(dataset))
-    samples = (dataset[index * len(dataset) // count] for index in range(count))
-    return [finished(sample, dataset) for sample in samples if "image" in sample]
-
-
-def finished(sample: dict[str, Any], dataset: Any) -> dict[str, Any]:
-    """A sample of the data set as the network takes it: its tensors alone."""
-    batch = {name: value[None] for name, value in sample.items() if isinstance(value, Tensor)}
-    return {name: value[0] for name, value in finisher(dataset)(batch).items()}
+    shown = []
+    for sample in (dataset[index * len(dataset) // count] for index in range(count)):
+        if "image" in sample:
+            batch = {name: value[None] for name, value in sample.items() if isinstance(value, Tensor)}
+            shown.append({name: value[0] for name, value in dataset.device_transform(batch).items()})
+    return shown
 
 
 def take_step(state: TrainState, clip_grad: float | None) -> Tensor:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from data_pipeline.samplers import Loader
 from engine import evaluation_batches
 from evaluation.confusion import Confusion
 from evaluation.trained_classifier import refuse_resuming_other_classes
@@ -33,7 +33,7 @@ class FinetuningStage(Stage):
         self,
         device: torch.device,
         precision: Precision,
-        validation: DataLoader | None = None,
+        validation: Loader | None = None,
         mixup: Mixup | None = None,
         smoothing: float = 0.0,
         classes: Sequence[str] | None = None,

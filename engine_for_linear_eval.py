@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from data_pipeline.samplers import Key, digest
+from data_pipeline.files import Key, SampleDataset, digest
+from data_pipeline.samplers import Loader
 from engine import evaluation_batches
 from errors import UserError
 from evaluation import knn
@@ -85,7 +85,7 @@ class LinearHeads(nn.Module):
         self.std.copy_(knn.channel_std(mean, square - mean.square()))
 
 
-class CachedFeatures(Dataset[dict[str, Any]]):
+class CachedFeatures(SampleDataset):
     """Features that were computed before (knn.Features), as samples: {"image": (L, D),
     "label", "index", "failed"}.
     """
@@ -118,7 +118,7 @@ class LinearStage(Stage):
         encode: Callable[[Tensor], Tensor],
         device: torch.device,
         precision: Precision,
-        validation: DataLoader,
+        validation: Loader,
         source: dict[str, str],
     ) -> None:
         self.encode, self.device, self.precision = encode, device, precision

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
+from data_pipeline.files import SampleDataset
+from data_pipeline.samplers import Loader
 from engine import evaluation_batches, mean_of_steps, samples_to_show
 from run_state import Stage
 from runtime.distributed import Precision
@@ -23,7 +24,7 @@ class PixelDecoderStage(Stage):
     """
 
     def __init__(
-        self, device: torch.device, precision: Precision, shown: Dataset, held_out: DataLoader | None = None
+        self, device: torch.device, precision: Precision, shown: SampleDataset, held_out: Loader | None = None
     ) -> None:
         self.device, self.precision, self.shown, self.held_out = device, precision, shown, held_out
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
+from data_pipeline.files import SampleDataset
+from data_pipeline.samplers import Loader
 from engine import evaluation_batches, mean_of_steps, samples_to_show, to_device
 from errors import UserError
 from evaluation import knn
@@ -43,9 +44,9 @@ class PretrainingStage(Stage):
         target: Target,
         device: torch.device,
         precision: Precision,
-        dataset: Dataset,
+        dataset: SampleDataset,
         mean_std: tuple[Any, Any],
-        held_out: DataLoader | None = None,
+        held_out: Loader | None = None,
         predict_all: bool = False,
         nothing_masked: bool = False,
         knn_probe: knn.Probe | None = None,

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from data_pipeline.samplers import Loader
 from engine import evaluation_batches, samples_to_show
 from errors import UserError
 from evaluation.trained_classifier import refuse_resuming_other_classes
@@ -61,7 +61,7 @@ class SegmentationStage(Stage):
         classes: Sequence[str],
         colors: Tensor,
         statistics: tuple[tuple[float, ...], tuple[float, ...]],
-        validation: DataLoader | None = None,
+        validation: Loader | None = None,
         aux_weight: float = 0.4,
     ) -> None:
         self.device, self.precision, self.how, self.validation = device, precision, how, validation

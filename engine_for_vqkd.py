@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
+from data_pipeline.files import SampleDataset
+from data_pipeline.samplers import Loader
 from engine import evaluation_batches, samples_to_show
 from modeling_vqkd import VQKD
 from norm_ema_quantizer import FEATURES_PER_CODE
@@ -28,8 +29,8 @@ class TokenizerStage(Stage):
         model: VQKD,
         device: torch.device,
         precision: Precision,
-        dataset: Dataset,
-        held_out: DataLoader | None = None,
+        dataset: SampleDataset,
+        held_out: Loader | None = None,
         quantizer_warmup_steps: int = 0,
         revive_dead_codes: bool = False,
     ) -> None:

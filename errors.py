@@ -30,6 +30,7 @@ T = TypeVar("T")
 URL = re.compile(
     r"://(?:[^/?#\s]*@|[^/?#\s:\[]*:(?!\d*(?:[/?#\s]|$))\S{0,256}@)?((?:(?!://)[^\s?#])*)([?#]\S*)?"
 )
+PARAMETER = re.compile(r"`([a-z]\w*)`")
 PUNCTUATION = ":;,.()[]{}'\""  # that may follow a URL in a sentence
 LONGEST_WORD, LONGEST_LINE = 400, 4000  # characters of a message
 LONG_WORD, LONG_LINE = re.compile(rf"\S{{{LONGEST_WORD},}}"), re.compile(rf"(?s).{{{LONGEST_LINE},}}")
@@ -66,7 +67,7 @@ def printable(text: str) -> str:
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
-    record.msg, record.args = printable(record.getMessage()), ()
+    record.msg, record.args = printable(name_flags(record.getMessage())), ()
     return True
 
 
@@ -88,6 +89,17 @@ class UserError(Exception):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(hide_secrets(str(message)))
+
+
+class ParameterError(UserError, ValueError):
+    """A value that a parameter does not take; the parameter is named in backticks."""
+
+
+def name_flags(text: str) -> str:
+    """Library code names its parameters, `batch_size`; whoever typed a command line reads
+    the flag, --batch_size, which has the same name.
+    """
+    return PARAMETER.sub(r"--\1", text)
 
 
 def pick(table: Mapping[str, T], name: str, what: str) -> T:
@@ -136,7 +148,7 @@ def report_user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
             return main(*args, **kwargs)
         except Exception as error:
             if isinstance(error, UserError):
-                message = sentence(error)
+                message = name_flags(sentence(error))
             elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
                 message = f"{error.filename}: the name is too long for this file system"
             else:

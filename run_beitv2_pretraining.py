@@ -14,14 +14,14 @@ import modeling_pretrain
 import modeling_vqkd
 import run_state
 from data_pipeline.samplers import build_eval_loader
-from datasets import build_knn_datasets, build_pretraining_dataset
+from datasets import ImageFiles, build_knn_datasets, find_held_out, find_unlabeled
 from engine_for_pretraining import Pixels, PretrainingStage, Target, Tokens
 from errors import UserError, pick, report_user_errors
 from evaluation import knn
 from optim_factory import build_schedule, create_optimizer
 from runtime import distributed
 from runtime.distributed import log
-from transforms import normalization
+from transforms import eval_view
 from vit_backbone import SIZES, cast_frozen
 
 DALL_E = ("dall-e", "dall_e")
@@ -156,7 +156,7 @@ def build_target(args: argparse.Namespace, run: run_state.Run) -> Target:
     """What the patches predict: the codes of a frozen tokenizer, or their pixels."""
     if args.target == "pixels":
         patch_size = modeling_pretrain.VARIANTS[args.model][1]
-        return Pixels(patch_size, normalization(args.imagenet_default_mean_and_std))
+        return Pixels(patch_size, arguments.mean_and_std(args))
     tokenizer = build_tokenizer(args).to(run.device)
     if isinstance(tokenizer, modeling_vqkd.VQKD):
         cast_frozen(tokenizer.encoder, run.precision.dtype)
@@ -205,13 +205,28 @@ def build_model(
     )
 
 
+def build_data(args: argparse.Namespace, grid: int) -> tuple[ImageFiles, ImageFiles | None]:
+    """Unlabeled images with the two views and a mask of a grid x grid patch grid: those to
+    train on, and those of --eval_data_path.
+    """
+    source = arguments.image_source(args)
+    views = arguments.build_pretraining_views(args, grid, tokenizer_stride(args))
+    train = ImageFiles(find_unlabeled(source, train=True), views, args.seed)
+    if not args.eval_data_path:
+        return train, None
+    return train, ImageFiles(find_held_out(source), views, args.seed)
+
+
 def build_knn_probe(args: argparse.Namespace, run: run_state.Run) -> knn.Probe | None:
     """--knn_freq: labeled images to measure the student by while it learns."""
     if not args.knn_freq:
         return None
-    train, validation, classes = build_knn_datasets(args)
+    mean, std = arguments.mean_and_std(args)
+    view = eval_view(args.input_size, mean=mean, std=std)
+    train, validation, classes = build_knn_datasets(args.knn_data_path, view, args.seed)
     train_loader, validation_loader = (
-        build_eval_loader(split, args, run.launch, run.device) for split in (train, validation)
+        build_eval_loader(split, arguments.loader_settings(args), run.launch, run.device)
+        for split in (train, validation)
     )
     return knn.Probe(
         train_loader, validation_loader, classes, args.knn_freq, args.knn_temperature, args.knn_standardize
@@ -232,13 +247,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     target = build_target(args, run)
 
     # ── Data: two views of one crop, and a mask ──
-    stride = tokenizer_stride(args)
-    dataset = build_pretraining_dataset(args, grid, tokenizer_stride=stride)
-    held_out = (
-        build_pretraining_dataset(args, grid, args.eval_data_path, stride) if args.eval_data_path else None
-    )
+    dataset, held_out = build_data(args, grid)
     held_out_loader = (
-        build_eval_loader(held_out, args, run.launch, run.device) if held_out is not None else None
+        build_eval_loader(held_out, arguments.loader_settings(args), run.launch, run.device)
+        if held_out is not None
+        else None
     )
     knn_probe = build_knn_probe(args, run)
     data = run_state.training_data(dataset, run)
@@ -246,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── The student ──
     model = build_model(args, target.width)
     run_state.place(run, model)
-    mean_std = normalization(args.imagenet_default_mean_and_std)
+    mean_std = arguments.mean_and_std(args)
     stage = PretrainingStage(
         target,
         run.device,

@@ -19,7 +19,7 @@ import run_state
 from checkpoint_io import checkpoints, weight_source
 from data_pipeline import imagenet_classes
 from data_pipeline.samplers import build_eval_loader
-from datasets import build_finetuning_dataset
+from datasets import ImageFiles, build_labeled_dataset
 from engine_for_finetuning import FinetuningStage, SomeLogits, WithMirrorImage
 from errors import UserError, pick, report_user_errors
 from evaluation import trained_classifier
@@ -116,6 +116,22 @@ def read_pretrained(args: argparse.Namespace) -> weight_source.Source | None:
     return weight_source.read(args.finetune, keys=args.model_key, picked=picked, flag="--finetune")
 
 
+def build_dataset(
+    args: argparse.Namespace, train: bool, own_classes: bool = False, classes: Sequence[str] | None = None
+) -> tuple[ImageFiles, int]:
+    """Training images, augmented, or validation images; and the number of classes."""
+    return build_labeled_dataset(
+        arguments.image_source(args),
+        arguments.build_finetuning_view(args) if train else arguments.build_eval_view(args),
+        train,
+        args.nb_classes,
+        args.label_fraction,
+        args.seed,
+        own_classes,
+        classes,
+    )
+
+
 def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
     if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
         return None
@@ -156,12 +172,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights = read_pretrained(args)
 
     # ── Data ──
-    dataset, nb_classes = build_finetuning_dataset(args, train=True)
-    validation = (
-        None if args.disable_eval_during_finetuning else build_finetuning_dataset(args, train=False)[0]
-    )
+    dataset, nb_classes = build_dataset(args, train=True)
+    validation = None if args.disable_eval_during_finetuning else build_dataset(args, train=False)[0]
     validation_loader = (
-        build_eval_loader(validation, args, run.launch, run.device) if validation is not None else None
+        build_eval_loader(validation, arguments.loader_settings(args), run.launch, run.device)
+        if validation is not None
+        else None
     )
     data = run_state.training_data(dataset, run)
 
@@ -212,10 +228,10 @@ def evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace, run: run
         robust = imagenet_classes.robust_set(args.robust_test)
         name = robust.name
         trained_classifier.refuse_other_than_imagenet(trained, robust)
-        images, _ = build_finetuning_dataset(args, train=False, own_classes=True)
+        images, _ = build_dataset(args, train=False, own_classes=True)
         indices = imagenet_classes.logits_of(images.classes or (), robust, where)
     else:
-        images, _ = build_finetuning_dataset(args, train=False, classes=trained.classes)
+        images, _ = build_dataset(args, train=False, classes=trained.classes)
         trained_classifier.refuse_other_classes(trained, images.classes or (), where)
 
     model = build_model(args, trained.nb_classes)
@@ -224,7 +240,9 @@ def evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace, run: run
     if args.tta_flip:
         measured = WithMirrorImage(measured)
     stage = FinetuningStage(
-        run.device, run.precision, build_eval_loader(images, args, run.launch, run.device)
+        run.device,
+        run.precision,
+        build_eval_loader(images, arguments.loader_settings(args), run.launch, run.device),
     )
     results, confusion = stage.measure(measured.to(run.device))
 

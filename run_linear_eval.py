@@ -17,7 +17,7 @@ import pretrained
 import run_state
 from checkpoint_io import checkpoints, weight_source
 from data_pipeline.samplers import build_eval_loader
-from datasets import ImageFiles, build_finetuning_dataset
+from datasets import ImageFiles, build_labeled_dataset
 from engine import evaluation_batches
 from engine_for_linear_eval import CachedFeatures, FrozenBackbone, LinearHeads, LinearStage
 from errors import UserError, report_user_errors
@@ -128,9 +128,25 @@ def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenB
     return encode, argparse.Namespace(**{**args.plain(), **images, **no_augmentation, **in_memory})
 
 
+def build_dataset(settings: argparse.Namespace, train: bool, augment: bool = True) -> tuple[ImageFiles, int]:
+    """Training images, cropped at random where `augment` says so, or validation images; and
+    the number of classes.
+    """
+    return build_labeled_dataset(
+        arguments.image_source(settings),
+        arguments.build_finetuning_view(settings)
+        if train and augment
+        else arguments.build_eval_view(settings),
+        train,
+        settings.nb_classes,
+        settings.label_fraction,
+        settings.seed,
+    )
+
+
 def extract(dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str) -> knn.Features:
     """Features of this rank's share of the data set, each image once over all ranks."""
-    loader = build_eval_loader(dataset, run.args, run.launch, run.device)
+    loader = build_eval_loader(dataset, arguments.loader_settings(run.args), run.launch, run.device)
     return knn.extract(evaluation_batches(loader, run.device, flag), encode)
 
 
@@ -148,8 +164,8 @@ def build_data(
 ) -> tuple[Any, Any, int]:
     """Training and validation images, or their features (CachedFeatures), and the number of classes."""
     cache = run.args.cached_features
-    train, classes = build_finetuning_dataset(settings, train=True, augment=not cache)
-    validation, _ = build_finetuning_dataset(settings, train=False)
+    train, classes = build_dataset(settings, train=True, augment=not cache)
+    validation, _ = build_dataset(settings, train=False)
     if not cache:
         return train, validation, classes
     return (
@@ -169,14 +185,9 @@ def measure_channels(
     """Mean and variance of each channel over evenly spread training images in center
     crops; `train`: as of build_data.
     """
-    plain = (
-        train
-        if run.args.cached_features
-        else build_finetuning_dataset(settings, train=True, augment=False)[0]
-    )
-    loader = build_eval_loader(
-        plain, settings, run.launch, run.device, every=-(-len(plain) // STATISTICS_IMAGES)
-    )
+    plain = train if run.args.cached_features else build_dataset(settings, train=True, augment=False)[0]
+    every = -(-len(plain) // STATISTICS_IMAGES)
+    loader = build_eval_loader(plain, arguments.loader_settings(settings), run.launch, run.device, every)
     heads.standardize_by(
         features(batch["image"]) for batch in evaluation_batches(loader, run.device, "--data_path")
     )
@@ -203,7 +214,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Data: images, or their features ──
     train, validation, classes = build_data(encode, settings, run)
     features: Callable[[Tensor], Tensor] = torch.nn.Identity() if args.cached_features else encode
-    validation_loader = build_eval_loader(validation, settings, run.launch, run.device)
+    validation_loader = build_eval_loader(
+        validation, arguments.loader_settings(settings), run.launch, run.device
+    )
     data = run_state.training_data(train, run, settings.num_workers)
 
     # ── Model: a classifier for each layer ──
@@ -231,8 +244,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate_knn(encode: FrozenBackbone, settings: argparse.Namespace, run: run_state.Run) -> None:
     """--knn: accuracy for each number of neighbors."""
     args = run.args
-    train, classes = build_finetuning_dataset(settings, train=True, augment=False)
-    validation, _ = build_finetuning_dataset(settings, train=False)
+    train, classes = build_dataset(settings, train=True, augment=False)
+    validation, _ = build_dataset(settings, train=False)
     log.info(
         f"data       {len(train):,} training and {len(validation):,} validation images of {classes} classes"
     )

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_tensor
 
 import arguments
@@ -24,16 +23,18 @@ import modeling_segmentation
 import run_state
 from checkpoint_io import checkpoints, weight_source
 from data_pipeline.image_lists import find_images_or_file
-from data_pipeline.samplers import build_eval_loader
+from data_pipeline.samplers import Loader, build_eval_loader
 from engine_for_segmentation import Scores, SegmentationStage
 from errors import UserError, pick, report_user_errors
 from evaluation.trained_classifier import warn_of_other_pretraining
 from optim_factory import LayerDecayValueAssigner, build_poly_schedule, create_optimizer, layer_decay_values
 from runtime import distributed
 from runtime.distributed import log
-from segmentation import image_mask_pairs, trained_segmenter
+from segmentation import trained_segmenter
+from segmentation.classes import ClassSettings, find_classes, read_class_list, read_palette
+from segmentation.image_mask_pairs import SegmentationFiles, find_pairs, normalized
+from segmentation.joint_views import EvaluationView, TrainingView
 from segmentation.sliding_window import Looking, predict
-from transforms import normalization
 from visualization import drawing
 from visualization.inputs import read_or_leave_out, save_picture
 
@@ -107,7 +108,7 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.predict and not os.path.exists(args.predict):
         raise UserError(f"--predict {args.predict}: no such file or folder")
-    image_mask_pairs.training_view(args)  # the flags of both views are checked where they are used
+    build_training_view(args)  # it checks its flags
     looking(args)
 
 
@@ -135,15 +136,64 @@ def looking(args: argparse.Namespace) -> Looking:
     return Looking(window, stride, args.eval_scales, args.tta_flip)
 
 
-def build_stage(
-    args: argparse.Namespace, run: run_state.Run, classes: Sequence[str], validation: DataLoader | None
-) -> SegmentationStage:
-    colors, statistics = (
-        image_mask_pairs.palette(args, len(classes)),
-        normalization(args.imagenet_default_mean_and_std),
+def class_settings(args: argparse.Namespace) -> ClassSettings:
+    folder = args.data_path or args.eval_data_path
+    return ClassSettings(args.class_names, folder, args.nb_classes, args.reduce_zero_label)
+
+
+def build_dataset(
+    args: argparse.Namespace, train: bool, classes: Sequence[str], passes: int = 1
+) -> SegmentationFiles:
+    """The training pairs of --data_path, augmented, `passes` times over; or the validation
+    pairs, of --eval_data_path when it is given, as they are.
+    """
+    elsewhere = not train and args.eval_data_path
+    folder, origin = (
+        (args.eval_data_path, "`eval_data_path`") if elsewhere else (args.data_path, "`data_path`")
     )
+    pairs = find_pairs(folder, train, origin, warn=True)
+    view = build_training_view(args) if train else build_evaluation_view(args)
+    return SegmentationFiles(
+        pairs, view, classes, arguments.mean_and_std(args), args.reduce_zero_label, args.seed, passes
+    )
+
+
+def build_training_view(args: argparse.Namespace) -> TrainingView:
+    mean, _ = arguments.mean_and_std(args)
+    return TrainingView(
+        args.input_size,
+        args.base_size or args.input_size,
+        args.scale_range,
+        args.max_class_share,
+        args.hflip,
+        args.photometric,
+        fill=tuple(round(255 * value) for value in mean),
+    )
+
+
+def build_evaluation_view(args: argparse.Namespace) -> EvaluationView:
+    return EvaluationView(args.base_size or args.input_size)
+
+
+def build_validation_loader(
+    args: argparse.Namespace, run: run_state.Run, dataset: SegmentationFiles
+) -> Loader:
+    return build_eval_loader(dataset, arguments.loader_settings(args, batch_size=1), run.launch, run.device)
+
+
+def build_stage(
+    args: argparse.Namespace, run: run_state.Run, classes: Sequence[str], validation: Loader | None
+) -> SegmentationStage:
+    colors = read_palette(args.palette, len(classes))
     return SegmentationStage(
-        run.device, run.precision, looking(args), classes, colors, statistics, validation, args.aux_weight
+        run.device,
+        run.precision,
+        looking(args),
+        classes,
+        colors,
+        arguments.mean_and_std(args),
+        validation,
+        args.aux_weight,
     )
 
 
@@ -162,20 +212,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = weight_source.read(args.finetune, flag="--finetune") if args.finetune else None
 
     # ── Data ──
-    pairs = image_mask_pairs.find_pairs(args.data_path, train=True)
-    classes = image_mask_pairs.read_classes(args, pairs)
+    pairs = find_pairs(args.data_path, train=True)
+    classes = find_classes(class_settings(args), pairs)
     log.info(f"classes    {len(classes)}: {', '.join(classes[:6])}{' ...' if len(classes) > 6 else ''}")
     check_batch_norm(args, run)
     global_batch = args.batch_size * run.launch.world_size * args.update_freq
     passes = math.ceil(min(args.steps_per_epoch, args.max_steps) * global_batch / len(pairs))
-    dataset = image_mask_pairs.build_dataset(args, True, classes, passes)
+    dataset = build_dataset(args, True, classes, passes)
     dataset.check_that_classes_occur()
     data = run_state.training_data(dataset, run)
     validation = None
     if not args.disable_eval:
-        held_out = image_mask_pairs.build_dataset(args, False, classes)
+        held_out = build_dataset(args, False, classes)
         held_out.check_masks()  # now, not after the first epoch
-        validation = build_eval_loader(held_out, args, run.launch, run.device, batch_size=1)
+        validation = build_validation_loader(args, run, held_out)
         log.info(f"evaluation {len(held_out):,} images")
 
     # ── Model ──
@@ -231,7 +281,8 @@ def use_finished(
     content = trained_segmenter.read(source, flag)
     args = trained_segmenter.as_trained(parser, args, given, content)
     model = trained_segmenter.build(content, f"{flag} {source}").to(run.device)
-    classes = trained_segmenter.class_names(content, image_mask_pairs.read_names(args)[0], f"{flag} {source}")
+    names = read_class_list(class_settings(args))[0]
+    classes = trained_segmenter.class_names(content, names, f"{flag} {source}")
     try:
         if args.predict:
             label_images(args, run, model, build_stage(args, run, classes, None))
@@ -246,11 +297,9 @@ def use_finished(
 def evaluate(
     args: argparse.Namespace, run: run_state.Run, model: nn.Module, classes: Sequence[str], source: str
 ) -> None:
-    dataset = image_mask_pairs.build_dataset(args, False, classes)
+    dataset = build_dataset(args, False, classes)
     dataset.check_masks()
-    scores = build_stage(
-        args, run, classes, build_eval_loader(dataset, args, run.launch, run.device, batch_size=1)
-    ).measure(model)
+    scores = build_stage(args, run, classes, build_validation_loader(args, run, dataset)).measure(model)
     for line in as_table(scores, classes):
         log.info(line)
     if args.output_dir:
@@ -289,12 +338,12 @@ def label_images(
     ]
     root = Path(args.predict) if os.path.isdir(args.predict) else Path(args.predict).parent
     stems = Counter(path.with_suffix("") for path in paths)
-    view, done = image_mask_pairs.evaluation_view(args), 0
+    view, done = build_evaluation_view(args), 0
     for path in paths[run.launch.rank :: run.launch.world_size]:
         picture = read_or_leave_out(str(path))
         if picture is None:
             continue
-        image = image_mask_pairs.normalized(view(picture).to(run.device), stage.statistics)
+        image = normalized(view(picture).to(run.device), stage.statistics)
         labels = predict(model, image, (picture.height, picture.width), stage.how, run.precision).cpu()
         name = path.relative_to(root)  # with its ending only where another image has the same name without
         name = name if stems[path.with_suffix("")] > 1 else name.with_suffix("")

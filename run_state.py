@@ -9,7 +9,6 @@ import math
 import subprocess
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import arguments
 from checkpoint_io import checkpoints, resumption
-from data_pipeline.samplers import ResumableSampler, build_loader
+from data_pipeline.files import SampleDataset
+from data_pipeline.samplers import Loader, ResumableSampler, build_loader
 from errors import UserError
 from layers import cpu_bf16
 from optim_factory import check_saved_state
@@ -194,23 +193,14 @@ class TrainingData:
     """The loader and what the loop must know of it."""
 
     sampler: ResumableSampler
-    loader: DataLoader
+    loader: Loader
 
     @property
     def steps_per_epoch(self) -> int:
         return self.sampler.steps_per_epoch
 
-    @property
-    def finish(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        return finisher(self.loader.dataset)
 
-
-def finisher(dataset: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What makes of the data set's batches, on the device, what the network takes (ImageFiles.finish)."""
-    return getattr(dataset, "finish", lambda batch: batch)
-
-
-def training_data(dataset: Any, run: Run, num_workers: int | None = None) -> TrainingData:
+def training_data(dataset: SampleDataset, run: Run, num_workers: int | None = None) -> TrainingData:
     """`num_workers`: 0 for what is in memory already; default: --num_workers."""
     args, launch = run.args, run.launch
     workers = args.num_workers if num_workers is None else num_workers
@@ -221,7 +211,7 @@ def training_data(dataset: Any, run: Run, num_workers: int | None = None) -> Tra
         launch.rank,
         launch.world_size,
         args.seed,
-        shard_sizes=getattr(dataset, "shard_sizes", None),
+        shard_sizes=dataset.shard_sizes,
     )
     loader = build_loader(
         dataset, sampler, workers, args.pin_mem and run.device.type == "cuda", persistent=True

@@ -9,15 +9,14 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch.utils.data import DataLoader
 
 import arguments
 import engine
 import modeling_vqkd
 import run_state
 from checkpoint_io import checkpoints
-from data_pipeline.samplers import build_eval_loader
-from datasets import ImageFiles, build_held_out_dataset, build_vqkd_dataset
+from data_pipeline.samplers import Loader, build_eval_loader
+from datasets import ImageFiles, find_unlabeled
 from engine_for_pixel_decoder import PixelDecoderStage
 from engine_for_vqkd import TokenizerStage
 from errors import UserError, report_user_errors
@@ -25,6 +24,7 @@ from norm_ema_quantizer import FEATURES_PER_CODE
 from optim_factory import build_schedule, create_optimizer
 from runtime import distributed
 from runtime.distributed import log
+from transforms import eval_view
 from visualization import pixel_decoder
 from vit_backbone import cast_frozen
 from vqkd_teachers import build_teacher, check_name
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     # ── Data ──
-    dataset = build_vqkd_dataset(args)
+    dataset = build_dataset(args)
     _, held_out_loader = held_out_data(args, run)
     data = run_state.training_data(dataset, run)
     check_warmup(args, args.epochs * data.steps_per_epoch, data.sampler.global_batch)
@@ -192,12 +192,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
-def held_out_data(
-    args: argparse.Namespace, run: run_state.Run
-) -> tuple[ImageFiles | None, DataLoader | None]:
+def build_dataset(args: argparse.Namespace) -> ImageFiles:
+    """Training images in [0, 1], randomly cropped and flipped."""
+    images = find_unlabeled(arguments.image_source(args), train=True)
+    return ImageFiles(images, arguments.build_tokenizer_views(args), args.seed)
+
+
+def build_held_out_dataset(args: argparse.Namespace) -> ImageFiles | None:
+    """Images in [0, 1], center crops: --eval_data_path, or the data set's own split; None
+    without either.
+    """
+    if args.data_set in ("image_folder", "webdataset") and not args.eval_data_path:
+        return None
+    images = find_unlabeled(arguments.image_source(args), train=False)
+    return ImageFiles(images, eval_view(args.input_size), args.seed)
+
+
+def held_out_data(args: argparse.Namespace, run: run_state.Run) -> tuple[ImageFiles | None, Loader | None]:
     """The held-out images and their loader, or nothing where there are none or nobody wants them."""
     held_out = None if args.disable_eval else build_held_out_dataset(args)
-    return held_out, None if held_out is None else build_eval_loader(held_out, args, run.launch, run.device)
+    return held_out, None if held_out is None else build_held_out_loader(args, run, held_out)
+
+
+def build_held_out_loader(args: argparse.Namespace, run: run_state.Run, held_out: ImageFiles) -> Loader:
+    return build_eval_loader(held_out, arguments.loader_settings(args), run.launch, run.device)
 
 
 def scaled_lr(args: argparse.Namespace, data: run_state.TrainingData) -> float:
@@ -226,7 +244,7 @@ def train_pixel_decoder(args: argparse.Namespace, run: run_state.Run) -> None:
     )
 
     # ── Data ──
-    dataset = build_vqkd_dataset(args)
+    dataset = build_dataset(args)
     held_out, held_out_loader = held_out_data(args, run)
     data = run_state.training_data(dataset, run)
     stage = PixelDecoderStage(run.device, run.precision, held_out or dataset, held_out_loader)
@@ -254,7 +272,7 @@ def evaluate(args: argparse.Namespace, run: run_state.Run) -> None:
         raise UserError("--eval needs held-out images: --eval_data_path")
     model = build_model(args, weights=args.resume).to(run.device)
     stage = TokenizerStage(
-        model, run.device, run.precision, held_out, build_eval_loader(held_out, args, run.launch, run.device)
+        model, run.device, run.precision, held_out, build_held_out_loader(args, run, held_out)
     )
     results = stage.evaluate(model)
     log.info("  ".join(f"{name} {value:.4g}" for name, value in results.items()))

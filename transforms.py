@@ -1,8 +1,8 @@
 """Reading an image, and views of it: PIL RGB in, dictionaries of tensors out.
 
 Random views draw from the global generators, which the data set seeds per sample
-(utils.seeded). Crops travel to the device as uint8 (`pack`) and become floats there
-(`finish`), a quarter of the bytes in each queue between.
+(utils.seeded). Crops travel to the device as uint8 (`transform`) and become floats
+there (`device_transform`): a quarter of the bytes in each queue between.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from data_pipeline.augmentation import (
     sampled_pivot,
 )
 from data_pipeline.image_formats import is_16_bit, open_image
-from errors import UserError, pick
+from errors import ParameterError, pick
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -48,7 +48,6 @@ MODES = {
 }
 
 Source = str | np.ndarray  # an image file, or an (H, W, 3) uint8 image in memory
-View = Callable[[Image.Image], dict[str, torch.Tensor]]
 PIPELINES = dict.fromkeys(("exact", "fast"))
 # a crop is decoded to so many times the pixels of a view's side, or more: 9 dB nearer
 # than 1
@@ -116,13 +115,24 @@ def normalization(imagenet: bool) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class ImageOnly:
-    """A transform from PIL to tensor as a view: {"image": (3, S, S) float}."""
+    """The view that is finished before the device: {"image": (3, S, S) float}, as `steps`
+    make it of a PIL image.
+    """
 
-    def __init__(self, transform: Callable[[Image.Image], torch.Tensor]) -> None:
-        self.transform = transform
+    def __init__(self, steps: T.Compose) -> None:
+        self.steps = steps
+
+    def load(self, source: Source | IO[bytes]) -> Image.Image:
+        return load_image(source)
+
+    def transform(self, loaded: Image.Image) -> dict[str, torch.Tensor]:
+        return {"image": self.steps(loaded)}
+
+    def device_transform(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch
 
     def __call__(self, image: Image.Image) -> dict[str, torch.Tensor]:
-        return {"image": self.transform(image)}
+        return self.transform(image)
 
 
 class RandomCrop:
@@ -141,28 +151,27 @@ class RandomCrop:
 class Crops:
     """Views that are one random crop, resized to some sizes.
 
-    `pipeline` exact: as torchvision's transforms on PIL images, bit for bit. fast: a
+    `data_pipeline` exact: as torchvision's transforms on PIL images, bit for bit. fast: a
     JPEG is decoded no larger than the resize needs, resized by torch, and jittered
     behind the resize; with `augment_on_device` the jitter and the flips are left to
-    `finish`, with the same result.
+    `device_transform`, with the same result.
     """
 
-    def __init__(self, crop: RandomCrop, pipeline: str, augment_on_device: bool) -> None:
-        pick(PIPELINES, pipeline, "--data_pipeline")
-        if augment_on_device and pipeline != "fast":
-            raise UserError(
-                "--augment_on_device jitters colors behind the resize, which --data_pipeline exact "
-                "does not: add "
-                "--data_pipeline fast, or leave it out"
+    def __init__(self, crop: RandomCrop, data_pipeline: str, augment_on_device: bool) -> None:
+        pick(PIPELINES, data_pipeline, "`data_pipeline`")
+        if augment_on_device and data_pipeline != "fast":
+            raise ParameterError(
+                "`augment_on_device` jitters colors behind the resize, which `data_pipeline` exact does "
+                "not: add `data_pipeline` fast, or leave it out"
             )
-        self.crop, self.fast, self.augment_on_device = crop, pipeline == "fast", augment_on_device
+        self.crop, self.fast, self.augment_on_device = crop, data_pipeline == "fast", augment_on_device
 
     def sizes(self) -> dict[str, tuple[int, str]]:
         """Name of a view -> side and interpolation."""
         raise NotImplementedError
 
-    def read(self, source: Source | IO[bytes]) -> Image.Image | Drawn:
-        """An image for `pack`; raises what load_image raises."""
+    def load(self, source: Source | IO[bytes]) -> Image.Image | Drawn:
+        """An image for `transform`; raises what load_image raises."""
         if not self.fast:
             return load_image(source)
         drawn: list[Draws] = []
@@ -176,9 +185,9 @@ class Crops:
         image = load_image(source, enough)
         return Drawn(image, drawn[0] if drawn else self.crop.draw(image.size))
 
-    def pack(self, image: Image.Image | Drawn) -> dict[str, torch.Tensor]:
-        """A sample as it travels: each view (3, S, S) uint8, and what `finish` needs to know."""
-        image, draws = image if isinstance(image, Drawn) else Drawn(image, self.crop.draw(image.size))
+    def transform(self, loaded: Image.Image | Drawn) -> dict[str, torch.Tensor]:
+        """A sample as it travels: each view (3, S, S) uint8, and what `device_transform` needs to know."""
+        image, draws = loaded if isinstance(loaded, Drawn) else Drawn(loaded, self.crop.draw(loaded.size))
         if not self.fast:
             crop = exact_crop(image, draws)
             return {
@@ -193,8 +202,8 @@ class Crops:
             return views | {"draws": as_numbers(draws, pivot)}
         return {name: jitter_and_flip(view, draws, pivot) for name, view in views.items()}
 
-    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of packed samples, on any device, as the network takes it: views (B, 3, S, S) float in [0, 1]."""
+    def device_transform(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of samples, on any device, as the network takes it: views (B, 3, S, S) float in [0, 1]."""
         batch = dict(batch)
         draws = batch.pop("draws", None)
         for name in self.sizes():
@@ -203,9 +212,9 @@ class Crops:
         return batch
 
     def __call__(self, image: Image.Image | Drawn) -> dict[str, torch.Tensor]:
-        """One finished sample."""
-        batch = {name: value[None] for name, value in self.pack(image).items()}
-        return {name: value[0] for name, value in self.finish(batch).items()}
+        """One image as the network takes it."""
+        batch = {name: value[None] for name, value in self.transform(image).items()}
+        return {name: value[0] for name, value in self.device_transform(batch).items()}
 
 
 @functools.cache
@@ -230,19 +239,19 @@ class PretrainingViews(Crops):
         second_size: int | None,
         min_crop_scale: float,
         color_jitter: float,
-        interpolation: str,
+        train_interpolation: str,
         second_interpolation: str,
         mean: Sequence[float],
         std: Sequence[float],
         mask_generator: Callable[[], Any],
         vflip: float = 0.0,
-        pipeline: str = "exact",
+        data_pipeline: str = "exact",
         augment_on_device: bool = False,
     ) -> None:
-        _check_interpolation("--train_interpolation", interpolation)
-        _check_interpolation("--second_interpolation", second_interpolation)
-        super().__init__(RandomCrop(min_crop_scale, color_jitter, vflip), pipeline, augment_on_device)
-        self.first = input_size, interpolation
+        _check_interpolation("train_interpolation", train_interpolation)
+        _check_interpolation("second_interpolation", second_interpolation)
+        super().__init__(RandomCrop(min_crop_scale, color_jitter, vflip), data_pipeline, augment_on_device)
+        self.first = input_size, train_interpolation
         self.second = second_size, second_interpolation
         self.mean, self.std = tuple(mean), tuple(std)
         self.mask_generator = mask_generator
@@ -253,12 +262,12 @@ class PretrainingViews(Crops):
             return {"image": self.first}
         return {"image": self.first, "tokenizer_image": (second_size, second_interpolation)}
 
-    def pack(self, image: Image.Image | Drawn) -> dict[str, torch.Tensor]:
-        views = super().pack(image)
+    def transform(self, loaded: Image.Image | Drawn) -> dict[str, torch.Tensor]:
+        views = super().transform(loaded)
         return views | {"mask": torch.as_tensor(self.mask_generator(), dtype=torch.bool).flatten()}
 
-    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
-        batch = super().finish(batch)
+    def device_transform(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch = super().device_transform(batch)
         image = batch["image"]
         if self.first == self.second:
             batch["tokenizer_image"] = image
@@ -278,14 +287,14 @@ class TokenizerViews(Crops):
         size: int,
         min_crop_scale: float,
         color_jitter: float,
-        interpolation: str,
+        train_interpolation: str,
         vflip: float = 0.0,
-        pipeline: str = "exact",
+        data_pipeline: str = "exact",
         augment_on_device: bool = False,
     ) -> None:
-        _check_interpolation("--train_interpolation", interpolation)
-        super().__init__(RandomCrop(min_crop_scale, color_jitter, vflip), pipeline, augment_on_device)
-        self.size, self.mode = size, interpolation
+        _check_interpolation("train_interpolation", train_interpolation)
+        super().__init__(RandomCrop(min_crop_scale, color_jitter, vflip), data_pipeline, augment_on_device)
+        self.size, self.mode = size, train_interpolation
 
     def sizes(self) -> dict[str, tuple[int, str]]:
         return {"image": (self.size, self.mode)}
@@ -342,7 +351,7 @@ def eval_view(
     interpolation: str = "bicubic",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> View:
+) -> ImageOnly:
     """The center of the image, {"image": (3, size, size)}: shorter side to size / crop_pct, then a center crop.
 
     `size` (height, width): the image is made to cover that rectangle / crop_pct.
@@ -352,7 +361,7 @@ def eval_view(
     if crop_pct is None:
         crop_pct = default_crop_pct(size)
     if not 0 < crop_pct <= 1:
-        raise UserError(f"--crop_pct {crop_pct}: give a share above 0 and up to 1 (or leave it out)")
+        raise ParameterError(f"`crop_pct` {crop_pct}: give a share above 0 and up to 1 (or leave it out)")
     mode = pick(MODES, interpolation, "interpolation")
     if not isinstance(size, int) and size[0] == size[1]:
         size = size[0]
@@ -375,11 +384,11 @@ def finetuning_view(
     reprob: float = 0.25,
     remode: str = "pixel",
     recount: int = 1,
-    interpolation: str = "bicubic",
+    train_interpolation: str = "bicubic",
     min_crop_scale: float = 0.08,
     hflip: float = 0.5,
     vflip: float = 0.0,
-) -> View:
+) -> ImageOnly:
     """timm's augmentation for training a classifier: {"image": (3, size, size) normalized float}.
 
     `size`: side or (height, width). `aa`: timm's policy string; '' or 'none' switches
@@ -387,9 +396,9 @@ def finetuning_view(
     (const, rand, pixel), `recount`. Up to 32 pixels: a crop of the image padded by 4.
     """
     _check_ranges(min_crop_scale, color_jitter, vflip)
-    _check_interpolation("--train_interpolation", interpolation)
+    _check_interpolation("train_interpolation", train_interpolation)
     if remode not in ("const", "rand", "pixel"):
-        raise UserError(f"--remode {remode}: use const, rand or pixel")
+        raise ParameterError(f"`remode` {remode}: use const, rand or pixel")
     try:
         first, augment, last = create_transform(
             input_size=size,
@@ -401,7 +410,7 @@ def finetuning_view(
             vflip=vflip,
             color_jitter=color_jitter,
             auto_augment=None if aa in ("", "none", None) else aa,
-            interpolation=interpolation,
+            interpolation=train_interpolation,
             mean=tuple(mean),
             std=tuple(std),
             re_prob=reprob,
@@ -409,8 +418,8 @@ def finetuning_view(
             re_count=recount,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(
-            f"--aa {aa}: timm knows no such policy ({error}); try rand-m9-mstd0.5-inc1 or none"
+        raise ParameterError(
+            f"`aa` {aa}: timm knows no such policy ({error}); try rand-m9-mstd0.5-inc1 or none"
         ) from None
     _keep_posterize_in_range(augment)
     if np.max(size) <= SMALL:
@@ -438,15 +447,17 @@ def _keep_posterize_in_range(augment: T.Compose) -> None:
                 operation.aug_fn = _posterize
 
 
-def _check_interpolation(flag: str, name: str) -> None:
+def _check_interpolation(parameter: str, name: str) -> None:
     if name not in MODES and name != "random":
-        raise UserError(f"{flag} {name}: use {', '.join(MODES)} or random")
+        raise ParameterError(f"`{parameter}` {name}: use {', '.join(MODES)} or random")
 
 
 def _check_ranges(min_crop_scale: float, color_jitter: float, vflip: float) -> None:
     if not 0 < min_crop_scale <= 1:
-        raise UserError(f"--min_crop_scale {min_crop_scale}: give a share of the area above 0 and up to 1")
+        raise ParameterError(
+            f"`min_crop_scale` {min_crop_scale}: give a share of the area above 0 and up to 1"
+        )
     if color_jitter < 0:
-        raise UserError(f"--color_jitter {color_jitter}: give 0 (off) or more")
+        raise ParameterError(f"`color_jitter` {color_jitter}: give 0 (off) or more")
     if not 0 <= vflip <= 1:
-        raise UserError(f"--vflip {vflip}: give a probability from 0 to 1")
+        raise ParameterError(f"`vflip` {vflip}: give a probability from 0 to 1")

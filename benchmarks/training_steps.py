@@ -43,7 +43,7 @@ class Ours(Stage):
         return result
 
     def gradients(self, batch: dict[str, Any]) -> Tensor:
-        return engine.accumulate_gradients(self.state, self, [batch], self.run, finish=dict)["loss"]
+        return engine.accumulate_gradients(self.state, self, [batch], self.run, device_transform=dict)["loss"]
 
     def __call__(self, batch: dict[str, Any], mark: Mark) -> Tensor:
         self.mark = mark

@@ -16,7 +16,7 @@ import torchvision
 
 from data_pipeline import shards
 from data_pipeline.image_formats import EXTENSIONS
-from errors import UserError
+from errors import ParameterError, UserError
 from runtime.distributed import barrier, is_main, log_once
 from utils import derive_seed
 
@@ -28,39 +28,39 @@ SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "tes
 Samples = Sequence[tuple[str | np.ndarray | shards.Member, int | None]]
 
 
-def find_images(root: str, flag: str = "--data_path") -> tuple[Samples, None]:
+def find_images(root: str, origin: str = "`data_path`") -> tuple[Samples, None]:
     """Every image below `root`, however nested, unlabeled, in the order of the paths."""
-    need_folder(root, flag)
+    need_folder(root, origin)
     left_out: Counter[str] = Counter()
     samples: Samples = [(path, None) for path in images_below(root, left_out)]
-    tell_left_out(left_out, f"{flag} {root}")
+    tell_left_out(left_out, f"{origin} {root}")
     if not samples:
-        raise UserError(f"{flag} {root}: no images in this folder or below it ({ACCEPTED})")
+        raise UserError(f"{origin} {root}: no images in this folder or below it ({ACCEPTED})")
     return samples, None
 
 
-def find_images_or_file(path: str, flag: str = "--data_path") -> list[str]:
+def find_images_or_file(path: str, origin: str = "`data_path`") -> list[str]:
     """`path` itself when it is a file, whatever its name ends in, else every image below
     it, in the order of the paths.
     """
-    return [path] if os.path.isfile(path) else [str(source) for source, _ in find_images(path, flag)[0]]
+    return [path] if os.path.isfile(path) else [str(source) for source, _ in find_images(path, origin)[0]]
 
 
 def find_classes_folder(
-    root: str, flag: str = "--data_path", classes: Sequence[str] | None = None
+    root: str, origin: str = "`data_path`", classes: Sequence[str] | None = None
 ) -> tuple[Samples, Sequence[str]]:
     """root/class/**/image, labeled in the order of the names; `classes`: the names that exist and their order."""
-    need_folder(root, flag)
+    need_folder(root, origin)
     found = class_folders(root)
     if not found:
         raise UserError(
-            f"{flag} {root}: no class folders in it; labeled images are expected as class_name/image.jpg"
+            f"{origin} {root}: no class folders in it; labeled images are expected as class_name/image.jpg"
         )
-    _refuse_splits(found, root, flag, classes or ())
+    _refuse_splits(found, root, origin, classes or ())
     unknown = sorted(set(found) - set(classes)) if classes else []
     if unknown:
         raise UserError(
-            f"{flag} {root}: class folder '{unknown[0]}' is no class of the training data "
+            f"{origin} {root}: class folder '{unknown[0]}' is no class of the training data "
             f"(in all {len(unknown)})"
         )
     names = classes or found
@@ -70,7 +70,7 @@ def find_classes_folder(
     if len(others) < len(found):
         twice = [name for name in found if list(folders.values()).count(folders[name]) > 1][:2]
         raise UserError(
-            f"{flag} {root}: class folders '{twice[0]}' and '{twice[1]}' are the same folder; remove "
+            f"{origin} {root}: class folders '{twice[0]}' and '{twice[1]}' are the same folder; remove "
             "one of the links"
         )
     above = _with_parents(os.path.realpath(root)).union(
@@ -83,34 +83,36 @@ def find_classes_folder(
         paths = images_below(os.path.join(root, name), left_out, above=above, others=others)
         if not paths and classes is None:  # a validation split need not have every class
             raise UserError(
-                f"{flag} {root}: class folder '{name}' has no images ({ACCEPTED}); fill or remove it"
+                f"{origin} {root}: class folder '{name}' has no images ({ACCEPTED}); fill or remove it"
             )
         samples += [(path, label) for path in paths]
-    tell_left_out(left_out, f"{flag} {root}")
+    tell_left_out(left_out, f"{origin} {root}")
     if not samples:
-        raise UserError(f"{flag} {root}: no images in its class folders ({ACCEPTED})")
+        raise UserError(f"{origin} {root}: no images in its class folders ({ACCEPTED})")
     return samples, names
 
 
-def _refuse_splits(found: Sequence[str], root: str, flag: str, classes: Sequence[str]) -> None:
+def _refuse_splits(found: Sequence[str], root: str, origin: str, classes: Sequence[str]) -> None:
     """UserError where the class folders are a data set's splits, or one."""
     if {name.lower() for name in found} <= SPLITS and not set(found) <= set(classes):
         train = next((name for name in found if name.lower().startswith("train")), found[0])
         rest = next((name for name in found if name != train), "val")
         raise UserError(
-            f"{flag} {root}: its folders are {', '.join(found)}: splits, not classes; give "
-            f"--data_path {os.path.join(root, train)} --eval_data_path {os.path.join(root, rest)}"
+            f"{origin} {root}: its folders are {', '.join(found)}: splits, not classes; give "
+            f"`data_path` {os.path.join(root, train)} `eval_data_path` {os.path.join(root, rest)}"
         )
     if len(found) < 2 and not classes:
-        raise UserError(f"{flag} {root}: has one class folder, '{found[0]}'; two classes at least are needed")
+        raise UserError(
+            f"{origin} {root}: has one class folder, '{found[0]}'; two classes at least are needed"
+        )
 
 
-def read_class_index(file: str, root: str, flag: str = "--data_path") -> tuple[Samples, list[str]]:
+def read_class_index(file: str, root: str, origin: str = "`data_path`") -> tuple[Samples, list[str]]:
     """One JSON object a line, {"class": name, "files": [paths]}; labels in the order of
     the names. The paths are relative to root/class, as in the published code, or to
     root, whichever is there.
     """
-    where = f"--image_folder_class_index_file {file}"
+    where = f"`image_folder_class_index_file` {file}"
     files: dict[str, list[str]] = {}
     try:
         with open(file, encoding="utf-8") as lines:
@@ -137,20 +139,20 @@ def read_class_index(file: str, root: str, flag: str = "--data_path") -> tuple[S
             full = os.path.normpath(os.path.join(base, name if of_class > of_root else "", path))
             if not full.startswith(base.rstrip(os.sep) + os.sep):
                 raise UserError(
-                    f"{where}: '{path}' of class '{name}' lies outside {flag} {root}; "
+                    f"{where}: '{path}' of class '{name}' lies outside {origin} {root}; "
                     "give paths relative to it"
                 )
             samples.append((full, label))
     first = samples[0][0]
     if not (of_root or of_class):
         raise UserError(
-            f"{where}: there is no {first}; its paths are relative to {flag} {root}, or to the "
+            f"{where}: there is no {first}; its paths are relative to {origin} {root}, or to the "
             "class's folder in it"
         )
     if of_root == of_class:
         raise UserError(
             f"{where}: {first} is there, and the same path in the class's folder: write the paths "
-            f"relative to {flag} {root}, "
+            f"relative to {origin} {root}, "
             "such as class/file"
         )
     return samples, sorted(files)
@@ -186,20 +188,20 @@ def find_cifar(root: str, train: bool, download: bool = False) -> tuple[Samples,
                 cifar(root, download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"--download: CIFAR-100 could not be fetched ({error}); put its files below {root}"
+                f"`download`: CIFAR-100 could not be fetched ({error}); put its files below {root}"
             ) from None
         barrier()
     try:
         data = cifar(root, train=train)
     except RuntimeError:
         raise UserError(
-            f"--data_set CIFAR: no CIFAR-100 below --data_path {root}; --download fetches it"
+            f"`data_set` CIFAR: no CIFAR-100 below `data_path` {root}; `download` fetches it"
         ) from None
     return list(zip(data.data, data.targets, strict=True)), data.classes
 
 
 def find_shards(
-    pattern: str, flag: str = "--data_path", classes: Sequence[str] | None = None
+    pattern: str, origin: str = "`data_path`", classes: Sequence[str] | None = None
 ) -> tuple[shards.Members, list[str] | None]:
     """The images of tar shards and, where they have labels, the classes' names: those in
     classes.txt, else the numbers.
@@ -208,15 +210,15 @@ def find_shards(
     be in that order. One rank looks through shards without an index, the others read
     the index that it leaves.
     """
-    paths = shards.find_shards(pattern, flag)
+    paths = shards.find_shards(pattern, origin)
     if not is_main():
         barrier()
-    members = shards.members_of(paths, EXTENSIONS, flag)
+    members = shards.members_of(paths, EXTENSIONS, origin)
     if is_main():
         barrier()
     if members.left_out:
         log_once(
-            f"left out   of {flag} {pattern}: {members.left_out:,} images, since a name ends at its "
+            f"left out   of {origin} {pattern}: {members.left_out:,} images, since a name ends at its "
             "first dot (x.2021.jpg is "
             "the 2021.jpg of sample x) and a sample has one image; scripts/make_shards.py writes "
             "names without further dots"
@@ -228,14 +230,14 @@ def find_shards(
     names = own or list(classes or map(str, range(most)))
     if most > len(names):
         raise UserError(
-            f"{flag} {pattern}: there is a label {most - 1}, but only {len(names)} classes are known"
+            f"{origin} {pattern}: there is a label {most - 1}, but only {len(names)} classes are known"
         )
     if classes is None or own is None or own == list(classes):
         return members, names
     unknown = sorted(set(own) - set(classes))
     if unknown:
         raise UserError(
-            f"{flag} {pattern}: class '{unknown[0]}' is no class of the training data (in all {len(unknown)})"
+            f"{origin} {pattern}: class '{unknown[0]}' is no class of the training data (in all {len(unknown)})"
         )
     theirs = np.array([list(classes).index(name) for name in own])
     return members.with_labels(theirs[members.labels]), list(classes)
@@ -247,7 +249,7 @@ def class_balanced_share(samples: Samples, fraction: float, seed: int = 0) -> Sa
     Always the same ones for a seed; a smaller share is part of a larger one.
     """
     if not 0 < fraction <= 1:
-        raise UserError(f"--label_fraction {fraction}: give a share above 0 and up to 1")
+        raise ParameterError(f"`label_fraction` {fraction}: give a share above 0 and up to 1")
     if fraction == 1:
         return samples
     by_class: dict[int | None, list[int]] = {}
@@ -262,9 +264,9 @@ def class_balanced_share(samples: Samples, fraction: float, seed: int = 0) -> Sa
     return [samples[index] for index in sorted(kept)]
 
 
-def need_folder(root: str, flag: str) -> None:
+def need_folder(root: str, origin: str) -> None:
     if not os.path.isdir(root):
-        raise UserError(f"{flag} {root}: {'is not a folder' if os.path.exists(root) else 'no such folder'}")
+        raise UserError(f"{origin} {root}: {'is not a folder' if os.path.exists(root) else 'no such folder'}")
 
 
 def class_folders(root: str) -> list[str]:
@@ -327,10 +329,10 @@ def tell_left_out(left_out: Counter[str], where: str, endings: Sequence[str] = E
         log_once(f"left out   of {where}: {shortened(kinds)} (accepted: {' '.join(endings)})")
 
 
-def refuse_one_class(names: Sequence[str], flag: str) -> None:
+def refuse_one_class(names: Sequence[str], origin: str) -> None:
     """Tell the classes; UserError for fewer than two."""
     if len(names) < 2:
-        raise UserError(f"{flag}: has one class, '{shortened(names)}'; two classes at least are needed")
+        raise UserError(f"{origin}: has one class, '{shortened(names)}'; two classes at least are needed")
     log_once(f"classes    {len(names)}: {shortened(names)}")
 
 

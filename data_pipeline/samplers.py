@@ -1,31 +1,27 @@
-"""Which sample a rank reads when, how samples become batches, and what happens about files that did not decode.
+"""Which sample a rank reads when, and the loaders that read them.
 
-A key (epoch, index) names a sample; the datasets derive everything random in it from
-the key and the run's seed.
+A key (epoch, index) names a sample; the data sets (files.py) derive everything random
+in it from the key and the run's seed.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
-import hashlib
-import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler
 
-from data_pipeline.image_formats import look_like_12_bits
-from errors import UserError
-from runtime.distributed import Launch, is_main, keep_freed_memory, log, log_once
-from utils import derive_seed, seeded
+from data_pipeline.files import Files, Key, SampleDataset, collate, collate_readable
+from runtime.distributed import Launch, keep_freed_memory, log
+from utils import derive_seed
 
-Key = tuple[int, int]  # (epoch, index)
 # an epoch mixes the images of so many shards at a time, so that these stay in the
 # system's file cache
 SHARDS_AT_ONCE = 16
@@ -134,46 +130,53 @@ class EvalSampler(Sampler[list[Key]]):
             yield [(0, index) for index in self.indices[start : start + self.batch_size]]
 
 
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How batches are read: `batch_size` samples each, by `num_workers` processes (0: by
+    the one that asks), with `pin_mem` into page-locked memory if they go to a GPU.
+    """
+
+    batch_size: int
+    num_workers: int = 0
+    pin_mem: bool = False
+
+
 def build_eval_loader(
-    dataset: Any,
-    args: argparse.Namespace,
-    launch: Launch,
-    device: torch.device,
-    every: int = 1,
-    batch_size: int | None = None,
-) -> DataLoader[dict[str, Any]]:
+    dataset: SampleDataset, settings: LoaderSettings, launch: Launch, device: torch.device, every: int = 1
+) -> Loader:
     """This rank's share of the data set, every image once over all ranks; `every`: only
-    each such image. `batch_size`: 1 where images differ in size; default: --batch_size.
-    A file that does not decode is left out, not replaced: no other image counts twice.
+    each such image. A file that does not decode is left out, not replaced: no other
+    image counts twice.
     """
     if isinstance(dataset, Files):
         dataset = copy.copy(dataset)
         dataset.most_failures = 1
-    sampler = EvalSampler(len(dataset), batch_size or args.batch_size, launch.rank, launch.world_size, every)
-    pin = args.pin_mem and device.type == "cuda"
-    return build_loader(dataset, sampler, args.num_workers, pin, collate_fn=collate_readable)
+    sampler = EvalSampler(len(dataset), settings.batch_size, launch.rank, launch.world_size, every)
+    pin = settings.pin_mem and device.type == "cuda"
+    return build_loader(dataset, sampler, settings.num_workers, pin, collate_fn=collate_readable)
 
 
 def build_loader(
-    dataset: Dataset[dict[str, Any]],
+    dataset: SampleDataset,
     batch_sampler: Sampler[list[Key]],
     num_workers: int,
     pin_memory: bool,
     persistent: bool = False,
-    collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
-) -> DataLoader[dict[str, Any]]:
-    """The batches of `collate` (or `collate_fn`), read by at most as many workers as this machine has cores.
+    collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] = collate,
+) -> Loader:
+    """The batches of `batch_sampler`, read by at most as many workers as this machine has cores.
 
     `persistent`: the workers live until `close`, over all epochs.
     """
+    num_workers = cap_at_cores(num_workers)
     return Loader(
         dataset,
         batch_sampler=batch_sampler,
-        num_workers=_workers(num_workers),
+        num_workers=num_workers,
         pin_memory=pin_memory,
-        collate_fn=collate_fn or collate,
+        collate_fn=collate_fn,
         worker_init_fn=_start_worker,
-        persistent_workers=persistent and _workers(num_workers) > 0,  # the epoch travels in the keys
+        persistent_workers=persistent and num_workers > 0,  # the epoch travels in the keys
         generator=torch.Generator(),  # else each epoch would move the training's own random state
     )
 
@@ -183,6 +186,8 @@ class Loader(DataLoader[dict[str, Any]]):
     garbage collector (the error's frames make a cycle of it) they would lose their
     queues first, and be waited for at the interpreter's exit for ever.
     """
+
+    dataset: SampleDataset
 
     def __iter__(self) -> Any:
         iterator = super().__iter__()
@@ -206,10 +211,10 @@ def close(loader: DataLoader[Any]) -> None:
 
 
 @functools.cache
-def _workers(asked: int) -> int:
+def cap_at_cores(asked: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if asked > cores:
-        log.info("--num_workers %d: this machine has %d cores, using %d workers", asked, cores, cores)
+        log.info("`num_workers` %d: this machine has %d cores, using %d workers", asked, cores, cores)
     return min(asked, cores)
 
 
@@ -221,154 +226,3 @@ def _start_worker(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     # remarks about EXIF blocks and large images, once per worker
     warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacked tensors, `failed` as one flat list; only {"failed": [...]} when some sample found no image."""
-    failed = [text for sample in samples for text in sample["failed"]]
-    if any("image" not in sample for sample in samples):
-        return {"failed": failed}
-    tensors = [{name: value for name, value in sample.items() if name != "failed"} for sample in samples]
-    return {**default_collate(tensors), "failed": failed}
-
-
-def collate_readable(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of those samples alone that found their image; only {"failed": [...]} when none did."""
-    failed = [text for sample in samples for text in sample["failed"]]
-    return {
-        **collate([sample for sample in samples if "image" in sample] or [{"failed": []}]),
-        "failed": failed,
-    }
-
-
-class Files(Dataset[dict[str, Any]]):
-    """Samples made of files. Keys are an index (epoch 0) or (epoch, index); what is random
-    in a sample follows from the seed and the key.
-
-    A file that does not decode is replaced by the next one that does (same random
-    numbers). After 1 % of the files, at least 10, in a row the sample is {"failed":
-    [...]} without an image. `passes`: the length is so many times the files, and an
-    index means the file `index % files`.
-    """
-
-    def __init__(self, files: int, seed: int, passes: int = 1) -> None:
-        self.files, self.seed, self.passes = files, seed, passes
-        self.most_failures = min(files, max(10, files // 100))
-
-    def digest(self, root: str) -> str:
-        """Of what `identities` gives, less the folder `root` in front of names: the same wherever the data lies."""
-        return digest(self.identities(), root)
-
-    def identities(self) -> Iterator[bytes]:
-        """What tells each file, in their order, and then the labels if there are any."""
-        return (os.fsencode(self.name(place)) for place in range(self.files))
-
-    def name(self, place: int) -> str:
-        """What file `place` is called when it fails."""
-        raise NotImplementedError
-
-    def read(self, place: int) -> Any:
-        """What is in file `place`; whatever is raised means that it does not decode."""
-        raise NotImplementedError
-
-    def open(self, place: int) -> Any:
-        """The image of `place`, for image_formats.open_image."""
-        return self.name(place)
-
-    def warn_of_12_bits(self, looked_at: int = 16) -> None:
-        """One line where some evenly spread images look like a 12-bit camera's in 16-bit files: nearly black."""
-        count = min(looked_at, self.files) if is_main() else 0
-        if look_like_12_bits(self.open(number * self.files // count) for number in range(count)):
-            log_once(
-                f"warning: images such as {self.name(0)} have 16 bits, but no value above 4095, as of "
-                "a 12-bit camera: "
-                "65535 is white, so they are seen nearly black; multiply their values by 16 and save "
-                "them again"
-            )
-
-    def sample(self, place: int, content: Any) -> dict[str, Any]:
-        """The sample made of what was read; what is raised here is no matter of decoding and ends the run."""
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        return self.files * self.passes
-
-    def __getitem__(self, key: int | Key) -> dict[str, Any]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        failed: list[str] = []
-        for place in range(index, index + self.most_failures):
-            with seeded(self.seed, epoch, index):  # anew for each file: a view may draw before it decodes
-                place %= self.files
-                try:
-                    content = self.read(place)
-                except (
-                    Exception
-                ) as error:  # PIL raises nearly anything for broken files, DecompressionBombError too
-                    failed.append(f"{self.name(place)} ({reason(error)})")
-                    continue
-                return {**self.sample(place, content), "index": index, "failed": failed}
-        return {"failed": failed}
-
-
-def digest(names: Iterable[bytes], root: str = "") -> str:
-    """Of names in their order, less the folder `root` in front of them."""
-    given, absolute = (os.fsencode(os.path.join(folder, "")) for folder in (root, os.path.abspath(root)))
-    found = hashlib.blake2b(digest_size=16)
-    for name in names:
-        found.update(name.removeprefix(given).removeprefix(absolute) + b"\0")
-    return found.hexdigest()
-
-
-def reason(error: Exception) -> str:
-    # strerror: without the path again
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-class BadFiles:
-    """What is done about the files that did not decode: name each once, stop when they are too many.
-
-    `flag` is the data folder's flag, and `instead` what is done without them, for the messages.
-    """
-
-    def __init__(
-        self,
-        limit_share: float = 0.01,
-        at_least: int = 10,
-        flag: str = "--data_path",
-        instead: str = "using the next image",
-    ) -> None:
-        self.limit_share, self.at_least, self.flag, self.instead = limit_share, at_least, flag, instead
-        self.named: set[str] = set()
-        self.start_epoch(0)
-
-    def start_epoch(self, reads: int) -> None:
-        """`reads`: how many samples this process reads in the epoch."""
-        self.reads, self.failed = reads, dict[str, None]()
-
-    def add(self, failed: list[str], found_image: bool = True) -> None:
-        """A batch's `failed`, and whether the batch has an `image`; UserError when the
-        data cannot be trained on.
-
-        A file is counted once an epoch: behind a bad file its neighbors' replacement may try it again.
-        """
-        self.failed.update(dict.fromkeys(failed))
-        for text in dict.fromkeys(failed):
-            # ranks other than the first show errors only, and each meets other files
-            if text not in self.named:
-                log.log(
-                    logging.WARNING if is_main() else logging.ERROR, "cannot read %s: %s", text, self.instead
-                )
-        self.named.update(failed)
-        if not found_image:
-            unread = list(dict.fromkeys(failed))
-            raise UserError(
-                f"no image could be read, {len(unread)} files failed: "
-                f"{', '.join(unread[:3])}; check {self.flag}"
-            )
-        count, examples = len(self.failed), ", ".join(list(self.failed)[:3])
-        if count >= self.at_least and count > self.limit_share * self.reads:
-            raise UserError(
-                f"{count} of this epoch's {self.reads} images cannot be read ({examples}, ...): check "
-                f"{self.flag}, "
-                "and repair or remove these files"
-            )

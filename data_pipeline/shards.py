@@ -121,7 +121,7 @@ class Members(Sequence[tuple[Member, int | None]]):
 # ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def find_shards(pattern: str, flag: str) -> list[str]:
+def find_shards(pattern: str, origin: str) -> list[str]:
     """The files that `pattern` names: braces (`{000000..000146}`, `{a,b}`), `*`, a folder
     of .tar files, or several of these with `::` between them (WebDataset's notation).
     UserError: missing, compressed, remote, named twice.
@@ -130,35 +130,37 @@ def find_shards(pattern: str, flag: str) -> list[str]:
     for part in pattern.split("::"):
         if part.startswith("pipe:") or "://" in part:
             raise UserError(
-                f"{flag} {part}: shards are read from disks only, since their images are read at "
+                f"{origin} {part}: shards are read from disks only, since their images are read at "
                 "random; copy them to a folder "
                 "first"
             )
-        paths += _expanded(part, flag)
+        paths += _expanded(part, origin)
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"{flag} {pattern}: {missing[0]}{others} of {len(paths)} shards "
+            f"{origin} {pattern}: {missing[0]}{others} of {len(paths)} shards "
             f"{'are' if others else 'is'} missing"
         )
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
-        raise UserError(f"{flag} {pattern}: {twice} is named twice; its images would be read twice an epoch")
+        raise UserError(
+            f"{origin} {pattern}: {twice} is named twice; its images would be read twice an epoch"
+        )
     compressed = [path for path in paths if path.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst"))]
     if compressed:
         raise UserError(
-            f"{flag}: {compressed[0]} is compressed and cannot be read at random: unpack it to a .tar first"
+            f"{origin}: {compressed[0]} is compressed and cannot be read at random: unpack it to a .tar first"
         )
     return paths
 
 
-def _expanded(part: str, flag: str) -> list[str]:
+def _expanded(part: str, origin: str) -> list[str]:
     if os.path.isdir(part):
         found = sorted(glob.glob(os.path.join(glob.escape(part), "*.tar")))
         if not found:
             raise UserError(
-                f"{flag} {part}: no .tar files in this folder (scripts/make_shards.py writes them)"
+                f"{origin} {part}: no .tar files in this folder (scripts/make_shards.py writes them)"
             )
         return found
     from webdataset.shardlists import expand_urls  # here, for it is slow to import and few runs read shards
@@ -167,13 +169,13 @@ def _expanded(part: str, flag: str) -> list[str]:
         paths: list[str] = expand_urls(part)
     except ValueError as error:  # braceexpand's UnbalancedBracesError
         raise UserError(
-            f"{flag} {part}: {error}; ranges are written {{000000..000146}}, lists {{a,b}}"
+            f"{origin} {part}: {error}; ranges are written {{000000..000146}}, lists {{a,b}}"
         ) from None
     found = []
     for path in paths:
         matches = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.isfile(path) else [path]
         if not matches:
-            raise UserError(f"{flag} {part}: no file is called {path}")
+            raise UserError(f"{origin} {part}: no file is called {path}")
         found += matches
     return found
 
@@ -190,30 +192,30 @@ class Index(NamedTuple):
     left_out: np.ndarray  # (1,) int64: other members whose last ending is an image's
 
 
-def members_of(paths: Sequence[str], extensions: Sequence[str], flag: str) -> Members:
+def members_of(paths: Sequence[str], extensions: Sequence[str], origin: str) -> Members:
     """All images of the shards, with labels if every one has a label. UserError for shards that cannot be used.
 
     Several at once: reading a shard through is waiting for the disk.
     """
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        indices = list(pool.map(lambda path: index_of(path, extensions, flag), paths))
+        indices = list(pool.map(lambda path: index_of(path, extensions, origin), paths))
     shard = np.repeat(np.arange(len(paths), dtype=np.int32), [len(index.labels) for index in indices])
     places = np.concatenate([index.places for index in indices])
     labels = np.concatenate([index.labels for index in indices])
     if len(labels) == 0:
         raise UserError(
-            f"{flag}: no images in these {len(paths)} shards (accepted: {' '.join(extensions)}, "
+            f"{origin}: no images in these {len(paths)} shards (accepted: {' '.join(extensions)}, "
             "behind the first dot of a name)"
         )
     labeled = labels >= 0
     if labeled.any() and not labeled.all():
         first = Member(paths[shard[labeled.argmin()]], *places[labeled.argmin()].tolist())
-        raise UserError(f"{flag}: {first} has no label (.cls), others have one; label all images or none")
+        raise UserError(f"{origin}: {first} has no label (.cls), others have one; label all images or none")
     left_out = int(sum(index.left_out.sum() for index in indices))
     return Members(paths, shard, places, labels if labeled.all() else None, left_out)
 
 
-def index_of(path: str, extensions: Sequence[str], flag: str = "--data_path") -> Index:
+def index_of(path: str, extensions: Sequence[str], origin: str = "`data_path`") -> Index:
     """From the file beside the shard where it fits, else from the shard, which is read through; then it is kept."""
     try:
         kept = _kept_index(path, extensions)
@@ -222,7 +224,7 @@ def index_of(path: str, extensions: Sequence[str], flag: str = "--data_path") ->
         index = scan(path, extensions)
     except (OSError, tarfile.TarError, EOFError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{flag}: {path} is no whole tar file ({reason}); write or copy it again") from None
+        raise UserError(f"{origin}: {path} is no whole tar file ({reason}); write or copy it again") from None
     with contextlib.suppress(OSError):  # a folder that is not ours to write to: the next run scans again
         keep_index(path, extensions, index)
     return index

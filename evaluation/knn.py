@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from data_pipeline.samplers import Loader
 from runtime import distributed
 from runtime.distributed import log
 
@@ -149,8 +149,8 @@ def rank_of(votes: Tensor, labels: Tensor) -> Tensor:
 class Probe:
     """What --knn_freq evaluates on: this rank's share of labeled images, every so many epochs."""
 
-    train: DataLoader[dict[str, Any]]
-    validation: DataLoader[dict[str, Any]]
+    train: Loader
+    validation: Loader
     classes: int
     every: int
     temperature: float

@@ -107,7 +107,7 @@ def own_images(root: str) -> list[tuple[Path, str, bool]]:
     """
     splits = [Path(root, split) for split in ("train", "val")]
     roots = splits if all(split.is_dir() for split in splits) else [Path(root)]
-    inside = {Path(str(path)): each for each in roots for path, _ in find_images(str(each), flag="folder")[0]}
+    inside = {Path(str(path)): each for each in roots for path, _ in find_images(str(each), "folder")[0]}
     paths = list(inside)
     folders = {path: path.relative_to(each).parts[:-1] for path, each in inside.items()}
     classes = {parents[0] for parents in folders.values() if parents}

@@ -90,11 +90,11 @@ def plain(size: int, jitter: float) -> Callable[[str, dict[str, Any]], Steps]:
 def ours(
     size: int, jitter: float, pipeline: str, on_device: bool = False
 ) -> Callable[[str, dict[str, Any]], Steps]:
-    """The same steps as PretrainingViews.read and .pack, which are timed as a whole too."""
+    """The same steps as PretrainingViews.load and .transform, which are timed as a whole too."""
     view = views(size, jitter, pipeline, on_device)
 
     def steps(file: str, sample: dict[str, Any]) -> Steps:
-        image = view.read(file)
+        image = view.load(file)
         if not isinstance(image, Drawn):
             yield "decode"
             crop = exact_crop(image, view.crop.draw(image.size))
@@ -148,7 +148,7 @@ def differences(files: list[str], size: int, jitter: float, pipeline: str, seeds
             with seeded(seed, index):
                 list(one(file, sample))
             with seeded(seed, index):
-                theirs = other(other.read(file))
+                theirs = other(other.load(file))
             found.append((255 * (sample["tokenizer_image"] - theirs["tokenizer_image"])).abs().flatten())
     levels = torch.stack(found)
     noise = levels.square().mean().clamp(min=1e-12)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as F
 
-from errors import UserError
+from errors import ParameterError
 from segmentation.mask_files import IGNORED
 
 LONGEST = 4  # the longer side is at most so many times the base size
@@ -73,13 +73,15 @@ class TrainingView:
     ) -> None:
         smallest, largest = scale_range
         if not 0 < smallest <= largest:
-            raise UserError(
-                f"--scale_range {smallest} {largest}: give the smallest scale, above 0, and then the largest"
+            raise ParameterError(
+                f"`scale_range` {smallest} {largest}: give the smallest scale, above 0, and then the largest"
             )
         if not 0 < max_class_share <= 1:
-            raise UserError(f"--max_class_share {max_class_share}: give a share above 0 and up to 1 (off)")
+            raise ParameterError(
+                f"`max_class_share` {max_class_share}: give a share above 0 and up to 1 (off)"
+            )
         if not 0 <= hflip <= 1:
-            raise UserError(f"--hflip {hflip}: give a probability from 0 to 1")
+            raise ParameterError(f"`hflip` {hflip}: give a probability from 0 to 1")
         self.side, self.base, self.scale_range, self.max_class_share = (
             side,
             base,

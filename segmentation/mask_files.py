@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from PIL import Image
 
@@ -14,6 +16,13 @@ ENDINGS = (".png", ".tif", ".tiff", ".bmp")
 # PIL's names: gray of 1 to 32 bits, palette
 NUMBERED = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")
 STRETCHED = {"L;2": 85, "L;4": 17}  # PNG's gray of 2 and 4 bits, which PIL stretches to 0..255: 3 becomes 255
+
+
+class Pair(NamedTuple):
+    """The files of an image and of its mask."""
+
+    image: str
+    mask: str
 
 
 def read_mask(path: str) -> Image.Image:
@@ -30,8 +39,7 @@ def numbers_in(mask: Image.Image, path: str) -> np.ndarray:
     if mask.mode not in NUMBERED:
         raise UserError(
             f"{path}: its pixels are {mask.mode}, not numbers of classes; a mask is expected to be "
-            "gray (8 or 16 bits) or to "
-            "have a palette"
+            "gray (8 or 16 bits) or to have a palette"
         )
     numbers = np.asarray(mask)
     return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
@@ -57,12 +65,12 @@ def labels_in(mask: Image.Image, path: str, classes: int, reduce_zero_label: boo
 
 def _refuse(path: str, label: int, classes: int, reduce_zero_label: bool) -> None:
     if reduce_zero_label:
-        known = f"--reduce_zero_label makes labels 1 to {classes} the {classes} classes"
-        way_out = "leave it out where 0 is a class, or correct --nb_classes or the mask"
+        known = f"`reduce_zero_label` makes labels 1 to {classes} the {classes} classes"
+        way_out = "leave it out where 0 is a class, or correct `nb_classes` or the mask"
     else:
         known = f"{classes} classes are labels 0 to {classes - 1}"
         way_out = (
-            "correct --nb_classes or the mask, or add --reduce_zero_label where 0 is no class and 1 the first"
+            "correct `nb_classes` or the mask, or add `reduce_zero_label` where 0 is no class and 1 the first"
         )
     raise UserError(f"{path}: label {label}, but {known}, and {IGNORED} is ignored; {way_out}")
 

@@ -1,6 +1,12 @@
 """How a `main` ends that refuses what it was given."""
 
+import contextlib
+import re
+from collections.abc import Iterator
+
 import pytest
+
+from errors import UserError, name_flags
 
 
 def refused(main, flags: list[str], capsys) -> str:
@@ -13,3 +19,12 @@ def refused(main, flags: list[str], capsys) -> str:
     assert "Traceback" not in error
     assert error.count("\n") == 1, error
     return error
+
+
+@contextlib.contextmanager
+def user_reads(sentence: str) -> Iterator[None]:
+    """A UserError is raised whose message, as `main` prints it, has a match for `sentence`."""
+    with pytest.raises(UserError) as caught:
+        yield
+    message = name_flags(str(caught.value))
+    assert re.search(sentence, message), message

@@ -13,25 +13,23 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from refusals import user_reads
 
 from data_pipeline import samplers
+from data_pipeline.files import BadFiles, collate
 from data_pipeline.image_lists import class_balanced_share, find_classes_folder, find_images, read_class_index
 from data_pipeline.samplers import (
-    BadFiles,
     EvalSampler,
+    LoaderSettings,
     ResumableSampler,
     build_eval_loader,
     build_loader,
-    collate,
 )
-from datasets import (
-    ImageFiles,
-    build_finetuning_dataset,
-    build_held_out_dataset,
-    build_pretraining_dataset,
-    build_vqkd_dataset,
-)
-from errors import UserError
+from datasets import ImageFiles
+from run_beitv2_pretraining import build_data
+from run_class_finetuning import build_dataset as build_finetuning_dataset
+from run_vqkd_training import build_dataset as build_vqkd_dataset
+from run_vqkd_training import build_held_out_dataset
 from runtime.distributed import Launch
 from transforms import TokenizerViews, eval_view
 
@@ -82,8 +80,15 @@ def arguments(root, **changed):
         "vflip": 0.0,
         "data_pipeline": "exact",
         "augment_on_device": False,
+        "target": "tokens",
+        "tokenizer_model": "vqkd_encoder_base_decoder_3x768x12_clip",
     }
     return Namespace(**{**flags, **changed})
+
+
+def build_pretraining_dataset(args, grid, held_out=""):
+    train, evaluation = build_data(Namespace(**{**vars(args), "eval_data_path": held_out}), grid)
+    return evaluation if held_out else train
 
 
 def vqkd_dataset(args, train):
@@ -128,17 +133,17 @@ def test_find_images(tmp_path):
 
 def test_folders_that_hold_nothing(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(UserError, match=r"--data_path .*no images in this folder.*\.jpg .*\.webp"):
+    with user_reads(r"--data_path .*no images in this folder.*\.jpg .*\.webp"):
         find_images(str(tmp_path))
-    with pytest.raises(UserError, match=r"--eval_data_path .*missing: no such folder"):
+    with user_reads(r"--eval_data_path .*missing: no such folder"):
         find_images(str(tmp_path / "missing"), "--eval_data_path")
-    with pytest.raises(UserError, match="is not a folder"):
+    with user_reads("is not a folder"):
         find_images(str(tmp_path / "notes.txt"))
-    with pytest.raises(UserError, match="no class folders"):
+    with user_reads("no class folders"):
         find_classes_folder(str(tmp_path))
     write_image(tmp_path / "cats" / "1.jpg")
     (tmp_path / "dogs").mkdir()
-    with pytest.raises(UserError, match="class folder 'dogs' has no images"):
+    with user_reads("class folder 'dogs' has no images"):
         find_classes_folder(str(tmp_path))
 
 
@@ -189,7 +194,7 @@ def test_links_do_not_label_images_of_other_classes(tmp_path, caplog, monkeypatc
     assert "data/a/up: a link to a folder above or of another class" in caplog.text
     assert len(find_images(str(root))[0]) == 7
     (root / "d").symlink_to("a")
-    with pytest.raises(UserError, match="class folders 'a' and 'd' are the same folder"):
+    with user_reads("class folders 'a' and 'd' are the same folder"):
         find_classes_folder(str(root))
 
 
@@ -199,18 +204,17 @@ def test_splits_and_single_classes_are_no_classes(tmp_path, caplog, monkeypatch)
     write_classes(tmp_path / "photos" / "train", {"a": 1, "b": 1})
     write_classes(tmp_path / "photos" / "val", {"a": 1, "b": 1})
     root = tmp_path / "photos"
-    with pytest.raises(
-        UserError,
-        match=(
+    with user_reads(
+        (
             f"its folders are train, val: splits, not classes; give .*--data_path {root}/train "
             f"--eval_data_path {root}/val"
         ),
     ):
         build_finetuning_dataset(arguments(root), train=True)
-    with pytest.raises(UserError, match="has one class folder, 'photos'; two classes at least"):
+    with user_reads("has one class folder, 'photos'; two classes at least"):
         build_finetuning_dataset(arguments(tmp_path), train=True)
     (tmp_path / "index.jsonl").write_text('{"class": "a", "files": ["a/00.jpg"]}')
-    with pytest.raises(UserError, match="--data_path: has one class, 'a'"):
+    with user_reads("--data_path: has one class, 'a'"):
         build_finetuning_dataset(
             arguments(root / "train", image_folder_class_index_file=str(tmp_path / "index.jsonl")), train=True
         )
@@ -229,7 +233,7 @@ def test_class_index_as_published(tmp_path):
     assert names == ["ape/01.jpg", "ape/00.jpg", "bee/00.jpg"]
     write_classes(tmp_path / "data", {".": 1})  # now 00.jpg is there as well
     index.write_text(json.dumps(lines[0]))
-    with pytest.raises(UserError, match=r"00\.jpg is there, and the same path in the class's folder"):
+    with user_reads(r"00\.jpg is there, and the same path in the class's folder"):
         read_class_index(str(index), str(tmp_path / "data"))
 
 
@@ -277,7 +281,7 @@ def test_broken_class_index(tmp_path, text, sentence):
     write_classes(tmp_path / "data", {"a": 1})
     if text is not None:
         (tmp_path / "index.jsonl").write_text(text)
-    with pytest.raises(UserError, match=sentence):
+    with user_reads(sentence):
         read_class_index(str(tmp_path / "index.jsonl"), str(tmp_path / "data"))
 
 
@@ -291,7 +295,7 @@ def test_class_balanced_share():
     assert class_balanced_share(samples, 0.1, seed=1) != kept
     assert class_balanced_share(samples, 1.0) == samples
     for fraction in (0, -1, 1.5):
-        with pytest.raises(UserError, match="--label_fraction"):
+        with user_reads("--label_fraction"):
             class_balanced_share(samples, fraction)
 
 
@@ -362,8 +366,8 @@ def test_data_sets_travel_to_spawned_workers(tmp_path):
 
 def test_eval_loader_reads_this_ranks_share(flat):
     dataset = ImageFiles([(path, i) for i, (path, _) in enumerate(find_images(str(flat))[0])], eval_view(32))
-    args = arguments(flat, batch_size=4, num_workers=0, pin_mem=True)
-    loaders = [build_eval_loader(dataset, args, Launch(rank, 2), torch.device("cpu")) for rank in (0, 1)]
+    settings = LoaderSettings(batch_size=4, num_workers=0, pin_mem=True)
+    loaders = [build_eval_loader(dataset, settings, Launch(rank, 2), torch.device("cpu")) for rank in (0, 1)]
     labels = [[batch["label"].tolist() for batch in loader] for loader in loaders]
     assert labels == [[[0, 2, 4, 6], [8, 10]], [[1, 3, 5, 7], [9, 11]]]
 
@@ -373,21 +377,21 @@ def test_evaluation_pins_memory_for_a_run_on_a_gpu_alone(flat, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     dataset = ImageFiles(find_images(str(flat))[0], eval_view(32))
     for device, asked, pins in (("cpu", True, False), ("cuda", True, True), ("cuda", False, False)):
-        args = arguments(flat, batch_size=4, num_workers=0, pin_mem=asked)
-        assert build_eval_loader(dataset, args, Launch(), torch.device(device)).pin_memory is pins
+        settings = LoaderSettings(batch_size=4, num_workers=0, pin_mem=asked)
+        assert build_eval_loader(dataset, settings, Launch(), torch.device(device)).pin_memory is pins
 
 
 def test_workers_are_capped_at_the_cores(flat, caplog, monkeypatch):
     monkeypatch.setattr(samplers.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     monkeypatch.setattr(samplers.log, "propagate", True)
     caplog.set_level(logging.INFO, "beit")
-    samplers._workers.cache_clear()
+    samplers.cap_at_cores.cache_clear()
     dataset = ImageFiles(find_images(str(flat))[0], eval_view(32))
     for _ in range(2):
         assert build_loader(dataset, EvalSampler(12, 4, 0, 1), 10, True).num_workers == 3
     assert build_loader(dataset, EvalSampler(12, 4, 0, 1), 2, True).num_workers == 2
     assert caplog.text.count("--num_workers 10: this machine has 3 cores") == 1
-    samplers._workers.cache_clear()
+    samplers.cap_at_cores.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -448,7 +452,7 @@ def test_giving_up_when_everything_is_broken(tmp_path):
     assert len(ImageFiles([(path, 0) for path in paths[:40]], eval_view(32))[0]["failed"]) == 10
     assert len(ImageFiles([(path, 0) for path in paths], eval_view(32))[0]["failed"]) == 15
     assert collate([few, {"image": torch.zeros(1), "failed": ["x"]}]) == {"failed": [*few["failed"], "x"]}
-    with pytest.raises(UserError, match=r"no image could be read, 5 files.*0003.jpg.*check --data_path"):
+    with user_reads(r"no image could be read, 5 files.*0003.jpg.*check --data_path"):
         BadFiles().add(few["failed"], found_image=False)
 
 
@@ -460,14 +464,14 @@ def test_bad_files_are_logged_once_and_stop_the_run_past_one_percent(caplog, mon
         bad.add([f"{i}.jpg (broken)"])
     bad.add(["0.jpg (broken)", "1.jpg (broken)"] * 20)  # again, as a neighbor's replacement: no new bad file
     assert caplog.text.count("cannot read 0.jpg (broken)") == 1
-    with pytest.raises(UserError, match=r"10 of this epoch's 950 images .*0.jpg.*check --my_data"):
+    with user_reads(r"10 of this epoch's 950 images .*0.jpg.*check --my_data"):
         bad.add(["9.jpg (broken)"])
 
     bad.start_epoch(reads=1000)
     for i in range(10):
         bad.add([f"{i}.jpg (broken)"])  # exactly one percent
     assert caplog.text.count("cannot read 0.jpg (broken)") == 1
-    with pytest.raises(UserError, match="11 of this epoch's 1000"):
+    with user_reads("11 of this epoch's 1000"):
         bad.add(["10.jpg (broken)"])
 
     bad.start_epoch(reads=20)
@@ -485,14 +489,14 @@ def test_pretraining_dataset(flat):
     assert "label" not in sample
     assert build_pretraining_dataset(arguments(flat, num_mask_patches=5), 4)[0]["mask"].sum() == 5
     assert len(build_pretraining_dataset(arguments(flat), 4, held_out=str(flat / "part1"))) == 6
-    with pytest.raises(UserError, match="--eval_data_path /nowhere: no such folder"):
+    with user_reads("--eval_data_path /nowhere: no such folder"):
         build_pretraining_dataset(arguments(flat), 4, held_out="/nowhere")
     mistakes: list[tuple[dict[str, Any], str]] = [
         ({"max_mask_patches_per_block": -1}, "--max_mask_patches_per_block"),
         ({"data_set": "imagefolder"}, "unknown --data_set 'imagefolder'; did you mean image_folder"),
     ]
     for changed, sentence in mistakes:
-        with pytest.raises(UserError, match=sentence):
+        with user_reads(sentence):
             build_pretraining_dataset(arguments(flat, **changed), 4)
 
 
@@ -503,7 +507,7 @@ def test_where_each_data_set_is_read_from(tmp_path, flat):
     assert len(build_pretraining_dataset(imnet, 4)) == 5
     assert len(vqkd_dataset(imnet, True)) == 5
     assert len(vqkd_dataset(imnet, False)) == 2
-    assert isinstance(vqkd_dataset(imnet, True).transform, TokenizerViews)
+    assert isinstance(vqkd_dataset(imnet, True).view, TokenizerViews)
     sample = vqkd_dataset(imnet, False)[0]
     assert sample["image"].shape == (3, 64, 64)
     assert 0 <= sample["image"].min() < sample["image"].max() <= 1
@@ -540,19 +544,17 @@ def test_validation_labels_are_those_of_training(tmp_path):
     assert build_finetuning_dataset(args, train=False)[0].labels.tolist() == [0, 1]
 
     write_image(tmp_path / "val" / "dodo" / "1.jpg")
-    with pytest.raises(
-        UserError, match=(r"--eval_data_path .*class folder 'dodo' is no class of the " r"training data")
-    ):
+    with user_reads(r"--eval_data_path .*class folder 'dodo' is no class of the " r"training data"):
         build_finetuning_dataset(args, train=False)
 
 
 def test_finetuning_mistakes(tmp_path):
     root = write_classes(tmp_path / "train", {"ant": 2, "bee": 2, "cow": 2})
-    with pytest.raises(UserError, match="--nb_classes 10: the data has 3 classes"):
+    with user_reads("--nb_classes 10: the data has 3 classes"):
         build_finetuning_dataset(arguments(root, nb_classes=10), train=True)
-    with pytest.raises(UserError, match="--eval_data_path is missing"):
+    with user_reads("--eval_data_path is missing"):
         build_finetuning_dataset(arguments(root), train=False)
-    with pytest.raises(UserError, match=r"--data_path .*val: no such folder"):
+    with user_reads(r"--data_path .*val: no such folder"):
         build_finetuning_dataset(arguments(tmp_path, data_set="IMNET"), train=False)
 
 
@@ -566,7 +568,7 @@ def test_label_fraction_keeps_the_same_share_whatever_the_seed(tmp_path):
 
 
 def test_cifar(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"no CIFAR-100 below --data_path .*--download fetches it"):
+    with user_reads(r"no CIFAR-100 below --data_path .*--download fetches it"):
         build_finetuning_dataset(arguments(tmp_path, data_set="CIFAR"), train=True)
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()

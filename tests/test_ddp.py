@@ -50,7 +50,7 @@ def three_steps(rank, world_size, build, update_freq, recompute, compiled):
     model.train()
     for step in range(3):
         batches = [{"image": inputs(shape, step, micro, rank)} for micro in range(update_freq)]
-        engine.accumulate_gradients(state, MeanSquare(), batches, run, finish=dict)
+        engine.accumulate_gradients(state, MeanSquare(), batches, run, device_transform=dict)
         engine.take_step(state, None)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 

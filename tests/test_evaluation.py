@@ -19,7 +19,6 @@ from tiny_runs import SIZE, checkpoint, finetuning_flags, log_lines, photos
 import modeling_finetune
 import run_class_finetuning
 from data_pipeline import imagenet_classes
-from datasets import build_finetuning_dataset
 from engine_for_finetuning import SomeLogits, WithMirrorImage
 from errors import UserError
 from evaluation import confusion, trained_classifier
@@ -217,7 +216,7 @@ def eval_flags(images: Path, out: Path, *more: str) -> list[str]:
 def images_of(folder: Path, out: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """As the evaluation sees them, and the labels in the order of the folders."""
     args = run_class_finetuning.arguments.parse(run_class_finetuning.get_parser(), eval_flags(folder, out))
-    dataset, _ = build_finetuning_dataset(args, train=False, own_classes=True)
+    dataset, _ = run_class_finetuning.build_dataset(args, train=False, own_classes=True)
     samples = [dataset[i] for i in range(len(dataset))]
     return torch.stack([sample["image"] for sample in samples]), torch.tensor(
         [sample["label"] for sample in samples]

@@ -302,7 +302,7 @@ def test_a_demo_model_gets_its_name_and_keeps_its_flags(tmp_path):
     assert source.flags["model"] == "beit_demo_patch16_128"
     assert source.flags["imagenet_default_mean_and_std"] is True
     assert source.flags["crop_pct"] is None  # what is cropped is what our evaluation crops
-    assert eval_view(64, source.flags["crop_pct"]).transform.transforms[0].size == 73
+    assert eval_view(64, source.flags["crop_pct"]).steps.transforms[0].size == 73
 
 
 def test_our_names_stay_as_they_are():

@@ -297,7 +297,7 @@ def trained(rank, world_size, folder):
     state, run = started(rank, world_size, folder, seed=0)
     for step in range(2):
         images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(10 * step + rank))
-        engine.accumulate_gradients(state, MeanSquare(), [{"image": images}], run, finish=dict)
+        engine.accumulate_gradients(state, MeanSquare(), [{"image": images}], run, device_transform=dict)
         gradients = sum(held(parameter.grad) for parameter in state.parameters if parameter.grad is not None)
         engine.take_step(state, None)
         state.ema.update(state.model, step)

@@ -15,11 +15,12 @@ LAYERS = (
     ("evaluation", "evaluation visualization"),
     ("networks", "vit_backbone modeling_* norm_ema_quantizer vqkd_teachers pretrained"),
     ("weights", "checkpoint_io"),
+    ("flags", "arguments"),
     ("images", "datasets transforms masking_generator"),
     ("data", "data_pipeline"),
     ("runtime", "runtime"),
     ("layers", "layers"),
-    ("shared", "arguments optim_factory utils errors"),
+    ("shared", "optim_factory utils errors"),
 )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """An image that does not decode counts in no figure: 12 validation images of which 5 are cut short are a 1, b 6."""
 
 import json
-from argparse import Namespace
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ import run_linear_eval
 import run_segmentation_finetuning
 import run_vqkd_training
 from data_pipeline.image_lists import find_classes_folder
-from data_pipeline.samplers import build_eval_loader
+from data_pipeline.samplers import LoaderSettings, build_eval_loader
 from datasets import ImageFiles
 from engine import evaluation_batches
 from engine_for_finetuning import FinetuningStage
@@ -54,9 +53,7 @@ class Brightness(torch.nn.Module):
 
 def counted(rank, world, folder):
     dataset = ImageFiles(find_classes_folder(folder)[0], eval_view(32))
-    loader = build_eval_loader(
-        dataset, Namespace(batch_size=2, num_workers=0, pin_mem=False), Launch(rank, world), CPU
-    )
+    loader = build_eval_loader(dataset, LoaderSettings(batch_size=2), Launch(rank, world), CPU)
     results, confusion = FinetuningStage(CPU, Precision("cpu", None), loader).measure(Brightness())
     return {
         "of_class": confusion.by_class()[1].tolist(),
@@ -126,7 +123,7 @@ def test_held_out_loss_of_pretraining_and_of_the_tokenizer(data, tmp_path):
     dataset = ImageFiles(
         [(str(data / "val" / "a" / f"{number}.jpg"), None) for number in range(6)], eval_view(32)
     )
-    loader = build_eval_loader(dataset, Namespace(batch_size=2, num_workers=0, pin_mem=False), Launch(), CPU)
+    loader = build_eval_loader(dataset, LoaderSettings(batch_size=2), Launch(), CPU)
     assert [batch["index"].tolist() for batch in evaluation_batches(loader, CPU)] == [[0]]
     more = ["--epochs", "1", "--warmup_epochs", "0", "--eval_data_path", str(data / "val")]
     codes = tokenizer(tmp_path / "tokenizer.pth")
@@ -151,8 +148,6 @@ def test_segmentation(tmp_path, capsys):
 
 def test_nothing_but_broken_images_is_no_figure(data, tmp_path):
     paths = [(str(data / "val" / "a" / f"{number}.jpg"), 0) for number in range(1, 6)]
-    loader = build_eval_loader(
-        ImageFiles(paths, eval_view(32)), Namespace(batch_size=2, num_workers=0, pin_mem=False), Launch(), CPU
-    )
+    loader = build_eval_loader(ImageFiles(paths, eval_view(32)), LoaderSettings(batch_size=2), Launch(), CPU)
     with pytest.raises(Exception, match="no image could be read, 5 files failed"):
         list(evaluation_batches(loader, CPU, "--eval_data_path"))

@@ -94,7 +94,7 @@ def test_random_crops_are_the_default_and_the_backbone_stays_as_it_is(folder, we
     # Statistics of the channels: of the training images in center crops, each once.
     args = run_linear_eval.get_parser().parse_args(flags(folder, weights, tmp_path))
     args.aa, args.reprob, args.remode, args.recount = "none", 0.0, "pixel", 1
-    images = run_linear_eval.build_finetuning_dataset(args, train=True, augment=False)[0]
+    images = run_linear_eval.build_dataset(args, train=True, augment=False)[0]
     batch = torch.stack([images[index]["image"] for index in range(len(images))])
     features = FrozenBackbone(fresh, "cls_mean", Precision("cpu", None))(batch)
     assert torch.allclose(content["model"]["mean"], features.mean(0), atol=1e-4)
@@ -103,17 +103,17 @@ def test_random_crops_are_the_default_and_the_backbone_stays_as_it_is(folder, we
 
 @pytest.mark.parametrize(("more", "cropped"), [([], True), (["--cached_features"], False)])
 def test_training_images_are_only_cropped_and_flipped(more, cropped, folder, weights, tmp_path, monkeypatch):
-    built, build = [], run_linear_eval.build_finetuning_dataset
+    built, build = [], run_linear_eval.build_dataset
 
     def remembered(args, train, **how):
         built.append((train, build(args, train, **how)[0]))
         return build(args, train, **how)
 
-    monkeypatch.setattr(run_linear_eval, "build_finetuning_dataset", remembered)
+    monkeypatch.setattr(run_linear_eval, "build_dataset", remembered)
     run_linear_eval.main(flags(folder, weights, tmp_path, "--epochs", "1", *more))
     train = next(dataset for of_training, dataset in built if of_training)
     assert torch.equal(train[0, 3]["image"], train[1, 3]["image"]) is not cropped  # two epochs
-    parts = train.transform.transform.transforms
+    parts = train.view.steps.transforms
     acting = [
         step
         for part in parts

@@ -11,19 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import user_reads
 
 from data_pipeline.samplers import EvalSampler, ResumableSampler, build_loader
 from errors import UserError, report_user_errors
+from run_segmentation_finetuning import build_dataset, build_evaluation_view, class_settings
 from runtime import distributed
+from segmentation import classes as segmentation_classes
 from segmentation import image_mask_pairs
-from segmentation.image_mask_pairs import (
-    Pair,
-    build_dataset,
-    evaluation_view,
-    find_pairs,
-    palette,
-    read_classes,
-)
+from segmentation.classes import find_classes, read_palette
+from segmentation.image_mask_pairs import Pair, find_pairs
 from segmentation.joint_views import IGNORED, TrainingView, distorted, fitted, largest_share
 from segmentation.mask_files import read_mask
 from transforms import load_image
@@ -51,6 +48,14 @@ def arguments(root, **changed):
         "seed": 0,
     }
     return Namespace(**{**flags, **changed})
+
+
+def read_classes(args, pairs):
+    return find_classes(class_settings(args), pairs)
+
+
+def palette(args, n_classes):
+    return read_palette(args.palette, n_classes)
 
 
 def scene(seed=0, size=(120, 80)):
@@ -109,43 +114,35 @@ def test_both_layouts_and_nested_folders(tmp_path, splits):
         (f"images/{splits[0]}/{image}", f"annotations/{splits[0]}/{mask}") for image, mask in expected
     ]
     assert len(find_pairs(str(tmp_path), train=False)) == 1
-    assert len(find_pairs(str(tmp_path), train=False, flag="--eval_data_path")) == 1
+    assert len(find_pairs(str(tmp_path), train=False, origin="`eval_data_path`")) == 1
 
 
 def test_pairs_without_splits(tmp_path):
     write_pair(tmp_path, "x", "")
     write_pair(tmp_path, "town/y", "")
     assert len(find_pairs(str(tmp_path), train=True)) == 2
-    assert len(find_pairs(str(tmp_path), train=False, flag="--eval_data_path")) == 2
-    with pytest.raises(
-        UserError, match=("no validation/ or val/, all of it is for training; --eval_data_path names")
-    ):
+    assert len(find_pairs(str(tmp_path), train=False, origin="`eval_data_path`")) == 2
+    with user_reads("no validation/ or val/, all of it is for training; --eval_data_path names"):
         find_pairs(str(tmp_path), train=False)
 
 
 def test_folders_that_hold_no_pairs(tmp_path):
-    with pytest.raises(
-        UserError, match=(r"^--data_path is missing: name a folder that holds images/ " r"and annotations/")
-    ):
+    with user_reads(r"^--data_path is missing: name a folder that holds images/ " r"and annotations/"):
         find_pairs("", train=True)
-    with pytest.raises(UserError, match=r"--eval_data_path .*nowhere: no such folder"):
-        find_pairs(str(tmp_path / "nowhere"), train=False, flag="--eval_data_path")
-    with pytest.raises(UserError, match=r"has no images/; expected are images/ and annotations/"):
+    with user_reads(r"--eval_data_path .*nowhere: no such folder"):
+        find_pairs(str(tmp_path / "nowhere"), train=False, origin="`eval_data_path`")
+    with user_reads(r"has no images/; expected are images/ and annotations/"):
         find_pairs(str(tmp_path), train=True)
     (tmp_path / "images" / "train").mkdir(parents=True)
-    with pytest.raises(
-        UserError, match=(r"there is .*images/train, but no .*annotations/train with " r"the masks")
-    ):
+    with user_reads(r"there is .*images/train, but no .*annotations/train with " r"the masks"):
         find_pairs(str(tmp_path), train=True)
-    with pytest.raises(
-        UserError, match=(r"images/ has train/, but no validation/ or val/; " r"--eval_data_path names")
-    ):
+    with user_reads(r"images/ has train/, but no validation/ or val/; " r"--eval_data_path names"):
         find_pairs(str(tmp_path), train=False)
     (tmp_path / "annotations" / "train").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"no images in .*images/train"):
+    with user_reads(r"no images in .*images/train"):
         find_pairs(str(tmp_path), train=True)
     (tmp_path / "images" / "training").mkdir()
-    with pytest.raises(UserError, match=r"images/ has both training/ and train/"):
+    with user_reads(r"images/ has both training/ and train/"):
         find_pairs(str(tmp_path), train=True)
 
 
@@ -154,14 +151,13 @@ def test_incomplete_and_ambiguous_pairs(tmp_path, caplog, monkeypatch):
         write_pair(tmp_path, name)
     # JPEG changes labels: no mask
     (tmp_path / "annotations/train/b.png").rename(tmp_path / "annotations/train/b.jpg")
-    with pytest.raises(
-        UserError,
-        match=(r"images/train/b.png: has no mask, .*annotations/train/b.png " r"\(or .*1 of 3 have none"),
+    with user_reads(
+        (r"images/train/b.png: has no mask, .*annotations/train/b.png " r"\(or .*1 of 3 have none"),
     ):
         find_pairs(str(tmp_path), train=True)
     (tmp_path / "annotations/train/b.jpg").rename(tmp_path / "annotations/train/b.png")
     write(tmp_path / "images/train/c.jpg", colored(scene()))
-    with pytest.raises(UserError, match=r"train/c.jpg and .*train/c.png: which belongs to the pair 'c'"):
+    with user_reads(r"train/c.jpg and .*train/c.png: which belongs to the pair 'c'"):
         find_pairs(str(tmp_path), train=True)
     (tmp_path / "images/train/c.jpg").unlink()
     for name in "cb":
@@ -201,15 +197,13 @@ def test_names_come_from_the_list_then_from_ade_then_from_the_masks(root, tmp_pa
     )
     (tmp_path / "objectInfo150.txt").write_text(table)
     assert read_classes(arguments(tmp_path, reduce_zero_label=True), pairs) == ["wall", "bed", "building"]
-    with pytest.raises(
-        UserError, match=(r"objectInfo150.txt: its first class is label 1.*add " r"--reduce_zero_label")
-    ):
+    with user_reads(r"objectInfo150.txt: its first class is label 1.*add " r"--reduce_zero_label"):
         read_classes(arguments(tmp_path), pairs)
     (tmp_path / "names").write_text("\ufeffsky\r\n\n grass \nblue sun\n", encoding="utf-8")
     named = arguments(tmp_path, class_names=str(tmp_path / "names"))
     assert read_classes(named, pairs) == ["sky", "grass", "blue sun"]
     assert not caplog.text
-    with pytest.raises(UserError, match=r"--nb_classes 4: --class_names .*names names 3 classes"):
+    with user_reads(r"--nb_classes 4: --class_names .*names names 3 classes"):
         read_classes(Namespace(**vars(named) | {"nb_classes": 4}), pairs)
     assert len(read_classes(Namespace(**vars(named) | {"nb_classes": 3}), pairs)) == 3
 
@@ -227,26 +221,24 @@ def test_names_come_from_the_list_then_from_ade_then_from_the_masks(root, tmp_pa
 def test_class_names_that_will_not_do(tmp_path, text, sentence):
     if text is not None:
         (tmp_path / "names").write_text(text)
-    with pytest.raises(UserError, match=f"--class_names .*names: .*{sentence}"):
+    with user_reads(f"--class_names .*names: .*{sentence}"):
         read_classes(arguments(tmp_path, class_names=str(tmp_path / "names")), [])
 
 
 def test_numbers_of_classes_that_will_not_do(tmp_path):
     for count in (-1, 1, 256):
-        with pytest.raises(UserError, match=f"--nb_classes {count}: "):
+        with user_reads(f"--nb_classes {count}: "):
             read_classes(arguments(tmp_path, nb_classes=count), [])
     assert len(read_classes(arguments(tmp_path, nb_classes=255), [])) == 255
     binary = write_pair(tmp_path, labels=(scene() > 2).astype(np.uint8), add=0)
     write(binary, ((scene() > 2) * 255).astype(np.uint8))
-    with pytest.raises(UserError, match=r"the 1 masks, such as .*a.png: 2 classes at least .*255 is ignored"):
+    with user_reads(r"the 1 masks, such as .*a.png: 2 classes at least .*255 is ignored"):
         read_classes(arguments(tmp_path), find_pairs(str(tmp_path), True))
     write(binary, scene().astype(np.uint16) * 300)
-    with pytest.raises(UserError, match=r"a.png: 901 classes; at most 255"):
+    with user_reads(r"a.png: 901 classes; at most 255"):
         read_classes(arguments(tmp_path), find_pairs(str(tmp_path), True))
     write(binary, colored(scene()))
-    with pytest.raises(
-        UserError, match=(r"annotations/train/a.png: its pixels are RGB, not numbers of " r"classes")
-    ):
+    with user_reads(r"annotations/train/a.png: its pixels are RGB, not numbers of " r"classes"):
         read_classes(arguments(tmp_path), find_pairs(str(tmp_path), True))
 
 
@@ -255,9 +247,9 @@ def test_ranks_share_the_looking_and_its_error(root, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     seen: list[str] = []
-    look = image_mask_pairs.highest_label
+    look = segmentation_classes.highest_label
     monkeypatch.setattr(
-        image_mask_pairs,
+        segmentation_classes,
         "highest_label",
         lambda mask, path, reduce: seen.append(path) or look(mask, path, reduce),
     )
@@ -265,7 +257,7 @@ def test_ranks_share_the_looking_and_its_error(root, tmp_path, monkeypatch):
     assert len(read_classes(arguments(root), pairs)) == 9
     assert sorted(seen) == [pair.mask for pair in pairs[1::2]]
     monkeypatch.setattr(distributed, "gather_objects", lambda value: [UserError("rank 0 found it"), value])
-    with pytest.raises(UserError, match="rank 0 found it"):
+    with user_reads("rank 0 found it"):
         read_classes(arguments(root), pairs)
 
 
@@ -280,16 +272,14 @@ def test_palette(tmp_path):
     own = arguments(tmp_path, palette=str(file))
     file.write_text("\ufeff0 0 0\n\n255 51 0\n", encoding="utf-8")
     torch.testing.assert_close(palette(own, 2), torch.tensor([[0, 0, 0], [1, 0.2, 0]]))
-    with pytest.raises(UserError, match=r"--palette .*colors: 2 colors for 3 classes"):
+    with user_reads(r"--palette .*colors: 2 colors for 3 classes"):
         palette(own, 3)
     for line in ("1 2", "1 2 256", "red", "1 2 -3", "1, 2, 3"):
         file.write_text(f"0 0 0\n{line}\n")
-        with pytest.raises(
-            UserError, match=(f"color 2: '{line}'; red, green and blue are expected, each 0 to 255")
-        ):
+        with user_reads(f"color 2: '{line}'; red, green and blue are expected, each 0 to 255"):
             palette(own, 2)
     file.unlink()
-    with pytest.raises(UserError, match="cannot be read"):
+    with user_reads("cannot be read"):
         palette(own, 2)
 
 
@@ -403,7 +393,7 @@ def test_masks_that_are_refused(tmp_path, picture, flags, sentence):
         evaluation(tmp_path, **flags),
         build_dataset(arguments(tmp_path, **flags), True, CLASSES),
     ):
-        with pytest.raises(UserError, match=rf"annotations/a.png: {sentence}"):
+        with user_reads(rf"annotations/a.png: {sentence}"):
             dataset[0]
 
 
@@ -455,7 +445,7 @@ def test_masks_of_images_that_exif_turns(tmp_path, orientation):
         assert np.array_equal(sample["label"], expected)
         assert np.array_equal(sample["image"].permute(1, 2, 0), COLORS[expected])
         write(tmp_path / "annotations" / "a.png", labels[1:])
-        with pytest.raises(UserError, match=r"120 x 79 pixels, but its image .*a.png has 80 x 120"):
+        with user_reads(r"120 x 79 pixels, but its image .*a.png has 80 x 120"):
             evaluation(tmp_path)[0]
 
 
@@ -526,10 +516,10 @@ def test_evaluation_keeps_the_masks_and_finish_normalizes(root):
     assert sample["image"].shape == (3, 40, 60) and sample["image"].dtype == torch.uint8
     assert np.array_equal(sample["label"], scene(11))
     assert same(sample, dataset[5, 1])
-    view = evaluation_view(arguments(root, base_size=40))
+    view = build_evaluation_view(arguments(root, base_size=40))
     assert torch.equal(view(load_image(dataset.pair(1).image)), sample["image"])
     batch = next(iter(build_loader(dataset, EvalSampler(2, 2, 0, 1), 0, pin_memory=False)))
-    finished = dataset.finish(batch)
+    finished = dataset.device_transform(batch)
     assert finished["label"].dtype == torch.int64 and finished["label"].shape == (2, 80, 120)
     expected = (batch["image"][1, 2].double() / 255 - 0.406) / 0.225
     torch.testing.assert_close(finished["image"][1, 2].double(), expected, atol=1e-5, rtol=0)
@@ -672,7 +662,7 @@ def test_filling_has_the_color_of_the_mean(root):
         arguments(root, scale_range=[0.3, 0.3], imagenet_default_mean_and_std=True), True, CLASSES
     )
     batch = {name: value[None] for name, value in dataset[0].items() if name in ("image", "label")}
-    filled = dataset.finish(batch)["image"].permute(0, 2, 3, 1)[batch["label"] == IGNORED]
+    filled = dataset.device_transform(batch)["image"].permute(0, 2, 3, 1)[batch["label"] == IGNORED]
     assert len(filled) > 1000
     assert filled.abs().max() < 0.01
 
@@ -688,13 +678,13 @@ def test_filling_has_the_color_of_the_mean(root):
     ],
 )
 def test_flags_that_will_not_do(root, flags, sentence):
-    with pytest.raises(UserError, match=sentence):
+    with user_reads(sentence):
         build_dataset(arguments(root, **flags), True, CLASSES)
 
 
 def test_many_names_in_one_array(tmp_path):
     """Names that are no UTF-8 and of different lengths come back as they were."""
     pairs = [Pair(f"/x/{name}.jpg", f"/y/{name}.png") for name in ("a", "long name \udcff", "ü 画像")]
-    view = evaluation_view(arguments(tmp_path))
+    view = build_evaluation_view(arguments(tmp_path))
     dataset = image_mask_pairs.SegmentationFiles(pairs, view, CLASSES, ((0.5,) * 3, (0.5,) * 3))
     assert [dataset.pair(index) for index in range(3)] == pairs
