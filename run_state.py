@@ -76,8 +76,7 @@ class Stage:
         """Undo state_dict."""
 
 
-# ── Setting up
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Setting up ──
 
 
 @dataclass(frozen=True)
@@ -311,8 +310,7 @@ def new_state(
     return TrainState(model, runner, optimizer, scaler, ema, epoch=run.args.start_epoch)
 
 
-# ── Checkpoints
-# ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Checkpoints ──
 
 
 def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]) -> None:

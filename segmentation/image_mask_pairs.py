@@ -39,8 +39,7 @@ TURNS = {  # orientations that exchange width and height -> what makes the pictu
 }
 
 
-# ── Where the pairs are
-# ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── Where the pairs are ──
 
 
 def find_pairs(folder: str, train: bool, origin: str = "`data_path`", warn: bool = False) -> list[Pair]:
@@ -125,8 +124,7 @@ def _by_stem(paths: Sequence[str], root: str) -> dict[str, str]:
     return found
 
 
-# ── Samples
-# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Samples ──
 
 
 class PairView:
