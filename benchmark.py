@@ -66,8 +66,8 @@ from benchmarks.training_steps import (
     MarkedTokens,
     Ours,
     classification_loss,
-    enliven,
     inference,
+    randomize_zeros,
     textbook,
 )
 from checkpoint_io import checkpoints
@@ -154,7 +154,7 @@ def pretraining(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     tokenizer_name = variant(modeling_vqkd.VARIANTS, args.model)
     size = model.patch_embed.img_size[0]
     tokenizer = modeling_vqkd.create_model(tokenizer_name, as_tokenizer=True, img_size=size).to(run.device)
-    enliven(model)
+    randomize_zeros(model)
     plain, plain_tokenizer = PlainPretraining(model), PlainVQKD(tokenizer)
     cast_frozen(tokenizer.encoder, run.precision.dtype)
     target = MarkedTokens(tokenizer, model.vocab_size, run.device)
@@ -230,7 +230,7 @@ def finetuning(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     name = variant(modeling_finetune.VARIANTS, args.model)
     bias = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1}
     model = modeling_finetune.create_model(name, num_classes=CLASSES, **bias).to(run.device)
-    enliven(model)
+    randomize_zeros(model)
     size = model.patch_embed.img_size[0]
     batch = random_batch(args.batch_size, size, run.device)
     settings = Settings(run.device, "bf16" if run.precision.dtype else "fp32", ADAMW, CLIP_GRAD)
@@ -355,7 +355,7 @@ def through_loader(contest: Contest, args: argparse.Namespace, run: Run) -> dict
                 clock = Clock(run.device)
                 batch = files.finish(engine.to_device(next(batches), run.device))
                 clock.mark("data")
-                taken.append(clock.read() | step.turn(batch).ms)
+                taken.append(clock.read_ms() | step.turn(batch).ms)
         close(loader)
     return {phase: statistics.median(ms.get(phase, 0.0) for ms in taken[2:]) for phase in PHASES}
 

@@ -118,7 +118,7 @@ class Tokenizer:
     grid: tuple[int, int]
 
 
-def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
+def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     if args.tokenizer_model == "dall-e":
         dvae = modeling_dvae.load_dall_e_encoder(args.tokenizer_weight)
         size = args.input_size or DALL_E_SIZE
@@ -166,7 +166,7 @@ class EveryImage(ImageFiles):
         }
 
 
-def described(view: Any) -> str:
+def describe_view(view: Any) -> str:
     """An eval_view of a square in words."""
     resize, crop = view.transform.transforms[:2]
     size = " x ".join(map(str, crop.size))
@@ -229,9 +229,9 @@ def files_to_encode(data_path: str) -> list[str]:
 # ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def finish(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: View) -> None:
+def join_shares(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: View) -> None:
     """Join the shares into the finished folder, and say what is in it."""
-    about = code_files.join(
+    about = code_files.join_parts(
         parts,
         args.format,
         {
@@ -239,7 +239,7 @@ def finish(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: V
             "tokenizer_weight": tokenizer.source,
             "input_size": tokenizer.input_size,
             "crop_pct": args.crop_pct,
-            "view": described(view),
+            "view": describe_view(view),
             "amp_dtype": args.amp_dtype,
         },
     )
@@ -267,9 +267,9 @@ def draw_maps(args: argparse.Namespace, parts: Parts, view: View) -> None:
     for number in itertools.count():
         images, maps = [], []
         for name, codes, picture in itertools.islice(shown, SHEET):
-            image = drawing.enlarged(view(picture)["image"])
+            image = drawing.enlarge(view(picture)["image"])
             grid = torch.from_numpy(codes.astype(np.int64))
-            images.append(drawing.captioned(image, name))
+            images.append(drawing.add_caption(image, name))
             maps.append(drawing.token_map(grid, parts.n_codes, image.shape[1:]))
         if not images:
             return
@@ -279,7 +279,7 @@ def draw_maps(args: argparse.Namespace, parts: Parts, view: View) -> None:
             for row in (images, maps)
         ]
         path = parts.folder / f"token_maps-{number}.png"
-        save_image(drawing.stacked(rows), path)
+        save_image(drawing.stack_rows(rows), path)
         log.info(f"maps       {path}")
 
 
@@ -290,11 +290,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Setup ──
     launch, device = distributed.start(args.device, timeout_minutes=MINUTES_TO_WAIT)
     files = files_to_encode(args.data_path)
-    tokenizer = open_tokenizer(args)
+    tokenizer = load_tokenizer(args)
     view = eval_view(tokenizer.input_size, args.crop_pct)
     rows, columns = tokenizer.grid
     log.info(f"tokenizer  {tokenizer.source}: {tokenizer.n_codes} codes, {rows} x {columns} patches")
-    log.info(f"images     {len(files)}: {described(view)}")
+    log.info(f"images     {len(files)}: {describe_view(view)}")
     parts = Parts(Path(args.output_dir), launch.world_size, tokenizer.n_codes, tokenizer.grid)
 
     try:
@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         # ── Join ──
         if distributed.is_main():
-            finish(args, parts, tokenizer, view)
+            join_shares(args, parts, tokenizer, view)
             draw_maps(args, parts, view)
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({error})") from None

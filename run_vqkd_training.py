@@ -27,7 +27,7 @@ from runtime import distributed
 from runtime.distributed import log
 from visualization import pixel_decoder
 from vit_backbone import cast_frozen
-from vqkd_teachers import build_teacher, check_name
+from vqkd_teachers import build_teacher, find_teacher
 
 # not the tokenizer's
 PIXEL_DECODER_DEFAULTS = {"lr": 2e-3, "min_lr": 1e-5, "epochs": 20, "warmup_epochs": 1.0}
@@ -120,7 +120,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         raise UserError(
             f"--input_size {args.input_size} is not a multiple of the patch size {modeling_vqkd.PATCH_SIZE}"
         )
-    check_name(args.teacher_model_type or modeling_vqkd.default_teacher(args.model))
+    find_teacher(args.teacher_model_type or modeling_vqkd.default_teacher(args.model))
     if evaluates_only(args) and not args.resume:
         raise UserError("--eval needs the tokenizer to evaluate: --resume path/to/checkpoint.pth")
 

@@ -94,7 +94,7 @@ def block_or_all(text: str) -> int | None:
     return None if text == "all" else arguments.Number(int, -1, 1000)(text)
 
 
-def check(args: argparse.Namespace) -> None:
+def check_attention_flags(args: argparse.Namespace) -> None:
     if args.mean_only and args.layer is None:
         raise UserError("--layer all shows means over heads already: leave --mean_only out")
     if args.keep_aspect and not isinstance(args.input_size, int | None):
@@ -179,8 +179,8 @@ def attention_of(model: VisionTransformer, image: Tensor, blocks: list[int], tok
 def mark_queries(image: Tensor, tokens: Sequence[int], grid: Sequence[int]) -> Tensor:
     """A frame around the patch of every token but CLS; the image may be enlarged."""
     patch = image.shape[1] // grid[0], image.shape[2] // grid[1]
-    for place in (token - 1 for token in tokens if token > 0):
-        image = drawing.framed(image, place // grid[1] * patch[0], place % grid[1] * patch[1], *patch)
+    for index in (token - 1 for token in tokens if token > 0):
+        image = drawing.draw_frame(image, index // grid[1] * patch[0], index % grid[1] * patch[1], *patch)
     return image
 
 
@@ -191,9 +191,9 @@ def draw(
     if threshold is None:
         picture = drawing.heat_overlay(image, heat)
     else:
-        kept = drawing.most_of(heat, threshold)
+        kept = drawing.keep_most(heat, threshold)
         picture, caption = drawing.spotlight(image, kept), f"{caption}: {int(kept.sum())} of {kept.numel()}"
-    return drawing.captioned(mark_queries(picture, tokens, heat.shape), caption)
+    return drawing.add_caption(mark_queries(picture, tokens, heat.shape), caption)
 
 
 def named_maps(maps: Tensor, blocks: list[int]) -> list[tuple[str, Tensor]]:
@@ -216,9 +216,9 @@ def rows_of_image(
     maps = dict(
         zip(queries, attention_of(model, image, blocks, list(queries.values())).unbind(2), strict=True)
     )
-    shown = drawing.enlarged(shown)  # room for a caption
+    shown = drawing.enlarge(shown)  # room for a caption
     if args.mean_only:
-        title = drawing.captioned(mark_queries(shown, list(queries.values()), grid), name)
+        title = drawing.add_caption(mark_queries(shown, list(queries.values()), grid), name)
         means = [
             draw(shown, maps[query][0].mean(0), f"query {query}", args.threshold, [token])
             for query, token in queries.items()
@@ -226,7 +226,7 @@ def rows_of_image(
         return [drawing.gallery([title, *means], args.columns)]
     rows = []
     for query, token in queries.items():
-        title = drawing.captioned(mark_queries(shown, [token], grid), f"{name}, query {query}")
+        title = drawing.add_caption(mark_queries(shown, [token], grid), f"{name}, query {query}")
         pictures = [
             draw(shown, heat, caption, args.threshold) for caption, heat in named_maps(maps[query], blocks)
         ]
@@ -238,7 +238,7 @@ def rows_of_image(
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
-    check(args)
+    check_attention_flags(args)
     distributed.set_up_logging(0)
     paths = inputs.find_shown(args.image, args.count)
     inputs.prepare_output(args.output, inputs.PICTURES)
@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += rows_of_image(
             Path(path).name, image.to(device), resized, drawing.denormalize(image, mean, std), args
         )
-    inputs.save_picture(drawing.stacked(rows), args.output)
+    inputs.save_picture(drawing.stack_rows(rows), args.output)
     shown = "every block, mean over heads" if args.layer is None else f"block {args.layer}"
     log.info(f"{args.output}: {len(rows)} rows, {shown}, query {' '.join(args.query)}")
 

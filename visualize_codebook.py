@@ -23,7 +23,7 @@ from runtime import distributed
 from runtime.distributed import log
 from transforms import eval_view
 from visualization import code_files, drawing, html, inputs
-from visualization.code_files import BLOCK, Encoded
+from visualization.code_files import BLOCK, EncodedFolder
 
 OUTSIDE = 0.85  # gray around the image, where a patch lies at its border
 
@@ -79,7 +79,7 @@ def blocks_of(codes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield start, codes[start : start + BLOCK]
 
 
-def count_codes(encoded: Encoded) -> np.ndarray:
+def count_codes(encoded: EncodedFolder) -> np.ndarray:
     """How many patches have each code, (K,)."""
     counts = np.zeros(encoded.about["n_codes"], dtype=np.int64)
     for _, block in blocks_of(encoded.codes):
@@ -132,13 +132,13 @@ class Sample:
 def sample_images(codes: np.ndarray, chosen: list[int], n_codes: int, most: int, seed: int) -> list[Sample]:
     """For each chosen code up to `most` of the images that have it, in one pass over the codes (images, N)."""
     rng = np.random.default_rng(seed)
-    place = np.full(n_codes, -1)
-    place[chosen] = np.arange(len(chosen))
+    row_of = np.full(n_codes, -1)
+    row_of[chosen] = np.arange(len(chosen))
     samples = [Sample(np.zeros(0, dtype=np.int64), np.zeros(0)) for _ in chosen]
     for start, block in blocks_of(codes):
-        places = place[block]
-        for number in np.unique(places[places >= 0]):
-            samples[number].add(start + np.flatnonzero((places == number).any(axis=1)), most, rng)
+        rows = row_of[block]
+        for number in np.unique(rows[rows >= 0]):
+            samples[number].add(start + np.flatnonzero((rows == number).any(axis=1)), most, rng)
     return samples
 
 
@@ -147,12 +147,12 @@ def patches_of(
 ) -> list[tuple[int, int]]:
     """(image, patch): a random one of each image, then further ones of the same images up to `most`."""
     rng = np.random.default_rng((seed, code))
-    places = [
+    shuffled = [
         (int(image), rng.permutation(np.flatnonzero(codes[image] == code))) for image in np.sort(images)
     ]
-    rounds = max((len(found) for _, found in places), default=0)
+    rounds = max((len(found) for _, found in shuffled), default=0)
     return [
-        (image, int(found[turn])) for turn in range(rounds) for image, found in places if turn < len(found)
+        (image, int(found[turn])) for turn in range(rounds) for image, found in shuffled if turn < len(found)
     ][:most]
 
 
@@ -166,14 +166,14 @@ def cut_out(image: Tensor, row: int, column: int, patch: int, context: int) -> T
     """
     before, side = context // 2 * patch, context * patch
     margin = F.pad(image, (before, side, before, side), value=OUTSIDE)
-    picture = drawing.enlarged(margin[:, row * patch :, column * patch :][:, :side, :side])
+    picture = drawing.enlarge(margin[:, row * patch :, column * patch :][:, :side, :side])
     if context == 1:
         return picture
     factor = picture.shape[1] // side
-    return drawing.framed(picture, before * factor, before * factor, patch * factor, patch * factor)
+    return drawing.draw_frame(picture, before * factor, before * factor, patch * factor, patch * factor)
 
 
-def summary(encoded: Encoded, counts: np.ndarray, root: str) -> str:
+def summary(encoded: EncodedFolder, counts: np.ndarray, root: str) -> str:
     about, used, commonest = encoded.about, int((counts > 0).sum()), int(counts.argmax())
     height, width = about["grid"]
     histogram = drawing.usage_histogram(torch.from_numpy(counts))
@@ -202,7 +202,7 @@ def summary(encoded: Encoded, counts: np.ndarray, root: str) -> str:
 
 
 def sections(
-    args: argparse.Namespace, encoded: Encoded, counts: np.ndarray, chosen: list[int], root: str
+    args: argparse.Namespace, encoded: EncodedFolder, counts: np.ndarray, chosen: list[int], root: str
 ) -> Iterator[str]:
     about = encoded.about
     view, patch, columns = (
@@ -220,20 +220,20 @@ def sections(
     broken: set[int] = set()
     for code, sample in zip(chosen, samples, strict=True):
         shown = []
-        for image, place in examples[code]:
+        for image, index in examples[code]:
             opened = None if image in broken else inputs.read_or_leave_out(os.path.join(root, names[image]))
             if opened is None:
                 broken.add(image)
                 continue
-            row, column = divmod(place, columns)
+            row, column = divmod(index, columns)
             picture = cut_out(view(opened)["image"], row, column, patch, args.context)
             shown.append(html.picture(picture, f"code {code}: patch {row},{column} of {names[image]}"))
-        said = (
+        text = (
             f"{counts[code]:,} patches, {counts[code] / counts.sum():.2%} of all, in {sample.found:,} images."
         )
         if not counts[code]:
-            said = "Does not occur in these images."
-        parts = [html.paragraph(said), *([html.pictures(shown)] if shown else [])]
+            text = "Does not occur in these images."
+        parts = [html.paragraph(text), *([html.pictures(shown)] if shown else [])]
         yield html.section(f"Code {code}", *parts, anchor=f"code-{code}", color=colors[code].tolist())
     if broken and len(broken) == len(names):
         raise UserError(f"no image of {root} could be read: --data_path says where the images are now")
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--context {args.context}: give an odd number of patches, so that one is in the middle"
         )
     inputs.prepare_output(args.output, inputs.PAGES)
-    encoded = code_files.read(args.encoded, "--encoded")
+    encoded = code_files.read_codes(args.encoded, "--encoded")
     root = args.data_path or encoded.about["data_path"]
     if not os.path.isdir(root):
         raise UserError(

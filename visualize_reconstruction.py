@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path, ours in zip(paths, own.tolist(), strict=True)
     ]
     inputs.save_picture(
-        drawing.reconstructions(images, torch.cat(codes), model.n_codes, drawn, captions), args.output
+        drawing.draw_reconstructions(images, torch.cat(codes), model.n_codes, drawn, captions), args.output
     )
     log.info(
         f"{args.output}: images, their tokens (a color a code), and what was drawn from the tokens alone"

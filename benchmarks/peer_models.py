@@ -37,7 +37,7 @@ class Settings(NamedTuple):
     clip_grad: float
 
 
-def architecture(model: Trunk) -> dict[str, Any]:
+def constructor_args(model: Trunk) -> dict[str, Any]:
     """Arguments of VisionTransformer, from the model itself: a bias table per block, mean pooling."""
     block = model.blocks[0]
     return {
@@ -53,7 +53,7 @@ def timm_model(model: VisionTransformer) -> Any:
     """timm's Beit with our weights: beitv2_base_patch16_224 where the size is base."""
     from timm.models.beit import Beit
 
-    settings = architecture(model)
+    settings = constructor_args(model)
     if (model.embed_dim, len(model.blocks), model.patch_embed.img_size) == (768, 12, (224, 224)):
         theirs: Any = timm.create_model(
             "beitv2_base_patch16_224", pretrained=False, num_classes=model.num_classes
@@ -75,8 +75,8 @@ class Transformers(Contender):
         self.name, self.worker, self.kind = "transformers", worker, kind
 
     def turn(self, batch: Mapping[str, Any]) -> Turn:
-        said = self.worker.ask(do=self.kind)
-        return Turn(said["loss"], said["ms"])
+        reply = self.worker.ask(do=self.kind)
+        return Turn(reply["loss"], reply["ms"])
 
     def peak(self, batch: Mapping[str, Any]) -> int:
         return self.worker.ask(do="peak", of=self.kind)["bytes"]
@@ -104,7 +104,7 @@ class Worker:
         )
         self.ask(
             do="build",
-            config=huggingface_config(architecture(model), CLASSIFIER, 0, 0.0, None),
+            config=huggingface_config(constructor_args(model), CLASSIFIER, 0, 0.0, None),
             weights=weights,
             batch=kept,
             threads=torch.get_num_threads(),
@@ -114,22 +114,22 @@ class Worker:
             clip_grad=settings.clip_grad,
         )
 
-    def ask(self, **order: Any) -> dict[str, Any]:
+    def ask(self, **command: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
             raise UserError(
-                f"transformers' process ended at '{order['do']}'; run python -P {WORKER} to see why"
+                f"transformers' process ended at '{command['do']}'; run python -P {WORKER} to see why"
             )
-        said: dict[str, Any] = json.loads(line)
-        if "error" in said:
-            raise UserError(f"transformers' process: {said['error']}")
-        return said
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise UserError(f"transformers' process: {reply['error']}")
+        return reply
 
     def close(self) -> None:
         if self.process.poll() is None and self.process.stdin is not None:

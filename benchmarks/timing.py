@@ -47,7 +47,7 @@ class Clock:
     def mark(self, phase: str) -> None:
         self.marks.append((phase, self.now()))
 
-    def read(self) -> dict[str, float]:
+    def read_ms(self) -> dict[str, float]:
         """Milliseconds by phase."""
         if self.cuda:
             torch.cuda.synchronize()
@@ -96,7 +96,7 @@ class Local(Contender):
     def turn(self, batch: dict[str, Any]) -> Turn:
         clock = Clock(self.device)
         loss = self.work(batch, clock.mark)
-        return Turn(float(loss), clock.read())
+        return Turn(float(loss), clock.read_ms())
 
     def peak(self, batch: dict[str, Any]) -> int:
         return self.keeps() + peak_growth(self.device, lambda: self.work(batch, lambda phase: None))
@@ -238,7 +238,7 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, side: int, times: int
         clock = Clock(device)
         _ = a @ b
         clock.mark("forward")
-        best = min(best, clock.read()["forward"])
+        best = min(best, clock.read_ms()["forward"])
     return 2 * side**3 / (best / 1000)
 
 

@@ -110,7 +110,7 @@ def inference(name: str, model: nn.Module, run: Run) -> Local:
     return Local(name, work, run.device, lambda: bytes_of(model))
 
 
-def enliven(model: nn.Module) -> None:
+def randomize_zeros(model: nn.Module) -> None:
     """Random values where initialization leaves (nearly) zeros: biases, tables, the
     classifier. A mistake in what they do must show in the loss; of a table of small
     values (0.02) the softmax takes hardly any notice.

@@ -145,7 +145,7 @@ def test_two_processes_write_what_one_writes(broken, weights, tmp_path):
 def test_every_number_of_processes_shares_all_images_in_order(data, weights, tmp_path):
     """Also when some have nothing to do."""
     args = arguments.parse(encode_images.get_parser(), flags(weights, data, tmp_path))
-    encoder, files = encode_images.open_tokenizer(args), encode_images.files_to_encode(str(data))
+    encoder, files = encode_images.load_tokenizer(args), encode_images.files_to_encode(str(data))
     for world_size in (1, 3, 12):
         names = []
         for rank in range(world_size):
@@ -214,7 +214,7 @@ def test_codes_beyond_16_bits_are_kept(tmp_path):
     parts = code_files.Parts(tmp_path, 1, 70_000, (1, 2))
     with code_files.share_writer(parts, 0) as add:
         add(torch.tensor([[65_999, 69_999]]), ["x.jpg"], [])
-    code_files.join(parts, "npy", {})
+    code_files.join_parts(parts, "npy", {})
     codes = np.load(tmp_path / "codes.npy")
     assert codes.tolist() == [[65_999, 69_999]] and codes.dtype == np.int32
 
@@ -456,8 +456,10 @@ def test_an_image_that_is_gone_is_named_and_left_out(data, weights, tmp_path, ca
 
 
 def test_token_maps_leave_out_what_has_gone_since(data, weights, tmp_path, monkeypatch, capsys):
-    images, join = shutil.copytree(data, tmp_path / "images"), encode_images.finish
-    monkeypatch.setattr(encode_images, "finish", lambda *args: (join(*args), (images / "a/0.jpg").unlink()))
+    images, join = shutil.copytree(data, tmp_path / "images"), encode_images.join_shares
+    monkeypatch.setattr(
+        encode_images, "join_shares", lambda *args: (join(*args), (images / "a/0.jpg").unlink())
+    )
     encode_images.main(flags(weights, images, tmp_path / "out", "--maps", "3"))
     assert "a/0.jpg" in capsys.readouterr().out
     picture = np.asarray(Image.open(tmp_path / "out/token_maps-0.png").convert("RGB")) / 255

@@ -168,14 +168,14 @@ def pixels(data, codes, tmp_path_factory):
 
 def drawn_of(pixels, images, out, monkeypatch, *more):
     """(codes, captions) of a call of visualize_reconstruction.py."""
-    seen, draw = [], drawing.reconstructions
+    seen, draw = [], drawing.draw_reconstructions
 
     def spy(images, codes, n_codes, drawn, captions):
         seen.extend((codes.flatten(1).tolist(), captions))
         return draw(images, codes, n_codes, drawn, captions)
 
     with monkeypatch.context() as patch:
-        patch.setattr(drawing, "reconstructions", spy)
+        patch.setattr(drawing, "draw_reconstructions", spy)
         visualize_reconstruction.main(
             ["--checkpoint", str(pixels), "--image", str(images), "--output", str(out), *more]
         )

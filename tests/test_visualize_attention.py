@@ -69,7 +69,7 @@ def wide(pictures):
 def test_the_kept_patches_hold_the_share_and_are_the_fewest(share):
     for seed in range(20):
         weights = torch.rand(5, 7, generator=torch.Generator().manual_seed(seed)) ** 4
-        kept = drawing.most_of(weights, share)
+        kept = drawing.keep_most(weights, share)
         total, inside = weights.double().sum(), weights.double()[kept]
         assert kept.shape == weights.shape and inside.sum() >= share * total * (1 - 1e-12)
         assert inside.sum() - inside.min() < share * total  # one fewer, and be it the smallest, is too few
@@ -78,10 +78,10 @@ def test_the_kept_patches_hold_the_share_and_are_the_fewest(share):
 
 
 def test_equal_weights_and_a_single_peak():
-    assert drawing.most_of(torch.ones(4, 5), 0.6).sum() == 12
+    assert drawing.keep_most(torch.ones(4, 5), 0.6).sum() == 12
     peak = torch.zeros(3, 3)
     peak[1, 2] = 1
-    assert drawing.most_of(peak, 0.99).nonzero().tolist() == [[1, 2]]
+    assert drawing.keep_most(peak, 0.99).nonzero().tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("size", [(32, 32), (96, 96), (48, 80)])
@@ -159,7 +159,7 @@ def test_captions_fit_and_leave_the_picture_alone():
         "no\udcff utf-8",
         "\N{HIRAGANA LETTER A}",
     ):
-        captioned = drawing.captioned(picture, text)
+        captioned = drawing.add_caption(picture, text)
         assert captioned.shape == (3, 20 + CAPTION, 60)
         assert torch.equal(captioned[:, CAPTION:], picture)
         assert captioned[:, :CAPTION].min() < 0.5

@@ -120,7 +120,7 @@ def share_writer(
         yield add
 
 
-def join(parts: Parts, form: str, about: dict[str, Any]) -> dict[str, Any]:
+def join_parts(parts: Parts, form: str, about: dict[str, Any]) -> dict[str, Any]:
     """The finished folder from all shares; `form`: npy or jsonl; returns `about` with what was counted.
 
     The codes appear last: where they are, everything is there and belongs together.
@@ -163,7 +163,7 @@ def write_jsonl(parts: Parts, images: int, path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedFolder:
     """A finished folder of the npy form. `codes`: (images, N), mapped into memory."""
 
     folder: Path
@@ -185,7 +185,7 @@ class Encoded:
         return found
 
 
-def read(folder: str, flag: str) -> Encoded:
+def read_codes(folder: str, flag: str) -> EncodedFolder:
     """UserError where `folder` holds no finished codes.npy; `flag` names it in messages."""
     path = Path(folder)
     if not (path / "codes.npy").exists():
@@ -209,4 +209,4 @@ def read(folder: str, flag: str) -> Encoded:
         raise UserError(
             f"{flag} {folder}: {ABOUT} and codes.npy do not belong together; encode the images again"
         )
-    return Encoded(path, about, codes)
+    return EncodedFolder(path, about, codes)

@@ -79,7 +79,7 @@ def token_map(codes: Tensor, n_codes: int, size: Sequence[int]) -> Tensor:
     return stretch(colors.permute(2, 0, 1), size)
 
 
-def reconstructions(
+def draw_reconstructions(
     images: Sequence[Tensor],
     codes: Tensor,
     n_codes: int,
@@ -94,35 +94,35 @@ def reconstructions(
     pictures are then enlarged to hold them.
     """
     if captions is not None:
-        images, drawn = [enlarged(image) for image in images], [enlarged(image) for image in drawn]
+        images, drawn = [enlarge(image) for image in images], [enlarge(image) for image in drawn]
     kinds = [images, [token_map(c.cpu(), n_codes, images[0].shape[-2:]) for c in codes], drawn]
     if captions is not None:
         texts = zip(*captions, strict=True)
-        kinds = [list(map(captioned, kind, said)) for kind, said in zip(kinds, texts, strict=True)]
+        kinds = [list(map(add_caption, kind, said)) for kind, said in zip(kinds, texts, strict=True)]
     rows = [
         side_by_side(kind[start : start + a_row]) for start in range(0, len(images), a_row) for kind in kinds
     ]
-    return stacked(rows)
+    return stack_rows(rows)
 
 
 def side_by_side(pictures: Sequence[Tensor]) -> Tensor:
     """A row of pictures; lower ones are filled up with white at the bottom."""
-    return join(pictures, dim=2)
+    return join_along(pictures, dim=2)
 
 
-def stacked(rows: Sequence[Tensor]) -> Tensor:
+def stack_rows(rows: Sequence[Tensor]) -> Tensor:
     """Rows under each other; narrower ones are filled up with white on the right."""
-    return join(rows, dim=1)
+    return join_along(rows, dim=1)
 
 
 def gallery(pictures: Sequence[Tensor], columns: int) -> Tensor:
     """Pictures in reading order, at most `columns` in a row."""
-    return stacked(
+    return stack_rows(
         [side_by_side(pictures[start : start + columns]) for start in range(0, len(pictures), columns)]
     )
 
 
-def join(pictures: Sequence[Tensor], dim: int) -> Tensor:
+def join_along(pictures: Sequence[Tensor], dim: int) -> Tensor:
     other = 3 - dim
     longest = max(picture.shape[other] for picture in pictures)
     pieces: list[Tensor] = []
@@ -136,7 +136,7 @@ def join(pictures: Sequence[Tensor], dim: int) -> Tensor:
     return torch.cat(pieces[1:], dim=dim)
 
 
-def enlarged(image: Tensor, shorter: int = 160) -> Tensor:
+def enlarge(image: Tensor, shorter: int = 160) -> Tensor:
     """A small picture smoothly enlarged by the whole number that brings its shorter side
     closest to `shorter` pixels.
     """
@@ -146,7 +146,7 @@ def enlarged(image: Tensor, shorter: int = 160) -> Tensor:
     return F.interpolate(image[None], scale_factor=factor, mode="bicubic", align_corners=False)[0].clamp(0, 1)
 
 
-def captioned(picture: Tensor, text: str) -> Tensor:
+def add_caption(picture: Tensor, text: str) -> Tensor:
     """The picture under a line of text, which is shortened in the middle where it is too long."""
     font, width = ImageFont.load_default(CAPTION - 4), picture.shape[2]
     text = printable(text)
@@ -160,7 +160,7 @@ def captioned(picture: Tensor, text: str) -> Tensor:
     return torch.cat((line.expand(3, -1, -1), picture.cpu().float()), dim=1)
 
 
-def framed(
+def draw_frame(
     picture: Tensor, top: int, left: int, height: int, width: int, line: int = 2, color: Sequence[float] = RED
 ) -> Tensor:
     """A copy with a line of that many pixels around the rectangle: outside it, or over its
@@ -185,12 +185,12 @@ def heat_overlay(image: Tensor, heat: Tensor) -> Tensor:
     return 0.45 * image.cpu().float() + 0.55 * color
 
 
-def most_of(weights: Tensor, share: float) -> Tensor:
+def keep_most(weights: Tensor, share: float) -> Tensor:
     """The fewest cells that hold at least `share` of the sum of weights (h, w) >= 0: (h, w) bool, True = kept."""
-    ordered, places = weights.flatten().double().sort(descending=True, stable=True)
+    ordered, cells = weights.flatten().double().sort(descending=True, stable=True)
     before = ordered.cumsum(0) - ordered  # what the larger cells hold
-    kept = torch.zeros_like(places, dtype=torch.bool)
-    kept[places] = before < share * ordered.sum()
+    kept = torch.zeros_like(cells, dtype=torch.bool)
+    kept[cells] = before < share * ordered.sum()
     return kept.view(weights.shape)
 
 
