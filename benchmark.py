@@ -139,8 +139,7 @@ def variant(table: dict[str, Any], size: str, ending: str = "") -> str:
     return next((name for wanted in (size, "base") for name, row in rows.items() if row == wanted), "")
 
 
-# ── Stages
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Stages ──
 
 
 def pretraining(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
@@ -360,8 +359,7 @@ def through_loader(contest: Contest, args: argparse.Namespace, run: Run) -> dict
     return {phase: statistics.median(ms.get(phase, 0.0) for ms in taken[2:]) for phase in PHASES}
 
 
-# ── Report
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Report ──
 
 
 def machine(run: Run, side: int) -> tuple[dict[str, Any], float]:

@@ -130,8 +130,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output} would overwrite --checkpoint: name another place")
 
 
-# ── The model
-# ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The model ──
 
 
 class Model(NamedTuple):
@@ -280,8 +279,7 @@ def class_names(given: str | None, count: int) -> list[str] | None:
     return names
 
 
-# ── Writing
-# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Writing ──
 
 
 class Written(NamedTuple):

@@ -112,8 +112,7 @@ class VisionTransformer(Trunk):
         return layers
 
 
-# ── Variants: name -> (row of SIZES, patch size, image size)
-# ─────────────────────────────────────────────────────────
+# ── Variants: name -> (row of SIZES, patch size, image size) ──
 
 VARIANTS = {
     "beit_demo_patch16_128": ("demo", 16, 128),

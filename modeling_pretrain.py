@@ -239,8 +239,7 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
         return self.cls_pt_layers[-1](bridged, bias, subset)
 
 
-# ── Variants: name -> (row of SIZES, patch size, image size); `_cls_pt` adds the CLS
-# head ────────────────────────────
+# ── Variants: name -> (row of SIZES, patch size, image size); `_cls_pt` adds the CLS head ──
 
 VARIANTS = {
     "beit_demo_patch16_128_8k_vocab": ("demo", 16, 128),

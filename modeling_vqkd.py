@@ -82,8 +82,7 @@ class VQKD(nn.Module):
             self.teacher._apply(fn)
         return super()._apply(fn, recurse)
 
-    # ── encoding
-    # ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── encoding ──
 
     def pre_process(self, x: Tensor) -> Tensor:
         """Images (B, 3, height, width) in [0, 1] -> what the encoder sees."""
@@ -118,8 +117,7 @@ class VQKD(nn.Module):
             return codes
         return codes.view(x.shape[0], -1) if bool_masked_pos is None else at_mask(codes, bool_masked_pos)
 
-    # ── decoding and distillation
-    # ────────────────────────────────────────────────────────────────────────────────────
+    # ── decoding and distillation ──
 
     def decode(self, z_q: Tensor) -> Tensor:
         """Codes (B, D, h, w) -> predicted teacher features (B, N, F)."""
@@ -158,8 +156,7 @@ def task_layer(width: int, out: int) -> nn.Sequential:
     return layer.apply(functools.partial(init_linear_and_norm, std=0.02, cut=2.0))
 
 
-# ── Variants
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Variants ──
 
 
 class Variant(NamedTuple):
