@@ -110,7 +110,11 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         word = "with" if args.train_pixel_decoder else "without"
         raise UserError(f"--{idle[0]} has no effect {word} --train_pixel_decoder: leave it out")
     if args.train_pixel_decoder:
-        pixel_decoder.heads_of(args.pixel_decoder_dim)
+        if args.pixel_decoder_dim % pixel_decoder.HEAD_DIM:
+            raise UserError(
+                f"--pixel_decoder_dim {args.pixel_decoder_dim}: give a multiple of "
+                f"{pixel_decoder.HEAD_DIM}, the width of a head"
+            )
         if not args.tokenizer_weight:
             raise UserError(
                 "--train_pixel_decoder needs a trained tokenizer: --tokenizer_weight path/to/checkpoint.pth"

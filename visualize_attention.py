@@ -238,8 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     check_attention_flags(args)
     distributed.set_up_logging(0)
-    paths = inputs.find_shown(args.image, args.count)
-    inputs.prepare_output(args.output, inputs.PICTURES)
+    paths = inputs.find_shown(args.image, args.count, "--image")
+    inputs.prepare_output(args.output, inputs.PICTURES, "--output")
     device = distributed.pick_device(args.device)
     model, flags = pretrained.open_backbone(args.checkpoint, args.input_size, args.num_heads)
     own = resized = model.to(device)
@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += rows_of_image(
             Path(path).name, image.to(device), resized, drawing.denormalize(image, mean, std), args
         )
-    inputs.save_picture(drawing.stack_rows(rows), args.output)
+    inputs.save_picture(drawing.stack_rows(rows), args.output, "--output")
     shown = "every block, mean over heads" if args.layer is None else f"block {args.layer}"
     log.info(f"{args.output}: {len(rows)} rows, {shown}, query {' '.join(args.query)}")
 

@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"--context {args.context}: give an odd number of patches, so that one is in the middle"
         )
-    inputs.prepare_output(args.output, inputs.PAGES)
+    inputs.prepare_output(args.output, inputs.PAGES, "--output")
     encoded = code_files.read_codes(args.encoded, "--encoded")
     root = args.data_path or encoded.about["data_path"]
     if not os.path.isdir(root):

@@ -140,7 +140,7 @@ def test_the_checkpoint_alone_is_enough(data, tmp_path, capsys):
     expected = modeling_vqkd.open_tokenizer(str(tokenizer_file))[0].get_codebook_indices(images)
     shutil.rmtree(tmp_path / "vqkd")
     saved = tmp_path / "pixels/checkpoint.pth"
-    model = pixel_decoder.open_reconstructor(str(saved))
+    model = pixel_decoder.open_reconstructor(str(saved), "--checkpoint")
     assert torch.equal(model.encode(images).flatten(1), expected)
     assert model.tokenizer.input_mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
     assert [path.name for path in (tmp_path / "pixels/pictures").iterdir()]

@@ -294,10 +294,10 @@ def test_whatever_a_decoder_raises_leaves_one_image_out(mixed, monkeypatch):
         return Image.new("RGB", (8, 8))
 
     monkeypatch.setattr(inputs, "load_image", load)
-    shown = [path[-5:] for path, _ in inputs.read_shown(inputs.find_shown([str(mixed)], 9))]
+    shown = [path[-5:] for path, _ in inputs.read_shown(inputs.find_shown([str(mixed)], 9, "--image"))]
     assert shown == ["0.jpg", "1.jpg", "3.jpg", "4.jpg", "5.jpg"]
     with pytest.raises(inputs.UserError, match=r"2\.jpg: cannot be read \(broken PNG file\)"):
-        inputs.find_shown([str(mixed / "2.jpg")], 9)
+        inputs.find_shown([str(mixed / "2.jpg")], 9, "--image")
     with pytest.raises(inputs.UserError, match="no image could be read"):
         list(inputs.read_shown([str(mixed / "2.jpg")]))
 
@@ -306,9 +306,9 @@ def test_the_images_of_a_folder_are_evenly_spread(tmp_path):
     for number in range(10):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
     one = str(tmp_path / "7.png")
-    shown = inputs.find_shown([str(tmp_path), one], 4)
+    shown = inputs.find_shown([str(tmp_path), one], 4, "--image")
     assert [path[-5] for path in shown] == ["0", "2", "5", "7", "7"]
-    assert len(inputs.find_shown([str(tmp_path)], 99)) == 10
+    assert len(inputs.find_shown([str(tmp_path)], 99, "--image")) == 10
 
 
 @pytest.mark.parametrize(
@@ -340,19 +340,19 @@ def test_images_and_output_are_looked_at_before_the_model(
 
 def test_a_picture_too_large_for_its_format_is_one_line(tmp_path):
     picture = torch.zeros(3, 70_000, 1)
-    inputs.save_picture(picture, str(tmp_path / "x.png"))
+    inputs.save_picture(picture, str(tmp_path / "x.png"), "--output")
     with pytest.raises(
         inputs.UserError,
         match=(r"--output .*x.jpg: 1 x 70000 pixels cannot be written " r".* PNG takes every size"),
     ):
-        inputs.save_picture(picture, str(tmp_path / "x.jpg"))
+        inputs.save_picture(picture, str(tmp_path / "x.jpg"), "--output")
 
 
 @pytest.mark.parametrize("ending", inputs.PICTURES)
 def test_every_accepted_ending_can_be_written(ending, tmp_path):
     name = str(tmp_path / f"new/x{ending.upper()}")
-    inputs.prepare_output(name, inputs.PICTURES)
-    inputs.save_picture(torch.rand(3, 16, 16), name)
+    inputs.prepare_output(name, inputs.PICTURES, "--output")
+    inputs.save_picture(torch.rand(3, 16, 16), name, "--output")
     assert (tmp_path / f"new/x{ending.upper()}").stat().st_size > 0
 
 
