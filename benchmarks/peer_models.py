@@ -1,6 +1,4 @@
-"""Other libraries' BEiT beside ours, on the same weights: timm's in this process,
-transformers' in one of its own.
-"""
+"""BEiT of other libraries with our weights: timm's in this process, transformers' in its own."""
 
 from __future__ import annotations
 
@@ -24,12 +22,12 @@ from modeling_finetune import VisionTransformer
 from vit_backbone import Trunk
 
 WORKER = Path(__file__).with_name("worker.py")
-# distributed.keep_freed_memory for another process, so that transformers does not pay what ours is spared.
+# What distributed.keep_freed_memory does for this process, for that of transformers.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
 
 
 class Settings(NamedTuple):
-    """What a fine-tuning step is, beside model and batch."""
+    """What a fine-tuning step depends on, besides model and batch."""
 
     device: torch.device
     amp_dtype: str
@@ -38,7 +36,7 @@ class Settings(NamedTuple):
 
 
 def constructor_args(model: Trunk) -> dict[str, Any]:
-    """Arguments of VisionTransformer, from the model itself: a bias table per block, mean pooling."""
+    """Arguments of VisionTransformer for a model with a bias table per block and mean pooling."""
     block = model.blocks[0]
     return {
         "img_size": model.patch_embed.img_size, "patch_size": model.patch_size, "in_chans": 3,
@@ -50,7 +48,7 @@ def constructor_args(model: Trunk) -> dict[str, Any]:
 
 
 def timm_model(model: VisionTransformer) -> Any:
-    """timm's Beit with our weights: beitv2_base_patch16_224 where the size is base."""
+    """timm's Beit with our weights; of size base it is timm's beitv2_base_patch16_224."""
     from timm.models.beit import Beit
 
     settings = constructor_args(model)
@@ -69,7 +67,10 @@ def timm_model(model: VisionTransformer) -> Any:
 
 
 class Transformers(Contender):
-    """BeitForImageClassification in a process that does nothing between its turns. `kind`: step or infer."""
+    """BeitForImageClassification in a process that is idle between its turns.
+
+    `kind`: step or infer.
+    """
 
     def __init__(self, worker: Worker, kind: str) -> None:
         self.name, self.worker, self.kind = "transformers", worker, kind
@@ -86,7 +87,7 @@ class Transformers(Contender):
 
 
 class Worker:
-    """worker.py, asked over a pipe."""
+    """The process of worker.py, to which commands go over a pipe."""
 
     def __init__(self, model: VisionTransformer, batch: Mapping[str, Tensor], settings: Settings) -> None:
         self.folder = tempfile.TemporaryDirectory()

@@ -1,9 +1,9 @@
-"""The textbook way, with which benchmark.py compares ours: every formula as the papers
-write it, on the same weights.
+"""The textbook way, with which benchmark.py compares ours: every formula as in the papers.
 
 Explicit softmax(q k^T + bias) v, every token through every block, distances and a
-one-hot matrix in the quantizer, one PIL operation after the other for the views. It
-shares modules with a copy of our model, but none of our forward passes.
+one-hot matrix in the quantizer, one PIL operation after the other for the views. The
+models hold a copy of our modules, with the same weights, but use none of our forward
+passes.
 
 Shapes: B batch, N patches, T = 1 + N tokens, C width, H heads, D = C / H, M masked
 patches, K codes, d code dim.
@@ -31,7 +31,7 @@ from vit_backbone import Attention, Block, Trunk
 
 
 def lookup_bias(owner: Any) -> Tensor:
-    """Bias (H, T, T) of the module that owns a table."""
+    """The bias (H, T, T) of a module that owns a table."""
     table, index = owner.relative_position_bias_table, owner.relative_position_index
     return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1).contiguous()
 
@@ -199,8 +199,9 @@ class PlainVQKD(nn.Module):
 
 
 class PlainViews:
-    """PIL image -> the tensors of transforms.PretrainingViews, from the same random draws;
-    each view is resized by itself.
+    """PIL image -> the tensors of transforms.PretrainingViews, from the same random draws.
+
+    Each view is cropped and resized by itself.
     """
 
     def __init__(

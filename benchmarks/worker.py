@@ -1,9 +1,10 @@
-"""transformers' BeitForImageClassification, which takes its turns on command in a process of its own.
+"""transformers' BeitForImageClassification, which takes its turns on command in its own process.
 
-transformers looks for a package named `datasets` and would find ours: this file is run
-in another folder with `python -P`, and takes timing.py by its path. Commands come as
-lines of JSON on stdin, answers go as lines to stdout: {"do": "build", ...}, {"do":
-"step"}, {"do": "infer"}, {"do": "peak", "of": "step"}.
+transformers looks for a package named `datasets` and would find our module of that
+name. This file is therefore run in another folder with `python -P`, and loads timing.py
+by its path. Commands come as lines of JSON on stdin, and each is answered with a line
+on stdout: {"do": "build", ...}, {"do": "step"}, {"do": "infer"},
+{"do": "peak", "of": "step"}.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ timing = load_timing()
 
 
 class Peer:
-    """The model with its optimizer, and the batch; both come in files."""
+    """The model with its optimizer, and the batch; both are read from files."""
 
     def __init__(self, command: dict[str, Any]) -> None:
         import transformers
@@ -93,8 +94,9 @@ class Peer:
 
 
 def load_classifier(config: Any, weights: dict[str, Tensor]) -> Any:
-    """The classifier with these weights under the hub's names; transformers' own loader
-    knows its modules' names.
+    """The classifier with these weights, which have the hub's names.
+
+    They are loaded by transformers itself, which knows the names of its own modules.
     """
     import transformers
     from safetensors.torch import save_file
@@ -121,12 +123,12 @@ def answer(command: dict[str, Any], peers: list[Peer]) -> dict[str, Any]:
 
 
 def main() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever transformers prints is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # what transformers prints must not be taken for an answer
     peers: list[Peer] = []
     for line in sys.stdin:
         try:
             reply = answer(json.loads(line), peers)
-        except Exception as error:  # the asking side says what it means
+        except Exception as error:  # the asking process reports it
             reply = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(reply), file=answers, flush=True)
 
