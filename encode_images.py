@@ -1,9 +1,10 @@
-"""Images to visual tokens: python encode_images.py --tokenizer_weight vqkd.pth --data_path
-photos --output_dir out/codes
+"""Images to visual tokens.
 
-Every process encodes its share of the sorted files into files of its own; the first
-process then joins them in order, so that memory does not grow with the number of
-images, and what carries a final name is complete.
+python encode_images.py --tokenizer_weight vqkd.pth --data_path photos --output_dir codes
+
+Every process encodes its share of the sorted files and writes it to files of its own;
+the first process then joins them in order. Memory does not grow with the number of
+images, and a file that has its final name is complete.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from visualization.code_files import Parts
 DALL_E_SIZE = 112  # 14 x 14 tokens, as in BEiT v1
 SHEET, SHEET_COLUMNS = 16, 8  # token maps on one picture
 SECONDS_BETWEEN_LINES = 30
-MINUTES_TO_WAIT = 24 * 60  # for the slowest process: their shares are equal, their machines may not be
-NAMED = 5  # files that cannot be read, in the message on the terminal
+MINUTES_TO_WAIT = 24 * 60  # for the slowest process: shares are equal, machines may not be
+NAMED = 5  # unreadable files that the message on the terminal names
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -108,7 +109,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What encoding needs to know of a tokenizer, whichever kind it is. `grid`: rows and columns of patches."""
+    """What encoding needs to know of a tokenizer of either kind.
+
+    `grid`: rows and columns of patches.
+    """
 
     model: Any
     source: str
@@ -144,8 +148,10 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
 
 
 class EveryImage(ImageFiles):
-    """One sample for every file, in order: a file that does not decode is not replaced,
-    `readable` is False and it is black.
+    """One sample for every file, in order.
+
+    A file that does not decode is not replaced by another one: its sample is black, and
+    its `readable` is False.
     """
 
     def __init__(self, samples: Samples, view: View, size: int) -> None:
@@ -166,7 +172,7 @@ class EveryImage(ImageFiles):
 
 
 def describe_view(view: Any) -> str:
-    """An eval_view of a square in words."""
+    """An eval_view of a square, in words."""
     resize, crop = view.transform.transforms[:2]
     size = " x ".join(map(str, crop.size))
     return f"shorter side to {resize.size} pixels ({resize.interpolation.value}), then the central {size}"
@@ -184,7 +190,7 @@ def encode_share(
     launch: Launch,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, list[str], list[str]]]:
-    """Batch by batch: codes (images, N) of this rank's readable images, their names, and the failures."""
+    """Batch by batch: codes (images, N) of this rank's readable images, their names, the failures."""
     start, stop = (len(files) * rank // launch.world_size for rank in (launch.rank, launch.rank + 1))
     if start == stop:
         return
@@ -193,7 +199,7 @@ def encode_share(
     model, root = tokenizer.model.to(device), root_of(args.data_path)
     done, started = 0, time.monotonic()
     reported = started
-    for batch in build_eval_loader(dataset, args, Launch(), device):  # the share is cut already
+    for batch in build_eval_loader(dataset, args, Launch(), device):  # the files are this rank's alone
         readable = batch["readable"]
         with precision.autocast():
             codes = model.get_codebook_indices(batch["image"].to(device, non_blocking=True))
@@ -211,7 +217,7 @@ def encode_share(
 
 
 def root_of(data_path: str) -> str:
-    """The folder that names of files are relative to."""
+    """The folder to which names of files are relative."""
     return os.path.abspath(data_path if os.path.isdir(data_path) else os.path.dirname(data_path))
 
 
@@ -228,18 +234,18 @@ def files_to_encode(data_path: str) -> list[str]:
 
 def join_shares(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: View) -> None:
     """Join the shares into the finished folder, and say what is in it."""
-    about = code_files.join_parts(
-        parts,
-        args.format,
-        {
-            "data_path": root_of(args.data_path),
-            "tokenizer_weight": tokenizer.source,
-            "input_size": tokenizer.input_size,
-            "crop_pct": args.crop_pct,
-            "view": describe_view(view),
-            "amp_dtype": args.amp_dtype,
-        },
-    )
+    about = {
+        "data_path": root_of(args.data_path),
+        "tokenizer_weight": tokenizer.source,
+        "input_size": tokenizer.input_size,
+        "crop_pct": args.crop_pct,
+        "view": describe_view(view),
+        "amp_dtype": args.amp_dtype,
+    }
+    try:
+        about = code_files.join_parts(parts, args.format, about)
+    except UserError as error:
+        raise UserError(f"--data_path {args.data_path}: {error}") from None
     if about["skipped"]:
         named = ", ".join(itertools.islice(parts.lines("skipped"), NAMED))
         log.warning(f"skipped    {about['skipped']} files that cannot be read, all in skipped.txt: {named}")
@@ -251,7 +257,7 @@ def join_shares(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, vi
 
 
 def draw_maps(args: argparse.Namespace, parts: Parts, view: View) -> None:
-    """The first --maps images above their token maps, SHEET of them on a picture."""
+    """Draw the first --maps images above their token maps, SHEET of them in a picture."""
     for old in parts.folder.glob("token_maps-*.png"):
         old.unlink()
     root = root_of(args.data_path)

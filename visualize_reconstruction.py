@@ -1,4 +1,7 @@
-"""What tokens keep: python visualize_reconstruction.py --checkpoint out/pixels/checkpoint.pth --image photo.jpg"""
+"""What tokens keep of an image.
+
+python visualize_reconstruction.py --checkpoint out/pixels/checkpoint.pth --image photo.jpg
+"""
 
 from __future__ import annotations
 

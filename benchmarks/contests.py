@@ -87,19 +87,19 @@ def tolerance(run: Run) -> float | None:
 
 def variant(table: dict[str, Any], size: str, ending: str = "") -> str:
     """The model of that size in a stage's table, or the base one if there is none of that size."""
-    rows = {name: row[0] for name, row in table.items() if name.endswith(ending)}
+    rows = {name: row.size for name, row in table.items() if name.endswith(ending)}
     return next((name for wanted in (size, "base") for name, row in rows.items() if row == wanted), "")
 
 
 def pretraining(workload: Workload, run: Run) -> Iterator[Contest]:
     """BEiT v2's step: frozen tokenizer, masked ViT with the CLS head, both losses."""
-    name = variant(modeling_pretrain.VARIANTS, workload.model, "_cls_pt")
-    depth = SIZES[modeling_pretrain.VARIANTS[name][0]].depth
+    name = variant(modeling_pretrain.MODELS, workload.model, "_cls_pt")
+    depth = SIZES[modeling_pretrain.MODELS[name].size].depth
     bias = {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "init_values": 0.1}
     model = modeling_pretrain.create_model(name, early_layers=depth * 3 // 4, head_layers=2, **bias).to(
         run.device
     )
-    tokenizer_name = variant(modeling_vqkd.VARIANTS, workload.model)
+    tokenizer_name = variant(modeling_vqkd.MODELS, workload.model)
     size = model.patch_embed.img_size[0]
     tokenizer = modeling_vqkd.create_model(tokenizer_name, as_tokenizer=True, img_size=size).to(run.device)
     randomize_zeros(model)
@@ -135,22 +135,22 @@ def pretraining(workload: Workload, run: Run) -> Iterator[Contest]:
 
 def vqkd(workload: Workload, run: Run) -> Iterator[Contest]:
     """Training the tokenizer: encoder, quantizer with its moving average, decoder, frozen teacher."""
-    name = variant(modeling_vqkd.VARIANTS, workload.model)
-    size = modeling_vqkd.image_size(name)
-    teacher = build_teacher(
-        workload.teacher, None if workload.teacher == "hog" else "random", grid=size // 16
-    )
+    name = variant(modeling_vqkd.MODELS, workload.model)
+    size = modeling_vqkd.MODELS[name].img_size
+    weights = None if workload.teacher == "hog" else "random"
+    teacher = build_teacher(workload.teacher, weights, grid=size // 16).to(run.device)
     model = modeling_vqkd.create_model(name, teacher=teacher, quantize_kmeans_init=False).to(run.device)
     batch = random_batch(workload.batch_size, size, run.device)
     batch["image"] = batch["tokenizer_image"]
-    plain = PlainVQKD(model)
+    plain = PlainVQKD(model, teacher)
     cast_frozen(teacher, run.precision.dtype)
     view = TokenizerViews(size, 0.2, 0.0, "bicubic")
-    stage = TokenizerStage(model, run.device, run.precision, ImageFiles([], view))
+    stage = TokenizerStage(model, teacher, run.device, run.precision, ImageFiles([], view))
     ours = Ours(stage, model, run, workload.compile)
     spare = copy.deepcopy(model)  # counting must not change the codebook
-    flops = Ours(TokenizerStage(spare, run.device, run.precision, stage.dataset), spare, run).flops(batch)
-    del spare
+    spare_stage = TokenizerStage(spare, teacher, run.device, run.precision, stage.dataset)
+    flops = Ours(spare_stage, spare, run).flops(batch)
+    del spare, spare_stage
     targets = teacher.targets
 
     def marked(x: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def finetuning(workload: Workload, run: Run) -> Iterator[Contest]:
 
     It has a bias table in every block, as the released weights have.
     """
-    name = variant(modeling_finetune.VARIANTS, workload.model)
+    name = variant(modeling_finetune.MODELS, workload.model)
     bias = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1}
     model = modeling_finetune.create_model(name, num_classes=CLASSES, **bias).to(run.device)
     randomize_zeros(model)
@@ -256,7 +256,7 @@ def quantizer(workload: Workload, run: Run) -> Iterator[Contest]:
 
 def data(workload: Workload, run: Run) -> Iterator[Contest]:
     """JPEG files of 500 x 375 to both views and a mask, on one core."""
-    size = modeling_pretrain.VARIANTS[variant(modeling_pretrain.VARIANTS, workload.model, "_cls_pt")][2]
+    size = modeling_pretrain.MODELS[variant(modeling_pretrain.MODELS, workload.model, "_cls_pt")].img_size
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         paths = write_photos(Path(folder), workload.batch_size)

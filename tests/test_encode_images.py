@@ -396,10 +396,10 @@ def test_every_image_is_as_likely_to_be_shown(monkeypatch):
 
 def test_further_patches_of_an_image_come_only_when_images_run_out():
     codes = np.array([[1, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
-    patches = visualize_codebook.patches_of(codes, 1, np.array([1, 0]), 3, seed=0)
+    patches = visualize_codebook.choose_patches(codes, 1, np.array([1, 0]), 3, seed=0)
     assert [image for image, _ in patches] == [0, 1, 0]
     assert len(set(patches)) == 3 and all(codes[image, place] == 1 for image, place in patches)
-    assert len(visualize_codebook.patches_of(codes, 1, np.array([1, 0]), 9, seed=0)) == 4
+    assert len(visualize_codebook.choose_patches(codes, 1, np.array([1, 0]), 9, seed=0)) == 4
 
 
 @pytest.mark.parametrize("place", [(0, 0), (1, 2), (2, 3)])

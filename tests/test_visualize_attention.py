@@ -88,7 +88,7 @@ def test_maps_at_any_size_are_the_rows_of_the_attention(size, weights):
     model, _ = pretrained.open_backbone(str(weights), size)
     image, grid = torch.rand(3, *size), (size[0] // 16, size[1] // 16)
     tokens = [0, 1 + grid[1], grid[0] * grid[1]]
-    maps = visualize_attention.attention_of(model, image, [1, 3], tokens)
+    maps = visualize_attention.compute_attention(model, image, [1, 3], tokens)
     assert maps.shape == (2, 4, 3, *grid)
     for number, block in enumerate((1, 3)):
         whole = model.attention_maps(image[None], block)[0]
@@ -104,10 +104,10 @@ def test_a_model_at_another_size_is_the_one_its_file_gives(weights):
     """Not resized twice: from the file's own grid, whatever size was used last."""
     own, _ = pretrained.open_backbone(str(weights))
     want, _ = pretrained.open_backbone(str(weights), (48, 80))
-    other = visualize_attention.at_size(own, (48, 80)).state_dict()
+    other = visualize_attention.resize_model(own, (48, 80)).state_dict()
     assert other.keys() == want.state_dict().keys()
     assert all(torch.equal(value, other[key]) for key, value in want.state_dict().items())
-    assert visualize_attention.at_size(own, (32, 32)) is own
+    assert visualize_attention.resize_model(own, (32, 32)) is own
 
 
 @pytest.mark.parametrize(
@@ -200,10 +200,10 @@ def test_the_mean_is_that_of_the_heads_and_the_threshold_changes_the_picture(wei
         ["--checkpoint", "x", "--image", "x", "--threshold", "0.6"]
     )
     maps = torch.rand(1, 4, 3, 5)
-    named = visualize_attention.named_maps(maps, [3])
+    named = visualize_attention.name_maps(maps, [3])
     assert [name for name, _ in named] == ["mean", "head 0", "head 1", "head 2", "head 3"]
     torch.testing.assert_close(named[0][1], torch.stack([heat for _, heat in named[1:]]).mean(0))
-    blocks = visualize_attention.named_maps(torch.rand(2, 4, 3, 5), [0, 1])
+    blocks = visualize_attention.name_maps(torch.rand(2, 4, 3, 5), [0, 1])
     assert [name for name, _ in blocks] == ["block 0", "block 1"]
     assert args.threshold == 0.6
     image = data / "a/0.jpg"
