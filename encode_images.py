@@ -1,9 +1,10 @@
-"""Images to visual tokens: python encode_images.py --tokenizer_weight vqkd.pth --data_path
-photos --output_dir out/codes
+"""Images to visual tokens.
 
-Every process encodes its share of the sorted files into files of its own; the first
-process then joins them in order, so that memory does not grow with the number of
-images, and what carries a final name is complete.
+python encode_images.py --tokenizer_weight vqkd.pth --data_path photos --output_dir codes
+
+Every process encodes its share of the sorted files and writes it to files of its own;
+the first process then joins them in order. Memory does not grow with the number of
+images, and a file that has its final name is complete.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from visualization.code_files import Parts
 DALL_E_SIZE = 112  # 14 x 14 tokens, as in BEiT v1
 SHEET, SHEET_COLUMNS = 16, 8  # token maps on one picture
 SECONDS_BETWEEN_LINES = 30
-MINUTES_TO_WAIT = 24 * 60  # for the slowest process: their shares are equal, their machines may not be
-NAMED = 5  # files that cannot be read, in the message on the terminal
+MINUTES_TO_WAIT = 24 * 60  # for the slowest process: shares are equal, machines may not be
+NAMED = 5  # unreadable files that the message on the terminal names
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -108,7 +109,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What encoding needs to know of a tokenizer, whichever kind it is. `grid`: rows and columns of patches."""
+    """What encoding needs to know of a tokenizer of either kind.
+
+    `grid`: rows and columns of patches.
+    """
 
     model: Any
     source: str
@@ -117,7 +121,7 @@ class Tokenizer:
     grid: tuple[int, int]
 
 
-def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
+def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     if args.tokenizer_model == "dall-e":
         dvae = modeling_dvae.load_dall_e_encoder(args.tokenizer_weight)
         size = args.input_size or DALL_E_SIZE
@@ -144,8 +148,10 @@ def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
 
 
 class EveryImage(ImageFiles):
-    """One sample for every file, in order: a file that does not decode is not replaced,
-    `readable` is False and it is black.
+    """One sample for every file, in order.
+
+    A file that does not decode is not replaced by another one: its sample is black, and
+    its `readable` is False.
     """
 
     def __init__(self, samples: Samples, view: ImageOnly, size: int) -> None:
@@ -165,8 +171,8 @@ class EveryImage(ImageFiles):
         }
 
 
-def described(view: Any) -> str:
-    """An eval_view of a square in words."""
+def describe_view(view: Any) -> str:
+    """An eval_view of a square, in words."""
     resize, crop = view.steps.transforms[:2]
     size = " x ".join(map(str, crop.size))
     return f"shorter side to {resize.size} pixels ({resize.interpolation.value}), then the central {size}"
@@ -184,7 +190,7 @@ def encode_share(
     launch: Launch,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, list[str], list[str]]]:
-    """Batch by batch: codes (images, N) of this rank's readable images, their names, and the failures."""
+    """Batch by batch: codes (images, N) of this rank's readable images, their names, the failures."""
     start, stop = (len(files) * rank // launch.world_size for rank in (launch.rank, launch.rank + 1))
     if start == stop:
         return
@@ -193,9 +199,8 @@ def encode_share(
     model, root = tokenizer.model.to(device), root_of(args.data_path)
     done, started = 0, time.monotonic()
     reported = started
-    for batch in build_eval_loader(
-        dataset, arguments.loader_settings(args), Launch(), device
-    ):  # the share is cut already
+    settings = arguments.loader_settings(args)
+    for batch in build_eval_loader(dataset, settings, Launch(), device):  # the files are this rank's alone
         readable = batch["readable"]
         with precision.autocast():
             codes = model.get_codebook_indices(batch["image"].to(device, non_blocking=True))
@@ -213,7 +218,7 @@ def encode_share(
 
 
 def root_of(data_path: str) -> str:
-    """The folder that names of files are relative to."""
+    """The folder to which names of files are relative."""
     return os.path.abspath(data_path if os.path.isdir(data_path) else os.path.dirname(data_path))
 
 
@@ -228,20 +233,20 @@ def files_to_encode(data_path: str) -> list[str]:
 # ── What comes out ──
 
 
-def finish(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: ImageOnly) -> None:
+def join_shares(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: ImageOnly) -> None:
     """Join the shares into the finished folder, and say what is in it."""
-    about = code_files.join(
-        parts,
-        args.format,
-        {
-            "data_path": root_of(args.data_path),
-            "tokenizer_weight": tokenizer.source,
-            "input_size": tokenizer.input_size,
-            "crop_pct": args.crop_pct,
-            "view": described(view),
-            "amp_dtype": args.amp_dtype,
-        },
-    )
+    about = {
+        "data_path": root_of(args.data_path),
+        "tokenizer_weight": tokenizer.source,
+        "input_size": tokenizer.input_size,
+        "crop_pct": args.crop_pct,
+        "view": describe_view(view),
+        "amp_dtype": args.amp_dtype,
+    }
+    try:
+        about = code_files.join_parts(parts, args.format, about)
+    except UserError as error:
+        raise UserError(f"--data_path {args.data_path}: {error}") from None
     if about["skipped"]:
         named = ", ".join(itertools.islice(parts.lines("skipped"), NAMED))
         log.warning(f"skipped    {about['skipped']} files that cannot be read, all in skipped.txt: {named}")
@@ -253,7 +258,7 @@ def finish(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: I
 
 
 def draw_maps(args: argparse.Namespace, parts: Parts, view: ImageOnly) -> None:
-    """The first --maps images above their token maps, SHEET of them on a picture."""
+    """Draw the first --maps images above their token maps, SHEET of them in a picture."""
     for old in parts.folder.glob("token_maps-*.png"):
         old.unlink()
     root = root_of(args.data_path)
@@ -266,9 +271,9 @@ def draw_maps(args: argparse.Namespace, parts: Parts, view: ImageOnly) -> None:
     for number in itertools.count():
         images, maps = [], []
         for name, codes, picture in itertools.islice(shown, SHEET):
-            image = drawing.enlarged(view(picture)["image"])
+            image = drawing.enlarge(view(picture)["image"])
             grid = torch.from_numpy(codes.astype(np.int64))
-            images.append(drawing.captioned(image, name))
+            images.append(drawing.add_caption(image, name))
             maps.append(drawing.token_map(grid, parts.n_codes, image.shape[1:]))
         if not images:
             return
@@ -278,7 +283,7 @@ def draw_maps(args: argparse.Namespace, parts: Parts, view: ImageOnly) -> None:
             for row in (images, maps)
         ]
         path = parts.folder / f"token_maps-{number}.png"
-        save_image(drawing.stacked(rows), path)
+        save_image(drawing.stack_rows(rows), path)
         log.info(f"maps       {path}")
 
 
@@ -289,11 +294,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Setup ──
     launch, device = distributed.start(args.device, timeout_minutes=MINUTES_TO_WAIT)
     files = files_to_encode(args.data_path)
-    tokenizer = open_tokenizer(args)
+    tokenizer = load_tokenizer(args)
     view = eval_view(tokenizer.input_size, args.crop_pct)
     rows, columns = tokenizer.grid
     log.info(f"tokenizer  {tokenizer.source}: {tokenizer.n_codes} codes, {rows} x {columns} patches")
-    log.info(f"images     {len(files)}: {described(view)}")
+    log.info(f"images     {len(files)}: {describe_view(view)}")
     parts = Parts(Path(args.output_dir), launch.world_size, tokenizer.n_codes, tokenizer.grid)
 
     try:
@@ -309,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         # ── Join ──
         if distributed.is_main():
-            finish(args, parts, tokenizer, view)
+            join_shares(args, parts, tokenizer, view)
             draw_maps(args, parts, view)
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({error})") from None

@@ -101,9 +101,9 @@ class CachedFeatures(SampleDataset):
         return digest([bytes(str(self.features.labels.bincount().tolist()), "ascii")])
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        place = key[1]
-        label = int(self.features.labels[place])
-        return {"image": self.features.values[place], "label": label, "index": place, "failed": []}
+        index = key[1]
+        label = int(self.features.labels[index])
+        return {"image": self.features.values[index], "label": label, "index": index, "failed": []}
 
 
 class LinearStage(Stage):
@@ -127,7 +127,7 @@ class LinearStage(Stage):
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over the layers: no classifier's gradient depends on how many others there are."""
         logits, labels = model(self.encode(batch["image"])).float(), batch["label"]
-        losses = torch.stack([F.cross_entropy(of_layer, labels) for of_layer in logits])
+        losses = torch.stack([F.cross_entropy(layer_logits, labels) for layer_logits in logits])
         return losses.sum(), {
             "loss_last_layer": losses[-1],
             "class_acc_last_layer": accuracy(logits[-1], labels),
@@ -149,9 +149,9 @@ class LinearStage(Stage):
             features = self.encode(batch["image"])
             with self.precision.autocast():
                 logits = model(features)
-            for layer, of_layer in enumerate(logits.float()):
-                loss = F.cross_entropy(of_layer, labels, reduction="sum")
-                sums[layer] += torch.stack((loss, *(top_k_correct(of_layer, labels, k) for k in (1, 5))))
+            for layer, layer_logits in enumerate(logits.float()):
+                loss = F.cross_entropy(layer_logits, labels, reduction="sum")
+                sums[layer] += torch.stack((loss, *(top_k_correct(layer_logits, labels, k) for k in (1, 5))))
             images += len(labels)
         distributed.all_reduce_sum(sums, images)
         loss, acc1, acc5 = (sums / images.clamp(min=1)).T.tolist()

@@ -51,7 +51,7 @@ class PixelDecoderStage(Stage):
         with self.precision.autocast():
             codes = model.encode(torch.stack(images).to(self.device))
             drawn = model.decode(codes)
-        return {"reconstruction": drawing.reconstructions(images, codes, model.n_codes, list(drawn))}
+        return {"reconstruction": drawing.draw_reconstructions(images, codes, model.n_codes, list(drawn))}
 
 
 def compare(drawn: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -167,7 +167,7 @@ class PretrainingStage(Stage):
             seen = drawing.masked_image(shown, mask.view(grid))
             own = self.target.pictures(target, predicted_targets, grid, image.shape[-2:])
             rows.append(drawing.side_by_side([shown, seen, *own]))
-        return {f"masked_{self.target.name}": drawing.stacked(rows)}
+        return {f"masked_{self.target.name}": drawing.stack_rows(rows)}
 
     def state_dict(self) -> dict[str, Any]:
         return self.target.state_dict() | {"task": self.task}

@@ -125,7 +125,7 @@ class SegmentationStage(Stage):
             predicted = predict(model, image, tuple(labels.shape), self.how, self.precision)
             picture = drawing.denormalize(sample["image"], *self.statistics)
             rows.append(drawing.segmentation_row(picture, [labels, predicted.cpu()], self.colors))
-        return {"segmentation": drawing.stacked(rows)} if rows else {}
+        return {"segmentation": drawing.stack_rows(rows)} if rows else {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"classes": self.classes}

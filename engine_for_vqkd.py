@@ -122,7 +122,7 @@ class TokenizerStage(Stage):
         maps = [drawing.token_map(c.view(grid), n_codes, images[0].shape[-2:]) for c in codes]
         rows = [drawing.side_by_side(images), drawing.side_by_side(maps)]
         return {
-            "tokens": drawing.stacked(rows),
+            "tokens": drawing.stack_rows(rows),
             "codebook_usage": drawing.usage_histogram(model.quantize.cluster_size),
         }
 

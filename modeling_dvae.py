@@ -37,7 +37,7 @@ class Conv(nn.Module):
         return F.conv2d(x, self.w.to(x.dtype), self.b.to(x.dtype), padding=self.w.shape[-1] // 2)
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Bottleneck residual block; `gain` keeps the sum over all blocks in range, for there is no normalization."""
 
     def __init__(self, n_in: int, n_out: int, gain: float) -> None:
@@ -59,7 +59,7 @@ def group(n_in: int, n_out: int, blocks: int, pooled: bool) -> nn.Sequential:
     layers = nn.Sequential()
     for i in range(blocks):
         layers.add_module(
-            f"block_{i + 1}", Block(n_in if i == 0 else n_out, n_out, gain=1 / (GROUPS * blocks) ** 2)
+            f"block_{i + 1}", ResidualBlock(n_in if i == 0 else n_out, n_out, gain=1 / (GROUPS * blocks) ** 2)
         )
     if pooled:
         layers.add_module("pool", nn.MaxPool2d(2))
@@ -168,7 +168,7 @@ def load_dall_e_encoder(path: str | None = None) -> DallEEncoder:
     state = weight_files.weights_in(content, source, "model")
     with torch.device("meta"):  # shapes only: the weights are in the file
         model = DallEEncoder(*sizes_in(state, source))
-    check_fit(model, state, source)
+    check_dvae_weights(model, state, source)
     # Copied: the file may be mapped into memory, and whoever moves it later must not change the tokens.
     model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state.items()}, assign=True)
     return model
@@ -193,32 +193,36 @@ def sizes_in(state: Mapping[str, Tensor], source: str) -> tuple[int, int, int]:
     first, last = state.get("blocks.input.w"), state.get("blocks.output.conv.w")
     if first is None or last is None:
         lacks = "blocks.input.w" if first is None else "blocks.output.conv.w"
-        raise no_encoder(source, f"it has no {lacks}, but {', '.join(list(state)[:3])}, ...")
+        raise not_an_encoder(source, f"it has no {lacks}, but {', '.join(list(state)[:3])}, ...")
     if first.shape[1:] != (3, 7, 7):
         decoder = ", as in its decoder" if first.shape[2:] == (1, 1) else ""
-        raise no_encoder(source, f"blocks.input.w is {shape_of(first)} instead of n_hid x 3 x 7 x 7{decoder}")
+        raise not_an_encoder(
+            source, f"blocks.input.w is {shape_of(first)} instead of n_hid x 3 x 7 x 7{decoder}"
+        )
     if not last.ndim:
-        raise no_encoder(source, "blocks.output.conv.w is a single number")
+        raise not_an_encoder(source, "blocks.output.conv.w is a single number")
     blocks = sum(f"blocks.group_1.block_{i + 1}.res_path.conv_1.w" in state for i in range(len(state)))
     return first.shape[0], max(blocks, 1), last.shape[0]
 
 
-def check_fit(model: DallEEncoder, state: Mapping[str, Tensor], source: str) -> None:
+def check_dvae_weights(model: DallEEncoder, state: Mapping[str, Tensor], source: str) -> None:
     wanted = model.state_dict()
     for key in [*wanted, *state]:
         if key not in state or key not in wanted:
-            raise no_encoder(source, f"{key} is {'missing' if key in wanted else 'too much'}")
+            raise not_an_encoder(source, f"{key} is {'missing' if key in wanted else 'too much'}")
         if state[key].shape != wanted[key].shape:
-            raise no_encoder(source, f"{key} is {shape_of(state[key])} instead of {shape_of(wanted[key])}")
+            raise not_an_encoder(
+                source, f"{key} is {shape_of(state[key])} instead of {shape_of(wanted[key])}"
+            )
         if not state[key].is_floating_point():
-            raise no_encoder(source, f"{key} holds {state[key].dtype} instead of floating-point numbers")
+            raise not_an_encoder(source, f"{key} holds {state[key].dtype} instead of floating-point numbers")
 
 
 def shape_of(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "a single number"
 
 
-def no_encoder(source: str, why: str) -> UserError:
+def not_an_encoder(source: str, why: str) -> UserError:
     return UserError(
         f"{source} is not DALL-E's encoder ({why}); `python model_zoo.py {PUBLISHED}` downloads "
         "OpenAI's encoder.pkl"

@@ -23,7 +23,7 @@ from datasets import ImageFiles, build_labeled_dataset
 from engine_for_finetuning import FinetuningStage, SomeLogits, WithMirrorImage
 from errors import UserError, pick, report_user_errors
 from evaluation import trained_classifier
-from evaluation.confusion import as_table, described
+from evaluation.confusion import describe_worst, format_worst
 from layers.rel_pos_bias import as_pair
 from optim_factory import LayerDecayValueAssigner, build_schedule, create_optimizer, layer_decay_values
 from runtime import distributed
@@ -247,8 +247,8 @@ def evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace, run: run
     results, confusion = stage.measure(measured.to(run.device))
 
     log.info(f"{name}  " + "  ".join(f"{key} {value:.4g}" for key, value in results.items()))
-    worst = described(confusion.worst(args.worst_classes), images.classes or ())
-    for line in as_table(worst) if worst else ():
+    worst = describe_worst(confusion.worst(args.worst_classes), images.classes or ())
+    for line in format_worst(worst) if worst else ():
         log.info(line)
     if args.output_dir:
         how = {"set": name, "weights": trained.source, "model_ema": args.model_ema, "tta_flip": args.tta_flip}

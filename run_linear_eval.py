@@ -156,7 +156,7 @@ def cached(dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag
     log.info(
         f"features   of {len(dataset):,} images of {flag}, computed once: {size:.2f} GiB in each process"
     )
-    return CachedFeatures(knn.of_all_ranks(extract(dataset, encode, run, flag), run.device))
+    return CachedFeatures(knn.gather_features(extract(dataset, encode, run, flag), run.device))
 
 
 def build_data(
@@ -249,9 +249,9 @@ def evaluate_knn(encode: FrozenBackbone, settings: argparse.Namespace, run: run_
     log.info(
         f"data       {len(train):,} training and {len(validation):,} validation images of {classes} classes"
     )
-    bank = knn.of_all_ranks(extract(train, encode, run, "--data_path"), run.device)
+    bank = knn.gather_features(extract(train, encode, run, "--data_path"), run.device)
     own = extract(validation, encode, run, "--eval_data_path")
-    results = knn.accuracies(
+    results = knn.knn_accuracies(
         bank, own, classes, run.device, args.knn_k, args.knn_temperature, args.knn_standardize
     )
     for k in args.knn_k:

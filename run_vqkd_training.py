@@ -27,7 +27,7 @@ from runtime.distributed import log
 from transforms import eval_view
 from visualization import pixel_decoder
 from vit_backbone import cast_frozen
-from vqkd_teachers import Teacher, build_teacher, check_name
+from vqkd_teachers import Teacher, build_teacher, find_teacher
 
 # not the tokenizer's
 PIXEL_DECODER_DEFAULTS = {"lr": 2e-3, "min_lr": 1e-5, "epochs": 20, "warmup_epochs": 1.0}
@@ -114,7 +114,11 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         word = "with" if args.train_pixel_decoder else "without"
         raise UserError(f"--{idle[0]} has no effect {word} --train_pixel_decoder: leave it out")
     if args.train_pixel_decoder:
-        pixel_decoder.heads_of(args.pixel_decoder_dim)
+        if args.pixel_decoder_dim % pixel_decoder.HEAD_DIM:
+            raise UserError(
+                f"--pixel_decoder_dim {args.pixel_decoder_dim}: give a multiple of "
+                f"{pixel_decoder.HEAD_DIM}, the width of a head"
+            )
         if not args.tokenizer_weight:
             raise UserError(
                 "--train_pixel_decoder needs a trained tokenizer: --tokenizer_weight path/to/checkpoint.pth"
@@ -124,7 +128,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         raise UserError(
             f"--input_size {args.input_size} is not a multiple of the patch size {modeling_vqkd.PATCH_SIZE}"
         )
-    check_name(args.teacher_model_type or modeling_vqkd.default_teacher(args.model))
+    find_teacher(args.teacher_model_type or modeling_vqkd.default_teacher(args.model))
     if evaluates_only(args) and not args.resume:
         raise UserError("--eval needs the tokenizer to evaluate: --resume path/to/checkpoint.pth")
 

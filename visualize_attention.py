@@ -1,6 +1,9 @@
-"""What a patch attends to: python visualize_attention.py --checkpoint out/checkpoint.pth --image photo.jpg
+"""What a patch attends to.
 
-Shapes: H heads, h x w grid of N patches, T = 1 + N tokens with CLS in front, L blocks, Q queries.
+python visualize_attention.py --checkpoint out/checkpoint.pth --image photo.jpg
+
+Shapes: H heads, h x w grid of N patches, T = 1 + N tokens with CLS in front, L blocks,
+Q queries.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ from runtime.distributed import log
 from transforms import eval_view, normalization
 from visualization import drawing, inputs
 
-# T x T numbers in every block, H x T x T in one: about 4 GB for a base model with
-# 16-pixel patches
+# Attention takes T x T numbers in every block and H x T x T in one of them: about 4 GB
+# for a base model with patches of 16 pixels.
 MOST_PIXELS = 1024 * 1024
 
 
@@ -90,11 +93,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def block_or_all(text: str) -> int | None:
-    """None stands for all."""
+    """The number of a block, or None for `all`."""
     return None if text == "all" else arguments.Number(int, -1, 1000)(text)
 
 
-def check(args: argparse.Namespace) -> None:
+def check_attention_flags(args: argparse.Namespace) -> None:
     if args.mean_only and args.layer is None:
         raise UserError("--layer all shows means over heads already: leave --mean_only out")
     if args.keep_aspect and not isinstance(args.input_size, int | None):
@@ -118,7 +121,7 @@ def check_size(size: tuple[int, int]) -> None:
 
 
 def query_token(query: str, grid: tuple[int, int] | None) -> int:
-    """Token number of `cls` or `row,column`; without a grid only the spelling is checked."""
+    """Token number of `cls` or `row,column`; without a grid only the form is checked."""
     if query == "cls":
         return 0
     try:
@@ -144,7 +147,7 @@ def blocks_to_show(layer: int | None, depth: int) -> list[int]:
 
 
 def whole_image_size(image: Image.Image, shorter: int, patch: int) -> tuple[int, int]:
-    """(height, width) in the image's aspect ratio, to the nearest patch; its shorter side is `shorter`."""
+    """(height, width) in the image's aspect ratio, to the nearest patch, of which one is `shorter`."""
     scale = shorter / min(image.size)
     height, width = (
         max(shorter, round(side * scale / patch) * patch) for side in (image.height, image.width)
@@ -153,8 +156,11 @@ def whole_image_size(image: Image.Image, shorter: int, patch: int) -> tuple[int,
     return height, width
 
 
-def at_size(model: VisionTransformer, size: tuple[int, int]) -> VisionTransformer:
-    """`model` for images of (height, width), its position tables resized; itself where it has that size."""
+def resize_model(model: VisionTransformer, size: tuple[int, int]) -> VisionTransformer:
+    """The model for images of (height, width), with resized position tables.
+
+    `model` itself if it has that size.
+    """
     if model.patch_embed.img_size == size:
         return model
     weights = model.state_dict()
@@ -165,8 +171,10 @@ def at_size(model: VisionTransformer, size: tuple[int, int]) -> VisionTransforme
     return other.to(model.cls_token.device).eval().requires_grad_(False)
 
 
-def attention_of(model: VisionTransformer, image: Tensor, blocks: list[int], tokens: list[int]) -> Tensor:
-    """What each of Q tokens gives to every patch, (L, H, Q, h, w) on the CPU; what it gives to CLS is left out."""
+def compute_attention(
+    model: VisionTransformer, image: Tensor, blocks: list[int], tokens: list[int]
+) -> Tensor:
+    """The attention of Q tokens to every patch, without CLS: (L, H, Q, h, w) on the CPU."""
     maps = [model.attention_maps(image[None], block)[0][:, tokens, 1:].cpu() for block in blocks]
     return torch.stack(maps).unflatten(-1, model.patch_embed.patch_shape)
 
@@ -175,48 +183,53 @@ def attention_of(model: VisionTransformer, image: Tensor, blocks: list[int], tok
 
 
 def mark_queries(image: Tensor, tokens: Sequence[int], grid: Sequence[int]) -> Tensor:
-    """A frame around the patch of every token but CLS; the image may be enlarged."""
+    """Draw a frame around the patch of every token but CLS; the image may be enlarged."""
     patch = image.shape[1] // grid[0], image.shape[2] // grid[1]
-    for place in (token - 1 for token in tokens if token > 0):
-        image = drawing.framed(image, place // grid[1] * patch[0], place % grid[1] * patch[1], *patch)
+    for index in (token - 1 for token in tokens if token > 0):
+        image = drawing.draw_frame(image, index // grid[1] * patch[0], index % grid[1] * patch[1], *patch)
     return image
 
 
 def draw(
     image: Tensor, heat: Tensor, caption: str, threshold: float | None, tokens: Sequence[int] = ()
 ) -> Tensor:
-    """One captioned picture: a heat map (h, w) over the image, or the patches that hold `threshold` of its sum."""
+    """One captioned picture: a heat map (h, w) over the image, or its largest patches.
+
+    The latter are the fewest that hold `threshold` of the sum.
+    """
     if threshold is None:
         picture = drawing.heat_overlay(image, heat)
     else:
-        kept = drawing.most_of(heat, threshold)
+        kept = drawing.keep_most(heat, threshold)
         picture, caption = drawing.spotlight(image, kept), f"{caption}: {int(kept.sum())} of {kept.numel()}"
-    return drawing.captioned(mark_queries(picture, tokens, heat.shape), caption)
+    return drawing.add_caption(mark_queries(picture, tokens, heat.shape), caption)
 
 
-def named_maps(maps: Tensor, blocks: list[int]) -> list[tuple[str, Tensor]]:
-    """One query's maps (L, H, h, w) as (caption, (h, w)): the blocks' means, or of one
-    block the mean and the heads.
+def name_maps(maps: Tensor, blocks: list[int]) -> list[tuple[str, Tensor]]:
+    """The maps of one query (L, H, h, w) as (caption, (h, w)).
+
+    The means of several blocks, or the mean and the heads of a single one.
     """
     if len(blocks) > 1:
         return [(f"block {block}", heat) for block, heat in zip(blocks, maps.mean(1), strict=True)]
     return [("mean", maps[0].mean(0)), *((f"head {number}", heat) for number, heat in enumerate(maps[0]))]
 
 
-def rows_of_image(
+def draw_image(
     name: str, image: Tensor, model: VisionTransformer, shown: Tensor, args: argparse.Namespace
 ) -> list[Tensor]:
-    """The rows of the figure for one image: normalized (3, height, width) for the model,
-    in [0, 1] for the eye (`shown`).
+    """The rows of the figure for one image.
+
+    `image`: normalized (3, height, width), for the model; `shown`: the same in [0, 1].
     """
     blocks, grid = blocks_to_show(args.layer, len(model.blocks)), model.patch_embed.patch_shape
     queries = {query: query_token(query, grid) for query in args.query}
     maps = dict(
-        zip(queries, attention_of(model, image, blocks, list(queries.values())).unbind(2), strict=True)
+        zip(queries, compute_attention(model, image, blocks, list(queries.values())).unbind(2), strict=True)
     )
-    shown = drawing.enlarged(shown)  # room for a caption
+    shown = drawing.enlarge(shown)  # room for a caption
     if args.mean_only:
-        title = drawing.captioned(mark_queries(shown, list(queries.values()), grid), name)
+        title = drawing.add_caption(mark_queries(shown, list(queries.values()), grid), name)
         means = [
             draw(shown, maps[query][0].mean(0), f"query {query}", args.threshold, [token])
             for query, token in queries.items()
@@ -224,9 +237,9 @@ def rows_of_image(
         return [drawing.gallery([title, *means], args.columns)]
     rows = []
     for query, token in queries.items():
-        title = drawing.captioned(mark_queries(shown, [token], grid), f"{name}, query {query}")
+        title = drawing.add_caption(mark_queries(shown, [token], grid), f"{name}, query {query}")
         pictures = [
-            draw(shown, heat, caption, args.threshold) for caption, heat in named_maps(maps[query], blocks)
+            draw(shown, heat, caption, args.threshold) for caption, heat in name_maps(maps[query], blocks)
         ]
         rows.append(drawing.gallery([title, *pictures], args.columns))
     return rows
@@ -236,10 +249,10 @@ def rows_of_image(
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
-    check(args)
+    check_attention_flags(args)
     distributed.set_up_logging(0)
-    paths = inputs.find_shown(args.image, args.count)
-    inputs.prepare_output(args.output, inputs.PICTURES)
+    paths = inputs.find_shown(args.image, args.count, "--image")
+    inputs.prepare_output(args.output, inputs.PICTURES, "--output")
     device = distributed.pick_device(args.device)
     model, flags = pretrained.open_backbone(args.checkpoint, args.input_size, args.num_heads)
     own = resized = model.to(device)
@@ -251,13 +264,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.keep_aspect:
             size = whole_image_size(picture, min(size), own.patch_size)
         if resized.patch_embed.img_size != size:
-            resized = at_size(own, size)
+            resized = resize_model(own, size)
         crop_pct = 1.0 if args.keep_aspect else args.crop_pct
         image = eval_view(size, crop_pct, mean=mean, std=std)(picture)["image"]
-        rows += rows_of_image(
+        rows += draw_image(
             Path(path).name, image.to(device), resized, drawing.denormalize(image, mean, std), args
         )
-    inputs.save_picture(drawing.stacked(rows), args.output)
+    inputs.save_picture(drawing.stack_rows(rows), args.output, "--output")
     shown = "every block, mean over heads" if args.layer is None else f"block {args.layer}"
     log.info(f"{args.output}: {len(rows)} rows, {shown}, query {' '.join(args.query)}")
 

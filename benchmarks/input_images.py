@@ -1,4 +1,4 @@
-"""What benchmark.py feeds the stages: random batches, and files as large as ImageNet's."""
+"""Input of benchmark.py: random batches, and image files as large as ImageNet's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def masks(grid: int) -> MaskingGenerator:
 
 
 def random_masks(batch_size: int, grid: int, seed: int) -> Tensor:
-    """(B, N) bool, on the host as in training."""
+    """(B, N) bool, on the CPU as in training."""
     generator = masks(grid)
     with seeded(seed, "masks"):
         return torch.stack([torch.from_numpy(generator()).flatten().bool() for _ in range(batch_size)])
@@ -41,8 +41,8 @@ def random_batch(batch_size: int, size: int, device: torch.device) -> dict[str, 
     return {"image": (pixels - 0.5) / 0.5, "tokenizer_image": pixels, "label": labels, "failed": []}
 
 
-def photos(folder: Path, count: int) -> list[str]:
-    """JPEG files about as large as ImageNet's (100 kB): coarse shapes with fine noise."""
+def write_photos(folder: Path, count: int) -> list[str]:
+    """Write JPEG files about as large as ImageNet's (100 kB): coarse shapes with fine noise."""
     width, height = PHOTO
     paths = []
     for index in range(count):

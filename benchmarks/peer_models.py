@@ -1,6 +1,4 @@
-"""Other libraries' BEiT beside ours, on the same weights: timm's in this process,
-transformers' in one of its own.
-"""
+"""BEiT of other libraries with our weights: timm's in this process, transformers' in its own."""
 
 from __future__ import annotations
 
@@ -24,12 +22,12 @@ from modeling_finetune import VisionTransformer
 from vit_backbone import Trunk
 
 WORKER = Path(__file__).with_name("worker.py")
-# distributed.keep_freed_memory for another process, so that transformers does not pay what ours is spared.
+# What distributed.keep_freed_memory does for this process, for that of transformers.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
 
 
 class Settings(NamedTuple):
-    """What a fine-tuning step is, beside model and batch."""
+    """What a fine-tuning step depends on, besides model and batch."""
 
     device: torch.device
     amp_dtype: str
@@ -37,8 +35,8 @@ class Settings(NamedTuple):
     clip_grad: float
 
 
-def architecture(model: Trunk) -> dict[str, Any]:
-    """Arguments of VisionTransformer, from the model itself: a bias table per block, mean pooling."""
+def constructor_args(model: Trunk) -> dict[str, Any]:
+    """Arguments of VisionTransformer for a model with a bias table per block and mean pooling."""
     block = model.blocks[0]
     return {
         "img_size": model.patch_embed.img_size, "patch_size": model.patch_size, "in_chans": 3,
@@ -50,10 +48,10 @@ def architecture(model: Trunk) -> dict[str, Any]:
 
 
 def timm_model(model: VisionTransformer) -> Any:
-    """timm's Beit with our weights: beitv2_base_patch16_224 where the size is base."""
+    """timm's Beit with our weights; of size base it is timm's beitv2_base_patch16_224."""
     from timm.models.beit import Beit
 
-    settings = architecture(model)
+    settings = constructor_args(model)
     if (model.embed_dim, len(model.blocks), model.patch_embed.img_size) == (768, 12, (224, 224)):
         theirs: Any = timm.create_model(
             "beitv2_base_patch16_224", pretrained=False, num_classes=model.num_classes
@@ -69,14 +67,17 @@ def timm_model(model: VisionTransformer) -> Any:
 
 
 class Transformers(Contender):
-    """BeitForImageClassification in a process that does nothing between its turns. `kind`: step or infer."""
+    """BeitForImageClassification in a process that is idle between its turns.
+
+    `kind`: step or infer.
+    """
 
     def __init__(self, worker: Worker, kind: str) -> None:
         self.name, self.worker, self.kind = "transformers", worker, kind
 
     def turn(self, batch: Mapping[str, Any]) -> Turn:
-        said = self.worker.ask(do=self.kind)
-        return Turn(said["loss"], said["ms"])
+        reply = self.worker.ask(do=self.kind)
+        return Turn(reply["loss"], reply["ms"])
 
     def peak(self, batch: Mapping[str, Any]) -> int:
         return self.worker.ask(do="peak", of=self.kind)["bytes"]
@@ -86,7 +87,7 @@ class Transformers(Contender):
 
 
 class Worker:
-    """worker.py, asked over a pipe."""
+    """The process of worker.py, to which commands go over a pipe."""
 
     def __init__(self, model: VisionTransformer, batch: Mapping[str, Tensor], settings: Settings) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -104,7 +105,7 @@ class Worker:
         )
         self.ask(
             do="build",
-            config=huggingface_config(architecture(model), CLASSIFIER, 0, 0.0, None),
+            config=huggingface_config(constructor_args(model), CLASSIFIER, 0, 0.0, None),
             weights=weights,
             batch=kept,
             threads=torch.get_num_threads(),
@@ -114,22 +115,22 @@ class Worker:
             clip_grad=settings.clip_grad,
         )
 
-    def ask(self, **order: Any) -> dict[str, Any]:
+    def ask(self, **command: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
             raise UserError(
-                f"transformers' process ended at '{order['do']}'; run python -P {WORKER} to see why"
+                f"transformers' process ended at '{command['do']}'; run python -P {WORKER} to see why"
             )
-        said: dict[str, Any] = json.loads(line)
-        if "error" in said:
-            raise UserError(f"transformers' process: {said['error']}")
-        return said
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise UserError(f"transformers' process: {reply['error']}")
+        return reply
 
     def close(self) -> None:
         if self.process.poll() is None and self.process.stdin is not None:

@@ -1,9 +1,9 @@
-"""The textbook way, with which benchmark.py compares ours: every formula as the papers
-write it, on the same weights.
+"""The textbook way, with which benchmark.py compares ours: every formula as in the papers.
 
 Explicit softmax(q k^T + bias) v, every token through every block, distances and a
-one-hot matrix in the quantizer, one PIL operation after the other for the views. It
-shares modules with a copy of our model, but none of our forward passes.
+one-hot matrix in the quantizer, one PIL operation after the other for the views. The
+models hold a copy of our modules, with the same weights, but use none of our forward
+passes.
 
 Shapes: B batch, N patches, T = 1 + N tokens, C width, H heads, D = C / H, M masked
 patches, K codes, d code dim.
@@ -31,8 +31,8 @@ from vit_backbone import Attention, Block, Trunk
 from vqkd_teachers import Teacher
 
 
-def gathered(owner: Any) -> Tensor:
-    """Bias (H, T, T) of the module that owns a table."""
+def lookup_bias(owner: Any) -> Tensor:
+    """The bias (H, T, T) of a module that owns a table."""
     table, index = owner.relative_position_bias_table, owner.relative_position_index
     return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1).contiguous()
 
@@ -47,7 +47,7 @@ def attention(layer: Attention, x: Tensor, shared: Tensor | None) -> Tensor:
     q, k, v = qkv[0], qkv[1], qkv[2]
     scores = (q * layer.scale) @ k.transpose(-2, -1)
     if layer.relative_position_bias_table is not None:
-        scores = scores + gathered(layer).unsqueeze(0)
+        scores = scores + lookup_bias(layer).unsqueeze(0)
     if shared is not None:
         scores = scores + shared
     out = scores.softmax(dim=-1) @ v
@@ -61,7 +61,7 @@ def block(layer: Block, x: Tensor, shared: Tensor | None) -> Tensor:
     return x + layer.drop_path(hidden if layer.gamma_2 is None else layer.gamma_2 * hidden)
 
 
-def embedded(trunk: Trunk, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def embed(trunk: Trunk, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Images, mask (B, N) -> tokens (B, T, C)"""
     tokens = trunk.patch_embed.proj(x).flatten(2).transpose(1, 2)
     if mask is not None:
@@ -71,10 +71,10 @@ def embedded(trunk: Trunk, x: Tensor, mask: Tensor | None = None) -> Tensor:
     return tokens if trunk.pos_embed is None else tokens + trunk.pos_embed
 
 
-def encoded(model: Any, x: Tensor) -> Tensor:
+def encode_tokens(model: Any, x: Tensor) -> Tensor:
     """Images, a VisionTransformer -> all tokens after its last block, (B, T, C)"""
-    tokens = embedded(model, x)
-    shared = None if model.rel_pos_bias is None else gathered(model.rel_pos_bias)
+    tokens = embed(model, x)
+    shared = None if model.rel_pos_bias is None else lookup_bias(model.rel_pos_bias)
     for layer in model.blocks:
         tokens = block(layer, tokens, shared)
     return model.norm(tokens)
@@ -89,7 +89,7 @@ class PlainClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images -> logits (B, classes)"""
-        return self.model.head(self.model.fc_norm(encoded(self.model, x)[:, 1:].mean(dim=1)))
+        return self.model.head(self.model.fc_norm(encode_tokens(self.model, x)[:, 1:].mean(dim=1)))
 
 
 class PlainPretraining(nn.Module):
@@ -102,9 +102,9 @@ class PlainPretraining(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Images, mask (B, N) -> logits of the masked patches (M, K) by the main and by the CLS branch"""
         model = self.model
-        tokens, shared = embedded(model, x, mask), None
+        tokens, shared = embed(model, x, mask), None
         if model.rel_pos_bias is not None:
-            shared = gathered(model.rel_pos_bias)
+            shared = lookup_bias(model.rel_pos_bias)
         early = tokens
         for number, layer in enumerate(model.blocks, start=1):
             tokens = block(layer, tokens, shared)
@@ -172,7 +172,7 @@ class PlainVQKD(nn.Module):
         """Images in [0, 1] -> (B, N, d), not normalized"""
         model = self.model
         patches = model.encoder.fc_norm(
-            encoded(model.encoder, (x - model.input_mean) / model.input_std)[:, 1:]
+            encode_tokens(model.encoder, (x - model.input_mean) / model.input_std)[:, 1:]
         )
         with torch.autocast(x.device.type, enabled=False):
             return model.encode_task_layer(patches.float())
@@ -190,14 +190,15 @@ class PlainVQKD(nn.Module):
         z = self.code_vectors(x)
         height, width = self.model.encoder.patch_embed.patch_shape
         z_q, quant_loss, _ = self.quantize(z.transpose(1, 2).reshape(len(x), -1, height, width))
-        patches = self.model.decoder.fc_norm(encoded(self.model.decoder, z_q)[:, 1:])
+        patches = self.model.decoder.fc_norm(encode_tokens(self.model.decoder, z_q)[:, 1:])
         decoded = F.normalize(self.model.decode_task_layer(patches).float(), dim=-1)
         return quant_loss + (1 - (decoded * F.normalize(targets, dim=-1)).sum(dim=-1)).mean()
 
 
 class PlainViews:
-    """PIL image -> the tensors of transforms.PretrainingViews, from the same random draws;
-    each view is resized by itself.
+    """PIL image -> the tensors of transforms.PretrainingViews, from the same random draws.
+
+    Each view is cropped and resized by itself.
     """
 
     def __init__(

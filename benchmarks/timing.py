@@ -1,8 +1,7 @@
-"""Contenders that take turns in one process, so that a ratio is of moments that lie side
-by side; time and peak memory.
+"""Time and peak memory of contenders that take turns in one process.
 
-A machine's speed drifts by more than the differences that are looked for: only ratios
-within one round are quoted.
+The speed of a machine drifts by more than the differences to be measured. Each ratio is
+therefore of two turns in the same round, which lie side by side.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ Work = Callable[[dict[str, Any], Mark], Tensor]
 
 
 class Clock:
-    """Splits one step into phases: `mark(name)` says what the time since the last mark was spent on.
+    """Splits one step into phases: `mark(name)` names what the time since the last mark was spent on.
 
-    On a GPU the marks are events, read when the step is over: looking at the clock does not hold the step up.
+    On a GPU the marks are events that are read after the step, so that measuring does
+    not delay it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class Clock:
     def mark(self, phase: str) -> None:
         self.marks.append((phase, self.now()))
 
-    def read(self) -> dict[str, float]:
+    def read_ms(self) -> dict[str, float]:
         """Milliseconds by phase."""
         if self.cuda:
             torch.cuda.synchronize()
@@ -68,7 +68,7 @@ class Turn(NamedTuple):
 
 
 class Contender:
-    """One way to do a piece of work. What it changes (weights, moments) is its own."""
+    """One way to do a piece of work. It shares nothing that it changes (weights, moments)."""
 
     name: str
 
@@ -76,16 +76,17 @@ class Contender:
         raise NotImplementedError
 
     def peak(self, batch: dict[str, Any]) -> int:
-        """Bytes of tensors at the step's worst moment: what is kept between steps, and what the step adds to it."""
+        """Bytes of tensors at the worst moment of a step, with what is kept between steps."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Give back what does not go away by itself."""
+        """Release what is not released by itself, such as another process."""
 
 
 class Local(Contender):
-    """Work done in this process: work(batch, mark) -> loss (). `keeps` tells the bytes
-    that it holds between steps.
+    """Work done in this process: work(batch, mark) -> loss ().
+
+    `keeps` gives the bytes that it holds between steps.
     """
 
     def __init__(
@@ -96,18 +97,18 @@ class Local(Contender):
     def turn(self, batch: dict[str, Any]) -> Turn:
         clock = Clock(self.device)
         loss = self.work(batch, clock.mark)
-        return Turn(float(loss), clock.read())
+        return Turn(float(loss), clock.read_ms())
 
     def peak(self, batch: dict[str, Any]) -> int:
         return self.keeps() + peak_growth(self.device, lambda: self.work(batch, lambda phase: None))
 
 
 def peak_growth(device: torch.device, work: Callable[[], Any]) -> int:
-    """The most bytes that `work` held at once beyond what was there before.
+    """The most bytes that `work` held at once beyond what was allocated before.
 
-    On the CPU the allocator's own record (torch.profiler): the resident set would also
-    count what the C library keeps of freed memory. Scratch space inside oneDNN's
-    kernels is in neither.
+    On a CPU this is the allocator's own record (torch.profiler): the resident set would
+    also count freed memory that the C library keeps. Neither includes the scratch space
+    of oneDNN's kernels.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -130,7 +131,7 @@ def peak_growth(device: torch.device, work: Callable[[], Any]) -> int:
 
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Not sys.stderr but what lies under it: the profiler's libraries write lines of their own there."""
+    """Silence file descriptor 2, to which the profiler's libraries write lines of their own."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -143,7 +144,7 @@ def silent_stderr() -> Iterator[None]:
 
 
 def bytes_of(*modules: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Weights, buffers and the optimizer's moments. Gradients do not outlive a step."""
+    """Of weights, buffers and the optimizer's moments. Gradients do not outlive a step."""
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     states = optimizer.state.values() if optimizer is not None else ()
     tensors += [value for state in states for value in state.values() if isinstance(value, Tensor)]
@@ -153,7 +154,7 @@ def bytes_of(*modules: nn.Module, optimizer: torch.optim.Optimizer | None = None
 
 @dataclass
 class Contest:
-    """Contenders for the same work on the same batch. The first one is ours."""
+    """Contenders for the same work on the same batch; the first one is ours."""
 
     name: str
     contenders: Sequence[Contender]
@@ -163,12 +164,12 @@ class Contest:
     tolerance: float | None = None
     flops: int = 0  # of the matrix products that one step needs; 0 where they are not the point
     absent: dict[str, str] = field(default_factory=dict)  # contenders that cannot run here, and why
-    view: Any = None  # of transforms: how files become such batches, where ours is to be fed by a loader too
+    view: Any = None  # of transforms, if ours is to be fed from files by a loader too
 
 
 @dataclass
 class Row:
-    """What was measured of one contender; ratios are its figure divided by ours."""
+    """What was measured of one contender; a ratio is its figure divided by ours."""
 
     name: str
     loss: float  # of the first step
@@ -185,8 +186,8 @@ class Row:
 def hold(contest: Contest, rounds: int, warmup: int, matmul_flops: float) -> list[Row]:
     """Warm up, take `rounds` turns A B C A B C ..., then measure each contender's peak memory.
 
-    `matmul_flops`: a second, what this machine does in a large matrix product of the
-    same dtype. RuntimeError when a contender's first loss is not ours.
+    `matmul_flops`: FLOP/s of this machine in a large matrix product of the same dtype.
+    RuntimeError if the first loss of a contender differs from ours.
     """
     turns: list[list[Turn]] = [[] for _ in contest.contenders]
     for _ in range(warmup + rounds):
@@ -231,19 +232,23 @@ def check_agreement(contest: Contest, losses: Sequence[float]) -> None:
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype, side: int, times: int = 5) -> float:
-    """Floating-point operations a second of a (side x side) matrix product, the best of several."""
+    """FLOP/s of a (side x side) matrix product, the best of several."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(times + 2):
         clock = Clock(device)
         _ = a @ b
         clock.mark("forward")
-        best = min(best, clock.read()["forward"])
+        best = min(best, clock.read_ms()["forward"])
     return 2 * side**3 / (best / 1000)
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """Times in ms; `x ours`: time divided by ours in the same round, median (min-max); peak in MiB."""
+def format_rows(rows: Sequence[Row]) -> list[str]:
+    """A table for the terminal.
+
+    Times in ms; `x ours`: time divided by ours in the same round, median (min-max);
+    peak memory in MiB.
+    """
     lines = [
         f"{'':14}{'images/s':>9}{'ms':>9}"
         + "".join(f"{phase:>10}" for phase in PHASES)

@@ -1,8 +1,7 @@
-"""Training steps for benchmark.py: the training loop's own on a stage of ours, and one as everybody writes it."""
+"""Training steps for benchmark.py: that of our training loop, and one as textbooks write it."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import engine
 from benchmarks.timing import Local, Mark, bytes_of
 from engine_for_pretraining import Tokens
-from optim_factory import create_optimizer, get_parameter_groups
+from optim_factory import get_parameter_groups
 from run_state import Run, Stage, TrainState
 
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-8}
@@ -24,17 +23,19 @@ CLIP_GRAD = 3.0
 
 
 class Ours(Stage):
-    """The training loop's own step on a stage of ours, which says where its phases end."""
+    """The step of our training loop on one of our stages, which marks the ends of its phases.
 
-    def __init__(self, stage: Stage, model: nn.Module, run: Run) -> None:
+    `compiled`: the model runs through torch.compile.
+    """
+
+    def __init__(self, stage: Stage, model: Any, run: Run, compiled: bool = False) -> None:
         self.stage, self.run = stage, run
         self.mark: Mark = lambda phase: None
-        flags = argparse.Namespace(
-            opt="adamw", lr=ADAMW["lr"], opt_betas=ADAMW["betas"], opt_eps=ADAMW["eps"], weight_decay=0.05
-        )
-        runner = torch.compile(model) if run.args.compile else model
+        groups = get_parameter_groups(model, WEIGHT_DECAY, model.no_weight_decay())
+        optimizer = torch.optim.AdamW(groups, fused=True, **ADAMW)
         scaler = torch.amp.GradScaler(run.device.type, enabled=False)
-        self.state = TrainState(model, runner, create_optimizer(flags, model), scaler)  # type: ignore[arg-type]
+        runner: Any = torch.compile(model) if compiled else model
+        self.state = TrainState(model, runner, optimizer, scaler)
         model.train()
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -54,11 +55,12 @@ class Ours(Stage):
         return loss
 
     def flops(self, batch: dict[str, Any]) -> int:
-        """Of all matrix products and convolutions in forward, backward and the frozen
-        networks; the step is not taken.
+        """Of all matrix products and convolutions in forward, backward and the frozen networks.
+
+        The optimizer does not step.
         """
         eager, self.state.runner = self.state.runner, self.state.model
-        # fused attention would not be counted
+        # the counter does not know fused attention
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             self.gradients(batch)
         self.state.runner = eager
@@ -74,9 +76,9 @@ def textbook(
     fused: bool = False,
     beside: nn.Module | None = None,
 ) -> Local:
-    """A training step as everybody writes it, with AdamW in torch's default form or, as ours, fused.
+    """A training step as textbooks write it, with AdamW in torch's default form or fused, as ours.
 
-    `beside`: a frozen network, for the count of memory.
+    `beside`: a frozen network whose memory counts too.
     """
     model.train()
     optimizer = torch.optim.AdamW(get_parameter_groups(model, WEIGHT_DECAY), fused=fused or None, **ADAMW)
@@ -99,6 +101,8 @@ def textbook(
 
 
 def inference(name: str, model: nn.Module, run: Run) -> Local:
+    """The loss of a classifier in eval mode, without gradients."""
+
     @torch.no_grad()
     def work(batch: dict[str, Any], mark: Mark) -> Tensor:
         model.eval()
@@ -110,10 +114,11 @@ def inference(name: str, model: nn.Module, run: Run) -> Local:
     return Local(name, work, run.device, lambda: bytes_of(model))
 
 
-def enliven(model: nn.Module) -> None:
-    """Random values where initialization leaves (nearly) zeros: biases, tables, the
-    classifier. A mistake in what they do must show in the loss; of a table of small
-    values (0.02) the softmax takes hardly any notice.
+def randomize_zeros(model: nn.Module) -> None:
+    """Give random values to what initialization leaves at (nearly) zero: biases, tables, the classifier.
+
+    A mistake in how they are used must show in the loss. Bias tables get larger values,
+    because small ones (0.02) hardly change a softmax.
     """
     for name, parameter in model.named_parameters():
         if parameter.abs().max() < 1e-3:
@@ -121,7 +126,7 @@ def enliven(model: nn.Module) -> None:
 
 
 class MarkedTokens(Tokens):
-    """Codes of a frozen tokenizer; says when they are there."""
+    """Codes of a frozen tokenizer, as the target; marks the time when they are computed."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

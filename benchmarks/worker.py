@@ -1,9 +1,10 @@
-"""transformers' BeitForImageClassification, which takes its turns on command in a process of its own.
+"""transformers' BeitForImageClassification, which takes its turns on command in its own process.
 
-transformers looks for a package named `datasets` and would find ours: this file is run
-in another folder with `python -P`, and takes timing.py by its path. Commands come as
-lines of JSON on stdin, answers go as lines to stdout: {"do": "build", ...}, {"do":
-"step"}, {"do": "infer"}, {"do": "peak", "of": "step"}.
+transformers looks for a package named `datasets` and would find our module of that
+name. This file is therefore run in another folder with `python -P`, and loads timing.py
+by its path. Commands come as lines of JSON on stdin, and each is answered with a line
+on stdout: {"do": "build", ...}, {"do": "step"}, {"do": "infer"},
+{"do": "peak", "of": "step"}.
 """
 
 from __future__ import annotations
@@ -34,26 +35,26 @@ timing = load_timing()
 
 
 class Peer:
-    """The model with its optimizer, and the batch; both come in files."""
+    """The model with its optimizer, and the batch; both are read from files."""
 
-    def __init__(self, order: dict[str, Any]) -> None:
+    def __init__(self, command: dict[str, Any]) -> None:
         import transformers
 
-        torch.set_num_threads(order["threads"])
-        self.device = torch.device(order["device"])
-        self.dtype = {"bf16": torch.bfloat16, "fp32": None}[order["amp_dtype"]]
+        torch.set_num_threads(command["threads"])
+        self.device = torch.device(command["device"])
+        self.dtype = {"bf16": torch.bfloat16, "fp32": None}[command["amp_dtype"]]
         settings = {
             key: value
-            for key, value in order["config"].items()
+            for key, value in command["config"].items()
             if key not in ("architectures", "torch_dtype")
         }
-        self.model = loaded(
-            transformers.BeitConfig(**settings), torch.load(order["weights"], weights_only=True)
+        self.model = load_classifier(
+            transformers.BeitConfig(**settings), torch.load(command["weights"], weights_only=True)
         ).to(self.device)
-        batch = torch.load(order["batch"], weights_only=True)
+        batch = torch.load(command["batch"], weights_only=True)
         self.images, self.labels = (batch[name].to(self.device) for name in ("image", "label"))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **order["optimizer"])
-        self.clip_grad: float = order["clip_grad"]
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **command["optimizer"])
+        self.clip_grad: float = command["clip_grad"]
 
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
@@ -82,7 +83,7 @@ class Peer:
     def turn(self, kind: str) -> dict[str, Any]:
         clock = timing.Clock(self.device)
         loss = getattr(self, kind)(clock.mark)
-        ms = clock.read()
+        ms = clock.read_ms()
         return {"loss": float(loss), "ms": ms}
 
     def peak(self, kind: str) -> dict[str, Any]:
@@ -92,9 +93,10 @@ class Peer:
         }
 
 
-def loaded(config: Any, weights: dict[str, Tensor]) -> Any:
-    """The classifier with these weights under the hub's names; transformers' own loader
-    knows its modules' names.
+def load_classifier(config: Any, weights: dict[str, Tensor]) -> Any:
+    """The classifier with these weights, which have the hub's names.
+
+    They are loaded by transformers itself, which knows the names of its own modules.
     """
     import transformers
     from safetensors.torch import save_file
@@ -113,22 +115,22 @@ def loaded(config: Any, weights: dict[str, Tensor]) -> Any:
     return model
 
 
-def answer(order: dict[str, Any], peers: list[Peer]) -> dict[str, Any]:
-    if order["do"] == "build":
-        peers.append(Peer(order))
+def answer(command: dict[str, Any], peers: list[Peer]) -> dict[str, Any]:
+    if command["do"] == "build":
+        peers.append(Peer(command))
         return {"attention": str(getattr(peers[0].model.config, "_attn_implementation", ""))}
-    return peers[0].peak(order["of"]) if order["do"] == "peak" else peers[0].turn(order["do"])
+    return peers[0].peak(command["of"]) if command["do"] == "peak" else peers[0].turn(command["do"])
 
 
 def main() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever transformers prints is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # what transformers prints must not be taken for an answer
     peers: list[Peer] = []
     for line in sys.stdin:
         try:
-            said = answer(json.loads(line), peers)
-        except Exception as error:  # the asking side says what it means
-            said = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(said), file=answers, flush=True)
+            reply = answer(json.loads(line), peers)
+        except Exception as error:  # the asking process reports it
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -100,28 +100,28 @@ class WorstClass:
         return cls(label, sum(row.values()), row.get(label, 0), most, 0 if most is None else wrong[most])
 
 
-def described(worst: Sequence[WorstClass], classes: Sequence[str]) -> list[dict[str, Any]]:
+def describe_worst(worst: Sequence[WorstClass], classes: Sequence[str]) -> list[dict[str, Any]]:
     """As plain data with the classes' names; recall and share are percent of the class's images."""
 
-    def named(label: int) -> dict[str, str]:
+    def name_of(label: int) -> dict[str, str]:
         return {"class": classes[label], "name": in_words(classes[label])}
 
     lines: list[dict[str, Any]] = []
     for row in worst:
         line: dict[str, Any] = {
-            **named(row.label),
+            **name_of(row.label),
             "recall": 100 * row.correct / row.images,
             "images": row.images,
             "taken_for": None,
         }
         if row.taken_for is not None:
-            line["taken_for"] = named(row.taken_for) | {"share": 100 * row.times / row.images}
+            line["taken_for"] = name_of(row.taken_for) | {"share": 100 * row.times / row.images}
         lines.append(line)
     return lines
 
 
-def as_table(worst: Sequence[dict[str, Any]]) -> list[str]:
-    """`described` as lines for a terminal."""
+def format_worst(worst: Sequence[dict[str, Any]]) -> list[str]:
+    """describe_worst as lines for a terminal."""
 
     def name(entry: dict[str, Any]) -> str:
         text = entry["class"] if entry["class"] == entry["name"] else f"{entry['class']} {entry['name']}"

@@ -44,7 +44,7 @@ def channel_std(mean: Tensor, var: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Features:
-    """Of n images, in main memory: values (n, ...), labels (n,) and places in the data set (n,), both int64."""
+    """Of n images, in main memory: values (n, ...), labels (n,) and indices into the data set (n,), both int64."""
 
     values: Tensor
     labels: Tensor
@@ -65,7 +65,7 @@ def extract(batches: Iterable[dict[str, Any]], encode: Callable[[Tensor], Tensor
     return Features(values, labels, index)
 
 
-def of_all_ranks(own: Features, device: torch.device, rows: int = 4096) -> Features:
+def gather_features(own: Features, device: torch.device, rows: int = 4096) -> Features:
     """The features of all ranks on every rank, in the order of the data set. `rows` pass
     through `device` at a time.
     """
@@ -85,7 +85,7 @@ def of_all_ranks(own: Features, device: torch.device, rows: int = 4096) -> Featu
 
 
 @torch.no_grad()
-def accuracies(
+def knn_accuracies(
     train: Features,
     own: Features,
     classes: int,
@@ -118,8 +118,8 @@ def accuracies(
         truth = own.labels[start : start + step].to(device)
         for row, k in enumerate(ks):
             votes = weights.new_zeros(len(query), classes).scatter_add_(1, voters[:, :k], weights[:, :k])
-            place = rank_of(votes, truth)
-            counts[row] += torch.stack(((place < 1).sum(), (place < 5).sum()))
+            ranks = rank_labels(votes, truth)
+            counts[row] += torch.stack(((ranks < 1).sum(), (ranks < 5).sum()))
     images = torch.tensor(float(len(own)), device=device)
     distributed.all_reduce_sum(counts, images)
     results: dict[str, float] = {}
@@ -128,15 +128,15 @@ def accuracies(
     return results | {"knn_images": int(images)}
 
 
-def rank_of(votes: Tensor, labels: Tensor) -> Tensor:
+def rank_labels(votes: Tensor, labels: Tensor) -> Tensor:
     """Place of each label (B,) among the votes (B, classes), from 0; of equal votes the lower class comes first.
 
     A class without a vote is last, also where fewer than five classes were voted for.
     """
     own = votes.gather(1, labels[:, None])
     lower = torch.arange(votes.shape[1], device=votes.device) < labels[:, None]
-    place = ((votes > own) | ((votes == own) & lower)).sum(dim=1)
-    return torch.where(own[:, 0] > 0, place, votes.shape[1] + 5)
+    ranks = ((votes > own) | ((votes == own) & lower)).sum(dim=1)
+    return torch.where(own[:, 0] > 0, ranks, votes.shape[1] + 5)
 
 
 # ── During pretraining ──
@@ -158,8 +158,8 @@ class Probe:
 
     def measure(self, train: Features, own: Features, device: torch.device) -> dict[str, float]:
         """test_knn_acc1 (k = 20) and test_knn10_acc1, from this rank's shares."""
-        found = accuracies(
-            of_all_ranks(train, device),
+        found = knn_accuracies(
+            gather_features(train, device),
             own,
             self.classes,
             device,

@@ -172,7 +172,7 @@ def faults_of(case: Case, outcome: Outcome, folder: Path) -> list[str]:
 
 def make_case(number: int, seed: int, kinds: list[str], shared: Path, folder: Path) -> Case:
     folder.mkdir(parents=True, exist_ok=True)
-    return fuzz_cases.make(kinds[number % len(kinds)], random.Random(f"{seed} {number}"), shared, folder)
+    return fuzz_cases.make_case(kinds[number % len(kinds)], random.Random(f"{seed} {number}"), shared, folder)
 
 
 def run(numbers: list[int], seed: int, kinds: list[str], jobs: int, keep: Path | None = None) -> int:

@@ -57,7 +57,7 @@ class Case:
     check: Callable[[Path], str | None] | None = None
 
 
-def make(kind: str, draw: random.Random, shared: Path, folder: Path) -> Case:
+def make_case(kind: str, draw: random.Random, shared: Path, folder: Path) -> Case:
     return {"flags": flag_case, "weights": weight_case, "images": image_case, "lists": list_case}[kind](
         draw, shared, folder
     )
@@ -75,13 +75,13 @@ def shared_files(folder: Path) -> Path:
     import_module("make_shards").main(
         [str(photos), str(folder / "shards"), "--images_per_shard", "5", "--classes"]
     )
-    quietly("run_class_finetuning", tiny_runs.finetuning_flags(photos, folder / "classifier", *ONE_EPOCH))
-    quietly("run_segmentation_finetuning", segmentation(folder, folder / "segmenter"))
-    quietly("encode_images", encoding(folder, folder / "encoded"))
+    run_quietly("run_class_finetuning", tiny_runs.finetuning_flags(photos, folder / "classifier", *ONE_EPOCH))
+    run_quietly("run_segmentation_finetuning", segmentation(folder, folder / "segmenter"))
+    run_quietly("encode_images", encoding(folder, folder / "encoded"))
     return folder
 
 
-def quietly(entry: str, argv: list[Any]) -> None:
+def run_quietly(entry: str, argv: list[Any]) -> None:
     """In a process of its own: a run leaves handlers and settings behind."""
     process = os.fork()
     if process == 0:

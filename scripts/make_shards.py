@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number in tqdm(range(count), desc="shards", disable=None):
         first = number * args.images_per_shard
         chosen = range(first, min(first + args.images_per_shard, len(order)))
-        write_shard(out / f"{number:0{digits}d}.tar", ((place, *samples[order[place]]) for place in chosen))
+        write_shard(out / f"{number:0{digits}d}.tar", ((index, *samples[order[index]]) for index in chosen))
     pattern = out / f"{{{0:0{digits}d}..{count - 1:0{digits}d}}}.tar"
     print(
         printable(f"{len(samples):,} images in {count} shards: --data_set webdataset --data_path '{pattern}'")
@@ -98,7 +98,7 @@ def write_class_names(path: Path, classes: Sequence[str]) -> None:
     path.write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
 
 
-def read(source: str) -> bytes:
+def read_image_bytes(source: str) -> bytes:
     try:
         with open_regular(source) as file:
             return file.read()
@@ -109,15 +109,15 @@ def read(source: str) -> bytes:
 
 
 def write_shard(path: Path, samples: Any) -> None:
-    """`samples`: (place in the whole order, path, label or None). The shard appears when it is whole."""
+    """`samples`: (index in the whole order, path, label or None). The shard appears when it is whole."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         with open(temporary, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
-            for place, source, label in samples:
+            for index, source, label in samples:
                 stem, kind = os.path.splitext(os.path.basename(source))
                 # dots would end it; tar names are short
-                key = f"{place:08d}_{re.sub(r'[^A-Za-z0-9_-]', '-', stem)[:60]}"
-                content: dict[str, Any] = {"__key__": key, kind[1:].lower(): read(source)}
+                key = f"{index:08d}_{re.sub(r'[^A-Za-z0-9_-]', '-', stem)[:60]}"
+                content: dict[str, Any] = {"__key__": key, kind[1:].lower(): read_image_bytes(source)}
                 writer.write(content if label is None else content | {"cls": str(label).encode()})
         os.replace(temporary, path)
         shards.keep_index(str(path), EXTENSIONS, shards.scan(str(path), EXTENSIONS))

@@ -19,7 +19,8 @@ import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
 from benchmarks import timing
-from benchmarks.input_images import photos, pretraining_view
+from benchmarks.contests import Workload, finetuning
+from benchmarks.input_images import pretraining_view, write_photos
 from benchmarks.plain_models import (
     PlainClassifier,
     PlainPretraining,
@@ -33,7 +34,7 @@ from benchmarks.training_steps import classification_loss, textbook
 from datasets import ImageFiles
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from run_state import Run
-from runtime.distributed import choose_precision
+from runtime.distributed import Launch, choose_precision
 from transforms import HALF_MEAN, HALF_STD
 from utils import seeded
 from vqkd_teachers import build_teacher
@@ -120,7 +121,7 @@ def test_quantizer_moves_its_codebook_as_the_one_hot_matrix_does():
 
 
 def test_views_are_the_same_pixels(tmp_path):
-    paths = photos(tmp_path, 2)
+    paths = write_photos(tmp_path, 2)
     files = ImageFiles([(path, None) for path in paths], pretraining_view(64), seed=5)
     views = PlainViews(64, 64, 0.2, 0.4, HALF_MEAN, HALF_STD, pretraining_view(64).mask_generator)
     for index, path in enumerate(paths):
@@ -225,9 +226,9 @@ def test_the_report(tmp_path, amp_dtype):
 
 def test_counted_flops_are_those_of_the_formula():
     """Of the classifier: 3 times the forward's products, less the gradient of the image."""
-    args = benchmark.arguments.parse(benchmark.get_parser(), [*SMALL, "--amp_dtype", "fp32"])
-    run = Run(args, benchmark.distributed.Launch(), CPU, choose_precision("fp32", CPU))
-    contest = next(c for c in benchmark.finetuning(args, run) if c.name.endswith("step"))
+    run = Run(argparse.Namespace(seed=0), Launch(), CPU, choose_precision("fp32", CPU))
+    workload = Workload("demo", batch_size=2)
+    contest = next(c for c in finetuning(workload, run) if c.name.endswith("step"))
     b, t, c, depth = 2, 65, 128, 6
     patches = 2 * b * 64 * 768 * c
     block = 2 * b * t * 12 * c * c + 4 * b * t * t * c

@@ -144,7 +144,7 @@ def test_two_processes_write_what_one_writes(broken, weights, tmp_path):
 def test_every_number_of_processes_shares_all_images_in_order(data, weights, tmp_path):
     """Also when some have nothing to do."""
     args = arguments.parse(encode_images.get_parser(), flags(weights, data, tmp_path))
-    encoder, files = encode_images.open_tokenizer(args), encode_images.files_to_encode(str(data))
+    encoder, files = encode_images.load_tokenizer(args), encode_images.files_to_encode(str(data))
     for world_size in (1, 3, 12):
         names = []
         for rank in range(world_size):
@@ -213,7 +213,7 @@ def test_codes_beyond_16_bits_are_kept(tmp_path):
     parts = code_files.Parts(tmp_path, 1, 70_000, (1, 2))
     with code_files.share_writer(parts, 0) as add:
         add(torch.tensor([[65_999, 69_999]]), ["x.jpg"], [])
-    code_files.join(parts, "npy", {})
+    code_files.join_parts(parts, "npy", {})
     codes = np.load(tmp_path / "codes.npy")
     assert codes.tolist() == [[65_999, 69_999]] and codes.dtype == np.int32
 
@@ -396,10 +396,10 @@ def test_every_image_is_as_likely_to_be_shown(monkeypatch):
 
 def test_further_patches_of_an_image_come_only_when_images_run_out():
     codes = np.array([[1, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
-    patches = visualize_codebook.patches_of(codes, 1, np.array([1, 0]), 3, seed=0)
+    patches = visualize_codebook.choose_patches(codes, 1, np.array([1, 0]), 3, seed=0)
     assert [image for image, _ in patches] == [0, 1, 0]
     assert len(set(patches)) == 3 and all(codes[image, place] == 1 for image, place in patches)
-    assert len(visualize_codebook.patches_of(codes, 1, np.array([1, 0]), 9, seed=0)) == 4
+    assert len(visualize_codebook.choose_patches(codes, 1, np.array([1, 0]), 9, seed=0)) == 4
 
 
 @pytest.mark.parametrize("place", [(0, 0), (1, 2), (2, 3)])
@@ -454,8 +454,10 @@ def test_an_image_that_is_gone_is_named_and_left_out(data, weights, tmp_path, ca
 
 
 def test_token_maps_leave_out_what_has_gone_since(data, weights, tmp_path, monkeypatch, capsys):
-    images, join = shutil.copytree(data, tmp_path / "images"), encode_images.finish
-    monkeypatch.setattr(encode_images, "finish", lambda *args: (join(*args), (images / "a/0.jpg").unlink()))
+    images, join = shutil.copytree(data, tmp_path / "images"), encode_images.join_shares
+    monkeypatch.setattr(
+        encode_images, "join_shares", lambda *args: (join(*args), (images / "a/0.jpg").unlink())
+    )
     encode_images.main(flags(weights, images, tmp_path / "out", "--maps", "3"))
     assert "a/0.jpg" in capsys.readouterr().out
     picture = np.asarray(Image.open(tmp_path / "out/token_maps-0.png").convert("RGB")) / 255

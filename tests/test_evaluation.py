@@ -22,7 +22,7 @@ from data_pipeline import imagenet_classes
 from engine_for_finetuning import SomeLogits, WithMirrorImage
 from errors import UserError
 from evaluation import confusion, trained_classifier
-from evaluation.confusion import Confusion, WorstClass, as_table, described
+from evaluation.confusion import Confusion, WorstClass, describe_worst, format_worst
 
 CPU = torch.device("cpu")
 MODEL = "beit_demo_patch16_128"
@@ -68,7 +68,7 @@ def test_of_equal_recalls_the_class_with_more_images_comes_first_and_of_equal_an
 def test_the_table_names_classes_in_words():
     counts = Confusion(CPU)
     counts.add(LABELS, ANSWERS)
-    lines = described(counts.worst(3), ["n01440764", "cat", "n99999999"])
+    lines = describe_worst(counts.worst(3), ["n01440764", "cat", "n99999999"])
     assert lines[1] == {
         "class": "n01440764",
         "name": "tench",
@@ -76,7 +76,7 @@ def test_the_table_names_classes_in_words():
         "images": 4,
         "taken_for": {"class": "n99999999", "name": "n99999999", "share": 50.0},
     }
-    assert as_table(lines) == [
+    assert format_worst(lines) == [
         "class            recall  images  most often taken for",
         "n99999999          0.0%       2  n01440764 tench (100.0%)",
         "n01440764 tench   25.0%       4  n99999999 (50.0%)",

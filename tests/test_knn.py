@@ -51,7 +51,7 @@ def test_accuracies_are_those_of_the_definition(standardize, temperature, monkey
     train, queries = some_features(150, 1), some_features(61, 2)
     ks = (1, 10, 20, 1000)  # the last one is cut to the 150 there are
     monkeypatch.setattr(knn, "SIMILARITIES", 150 * 8)  # 8 queries at a time
-    found = knn.accuracies(train, queries, CLASSES, CPU, ks, temperature, standardize)
+    found = knn.knn_accuracies(train, queries, CLASSES, CPU, ks, temperature, standardize)
     for k in ks:
         expected = by_hand(train, queries, k, temperature, standardize)
         assert [found[f"knn{k}_acc{top}"] for top in (1, 5)] == pytest.approx(expected)
@@ -62,17 +62,17 @@ def test_accuracies_are_those_of_the_definition(standardize, temperature, monkey
 
 def test_equal_votes_go_to_the_lower_class_and_classes_without_votes_are_last():
     votes = torch.tensor([[0.0, 2.0, 2.0, 5.0]]).repeat(4, 1)
-    assert knn.rank_of(votes, torch.arange(4)).tolist() == [9, 1, 2, 0]
+    assert knn.rank_labels(votes, torch.arange(4)).tolist() == [9, 1, 2, 0]
 
 
 def test_standardized_channels_have_no_scale():
     train, queries = some_features(150, 1), some_features(61, 2)
     scale = torch.logspace(-2, 2, 12)
     scaled = [knn.Features(f.values * scale, f.labels, f.index) for f in (train, queries)]
-    assert knn.accuracies(*scaled, CLASSES, CPU, standardize=True) == knn.accuracies(
+    assert knn.knn_accuracies(*scaled, CLASSES, CPU, standardize=True) == knn.knn_accuracies(
         train, queries, CLASSES, CPU, standardize=True
     )
-    assert knn.accuracies(*scaled, CLASSES, CPU) != knn.accuracies(train, queries, CLASSES, CPU)
+    assert knn.knn_accuracies(*scaled, CLASSES, CPU) != knn.knn_accuracies(train, queries, CLASSES, CPU)
 
 
 def test_pooling():
@@ -94,12 +94,13 @@ def share(features, rank, world_size):
 
 def on_rank(rank, world_size):
     train, queries, single = some_features(35, 1), some_features(9, 2), some_features(1, 3)
-    whole = knn.of_all_ranks(share(train, rank, world_size), CPU, rows=5)
+    whole = knn.gather_features(share(train, rank, world_size), CPU, rows=5)
     same = torch.equal(whole.values, train.values) and torch.equal(whole.labels, train.labels)
-    tiny = knn.of_all_ranks(share(single, rank, world_size), CPU)  # rank 1 has nothing
+    tiny = knn.gather_features(share(single, rank, world_size), CPU)  # rank 1 has nothing
     same = same and torch.equal(tiny.values, single.values)
     results = [
-        knn.accuracies(whole, share(f, rank, world_size), CLASSES, CPU, (10, 20)) for f in (queries, single)
+        knn.knn_accuracies(whole, share(f, rank, world_size), CLASSES, CPU, (10, 20))
+        for f in (queries, single)
     ]
     return {"same": same, "results": results}
 

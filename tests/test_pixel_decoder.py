@@ -140,7 +140,7 @@ def test_the_checkpoint_alone_is_enough(data, tmp_path, capsys):
     expected = modeling_vqkd.open_tokenizer(str(tokenizer_file))[0].get_codebook_indices(images)
     shutil.rmtree(tmp_path / "vqkd")
     saved = tmp_path / "pixels/checkpoint.pth"
-    model = pixel_decoder.open_reconstructor(str(saved))
+    model = pixel_decoder.open_reconstructor(str(saved), "--checkpoint")
     assert torch.equal(model.encode(images).flatten(1), expected)
     assert model.tokenizer.input_mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
     assert [path.name for path in (tmp_path / "pixels/pictures").iterdir()]
@@ -168,14 +168,14 @@ def pixels(data, codes, tmp_path_factory):
 
 def drawn_of(pixels, images, out, monkeypatch, *more):
     """(codes, captions) of a call of visualize_reconstruction.py."""
-    seen, draw = [], drawing.reconstructions
+    seen, draw = [], drawing.draw_reconstructions
 
     def spy(images, codes, n_codes, drawn, captions):
         seen.extend((codes.flatten(1).tolist(), captions))
         return draw(images, codes, n_codes, drawn, captions)
 
     with monkeypatch.context() as patch:
-        patch.setattr(drawing, "reconstructions", spy)
+        patch.setattr(drawing, "draw_reconstructions", spy)
         visualize_reconstruction.main(
             ["--checkpoint", str(pixels), "--image", str(images), "--output", str(out), *more]
         )

@@ -68,7 +68,7 @@ def wide(pictures):
 def test_the_kept_patches_hold_the_share_and_are_the_fewest(share):
     for seed in range(20):
         weights = torch.rand(5, 7, generator=torch.Generator().manual_seed(seed)) ** 4
-        kept = drawing.most_of(weights, share)
+        kept = drawing.keep_most(weights, share)
         total, inside = weights.double().sum(), weights.double()[kept]
         assert kept.shape == weights.shape and inside.sum() >= share * total * (1 - 1e-12)
         assert inside.sum() - inside.min() < share * total  # one fewer, and be it the smallest, is too few
@@ -77,10 +77,10 @@ def test_the_kept_patches_hold_the_share_and_are_the_fewest(share):
 
 
 def test_equal_weights_and_a_single_peak():
-    assert drawing.most_of(torch.ones(4, 5), 0.6).sum() == 12
+    assert drawing.keep_most(torch.ones(4, 5), 0.6).sum() == 12
     peak = torch.zeros(3, 3)
     peak[1, 2] = 1
-    assert drawing.most_of(peak, 0.99).nonzero().tolist() == [[1, 2]]
+    assert drawing.keep_most(peak, 0.99).nonzero().tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("size", [(32, 32), (96, 96), (48, 80)])
@@ -88,7 +88,7 @@ def test_maps_at_any_size_are_the_rows_of_the_attention(size, weights):
     model, _ = pretrained.open_backbone(str(weights), size)
     image, grid = torch.rand(3, *size), (size[0] // 16, size[1] // 16)
     tokens = [0, 1 + grid[1], grid[0] * grid[1]]
-    maps = visualize_attention.attention_of(model, image, [1, 3], tokens)
+    maps = visualize_attention.compute_attention(model, image, [1, 3], tokens)
     assert maps.shape == (2, 4, 3, *grid)
     for number, block in enumerate((1, 3)):
         whole = model.attention_maps(image[None], block)[0]
@@ -104,10 +104,10 @@ def test_a_model_at_another_size_is_the_one_its_file_gives(weights):
     """Not resized twice: from the file's own grid, whatever size was used last."""
     own, _ = pretrained.open_backbone(str(weights))
     want, _ = pretrained.open_backbone(str(weights), (48, 80))
-    other = visualize_attention.at_size(own, (48, 80)).state_dict()
+    other = visualize_attention.resize_model(own, (48, 80)).state_dict()
     assert other.keys() == want.state_dict().keys()
     assert all(torch.equal(value, other[key]) for key, value in want.state_dict().items())
-    assert visualize_attention.at_size(own, (32, 32)) is own
+    assert visualize_attention.resize_model(own, (32, 32)) is own
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_captions_fit_and_leave_the_picture_alone():
         "no\udcff utf-8",
         "\N{HIRAGANA LETTER A}",
     ):
-        captioned = drawing.captioned(picture, text)
+        captioned = drawing.add_caption(picture, text)
         assert captioned.shape == (3, 20 + CAPTION, 60)
         assert torch.equal(captioned[:, CAPTION:], picture)
         assert captioned[:, :CAPTION].min() < 0.5
@@ -200,10 +200,10 @@ def test_the_mean_is_that_of_the_heads_and_the_threshold_changes_the_picture(wei
         ["--checkpoint", "x", "--image", "x", "--threshold", "0.6"]
     )
     maps = torch.rand(1, 4, 3, 5)
-    named = visualize_attention.named_maps(maps, [3])
+    named = visualize_attention.name_maps(maps, [3])
     assert [name for name, _ in named] == ["mean", "head 0", "head 1", "head 2", "head 3"]
     torch.testing.assert_close(named[0][1], torch.stack([heat for _, heat in named[1:]]).mean(0))
-    blocks = visualize_attention.named_maps(torch.rand(2, 4, 3, 5), [0, 1])
+    blocks = visualize_attention.name_maps(torch.rand(2, 4, 3, 5), [0, 1])
     assert [name for name, _ in blocks] == ["block 0", "block 1"]
     assert args.threshold == 0.6
     image = data / "a/0.jpg"
@@ -294,10 +294,10 @@ def test_whatever_a_decoder_raises_leaves_one_image_out(mixed, monkeypatch):
         return Image.new("RGB", (8, 8))
 
     monkeypatch.setattr(inputs, "load_image", load)
-    shown = [path[-5:] for path, _ in inputs.read_shown(inputs.find_shown([str(mixed)], 9))]
+    shown = [path[-5:] for path, _ in inputs.read_shown(inputs.find_shown([str(mixed)], 9, "--image"))]
     assert shown == ["0.jpg", "1.jpg", "3.jpg", "4.jpg", "5.jpg"]
     with pytest.raises(inputs.UserError, match=r"2\.jpg: cannot be read \(broken PNG file\)"):
-        inputs.find_shown([str(mixed / "2.jpg")], 9)
+        inputs.find_shown([str(mixed / "2.jpg")], 9, "--image")
     with pytest.raises(inputs.UserError, match="no image could be read"):
         list(inputs.read_shown([str(mixed / "2.jpg")]))
 
@@ -306,9 +306,9 @@ def test_the_images_of_a_folder_are_evenly_spread(tmp_path):
     for number in range(10):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
     one = str(tmp_path / "7.png")
-    shown = inputs.find_shown([str(tmp_path), one], 4)
+    shown = inputs.find_shown([str(tmp_path), one], 4, "--image")
     assert [path[-5] for path in shown] == ["0", "2", "5", "7", "7"]
-    assert len(inputs.find_shown([str(tmp_path)], 99)) == 10
+    assert len(inputs.find_shown([str(tmp_path)], 99, "--image")) == 10
 
 
 @pytest.mark.parametrize(
@@ -340,19 +340,19 @@ def test_images_and_output_are_looked_at_before_the_model(
 
 def test_a_picture_too_large_for_its_format_is_one_line(tmp_path):
     picture = torch.zeros(3, 70_000, 1)
-    inputs.save_picture(picture, str(tmp_path / "x.png"))
+    inputs.save_picture(picture, str(tmp_path / "x.png"), "--output")
     with pytest.raises(
         inputs.UserError,
         match=(r"--output .*x.jpg: 1 x 70000 pixels cannot be written " r".* PNG takes every size"),
     ):
-        inputs.save_picture(picture, str(tmp_path / "x.jpg"))
+        inputs.save_picture(picture, str(tmp_path / "x.jpg"), "--output")
 
 
 @pytest.mark.parametrize("ending", inputs.PICTURES)
 def test_every_accepted_ending_can_be_written(ending, tmp_path):
     name = str(tmp_path / f"new/x{ending.upper()}")
-    inputs.prepare_output(name, inputs.PICTURES)
-    inputs.save_picture(torch.rand(3, 16, 16), name)
+    inputs.prepare_output(name, inputs.PICTURES, "--output")
+    inputs.save_picture(torch.rand(3, 16, 16), name, "--output")
     assert (tmp_path / f"new/x{ending.upper()}").stat().st_size > 0
 
 

@@ -108,13 +108,13 @@ def test_dino_from_a_training_checkpoint_is_timms(tmp_path: pathlib.Path) -> Non
 
 def test_training_prefixes_are_stripped() -> None:
     state = {"module.backbone.a": torch.zeros(1), "module.head.b": torch.zeros(1)}
-    assert list(vqkd_teachers.unwrapped(state)) == ["a"]
-    assert list(vqkd_teachers.unwrapped({"module.a": torch.zeros(1), "module.b": torch.zeros(1)})) == [
+    assert list(vqkd_teachers.strip_prefixes(state)) == ["a"]
+    assert list(vqkd_teachers.strip_prefixes({"module.a": torch.zeros(1), "module.b": torch.zeros(1)})) == [
         "a",
         "b",
     ]
     openai = {"module.conv1.weight": torch.zeros(1), "module.class_embedding": torch.zeros(1)}
-    assert list(vqkd_teachers.unwrapped(openai)) == ["visual.conv1.weight", "visual.class_embedding"]
+    assert list(vqkd_teachers.strip_prefixes(openai)) == ["visual.conv1.weight", "visual.class_embedding"]
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What is looked at: drawings, HTML pages, files of codes, the pixel decoder."""
+"""Drawings, HTML pages, files of codes, and the pixel decoder."""

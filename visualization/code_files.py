@@ -1,9 +1,13 @@
-"""Files of visual tokens: written in shares by several processes, joined in order, read
-without loading them whole.
+"""Files of visual tokens.
 
-A finished folder holds about.json (what was encoded and how), files.txt and skipped.txt
-(a line each), and codes.npy (images, N), row i for line i of files.txt, or codes.jsonl,
-one {"file": ..., "codes": rows of the grid} a line. N patches, K codes.
+Several processes each write a share of the codes; the shares are then joined in order.
+A finished folder holds
+- about.json: what was encoded, and how;
+- files.txt and skipped.txt: a line for each image, and for each that cannot be read;
+- codes.npy (images, N): row i belongs to line i of files.txt; or codes.jsonl: a line
+  {"file": ..., "codes": rows of the grid} for each image.
+
+Neither writing nor reading holds all codes in memory. N patches, K codes.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ RESULTS = ("codes.npy", "codes.jsonl")
 LISTS = ("files", "skipped")  # .txt
 BLOCK = 4096  # images read at a time
 MOST_CODES = 1 << 24
-KINDS: dict[str, Any] = {  # of what about.json says and is needed here
+ABOUT_TYPES: dict[str, Any] = {  # of the entries of about.json that readers need
     "images": int,
     "grid": list,
     "n_codes": int,
@@ -43,13 +47,16 @@ KINDS: dict[str, Any] = {  # of what about.json says and is needed here
 
 
 def open_text(path: Path, mode: str) -> IO[str]:
-    """Names of files go through unchanged, also those that are no UTF-8."""
+    """Names of files are kept as they are, including those that are not UTF-8."""
     return open(path, mode, encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The shares of `world_size` processes in their order. `grid`: rows and columns of patches."""
+    """The shares of `world_size` processes, in order of rank.
+
+    `grid`: rows and columns of patches.
+    """
 
     folder: Path
     world_size: int
@@ -103,8 +110,10 @@ class Parts:
 def share_writer(
     parts: Parts, rank: int
 ) -> Iterator[Callable[[torch.Tensor, Iterable[str], Iterable[str]], None]]:
-    """For one process's share: gives add(codes (images, N), the images' names, the files
-    left out with the reason).
+    """Open the files of one process's share for writing.
+
+    Yields add(codes, names, skipped): codes (images, N), the names of these images, and
+    the files that were left out, each with the reason.
     """
     with (
         open(parts.path("codes", rank), "wb") as codes_file,
@@ -120,19 +129,17 @@ def share_writer(
         yield add
 
 
-def join(parts: Parts, form: str, about: dict[str, Any]) -> dict[str, Any]:
-    """The finished folder from all shares; `form`: npy or jsonl; returns `about` with what was counted.
+def join_parts(parts: Parts, form: str, about: dict[str, Any]) -> dict[str, Any]:
+    """Write the finished folder from all shares; `form`: npy or jsonl.
 
-    The codes appear last: where they are, everything is there and belongs together.
-    Another run's are removed before. UserError without a single image; then another
-    run's stay.
+    Returns `about` with the counts added. The codes of an earlier run are removed first
+    and those of this run appear last, so that a folder with codes is complete and of one
+    run. UserError if no image could be read; then the files of an earlier run stay.
     """
     counted = parts.usage() | {"skipped": sum(1 for _ in parts.lines("skipped"))}
     if not counted["images"]:
-        raise UserError(
-            "no image could be read, check --data_path: "
-            f"{', '.join(itertools.islice(parts.lines('skipped'), 3))}"
-        )
+        first = ", ".join(itertools.islice(parts.lines("skipped"), 3))
+        raise UserError(f"no image could be read: {first}")
     about = counted | {"format": form, "n_codes": parts.n_codes, "grid": list(parts.grid)} | about
     for kind in LISTS:
         with open_text(parts.path(f"{kind}.txt"), "w") as file:
@@ -163,15 +170,15 @@ def write_jsonl(parts: Parts, images: int, path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A finished folder of the npy form. `codes`: (images, N), mapped into memory."""
+class EncodedFolder:
+    """A finished folder with codes.npy. `codes`: (images, N), mapped into memory."""
 
     folder: Path
     about: dict[str, Any]
     codes: np.ndarray
 
     def names(self, images: Iterable[int]) -> dict[int, str]:
-        """Of these images; the list of all is not kept."""
+        """The names of these images, by number; the list of all is not kept in memory."""
         wanted, path = set(images), self.folder / "files.txt"
         try:
             with open_text(path, "r") as file:
@@ -185,8 +192,12 @@ class Encoded:
         return found
 
 
-def read(folder: str, flag: str) -> Encoded:
-    """UserError where `folder` holds no finished codes.npy; `flag` names it in messages."""
+def read_codes(folder: str, flag: str) -> EncodedFolder:
+    """Open a finished folder.
+
+    UserError if it holds no codes.npy, or one that does not fit about.json; `flag` names
+    the folder in messages.
+    """
     path = Path(folder)
     if not (path / "codes.npy").exists():
         other = (
@@ -198,7 +209,7 @@ def read(folder: str, flag: str) -> Encoded:
     try:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
         codes = np.load(path / "codes.npy", mmap_mode="r")
-        wrong = [name for name, kind in KINDS.items() if not isinstance(about[name], kind)]
+        wrong = [name for name, kind in ABOUT_TYPES.items() if not isinstance(about[name], kind)]
         if wrong or not 0 < about["n_codes"] <= MOST_CODES or codes.dtype.kind not in "iu":
             raise ValueError(f"{wrong[0] if wrong else 'n_codes or the kind of the codes'} is wrong")
         fits = codes.shape == (about["images"], about["grid"][0] * about["grid"][1])
@@ -209,4 +220,4 @@ def read(folder: str, flag: str) -> Encoded:
         raise UserError(
             f"{flag} {folder}: {ABOUT} and codes.npy do not belong together; encode the images again"
         )
-    return Encoded(path, about, codes)
+    return EncodedFolder(path, about, codes)

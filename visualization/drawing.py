@@ -39,7 +39,10 @@ def stretch(cells: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def code_colors(n_codes: int) -> Tensor:
-    """A fixed color for every code: (K, 3). Neighboring numbers differ: the hue walks by the golden ratio."""
+    """A fixed color for every code: (K, 3).
+
+    The hue advances by the golden ratio, so that neighboring numbers differ.
+    """
     hue = torch.arange(n_codes) * 0.61803399 % 1.0
     value = 0.55 + 0.45 * (torch.arange(n_codes) * 0.75487767 % 1.0)
     channels = (hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6
@@ -47,10 +50,10 @@ def code_colors(n_codes: int) -> Tensor:
 
 
 def distinct_colors(n: int) -> Tensor:
-    """Fixed colors (n, 3) that are easily told apart, dark gray first: each is the one
-    farthest from all before it.
+    """Fixed colors (n, 3) that are easily told apart, dark gray first.
 
-    Distances are those of CIELAB (D65), over 8 levels a channel and neither black nor white.
+    Each color is the one farthest from all before it by distance in CIELAB (D65). The
+    candidates have 8 levels a channel and are neither nearly black nor nearly white.
     """
     levels = torch.linspace(0, 1, 8, dtype=torch.float64)
     colors = torch.cat(
@@ -73,13 +76,13 @@ def distinct_colors(n: int) -> Tensor:
 
 
 def token_map(codes: Tensor, n_codes: int, size: Sequence[int]) -> Tensor:
-    """Codes (h, w) int64 -> picture of `size`, one color a code; negative codes are left gray."""
+    """Codes (h, w) int64 -> picture of `size`, one color a code; gray for negative codes."""
     colors = code_colors(n_codes)[codes.clamp(min=0)]
     colors[codes < 0] = MASK_GRAY
     return stretch(colors.permute(2, 0, 1), size)
 
 
-def reconstructions(
+def draw_reconstructions(
     images: Sequence[Tensor],
     codes: Tensor,
     n_codes: int,
@@ -87,42 +90,42 @@ def reconstructions(
     captions: Sequence[Sequence[str]] | None = None,
     a_row: int = 8,
 ) -> Tensor:
-    """Images, the token maps of their codes (B, h, w), and what a decoder drew of the
-    codes; `a_row` images a row.
+    """Images, token maps of their codes (B, h, w), and what a decoder drew from the codes.
 
-    `captions`: for each image three texts, of it, its tokens and what was drawn;
-    pictures are then enlarged to hold them.
+    `captions`: three texts for each image, one for each of the three; the pictures are
+    enlarged to make room for them. `a_row`: images in a row.
     """
     if captions is not None:
-        images, drawn = [enlarged(image) for image in images], [enlarged(image) for image in drawn]
+        images, drawn = [enlarge(image) for image in images], [enlarge(image) for image in drawn]
     kinds = [images, [token_map(c.cpu(), n_codes, images[0].shape[-2:]) for c in codes], drawn]
     if captions is not None:
         texts = zip(*captions, strict=True)
-        kinds = [list(map(captioned, kind, said)) for kind, said in zip(kinds, texts, strict=True)]
+        kinds = [list(map(add_caption, kind, text)) for kind, text in zip(kinds, texts, strict=True)]
     rows = [
         side_by_side(kind[start : start + a_row]) for start in range(0, len(images), a_row) for kind in kinds
     ]
-    return stacked(rows)
+    return stack_rows(rows)
 
 
 def side_by_side(pictures: Sequence[Tensor]) -> Tensor:
-    """A row of pictures; lower ones are filled up with white at the bottom."""
-    return join(pictures, dim=2)
+    """A row of pictures; lower ones are padded with white at the bottom."""
+    return join_along(pictures, dim=2)
 
 
-def stacked(rows: Sequence[Tensor]) -> Tensor:
-    """Rows under each other; narrower ones are filled up with white on the right."""
-    return join(rows, dim=1)
+def stack_rows(rows: Sequence[Tensor]) -> Tensor:
+    """Rows under each other; narrower ones are padded with white on the right."""
+    return join_along(rows, dim=1)
 
 
 def gallery(pictures: Sequence[Tensor], columns: int) -> Tensor:
     """Pictures in reading order, at most `columns` in a row."""
-    return stacked(
+    return stack_rows(
         [side_by_side(pictures[start : start + columns]) for start in range(0, len(pictures), columns)]
     )
 
 
-def join(pictures: Sequence[Tensor], dim: int) -> Tensor:
+def join_along(pictures: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenate (3, height, width) along dimension 1 or 2, padded to the largest, with gaps."""
     other = 3 - dim
     longest = max(picture.shape[other] for picture in pictures)
     pieces: list[Tensor] = []
@@ -136,9 +139,10 @@ def join(pictures: Sequence[Tensor], dim: int) -> Tensor:
     return torch.cat(pieces[1:], dim=dim)
 
 
-def enlarged(image: Tensor, shorter: int = 160) -> Tensor:
-    """A small picture smoothly enlarged by the whole number that brings its shorter side
-    closest to `shorter` pixels.
+def enlarge(image: Tensor, shorter: int = 160) -> Tensor:
+    """Enlarge a small picture, bicubic, by a whole number.
+
+    The number is the one that brings the shorter side closest to `shorter` pixels.
     """
     factor = max(1, round(shorter / min(image.shape[1:])))
     if factor == 1:
@@ -146,8 +150,8 @@ def enlarged(image: Tensor, shorter: int = 160) -> Tensor:
     return F.interpolate(image[None], scale_factor=factor, mode="bicubic", align_corners=False)[0].clamp(0, 1)
 
 
-def captioned(picture: Tensor, text: str) -> Tensor:
-    """The picture under a line of text, which is shortened in the middle where it is too long."""
+def add_caption(picture: Tensor, text: str) -> Tensor:
+    """The picture under a line of text; a text that is too long is cut in the middle."""
     font, width = ImageFont.load_default(CAPTION - 4), picture.shape[2]
     text = printable(text)
     shown, kept = text, len(text)
@@ -160,11 +164,12 @@ def captioned(picture: Tensor, text: str) -> Tensor:
     return torch.cat((line.expand(3, -1, -1), picture.cpu().float()), dim=1)
 
 
-def framed(
+def draw_frame(
     picture: Tensor, top: int, left: int, height: int, width: int, line: int = 2, color: Sequence[float] = RED
 ) -> Tensor:
-    """A copy with a line of that many pixels around the rectangle: outside it, or over its
-    edge at the picture's border.
+    """A copy with a frame of `line` pixels around the rectangle.
+
+    The frame lies outside the rectangle, or over its edge at the border of the picture.
     """
     bottom, right = min(top + height + line, picture.shape[1]), min(left + width + line, picture.shape[2])
     top, left = max(top - line, 0), max(left - line, 0)
@@ -185,12 +190,15 @@ def heat_overlay(image: Tensor, heat: Tensor) -> Tensor:
     return 0.45 * image.cpu().float() + 0.55 * color
 
 
-def most_of(weights: Tensor, share: float) -> Tensor:
-    """The fewest cells that hold at least `share` of the sum of weights (h, w) >= 0: (h, w) bool, True = kept."""
-    ordered, places = weights.flatten().double().sort(descending=True, stable=True)
+def keep_most(weights: Tensor, share: float) -> Tensor:
+    """The fewest cells that hold at least `share` of the sum: (h, w) bool, True for kept.
+
+    `weights`: (h, w), not negative.
+    """
+    ordered, cells = weights.flatten().double().sort(descending=True, stable=True)
     before = ordered.cumsum(0) - ordered  # what the larger cells hold
-    kept = torch.zeros_like(places, dtype=torch.bool)
-    kept[places] = before < share * ordered.sum()
+    kept = torch.zeros_like(cells, dtype=torch.bool)
+    kept[cells] = before < share * ordered.sum()
     return kept.view(weights.shape)
 
 
@@ -203,8 +211,9 @@ def spotlight(image: Tensor, kept: Tensor) -> Tensor:
 
 
 def label_overlay(image: Tensor, labels: Tensor, colors: Tensor, opacity: float = 0.5) -> Tensor:
-    """Each pixel's class (h, w) as a color over the image; the image alone where the label
-    is none of the K colors (K, 3).
+    """Each pixel's class (h, w) as one of K colors (K, 3) over the image.
+
+    Pixels whose label has no color show the image alone.
     """
     known = (labels >= 0) & (labels < len(colors))
     cover = colors.to(image)[labels.clamp(0, len(colors) - 1)].permute(2, 0, 1)
@@ -232,7 +241,10 @@ def usage_histogram(counts: Tensor, height: int = 120, width: int = 512) -> Tens
 
 
 def plot_curves(panels: dict[str, dict[str, Sequence[float]]], path: Path) -> None:
-    """A PNG with one panel per title: {title: {label: values per epoch}}; nan where an epoch has no value."""
+    """Write a PNG with one panel per title: {title: {label: values per epoch}}.
+
+    nan stands for epochs without a value.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

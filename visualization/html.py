@@ -1,4 +1,4 @@
-"""HTML pages of one file: pictures are embedded, nothing is loaded from anywhere."""
+"""HTML pages of one file: pictures are embedded, and nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def escape(text: str) -> str:
 
 
 def picture(image: Tensor, alt: str, form: str = "JPEG") -> str:
-    """An <img> of (3, height, width) in [0, 1]; `alt` is what it shows, in words. `form`:
-    JPEG, or PNG for drawings.
+    """An <img> of (3, height, width) in [0, 1]; `alt` describes it in words.
+
+    `form`: JPEG, or PNG for drawings.
     """
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     file = io.BytesIO()
@@ -58,14 +59,16 @@ def paragraph(text: str) -> str:
 
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
-    """Two columns, what and how much."""
+    """Two columns: names and values."""
     cells = (f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows)
     return "<table>\n" + "\n".join(cells) + "\n</table>"
 
 
 def section(title: str, *parts: str, anchor: str, color: Iterable[float] | None = None) -> str:
-    """A heading and what is under it; `anchor`: its name in links; `color`: a swatch
-    before the title, RGB in [0, 1].
+    """A heading and the parts under it.
+
+    `anchor`: the name of the section in links; `color`: RGB in [0, 1], shown as a swatch
+    before the title.
     """
     swatch = ""
     if color is not None:

@@ -1,6 +1,4 @@
-"""What the scripts that look at images have in common: which images are shown, and the
-files that pictures are written to.
-"""
+"""Which images the visualizing scripts show, and the files that they write pictures to."""
 
 from __future__ import annotations
 
@@ -24,29 +22,29 @@ PAGES = (".html", ".htm")
 # ── Images to show ──
 
 
-def find_shown(sources: Sequence[str], count: int) -> list[str]:
+def find_shown(sources: Sequence[str], count: int, flag: str) -> list[str]:
     """The files among `sources`, and `count` files of each folder, evenly spread.
 
-    UserError for what does not exist, and for a file named by itself that is no image:
-    to be called before other work.
+    To be called before other work. UserError for what does not exist, and for a file
+    named by itself that is no image; `flag` names the source in its message.
     """
     chosen: list[str] = []
     for source in sources:
         if not os.path.exists(source):
-            raise UserError(f"--image {source}: no such file or folder")
-        paths = find_images_or_file(source, "--image")
+            raise UserError(f"{flag} {source}: no such file or folder")
+        paths = find_images_or_file(source, flag)
         if not os.path.isdir(source):
             try:
                 load_image(source)
             except Exception as error:  # PIL raises nearly anything for broken files
-                raise UserError(f"--image {source}: cannot be read ({error})") from None
+                raise UserError(f"{flag} {source}: cannot be read ({error})") from None
         taken = min(count, len(paths))
         chosen += [paths[number * len(paths) // taken] for number in range(taken)]
     return chosen
 
 
 def read_or_leave_out(path: str) -> Image.Image | None:
-    """None, and a line that names the file, where it does not decode."""
+    """The image, or None and a warning that names the file if it does not decode."""
     try:
         return load_image(path)
     except Exception as error:  # PIL raises nearly anything for broken files
@@ -55,7 +53,10 @@ def read_or_leave_out(path: str) -> Image.Image | None:
 
 
 def read_shown(paths: Sequence[str]) -> Iterator[tuple[str, Image.Image]]:
-    """(path, image) of those that can be read, the others are named; UserError at the end if there was none."""
+    """(path, image) of those that can be read; the others are named in the log.
+
+    UserError at the end if there was none.
+    """
     shown = 0
     for path in paths:
         image = read_or_leave_out(path)
@@ -63,15 +64,17 @@ def read_shown(paths: Sequence[str]) -> Iterator[tuple[str, Image.Image]]:
             shown += 1
             yield path, image
     if not shown:
-        raise UserError(f"--image: no image could be read, of {len(paths)} such as {paths[0]}")
+        raise UserError(f"no image could be read, of {len(paths)} such as {paths[0]}")
 
 
 # ── The file to write ──
 
 
-def prepare_output(path: str, endings: Sequence[str], flag: str = "--output") -> None:
-    """Make its folder, and refuse a name that could not be written to in the end: to be
-    called before other work.
+def prepare_output(path: str, endings: Sequence[str], flag: str) -> None:
+    """Make the folder of the file `path`; to be called before other work.
+
+    UserError for a name that could not be written to in the end: it must have one of
+    `endings`, and lie in a folder with write permission. `flag` names it in messages.
     """
     if path.endswith(("/", os.sep)) or os.path.isdir(path):
         raise UserError(
@@ -88,9 +91,11 @@ def prepare_output(path: str, endings: Sequence[str], flag: str = "--output") ->
         raise UserError(f"{flag} {path}: no permission to write there")
 
 
-def save_picture(picture: Tensor, path: str, flag: str = "--output") -> None:
-    """(3, height, width) in [0, 1]. UserError for a full disk, or a format that ends
-    before the picture does (JPEG).
+def save_picture(picture: Tensor, path: str, flag: str) -> None:
+    """Write (3, height, width) in [0, 1].
+
+    UserError for a full disk, or a picture larger than its format allows (JPEG); `flag`
+    names the file in its message.
     """
     try:
         save_image(picture, path)

@@ -1,7 +1,7 @@
-"""What tokens keep: a small decoder from a frozen tokenizer's codes to pixels.
+"""A small decoder from the codes of a frozen tokenizer to pixels, which shows what tokens keep.
 
-Nothing of it is used to train BEiT v2. The tokenizer never sees its loss, so that what
-it draws is what the codes hold.
+It has no part in training BEiT v2. Its loss does not reach the tokenizer, so that it
+draws what the codes hold and nothing else.
 
 Shapes: B batch, h x w grid of N patches, D code dim, C width, P patch side.
 """
@@ -26,15 +26,18 @@ HEAD_DIM = 32
 
 
 class PixelDecoder(nn.Module):
-    """Code vectors -> ViT over the grid -> each token paints a window of 2P x 2P pixels,
-    twice its patch; windows add up.
+    """Code vectors -> ViT over the grid -> a window of 2P x 2P pixels for each token.
 
-    With windows that only touch, the patches' edges stand out and the PSNR is lower (docs/visualization.md).
+    A window is twice as wide as its patch, and overlapping windows are added. If they
+    only touch, the edges of patches stand out and the PSNR is lower
+    (docs/visualization.md).
 
     Args:
         grid: (h, w).
         code_dim: D.
         depth, dim: blocks and width C of the ViT; heads have 32 channels each.
+
+    ValueError: `dim` is no multiple of 32.
     """
 
     def __init__(self, grid: tuple[int, int], code_dim: int, depth: int, dim: int) -> None:
@@ -46,7 +49,7 @@ class PixelDecoder(nn.Module):
             num_classes=0,
             embed_dim=dim,
             depth=depth,
-            num_heads=heads_of(dim),
+            num_heads=count_heads(dim),
         )
         self.grid = grid
         self.to_pixels = nn.ConvTranspose2d(
@@ -62,20 +65,20 @@ class PixelDecoder(nn.Module):
         return torch.sigmoid(self.to_pixels(rearrange(tokens, "b (h w) c -> b c h w", h=height)).float())
 
 
-def heads_of(dim: int) -> int:
+def count_heads(dim: int) -> int:
     if dim < HEAD_DIM or dim % HEAD_DIM:
-        raise UserError(f"--pixel_decoder_dim {dim}: give a multiple of {HEAD_DIM}, the width of a head")
+        raise ValueError(f"dim must be a multiple of {HEAD_DIM}, the width of a head, not {dim}")
     return dim // HEAD_DIM
 
 
 class Reconstructor(nn.Module):
-    """Image -> codes, by a frozen tokenizer -> pixels, by a decoder that is trained. One file holds both."""
+    """A frozen tokenizer (image -> codes) and a trained decoder (codes -> pixels) in one file."""
 
     def __init__(self, tokenizer: VQKD, depth: int, dim: int) -> None:
         super().__init__()
         self.tokenizer = tokenizer.eval().requires_grad_(False)
-        # How the tokenizer scales images is in no file of its own; ours must tell, for
-        # it may be all that is left.
+        # A tokenizer's own file does not hold how it scales images. Ours must, as it is
+        # opened without any other file.
         for name in ("input_mean", "input_std"):
             tokenizer.register_buffer(name, getattr(tokenizer, name), persistent=True)
         self.grid: tuple[int, int] = tokenizer.encoder.patch_embed.patch_shape
@@ -99,9 +102,7 @@ class Reconstructor(nn.Module):
         return self.tokenizer.get_codebook_indices(images).view(-1, *self.grid)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w) -> images (B, 3, height, width) in [0, 1]. Nothing but the
-        codes' own vectors is looked at.
-        """
+        """Codes (B, h, w) -> images (B, 3, height, width) in [0, 1], from the codes' vectors alone."""
         vectors = F.embedding(codes, self.tokenizer.quantize.embedding.weight)
         return self.decoder(rearrange(vectors, "b h w d -> b d h w"))
 
@@ -112,9 +113,11 @@ class Reconstructor(nn.Module):
         return {f"decoder.vit.{name}" for name in self.decoder.vit.no_weight_decay()}
 
 
-def open_reconstructor(source: str, flag: str = "--checkpoint") -> Reconstructor:
-    """The model in a file of `run_vqkd_training.py --train_pixel_decoder` (path or URL),
-    in eval; no other file is needed.
+def open_reconstructor(source: str, flag: str) -> Reconstructor:
+    """The model in a file of `run_vqkd_training.py --train_pixel_decoder`, in eval mode.
+
+    `source`: a path or a URL, which `flag` names in messages. UserError: the file holds
+    no pixel decoder.
     """
     found = weight_files.weights_in(weight_files.load_file(downloads.fetch(source)), source)
     weights = weight_formats.strip_wrappers(found)
