@@ -435,7 +435,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output:
         Path(args.output).write_text(
             json.dumps(
-                {"machine": facts, "flags": checkpoints.plain(args.plain()), "contests": results}, indent=1
+                {"machine": facts, "flags": checkpoints.to_plain_data(args.plain()), "contests": results},
+                indent=1,
             )
             + "\n"
         )

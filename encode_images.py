@@ -118,7 +118,7 @@ class Tokenizer:
     grid: tuple[int, int]
 
 
-def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
+def prepare_tokenizer(args: argparse.Namespace) -> Tokenizer:
     if args.tokenizer_model == "dall-e":
         dvae = modeling_dvae.load_dall_e_encoder(args.tokenizer_weight)
         size = args.input_size or DALL_E_SIZE
@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Setup ──
     launch, device = distributed.start(args.device, timeout_minutes=MINUTES_TO_WAIT)
     files = files_to_encode(args.data_path)
-    tokenizer = open_tokenizer(args)
+    tokenizer = prepare_tokenizer(args)
     view = eval_view(tokenizer.input_size, args.crop_pct)
     rows, columns = tokenizer.grid
     log.info(f"tokenizer  {tokenizer.source}: {tokenizer.n_codes} codes, {rows} x {columns} patches")

@@ -145,7 +145,7 @@ def test_two_processes_write_what_one_writes(broken, weights, tmp_path):
 def test_every_number_of_processes_shares_all_images_in_order(data, weights, tmp_path):
     """Also when some have nothing to do."""
     args = arguments.parse(encode_images.get_parser(), flags(weights, data, tmp_path))
-    encoder, files = encode_images.open_tokenizer(args), encode_images.files_to_encode(str(data))
+    encoder, files = encode_images.prepare_tokenizer(args), encode_images.files_to_encode(str(data))
     for world_size in (1, 3, 12):
         names = []
         for rank in range(world_size):

@@ -137,12 +137,14 @@ def test_main_prints_the_table_and_knows_its_names(capsys: pytest.CaptureFixture
 def test_the_table_shows_what_is_on_this_disk(hub: pathlib.Path) -> None:
     hub.mkdir(parents=True)
     (hub / "beit_base_patch16_224_pt22k.pth").write_bytes(bytes(3 * 2**20))
-    row = next(line for line in model_zoo.table().splitlines() if "beit_base_patch16_224_pt22k " in line)
+    row = next(
+        line for line in model_zoo.format_table().splitlines() if "beit_base_patch16_224_pt22k " in line
+    )
     assert row.split() == ["beit_base_patch16_224_pt22k", "92.0", "M", "~351", "MiB", "3", "MiB", "-"]
 
 
 def test_the_table_shows_about_how_much_is_downloaded() -> None:
-    rows = {line.split()[0]: line for line in model_zoo.table().splitlines() if line.startswith("  ")}
+    rows = {line.split()[0]: line for line in model_zoo.format_table().splitlines() if line.startswith("  ")}
     assert " ~330 MiB " in rows["beitv2_base_patch16_224_pt1k_ft1k"]  # 86.5 M x 4 bytes
     assert " ~205 MiB " in rows["dall_e_encoder"]  # as OpenAI's file is
     assert " ~1.1 GiB " in rows["beitv2_large_patch16_224_pt1k_ft1k"]

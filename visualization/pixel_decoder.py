@@ -116,7 +116,7 @@ def open_reconstructor(source: str, flag: str = "--checkpoint") -> Reconstructor
     """The model in a file of `run_vqkd_training.py --train_pixel_decoder` (path or URL),
     in eval; no other file is needed.
     """
-    found = weight_files.weights_in(weight_files.load_file(downloads.fetch(source)), source)
+    found = weight_files.extract_weights(weight_files.load_file(downloads.fetch(source)), source)
     weights = weight_formats.strip_wrappers(found)
     if "decoder.to_pixels.weight" not in weights:
         raise UserError(
