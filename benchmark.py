@@ -135,23 +135,22 @@ def variant(table: dict[str, Any], size: str, ending: str = "") -> str:
     """The model of that size in a stage's table, or the base one where a stage has none
     (its tokenizer serves all).
     """
-    rows = {name: row[0] for name, row in table.items() if name.endswith(ending)}
+    rows = {name: row.size for name, row in table.items() if name.endswith(ending)}
     return next((name for wanted in (size, "base") for name, row in rows.items() if row == wanted), "")
 
 
-# ── Stages
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Stages ──
 
 
 def pretraining(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     """BEiT v2's step: frozen tokenizer, masked ViT with the CLS head, both losses."""
-    name = variant(modeling_pretrain.VARIANTS, args.model, "_cls_pt")
-    depth = SIZES[modeling_pretrain.VARIANTS[name][0]].depth
+    name = variant(modeling_pretrain.MODELS, args.model, "_cls_pt")
+    depth = SIZES[modeling_pretrain.MODELS[name].size].depth
     bias = {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "init_values": 0.1}
     model = modeling_pretrain.create_model(name, early_layers=depth * 3 // 4, head_layers=2, **bias).to(
         run.device
     )
-    tokenizer_name = variant(modeling_vqkd.VARIANTS, args.model)
+    tokenizer_name = variant(modeling_vqkd.MODELS, args.model)
     size = model.patch_embed.img_size[0]
     tokenizer = modeling_vqkd.create_model(tokenizer_name, as_tokenizer=True, img_size=size).to(run.device)
     enliven(model)
@@ -185,20 +184,27 @@ def pretraining(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
 
 def vqkd(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     """Training the tokenizer: encoder, quantizer with its moving average, decoder, frozen teacher."""
-    name = variant(modeling_vqkd.VARIANTS, args.model)
-    size = modeling_vqkd.image_size(name)
-    teacher = build_teacher(args.teacher, None if args.teacher == "hog" else "random", grid=size // 16)
+    name = variant(modeling_vqkd.MODELS, args.model)
+    size = modeling_vqkd.MODELS[name].img_size
+    weights = None if args.teacher == "hog" else "random"
+    teacher = build_teacher(args.teacher, weights, grid=size // 16).to(run.device)
     model = modeling_vqkd.create_model(name, teacher=teacher, quantize_kmeans_init=False).to(run.device)
     batch = random_batch(args.batch_size, size, run.device)
     batch["image"] = batch["tokenizer_image"]
-    plain = PlainVQKD(model)
+    plain = PlainVQKD(model, teacher)
     cast_frozen(teacher, run.precision.dtype)
     stage = TokenizerStage(
-        model, run.device, run.precision, ImageFiles([], view := TokenizerViews(size, 0.2, 0.0, "bicubic"))
+        model,
+        teacher,
+        run.device,
+        run.precision,
+        ImageFiles([], view := TokenizerViews(size, 0.2, 0.0, "bicubic")),
     )
     ours = Ours(stage, model, run)
     flops = Ours(
-        TokenizerStage(probe := copy.deepcopy(model), run.device, run.precision, stage.dataset), probe, run
+        TokenizerStage(probe := copy.deepcopy(model), teacher, run.device, run.precision, stage.dataset),
+        probe,
+        run,
     ).flops(batch)
     del probe
     targets = teacher.targets
@@ -227,7 +233,7 @@ def finetuning(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     """Inference, then a training step of the classifier with a bias table in every block,
     as released weights have it.
     """
-    name = variant(modeling_finetune.VARIANTS, args.model)
+    name = variant(modeling_finetune.MODELS, args.model)
     bias = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1}
     model = modeling_finetune.create_model(name, num_classes=CLASSES, **bias).to(run.device)
     enliven(model)
@@ -296,7 +302,7 @@ def quantizer(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
 
 def data(args: argparse.Namespace, run: Run) -> Iterator[Contest]:
     """JPEG files of 500 x 375 to both views and a mask, on one core."""
-    size = modeling_pretrain.VARIANTS[variant(modeling_pretrain.VARIANTS, args.model, "_cls_pt")][2]
+    size = modeling_pretrain.MODELS[variant(modeling_pretrain.MODELS, args.model, "_cls_pt")].img_size
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         paths = photos(Path(folder), args.batch_size)
@@ -360,8 +366,7 @@ def through_loader(contest: Contest, args: argparse.Namespace, run: Run) -> dict
     return {phase: statistics.median(ms.get(phase, 0.0) for ms in taken[2:]) for phase in PHASES}
 
 
-# ── Report
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Report ──
 
 
 def machine(run: Run, side: int) -> tuple[dict[str, Any], float]:

@@ -103,8 +103,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ── Tokenizer and images
-# ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── Tokenizer and images ──
 
 
 @dataclass(frozen=True)
@@ -173,8 +172,7 @@ def described(view: Any) -> str:
     return f"shorter side to {resize.size} pixels ({resize.interpolation.value}), then the central {size}"
 
 
-# ── Encoding: this process's share
-# ───────────────────────────────────────────────────────────────────────────────────
+# ── Encoding: this process's share ──
 
 
 @torch.no_grad()
@@ -225,8 +223,7 @@ def files_to_encode(data_path: str) -> list[str]:
     return [os.path.abspath(path) for path in fine]
 
 
-# ── What comes out
-# ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What comes out ──
 
 
 def finish(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, view: View) -> None:

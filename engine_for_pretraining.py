@@ -186,8 +186,7 @@ def suffix(index: int, branches: list[PatchLoss]) -> str:
     return f"_{index + 1}" if len(branches) > 1 else ""
 
 
-# ── Targets
-# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Targets ──
 
 
 class PatchLoss(NamedTuple):

@@ -16,6 +16,7 @@ from runtime import distributed
 from runtime.distributed import Precision, log
 from runtime.metrics import RunningMeans
 from visualization import drawing
+from vqkd_teachers import Teacher
 
 CALIBRATION_IMAGES = 512
 
@@ -26,6 +27,7 @@ class TokenizerStage(Stage):
     def __init__(
         self,
         model: VQKD,
+        teacher: Teacher,
         device: torch.device,
         precision: Precision,
         dataset: Dataset,
@@ -33,14 +35,15 @@ class TokenizerStage(Stage):
         quantizer_warmup_steps: int = 0,
         revive_dead_codes: bool = False,
     ) -> None:
-        self.model, self.device, self.precision = model, device, precision
+        self.model, self.teacher = model, teacher
+        self.device, self.precision = device, precision
         self.dataset, self.held_out = dataset, held_out
         self.warmup_steps, self.revive_dead_codes = quantizer_warmup_steps, revive_dead_codes
         if quantizer_warmup_steps > 0:
             model.quantize.gather_for_kmeans = FEATURES_PER_CODE * model.quantize.num_tokens
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        return model(batch["image"])
+        return model(batch["image"], self.teacher.targets(batch["image"]))
 
     def before_step(self, step: int) -> None:
         self.model.quantize.warming_up = step < self.warmup_steps
@@ -72,7 +75,7 @@ class TokenizerStage(Stage):
         rows = 0
         for start in range(0, len(images), 32):
             batch = torch.stack(images[start : start + 32]).to(self.device)
-            features = self.model.teacher.targets(batch).double().flatten(0, 1)
+            features = self.teacher.targets(batch).double().flatten(0, 1)
             total, squares, rows = (
                 total + features.sum(0),
                 squares + features.square().sum(0),
@@ -96,7 +99,7 @@ class TokenizerStage(Stage):
         for batch in evaluation_batches(self.held_out, self.device):
             image = batch["image"]
             with self.precision.autocast():
-                loss, logs, codes = model.distil(image)
+                loss, logs, codes = model.distill(image, self.teacher.targets(image))
             means.add({"loss": loss} | logs, weight=len(image))
             codes = codes[codes >= 0]  # none before the codebook is initialized
             counts.index_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))

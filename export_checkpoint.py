@@ -30,7 +30,7 @@ from layers.rel_pos_bias import as_pair
 from runtime import distributed
 from runtime.distributed import log
 from transforms import default_crop_pct, normalization
-from vit_backbone import SIZES, Trunk
+from vit_backbone import SIZES, Trunk, Variant
 
 SUFFIXES = (".safetensors", ".pth")
 NAMES_OF = {"ours": "our names", "timm": "timm's names", "huggingface": "Hugging Face's names"}
@@ -130,8 +130,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output} would overwrite --checkpoint: name another place")
 
 
-# ── The model
-# ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The model ──
 
 
 class Model(NamedTuple):
@@ -153,7 +152,7 @@ class Model(NamedTuple):
 def open_model(source: Source, args: argparse.Namespace) -> Model:
     """Build the model that the weights are of and load them: what does not fit together is found here."""
     weights, external = source.weights, source.external
-    row = SIZES[variants()[args.model][0]] if args.model else None
+    row = SIZES[variants()[args.model].size] if args.model else None
     heads = args.num_heads or external.num_heads
     if heads is None and row is not None and not any(key.endswith(weight_formats.TABLE) for key in weights):
         heads = row.num_heads
@@ -218,8 +217,8 @@ def build(settings: dict[str, Any], vocab_size: int, weights: dict[str, Tensor])
     )
 
 
-def variants() -> dict[str, tuple[str, int, int]]:
-    return {**modeling_pretrain.VARIANTS, **modeling_finetune.VARIANTS}
+def variants() -> dict[str, Variant]:
+    return {**modeling_pretrain.MODELS, **modeling_finetune.MODELS}
 
 
 def name_of(settings: dict[str, Any], weights: dict[str, Tensor], args: argparse.Namespace) -> str | None:
@@ -230,10 +229,10 @@ def name_of(settings: dict[str, Any], weights: dict[str, Tensor], args: argparse
     sizes = [size for size, row in SIZES.items() if row._asdict() == make]
     kind = ("lm_head.weight" in weights, "cls_pt_layers.0.norm1.weight" in weights)
     fits = {
-        name: abs(img_size - settings["img_size"][0])
-        for name, (size, patch_size, img_size) in variants().items()
-        if size in sizes and patch_size == settings["patch_size"]
-        if kind == (name in modeling_pretrain.VARIANTS, name.endswith("_cls_pt"))
+        name: abs(variant.img_size - settings["img_size"][0])
+        for name, variant in variants().items()
+        if variant.size in sizes and variant.patch_size == settings["patch_size"]
+        if kind == (name in modeling_pretrain.MODELS, name.endswith("_cls_pt"))
     }
     if args.model is not None and args.model not in fits:
         holds = " or ".join(fits) or "a size that has no name here"
@@ -280,8 +279,7 @@ def read_class_names(given: str | None, count: int) -> list[str] | None:
     return names
 
 
-# ── Writing
-# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Writing ──
 
 
 class Written(NamedTuple):

@@ -7,7 +7,6 @@ Shapes: B batch, N patches, T = 1 + N tokens with CLS in front, C width, H heads
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from checkpoint_io.remapping import remap_pretrained
 from errors import pick
 from layers.rel_pos_bias import resize_rel_pos_bias_table
-from vit_backbone import SIZES, Block, LayerNorm, TokenSubset, Trunk, init_linear_and_norm, rescale_outputs
+from vit_backbone import Block, TokenSubset, Trunk, Variant, init_linear_and_norm, rescale_outputs
 
 __all__ = [
     "MODELS",
@@ -30,40 +29,27 @@ __all__ = [
 class VisionTransformer(Trunk):
     """ViT with a linear head. Mean pooling norms the mean of the patch tokens (`fc_norm`);
     CLS pooling norms all (`norm`).
+
+    Args:
+        num_classes: 0 for features alone, without a head.
+        use_mean_pooling: of the patch tokens; else the CLS token is classified.
+        init_scale: factor of the head's initial weights.
+        trunk: fields of vit_backbone.TrunkConfig.
     """
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
+        *,
         num_classes: int = 1000,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        norm_layer: Callable[[int], nn.Module] | None = None,
-        init_values: float | None = 0.0,
-        use_abs_pos_emb: bool = True,
-        use_rel_pos_bias: bool = False,
-        use_shared_rel_pos_bias: bool = False,
         use_mean_pooling: bool = True,
         init_scale: float = 0.001,
+        **trunk: Any,
     ) -> None:
-        super().__init__(
-            img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, drop_rate,
-            attn_drop_rate, drop_path_rate, norm_layer, init_values, use_abs_pos_emb, use_rel_pos_bias,
-            use_shared_rel_pos_bias,
-        )  # fmt: skip
+        super().__init__(**trunk)
         self.num_classes = num_classes
-        norm_layer = norm_layer or LayerNorm
-        self.norm = nn.Identity() if use_mean_pooling else norm_layer(embed_dim)
-        self.fc_norm = norm_layer(embed_dim) if use_mean_pooling else None
-        self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.norm = nn.Identity() if use_mean_pooling else self.norm_layer(self.embed_dim)
+        self.fc_norm = self.norm_layer(self.embed_dim) if use_mean_pooling else None
+        self.head: nn.Module = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
         self.init_tokens(std=0.02, cut=2.0)
         self.apply(functools.partial(init_linear_and_norm, std=0.02, cut=2.0))
@@ -112,45 +98,24 @@ class VisionTransformer(Trunk):
         return layers
 
 
-# ── Variants: name -> (row of SIZES, patch size, image size)
-# ─────────────────────────────────────────────────────────
+# ── Variants: a row of SIZES, patch size, image size ──
 
-VARIANTS = {
-    "beit_demo_patch16_128": ("demo", 16, 128),
-    "beit_tiny_patch16_224": ("tiny", 16, 224),
-    "beit_small_patch16_224": ("small", 16, 224),
-    "beit_base_patch16_224": ("base", 16, 224),
-    "beit_base_patch16_256": ("base", 16, 256),
-    "beit_base_patch16_384": ("base", 16, 384),
-    "beit_24x544_patch16_224": ("24x544", 16, 224),
-    "beit_large_patch16_224": ("large", 16, 224),
-    "beit_large_patch16_384": ("large", 16, 384),
-    "beit_large_patch16_512": ("large", 16, 512),
-    "beit_huge_patch14_224": ("huge", 14, 224),
-    "beit_giant_patch14_224": ("giant", 14, 224),
-}
-
-
-def _builder(name: str) -> Callable[..., VisionTransformer]:
-    size, patch_size, img_size = VARIANTS[name]
-
-    def build(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-        if pretrained:
-            raise ValueError(
-                f"{name} has no weights of its own: load a checkpoint with --finetune or remap_pretrained"
-            )
-        return VisionTransformer(
-            **{"img_size": img_size, "patch_size": patch_size, **SIZES[size]._asdict(), **kwargs}
-        )
-
-    build.__name__ = name
-    return build
-
+beit_demo_patch16_128 = Variant(VisionTransformer, "demo", 16, 128)
+beit_tiny_patch16_224 = Variant(VisionTransformer, "tiny", 16, 224)
+beit_small_patch16_224 = Variant(VisionTransformer, "small", 16, 224)
+beit_base_patch16_224 = Variant(VisionTransformer, "base", 16, 224)
+beit_base_patch16_256 = Variant(VisionTransformer, "base", 16, 256)
+beit_base_patch16_384 = Variant(VisionTransformer, "base", 16, 384)
+beit_24x544_patch16_224 = Variant(VisionTransformer, "24x544", 16, 224)
+beit_large_patch16_224 = Variant(VisionTransformer, "large", 16, 224)
+beit_large_patch16_384 = Variant(VisionTransformer, "large", 16, 384)
+beit_large_patch16_512 = Variant(VisionTransformer, "large", 16, 512)
+beit_huge_patch14_224 = Variant(VisionTransformer, "huge", 14, 224)
+beit_giant_patch14_224 = Variant(VisionTransformer, "giant", 14, 224)
 
 # A registry of our own: timm's model of the name beit_base_patch16_224 stays timm's.
-MODELS = {name: _builder(name) for name in VARIANTS}
-globals().update(MODELS)
+MODELS = {name: value for name, value in globals().items() if isinstance(value, Variant)}
 
 
-def create_model(name: str, **kwargs: Any) -> VisionTransformer:
-    return pick(MODELS, name, "fine-tuning model")(**kwargs)
+def create_model(name: str, **options: Any) -> VisionTransformer:
+    return pick(MODELS, name, "fine-tuning model")(**options)

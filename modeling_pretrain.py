@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from errors import UserError, pick
 from vit_backbone import (
-    SIZES,
-    LayerNorm,
     TokenSubset,
     Trunk,
+    Variant,
     drop_path_ramp,
     init_linear_and_norm,
     masked_subset,
@@ -54,39 +53,18 @@ class MaskedPatches(NamedTuple):
 class VisionTransformerForMaskedImageModeling(Trunk):
     """ViT that predicts the visual token of every masked patch (BEiT, section 2.3).
 
-    `vocab_size`: K, the values that the head gives for a patch; --target pixels asks
-    for those of a patch's pixels instead.
+    Args:
+        vocab_size: K, the values that the head gives for a patch: one for each code, or
+            (--target pixels) for each number of its pixels.
+        init_std: of all initial weights.
+        trunk: fields of vit_backbone.TrunkConfig.
     """
 
-    def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        vocab_size: int = 8192,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        norm_layer: Callable[[int], nn.Module] | None = None,
-        init_values: float | None = 0.0,
-        use_abs_pos_emb: bool = True,
-        use_rel_pos_bias: bool = False,
-        use_shared_rel_pos_bias: bool = False,
-        init_std: float = 0.02,
-    ) -> None:
-        super().__init__(
-            img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, drop_rate,
-            attn_drop_rate, drop_path_rate, norm_layer, init_values, use_abs_pos_emb, use_rel_pos_bias,
-            use_shared_rel_pos_bias, with_mask_token=True,
-        )  # fmt: skip
+    def __init__(self, *, vocab_size: int = 8192, init_std: float = 0.02, **trunk: Any) -> None:
+        super().__init__(with_mask_token=True, **trunk)
         self.vocab_size, self.init_std = vocab_size, init_std
-        self.norm = (norm_layer or LayerNorm)(embed_dim)
-        self.lm_head = nn.Linear(embed_dim, vocab_size)
+        self.norm = self.norm_layer(self.embed_dim)
+        self.lm_head = nn.Linear(self.embed_dim, vocab_size)
 
         self.init_tokens(std=init_std, cut=init_std)
         truncated_normal_(self.patch_embed.proj.weight, init_std, cut=init_std)
@@ -167,14 +145,9 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
     """
 
     def __init__(
-        self,
-        *args: Any,
-        early_layers: int = 6,
-        head_layers: int = 2,
-        shared_lm_head: bool = True,
-        **kwargs: Any,
+        self, *, early_layers: int = 6, head_layers: int = 2, shared_lm_head: bool = True, **options: Any
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(**options)
         depth = len(self.blocks)
         if not 0 < early_layers <= depth:
             raise UserError(
@@ -239,60 +212,34 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
         return self.cls_pt_layers[-1](bridged, bias, subset)
 
 
-# ── Variants: name -> (row of SIZES, patch size, image size); `_cls_pt` adds the CLS
-# head ────────────────────────────
+# ── Variants: a row of SIZES, patch size, image size ──
 
-VARIANTS = {
-    "beit_demo_patch16_128_8k_vocab": ("demo", 16, 128),
-    "beit_demo_patch16_128_8k_vocab_cls_pt": ("demo", 16, 128),
-    "beit_tiny_patch16_224_8k_vocab": ("tiny", 16, 224),
-    "beit_tiny_patch16_224_8k_vocab_cls_pt": ("tiny", 16, 224),
-    "beit_small_patch16_224_8k_vocab": ("small", 16, 224),
-    "beit_small_patch16_224_8k_vocab_cls_pt": ("small", 16, 224),
-    "beit_base_patch16_192_8k_vocab": ("base", 16, 192),
-    "beit_base_patch16_224_8k_vocab": ("base", 16, 224),
-    "beit_base_patch16_256_8k_vocab": ("base", 16, 256),
-    "beit_base_patch16_224_8k_vocab_cls_pt": ("base", 16, 224),
-    "beit_24x544_patch16_224_8k_vocab": ("24x544", 16, 224),
-    "beit_24x544_patch16_224_8k_vocab_cls_pt": ("24x544", 16, 224),
-    "beit_large_patch16_224_8k_vocab": ("large", 16, 224),
-    "beit_large_patch16_224_8k_vocab_cls_pt": ("large", 16, 224),
-    "beit_huge_patch14_224_8k_vocab": ("huge", 14, 224),
-}
+BEiT, BEiTv2 = VisionTransformerForMaskedImageModeling, VisionTransformerForMaskedImageModelingCLS
 
-
-def _builder(name: str) -> Callable[..., VisionTransformerForMaskedImageModeling]:
-    size, patch_size, img_size = VARIANTS[name]
-    with_cls_head = name.endswith("_cls_pt")
-    model = (
-        VisionTransformerForMaskedImageModelingCLS
-        if with_cls_head
-        else VisionTransformerForMaskedImageModeling
-    )
-
-    def build(pretrained: bool = False, **kwargs: Any) -> VisionTransformerForMaskedImageModeling:
-        if pretrained:
-            raise ValueError(f"{name} has no weights of its own: load a checkpoint with --resume")
-        return model(**{"img_size": img_size, "patch_size": patch_size, **SIZES[size]._asdict(), **kwargs})
-
-    build.__name__ = name
-    return build
-
+beit_demo_patch16_128_8k_vocab = Variant(BEiT, "demo", 16, 128)
+beit_demo_patch16_128_8k_vocab_cls_pt = Variant(BEiTv2, "demo", 16, 128)
+beit_tiny_patch16_224_8k_vocab = Variant(BEiT, "tiny", 16, 224)
+beit_tiny_patch16_224_8k_vocab_cls_pt = Variant(BEiTv2, "tiny", 16, 224)
+beit_small_patch16_224_8k_vocab = Variant(BEiT, "small", 16, 224)
+beit_small_patch16_224_8k_vocab_cls_pt = Variant(BEiTv2, "small", 16, 224)
+beit_base_patch16_192_8k_vocab = Variant(BEiT, "base", 16, 192)
+beit_base_patch16_224_8k_vocab = Variant(BEiT, "base", 16, 224)
+beit_base_patch16_256_8k_vocab = Variant(BEiT, "base", 16, 256)
+beit_base_patch16_224_8k_vocab_cls_pt = Variant(BEiTv2, "base", 16, 224)
+beit_24x544_patch16_224_8k_vocab = Variant(BEiT, "24x544", 16, 224)
+beit_24x544_patch16_224_8k_vocab_cls_pt = Variant(BEiTv2, "24x544", 16, 224)
+beit_large_patch16_224_8k_vocab = Variant(BEiT, "large", 16, 224)
+beit_large_patch16_224_8k_vocab_cls_pt = Variant(BEiTv2, "large", 16, 224)
+beit_huge_patch14_224_8k_vocab = Variant(BEiT, "huge", 14, 224)
 
 # A registry of our own: importing this module leaves timm's models alone.
-MODELS = {name: _builder(name) for name in VARIANTS}
-globals().update(MODELS)
+MODELS = {name: value for name, value in globals().items() if isinstance(value, Variant)}
+OF_THE_CLS_HEAD = ("early_layers", "head_layers", "shared_lm_head")
 
 
-def create_model(name: str, **kwargs: Any) -> VisionTransformerForMaskedImageModeling:
-    """`early_layers`, `head_layers` and `shared_lm_head` are dropped for models without the CLS head."""
-    build = pick(MODELS, name, "pretraining model")
-    if not name.endswith("_cls_pt"):
-        kwargs = {
-            k: v for k, v in kwargs.items() if k not in ("early_layers", "head_layers", "shared_lm_head")
-        }
-    return build(**kwargs)
-
-
-__all__ = ["MODELS", "create_model", *VARIANTS, "VisionTransformerForMaskedImageModeling"]
-__all__ += ["VisionTransformerForMaskedImageModelingCLS"]
+def create_model(name: str, **options: Any) -> VisionTransformerForMaskedImageModeling:
+    """Options of the CLS head are dropped for models without one."""
+    variant = pick(MODELS, name, "pretraining model")
+    if variant.model is BEiT:
+        options = {key: value for key, value in options.items() if key not in OF_THE_CLS_HEAD}
+    return variant(**options)

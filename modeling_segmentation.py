@@ -260,8 +260,7 @@ class Segmenter(nn.Module):
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
 
-# ── Variants: <head>_beit_<size>_patch16
-# ─────────────────────────────────────────────────────────────────────────────
+# ── Variants: <head>_beit_<size>_patch16 ──
 
 
 SMALL_HEAD = 256  # channels of SETR-PUP's head and of the auxiliary one

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,17 +35,18 @@ class VQKD(nn.Module):
     """Encoder -> unit codes of dim D -> quantizer -> decoder -> the teacher's feature of every patch.
 
     Args:
-        encoder_config, decoder_config: arguments of VisionTransformer. The decoder's
-        image is the grid of codes
-            (img_size = grid side, patch_size 1, in_chans = embed_dim).
-        n_embed, embed_dim: K and D. decoder_out_dim: F. teacher: frozen module with
-        `targets(x) -> (B, N, F)`, needed by `forward` alone. It is a guest: it moves
-        with
-            `.to()`, but is in neither the parameters nor the state dict.
+        encoder_config, decoder_config: arguments of VisionTransformer. The decoder's image
+            is the grid of codes (img_size = grid side, patch_size 1, in_chans = embed_dim).
+        n_embed, embed_dim: K and D. decoder_out_dim: F.
+        teacher: frozen module with `targets(x) -> (B, N, F)`, which `forward` asks where it
+            is given no targets. It is no part of this module: neither parameters nor state
+            dict hold it, and `.to()` does not move it.
     """
 
     input_mean: Tensor
     input_std: Tensor
+    target_mean: Tensor
+    target_std: Tensor
 
     def __init__(
         self,
@@ -72,18 +74,13 @@ class VQKD(nn.Module):
         mean, std = pick(INPUT_MEAN_STD, process_type, "--process_type")
         self.register_buffer("input_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("input_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.__dict__["teacher"] = teacher  # past nn.Module's registration, on purpose
-        if teacher is not None and teacher.standardize:
+        self.teacher_targets: Callable[[Tensor], Tensor] | None = None if teacher is None else teacher.targets
+        self.standardize = teacher is not None and teacher.standardize
+        if self.standardize:
             self.register_buffer("target_mean", torch.zeros(decoder_out_dim))
             self.register_buffer("target_std", torch.ones(decoder_out_dim))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VQKD:
-        if self.teacher is not None:
-            self.teacher._apply(fn)
-        return super()._apply(fn, recurse)
-
-    # ── encoding
-    # ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── encoding ──
 
     def pre_process(self, x: Tensor) -> Tensor:
         """Images (B, 3, height, width) in [0, 1] -> what the encoder sees."""
@@ -118,31 +115,29 @@ class VQKD(nn.Module):
             return codes
         return codes.view(x.shape[0], -1) if bool_masked_pos is None else at_mask(codes, bool_masked_pos)
 
-    # ── decoding and distillation
-    # ────────────────────────────────────────────────────────────────────────────────────
+    # ── decoding and distillation ──
 
     def decode(self, z_q: Tensor) -> Tensor:
         """Codes (B, D, h, w) -> predicted teacher features (B, N, F)."""
         return self.decode_task_layer(self.decoder.forward_features(z_q, return_patch_tokens=True))
 
-    @torch.no_grad()
-    def targets(self, x: Tensor) -> Tensor:
-        """Images in [0, 1] -> the teacher's features (B, N, F), standardized per channel
-        where the teacher asks for it.
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images (B, 3, height, width) in [0, 1] and the teacher's features of them
+        (B, N, F) -> (loss (), parts of it for the log).
         """
-        if self.teacher is None:
-            raise UserError("this tokenizer was built without a teacher: it encodes, it cannot be trained")
-        targets = self.teacher.targets(x).float()
-        return (targets - self.target_mean) / self.target_std if self.teacher.standardize else targets
-
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images (B, 3, height, width) in [0, 1] -> (loss (), parts of it for the log)."""
-        loss, parts, _ = self.distil(x)
+        if targets is None:
+            if self.teacher_targets is None:
+                raise UserError(
+                    "this tokenizer was built without a teacher: it encodes, it cannot be trained"
+                )
+            targets = self.teacher_targets(x)
+        loss, parts, _ = self.distill(x, targets)
         return loss, parts
 
-    def distil(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def distill(self, x: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """As forward, and the codes (B * N,) that the images were given."""
-        targets = self.targets(x)
+        if self.standardize:
+            targets = (targets - self.target_mean) / self.target_std
         z_q, indices, quant_loss = self.encode(self.pre_process(x))
         rec_loss = (1 - F.cosine_similarity(self.decode(z_q).float(), targets, dim=-1)).mean()
         loss = quant_loss + rec_loss
@@ -158,17 +153,25 @@ def task_layer(width: int, out: int) -> nn.Sequential:
     return layer.apply(functools.partial(init_linear_and_norm, std=0.02, cut=2.0))
 
 
-# ── Variants
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Variants ──
 
 
-class Variant(NamedTuple):
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table of tokenizers. Calling it builds the tokenizer."""
+
     size: str  # encoder row of SIZES
     decoder_depth: int
     decoder_heads: int
     teacher: str  # the default one: it decides the decoder's output width
     img_size: int = 224
-    encoder_depth: int | None = None
+    encoder_depth: int | None = None  # of this table alone; None: of the row of SIZES
+
+    @property
+    def name(self) -> str:
+        """The published one."""
+        width = SIZES[self.size].embed_dim
+        return f"vqkd_encoder_{self.size}_decoder_{self.decoder_depth}x{width}x{self.decoder_heads}_{self.teacher}"
 
     @property
     def encoder_shape(self) -> tuple[int, int]:
@@ -176,85 +179,72 @@ class Variant(NamedTuple):
         size = SIZES[self.size]
         return size.embed_dim, self.encoder_depth or size.depth
 
-
-VARIANTS = {
-    "vqkd_encoder_base_decoder_1x768x12_clip": Variant("base", 1, 12, "clip"),
-    "vqkd_encoder_base_decoder_3x768x12_clip": Variant("base", 3, 12, "clip"),
-    "vqkd_encoder_base_decoder_1x768x12_dino": Variant("base", 1, 12, "dino"),
-    "vqkd_encoder_small_decoder_1x384x6_clip": Variant("small", 1, 6, "clip"),
-    "vqkd_encoder_tiny_decoder_1x192x3_clip": Variant("tiny", 1, 3, "clip"),
-    "vqkd_encoder_demo_decoder_1x128x4_hog": Variant("demo", 1, 4, "hog", img_size=128, encoder_depth=4),
-}
-PATCH_SIZE = 16
-
-
-def default_teacher(name: str) -> str:
-    """The teacher in a tokenizer's name."""
-    return pick(VARIANTS, name, "tokenizer").teacher
-
-
-def image_size(name: str) -> int:
-    return pick(VARIANTS, name, "tokenizer").img_size
-
-
-def _builder(name: str) -> Callable[..., VQKD]:
-    variant = VARIANTS[name]
-
-    def build(
+    def __call__(
+        self,
         pretrained: bool = False,
         pretrained_weight: str | None = None,
         as_tokenizer: bool = False,
         as_tokenzer: bool = False,  # the published spelling
-        img_size: int = variant.img_size,
+        img_size: int | None = None,
         n_code: int = 8192,
         code_dim: int = 32,
         teacher: Any = None,
         decoder_out_dim: int | None = None,
         decoder_depth: int | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> VQKD:
-        """A tokenizer to train, or with as_tokenizer a frozen one in eval: with
-        `pretrained_weight` when `pretrained`.
+        """A tokenizer to train, or with as_tokenizer a frozen one in eval mode: with the
+        weights of `pretrained_weight` if `pretrained`.
 
-        `decoder_depth`: blocks of the decoder; default: the weights', else the name's.
+        Args:
+            img_size: default: the row's.
+            decoder_depth: blocks of the decoder; default: the weights', else the row's.
+            options: more arguments of VQKD.
         """
-        frozen = as_tokenizer or as_tokenzer
-        weights = None
+        frozen, weights = as_tokenizer or as_tokenzer, None
+        source = str(pretrained_weight or self.name)
         if pretrained:
-            weights, flags = read_tokenizer(name, pretrained_weight, n_code, code_dim)
-            # the teacher's width, whoever that was
-            decoder_out_dim = len(weights["decode_task_layer.2.bias"])
-            decoder_depth = decoder_depth_of(weights, decoder_depth, str(pretrained_weight or name))
-            kwargs.setdefault("process_type", flags.get("process_type", "default"))
+            weights, flags = read_tokenizer(source, n_code, code_dim)
+            decoder_out_dim = len(weights["decode_task_layer.2.bias"])  # whoever the teacher was
+            decoder_depth = decoder_depth_of(weights, decoder_depth, source)
+            options.setdefault("process_type", flags.get("process_type", "default"))
         if decoder_out_dim is None:
-            decoder_out_dim = TEACHER_DIMS[variant.teacher] if teacher is None else teacher.dim
-        width, depth, heads, _ = SIZES[variant.size]
-        encoder = {
-            "img_size": img_size, "patch_size": PATCH_SIZE, "num_classes": 0, "embed_dim": width,
-            "depth": variant.encoder_depth or depth, "num_heads": heads,
-        }  # fmt: skip
-        decoder = {
-            "img_size": img_size // PATCH_SIZE, "patch_size": 1, "num_classes": 0, "embed_dim": width,
-            "depth": decoder_depth or variant.decoder_depth, "num_heads": variant.decoder_heads,
-        }  # fmt: skip
-        kwargs = {"quantize_kmeans_init": not frozen, **kwargs}
+            decoder_out_dim = TEACHER_DIMS[self.teacher] if teacher is None else teacher.dim
+        width, depth = self.encoder_shape
+        grid, own = (img_size or self.img_size) // PATCH_SIZE, {"num_classes": 0, "embed_dim": width}
+        encoder = {"img_size": grid * PATCH_SIZE, "patch_size": PATCH_SIZE, "depth": depth, **own}
+        decoder = {"img_size": grid, "patch_size": 1, "depth": decoder_depth or self.decoder_depth, **own}
         model = VQKD(
-            encoder, decoder, n_code, code_dim, decoder_out_dim=decoder_out_dim, teacher=teacher, **kwargs
+            encoder | {"num_heads": SIZES[self.size].num_heads},
+            decoder | {"num_heads": self.decoder_heads},
+            n_code,
+            code_dim,
+            decoder_out_dim=decoder_out_dim,
+            teacher=teacher,
+            **{"quantize_kmeans_init": not frozen, **options},
         )
         if weights is not None:
-            load_tokenizer_weights(model, weights, str(pretrained_weight))
+            load_tokenizer_weights(model, weights, source)
         return model.eval().requires_grad_(False) if frozen else model
 
-    build.__name__ = name
-    return build
+
+PATCH_SIZE = 16
+vqkd_encoder_base_decoder_1x768x12_clip = Variant("base", 1, 12, "clip")
+vqkd_encoder_base_decoder_3x768x12_clip = Variant("base", 3, 12, "clip")
+vqkd_encoder_base_decoder_1x768x12_dino = Variant("base", 1, 12, "dino")
+vqkd_encoder_small_decoder_1x384x6_clip = Variant("small", 1, 6, "clip")
+vqkd_encoder_tiny_decoder_1x192x3_clip = Variant("tiny", 1, 3, "clip")
+vqkd_encoder_demo_decoder_1x128x4_hog = Variant("demo", 1, 4, "hog", img_size=128, encoder_depth=4)
+MODELS = {name: value for name, value in globals().items() if isinstance(value, Variant)}
 
 
-MODELS = {name: _builder(name) for name in VARIANTS}
-globals().update(MODELS)
+def default_teacher(name: str) -> str:
+    """The teacher in a tokenizer's name."""
+    return pick(MODELS, name, "tokenizer").teacher
 
 
-def create_model(name: str, **kwargs: Any) -> VQKD:
-    return pick(MODELS, name, "tokenizer")(**kwargs)
+def create_model(name: str, **options: Any) -> VQKD:
+    return pick(MODELS, name, "tokenizer")(**options)
 
 
 def open_tokenizer(source: str, flag: str = "--tokenizer_weight") -> tuple[VQKD, dict[str, Any]]:
@@ -276,11 +266,11 @@ def settings_of(weights: dict[str, Tensor], flags: dict[str, Any], source: str) 
     if codebook is None or positions is None:
         raise UserError(f"{source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)")
     shape = (positions.shape[-1], depth_of(weights, "encoder"))
-    fitting = [name for name, variant in VARIANTS.items() if variant.encoder_shape == shape]
-    name = flags["model"] if flags.get("model") in VARIANTS else next(iter(fitting), None)
+    fitting = [name for name, variant in MODELS.items() if variant.encoder_shape == shape]
+    name = flags["model"] if flags.get("model") in MODELS else next(iter(fitting), None)
     if name is None:
         raise UserError(
-            f"{source}: width and depth of its encoder, {shape}, are those of none of {', '.join(VARIANTS)}"
+            f"{source}: width and depth of its encoder, {shape}, are those of none of {', '.join(MODELS)}"
         )
     side = grid_of(positions.shape[1] - 1) * PATCH_SIZE
     codes = {"n_code": codebook.shape[0], "code_dim": codebook.shape[1]}
@@ -293,15 +283,12 @@ def depth_of(weights: dict[str, Tensor], part: str) -> int:
     return len({key[len(start) :].split(".")[0] for key in weights if key.startswith(start)})
 
 
-def read_tokenizer(
-    name: str, source: str | None, n_code: int, code_dim: int
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tokenizer(source: str, n_code: int, code_dim: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A tokenizer's state dict, checked against the codebook asked for, and the flags it
     was trained with, if known.
 
     Teacher, scaling and loss entries of released files are left out.
     """
-    source = source or name
     content = weight_files.load_file(downloads.fetch(source))
     weights = weight_formats.strip_wrappers(weight_files.extract_weights(content, source))
     codebook = weights.get("quantize.embedding.weight")

@@ -25,7 +25,7 @@ from transforms import normalization
 from vit_backbone import SIZES, cast_frozen
 
 DALL_E = ("dall-e", "dall_e")
-STRIDES = dict.fromkeys(modeling_vqkd.VARIANTS, modeling_vqkd.PATCH_SIZE) | dict.fromkeys(
+STRIDES = dict.fromkeys(modeling_vqkd.MODELS, modeling_vqkd.PATCH_SIZE) | dict.fromkeys(
     DALL_E, modeling_dvae.PATCH_SIZE
 )
 
@@ -52,7 +52,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 def patch_grid(args: argparse.Namespace) -> int:
     """Side of the student's patch grid; refuses, before any work, flags that cannot go together."""
-    size, patch_size, _ = pick(modeling_pretrain.VARIANTS, args.model, "pretraining model")
+    variant = pick(modeling_pretrain.MODELS, args.model, "pretraining model")
+    patch_size = variant.patch_size
     if args.input_size % patch_size:
         raise UserError(
             f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}"
@@ -61,7 +62,7 @@ def patch_grid(args: argparse.Namespace) -> int:
     check_tokenizer_view(args, grid)
     check_masks(args, grid)
     if has_cls_head(args):
-        check_cls_head(args, SIZES[size].depth)
+        check_cls_head(args, SIZES[variant.size].depth)
     if bool(args.knn_freq) != bool(args.knn_data_path):
         raise UserError(
             "--knn_freq (epochs, above 0) and --knn_data_path (labeled images) act "
@@ -155,7 +156,7 @@ def idle_flags(args: argparse.Namespace) -> dict[str, str]:
 def build_target(args: argparse.Namespace, run: run_state.Run) -> Target:
     """What the patches predict: the codes of a frozen tokenizer, or their pixels."""
     if args.target == "pixels":
-        patch_size = modeling_pretrain.VARIANTS[args.model][1]
+        patch_size = modeling_pretrain.MODELS[args.model].patch_size
         return Pixels(patch_size, normalization(args.imagenet_default_mean_and_std))
     tokenizer = build_tokenizer(args).to(run.device)
     if isinstance(tokenizer, modeling_vqkd.VQKD):

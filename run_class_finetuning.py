@@ -51,7 +51,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    _, patch_size, _ = pick(modeling_finetune.VARIANTS, args.model, "fine-tuning model")
+    patch_size = pick(modeling_finetune.MODELS, args.model, "fine-tuning model").patch_size
     if any(side % patch_size for side in as_pair(args.input_size)):
         raise UserError(
             f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}"
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Setup ──
     run = run_state.start_run(parser, args, trains=not args.eval)
 
-    made_for = modeling_finetune.VARIANTS[args.model][2]
+    made_for = modeling_finetune.MODELS[args.model].img_size
     if made_for >= 224 and as_pair(args.input_size) != as_pair(made_for):
         log.warning(
             f"warning: {args.model} is used at --input_size {args.input_size}; the {made_for} "

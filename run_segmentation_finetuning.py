@@ -214,8 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
-# ── A finished model
-# ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── A finished model ──
 
 
 def use_finished(

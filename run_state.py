@@ -77,8 +77,7 @@ class Stage:
         """Undo state_dict."""
 
 
-# ── Setting up
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Setting up ──
 
 
 @dataclass(frozen=True)
@@ -321,8 +320,7 @@ def new_state(
     return TrainState(model, runner, optimizer, scaler, ema, epoch=run.args.start_epoch)
 
 
-# ── Checkpoints
-# ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Checkpoints ──
 
 
 def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]) -> None:

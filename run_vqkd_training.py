@@ -27,7 +27,7 @@ from runtime import distributed
 from runtime.distributed import log
 from visualization import pixel_decoder
 from vit_backbone import cast_frozen
-from vqkd_teachers import build_teacher, check_name
+from vqkd_teachers import Teacher, build_teacher, check_name
 
 # not the tokenizer's
 PIXEL_DECODER_DEFAULTS = {"lr": 2e-3, "min_lr": 1e-5, "epochs": 20, "warmup_epochs": 1.0}
@@ -69,8 +69,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_model(args: argparse.Namespace, weights: str | None = None) -> modeling_vqkd.VQKD:
-    """The tokenizer with its teacher; `weights`: a trained tokenizer's file."""
+def build_frozen_teacher(args: argparse.Namespace) -> Teacher:
     name = args.teacher_model_type or modeling_vqkd.default_teacher(args.model)
     teacher = build_teacher(
         name, args.teacher_weight, args.teacher_input_size, grid=args.input_size // modeling_vqkd.PATCH_SIZE
@@ -78,6 +77,11 @@ def build_model(args: argparse.Namespace, weights: str | None = None) -> modelin
     if args.standardize_teacher != "auto":
         teacher.standardize = args.standardize_teacher == "on"
     log.info(f"teacher    {name} at {args.teacher_input_size} px, {teacher.dim} channels")
+    return teacher
+
+
+def build_model(args: argparse.Namespace, teacher: Teacher, weights: str | None = None) -> modeling_vqkd.VQKD:
+    """`weights`: a trained tokenizer's file."""
     return modeling_vqkd.create_model(
         args.model,
         pretrained=weights is not None,
@@ -164,9 +168,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_warmup(args, args.epochs * data.steps_per_epoch, data.sampler.global_batch)
 
     # ── Teacher, tokenizer ──
-    model = build_model(args).to(run.device)
+    teacher = build_frozen_teacher(args).to(run.device)
+    model = build_model(args, teacher).to(run.device)
     stage = TokenizerStage(
         model,
+        teacher,
         run.device,
         run.precision,
         dataset,
@@ -182,10 +188,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ── Resume ──
     run_state.resume(state, stage, run, data.steps_per_epoch)
-    if model.teacher.standardize and state.step == 0:
+    if teacher.standardize and state.step == 0:
         stage.calibrate_targets()
-    cast_frozen(model.teacher, run.precision.dtype)
-    run_state.compile_networks(run, data, model, model.teacher)
+    cast_frozen(teacher, run.precision.dtype)
+    run_state.compile_networks(run, data, model, teacher)
 
     # ── Loop ──
     engine.fit(state, stage, data, schedule, run)
@@ -252,9 +258,15 @@ def evaluate(args: argparse.Namespace, run: run_state.Run) -> None:
     held_out = build_held_out_dataset(args)
     if held_out is None:
         raise UserError("--eval needs held-out images: --eval_data_path")
-    model = build_model(args, weights=args.resume).to(run.device)
+    teacher = build_frozen_teacher(args).to(run.device)
+    model = build_model(args, teacher, weights=args.resume).to(run.device)
     stage = TokenizerStage(
-        model, run.device, run.precision, held_out, build_eval_loader(held_out, args, run.launch, run.device)
+        model,
+        teacher,
+        run.device,
+        run.precision,
+        held_out,
+        build_eval_loader(held_out, args, run.launch, run.device),
     )
     results = stage.evaluate(model)
     log.info("  ".join(f"{name} {value:.4g}" for name, value in results.items()))

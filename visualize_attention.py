@@ -140,8 +140,7 @@ def blocks_to_show(layer: int | None, depth: int) -> list[int]:
     return [layer % depth]
 
 
-# ── At the size of an image
-# ──────────────────────────────────────────────────────────────────────────────────────────
+# ── At the size of an image ──
 
 
 def whole_image_size(image: Image.Image, shorter: int, patch: int) -> tuple[int, int]:
@@ -172,8 +171,7 @@ def attention_of(model: VisionTransformer, image: Tensor, blocks: list[int], tok
     return torch.stack(maps).unflatten(-1, model.patch_embed.patch_shape)
 
 
-# ── Drawing
-# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Drawing ──
 
 
 def mark_queries(image: Tensor, tokens: Sequence[int], grid: Sequence[int]) -> Tensor:

@@ -69,8 +69,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ── Which codes, which patches
-# ───────────────────────────────────────────────────────────────────────────────────────
+# ── Which codes, which patches ──
 
 
 def blocks_of(codes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -156,8 +155,7 @@ def patches_of(
     ][:most]
 
 
-# ── The page
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The page ──
 
 
 def cut_out(image: Tensor, row: int, column: int, patch: int, context: int) -> Tensor:

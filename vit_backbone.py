@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -353,63 +354,65 @@ def rescale_outputs(blocks: nn.ModuleList, first: int = 1) -> None:
         block.mlp.fc2.weight.data.div_(math.sqrt(2.0 * layer))
 
 
+@dataclass(frozen=True)
+class TrunkConfig:
+    """What all models take, by keyword; the names and defaults are the published ones."""
+
+    img_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    in_chans: int = 3
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    drop_rate: float = 0.0  # dropout of tokens, projections and MLPs
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.0  # stochastic depth of the last block
+    norm_layer: Callable[[int], nn.Module] | None = None  # None: LayerNorm with eps 1e-6
+    init_values: float | None = 0.0  # of layer scale; 0 or None: without it
+    use_abs_pos_emb: bool = True
+    use_rel_pos_bias: bool = False  # a table in each block
+    use_shared_rel_pos_bias: bool = False  # one table for all blocks
+
+
 class Trunk(nn.Module):
     """Patch embedding, CLS (and mask) token, positions and blocks. Models add what reads the tokens.
 
-    The order in which parameters are registered is the published one: optimizer states
-    are stored by position.
+    `options`: fields of TrunkConfig. The order in which parameters are registered is the
+    published one: optimizer states are stored by position.
     """
 
-    def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        norm_layer: Callable[[int], nn.Module] | None = None,
-        init_values: float | None = 0.0,
-        use_abs_pos_emb: bool = True,
-        use_rel_pos_bias: bool = False,
-        use_shared_rel_pos_bias: bool = False,
-        with_mask_token: bool = False,
-    ) -> None:
+    def __init__(self, *, with_mask_token: bool = False, **options: Any) -> None:
         super().__init__()
-        self.embed_dim = self.num_features = embed_dim
-        self.patch_size, self.drop_path_rate = patch_size, drop_path_rate
-        self.norm_layer = norm_layer = norm_layer or LayerNorm
-        patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        c = TrunkConfig(**options)
+        self.embed_dim = self.num_features = c.embed_dim
+        self.patch_size, self.drop_path_rate = c.patch_size, c.drop_path_rate
+        self.norm_layer = c.norm_layer or LayerNorm
+        patch_embed = PatchEmbed(c.img_size, c.patch_size, c.in_chans, c.embed_dim)
         grid = patch_embed.patch_shape
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
         if with_mask_token:
-            self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = (
-            nn.Parameter(torch.zeros(1, patch_embed.num_patches + 1, embed_dim)) if use_abs_pos_emb else None
-        )
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
+        positions = torch.zeros(1, patch_embed.num_patches + 1, c.embed_dim)
+        self.pos_embed = nn.Parameter(positions) if c.use_abs_pos_emb else None
         self.patch_embed = patch_embed
-        self.pos_drop = nn.Dropout(drop_rate)
-        self.rel_pos_bias = RelativePositionBias(grid, num_heads) if use_shared_rel_pos_bias else None
+        self.pos_drop = nn.Dropout(c.drop_rate)
+        self.rel_pos_bias = RelativePositionBias(grid, c.num_heads) if c.use_shared_rel_pos_bias else None
         self.make_block = functools.partial(
             Block,
-            dim=embed_dim,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            drop=drop_rate,
-            attn_drop=attn_drop_rate,
-            init_values=init_values,
-            norm_layer=norm_layer,
-            grid=grid if use_rel_pos_bias else None,
+            dim=c.embed_dim,
+            num_heads=c.num_heads,
+            mlp_ratio=c.mlp_ratio,
+            qkv_bias=c.qkv_bias,
+            drop=c.drop_rate,
+            attn_drop=c.attn_drop_rate,
+            init_values=c.init_values,
+            norm_layer=self.norm_layer,
+            grid=grid if c.use_rel_pos_bias else None,
         )
-        self.blocks = nn.ModuleList(
-            self.make_block(drop_path=rate) for rate in drop_path_ramp(drop_path_rate, depth)
-        )
+        rates = drop_path_ramp(c.drop_path_rate, c.depth)
+        self.blocks = nn.ModuleList(self.make_block(drop_path=rate) for rate in rates)
 
     def init_tokens(self, std: float, cut: float) -> None:
         for tensor in (self.cls_token, getattr(self, "mask_token", None), self.pos_embed):
@@ -464,3 +467,19 @@ class Trunk(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed", "cls_token"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table of published models. Calling it builds the model; `options` replace what the row says."""
+
+    model: Callable[..., Any]
+    size: str  # row of SIZES
+    patch_size: int
+    img_size: int
+
+    def __call__(self, pretrained: bool = False, **options: Any) -> Any:
+        if pretrained:
+            raise ValueError("no weights belong to this name: load a checkpoint into the model it builds")
+        row = {"img_size": self.img_size, "patch_size": self.patch_size, **SIZES[self.size]._asdict()}
+        return self.model(**row | options)

@@ -28,6 +28,7 @@ from modeling_finetune import VisionTransformer
 from modeling_vqkd import VQKD
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from vit_backbone import Attention, Block, Trunk
+from vqkd_teachers import Teacher
 
 
 def gathered(owner: Any) -> Tensor:
@@ -159,14 +160,10 @@ class PlainQuantizer(nn.Module):
 class PlainVQKD(nn.Module):
     """A copy of our tokenizer and of its frozen teacher."""
 
-    def __init__(self, model: VQKD) -> None:
+    def __init__(self, model: VQKD, teacher: Teacher | None = None) -> None:
         super().__init__()
-        teacher = model.__dict__.pop("teacher")
-        try:
-            model.__dict__["teacher"] = None
-            self.model: Any = copy.deepcopy(model)
-        finally:
-            model.__dict__["teacher"] = teacher
+        self.model: Any = copy.deepcopy(model)
+        self.model.teacher_targets = None
         self.quantize = PlainQuantizer(model.quantize)
         del self.model.quantize
         self.teacher: Any = copy.deepcopy(teacher)

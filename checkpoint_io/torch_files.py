@@ -135,8 +135,7 @@ def load(path: Path, objects: Collection[str] = ()) -> Any:
     raise DamagedFile("it is empty" if not start else "it begins as no such file does")
 
 
-# ── The two kinds of file
-# ────────────────────────────────────────────────────────────────────────────────────────────
+# ── The two kinds of file ──
 
 
 def _load_archive(file: IO[bytes], size: int, objects: Collection[str]) -> Any:
@@ -242,8 +241,7 @@ def _script_state_dict(root: Any) -> dict[str, Tensor]:
     return found
 
 
-# ── The interpreter of pickles
-# ───────────────────────────────────────────────────────────────────────────────────────
+# ── The interpreter of pickles ──
 
 MARK = object()  # on the stack, where the items of a container begin
 
@@ -455,8 +453,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-# ── What may be built
-# ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What may be built ──
 
 
 def _rebuild_tensor(_: Interpreter, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
@@ -686,8 +683,7 @@ OPCODES: dict[str, Callable[[Interpreter, Any], Any]] = {
 }
 
 
-# ── What came of it
-# ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What came of it ──
 
 
 def _check_nesting(content: Any) -> Any:

@@ -60,8 +60,7 @@ class ExternalConfig(NamedTuple):
     classes: list[str] | None
 
 
-# ── Wrappers
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Wrappers ──
 
 # What torch.compile, FSDP and activation checkpointing put into a name, wherever they
 # wrap; no module is called so.
@@ -105,8 +104,7 @@ def strip_wrappers(state_dict: Mapping[str, Tensor]) -> Weights:
     return bare
 
 
-# ── Plain ViTs
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Plain ViTs ──
 
 LAYER_SCALE = {
     **{
@@ -185,8 +183,7 @@ def refuse_other_parts(weights: Mapping[str, Tensor]) -> None:
             )
 
 
-# ── Hugging Face
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Hugging Face ──
 # The names that the models on their hub have. transformers 5 renamed the modules
 # (MODERN) and still reads these.
 
@@ -417,8 +414,7 @@ def read_huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str
     return ExternalConfig(config.get("num_attention_heads", 12), size, prepared, None if unnamed else names)
 
 
-# ── timm
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── timm ──
 
 
 def to_timm(weights: Mapping[str, Tensor]) -> ConvertedWeights:

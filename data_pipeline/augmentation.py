@@ -80,8 +80,7 @@ class Drawing:
         return Draws(size, operations, hflip, vflip, *place)
 
 
-# ── Exactly, on PIL images
-# ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Exactly, on PIL images ──
 
 
 def exact_crop(image: Image.Image, draws: Draws) -> Image.Image:
@@ -129,8 +128,7 @@ def looked_up(image: Image.Image, table: Image.Image) -> Image.Image:
     return image if table is RAMP else image.point(list(table.tobytes()) * 3)
 
 
-# ── Resizing
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Resizing ──
 
 
 def resized(image: Image.Image, size: int, mode: InterpolationMode) -> torch.Tensor:
@@ -166,8 +164,7 @@ def _as_tensor(image: Image.Image) -> torch.Tensor:
     return values.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
-# ── Behind the resize, on tensors
-# ────────────────────────────────────────────────────────────────────────────────────
+# ── Behind the resize, on tensors ──
 
 
 def sampled_pivot(image: Image.Image, operations: Operations) -> int:

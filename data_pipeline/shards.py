@@ -117,8 +117,7 @@ class Members(Sequence[tuple[Member, int | None]]):
         return np.unique(self.shard, return_counts=True)[1].tolist()
 
 
-# ── Which shards
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Which shards ──
 
 
 def find_shards(pattern: str, flag: str) -> list[str]:
@@ -178,8 +177,7 @@ def _expanded(part: str, flag: str) -> list[str]:
     return found
 
 
-# ── What is in them
-# ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What is in them ──
 
 
 class Index(NamedTuple):
@@ -285,8 +283,7 @@ def _number(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int:
     return int(text)
 
 
-# ── The index beside a shard
-# ─────────────────────────────────────────────────────────────────────────────────────────
+# ── The index beside a shard ──
 
 
 def keep_index(path: str, extensions: Sequence[str], index: Index) -> None:
@@ -328,8 +325,7 @@ def _mark(path: str, index: Index, extensions: Sequence[str]) -> np.ndarray:
     return np.array([INDEX_VERSION, about.st_size, about.st_mtime_ns, *sums], dtype=np.int64)
 
 
-# ── Names of classes
-# ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Names of classes ──
 
 
 def class_names(paths: Sequence[str]) -> list[str] | None:

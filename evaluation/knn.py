@@ -39,8 +39,7 @@ def channel_std(mean: Tensor, var: Tensor) -> Tensor:
     return torch.maximum(std, least.clamp_min(1e-12))
 
 
-# ── Features of a whole data set
-# ─────────────────────────────────────────────────────────────────────────────────────
+# ── Features of a whole data set ──
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,7 @@ def of_all_ranks(own: Features, device: torch.device, rows: int = 4096) -> Featu
     return Features(values[order], labels[order], index[order])
 
 
-# ── Neighbors
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Neighbors ──
 
 
 @torch.no_grad()
@@ -141,8 +139,7 @@ def rank_of(votes: Tensor, labels: Tensor) -> Tensor:
     return torch.where(own[:, 0] > 0, place, votes.shape[1] + 5)
 
 
-# ── During pretraining
-# ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── During pretraining ──
 
 
 @dataclass(frozen=True)

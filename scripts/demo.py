@@ -63,8 +63,7 @@ def log_of(stage: str) -> list[dict[str, Any]]:
     return stages.log_of(OUT / stage)
 
 
-# ── Photos
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Photos ──
 
 
 def shrink(source: str | Path, target: Path) -> bool:
@@ -142,8 +141,7 @@ def prepare(photos: list[tuple[Path, str, bool]]) -> dict[str, dict[str, int]]:
     return counts
 
 
-# ── Stages
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Stages ──
 
 
 def epochs_for(steps: int, images: int, batch: int) -> str:
@@ -228,8 +226,7 @@ def finetune(name: str, images: int, pretrained: bool, few: bool) -> float:
     )
 
 
-# ── What came out
-# ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What came out ──
 
 
 def summarize(counts: dict[str, dict[str, int]], labeled: bool, seconds: dict[str, float]) -> dict[str, Any]:

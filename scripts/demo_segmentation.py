@@ -53,8 +53,7 @@ SEGMENT = """--model upernet_beit_demo_patch16 --base_size 420 --scale_range 0.7
 STARTS = ("from_scratch", "pretrained")
 
 
-# ── Tiles
-# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Tiles ──
 
 
 def fetch() -> np.ndarray:
@@ -129,8 +128,7 @@ def cut_up(tile: np.ndarray, folder: Path) -> None:
             Image.fromarray(tile[y : y + PIECE, x : x + PIECE]).save(folder / f"{y}-{x}.png")
 
 
-# ── Stages
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Stages ──
 
 
 def pretrain() -> dict[str, float]:
@@ -155,8 +153,7 @@ def segment(name: str, pretrained: bool) -> float:
     return run_entry(name, "run_segmentation_finetuning.py", f"{SEGMENT} {SIZE}", *start, *files, *folders)
 
 
-# ── What came out
-# ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What came out ──
 
 
 def summarize(counts: np.ndarray, seconds: dict[str, float]) -> dict[str, Any]:

@@ -63,8 +63,7 @@ def make(kind: str, draw: random.Random, shared: Path, folder: Path) -> Case:
     )
 
 
-# ── Valid runs
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Valid runs ──
 
 
 def shared_files(folder: Path) -> Path:
@@ -173,8 +172,7 @@ def fake_programs(folder: Path) -> Path:
     return programs
 
 
-# ── Flags
-# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Flags ──
 
 NUMBERS = (
     "nan",
@@ -250,8 +248,7 @@ def finite_log(folder: Path) -> str | None:
     return None
 
 
-# ── Weight files
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Weight files ──
 
 
 def weight_case(draw: random.Random, shared: Path, folder: Path) -> Case:
@@ -529,8 +526,7 @@ DAMAGES: tuple[Damage, ...] = (
 )
 
 
-# ── Images
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Images ──
 
 
 def image_case(draw: random.Random, shared: Path, folder: Path) -> Case:
@@ -676,8 +672,7 @@ BAD_IMAGES: tuple[BadImage, ...] = (
 )
 
 
-# ── Lists, shards and what lies beside
-# ───────────────────────────────────────────────────────────────────────────────
+# ── Lists, shards and what lies beside ──
 
 
 def list_case(draw: random.Random, shared: Path, folder: Path) -> Case:

@@ -50,8 +50,7 @@ class Pair(NamedTuple):
     mask: str
 
 
-# ── Where the pairs are
-# ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── Where the pairs are ──
 
 
 def find_pairs(folder: str, train: bool, flag: str = "--data_path") -> list[Pair]:
@@ -135,8 +134,7 @@ def _by_stem(paths: Sequence[str], root: str) -> dict[str, str]:
     return found
 
 
-# ── Classes and their colors
-# ────────────────────────────────────────────────────────────────────────────────────────
+# ── Classes and their colors ──
 
 
 def read_classes(args: Any, pairs: Sequence[Pair]) -> list[str]:
@@ -262,8 +260,7 @@ def palette(args: Any, n_classes: int) -> Tensor:
     return torch.tensor(colors) / 255
 
 
-# ── Samples
-# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Samples ──
 
 
 class SegmentationFiles(Files):

@@ -99,8 +99,7 @@ def refused(capsys, *flags):
     return error
 
 
-# ── masks
-# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── masks ──
 def test_random_masks_are_uniform_and_exact():
     random.seed(0)
     generator = RandomMaskingGenerator((4, 6), 5)
@@ -137,8 +136,7 @@ def test_masks_follow_the_flags():
     assert masked("--mask_type", "random", "--num_mask_patches", "98") == 98
 
 
-# ── what is predicted
-# ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is predicted ──
 @BOTH
 def test_predict_all_covers_all_patches(head, data, codes, tmp_path, monkeypatch):
     seen = spy_on_steps(monkeypatch)
@@ -315,8 +313,7 @@ def test_a_pixel_run_is_fine_tuned_and_looked_at(data, tmp_path, capsys):
     assert picture.exists()
 
 
-# ── positions
-# ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── positions ──
 POSITIONS = {
     "relative": [],
     "absolute": ["--abs_pos_emb", "--disable_rel_pos_bias"],
@@ -368,8 +365,7 @@ def test_positions(name, data, tmp_path, capsys):
     assert torch.allclose(first, second, atol=1e-5) == (name == "none")
 
 
-# ── DALL-E's tokenizer
-# ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── DALL-E's tokenizer ──
 def dall_e_flags(data, out, dvae, *more):
     """No --second_input_size: 16 pixels for the 2 x 2 grid."""
     return [
@@ -435,8 +431,7 @@ def test_the_views_of_both_tokenizers_follow_the_grid(model, view, capsys):
     assert f"use {2 * view}, or leave it out" in refused(capsys, *flags)
 
 
-# ── what is refused, and what is said to do nothing
-# ──────────────────────────────────────────────────────────────────
+# ── what is refused, and what is said to do nothing ──
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -501,8 +496,7 @@ def test_a_default_run_warns_of_nothing(data, codes, tmp_path, capsys):
     assert "nothing here" not in capsys.readouterr().out
 
 
-# ── the CLS head's switches
-# ──────────────────────────────────────────────────────────────────────────────────────────
+# ── the CLS head's switches ──
 @pytest.mark.parametrize(("early", "layers", "shared"), [(1, 3, "True"), (6, 1, "True"), (3, 2, "False")])
 def test_switches_of_the_cls_head(early, layers, shared, data, codes, tmp_path, monkeypatch):
     built = []
@@ -536,8 +530,7 @@ def test_switches_of_the_cls_head(early, layers, shared, data, codes, tmp_path, 
     assert torch.allclose(early_tokens, tokens[:, 1:])
 
 
-# ── the depth of the tokenizer's decoder
-# ─────────────────────────────────────────────────────────────────────────────
+# ── the depth of the tokenizer's decoder ──
 def test_a_tokenizer_of_another_decoder_depth(data, tmp_path, capsys):
     vqkd = vqkd_flags(
         data, tmp_path / "vqkd", "--decoder_depth", "2", "--quantize_kmeans_init", "--epochs", "1"

@@ -18,7 +18,7 @@ from modeling_pretrain import (
     VisionTransformerForMaskedImageModeling,
     VisionTransformerForMaskedImageModelingCLS,
 )
-from vit_backbone import Attention, drop_path_ramp, plain_attention
+from vit_backbone import Attention, TrunkConfig, drop_path_ramp, plain_attention
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -110,7 +110,11 @@ def test_published_sizes():
 
 
 def test_constructor_defaults_are_the_published_ones():
-    defaults = {k: p.default for k, p in inspect.signature(VisionTransformer.__init__).parameters.items()}
+    of_all_models, own = (
+        inspect.signature(TrunkConfig).parameters,
+        inspect.signature(VisionTransformer).parameters,
+    )
+    defaults = {name: parameter.default for name, parameter in (of_all_models | own).items()}
     expected = {
         "img_size": 224, "patch_size": 16, "in_chans": 3, "num_classes": 1000, "embed_dim": 768, "depth": 12,
         "num_heads": 12, "mlp_ratio": 4.0, "qkv_bias": True, "drop_rate": 0.0, "init_values": 0.0,

@@ -72,14 +72,15 @@ def test_pretraining():
 
 @pytest.mark.parametrize("teacher", ["hog"])
 def test_vqkd(teacher):
+    built = build_teacher(teacher, grid=8)
     ours = modeling_vqkd.create_model(
         "vqkd_encoder_demo_decoder_1x128x4_hog",
-        teacher=build_teacher(teacher, grid=8),
+        teacher=built,
         quantize_kmeans_init=False,
     )
     fill(ours, 2).train()
     ours.quantize.embedding.weight.copy_(F.normalize(torch.randn(8192, 32), dim=-1))
-    plain, x = PlainVQKD(ours).train(), torch.rand(2, 3, 128, 128)
+    plain, x = PlainVQKD(ours, built).train(), torch.rand(2, 3, 128, 128)
     with torch.no_grad():
         assert torch.equal(ours.get_codebook_indices(x), plain.codes_of(x))
     losses = [ours(x)[0], plain(x)]
@@ -88,7 +89,7 @@ def test_vqkd(teacher):
         loss.backward()
     assert_same_gradients(ours, plain.model)
     close(ours.quantize.embedding.weight, plain.quantize.quantizer.embedding.weight, atol=1e-6)
-    assert ours.teacher is not None, "the copy took the teacher away"
+    assert ours.teacher_targets is not None, "the copy took the teacher away"
 
 
 def test_classifier():

@@ -212,8 +212,7 @@ def test_without_a_compiler_one_sentence_says_so(data, codes, tmp_path, monkeypa
     assert "--compile on a CPU needs a C++ compiler" in capsys.readouterr().err
 
 
-# ── Exported models
-# ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Exported models ──
 class Method(torch.nn.Module):
     """A model whose forward is one of its methods."""
 

@@ -85,8 +85,7 @@ def expected(weights, data):
     return codes
 
 
-# ── Codes
-# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Codes ──
 
 
 def test_every_image_has_the_codes_of_the_evaluation_view(data, weights, tmp_path, capsys):
@@ -270,8 +269,7 @@ def test_a_folder_of_broken_files_is_refused_and_the_old_codes_stay(data, weight
     assert len(np.load(tmp_path / "out/codes.npy")) == 10 == len(names_in(tmp_path / "out"))
 
 
-# ── The page
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The page ──
 
 
 class Page(html.parser.HTMLParser):

@@ -33,8 +33,7 @@ LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
 ANSWERS = torch.tensor([0, 2, 1, 2, 1, 1, 1, 0, 0])
 
 
-# ── Counting
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Counting ──
 
 
 def dense(confusion: Confusion, classes: int) -> torch.Tensor:
@@ -114,8 +113,7 @@ def test_two_processes_count_as_one_also_where_one_has_no_images():
         assert counts.tolist() == [[[1, 1, 2], [0, 3, 0], [2, 0, 0]]] * 2
 
 
-# ── ImageNet's class names
-# ───────────────────────────────────────────────────────────────────────────────────────────
+# ── ImageNet's class names ──
 
 
 def timms_table(name):
@@ -161,8 +159,7 @@ def test_other_names_are_told_the_three():
         imagenet_classes.robust_set("imagenet_v2")
 
 
-# ── A 1000-class model on ImageNet-A, -R and -Sketch
-# ─────────────────────────────────────────────────────────────────
+# ── A 1000-class model on ImageNet-A, -R and -Sketch ──
 
 
 def classifier(classes: int, path: Path, **kwargs) -> modeling_finetune.VisionTransformer:
@@ -336,8 +333,7 @@ def test_robustness_folders_and_models_that_are_not_imagenets(weights, imagenet_
     assert "has 200; for ImageNet-A or -R add --robust_test" in capsys.readouterr().err
 
 
-# ── Mirror images
-# ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Mirror images ──
 
 
 class Table(torch.nn.Module):
@@ -380,8 +376,7 @@ def test_tta_flip_evaluates_both_views(weights, imagenet_r, tmp_path):
     assert losses[0] < (losses[1] + losses[2]) / 2 - 1e-4  # the two views do differ
 
 
-# ── A model that we trained
-# ──────────────────────────────────────────────────────────────────────────────────────────
+# ── A model that we trained ──
 
 
 @pytest.fixture(scope="module")

@@ -69,8 +69,7 @@ def assert_same(mine: dict, theirs: dict) -> None:
     assert [key for key in mine if not torch.equal(mine[key], theirs[key])] == []
 
 
-# ── timm
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── timm ──
 
 
 # Folders are read and written by timm's own hub code, which in old releases does not
@@ -138,8 +137,7 @@ def test_images_that_are_not_square_go_to_timm_and_back(tmp_path):
     assert_same(load_file(back), model.state_dict())
 
 
-# ── transformers
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── transformers ──
 
 
 def jobs_in(folder: Path) -> dict[str, dict]:
@@ -226,8 +224,7 @@ def test_transformers_sees_the_image_as_our_evaluation_does(huggingface, tmp_pat
     assert huggingface["mean"]["said"]["id2label"]["3"] == "class 3"
 
 
-# ── And back
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── And back ──
 
 
 @pytest.mark.parametrize("case", [*CLASSIFIERS, "codes", "tokens", "features"])
@@ -332,8 +329,7 @@ def test_a_head_that_predicts_pixels_is_none_of_hugging_face_s(tmp_path, capsys)
     assert "BeitModel fits it" in refusal(capsys, source, "huggingface", tmp_path / "no", *flags)
 
 
-# ── What cannot be done
-# ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── What cannot be done ──
 
 
 def refusal(capsys, source: Path, to: str, output: Path, *flags: str) -> str:

@@ -73,8 +73,7 @@ def levels(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return 255 * (one - other).abs()
 
 
-# ── Exact
-# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Exact ──
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -135,8 +134,7 @@ def test_exact_views_are_the_published_steps(second):
             assert torch.equal(sample["tokenizer_image"], resized)
 
 
-# ── Fast
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Fast ──
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (90, 70), (33, 32)])
@@ -207,8 +205,7 @@ def test_the_sampled_pivot_of_a_large_image():
         assert abs(augmentation.sampled_pivot(image, operations) - augmentation.mean_gray(whole)) <= 2
 
 
-# ── Files
-# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Files ──
 
 
 def files_of_many_kinds(folder: Path) -> dict[str, str]:
@@ -286,8 +283,7 @@ def test_a_replaced_file_gets_the_same_random_numbers(tmp_path, pipeline):
     assert torch.equal(replaced["mask"], itself["mask"])
 
 
-# ── To the device
-# ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── To the device ──
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.4])
@@ -339,8 +335,7 @@ def test_a_quarter_of_the_bytes_travel():
     assert sum(value.nbytes for name, value in sample.items() if name != "mask") == 3 * 64 * 64
 
 
-# ── Runs
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Runs ──
 
 
 def test_runs_do_not_depend_on_who_augments(tmp_path):

@@ -41,8 +41,7 @@ on_cpu = pytest.mark.skipif(
 )
 CPU = torch.device("cpu")
 
-# ── Whole runs: the same command lines with and without the flag
-# ─────────────────────────────────────────────────────
+# ── Whole runs: the same command lines with and without the flag ──
 
 
 def lines_of(folder: Path) -> dict[str, tuple[str, list[str]]]:
@@ -240,8 +239,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(runs):
     assert files["bad_fp16"]["scaler"]["scale"] < 2.0**16  # the scale that it began with
 
 
-# ── What a rank holds, and what it writes
-# ────────────────────────────────────────────────────────────────────────────
+# ── What a rank holds, and what it writes ──
 
 
 class Args(SimpleNamespace):
@@ -409,8 +407,7 @@ def flat(content, prefix=""):
     return {key: value for name, item in items for key, value in flat(item, f"{prefix}/{name}").items()}
 
 
-# ── Where the flag does nothing, and where it is refused
-# ─────────────────────────────────────────────────────────────
+# ── Where the flag does nothing, and where it is refused ──
 
 
 def test_one_process_says_that_there_is_nothing_to_shard(tmp_path, capsys):

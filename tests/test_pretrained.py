@@ -256,8 +256,7 @@ def test_a_folder_of_hugging_face_is_fine_tuned_from(tmp_path, capsys):
     assert "new        head.weight, head.bias" in capsys.readouterr().out
 
 
-# ── Weights of plain ViTs
-# ────────────────────────────────────────────────────────────────────────────────────────────
+# ── Weights of plain ViTs ──
 PLAIN = {"img_size": 32, "patch_size": 16, "embed_dim": 128, "depth": 6, "num_heads": 4}
 POSITIONS = {"use_abs_pos_emb": True, "use_rel_pos_bias": False}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -414,8 +413,7 @@ def test_a_patch_embedding_of_other_channels_or_patches_is_adapted_as_timm_does(
     assert "adapted    the patch embedding: 1 channel" in capsys.readouterr().out
 
 
-# ── Wrappers
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Wrappers ──
 PREFIXES = (
     "_orig_mod. module. model. net. encoder. backbone. module._orig_mod. model.net.encoder. _orig_mod.module."
 )

@@ -278,7 +278,7 @@ def test_tokenizer_recipes(name):
         opt="adamw",
     )
     run_vqkd_training.check(run.entry.get_parser(), run.args)
-    assert model in modeling_vqkd.VARIANTS
+    assert model in modeling_vqkd.MODELS
     assert model in downloads.ENTRIES
 
 
@@ -314,8 +314,8 @@ def test_pretraining_recipes(name):
         **dict.fromkeys(("tokenizer_model", "tokenizer_weight"), "vqkd_encoder_base_decoder_3x768x12_clip"),
     )
     assert run_beitv2_pretraining.patch_grid(run.args) == 14
-    assert run.args.model in modeling_pretrain.VARIANTS
-    assert run.args.tokenizer_model in modeling_vqkd.VARIANTS
+    assert run.args.model in modeling_pretrain.MODELS
+    assert run.args.tokenizer_model in modeling_vqkd.MODELS
     assert downloads.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer"
 
 
@@ -493,7 +493,7 @@ def test_finetuning_recipes(name):
     published = downloads.ENTRIES[weights]
     assert published.kind == ("intermediate" if "ft2" in name else "pretrained")
     assert published.model.startswith(run.args.model)
-    assert run.args.model in modeling_finetune.VARIANTS
+    assert run.args.model in modeling_finetune.MODELS
 
 
 @pytest.mark.parametrize("name", LINEAR)

@@ -70,8 +70,7 @@ def end(process):
     return process.returncode, out
 
 
-# ── killed, asked to stop
-# ────────────────────────────────────────────────────────────────────────────────────────────
+# ── killed, asked to stop ──
 
 
 def test_killed_runs_resume_bit_for_bit():
@@ -216,8 +215,7 @@ def test_a_lost_process_takes_the_others_down_with_a_message(data, codes, tmp_pa
     assert "another process of this run was lost" in out or "Signal 9" in out or "SIGKILL" in out
 
 
-# ── files
-# ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── files ──
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
@@ -303,8 +301,7 @@ def test_what_is_saved_is_what_was_at_the_time_of_saving(tmp_path):
     assert float(checkpoint(tmp_path / "checkpoint.pth")["model"]["w"].sum()) == 0
 
 
-# ── input that cannot be trusted
-# ─────────────────────────────────────────────────────────────────────────────────────
+# ── input that cannot be trusted ──
 
 
 class Payload:
@@ -363,8 +360,7 @@ def test_a_published_file_with_a_namespace_resumes_as_weights(data, codes, tmp_p
     assert "holds weights alone" in capsys.readouterr().out
 
 
-# ── numbers that go wrong
-# ────────────────────────────────────────────────────────────────────────────────────────────
+# ── numbers that go wrong ──
 
 
 def test_the_bad_batch_is_described(data, codes, tmp_path, monkeypatch):
@@ -401,8 +397,7 @@ def test_anomaly_detection_names_the_operation(data, codes, tmp_path, monkeypatc
     torch.autograd.set_detect_anomaly(False)
 
 
-# ── several machines
-# ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── several machines ──
 
 
 @pytest.fixture
@@ -469,8 +464,7 @@ def test_two_hosts_with_one_process_follow_the_curve_of_one_host_with_two(two_ho
     assert_same_weights(tmp_path / "hosts/checkpoint.pth", tmp_path / "one/checkpoint.pth")
 
 
-# ── before the first step, and where nobody can write
-# ────────────────────────────────────────────────────────────────
+# ── before the first step, and where nobody can write ──
 
 
 def ranks_with(flags, *more):

@@ -154,8 +154,7 @@ def test_moments_of_timms_optimizers_are_compared_by_a_step_of_a_copy(opt, capsy
         check_saved_state(saved, optimizer, names, "file")
 
 
-# ── only what is good is kept
-# ────────────────────────────────────────────────────────────────────────────────────────
+# ── only what is good is kept ──
 
 
 @pytest.mark.parametrize("where", ["model", "model_ema", "optimizer"])
@@ -215,8 +214,7 @@ def test_a_run_that_skips_each_step_is_no_success(data, tmp_path, monkeypatch, c
     assert "each of the 8 steps of this run" in refused(finetuning_flags(data, tmp_path), capsys)
 
 
-# ── the same run
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the same run ──
 
 
 def test_other_images_or_another_seed_are_refused_unless_allowed(finished, data, tmp_path, capsys):

@@ -136,8 +136,7 @@ def test_a_size_that_is_no_multiple_of_the_patch_is_refused():
         create_model("upernet_beit_demo_patch16", 5, img_size=100)
 
 
-# ── Batch norm over processes
-# ────────────────────────────────────────────────────────────────────────────────────────
+# ── Batch norm over processes ──
 
 
 def step_of_a_convolution(rank, world_size, x):

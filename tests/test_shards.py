@@ -75,8 +75,7 @@ def jpeg(tmp_path, seed=0):
     return Path(write_image(tmp_path / f"{seed}.jpg", seed)).read_bytes()
 
 
-# ── What is found
-# ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What is found ──
 
 
 def test_shards_hold_each_file_of_the_folder_once_as_it_is_with_its_label(folder, packed):
@@ -154,8 +153,7 @@ def test_class_numbers_without_names_and_names_in_another_order(tmp_path):
     assert len(build_finetuning_dataset(half, train=True)[0]) == 3  # at least one image a class
 
 
-# ── The index beside a shard
-# ─────────────────────────────────────────────────────────────────────────────────────────
+# ── The index beside a shard ──
 
 
 def test_a_kept_index_saves_reading_the_shard_and_another_shards_is_not_believed(tmp_path, monkeypatch):
@@ -185,8 +183,7 @@ def test_a_folder_that_cannot_be_written_to_is_scanned_each_time(tmp_path, monke
     assert [file.name for file in tmp_path.glob("0.tar*")] == ["0.tar"]
 
 
-# ── What is wrong
-# ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What is wrong ──
 
 
 @pytest.mark.parametrize(
@@ -357,8 +354,7 @@ def test_make_shards_refuses_and_leaves_nothing_half(
     assert list((tmp_path / "full").iterdir()) == []
 
 
-# ── Order, ranks, workers, resumption
-# ────────────────────────────────────────────────────────────────────────────────
+# ── Order, ranks, workers, resumption ──
 
 
 def test_the_order_mixes_a_few_shards_at_a_time_and_is_a_function_of_seed_and_epoch():
@@ -412,8 +408,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_as_in_a_folder(packed):
     assert torch.equal(in_memory[2, 7]["image"], dataset[2, 7]["image"])
 
 
-# ── Whole runs
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Whole runs ──
 
 SHARDS = ["--data_set", "webdataset", "--num_workers", "2"]
 

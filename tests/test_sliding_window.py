@@ -85,8 +85,7 @@ def test_memory_is_bounded_by_the_networks_scale(monkeypatch):
     assert max(height * width for height, width in sizes) * 4 <= 1 << 16
 
 
-# ── What is counted
-# ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What is counted ──
 
 
 def test_scores_of_a_matrix_by_hand():

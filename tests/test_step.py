@@ -31,8 +31,7 @@ def autocast(dtype):
     return torch.autocast("cpu", dtype or BF16, enabled=dtype is not None)
 
 
-# ── Cross-entropy over the codes
-# ─────────────────────────────────────────────────────────────────────────────────────
+# ── Cross-entropy over the codes ──
 def head_and_inputs(patches=50, width=48, codes=256):
     torch.manual_seed(0)
     head, hidden = nn.Linear(width, codes), torch.randn(patches, width)
@@ -105,8 +104,7 @@ def test_nothing_is_kept_for_each_patch_and_code():
         assert torch.equal(linear_cross_entropy(hidden, head, target)[0], loss)
 
 
-# ── Linear layers
-# ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Linear layers ──
 @pytest.mark.parametrize(("width", "out"), [(24, 1100), (40, 40), (200, 24)])
 def test_the_gradient_of_a_weight_is_the_plain_one(width, out):
     torch.manual_seed(0)
@@ -188,8 +186,7 @@ def test_a_bias_is_read_row_by_row():
     assert bias.is_contiguous() and torch.equal(bias[2], table[:, 2][index])
 
 
-# ── Frozen networks
-# ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Frozen networks ──
 def frozen():
     torch.manual_seed(0)
     tokenizer = modeling_vqkd.create_model(
@@ -222,8 +219,7 @@ def test_in_fp32_nothing_is_cast():
     assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 
-# ── The optimizer's step
-# ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── The optimizer's step ──
 @pytest.mark.parametrize("clip_grad", [None, 0.5, 1e6])
 def test_gradients_are_clipped_inside_fused_adamw_as_before_it(clip_grad):
     torch.manual_seed(0)

@@ -58,8 +58,7 @@ def refusal(path):
     return str(refused.value)
 
 
-# ── what is read
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is read ──
 
 
 @pytest.mark.parametrize("new_format", [True, False])
@@ -171,8 +170,7 @@ def test_a_torchscript_archive_with_a_state_of_its_own_is_refused(tmp_path):
     assert "state_dict()" in said
 
 
-# ── code
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── code ──
 
 
 @pytest.mark.parametrize("form", ["new", "old", "pickle"])
@@ -222,8 +220,7 @@ def test_torch_load_is_called_nowhere():
                     raise AssertionError(f"{path.name}:{node.lineno} calls {owner}.{node.attr}")
 
 
-# ── tensors that are none
-# ────────────────────────────────────────────────────────────────────────────────────────────
+# ── tensors that are none ──
 
 
 def odd_tensors():
@@ -280,8 +277,7 @@ def test_tensors_outside_their_storage(tmp_path, wrong):
     refusal(with_pickle(tmp_path / "f.pth", tensor_program(**{"size": (4,), "stride": (1,), **wrong})))
 
 
-# ── programs without end
-# ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── programs without end ──
 
 BOMBS = {
     "nested lists": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
@@ -315,8 +311,7 @@ def test_programs_that_build_nothing_sensible(tmp_path, what):
     refusal(with_pickle(tmp_path / "f.pth", BOMBS[what]))
 
 
-# ── damage
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── damage ──
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -434,8 +429,7 @@ def test_what_is_no_file(tmp_path):
         checkpoints.find_newest_intact(tmp_path)
 
 
-# ── which checkpoint a run goes on from
-# ──────────────────────────────────────────────────────────────────────────────
+# ── which checkpoint a run goes on from ──
 
 
 def test_the_fallback_is_the_newest_by_step(tmp_path):

@@ -61,8 +61,7 @@ def wide(pictures):
     return pictures * 160 + (pictures - 1) * GAP
 
 
-# ── Numbers
-# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Numbers ──
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.999, 1.0])
@@ -125,8 +124,7 @@ def test_queries_are_counted_row_by_row():
     assert visualize_attention.query_token("2,1", (3, 5)) == 12
 
 
-# ── Drawing
-# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Drawing ──
 
 
 @pytest.mark.parametrize(
@@ -172,8 +170,7 @@ def test_pictures_of_several_sizes_are_joined_with_white():
     assert (joined == 0).sum() == 3 * (20 + 18 + 4)
 
 
-# ── The figure
-# ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The figure ──
 
 
 def test_a_row_for_each_query_with_the_mean_and_every_head(weights, data, tmp_path):
@@ -260,8 +257,7 @@ def test_a_users_mistake_is_one_line(more, message, weights, data, tmp_path, cap
     assert message in error and error.count("\n") == 1
 
 
-# ── Which images, which file, which view
-# ─────────────────────────────────────────────────────────────────────────────
+# ── Which images, which file, which view ──
 
 
 @pytest.fixture

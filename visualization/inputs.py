@@ -21,8 +21,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".pdf")
 PAGES = (".html", ".htm")
 
 
-# ── Images to show
-# ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Images to show ──
 
 
 def find_shown(sources: Sequence[str], count: int) -> list[str]:
@@ -67,8 +66,7 @@ def read_shown(paths: Sequence[str]) -> Iterator[tuple[str, Image.Image]]:
         raise UserError(f"--image: no image could be read, of {len(paths)} such as {paths[0]}")
 
 
-# ── The file to write
-# ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The file to write ──
 
 
 def prepare_output(path: str, endings: Sequence[str], flag: str = "--output") -> None:
