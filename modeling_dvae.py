@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint_io import downloads, weight_files
-from checkpoint_io.torch_files import PickledObject
+from checkpoint_io.pickle_builders import PickledObject
 from errors import UserError
 from vit_backbone import at_mask
 

@@ -15,14 +15,23 @@ import safetensors.torch
 import torch
 
 from checkpoint_io import torch_files
+from checkpoint_io.pickle_builders import CodeInFile, DamagedFile, UnsupportedFile
 from errors import UserError
 
 
 def load_file(path: str | os.PathLike[str], objects: Collection[str] = ()) -> Any:
-    """What a weight file holds, on the CPU: safetensors, torch.save (new or old), TorchScript (its state dict).
+    """The content of a weight file, on the CPU.
 
-    Nothing in a file is ever run, and checksums are compared. `objects`: classes whose instances are read as
-    `torch_files.PickledObject`. UserError: not there, damaged, no weight file, or with code in it.
+    Nothing in a file is ever run, and checksums are compared.
+
+    Args:
+        path: A file of safetensors, of torch.save (also before torch 1.6) or of
+            torch.jit.save, which gives its state dict.
+        objects: Names of classes (module.name) whose instances are read as
+            `pickle_builders.PickledObject`.
+
+    Raises:
+        UserError: The file is missing, damaged, no weight file, or holds code.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -32,16 +41,15 @@ def load_file(path: str | os.PathLike[str], objects: Collection[str] = ()) -> An
         if is_safetensors(path):
             return safetensors.torch.load_file(path)
         return torch_files.load(path, objects)
-    except torch_files.CodeInFile as error:
+    except CodeInFile as error:
         raise UserError(
-            f"{path} holds Python objects ({error.name}), which are not loaded because they can run "
-            "any code; if "
-            "you trust the file, keep only its tensors: "
+            f"{path} holds Python objects ({error.name}), which are not loaded because they can run any code; "
+            "if you trust the file, keep only its tensors: "
             f"torch.save(torch.load('{path}', weights_only=False)['model'], 'clean.pth')"
         ) from None
-    except torch_files.DamagedFile as error:
+    except DamagedFile as error:
         raise _unreadable(path, str(error)) from None
-    except torch_files.UnsupportedFile as error:
+    except UnsupportedFile as error:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}{permission_hint(error)}") from error

@@ -29,7 +29,8 @@ import modeling_dvae
 import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
-from checkpoint_io import downloads, torch_files, weight_files
+from checkpoint_io import downloads, weight_files
+from checkpoint_io.pickle_builders import PickledObject
 from errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -478,7 +479,7 @@ def test_whole_pickled_module_is_read_as_its_attributes_where_its_classes_are_na
     with pytest.raises(UserError, match=names[1]):
         weight_files.load_file(path, names[:1])
     loaded = weight_files.load_file(path, names)
-    assert type(loaded["model"]) is torch_files.PickledObject
+    assert type(loaded["model"]) is PickledObject
     assert loaded["model"].class_name == names[0]
     first = vars(loaded["model"])["_modules"]["0"]
     assert torch.equal(vars(first)["_parameters"]["weight"], module[0].weight)
