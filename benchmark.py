@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for contest in CONTESTS[stage](workload, run):
             results.append({"stage": stage, **measure(contest, args, run, matmul)})
     if args.output:
-        report = {"machine": facts, "flags": checkpoints.plain(args.plain()), "contests": results}
+        report = {"machine": facts, "flags": checkpoints.to_plain_data(args.plain()), "contests": results}
         Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
         log.info("")
         log.info(f"written to {args.output}")

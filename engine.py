@@ -244,7 +244,7 @@ def train_one_epoch(
             watch.check()
             save(state, stage, run, state.epoch, [checkpoints.LATEST])
             raise Stopped(stop.received or "a signal to another process")
-        run.saver.check()
+        run.saver.raise_error()
     now = {"lr": current_lr(state)}
     if state.scaler.is_enabled():
         now["loss_scale"] = state.scaler.get_scale()

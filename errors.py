@@ -110,7 +110,7 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
     raise UserError(f"unknown {what} '{name}'; did you mean {' or '.join(near)}?")
 
 
-def sentence(error: UserError) -> str:
+def extract_message(error: UserError) -> str:
     """What it says. When it was raised in a worker of a DataLoader, torch has put the
     worker's traceback before it.
     """
@@ -127,7 +127,7 @@ def sentence(error: UserError) -> str:
 on_failure: list[Callable[[str], None]] = []
 
 
-def tell_the_others(message: str) -> None:
+def notify_other_processes(message: str) -> None:
     for tell in list(on_failure):
         tell(message)
 
@@ -148,14 +148,14 @@ def report_user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
             return main(*args, **kwargs)
         except Exception as error:
             if isinstance(error, UserError):
-                message = name_flags(sentence(error))
+                message = name_flags(extract_message(error))
             elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
                 message = f"{error.filename}: the name is too long for this file system"
             else:
-                tell_the_others(f"{type(error).__name__}: {error}")
+                notify_other_processes(f"{type(error).__name__}: {error}")
                 raise
         print(f"error: {printable(message)}", file=sys.stderr, flush=True)
-        tell_the_others(message)
+        notify_other_processes(message)
         raise SystemExit(2)
 
     return wrapped

@@ -21,8 +21,8 @@ import modeling_finetune
 import modeling_pretrain
 import pretrained
 from checkpoint_io import checkpoints, remapping, weight_formats, weight_source
-from checkpoint_io.remapping import brief
-from checkpoint_io.weight_formats import INDEX, Converted, Preprocessing
+from checkpoint_io.remapping import summarize_names
+from checkpoint_io.weight_formats import INDEX, ConvertedWeights, Preprocessing
 from checkpoint_io.weight_source import WEIGHT_FILES, Source
 from data_pipeline.imagenet_classes import in_words, synsets
 from errors import UserError, pick, report_user_errors
@@ -151,13 +151,13 @@ class Model(NamedTuple):
 
 def open_model(source: Source, args: argparse.Namespace) -> Model:
     """Build the model that the weights are of and load them: what does not fit together is found here."""
-    weights, companion = source.weights, source.companion
+    weights, external = source.weights, source.external
     row = SIZES[variants()[args.model].size] if args.model else None
-    heads = args.num_heads or companion.num_heads
+    heads = args.num_heads or external.num_heads
     if heads is None and row is not None and not any(key.endswith(weight_formats.TABLE) for key in weights):
         heads = row.num_heads
     try:
-        settings = pretrained.architecture(weights, source.flags, heads)
+        settings = pretrained.infer_architecture(weights, source.flags, heads)
     except UserError as error:
         raise UserError(f"--checkpoint {args.checkpoint}: {error}") from None
     if args.input_size is not None:
@@ -170,7 +170,7 @@ def open_model(source: Source, args: argparse.Namespace) -> Model:
     except ValueError as error:
         raise UserError(f"--input_size: {error}") from None
     left_out, notes = load(model, weights, args)
-    classes = class_names(args.class_names, settings["num_classes"]) or source.classes
+    classes = read_class_names(args.class_names, settings["num_classes"]) or source.classes
     if classes is not None and len(classes) != settings["num_classes"]:
         classes = None  # of another head than the one in the file
     prepared = preparation(source, settings, args)
@@ -190,13 +190,13 @@ def load(model: Trunk, weights: dict[str, Tensor], args: argparse.Namespace) -> 
         # a backbone for segmentation
         notes.append("the last norm, which the file lacks, stays as it is built: 1 and 0")
     elif missing:
-        raise UserError(f"--checkpoint {args.checkpoint} is incomplete: it lacks {brief(missing)}")
+        raise UserError(f"--checkpoint {args.checkpoint} is incomplete: it lacks {summarize_names(missing)}")
     try:
         remapping.refuse_misfits(weights, model, fitting)
     except UserError as error:
         raise UserError(f"--checkpoint {args.checkpoint} is not of one kind of model: {error}") from None
     left_out = [key for key in weights if key not in fitting and not key.endswith(INDEX)]
-    before, after = remapping.patch_grid(weights), model.patch_embed.patch_shape
+    before, after = remapping.infer_patch_grid(weights), model.patch_embed.patch_shape
     if before not in (None, after):
         notes.append(
             f"positions were resized from {before[0]} x {before[1]} to {after[0]} x {after[1]} patches"
@@ -241,15 +241,15 @@ def name_of(settings: dict[str, Any], weights: dict[str, Tensor], args: argparse
 
 
 def preparation(source: Source, settings: dict[str, Any], args: argparse.Namespace) -> Preprocessing:
-    if source.companion.prepared is not None:
-        return source.companion.prepared
+    if source.external.prepared is not None:
+        return source.external.prepared
     mean, std = normalization(
         source.flags.get("imagenet_default_mean_and_std", args.imagenet_default_mean_and_std)
     )
     return Preprocessing(mean, std, source.flags.get("crop_pct") or default_crop_pct(settings["img_size"]))
 
 
-def class_names(given: str | None, count: int) -> list[str] | None:
+def read_class_names(given: str | None, count: int) -> list[str] | None:
     """--class_names, as many as the classifier has classes."""
     if given is None:
         return None
@@ -286,7 +286,7 @@ class Written(NamedTuple):
     """For the report: the files, what became of the weights, and how to open them."""
 
     files: list[Path]
-    converted: Converted
+    converted: ConvertedWeights
     opened_by: list[str]
 
 
@@ -294,12 +294,12 @@ def write_ours(model: Model, args: argparse.Namespace) -> Written:
     """--to safetensors: our names, with flags by which our scripts rebuild the model."""
     path = Path(args.output)
     flags = {**our_flags(model), **model.flags, "input_size": as_flag(model.settings["img_size"])}
-    weight_source.save(path, model.weights, checkpoints.plain(flags), model.classes)
+    weight_source.save_weights(path, model.weights, checkpoints.to_plain_data(flags), model.classes)
     notes = [] if model.name else ["no --model builds it: vit_backbone.SIZES has no row of this size"]
     if model.prepared[:2] not in (normalization(True), normalization(False)):
         notes.append("our scripts know no such mean and std: they will use 0.5, or ImageNet's with the flag")
     by = f"--finetune {path} (run_class_finetuning), --checkpoint {path} (visualize_attention)"
-    return Written([path], Converted(model.weights, [], notes), [by])
+    return Written([path], ConvertedWeights(model.weights, [], notes), [by])
 
 
 def our_flags(model: Model) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def our_flags(model: Model) -> dict[str, Any]:
         "use_mean_pooling": s["use_mean_pooling"],
         "qkv_bias": s["qkv_bias"],
     }
-    return flags | head | {"crop_pct": weight_source.crop_flag(model.prepared.crop_pct, s["img_size"])}
+    return flags | head | {"crop_pct": weight_source.to_crop_flag(model.prepared.crop_pct, s["img_size"])}
 
 
 def as_flag(size: tuple[int, int]) -> int | tuple[int, int]:
@@ -334,7 +334,7 @@ def write_timm(model: Model, args: argparse.Namespace) -> Written:
     weights, facts = (
         (path, path.with_suffix(".json")) if is_file else (path / WEIGHT_FILES[0], path / "config.json")
     )
-    weight_source.save(weights, converted.weights)
+    weight_source.save_weights(weights, converted.weights)
     write_json(facts, config)
     by = f'timm.create_model("local-dir:{path}", pretrained=True)'
     if is_file:
@@ -360,7 +360,7 @@ def write_huggingface(model: Model, args: argparse.Namespace) -> Written:
     preprocessor = weight_formats.huggingface_preprocessor(model.settings["img_size"][0], model.prepared)
     converted = weight_formats.to_huggingface(model.weights, architecture)
     files = [folder / name for name in (WEIGHT_FILES[0], "config.json", "preprocessor_config.json")]
-    weight_source.save(files[0], converted.weights)
+    weight_source.save_weights(files[0], converted.weights)
     write_json(files[1], config)
     write_json(files[2], preprocessor)
     by = [
@@ -384,7 +384,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def pass_on(source: Source, args: argparse.Namespace) -> str:
     """A tokenizer or a segmentation model: our names only, all tensors as they are."""
-    held = brief(list(source.weights))
+    held = summarize_names(list(source.weights))
     if args.to != "safetensors":
         raise UserError(
             f"--to {args.to}: {args.to} has no such model as {args.checkpoint} ({held}); "
@@ -396,14 +396,14 @@ def pass_on(source: Source, args: argparse.Namespace) -> str:
             f"--{given[0]} concerns classifiers and pretrained transformers; {args.checkpoint} is "
             "neither: leave it out"
         )
-    weight_source.save(Path(args.output), source.weights, checkpoints.plain(source.flags))
-    size = checkpoints.size_of(source.weights) / 2**20
+    weight_source.save_weights(Path(args.output), source.weights, checkpoints.to_plain_data(source.flags))
+    size = checkpoints.count_bytes(source.weights) / 2**20
     return f"written    {args.output} ({len(source.weights)} tensors, {size:.1f} MiB), as they were: {held}"
 
 
 def report(source: Source, model: Model, written: Written) -> list[str]:
     weights, *others = written.files
-    size = checkpoints.size_of(written.converted.weights) / 2**20
+    size = checkpoints.count_bytes(written.converted.weights) / 2**20
     s, prepared = model.settings, model.prepared
     head = f"{s['num_classes']} classes" if s["num_classes"] else "no head"
     if model.vocab_size:
@@ -425,7 +425,7 @@ def report(source: Source, model: Model, written: Written) -> list[str]:
         lines.append(("classes", brief_classes(model.classes)))
     notes = [*model.notes, *written.converted.notes]
     lines += [("converted" if number == 0 else "", note) for number, note in enumerate(notes)]
-    lines.append(("left out", brief([*model.left_out, *written.converted.left_out])))
+    lines.append(("left out", summarize_names([*model.left_out, *written.converted.left_out])))
     lines += [("open with" if number == 0 else "", call) for number, call in enumerate(written.opened_by)]
     return [f"{title:11}{text}" for title, text in lines]
 
@@ -441,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     check(args)
     distributed.set_up_logging(0)
-    source = weight_source.read(args.checkpoint, args.source_format, args.ema)
+    source = weight_source.read_weights(args.checkpoint, args.source_format, args.ema)
     whole = any(key.startswith(("quantize.", "decode_head.")) for key in source.weights)
     if whole and source.library == "ours":
         log.info(pass_on(source, args))

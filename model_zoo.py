@@ -32,7 +32,7 @@ PURPOSES = {
 }
 
 
-def table() -> str:
+def format_table() -> str:
     """The published weights by purpose: name, millions of parameters, about how large the
     download is, size on this machine's disk, published results.
     """
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in names:
         print(fetch(name))
     if not names:
-        print(table())
+        print(format_table())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint_io import downloads, weight_files
-from checkpoint_io.torch_files import PickledObject
+from checkpoint_io.pickle_builders import PickledObject
 from errors import UserError
 from vit_backbone import at_mask
 
@@ -165,7 +165,7 @@ def load_dall_e_encoder(path: str | None = None) -> DallEEncoder:
     content = weight_files.load_file(downloads.fetch(source), CLASSES)
     if isinstance(content, PickledObject):
         content = dict(pickled_parameters(content))
-    state = weight_files.weights_in(content, source, "model")
+    state = weight_files.extract_weights(content, source, "model")
     with torch.device("meta"):  # shapes only: the weights are in the file
         model = DallEEncoder(*sizes_in(state, source))
     check_dvae_weights(model, state, source)

@@ -254,8 +254,8 @@ def open_tokenizer(source: str, flag: str = "--tokenizer_weight") -> tuple[VQKD,
     the source in messages.
     """
     content = weight_files.load_file(downloads.fetch(source))
-    weights = weight_formats.strip_wrappers(weight_files.weights_in(content, source))
-    flags = weight_files.plain_flags(content.get("args")) if isinstance(content, dict) else {}
+    weights = weight_formats.strip_wrappers(weight_files.extract_weights(content, source))
+    flags = weight_files.flags_to_dict(content.get("args")) if isinstance(content, dict) else {}
     settings = settings_of(weights, flags, f"{flag} {source}")
     return create_model(**settings, as_tokenizer=True, pretrained=True, pretrained_weight=source), flags
 
@@ -290,7 +290,7 @@ def read_tokenizer(source: str, n_code: int, code_dim: int) -> tuple[dict[str, T
     Teacher, scaling and loss entries of released files are left out.
     """
     content = weight_files.load_file(downloads.fetch(source))
-    weights = weight_formats.strip_wrappers(weight_files.weights_in(content, source))
+    weights = weight_formats.strip_wrappers(weight_files.extract_weights(content, source))
     codebook = weights.get("quantize.embedding.weight")
     if codebook is None or "decode_task_layer.2.bias" not in weights:
         raise UserError(
@@ -311,7 +311,7 @@ def read_tokenizer(source: str, n_code: int, code_dim: int) -> tuple[dict[str, T
         )
     own = ("encoder.", "decoder.", "encode_task_layer.", "decode_task_layer.", "quantize.", "target_")
     flags = content.get("args") if isinstance(content, dict) else None
-    return {key: value for key, value in weights.items() if key.startswith(own)}, weight_files.plain_flags(
+    return {key: value for key, value in weights.items() if key.startswith(own)}, weight_files.flags_to_dict(
         flags
     )
 

@@ -28,18 +28,20 @@ def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[
     weights = to_our_names(weights)
     fitting, missing = remapping.load_remapped(model, weights)
     if not any(key.startswith("blocks.") for key in fitting):
-        raise UserError(f"{source} is {weight_files.kind_of(weights)}: none of its weights fits this model")
+        raise UserError(
+            f"{source} is {weight_files.describe_kind(weights)}: none of its weights fits this model"
+        )
     try:
         remapping.refuse_misfits(weights, model, fitting)
     except UserError as error:
         raise UserError(f"{source} does not fit this model or is incomplete: {error}") from None
-    first, *rest = remapping.remapping_report(weights, model, fitting)
+    first, *rest = remapping.report_remapping(weights, model, fitting)
     for line in (f"weights    {source}", *(f"           {line}" for line in (first, *rest))):
         log.info(line)
     return missing
 
 
-def architecture(
+def infer_architecture(
     weights: dict[str, Tensor], flags: dict[str, Any], num_heads: int | None = None
 ) -> dict[str, Any]:
     """The arguments of the VisionTransformer whose weights these are, without a head, read from their shapes.
@@ -51,7 +53,7 @@ def architecture(
     blocks = {int(found.group(1)) for key in weights if (found := re.match(r"blocks\.(\d+)\.", key))}
     patches, mlp = weights.get("patch_embed.proj.weight"), weights.get("blocks.0.mlp.fc1.weight")
     if not blocks or patches is None or mlp is None:
-        raise UserError(f"it is {weight_files.kind_of(weights)}, and no vision transformer")
+        raise UserError(f"it is {weight_files.describe_kind(weights)}, and no vision transformer")
     if "cls_token" not in weights:
         raise UserError("it is a vision transformer without CLS token, which no model here has")
     if patches.ndim != 4 or patches.shape[2] != patches.shape[3]:
@@ -73,7 +75,7 @@ def architecture(
             "known: --num_heads says it"
         )
     hidden = len(mlp)
-    ratio, grid = hidden / width, remapping.patch_grid(weights)
+    ratio, grid = hidden / width, remapping.infer_patch_grid(weights)
     size = tuple(side * patch_size for side in grid) if grid else as_pair(flags.get("input_size") or 224)
     return {
         "img_size": size,
@@ -108,9 +110,9 @@ def open_backbone(
     default: its own. `flag` names the source in messages. `content`: of the file, where
     it has been read already.
     """
-    weights, flags, *_ = content or weight_source.read(source, flag=flag)
+    weights, flags, *_ = content or weight_source.read_weights(source, flag=flag)
     try:
-        settings = architecture(weights, flags, num_heads)
+        settings = infer_architecture(weights, flags, num_heads)
     except UserError as error:
         raise UserError(f"{flag} {source}: {error}") from None
     settings["in_chans"] = 3  # as the images have, whatever the file's had
@@ -122,7 +124,7 @@ def open_backbone(
         raise UserError(f"--input_size: {error}") from None
     missing = load_fitting(model, weights, f"{flag} {source}")
     if not set(missing) <= {"norm.weight", "norm.bias"}:  # which nothing here reads
-        raise UserError(f"{flag} {source} is incomplete: it lacks {remapping.brief(missing)}")
+        raise UserError(f"{flag} {source} is incomplete: it lacks {remapping.summarize_names(missing)}")
     return model.eval().requires_grad_(False), flags
 
 

@@ -112,8 +112,8 @@ def read_pretrained(args: argparse.Namespace) -> weight_source.Source | None:
     """--finetune, before the images are looked for: a wrong file is told at once."""
     if not args.finetune:
         return None
-    picked = functools.partial(trained_classifier.select, args=args)
-    return weight_source.read(args.finetune, keys=args.model_key, picked=picked, flag="--finetune")
+    select = functools.partial(trained_classifier.select_weights, args=args)
+    return weight_source.read_weights(args.finetune, keys=args.model_key, select=select, flag="--finetune")
 
 
 def build_dataset(
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace, run: run_state.Run) -> None:
     """--eval: accuracy of --resume (or --finetune) on the validation images; needs no training images."""
-    trained = trained_classifier.read(args)
+    trained = trained_classifier.read_classifier(args)
     where = (
         f"--eval_data_path {args.eval_data_path}" if args.eval_data_path else f"--data_path {args.data_path}"
     )
@@ -235,7 +235,7 @@ def evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace, run: run
         trained_classifier.refuse_other_classes(trained, images.classes or (), where)
 
     model = build_model(args, trained.nb_classes)
-    trained_classifier.load(trained, model, parser, args)
+    trained_classifier.load_classifier(trained, model, parser, args)
     measured: nn.Module = model if indices is None else SomeLogits(model, indices)
     if args.tta_flip:
         measured = WithMirrorImage(measured)

@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         use_finished(parser, args, arguments.given_flags(parser, argv), run)
         distributed.stop()
         return
-    start = weight_source.read(args.finetune, flag="--finetune") if args.finetune else None
+    start = weight_source.read_weights(args.finetune, flag="--finetune") if args.finetune else None
 
     # ── Data ──
     pairs = find_pairs(args.data_path, train=True)
@@ -277,11 +277,11 @@ def use_finished(
         parser, args, dict.fromkeys(OF_TRAINING, "the model is finished, and built from its file")
     )
     source, flag = (args.resume, "--resume") if args.resume else (args.finetune, "--finetune")
-    content = trained_segmenter.read(source, flag)
-    args = trained_segmenter.as_trained(parser, args, given, content)
-    model = trained_segmenter.build(content, f"{flag} {source}").to(run.device)
+    content = trained_segmenter.read_segmenter(source, flag)
+    args = trained_segmenter.restore_training_flags(parser, args, given, content)
+    model = trained_segmenter.build_segmenter(content, f"{flag} {source}").to(run.device)
     names = read_class_list(class_settings(args))[0]
-    classes = trained_segmenter.class_names(content, names, f"{flag} {source}")
+    classes = trained_segmenter.choose_class_names(content, names, f"{flag} {source}")
     try:
         if args.predict:
             label_images(args, run, model, build_stage(args, run, classes, None))

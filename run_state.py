@@ -121,7 +121,7 @@ def start_run(parser: argparse.ArgumentParser, args: argparse.Namespace, trains:
         choose_precision(args.amp_dtype, device),
         lock=open_output(args.output_dir, trains),
     )
-    resumption.check_ranks_agree(checkpoints.plain(args.plain()))
+    resumption.check_ranks_agree(checkpoints.to_plain_data(args.plain()))
     check_start_epoch(args)
     if run.sharded:
         fsdp.check(args, device)
@@ -335,7 +335,7 @@ def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "epoch": epoch,
-        "args": checkpoints.plain(run.args.plain()),
+        "args": checkpoints.to_plain_data(run.args.plain()),
         "next": {"epoch": state.epoch, "samples": state.samples, "step": state.step},
         "best": state.best,
         "bad_in_a_row": state.bad_in_a_row,
@@ -351,7 +351,7 @@ def save(state: TrainState, stage: Stage, run: Run, epoch: int, names: list[str]
 
 def resume(state: TrainState, stage: Stage, run: Run, steps_per_epoch: int) -> None:
     """Go on from --resume, or from output_dir/checkpoint.pth, if there is one; all ranks from the same place."""
-    path = checkpoints.find(run.args.resume, run.args.auto_resume, run.args.output_dir)
+    path = checkpoints.find_checkpoint(run.args.resume, run.args.auto_resume, run.args.output_dir)
     if path is not None:
         restore(state, stage, run, path, steps_per_epoch)
     places = distributed.gather_objects((state.epoch, state.samples, state.step))
@@ -366,15 +366,15 @@ def restore(state: TrainState, stage: Stage, run: Run, path: Path, steps_per_epo
     """Undo `save`. Optimizer settings (betas, layer decay, ...) are this run's flags, its
     moments are the checkpoint's.
     """
-    content = checkpoints.read(path)
-    resumption.check_same_run(content, checkpoints.plain(run.args.plain()), run.data, path)
+    content = checkpoints.read_checkpoint(path)
+    resumption.check_same_run(content, checkpoints.to_plain_data(run.args.plain()), run.data, path)
     checkpoints.load_weights(state.model, content["model"], path)
     if state.ema is not None:
         checkpoints.load_weights(state.ema.module, content.get("model_ema", content["model"]), path)
     if "next" not in content and run.output_dir and distributed.is_main():
         checkpoints.keep_published(path, run.output_dir)
     if resumption.is_published(content):
-        content = resumption.from_published(content, steps_per_epoch, run.launch.world_size)
+        content = resumption.convert_published(content, steps_per_epoch, run.launch.world_size)
     if "optimizer" not in content or "next" not in content:
         log.info(f"{path} holds weights alone: training starts at epoch {state.epoch}")
         return

@@ -165,7 +165,7 @@ def resize_model(model: VisionTransformer, size: tuple[int, int]) -> VisionTrans
         return model
     weights = model.state_dict()
     first: Any = model.blocks[0]
-    settings = pretrained.architecture(weights, {}, first.attn.num_heads)
+    settings = pretrained.infer_architecture(weights, {}, first.attn.num_heads)
     other = VisionTransformer(**settings | {"img_size": size})
     other.load_state_dict(modeling_finetune.remap_pretrained(weights, other), strict=False)
     return other.to(model.cls_token.device).eval().requires_grad_(False)

@@ -26,18 +26,18 @@ BEST = "checkpoint-best.pth"
 PART = ".part"  # end of the name of a file that is still being written
 
 
-def plain(value: Any) -> Any:
+def to_plain_data(value: Any) -> Any:
     """Flags and the like as data that weights_only loading accepts; of URLs without what may be secret."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_plain_data(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_plain_data(item) for item in value]
     return (
         value if isinstance(value, (int, float, bool, type(None), torch.Tensor)) else hide_secrets(str(value))
     )
 
 
-def write(content: dict[str, Any], path: Path) -> None:
+def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Atomic: a temporary file beside it, flushed to the disk, renamed. A reader or a
     crash sees the old file or the new.
     """
@@ -55,7 +55,7 @@ def write(content: dict[str, Any], path: Path) -> None:
             free = shutil.disk_usage(path.parent).free / 2**20
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise UserError(
-            f"could not write {path} ({reason[:120]}): {size_of(content) / 2**20:.1f} MiB needed, "
+            f"could not write {path} ({reason[:120]}): {count_bytes(content) / 2**20:.1f} MiB needed, "
             f"{free:.1f} MiB free; "
             "the previous checkpoint is intact. Make room, or point --output_dir elsewhere, and "
             "start the same line again"
@@ -80,7 +80,7 @@ class Saver:
         Rank 0 writes. The others call it too where `content` is sharded.
         """
         self.wait()
-        copy = on_cpu(content, keep=distributed.is_main())
+        copy = copy_to_cpu(content, keep=distributed.is_main())
         if not distributed.is_main():
             return
         self.thread = threading.Thread(
@@ -94,15 +94,15 @@ class Saver:
             # The name to go on from is the last: a run killed in between repeats its
             # step and writes all of them again.
             first, *others = reversed(names)
-            write(content, folder / first)
+            write_checkpoint(content, folder / first)
             for name in others:
-                also_as(folder / first, folder / name)
+                link_checkpoint(folder / first, folder / name)
             for old in step_checkpoints(folder)[keep_ckpts:]:
                 old.unlink(missing_ok=True)
         except Exception as error:
             self.error = error
 
-    def check(self) -> None:
+    def raise_error(self) -> None:
         if self.error is not None:
             error, self.error = self.error, None
             raise error
@@ -111,7 +111,7 @@ class Saver:
         if self.thread is not None:
             self.thread.join()
             self.thread = None
-        self.check()
+        self.raise_error()
 
 
 def check_finite(content: dict[str, Any], folder: Path) -> None:
@@ -147,7 +147,7 @@ def named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, torch.Ten
         yield from named_tensors(value, f"{name}.{key}" if name else str(key))
 
 
-def on_cpu(content: Any, keep: bool = True) -> Any:
+def copy_to_cpu(content: Any, keep: bool = True) -> Any:
     """A copy that training cannot change: tensors cloned into main memory, the rest as it is.
 
     Sharded tensors become whole one after the other, on all ranks together; without
@@ -157,9 +157,9 @@ def on_cpu(content: Any, keep: bool = True) -> Any:
         whole = fsdp.full(content.detach())
         return whole.to("cpu", copy=True) if keep else None
     if isinstance(content, dict):
-        return {key: on_cpu(value, keep) for key, value in content.items()}
+        return {key: copy_to_cpu(value, keep) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return type(content)(on_cpu(value, keep) for value in content)
+        return type(content)(copy_to_cpu(value, keep) for value in content)
     return content
 
 
@@ -182,7 +182,7 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def size_of(content: Any) -> int:
+def count_bytes(content: Any) -> int:
     """Bytes of the tensors in nested dictionaries and lists."""
     return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(content))
 
@@ -197,7 +197,7 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def also_as(path: Path, other: Path) -> None:
+def link_checkpoint(path: Path, other: Path) -> None:
     """The same checkpoint under a second name, without writing it twice; checkpoints are
     only ever replaced, never changed.
     """
@@ -221,11 +221,11 @@ def keep_published(path: Path, folder: Path) -> None:
         return
     names = (f"checkpoint-published{number}.pth" for number in ("", *(f"-{n}" for n in range(2, 1000))))
     kept = next(folder / name for name in names if not (folder / name).exists())
-    also_as(path, kept)
+    link_checkpoint(path, kept)
     log.info(f"kept       {path} as {kept}: this run writes its own under the old name")
 
 
-def find(resume: str, auto_resume: bool, output_dir: str) -> Path | None:
+def find_checkpoint(resume: str, auto_resume: bool, output_dir: str) -> Path | None:
     """The checkpoint that a run goes on from: --resume, else with --auto_resume the newest
     intact one of output_dir.
 
@@ -235,16 +235,18 @@ def find(resume: str, auto_resume: bool, output_dir: str) -> Path | None:
         return downloads.fetch(resume)
     if not auto_resume or not output_dir:
         return None
-    chosen = newest_intact(Path(output_dir)) if distributed.is_main() else None
+    chosen = find_newest_intact(Path(output_dir)) if distributed.is_main() else None
     return distributed.gather_objects(chosen)[0]
 
 
-def newest_intact(folder: Path) -> Path | None:
+def find_newest_intact(folder: Path) -> Path | None:
     """checkpoint.pth; where it is damaged, the other whole one with the most steps behind it, with a warning."""
     latest = folder / LATEST
-    if latest.exists() and intact(latest):
+    if latest.exists() and is_intact(latest):
         return latest
-    others = {path: steps_in(path) for path in sorted(folder.glob("checkpoint-*.pth")) if intact(path)}
+    others = {
+        path: read_progress(path) for path in sorted(folder.glob("checkpoint-*.pth")) if is_intact(path)
+    }
     damaged = [
         path for path in [latest, *folder.glob("checkpoint-*.pth")] if path.exists() and path not in others
     ]
@@ -262,7 +264,7 @@ def newest_intact(folder: Path) -> Path | None:
     return None
 
 
-def intact(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Whether every tensor is as it was written: a checkpoint is a zip file that holds a checksum of each."""
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise UserError(f"{path} is no regular file: remove it")
@@ -275,9 +277,9 @@ def intact(path: Path) -> bool:
         return False
 
 
-def steps_in(path: Path) -> tuple[int, int]:
+def read_progress(path: Path) -> tuple[int, int]:
     """(epoch, step) that a checkpoint goes on with; files can be copied, so their times say nothing."""
-    content = read(path)
+    content = read_checkpoint(path)
     after, done = content.get("next"), content.get("epoch")
     if after is None and isinstance(done, int):  # the published code's: the last epoch that it finished
         return done + 1, -1
@@ -285,18 +287,18 @@ def steps_in(path: Path) -> tuple[int, int]:
     return (epoch, step) if isinstance(epoch, int) and isinstance(step, int) else (-1, -1)
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """A training checkpoint, or a published weight file (then only `model` is in it, and what `head` finds)."""
     content = weight_files.load_file(path)
-    weights = weight_files.weights_in(content, str(path))
+    weights = weight_files.extract_weights(content, str(path))
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         if isinstance(content.get("model_ema"), dict):
-            weight_files.weights_in(content["model_ema"], f"{path} (model_ema)")
-        return content | {"args": weight_files.plain_flags(content.get("args"))}
-    return {"model": weights, **head(path)}
+            weight_files.extract_weights(content["model_ema"], f"{path} (model_ema)")
+        return content | {"args": weight_files.flags_to_dict(content.get("args"))}
+    return {"model": weights, **read_header(path)}
 
 
-def head(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
     """Plain data that export_checkpoint put into the head of a safetensors file, which has
     no other place for it: `args` and `stage`; {} for other files.
     """
@@ -330,7 +332,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path:
         different = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
         different += [key for key in weights if key not in own]
         raise UserError(
-            f"{path} is {weight_files.kind_of(weights)} of another shape than this run's model "
+            f"{path} is {weight_files.describe_kind(weights)} of another shape than this run's model "
             f"({different[0]} differs): give "
             "the flags it was trained with, start from it with --finetune, or name another --output_dir"
         ) from None
@@ -352,4 +354,4 @@ def write_text(folder: str | Path, name: str, text: str) -> Path:
 
 
 def write_json(folder: str | Path, name: str, content: Any) -> Path:
-    return write_text(folder, name, json.dumps(plain(content), indent=1) + "\n")
+    return write_text(folder, name, json.dumps(to_plain_data(content), indent=1) + "\n")

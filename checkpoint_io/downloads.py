@@ -49,8 +49,11 @@ log = logging.getLogger("beit")
 # ---------------------------------------------------------------------------------------------------
 #   what was published
 MIRRORS = ["https://github.com/addf400/files/releases/download/"]  # tried in turn
-PATIENCE, SLOWEST = 30, 10 * 1024  # seconds in which something must come, and bytes a second that it must be
-LONGEST_NAME = 150  # bytes of a file's name, to which endings are added
+TIMEOUT, MIN_BYTES_PER_SECOND = (
+    30,
+    10 * 1024,
+)  # seconds in which something must come, and bytes a second that it must be
+MAX_NAME_BYTES = 150  # bytes of a file's name, to which endings are added
 # Hosts of the published links, now closed: the same file is then looked for under MIRRORS.
 FORMER_HOSTS = ("conversationhub.blob.core.windows.net", "unilm.blob.core.windows.net")
 
@@ -76,20 +79,22 @@ class Entry:
         return self.file.rsplit("/", 1)[-1]
 
     @property
-    def published(self) -> list[str]:
+    def published_urls(self) -> list[str]:
         return [self.file] if "://" in self.file else [mirror + self.file for mirror in MIRRORS]
 
     @property
     def urls(self) -> list[str]:
         """To be tried in turn: the user's mirrors, then what was published."""
         relative = urllib.parse.urlsplit(self.file).path.lstrip("/")
-        return [base + file for base in _users_mirrors() for file in (relative, self.name)] + self.published
+        return [
+            base + file for base in _get_user_mirrors() for file in (relative, self.name)
+        ] + self.published_urls
 
 
 CLASSES = {"intermediate": 21841, "finetuned": 1000, "segmentation": 150}  # of the heads in the files
 
 
-def _entry(
+def _make_entry(
     name: str, kind: str, sha256_prefix: str | None = None, params: float | None = None, **metrics: float
 ) -> Entry:
     """The row of a published name: its file and the builder it fits follow from the name."""
@@ -174,17 +179,17 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
         {"params": 305.7, "top1": 88.6, "top5": 98.658, "loss": 0.474},
     ),
 ]
-ENTRIES = {name: _entry(name, kind, **facts) for name, kind, facts in ROWS}
+ENTRIES = {name: _make_entry(name, kind, **facts) for name, kind, facts in ROWS}
 ENTRIES["dall_e_encoder"] = Entry("https://cdn.openai.com/dall-e/encoder.pkl", "tokenizer-v1", params=53.8)
 
 
 # -------------------------------------------------------------------------------------------------------------
 #   fetching
-class Wanted(NamedTuple):
+class Download(NamedTuple):
     """A file to be downloaded."""
 
     urls: list[str]  # tried in turn
-    place: str  # where it lies, relative to the cache folder
+    cache_path: str  # where it lies, relative to the cache folder
     sha256_prefix: str | None
     guessed: bool  # the prefix was only read off the file's name
 
@@ -204,34 +209,34 @@ def fetch(source: str | os.PathLike[str], sha256_prefix: str | None = None) -> p
     source = os.fspath(source)
     # pathlib's is_file fails on a URL longer than a file name
     if os.path.isfile(here := os.path.expanduser(source)):
-        return _checked(pathlib.Path(here), sha256_prefix)
+        return _verify(pathlib.Path(here), sha256_prefix)
     if source not in ENTRIES and "://" not in source:
-        raise _no_such_file(source)
-    if "://" in source and (parts := _split(source)).scheme == "file":
+        raise _explain_missing(source)
+    if "://" in source and (parts := _split_url(source)).scheme == "file":
         path = pathlib.Path(urllib.request.url2pathname(parts.path))
         if not path.is_file():
             raise UserError(f"{source}: there is no such file")
-        return _checked(path, sha256_prefix or _hash_in_name(path.name), guessed=sha256_prefix is None)
-    wanted = _wanted(source, sha256_prefix)
-    target = cache_folder() / wanted.place
+        return _verify(path, sha256_prefix or _find_hash_in_name(path.name), guessed=sha256_prefix is None)
+    download = _plan_download(source, sha256_prefix)
+    target = cache_folder() / download.cache_path
     if not target.exists():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _one_process_at_a_time(target) as alone:
+            with _lock(target) as alone:
                 if not target.exists():
-                    _download(wanted, target, "" if alone else f".{os.getpid()}")
+                    _download(download, target, "" if alone else f".{os.getpid()}")
         except PermissionError as error:
             raise UserError(
                 f"cannot write {target} ({error.strerror}); TORCH_HOME names another folder"
             ) from error
-    return _checked(target, wanted.sha256_prefix, wanted.guessed, cached=True)
+    return _verify(target, download.sha256_prefix, download.guessed, cached=True)
 
 
 def cache_folder() -> pathlib.Path:
     return pathlib.Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def _no_such_file(source: str) -> UserError:
+def _explain_missing(source: str) -> UserError:
     if os.path.isdir(os.path.expanduser(source)):  # pathlib's is_dir fails on a name that is too long
         return UserError(f"{source} is a folder: name the weight file in it")
     near = difflib.get_close_matches(pathlib.PurePath(source).stem, ENTRIES, n=3, cutoff=0.6)
@@ -239,12 +244,12 @@ def _no_such_file(source: str) -> UserError:
     return UserError(f"{source} is neither a file, nor a URL, nor a name of published weights; {offer}")
 
 
-def _wanted(source: str, sha256_prefix: str | None) -> Wanted:
+def _plan_download(source: str, sha256_prefix: str | None) -> Download:
     """What to download for a name of ENTRIES or a URL."""
     if entry := ENTRIES.get(source):
-        return Wanted(entry.urls, entry.name, sha256_prefix or entry.sha256_prefix, guessed=False)
-    _refuse_unsafe(source)
-    parts = _split(source)
+        return Download(entry.urls, entry.name, sha256_prefix or entry.sha256_prefix, guessed=False)
+    _refuse_unsafe_url(source)
+    parts = _split_url(source)
     query = urllib.parse.parse_qs(parts.query)
     if "sv" in query and "sig" not in query:
         raise UserError(
@@ -254,19 +259,23 @@ def _wanted(source: str, sha256_prefix: str | None) -> Wanted:
         )
     name = re.split(r"[/\\]", urllib.parse.unquote(parts.path))[-1]
     name = "".join("_" if c in ':*?"<>|' or not c.isprintable() else c for c in name)
-    name = name.encode()[-LONGEST_NAME:].decode(errors="ignore")
+    name = name.encode()[-MAX_NAME_BYTES:].decode(errors="ignore")
     if name in ("", ".", ".."):
         raise UserError(f"{source} names no file: give the URL of the weights themselves")
     for entry in ENTRIES.values():
-        if source.split("?")[0] in entry.published or (parts.hostname in FORMER_HOSTS and entry.name == name):
+        if source.split("?")[0] in entry.published_urls or (
+            parts.hostname in FORMER_HOSTS and entry.name == name
+        ):
             urls = list(dict.fromkeys([source, *entry.urls]))
-            return Wanted(urls, entry.name, sha256_prefix or entry.sha256_prefix, guessed=False)
-    in_name = _hash_in_name(name)
-    place = name if in_name else f"{_address_hash(parts)}/{name}"  # any two runs have a checkpoint-best.pth
-    return Wanted([source], place, sha256_prefix or in_name, guessed=not sha256_prefix)
+            return Download(urls, entry.name, sha256_prefix or entry.sha256_prefix, guessed=False)
+    in_name = _find_hash_in_name(name)
+    cache_path = (
+        name if in_name else f"{_hash_address(parts)}/{name}"
+    )  # any two runs have a checkpoint-best.pth
+    return Download([source], cache_path, sha256_prefix or in_name, guessed=not sha256_prefix)
 
 
-def _split(url: str) -> urllib.parse.SplitResult:
+def _split_url(url: str) -> urllib.parse.SplitResult:
     """The parts of a URL; UserError where it is none."""
     try:
         parts = urllib.parse.urlsplit(url)
@@ -283,14 +292,14 @@ def _split(url: str) -> urllib.parse.SplitResult:
     return parts
 
 
-def _address_hash(parts: urllib.parse.SplitResult) -> str:
+def _hash_address(parts: urllib.parse.SplitResult) -> str:
     """8 hex digits of host and path, and of a query that may choose the file; a signature does not, and changes."""
     signed = any(key.lower().endswith(("sig", "signature")) for key in urllib.parse.parse_qs(parts.query))
     address = f"{parts.netloc.rpartition('@')[2].lower()}{parts.path}" + ("" if signed else f"?{parts.query}")
     return hashlib.sha256(address.encode(errors="surrogateescape")).hexdigest()[:8]
 
 
-def _users_mirrors() -> list[str]:
+def _get_user_mirrors() -> list[str]:
     """The base URLs in BEIT_MIRRORS, each with a slash at its end."""
     bases = os.environ.get("BEIT_MIRRORS", "").split()
     for base in bases:
@@ -299,13 +308,13 @@ def _users_mirrors() -> list[str]:
                 f"BEIT_MIRRORS: {base} is no https:// or file:// address, without a ?, to which "
                 "/BEiT-v2/NAME.pth can be added"
             )
-        _refuse_unsafe(base)
+        _refuse_unsafe_url(base)
     return [base.rstrip("/") + "/" for base in bases]
 
 
-def _refuse_unsafe(url: str) -> None:
+def _refuse_unsafe_url(url: str) -> None:
     """Only what cannot be altered on its way: https, this machine, or what the user has allowed."""
-    parts = _split(url)
+    parts = _split_url(url)
     if parts.scheme in ("https", "file"):
         return
     if parts.scheme != "http":
@@ -316,7 +325,7 @@ def _refuse_unsafe(url: str) -> None:
         )
 
 
-def _hash_in_name(name: str) -> str | None:
+def _find_hash_in_name(name: str) -> str | None:
     """`weights-d5036aa7.pth` -> d5036aa7, torch.hub's convention. Digits alone are rather
     a date or a number of a run.
     """
@@ -336,32 +345,32 @@ def _digest_once(path: pathlib.Path) -> str:
     """The hash of a file in the cache. A note beside it spares every process of every run
     the reading of the file.
     """
-    version = _version(path)
+    version = _file_version(path)
     with contextlib.suppress(OSError, ValueError):
-        *known, digest = _note(path).read_text().split()
+        *known, digest = _note_path(path).read_text().split()
         if known == version and len(digest) == 64:  # shorter: another process is writing it
             return digest
     digest = _digest(path)
-    _take_note(path, version, digest)
+    _write_note(path, version, digest)
     return digest
 
 
-def _note(path: pathlib.Path) -> pathlib.Path:
+def _note_path(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(path.name + ".checked")
 
 
-def _version(path: pathlib.Path) -> list[str]:
+def _file_version(path: pathlib.Path) -> list[str]:
     """Size in bytes and time of change in ns: a file that is replaced has others."""
     stat = path.stat()
     return [str(stat.st_size), str(stat.st_mtime_ns)]
 
 
-def _take_note(path: pathlib.Path, version: list[str], digest: str) -> None:
+def _write_note(path: pathlib.Path, version: list[str], digest: str) -> None:
     with contextlib.suppress(OSError):  # a cache that many share may be read-only
-        _note(path).write_text(" ".join([*version, digest]))
+        _note_path(path).write_text(" ".join([*version, digest]))
 
 
-def _checked(
+def _verify(
     path: pathlib.Path, sha256_prefix: str | None, guessed: bool = False, cached: bool = False
 ) -> pathlib.Path:
     """`path`; with a prefix only if its hash begins with it. Notes are written in the
@@ -381,7 +390,7 @@ def _checked(
 
 
 @contextlib.contextmanager
-def _one_process_at_a_time(target: pathlib.Path) -> Iterator[bool]:
+def _lock(target: pathlib.Path) -> Iterator[bool]:
     """Gives whether that can be had here; else each process needs a partial file of its own."""
     lock, alone = target.with_name(target.name + ".lock"), False
     with lock.open("w") as handle:
@@ -398,26 +407,26 @@ class _SlowError(OSError):
     """A server that sends nothing, or so little that waiting for the rest has no end."""
 
 
-def _download(wanted: Wanted, target: pathlib.Path, own: str = "") -> None:
+def _download(download: Download, target: pathlib.Path, own: str = "") -> None:
     """The file at `target`, complete and checked, from the first of the URLs that gives it; or a UserError.
 
     `own`: in the name of this process's partial file, where several may load the same file at once.
     """
     part = target.with_name(f"{target.name}{own}.part")
     failures = []
-    for url in wanted.urls:
+    for url in download.urls:
         reason: object = None
         for _ in range(5):
             before = part.stat().st_size if part.exists() else 0
             try:
-                _receive(url, part, checked_by_hash=wanted.sha256_prefix is not None)
-                return _accept(part, target, wanted, url)
+                _fetch_part(url, part, checked_by_hash=download.sha256_prefix is not None)
+                return _move_into_cache(part, target, download, url)
             except PermissionError:
                 raise
             except (
                 UserError
             ) as error:  # another file, or an unsafe redirection: the next address may do better
-                if url == wanted.urls[-1]:
+                if url == download.urls[-1]:
                     raise
                 log.warning(f"warning: {error}")
                 reason = "refused"
@@ -433,7 +442,7 @@ def _download(wanted: Wanted, target: pathlib.Path, own: str = "") -> None:
             # nothing after `before`: start anew
             if isinstance(reason, urllib.error.HTTPError) and reason.code == 416:
                 part.unlink(missing_ok=True)
-            elif gained < (PATIENCE * SLOWEST if isinstance(reason, _SlowError) else 1):
+            elif gained < (TIMEOUT * MIN_BYTES_PER_SECOND if isinstance(reason, _SlowError) else 1):
                 break  # no progress: asking again would not help
         failures.append(f"{url} ({' '.join(str(reason).split()) or type(reason).__name__})")
     raise UserError(
@@ -442,7 +451,7 @@ def _download(wanted: Wanted, target: pathlib.Path, own: str = "") -> None:
     )
 
 
-def _receive(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
+def _fetch_part(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
     """Write what `url` gives to `part`, after what an earlier call for the same file has left there.
 
     OSError or HTTPException: not complete, another call may go on from there.
@@ -457,15 +466,15 @@ def _receive(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
         "",
     ]
     start = part.stat().st_size if part.exists() and known == address and (version or checked_by_hash) else 0
-    request = _request(url)
+    request = _build_request(url)
     if start:
         request.add_header("Range", f"bytes={start}-")
     if start and version:
         request.add_header("If-Range", version)  # a file that has changed since comes whole
     log.info(f"downloading {address} to {part.parent}" + (f" from byte {start} on" if start else ""))
-    with _in_background(request) as take:
-        reply = take()
-        _refuse_unsafe(reply.url)  # after redirections
+    with _open_in_background(request) as receive:
+        reply = receive()
+        _refuse_unsafe_url(reply.url)  # after redirections
         if (coding := reply.headers.get("Content-Encoding", "identity").strip().lower()) not in (
             "",
             "identity",
@@ -478,19 +487,19 @@ def _receive(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
             raise UserError(
                 f"{url} gives a web page, such as one to log in on: give the address of the file itself"
             )
-        now = _version_of(reply)
+        now = _reply_version(reply)
         if reply.status == 206:
-            total = _total_of_rest(reply, start, int(length or 0))
+            total = _parse_total_length(reply, start, int(length or 0))
             if total is None or (version and now not in ("", version)):
                 part.unlink(missing_ok=True)
                 # the rest of another file, or another part than was asked for: once
                 # more, the whole
                 if start:
-                    _receive(url, part, checked_by_hash)
+                    _fetch_part(url, part, checked_by_hash)
                     return
                 raise ConnectionError("the server sends a part of the file where the whole was asked for")
         elif reply.status in (200, None):  # None: file://
-            start, total = 0, _number(reply.headers.get("Content-Length"))
+            start, total = 0, _parse_length(reply.headers.get("Content-Length"))
             part.write_bytes(b"")  # before the note: an older part must not pass for this version
             note.write_text(f"{address}\n{now}\n{total or ''}", encoding="utf-8")
         else:
@@ -501,7 +510,7 @@ def _receive(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
                 f"{format_size(free)} "
                 "left; make room, or name another folder with TORCH_HOME"
             )
-        _write_body(take, part, start, total)
+        _write_body(receive, part, start, total)
     size = part.stat().st_size
     if size == 0:
         raise ConnectionError("nothing came: the file is empty")
@@ -522,7 +531,7 @@ def _receive(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
         )
 
 
-def _write_body(take: Callable[[], Any], part: pathlib.Path, start: int, total: int | None) -> None:
+def _write_body(receive: Callable[[], Any], part: pathlib.Path, start: int, total: int | None) -> None:
     bar = tqdm(
         total=total,
         initial=start,
@@ -534,22 +543,22 @@ def _write_body(take: Callable[[], Any], part: pathlib.Path, start: int, total: 
     )
     since, received = time.monotonic(), 0
     with part.open("ab" if start else "wb") as file, bar:
-        while chunk := take():
+        while chunk := receive():
             bar.update(file.write(chunk))
             received += len(chunk)
-            if (seconds := time.monotonic() - since) > PATIENCE:
-                if received < seconds * SLOWEST:
+            if (seconds := time.monotonic() - since) > TIMEOUT:
+                if received < seconds * MIN_BYTES_PER_SECOND:
                     raise _SlowError(f"the server sends only {received / seconds:.0f} bytes a second")
                 since, received = time.monotonic(), 0
         file.flush()
         os.fsync(file.fileno())
 
 
-def _request(url: str) -> urllib.request.Request:
+def _build_request(url: str) -> urllib.request.Request:
     """For the file as it is. A user's name and password in the URL go to its own host
     alone, not where it redirects to.
     """
-    parts = _split(url)
+    parts = _split_url(url)
     user, _, host = parts.netloc.rpartition("@")
     clean = parts._replace(netloc=host, fragment="").geturl()
     clean = urllib.parse.quote(clean, safe="%/:=&?~+!$,;'@()*[]|", errors="surrogateescape")
@@ -564,8 +573,8 @@ def _request(url: str) -> urllib.request.Request:
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
-        _refuse_unsafe(newurl)
-        parts = _split(newurl)
+        _refuse_unsafe_url(newurl)
+        parts = _split_url(newurl)
         if req.type == "https" and parts.scheme != "https":
             raise UserError(
                 f"{req.full_url} redirects to {newurl}, which can be tampered with on its "
@@ -580,10 +589,10 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
 
 
 @contextlib.contextmanager
-def _in_background(request: urllib.request.Request) -> Iterator[Callable[[], Any]]:
+def _open_in_background(request: urllib.request.Request) -> Iterator[Callable[[], Any]]:
     """Gives a function that returns the reply, then piece after piece of its body, b"" at the end.
 
-    _SlowError where the next of them takes longer than PATIENCE, whatever the server
+    _SlowError where the next of them takes longer than TIMEOUT, whatever the server
     does byte by byte in the meantime.
     """
     pieces: queue.Queue[Any] = queue.Queue(maxsize=8)
@@ -591,7 +600,7 @@ def _in_background(request: urllib.request.Request) -> Iterator[Callable[[], Any
 
     def work() -> None:
         try:
-            with urllib.request.build_opener(_SafeRedirects).open(request, timeout=PATIENCE) as reply:
+            with urllib.request.build_opener(_SafeRedirects).open(request, timeout=TIMEOUT) as reply:
                 piece = reply
                 while piece and not abandoned.is_set():
                     pieces.put(piece)
@@ -600,18 +609,18 @@ def _in_background(request: urllib.request.Request) -> Iterator[Callable[[], Any
         except Exception as error:
             pieces.put(error)
 
-    def take() -> Any:
+    def receive() -> Any:
         try:
-            piece = pieces.get(timeout=PATIENCE)
+            piece = pieces.get(timeout=TIMEOUT)
         except queue.Empty:
-            raise _SlowError(f"the server sent nothing for {PATIENCE} seconds") from None
+            raise _SlowError(f"the server sent nothing for {TIMEOUT} seconds") from None
         if isinstance(piece, Exception):
             raise piece
         return piece
 
     threading.Thread(target=work, name="download", daemon=True).start()
     try:
-        yield take
+        yield receive
     finally:
         abandoned.set()
         with contextlib.suppress(queue.Empty):
@@ -619,13 +628,13 @@ def _in_background(request: urllib.request.Request) -> Iterator[Callable[[], Any
                 pieces.get_nowait()
 
 
-def _version_of(reply: Any) -> str:
+def _reply_version(reply: Any) -> str:
     """What tells one version of a file from another: a strong ETag, else the date, else nothing."""
     tag = reply.headers.get("ETag") or "W/"
     return (reply.headers.get("Last-Modified") or "") if tag.startswith("W/") else tag
 
 
-def _number(text: str | None) -> int | None:
+def _parse_length(text: str | None) -> int | None:
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,18}", text.strip()):
@@ -633,13 +642,13 @@ def _number(text: str | None) -> int | None:
     return int(text)
 
 
-def _total_of_rest(reply: Any, start: int, known: int) -> int | None:
+def _parse_total_length(reply: Any, start: int, known: int) -> int | None:
     """The length of the whole file, of which a 206 brings the rest from `start` on; None
     where it brings anything else.
 
     `known`: the length that was told before, or 0.
     """
-    length = _number(reply.headers.get("Content-Length"))
+    length = _parse_length(reply.headers.get("Content-Length"))
     given = reply.headers.get("Content-Range")
     if given is None:  # against the rules, but the lengths may tell
         return known if start and known and length == known - start else None
@@ -664,18 +673,18 @@ def _is_complete(path: pathlib.Path) -> bool:
         return False
 
 
-def _accept(part: pathlib.Path, target: pathlib.Path, wanted: Wanted, url: str) -> None:
+def _move_into_cache(part: pathlib.Path, target: pathlib.Path, download: Download, url: str) -> None:
     part.with_name(part.name + ".from").unlink(missing_ok=True)
-    if (prefix := wanted.sha256_prefix) is None:
+    if (prefix := download.sha256_prefix) is None:
         os.replace(part, target)
         return
-    version, digest = _version(part), _digest(part)
+    version, digest = _file_version(part), _digest(part)
     if digest.startswith(prefix.lower()):
         os.replace(part, target)
-        _take_note(target, version, digest)
+        _write_note(target, version, digest)
         return
     came = f"what came from {url} has sha256 {digest[:8]}... instead of {prefix}"
-    if wanted.guessed:
+    if download.guessed:
         kept = target.with_name(f"unchecked_{target.name}")
         os.replace(part, kept)
         raise UserError(f"{came}, as in its name; if that is no hash, use what came: it is kept as {kept}")

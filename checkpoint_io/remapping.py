@@ -23,7 +23,7 @@ from layers.rel_pos_bias import grid_of, resize_pos_embed, resize_rel_pos_bias_t
 PATCHES = "patch_embed.proj.weight"
 
 
-def patch_grid(weights: dict[str, Tensor]) -> tuple[int, int] | None:
+def infer_patch_grid(weights: dict[str, Tensor]) -> tuple[int, int] | None:
     """(height, width) in patches of the model that `weights` are of; None for a model without positions.
 
     The index of a relative bias tells a grid of any shape. Without it the grid is taken
@@ -53,7 +53,7 @@ def patch_grid(weights: dict[str, Tensor]) -> tuple[int, int] | None:
     return side, side
 
 
-def with_class_position(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def add_class_position(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """With a position of zeros for the CLS token where only a square of patches has
     positions (timm's no_embed_class).
     """
@@ -88,11 +88,11 @@ def lacks_layer_scale(source: dict[str, Tensor], key: str) -> bool:
     return leaf in ("gamma_1", "gamma_2") and key not in source and f"{block}.attn.qkv.weight" in source
 
 
-def source_for(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def prepare_source(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The entries under our names, with a position for the CLS token if the model's shape asks for one."""
     source, own = to_our_names(state_dict), model.pos_embed
     same = own is None or "pos_embed" not in source or source["pos_embed"].shape == own.shape
-    return source if same else with_class_position(source)
+    return source if same else add_class_position(source)
 
 
 def remap_pretrained(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ def remap_pretrained(state_dict: dict[str, Tensor], model: Any) -> dict[str, Ten
     another architecture (weight_formats.to_our_names).
     """
     wanted, grid = model.state_dict(), model.patch_embed.patch_shape
-    source = source_for(state_dict, model)
+    source = prepare_source(state_dict, model)
     shared = source.get(SHARED_TABLE)
     if shared is not None:
         for key in wanted:
@@ -118,7 +118,7 @@ def remap_pretrained(state_dict: dict[str, Tensor], model: Any) -> dict[str, Ten
     if not told and all(key in source and source[key].shape == wanted[key].shape for key in positions):
         src_grid = grid  # as many rows, and nothing says that they lie otherwise
     else:
-        src_grid = patch_grid(source) or grid
+        src_grid = infer_patch_grid(source) or grid
     remapped = {}
     for key, value in source.items():
         if key not in wanted or key.endswith("relative_position_index"):
@@ -186,13 +186,13 @@ def refuse_misfits(weights: dict[str, Tensor], model: Any, remapped: dict[str, T
             raise UserError(f"it lacks {key}; name the --model that it is of, or get the file again")
 
 
-def remapping_report(state_dict: dict[str, Tensor], model: Any, remapped: dict[str, Tensor]) -> list[str]:
+def report_remapping(state_dict: dict[str, Tensor], model: Any, remapped: dict[str, Tensor]) -> list[str]:
     """What remap_pretrained did, one line each: used, resized, adapted, copied to blocks,
     left out, new in the model.
     """
-    source = source_for(state_dict, model)
+    source = prepare_source(state_dict, model)
     wanted = [key for key in model.state_dict() if not key.endswith("relative_position_index")]
-    src_grid, grid = patch_grid(source), model.patch_embed.patch_shape
+    src_grid, grid = infer_patch_grid(source), model.patch_embed.patch_shape
     resized = [key for key in remapped if key.endswith("relative_position_bias_table") or key == "pos_embed"]
     left_out = [key for key in source if key not in remapped and not key.endswith("relative_position_index")]
     neutral = [key for key in remapped if lacks_layer_scale(source, key)]
@@ -205,25 +205,27 @@ def remapping_report(state_dict: dict[str, Tensor], model: Any, remapped: dict[s
         )
     if PATCHES in remapped and source[PATCHES].shape != remapped[PATCHES].shape:
         lines.append(
-            f"adapted    the patch embedding: {described(source[PATCHES])} -> {described(remapped[PATCHES])}"
+            f"adapted    the patch embedding: {describe_patches(source[PATCHES])} -> {describe_patches(remapped[PATCHES])}"
         )
     if copies:
         lines.append(f"copied     the shared relative position bias to {len(copies)} blocks")
         left_out = [key for key in left_out if key != SHARED_TABLE]
     if neutral:
-        lines.append(f"set to 1   {brief(neutral)}: the layer scale, which these blocks were trained without")
-    lines.append(f"left out   {brief(left_out)}")
-    lines.append(f"new        {brief([key for key in wanted if key not in remapped])}")
+        lines.append(
+            f"set to 1   {summarize_names(neutral)}: the layer scale, which these blocks were trained without"
+        )
+    lines.append(f"left out   {summarize_names(left_out)}")
+    lines.append(f"new        {summarize_names([key for key in wanted if key not in remapped])}")
     return lines
 
 
-def described(patches: Tensor) -> str:
+def describe_patches(patches: Tensor) -> str:
     """A patch embedding's weight (C, channels, height, width) in words."""
     _, channels, height, width = patches.shape
     return f"{channels} channel{'s' * (channels > 1)}, patches of {height} x {width}"
 
 
-def brief(names: list[str]) -> str:
+def summarize_names(names: list[str]) -> str:
     """`lm_head.weight, lm_head.bias, cls_pt_layers.* (26)`: names of one module together where they are many."""
     modules: dict[str, list[str]] = {}
     for name in names:

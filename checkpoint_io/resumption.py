@@ -134,7 +134,7 @@ def check_ranks_have_the_same_images(data: Mapping[str, Any]) -> None:
             )
 
 
-def from_published(content: dict[str, Any], steps_per_epoch: int, world_size: int) -> dict[str, Any]:
+def convert_published(content: dict[str, Any], steps_per_epoch: int, world_size: int) -> dict[str, Any]:
     """A training checkpoint of the published code (its optimizer, and the last epoch it
     finished), as one of ours.
     """

@@ -15,14 +15,23 @@ import safetensors.torch
 import torch
 
 from checkpoint_io import torch_files
+from checkpoint_io.pickle_builders import CodeInFile, DamagedFile, UnsupportedFile
 from errors import UserError
 
 
 def load_file(path: str | os.PathLike[str], objects: Collection[str] = ()) -> Any:
-    """What a weight file holds, on the CPU: safetensors, torch.save (new or old), TorchScript (its state dict).
+    """The content of a weight file, on the CPU.
 
-    Nothing in a file is ever run, and checksums are compared. `objects`: classes whose instances are read as
-    `torch_files.PickledObject`. UserError: not there, damaged, no weight file, or with code in it.
+    Nothing in a file is ever run, and checksums are compared.
+
+    Args:
+        path: A file of safetensors, of torch.save (also before torch 1.6) or of
+            torch.jit.save, which gives its state dict.
+        objects: Names of classes (module.name) whose instances are read as
+            `pickle_builders.PickledObject`.
+
+    Raises:
+        UserError: The file is missing, damaged, no weight file, or holds code.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -32,16 +41,15 @@ def load_file(path: str | os.PathLike[str], objects: Collection[str] = ()) -> An
         if is_safetensors(path):
             return safetensors.torch.load_file(path)
         return torch_files.load(path, objects)
-    except torch_files.HoldsCode as error:
+    except CodeInFile as error:
         raise UserError(
-            f"{path} holds Python objects ({error.name}), which are not loaded because they can run "
-            "any code; if "
-            "you trust the file, keep only its tensors: "
+            f"{path} holds Python objects ({error.name}), which are not loaded because they can run any code; "
+            "if you trust the file, keep only its tensors: "
             f"torch.save(torch.load('{path}', weights_only=False)['model'], 'clean.pth')"
         ) from None
-    except torch_files.Damaged as error:
+    except DamagedFile as error:
         raise _unreadable(path, str(error)) from None
-    except torch_files.Refused as error:
+    except UnsupportedFile as error:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}{permission_hint(error)}") from error
@@ -67,10 +75,10 @@ def _unreadable(path: pathlib.Path, why: str) -> UserError:
 
 def load_state_dict(path: str | os.PathLike[str], keys: str = "model|module") -> dict[str, torch.Tensor]:
     """The tensors in a file under the first of `keys` that it has, else `state_dict`, else its top."""
-    return weights_in(load_file(path), str(path), keys)
+    return extract_weights(load_file(path), str(path), keys)
 
 
-def plain_flags(args: Any) -> dict[str, Any]:
+def flags_to_dict(args: Any) -> dict[str, Any]:
     """The flags in a checkpoint: a dictionary, the argparse Namespace of published files, or {}."""
     return (
         dict(args)
@@ -81,7 +89,7 @@ def plain_flags(args: Any) -> dict[str, Any]:
     )
 
 
-def weights_in(content: Any, source: str, keys: str = "model|module") -> dict[str, torch.Tensor]:
+def extract_weights(content: Any, source: str, keys: str = "model|module") -> dict[str, torch.Tensor]:
     """As load_state_dict, of a file that is read already; `source` is for the message."""
     found, inside = content, []
     if isinstance(content, Mapping):
@@ -157,7 +165,7 @@ KINDS = {  # a key that only this kind of file has -> what it is, and what it is
 }
 
 
-def kind_of(keys: Iterable[str]) -> str:
+def describe_kind(keys: Iterable[str]) -> str:
     """What a file with these keys is, in words with an article."""
     present = set(keys)
     found = next((what for key, what in KINDS.items() if key in present), None)

@@ -33,7 +33,7 @@ TIMM_ARGS = ("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "
 Weights = dict[str, Tensor]
 
 
-class Converted(NamedTuple):
+class ConvertedWeights(NamedTuple):
     """Weights under other names, the keys that have no home there, and what else was done, in sentences."""
 
     weights: Weights
@@ -51,7 +51,7 @@ class Preprocessing(NamedTuple):
     crop_pct: float
 
 
-class Companion(NamedTuple):
+class ExternalConfig(NamedTuple):
     """What another library's configuration says beside the weights; None where it does not."""
 
     num_heads: int | None
@@ -246,12 +246,12 @@ def to_our_names(state_dict: Mapping[str, Tensor]) -> Weights:
 def from_huggingface(state_dict: Mapping[str, Tensor]) -> Weights:
     """UserError: a layer without its q, k or v."""
     in_block, outside = ({theirs: ours for ours, theirs in table.items()} for table in (IN_BLOCK, OUTSIDE))
-    classic = {_classic(key): value for key, value in state_dict.items()}
+    classic = {_to_classic_name(key): value for key, value in state_dict.items()}
     ours: Weights = {}
     for key, value in classic.items():
         layer = re.match(r"encoder\.layer\.(\d+)\.(.+)", key)
         if layer is None:
-            ours[_renamed(key, outside) or key] = value
+            ours[_rename(key, outside) or key] = value
             continue
         number, rest = layer.groups()
         if rest == QKV[0]:
@@ -260,18 +260,18 @@ def from_huggingface(state_dict: Mapping[str, Tensor]) -> Weights:
                 raise UserError(f"layer {number} lacks its key or its value: the file is incomplete")
             ours[f"blocks.{number}.attn.qkv.weight"] = torch.cat([part for part in parts if part is not None])
         elif rest not in QKV and not rest.endswith(("key.bias", INDEX)):
-            ours[f"blocks.{number}.{_renamed(rest, in_block) or rest}"] = value
+            ours[f"blocks.{number}.{_rename(rest, in_block) or rest}"] = value
     return ours
 
 
-def _classic(key: str) -> str:
+def _to_classic_name(key: str) -> str:
     key = key.removeprefix("beit.")
     for pattern, name in MODERN:
         key = re.sub(pattern, name, key)
     return key
 
 
-def _renamed(key: str, table: Mapping[str, str]) -> str | None:
+def _rename(key: str, table: Mapping[str, str]) -> str | None:
     """`key`, or the module in front of its last part, under the table's name; None where the table has neither."""
     if key in table:
         return table[key]
@@ -279,10 +279,10 @@ def _renamed(key: str, table: Mapping[str, str]) -> str | None:
     return f"{table[module]}.{leaf}" if module in table else None
 
 
-def to_huggingface(weights: Mapping[str, Tensor], architecture: str) -> Converted:
+def to_huggingface(weights: Mapping[str, Tensor], architecture: str) -> ConvertedWeights:
     """Our state dict -> the state dict of `architecture` (one of ARCHITECTURES)."""
     heads = {MASKED_IMAGE: ("norm", "lm_head"), CLASSIFIER: ("head",), BACKBONE: ()}[architecture]
-    homeless = {"cls_pt_layers", "cls_pt_norm", "cls_pt_lm_head", *({"head", "lm_head"} - set(heads))}
+    dropped = {"cls_pt_layers", "cls_pt_norm", "cls_pt_lm_head", *({"head", "lm_head"} - set(heads))}
     model: Weights = {}
     left_out, notes = [], ["each qkv matrix was split into query, key and value"]
     no_bias = "blocks.0.attn.q_bias" not in weights
@@ -294,7 +294,7 @@ def to_huggingface(weights: Mapping[str, Tensor], architecture: str) -> Converte
         layer = f"encoder.layer.{number}."
         if key.endswith(INDEX):
             continue  # follows from the grid
-        if first in homeless:
+        if first in dropped:
             left_out.append(key)
         elif inside == "attn.qkv.weight" and first == "blocks":
             model |= {layer + name: part for name, part in zip(QKV, value.chunk(3), strict=True)}
@@ -302,7 +302,7 @@ def to_huggingface(weights: Mapping[str, Tensor], architecture: str) -> Converte
                 zeros = {name: value.new_zeros(value.shape[1]) for name in ("attn.q_bias", "attn.v_bias")}
                 model |= {layer + IN_BLOCK[name]: zero for name, zero in zeros.items()}
         else:
-            name = _renamed(inside, IN_BLOCK) if first == "blocks" else _renamed(key, OUTSIDE)
+            name = _rename(inside, IN_BLOCK) if first == "blocks" else _rename(key, OUTSIDE)
             if name is None:
                 left_out.append(key)
             else:
@@ -312,7 +312,7 @@ def to_huggingface(weights: Mapping[str, Tensor], architecture: str) -> Converte
         n if architecture == BACKBONE or n.split(".")[0] in at_top else f"beit.{n}": v
         for n, v in model.items()
     }
-    return Converted(in_class, left_out, notes)
+    return ConvertedWeights(in_class, left_out, notes)
 
 
 def huggingface_config(
@@ -389,7 +389,7 @@ def huggingface_preprocessor(size: int, prepared: Preprocessing) -> dict[str, An
     }
 
 
-def read_huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Companion:
+def read_huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ExternalConfig:
     """UserError: another kind of model."""
     if config.get("model_type") != "beit" or config.get("hidden_act", "gelu") != "gelu":
         raise UserError(
@@ -411,13 +411,13 @@ def read_huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str
     labels = config.get("id2label") or {}
     names = [labels[number] for number in sorted(labels, key=int)]
     unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in names)
-    return Companion(config.get("num_attention_heads", 12), size, prepared, None if unnamed else names)
+    return ExternalConfig(config.get("num_attention_heads", 12), size, prepared, None if unnamed else names)
 
 
 # ── timm ──
 
 
-def to_timm(weights: Mapping[str, Tensor]) -> Converted:
+def to_timm(weights: Mapping[str, Tensor]) -> ConvertedWeights:
     """Our state dict -> the state dict of timm's `Beit`. A table shared by all blocks is
     added to each block's own.
 
@@ -445,7 +445,7 @@ def to_timm(weights: Mapping[str, Tensor]) -> Converted:
         notes.append(
             f"the relative position bias that all blocks shared was given to each of the {len(blocks)} blocks"
         )
-    return Converted(model, left_out, notes)
+    return ConvertedWeights(model, left_out, notes)
 
 
 def timm_config(
@@ -483,14 +483,14 @@ def timm_config(
     }
 
 
-def read_timm_config(config: Mapping[str, Any]) -> Companion:
+def read_timm_config(config: Mapping[str, Any]) -> ExternalConfig:
     """`architecture`'s own size counts where `model_args` name no other."""
     settings, facts = config.get("model_args", {}), config.get("pretrained_cfg", config)
     mean, std, crop_pct = (facts.get(key) for key in ("mean", "std", "crop_pct"))
     prepared = Preprocessing(tuple(mean), tuple(std), crop_pct or 1.0) if mean and std else None
     size = settings.get("img_size") or (facts.get("input_size") or (3, 224, 224))[1:]
     names = config.get("label_names") or facts.get("label_names")
-    return Companion(
+    return ExternalConfig(
         settings.get("num_heads"), as_size(size), prepared, list(names) if isinstance(names, list) else None
     )
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from checkpoint_io import checkpoints, downloads, weight_files, weight_formats
-from checkpoint_io.remapping import with_class_position
-from checkpoint_io.weight_formats import INDEX, TABLE, Companion
+from checkpoint_io.remapping import add_class_position
+from checkpoint_io.weight_formats import INDEX, TABLE, ExternalConfig
 from data_pipeline.imagenet_classes import in_words, synsets
 from errors import UserError
 from layers.rel_pos_bias import as_pair, relative_position_index
@@ -36,39 +36,39 @@ class Source(NamedTuple):
     weights: dict[str, Tensor]
     flags: dict[str, Any]
     classes: list[str] | None
-    companion: Companion
+    external: ExternalConfig
     library: str
     path: Path
 
 
-def read(
+def read_weights(
     checkpoint: str,
     expected: str = "auto",
     ema: bool = False,
     keys: str = "model|module",
-    picked: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    select: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     flag: str = "--checkpoint",
 ) -> Source:
     """`checkpoint`: a file, a folder of timm or Hugging Face, a URL or a published name.
     `expected`: whose names it has, "ours", "timm", "huggingface" or "auto". `ema`: the
     moving average of the weights instead of the last ones; `keys`: where in the file
-    the weights are; `picked`: takes a part of them, under the file's own names. `flag`:
+    the weights are; `select`: takes a part of them, under the file's own names. `flag`:
     for messages.
 
     UserError: as downloads.fetch; names of another library; no moving average; another kind of model.
     """
     path, config, preprocessor = locate(checkpoint, flag)
     content = weight_files.load_file(path)
-    beside = {**checkpoints.head(path), **(content if isinstance(content, dict) else {})}
+    beside = {**checkpoints.read_header(path), **(content if isinstance(content, dict) else {})}
     if ema and not isinstance(beside.get("model_ema"), dict):
         raise UserError(
             f"{flag} {checkpoint} holds no moving average of the weights (model_ema), which "
             "run_class_finetuning keeps with "
             "--model_ema: ask for the weights themselves"
         )
-    found = weight_files.weights_in(content, checkpoint, "model_ema" if ema else keys)
+    found = weight_files.extract_weights(content, checkpoint, "model_ema" if ema else keys)
     try:
-        found = weight_formats.strip_wrappers(found if picked is None else picked(found))
+        found = weight_formats.strip_wrappers(found if select is None else select(found))
     except UserError as error:
         raise UserError(f"{flag} {checkpoint}: {error}") from None
     huggingface = weight_formats.is_huggingface(found)
@@ -79,7 +79,7 @@ def read(
             f"--from {expected}: the names in {checkpoint} are {names}; --from auto sees by itself"
         )
     published = downloads.ENTRIES.get(path.stem)
-    flags = weight_files.plain_flags(beside.get("args"))
+    flags = weight_files.flags_to_dict(beside.get("args"))
     stage = beside.get("stage")
     classes = stage.get("classes") if isinstance(stage, dict) else None
     if published is not None:  # v2 was trained with ImageNet's mean and std, v1 with 0.5 (docs/recipes.md)
@@ -87,39 +87,39 @@ def read(
         if published.kind == "segmentation":  # ADE20K
             flags = {"input_size": 512, "reduce_zero_label": True, **flags}
         classes = synsets() if len(found.get("head.bias", ())) == len(synsets()) else None
-    companion = Companion(None, None, None, None)
+    external = ExternalConfig(None, None, None, None)
     try:
         if library == "huggingface" and config:
-            companion = weight_formats.read_huggingface_config(config, preprocessor)
+            external = weight_formats.read_huggingface_config(config, preprocessor)
         elif library == "timm":
-            companion = weight_formats.read_timm_config(config)
+            external = weight_formats.read_timm_config(config)
         weights = weight_formats.to_our_names(found)
     except UserError as error:
         raise UserError(f"{flag} {checkpoint}: {error}") from None
-    flags = {**flags_of(companion), **flags}
-    weights = with_class_position(with_grid(weights, flags.get("input_size")))
-    return Source(weights, flags, folder_names(companion.classes) or classes, companion, library, path)
+    flags = {**flags_from_config(external), **flags}
+    weights = add_class_position(add_grid_index(weights, flags.get("input_size")))
+    return Source(weights, flags, to_folder_names(external.classes) or classes, external, library, path)
 
 
-def flags_of(companion: Companion) -> dict[str, Any]:
+def flags_from_config(external: ExternalConfig) -> dict[str, Any]:
     """What another library says of its images, as our flags."""
-    size, prepared = companion.img_size, companion.prepared
+    size, prepared = external.img_size, external.prepared
     flags: dict[str, Any] = {}
     if size is not None:
         flags["input_size"] = size[0] if size[0] == size[1] else size
     if prepared is not None:
         flags["imagenet_default_mean_and_std"] = prepared[:2] == normalization(True)
-        flags["crop_pct"] = crop_flag(prepared.crop_pct, size or 224)
+        flags["crop_pct"] = to_crop_flag(prepared.crop_pct, size or 224)
     return flags
 
 
-def crop_flag(crop_pct: float, size: int | tuple[int, int]) -> float | None:
+def to_crop_flag(crop_pct: float, size: int | tuple[int, int]) -> float | None:
     """--crop_pct; None where ours, left out, crops the same pixels."""
     side = min(as_pair(size))
     return None if int(side / crop_pct) == int(side / default_crop_pct(size)) else crop_pct
 
 
-def with_grid(weights: dict[str, Tensor], size: Any) -> dict[str, Tensor]:
+def add_grid_index(weights: dict[str, Tensor], size: Any) -> dict[str, Tensor]:
     """The weights with an index of relative positions, which tells a grid of any shape,
     where the size of the images is known, fits, and nothing else tells the grid:
     absolute positions do not, and timm's files hold no index.
@@ -171,7 +171,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def folder_names(names: list[str] | None) -> list[str] | None:
+def to_folder_names(names: list[str] | None) -> list[str] | None:
     """Class names of another library as those of the folders that our data sets take them
     from: ImageNet's are WordNet ids.
     """
@@ -181,7 +181,7 @@ def folder_names(names: list[str] | None) -> list[str] | None:
     return synsets() if same > 0.9 * len(names) else names  # lists of them differ in a few words
 
 
-def save(
+def save_weights(
     path: Path,
     weights: dict[str, Tensor],
     flags: dict[str, Any] | None = None,
@@ -201,7 +201,7 @@ def save(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix != ".safetensors":
-            checkpoints.write({"model": tensors, **extra} if extra else tensors, path)
+            checkpoints.write_checkpoint({"model": tensors, **extra} if extra else tensors, path)
             return
         part.touch()
         mode = part.stat().st_mode

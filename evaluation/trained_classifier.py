@@ -13,8 +13,8 @@ from torch import Tensor
 
 import arguments
 from checkpoint_io import downloads, weight_files, weight_source
-from checkpoint_io.checkpoints import plain
-from checkpoint_io.remapping import PATCHES, described, load_remapped
+from checkpoint_io.checkpoints import to_plain_data
+from checkpoint_io.remapping import PATCHES, describe_patches, load_remapped
 from data_pipeline.imagenet_classes import RobustSet, synsets
 from errors import UserError
 from modeling_finetune import VisionTransformer
@@ -44,7 +44,7 @@ class TrainedClassifier:
         return len(self.weights["head.bias"])
 
 
-def select(weights: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Tensor]:
+def select_weights(weights: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Tensor]:
     """--model_filter_name and --model_prefix: only keys that begin so, without it. UserError: there are none."""
     for flag, start in (
         ("--model_filter_name", args.model_filter_name),
@@ -57,22 +57,24 @@ def select(weights: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Te
     return weights
 
 
-def read(args: argparse.Namespace) -> TrainedClassifier:
+def read_classifier(args: argparse.Namespace) -> TrainedClassifier:
     """--resume, else --finetune; with --model_ema the moving average of the weights in it."""
     source, flag = (args.resume, "--resume") if args.resume else (args.finetune, "--finetune")
-    read = weight_source.read(
+    read = weight_source.read_weights(
         source,
         ema=args.model_ema,
         keys=args.model_key,
-        picked=lambda weights: select(weights, args),
+        select=lambda weights: select_weights(weights, args),
         flag=flag,
     )
     if "head.bias" not in read.weights:
-        raise UserError(f"{flag} {source} is {weight_files.kind_of(read.weights)}: --eval needs a classifier")
+        raise UserError(
+            f"{flag} {source} is {weight_files.describe_kind(read.weights)}: --eval needs a classifier"
+        )
     return TrainedClassifier(source, read.weights, read.flags, read.classes)
 
 
-def load(
+def load_classifier(
     trained: TrainedClassifier,
     model: VisionTransformer,
     parser: argparse.ArgumentParser,
@@ -80,22 +82,22 @@ def load(
 ) -> None:
     """Every weight of the file into the model, which must be the one that was trained; say what else differs."""
     fitting, missing = load_remapped(model, trained.weights)
-    unused = left_out(trained.weights, fitting)
+    unused = find_unused(trained.weights, fitting)
     if missing or unused:
         what = f"it lacks {missing[0]}" if missing else f"it also holds {unused[0]}"
         raise UserError(
             f"{trained.source} is not the model that --model and the flags around it describe: {what}"
-            f"{training_flags(trained, parser, args)}"
+            f"{suggest_training_flags(trained, parser, args)}"
         )
-    warn_of_other_sight(trained, fitting, parser, args)
+    warn_of_other_images(trained, fitting, parser, args)
     if fitting[PATCHES].shape != trained.weights[PATCHES].shape:
         log.warning(
-            f"warning: {trained.source} was trained on {described(trained.weights[PATCHES])}: adapted to "
-            f"{described(fitting[PATCHES])}, and its accuracy may suffer"
+            f"warning: {trained.source} was trained on {describe_patches(trained.weights[PATCHES])}: adapted to "
+            f"{describe_patches(fitting[PATCHES])}, and its accuracy may suffer"
         )
 
 
-def left_out(weights: Mapping[str, Tensor], fitting: Mapping[str, Tensor]) -> list[str]:
+def find_unused(weights: Mapping[str, Tensor], fitting: Mapping[str, Tensor]) -> list[str]:
     """What the model has no place for; a bias table that all blocks share is used when it went into every block."""
     unused = [key for key in weights if key not in fitting and not key.endswith("position_index")]
     if any(key.startswith("blocks.") and key.endswith("relative_position_bias_table") for key in fitting):
@@ -103,25 +105,25 @@ def left_out(weights: Mapping[str, Tensor], fitting: Mapping[str, Tensor]) -> li
     return unused
 
 
-def training_flags(
+def suggest_training_flags(
     trained: TrainedClassifier, parser: argparse.ArgumentParser, args: argparse.Namespace
 ) -> str:
     """The way out of a model that does not fit, as far as the file or its published name tells."""
-    theirs = ", ".join(other for other, _ in differing(trained.flags, parser, args, SHAPING))
+    theirs = ", ".join(other for other, _ in compare_flags(trained.flags, parser, args, SHAPING))
     entry = downloads.ENTRIES.get(trained.source)
     if not theirs and entry and entry.model != args.model:
         theirs = f"--model {entry.model}"
     return f"; it was trained with {theirs}" if theirs else "; give the flags of its training"
 
 
-def warn_of_other_sight(
+def warn_of_other_images(
     trained: TrainedClassifier,
     fitting: Mapping[str, Tensor],
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,
 ) -> None:
     """Images of another size or normalization than in training are allowed, and told."""
-    pairs = differing(trained.flags, parser, args, SEEING)
+    pairs = compare_flags(trained.flags, parser, args, SEEING)
     if pairs:
         log.warning(
             f"warning: {trained.source} was trained with {', '.join(theirs for theirs, _ in pairs)} "
@@ -154,7 +156,7 @@ def warn_of_other_pretraining(
     known |= flags
     if "process_type" in flags:
         known["imagenet_default_mean_and_std"] = flags["process_type"] == "imagenet_norm"
-    pairs = differing(known, parser, args, KEPT_FROM_PRETRAINING)
+    pairs = compare_flags(known, parser, args, KEPT_FROM_PRETRAINING)
     if pairs:
         log.warning(
             f"warning: --finetune {args.finetune} was trained with "
@@ -165,14 +167,14 @@ def warn_of_other_pretraining(
         )
 
 
-def differing(
+def compare_flags(
     flags: Mapping[str, Any], parser: argparse.ArgumentParser, args: argparse.Namespace, names: Sequence[str]
 ) -> list[tuple[str, str]]:
     """(as it was trained, as it is now) for each of `names` that the training's flags tell otherwise."""
     return [
         (arguments.spelled(parser, name, flags[name]), arguments.spelled(parser, name, getattr(args, name)))
         for name in names
-        if name in flags and plain(flags[name]) != plain(getattr(args, name))
+        if name in flags and to_plain_data(flags[name]) != to_plain_data(getattr(args, name))
     ]
 
 
@@ -187,7 +189,7 @@ def refuse_other_classes(trained: TrainedClassifier, classes: Sequence[str], whe
         )
     if trained.classes and list(classes) != trained.classes:
         raise UserError(
-            f"{where} has other classes than {trained.source}: {first_difference(trained.classes, classes)}"
+            f"{where} has other classes than {trained.source}: {describe_difference(trained.classes, classes)}"
         )
 
 
@@ -204,7 +206,7 @@ def refuse_other_than_imagenet(trained: TrainedClassifier, robust: RobustSet) ->
         )
 
 
-def first_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
+def describe_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
     """Where two lists of class names part, in words."""
     if len(theirs) != len(ours):
         return f"it has {len(theirs)} classes, here are {len(ours)}"
@@ -222,6 +224,6 @@ def refuse_resuming_other_classes(state: Mapping[str, Any], classes: Sequence[st
     if classes and list(theirs) != list(classes):
         raise UserError(
             "the checkpoint to resume was trained on other classes: "
-            f"{first_difference(theirs, classes)}; give {way_out}, or "
+            f"{describe_difference(theirs, classes)}; give {way_out}, or "
             "start anew from these weights with --finetune and another --output_dir"
         )

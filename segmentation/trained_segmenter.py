@@ -14,7 +14,7 @@ import pretrained
 from checkpoint_io import weight_files, weight_source
 from checkpoint_io.weight_source import Source
 from errors import UserError
-from evaluation.trained_classifier import first_difference
+from evaluation.trained_classifier import describe_difference
 from modeling_segmentation import Segmenter
 from runtime.distributed import log
 
@@ -32,7 +32,7 @@ LOOKS_AS_TRAINED = (
 )
 
 
-def parts(content: Source) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_parts(content: Source) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The backbone's weights, under the names of a ViT, and the heads'."""
     heads = {key: value for key, value in content.weights.items() if key.startswith(HEADS)}
     return {key: value for key, value in content.weights.items() if key not in heads}, heads
@@ -42,7 +42,7 @@ def load_pretrained(model: Segmenter, content: Source, source: str) -> None:
     """What fits of a pretrained backbone or of a segmentation model, with a report.
     `source` names it in messages.
     """
-    backbone, heads = parts(content)
+    backbone, heads = split_parts(content)
     pretrained.load_fitting(model.backbone, backbone, source)
     if heads:
         own = model.state_dict()
@@ -51,17 +51,17 @@ def load_pretrained(model: Segmenter, content: Source, source: str) -> None:
         log.info(f"heads      used {len(fitting)} of {len(heads)} tensors of the file")
 
 
-def read(source: str, flag: str) -> Source:
+def read_segmenter(source: str, flag: str) -> Source:
     """A finished segmentation model's file. UserError: another kind of file."""
-    content = weight_source.read(source, flag=flag)
+    content = weight_source.read_weights(source, flag=flag)
     if CLASSIFIER not in content.weights:
         raise UserError(
-            f"{flag} {source} is {weight_files.kind_of(content.weights)}: a segmentation model is needed"
+            f"{flag} {source} is {weight_files.describe_kind(content.weights)}: a segmentation model is needed"
         )
     return content
 
 
-def as_trained(
+def restore_training_flags(
     parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], content: Source
 ) -> arguments.Flags:
     """The flags, with those of the model's training where the command line says nothing.
@@ -80,12 +80,12 @@ def as_trained(
     return arguments.Flags(**{**vars(args), **theirs, "_frozen": False}).freeze()
 
 
-def build(content: Source, source: str) -> Segmenter:
+def build_segmenter(content: Source, source: str) -> Segmenter:
     """The model in a file, by the shapes of its weights; in eval. `source` names it in messages."""
-    backbone, heads = parts(content)
+    backbone, heads = split_parts(content)
     classifier, auxiliary = heads[CLASSIFIER], heads.get("auxiliary_head.conv_seg.weight")
     try:
-        settings = pretrained.architecture(content.weights, content.flags)
+        settings = pretrained.infer_architecture(content.weights, content.flags)
     except UserError as error:
         raise UserError(f"{source} has no backbone that could be used: {error}") from None
     if settings["in_chans"] != 3:
@@ -112,13 +112,13 @@ def build(content: Source, source: str) -> Segmenter:
     return model.eval()
 
 
-def class_names(content: Source, given: list[str], source: str) -> list[str]:
+def choose_class_names(content: Source, given: list[str], source: str) -> list[str]:
     """Of the file's classes: its own names, else the `given` ones, else numbers. UserError
     where these are others.
     """
     count = len(content.weights[CLASSIFIER])
     if given and (len(given) != count or (content.classes and content.classes != given)):
-        difference = first_difference(
+        difference = describe_difference(
             content.classes or [f"class {number}" for number in range(count)], given
         )
         raise UserError(

@@ -211,7 +211,7 @@ def test_a_server_that_trickles_is_left(server: Script, head: bytes, monkeypatch
             connection.sendall(b"1")
             time.sleep(0.02)
 
-    monkeypatch.setattr(downloads, "PATIENCE", 0.3)
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.3)
     server.answers = [trickle]
     with pytest.raises(UserError, match=r"sent nothing for|sends only"):
         downloads.fetch(f"{server.url}/w.pth")

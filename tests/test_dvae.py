@@ -13,7 +13,7 @@ import torch
 from golden_values import arrays, close, data, fill_module, images
 from torch import nn
 
-from checkpoint_io.torch_files import PickledObject
+from checkpoint_io.pickle_builders import PickledObject
 from errors import UserError
 from modeling_dvae import PATCH_SIZE, DallEEncoder, load_dall_e_encoder, map_pixels, pickled_parameters
 

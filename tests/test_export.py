@@ -295,7 +295,7 @@ def test_a_demo_model_gets_its_name_and_keeps_its_flags(tmp_path):
     )
     path = export(hf, "safetensors", tmp_path / "back.safetensors")
     assert_same(load_file(path), model.state_dict())  # filled again: these are the averaged weights
-    source = export_checkpoint.weight_source.read(str(path))
+    source = export_checkpoint.weight_source.read_weights(str(path))
     assert source.flags["model"] == "beit_demo_patch16_128"
     assert source.flags["imagenet_default_mean_and_std"] is True
     assert source.flags["crop_pct"] is None  # what is cropped is what our evaluation crops
@@ -435,7 +435,7 @@ def test_a_tokenizer_only_changes_its_container(tmp_path, capsys):
 )
 def test_class_names_from_a_file(text, tmp_path):
     (tmp_path / "names").write_text(text)
-    assert export_checkpoint.class_names(str(tmp_path / "names"), 2) == ["tench", "goldfish"]
+    assert export_checkpoint.read_class_names(str(tmp_path / "names"), 2) == ["tench", "goldfish"]
 
 
 def test_published_classifiers_know_imagenet(tmp_path):

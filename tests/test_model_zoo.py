@@ -29,7 +29,8 @@ import modeling_dvae
 import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
-from checkpoint_io import downloads, torch_files, weight_files
+from checkpoint_io import downloads, weight_files
+from checkpoint_io.pickle_builders import PickledObject
 from errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -137,12 +138,14 @@ def test_main_prints_the_table_and_knows_its_names(capsys: pytest.CaptureFixture
 def test_the_table_shows_what_is_on_this_disk(hub: pathlib.Path) -> None:
     hub.mkdir(parents=True)
     (hub / "beit_base_patch16_224_pt22k.pth").write_bytes(bytes(3 * 2**20))
-    row = next(line for line in model_zoo.table().splitlines() if "beit_base_patch16_224_pt22k " in line)
+    row = next(
+        line for line in model_zoo.format_table().splitlines() if "beit_base_patch16_224_pt22k " in line
+    )
     assert row.split() == ["beit_base_patch16_224_pt22k", "92.0", "M", "~351", "MiB", "3", "MiB", "-"]
 
 
 def test_the_table_shows_about_how_much_is_downloaded() -> None:
-    rows = {line.split()[0]: line for line in model_zoo.table().splitlines() if line.startswith("  ")}
+    rows = {line.split()[0]: line for line in model_zoo.format_table().splitlines() if line.startswith("  ")}
     assert " ~330 MiB " in rows["beitv2_base_patch16_224_pt1k_ft1k"]  # 86.5 M x 4 bytes
     assert " ~205 MiB " in rows["dall_e_encoder"]  # as OpenAI's file is
     assert " ~1.1 GiB " in rows["beitv2_large_patch16_224_pt1k_ft1k"]
@@ -476,7 +479,7 @@ def test_whole_pickled_module_is_read_as_its_attributes_where_its_classes_are_na
     with pytest.raises(UserError, match=names[1]):
         weight_files.load_file(path, names[:1])
     loaded = weight_files.load_file(path, names)
-    assert type(loaded["model"]) is torch_files.PickledObject
+    assert type(loaded["model"]) is PickledObject
     assert loaded["model"].class_name == names[0]
     first = vars(loaded["model"])["_modules"]["0"]
     assert torch.equal(vars(first)["_parameters"]["weight"], module[0].weight)

@@ -18,7 +18,7 @@ import pretrained
 import run_class_finetuning
 import run_linear_eval
 from checkpoint_io import remapping, weight_formats, weight_source
-from checkpoint_io.remapping import patch_grid
+from checkpoint_io.remapping import infer_patch_grid
 from errors import UserError
 from modeling_finetune import VisionTransformer, remap_pretrained, resize_rel_pos_bias_table
 from segmentation import trained_segmenter
@@ -44,15 +44,15 @@ def shared(size=64):
 
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (48, 128), (64, 64)])
 def test_the_grid_is_read_from_the_index(size):
-    assert patch_grid(vit(size).state_dict()) == (size[0] // 16, size[1] // 16)
+    assert infer_patch_grid(vit(size).state_dict()) == (size[0] // 16, size[1] // 16)
 
 
 def test_a_grid_without_an_index_is_taken_as_square_or_refused():
     weights = {key: value for key, value in vit(96).state_dict().items() if "index" not in key}
-    assert patch_grid(weights) == (6, 6)
+    assert infer_patch_grid(weights) == (6, 6)
     weights = {key: value for key, value in vit((64, 112)).state_dict().items() if "index" not in key}
     with pytest.raises(UserError, match="not square"):
-        patch_grid(weights)
+        infer_patch_grid(weights)
 
 
 def test_a_bias_that_depends_on_rows_alone_stays_so_on_a_grid_that_is_not_square():
@@ -101,7 +101,7 @@ def test_the_report_names_what_was_used_resized_copied_dropped_and_new(capsys):
     source, target = shared(), vit(96)
     weights = {f"module.{key}": value for key, value in source.state_dict().items()}
     fitting = remap_pretrained(weights, target)
-    report = remapping.remapping_report(weights, target, fitting)
+    report = remapping.report_remapping(weights, target, fitting)
     text = "\n".join(report)
     assert "resized    4 position tables: 4 x 4 -> 6 x 6 patches" in text
     assert "copied     the shared relative position bias to 4 blocks" in text
@@ -111,7 +111,7 @@ def test_the_report_names_what_was_used_resized_copied_dropped_and_new(capsys):
     for block in range(4):
         assert torch.equal(fitting[f"blocks.{block}.attn.relative_position_bias_table"], resized)
     unchanged = vit()
-    report = remapping.remapping_report(unchanged.state_dict(), unchanged, unchanged.state_dict())
+    report = remapping.report_remapping(unchanged.state_dict(), unchanged, unchanged.state_dict())
     assert report[-2:] == ["left out   nothing", "new        nothing"] and not any(
         "resized" in line for line in report
     )
@@ -175,7 +175,7 @@ def test_fine_tuning_on_images_that_are_not_square(tmp_path):
     )
     run_class_finetuning.main([*wide, "--finetune", str(tmp_path / "square/checkpoint.pth")])
     weights = torch.load(tmp_path / "wide/checkpoint.pth", weights_only=True)["model"]
-    assert patch_grid(weights) == (2, 4)
+    assert infer_patch_grid(weights) == (2, 4)
     run_class_finetuning.main([*wide, "--eval", "--resume", str(tmp_path / "wide/checkpoint.pth")])
 
 
@@ -196,7 +196,7 @@ def test_a_grid_that_only_looks_square_keeps_its_positions(tmp_path):
     model, _ = pretrained.open_backbone(str(tmp_path / "w.pth"), num_heads=4)
     assert model.patch_embed.patch_shape == (4, 16) and torch.equal(model.pos_embed, source.pos_embed)
     other = remap_pretrained(
-        weight_source.read(str(tmp_path / "w.pth")).weights, vit((128, 128), use_abs_pos_emb=True)
+        weight_source.read_weights(str(tmp_path / "w.pth")).weights, vit((128, 128), use_abs_pos_emb=True)
     )
     assert not torch.equal(other["pos_embed"], source.pos_embed)
 
@@ -318,7 +318,7 @@ def test_a_frozen_backbone_computes_what_its_file_does(settings, tmp_path):
         "upernet_beit_demo_patch16", 3, 32, **POSITIONS, init_values=0.1
     )
     trained_segmenter.load_pretrained(
-        segmenter.eval(), weight_source.read(str(tmp_path / "w.pth")), "--finetune w.pth"
+        segmenter.eval(), weight_source.read_weights(str(tmp_path / "w.pth")), "--finetune w.pth"
     )
     tokens = segmenter.backbone.embed(IMAGES)
     for block in segmenter.backbone.blocks:
@@ -392,7 +392,7 @@ def test_a_patch_embedding_of_other_channels_or_patches_is_adapted_as_timm_does(
     summed = remap_pretrained(source.state_dict(), ours(patch_size=8, in_chans=1))["patch_embed.proj.weight"]
     torch.testing.assert_close(summed, source.patch_embed.proj.weight.sum(dim=1, keepdim=True))
     report = "\n".join(
-        remapping.remapping_report(gray.state_dict(), model, remap_pretrained(gray.state_dict(), model))
+        remapping.report_remapping(gray.state_dict(), model, remap_pretrained(gray.state_dict(), model))
     )
     assert (
         "adapted    the patch embedding: 1 channel, patches of 16 x 16 -> 3 channels, patches of 16 x 16"
@@ -445,7 +445,7 @@ def test_a_wrapped_tokenizer_stays_a_tokenizer(prefix, tmp_path):
     torch.save({"model": {prefix + key: value for key, value in weights.items()}}, tmp_path / "wrapped.pth")
     one, two = (modeling_vqkd.open_tokenizer(str(tmp_path / name))[0] for name in ("w.pth", "wrapped.pth"))
     assert torch.equal(one.get_codebook_indices(IMAGES), two.get_codebook_indices(IMAGES))
-    content = weight_source.read(str(tmp_path / "wrapped.pth"))
+    content = weight_source.read_weights(str(tmp_path / "wrapped.pth"))
     with pytest.raises(UserError, match="is a VQ-KD tokenizer"):
         pretrained.load_fitting(ours(), content.weights, "x.pth")
 

@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_names_the_space(data, co
         assert stop.value.code == 2
         error = capsys.readouterr().err
         assert re.search(r"MiB needed, [\d.]+ MiB free; the previous checkpoint is intact", error)
-        assert checkpoints.intact(small / "checkpoint.pth")
+        assert checkpoints.is_intact(small / "checkpoint.pth")
         assert checkpoint(small / "checkpoint.pth")["epoch"] == 0
         assert not list(small.glob(".*.part"))
 

@@ -200,8 +200,8 @@ def test_a_released_checkpoint_loads_strictly_and_tells_its_model(tmp_path):
         init_values=0.1,
     ).eval()
     torch.save({"meta": {"CLASSES": ("a", "b")}, "state_dict": model.state_dict()}, tmp_path / "released.pth")
-    content = trained_segmenter.read(str(tmp_path / "released.pth"), "--resume")
-    built = trained_segmenter.build(content, "it")
+    content = trained_segmenter.read_segmenter(str(tmp_path / "released.pth"), "--resume")
+    built = trained_segmenter.build_segmenter(content, "it")
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         assert torch.equal(built(x), model(x))
@@ -358,7 +358,7 @@ def test_published_segmentation_models_are_looked_at_as_they_were_trained(monkey
         {"state_dict": {"decode_head.conv_seg.weight": torch.zeros(150, 8, 1, 1)}}, tmp_path / f"{name}.pth"
     )
     monkeypatch.setattr(downloads, "fetch", lambda source: tmp_path / f"{name}.pth")
-    assert weight_source.read(name).flags["imagenet_default_mean_and_std"] is True
+    assert weight_source.read_weights(name).flags["imagenet_default_mean_and_std"] is True
 
 
 def test_nothing_to_score_is_no_number():

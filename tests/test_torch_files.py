@@ -332,7 +332,7 @@ def test_a_flipped_bit_is_found(tmp_path):
     assert torch.load(tmp_path / "f.pth", weights_only=True)["model"]["w"].sum() != 1000
     assert "CRC" in refusal(tmp_path / "f.pth")
     with pytest.raises(UserError, match="CRC"):
-        checkpoints.read(tmp_path / "f.pth")
+        checkpoints.read_checkpoint(tmp_path / "f.pth")
 
 
 @pytest.mark.parametrize("new_format", [True, False])
@@ -404,7 +404,7 @@ def test_safetensors_whose_head_is_deep_json(tmp_path):
 
     save_file(WEIGHTS, tmp_path / "f.safetensors", {"args": '{"a":' + "[" * 100_000})
     with pytest.raises(UserError, match="its head is no JSON"):
-        checkpoints.read(tmp_path / "f.safetensors")
+        checkpoints.read_checkpoint(tmp_path / "f.safetensors")
     deep = b'{"a":' + b"[" * 100_000
     (tmp_path / "g.safetensors").write_bytes(struct.pack("<Q", len(deep)) + deep + bytes(9))
     refusal(tmp_path / "g.safetensors")
@@ -416,7 +416,7 @@ def test_safetensors_by_another_name(tmp_path):
     save_file(WEIGHTS, tmp_path / "f.pth")
     assert weight_files.load_state_dict(tmp_path / "f.pth").keys() == WEIGHTS.keys()
     torch.save(WEIGHTS, tmp_path / "f.safetensors")
-    assert checkpoints.read(tmp_path / "f.safetensors")["model"].keys() == WEIGHTS.keys()
+    assert checkpoints.read_checkpoint(tmp_path / "f.safetensors")["model"].keys() == WEIGHTS.keys()
 
 
 def test_what_is_no_file(tmp_path):
@@ -426,7 +426,7 @@ def test_what_is_no_file(tmp_path):
     assert "no such file" in refusal(tmp_path / "none.pth")
     os.mkfifo(tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match=r"checkpoint\.pth is no regular file"):
-        checkpoints.newest_intact(tmp_path)
+        checkpoints.find_newest_intact(tmp_path)
 
 
 # ── which checkpoint a run goes on from ──
@@ -437,7 +437,7 @@ def test_the_fallback_is_the_newest_by_step(tmp_path):
         torch.save({"model": WEIGHTS, "next": {"epoch": 1, "samples": 0, "step": step}}, tmp_path / name)
         os.utime(tmp_path / name, (2e9 - step, 2e9 - step))  # the newest file is the oldest step
     (tmp_path / "checkpoint.pth").write_bytes(b"cut off")
-    assert checkpoints.newest_intact(tmp_path) == tmp_path / "checkpoint-step30.pth"
+    assert checkpoints.find_newest_intact(tmp_path) == tmp_path / "checkpoint-step30.pth"
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
@@ -450,7 +450,10 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monke
 
         monkeypatch.setattr(io, "open", refuse)
         monkeypatch.setattr("builtins.open", refuse)
-    for read in (checkpoints.newest_intact, lambda folder: checkpoints.read(folder / "checkpoint.pth")):
+    for read in (
+        checkpoints.find_newest_intact,
+        lambda folder: checkpoints.read_checkpoint(folder / "checkpoint.pth"),
+    ):
         with pytest.raises(
             UserError,
             match=(r"checkpoint\.pth cannot be read: Permission denied; " r"change its permissions"),

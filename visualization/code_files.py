@@ -144,7 +144,9 @@ def join_parts(parts: Parts, form: str, about: dict[str, Any]) -> dict[str, Any]
     for kind in LISTS:
         with open_text(parts.path(f"{kind}.txt"), "w") as file:
             file.writelines(f"{line}\n" for line in parts.lines(kind))
-    parts.path(ABOUT).write_text(json.dumps(checkpoints.plain(about), indent=1) + "\n", encoding="utf-8")
+    parts.path(ABOUT).write_text(
+        json.dumps(checkpoints.to_plain_data(about), indent=1) + "\n", encoding="utf-8"
+    )
     (write_npy if form == "npy" else write_jsonl)(parts, counted["images"], parts.path(f"codes.{form}"))
     for old in RESULTS:
         (parts.folder / old).unlink(missing_ok=True)

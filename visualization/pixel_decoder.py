@@ -119,7 +119,7 @@ def open_reconstructor(source: str, flag: str) -> Reconstructor:
     `source`: a path or a URL, which `flag` names in messages. UserError: the file holds
     no pixel decoder.
     """
-    found = weight_files.weights_in(weight_files.load_file(downloads.fetch(source)), source)
+    found = weight_files.extract_weights(weight_files.load_file(downloads.fetch(source)), source)
     weights = weight_formats.strip_wrappers(found)
     if "decoder.to_pixels.weight" not in weights:
         raise UserError(
