@@ -13,8 +13,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from data_pipeline.samplers import LoaderSettings
 from datasets import ImageSource
@@ -45,6 +45,9 @@ WORST_CLASSES = 10
 # pixel decoders nothing was published.
 FILE_OR_URL = "path or URL (in quotes)"
 WEIGHTS = "path, URL (in quotes) or published name"
+
+
+T = TypeVar("T", bound=Any)  # a dataclass
 
 
 class Flags(argparse.Namespace):
@@ -990,6 +993,13 @@ def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
 
 
 # ── What the flags say, as the values that the library takes ──
+
+
+def options(kind: type[T], args: argparse.Namespace) -> T:
+    """The flags that bear the names of a dataclass's fields, as such an object; what is no
+    flag of this command keeps the field's default.
+    """
+    return kind(**{field.name: vars(args)[field.name] for field in fields(kind) if field.name in vars(args)})
 
 
 def image_source(args: argparse.Namespace) -> ImageSource:

@@ -31,8 +31,9 @@ from checkpoint_io import checkpoints
 from data_pipeline.samplers import ResumableSampler, build_loader, close
 from datasets import ImageFiles
 from errors import UserError, report_user_errors
-from run_state import Run
+from run_state import Run, RunOptions
 from runtime import distributed
+from runtime.device import choose_precision, cpu_computes_in_bf16
 from runtime.distributed import log
 from utils import seed_all
 from vit_backbone import SIZES
@@ -158,8 +159,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     launch, device = distributed.start(args.device)
     if launch.world_size > 1:
         raise UserError("the benchmark is for one process: start it without a launcher")
-    run = Run(args, launch, device, distributed.choose_precision(args.amp_dtype, device))
-    emulated = device.type == "cpu" and run.precision.dtype and not distributed.cpu_computes_in_bf16()
+    run = Run(RunOptions(seed=args.seed), launch, device, choose_precision(args.amp_dtype, device))
+    emulated = device.type == "cpu" and run.precision.dtype and not cpu_computes_in_bf16()
     facts, matmul = describe_machine(run, side=8192 if device.type == "cuda" else 256 if emulated else 2048)
     shown = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in facts.items()}
     log.info(", ".join(f"{key} {value}" for key, value in shown.items()))

@@ -31,7 +31,9 @@ from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles
 from errors import UserError, report_user_errors
 from runtime import distributed
+from runtime.device import choose_precision
 from runtime.distributed import Launch, log
+from runtime.failures import explain_lost_process
 from transforms import ImageOnly, eval_view
 from visualization import code_files, drawing, inputs
 from visualization.code_files import Parts
@@ -195,7 +197,7 @@ def encode_share(
     if start == stop:
         return
     dataset = EveryImage([(path, None) for path in files[start:stop]], view, tokenizer.input_size)
-    precision = distributed.choose_precision(args.amp_dtype, device)
+    precision = choose_precision(args.amp_dtype, device)
     model, root = tokenizer.model.to(device), root_of(args.data_path)
     done, started = 0, time.monotonic()
     reported = started
@@ -319,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({error})") from None
     except RuntimeError as error:
-        raise distributed.explained(error) from None
+        raise explain_lost_process(error) from None
     finally:
         if distributed.is_main():
             parts.remove()

@@ -13,12 +13,12 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from data_pipeline.samplers import Loader
-from engine import evaluation_batches
+from engine import Stage
 from evaluation.confusion import Confusion
+from evaluation.held_out import evaluation_batches
 from evaluation.trained_classifier import refuse_resuming_other_classes
-from run_state import Stage
 from runtime import distributed
-from runtime.distributed import Precision
+from runtime.device import Precision
 from runtime.metrics import accuracy, top_k_correct
 
 
@@ -38,7 +38,8 @@ class FinetuningStage(Stage):
         smoothing: float = 0.0,
         classes: Sequence[str] | None = None,
     ) -> None:
-        self.device, self.precision, self.validation = device, precision, validation
+        super().__init__(device, precision)
+        self.validation = validation
         self.mixup, self.smoothing, self.classes = mixup, smoothing, list(classes or ())
         self.soft_cross_entropy = SoftTargetCrossEntropy()
 
@@ -90,7 +91,7 @@ class FinetuningStage(Stage):
         }
         return results, confusion
 
-    def better(self, test: dict[str, float]) -> float | None:
+    def best_metric(self, test: dict[str, float]) -> float | None:
         return test.get("test_acc1")
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from data_pipeline.files import Key, SampleDataset, digest
 from data_pipeline.samplers import Loader
-from engine import evaluation_batches
+from engine import Stage
 from errors import UserError
 from evaluation import knn
-from run_state import Stage
+from evaluation.held_out import evaluation_batches
 from runtime import distributed
-from runtime.distributed import Precision
+from runtime.device import Precision
 from runtime.metrics import accuracy, top_k_correct
 
 
@@ -121,7 +121,8 @@ class LinearStage(Stage):
         validation: Loader,
         source: dict[str, str],
     ) -> None:
-        self.encode, self.device, self.precision = encode, device, precision
+        super().__init__(device, precision)
+        self.encode = encode
         self.validation, self.source = validation, source
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -160,7 +161,7 @@ class LinearStage(Stage):
         results |= {"test_layer": best + 1, "test_images": int(images)}
         return results | {f"test_acc1_layer{layer + 1}": 100 * value for layer, value in enumerate(acc1)}
 
-    def better(self, test: dict[str, float]) -> float | None:
+    def best_metric(self, test: dict[str, float]) -> float | None:
         return test.get("test_acc1")
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from data_pipeline.files import SampleDataset
 from data_pipeline.samplers import Loader
-from engine import evaluation_batches, mean_of_steps, samples_to_show
-from run_state import Stage
-from runtime.distributed import Precision
+from engine import Stage
+from evaluation.held_out import average_steps, evaluation_batches, pick_samples
+from runtime.device import Precision
 from runtime.metrics import psnr
 from visualization import drawing
 
@@ -26,7 +26,8 @@ class PixelDecoderStage(Stage):
     def __init__(
         self, device: torch.device, precision: Precision, shown: SampleDataset, held_out: Loader | None = None
     ) -> None:
-        self.device, self.precision, self.shown, self.held_out = device, precision, shown, held_out
+        super().__init__(device, precision)
+        self.shown, self.held_out = shown, held_out
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         return compare(model(batch["image"]), batch["image"])
@@ -36,15 +37,15 @@ class PixelDecoderStage(Stage):
         if self.held_out is None:
             return {}
         batches = evaluation_batches(self.held_out, self.device)
-        return mean_of_steps(self, model, batches, self.precision, lambda batch: len(batch["image"]))
+        return average_steps(self.step, model, batches, self.precision, lambda batch: len(batch["image"]))
 
-    def better(self, test: dict[str, float]) -> float | None:
+    def best_metric(self, test: dict[str, float]) -> float | None:
         return test.get("test_psnr")
 
     @torch.no_grad()
     def pictures(self, model: Any, count: int = 8) -> dict[str, Tensor]:
         """Images, their token maps, and what was drawn from the tokens."""
-        images = [sample["image"] for sample in samples_to_show(self.shown, count)]
+        images = [sample["image"] for sample in pick_samples(self.shown, count)]
         if not images:
             return {}
         model.eval()

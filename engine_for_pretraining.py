@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from data_pipeline.files import SampleDataset
 from data_pipeline.samplers import Loader
-from engine import evaluation_batches, mean_of_steps, samples_to_show, to_device
+from engine import Stage
 from errors import UserError
 from evaluation import knn
+from evaluation.held_out import average_steps, evaluation_batches, pick_samples
 from layers.linear_cross_entropy import linear_cross_entropy
-from run_state import Stage
 from runtime import distributed
-from runtime.distributed import Precision
+from runtime.device import Precision, to_device
 from visualization import drawing
 from vit_backbone import at_mask
 
@@ -51,7 +51,8 @@ class PretrainingStage(Stage):
         nothing_masked: bool = False,
         knn_probe: knn.Probe | None = None,
     ) -> None:
-        self.target, self.device, self.precision = target, device, precision
+        super().__init__(device, precision)
+        self.target = target
         self.dataset, self.mean_std, self.held_out = dataset, mean_std, held_out
         self.predict_all, self.nothing_masked, self.knn_probe = predict_all, nothing_masked, knn_probe
         which = (
@@ -110,13 +111,13 @@ class PretrainingStage(Stage):
         if self.held_out is None:
             return {}
         batches = evaluation_batches(self.held_out, self.device)
-        return mean_of_steps(self, model, batches, self.precision, self.predicted_patches)
+        return average_steps(self.step, model, batches, self.precision, self.predicted_patches)
 
     def predicted_patches(self, batch: dict[str, Any]) -> float:
         return float(batch["mask"].numel() if self.predict_all else batch["mask"].sum())
 
     @torch.no_grad()
-    def probe(self, model: Any, epoch: int) -> dict[str, float]:
+    def extra_metrics(self, model: Any, epoch: int) -> dict[str, float]:
         """k-NN accuracy of the student's last layer (--knn_freq): of its CLS token where
         that is trained, else of the mean.
         """
@@ -130,7 +131,7 @@ class PretrainingStage(Stage):
                 return knn.pool(model.encode(images, None).float(), features)
 
         batches = [
-            evaluation_batches(loader, self.device, "--knn_data_path")
+            evaluation_batches(loader, self.device, "`knn_data_path`")
             for loader in (probe.train, probe.validation)
         ]
         train, own = (knn.extract(of_split, encode) for of_split in batches)
@@ -141,7 +142,7 @@ class PretrainingStage(Stage):
         """Each row: the image, what the model sees of it, then the target's own: token
         maps before and after, or pixels.
         """
-        samples = samples_to_show(self.dataset, count)
+        samples = pick_samples(self.dataset, count)
         if not samples:
             return {}
         model.eval()

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.samplers import Loader
-from engine import evaluation_batches, samples_to_show
+from engine import Stage
 from errors import UserError
+from evaluation.held_out import evaluation_batches, pick_samples
 from evaluation.trained_classifier import refuse_resuming_other_classes
-from run_state import Stage
 from runtime import distributed
-from runtime.distributed import Precision
+from runtime.device import Precision
 from segmentation.mask_files import IGNORED
 from segmentation.sliding_window import Looking, predict
 from visualization import drawing
@@ -64,7 +64,8 @@ class SegmentationStage(Stage):
         validation: Loader | None = None,
         aux_weight: float = 0.4,
     ) -> None:
-        self.device, self.precision, self.how, self.validation = device, precision, how, validation
+        super().__init__(device, precision)
+        self.how, self.validation = how, validation
         self.classes, self.colors, self.statistics, self.aux_weight = (
             list(classes),
             colors,
@@ -110,7 +111,7 @@ class SegmentationStage(Stage):
             )
         return scores_of(counts.view(classes, classes))
 
-    def better(self, test: dict[str, float]) -> float | None:
+    def best_metric(self, test: dict[str, float]) -> float | None:
         return test.get("test_miou")
 
     def pictures(self, model: nn.Module) -> dict[str, Tensor]:
@@ -120,7 +121,7 @@ class SegmentationStage(Stage):
         dataset: Any = self.validation.dataset
         model.eval()
         rows = []
-        for sample in samples_to_show(dataset, PICTURES):
+        for sample in pick_samples(dataset, PICTURES):
             image, labels = sample["image"].to(self.device), sample["label"]
             predicted = predict(model, image, tuple(labels.shape), self.how, self.precision)
             picture = drawing.denormalize(sample["image"], *self.statistics)

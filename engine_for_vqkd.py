@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from data_pipeline.files import SampleDataset
 from data_pipeline.samplers import Loader
-from engine import evaluation_batches, samples_to_show
+from engine import Stage
+from evaluation.held_out import evaluation_batches, pick_samples
 from modeling_vqkd import VQKD
 from norm_ema_quantizer import FEATURES_PER_CODE
-from run_state import Stage
 from runtime import distributed
-from runtime.distributed import Precision, log
+from runtime.device import Precision
+from runtime.distributed import log
 from runtime.metrics import RunningMeans
 from visualization import drawing
 from vqkd_teachers import Teacher
@@ -37,7 +38,7 @@ class TokenizerStage(Stage):
         revive_dead_codes: bool = False,
     ) -> None:
         self.model, self.teacher = model, teacher
-        self.device, self.precision = device, precision
+        super().__init__(device, precision)
         self.dataset, self.held_out = dataset, held_out
         self.warmup_steps, self.revive_dead_codes = quantizer_warmup_steps, revive_dead_codes
         if quantizer_warmup_steps > 0:
@@ -71,7 +72,7 @@ class TokenizerStage(Stage):
         """Mean and std of the teacher's channels over a fixed sample of the training
         images, the same on every rank.
         """
-        images = [sample["image"] for sample in samples_to_show(self.dataset, CALIBRATION_IMAGES)]
+        images = [sample["image"] for sample in pick_samples(self.dataset, CALIBRATION_IMAGES)]
         total = squares = torch.zeros((), device=self.device, dtype=torch.float64)
         rows = 0
         for start in range(0, len(images), 32):
@@ -112,7 +113,7 @@ class TokenizerStage(Stage):
     @torch.no_grad()
     def pictures(self, model: Any, count: int = 8) -> dict[str, Tensor]:
         """Images over their token maps, and how evenly the codes are used."""
-        images = [sample["image"] for sample in samples_to_show(self.dataset, count)]
+        images = [sample["image"] for sample in pick_samples(self.dataset, count)]
         if not images:
             return {}
         model.eval()

@@ -13,7 +13,6 @@ import modeling_dvae
 import modeling_pretrain
 import modeling_vqkd
 import run_state
-from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles, build_knn_datasets, find_held_out, find_unlabeled
 from engine_for_pretraining import Pixels, PretrainingStage, Target, Tokens
 from errors import UserError, pick, report_user_errors
@@ -226,47 +225,39 @@ def build_knn_probe(args: argparse.Namespace, run: run_state.Run) -> knn.Probe |
     view = eval_view(args.input_size, mean=mean, std=std)
     train, validation, classes = build_knn_datasets(args.knn_data_path, view, args.seed)
     train_loader, validation_loader = (
-        build_eval_loader(split, arguments.loader_settings(args), run.launch, run.device)
-        for split in (train, validation)
+        run_state.build_eval_loader(split, run) for split in (train, validation)
     )
     return knn.Probe(
         train_loader, validation_loader, classes, args.knn_freq, args.knn_temperature, args.knn_standardize
     )
 
 
-@report_user_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = get_parser()
-    args = arguments.parse(parser, argv)
-    grid = patch_grid(args)
+def build(args: arguments.Flags) -> engine.Trainer:
+    """The run that the flags describe, ready for its first step."""
+    parser, grid = get_parser(), patch_grid(args)
 
     # ── Setup ──
     run = run_state.start_run(parser, args)
     arguments.warn_of_idle_flags(parser, args, idle_flags(args))
 
-    # ── What is predicted: the codes of a frozen tokenizer, or pixels. First: a wrong file is told at once ──
+    # ── What is predicted: the codes of a frozen tokenizer, or pixels. First, as its file may be wrong ──
     target = build_target(args, run)
 
     # ── Data: two views of one crop, and a mask ──
     dataset, held_out = build_data(args, grid)
-    held_out_loader = (
-        build_eval_loader(held_out, arguments.loader_settings(args), run.launch, run.device)
-        if held_out is not None
-        else None
-    )
+    held_out_loader = None if held_out is None else run_state.build_eval_loader(held_out, run)
     knn_probe = build_knn_probe(args, run)
-    data = run_state.training_data(dataset, run)
+    data = run_state.build_training_data(dataset, run)
 
     # ── The student ──
     model = build_model(args, target.width)
-    run_state.place(run, model)
-    mean_std = arguments.mean_and_std(args)
+    run_state.move_to_device(run, model)
     stage = PretrainingStage(
         target,
         run.device,
         run.precision,
         dataset,
-        mean_std,
+        arguments.mean_and_std(args),
         held_out_loader,
         predict_all=predicts_all(args),
         nothing_masked=args.no_mask,
@@ -277,14 +268,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Optimizer ──
     optimizer = create_optimizer(args, model)
     schedule = build_schedule(args, args.lr, data.steps_per_epoch)
-    state = run_state.new_state(model, optimizer, run)
+    state = run_state.new_state(model, optimizer, run, args.model)
 
     # ── Resume ──
-    run_state.resume(state, stage, run, data.steps_per_epoch)
-    run_state.compile_networks(run, data, model, *target.networks())
+    trainer = engine.Trainer(run, stage, data, schedule, state)
+    trainer.resume()
+    trainer.compile(*target.networks())
+    return trainer
 
-    # ── Loop ──
-    engine.fit(state, stage, data, schedule, run)
+
+@report_user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments.parse(get_parser(), argv)
+    build(args).fit()
     distributed.stop()
 
 

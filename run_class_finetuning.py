@@ -18,7 +18,6 @@ import pretrained
 import run_state
 from checkpoint_io import checkpoints, weight_source
 from data_pipeline import imagenet_classes
-from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles, build_labeled_dataset
 from engine_for_finetuning import FinetuningStage, SomeLogits, WithMirrorImage
 from errors import UserError, pick, report_user_errors
@@ -147,26 +146,13 @@ def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
     )
 
 
-@report_user_errors
-def main(argv: Sequence[str] | None = None) -> None:
+def build(args: arguments.Flags) -> engine.Trainer:
+    """The run that the flags describe, ready for its first step."""
     parser = get_parser()
-    args = arguments.parse(parser, argv)
-    check(args)
 
     # ── Setup ──
-    run = run_state.start_run(parser, args, trains=not args.eval)
-
-    made_for = modeling_finetune.MODELS[args.model].img_size
-    if made_for >= 224 and as_pair(args.input_size) != as_pair(made_for):
-        log.warning(
-            f"warning: {args.model} is used at --input_size {args.input_size}; the {made_for} "
-            "in its name is not read"
-        )
-
-    if args.eval:
-        evaluate(parser, args, run)
-        distributed.stop()
-        return
+    run = run_state.start_run(parser, args)
+    warn_of_input_size(args)
 
     # ── Pretrained weights ──
     weights = read_pretrained(args)
@@ -174,12 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Data ──
     dataset, nb_classes = build_dataset(args, train=True)
     validation = None if args.disable_eval_during_finetuning else build_dataset(args, train=False)[0]
-    validation_loader = (
-        build_eval_loader(validation, arguments.loader_settings(args), run.launch, run.device)
-        if validation is not None
-        else None
-    )
-    data = run_state.training_data(dataset, run)
+    validation_loader = None if validation is None else run_state.build_eval_loader(validation, run)
+    data = run_state.build_training_data(dataset, run)
 
     # ── Model ──
     model = build_model(args, nb_classes)
@@ -190,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.model_ema:
         kept_on = torch.device("cpu") if args.model_ema_force_cpu else None  # None: where the model is
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device=kept_on, foreach=kept_on is None)
-    run_state.place(run, model, ema)
+    run_state.move_to_device(run, model, ema)
     mixup = build_mixup(args, nb_classes)
     stage = FinetuningStage(
         run.device, run.precision, validation_loader, mixup, args.smoothing, dataset.classes
@@ -205,19 +187,40 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
     optimizer = create_optimizer(args, model, layers.get_layer_id, layers.get_scale, skip_list=skipped)
     schedule = build_schedule(args, args.lr, data.steps_per_epoch)
-    state = run_state.new_state(model, optimizer, run, ema)
+    state = run_state.new_state(model, optimizer, run, args.model, ema)
 
     # ── Resume ──
-    run_state.resume(state, stage, run, data.steps_per_epoch)
-    run_state.compile_networks(run, data, model)
+    trainer = engine.Trainer(run, stage, data, schedule, state)
+    trainer.resume()
+    trainer.compile()
+    return trainer
 
-    # ── Loop ──
-    engine.fit(state, stage, data, schedule, run)
+
+@report_user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments.parse(get_parser(), argv)
+    check(args)
+    if args.eval:
+        evaluate(args)
+    else:
+        build(args).fit()
     distributed.stop()
 
 
-def evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace, run: run_state.Run) -> None:
+def warn_of_input_size(args: argparse.Namespace) -> None:
+    made_for = modeling_finetune.MODELS[args.model].img_size
+    if made_for >= 224 and as_pair(args.input_size) != as_pair(made_for):
+        log.warning(
+            f"warning: {args.model} is used at --input_size {args.input_size}; the {made_for} "
+            "in its name is not read"
+        )
+
+
+def evaluate(args: arguments.Flags) -> None:
     """--eval: accuracy of --resume (or --finetune) on the validation images; needs no training images."""
+    parser = get_parser()
+    run = run_state.start_run(parser, args, trains=False)
+    warn_of_input_size(args)
     trained = trained_classifier.read_classifier(args)
     where = (
         f"--eval_data_path {args.eval_data_path}" if args.eval_data_path else f"--data_path {args.data_path}"
@@ -242,7 +245,7 @@ def evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace, run: run
     stage = FinetuningStage(
         run.device,
         run.precision,
-        build_eval_loader(images, arguments.loader_settings(args), run.launch, run.device),
+        run_state.build_eval_loader(images, run),
     )
     results, confusion = stage.measure(measured.to(run.device))
 

@@ -16,44 +16,24 @@ import engine
 import pretrained
 import run_state
 from checkpoint_io import checkpoints, weight_source
-from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles, build_labeled_dataset
-from engine import evaluation_batches
 from engine_for_linear_eval import CachedFeatures, FrozenBackbone, LinearHeads, LinearStage
 from errors import UserError, report_user_errors
 from evaluation import knn
+from evaluation.held_out import evaluation_batches
 from optim_factory import build_schedule, create_optimizer
 from runtime import distributed
 from runtime.distributed import log
 
 STATISTICS_IMAGES = 10_000  # training images that give each channel's mean and variance
 CROPS = ("min_crop_scale", "color_jitter", "vflip", "train_interpolation")  # flags of random crops
-OF_TRAINING = (  # --batch_size and --amp_dtype are not among them: features are computed with both
-    "update_freq",
-    "epochs",
-    "opt",
-    "opt_eps",
-    "opt_betas",
-    "momentum",
-    "clip_grad",
-    "weight_decay",
-    "weight_decay_end",
-    "lr",
-    "min_lr",
-    "warmup_epochs",
-    "warmup_steps",
-    "start_epoch",
-    "resume",
-    "save_ckpt_freq",
-    "save_ckpt_steps",
-    "keep_ckpts",
-    "detect_anomaly",
-    "print_freq",
-    "eval_freq",
-    "image_freq",
-    "log_dir",
-    "allow_changed_run",
-)
+# flags that --knn has no use for; --batch_size and --amp_dtype it has
+OF_TRAINING = """
+    update_freq epochs opt opt_eps opt_betas momentum clip_grad weight_decay
+    weight_decay_end lr min_lr warmup_epochs warmup_steps start_epoch resume save_ckpt_freq
+    save_ckpt_steps keep_ckpts detect_anomaly print_freq eval_freq image_freq log_dir
+    allow_changed_run
+""".split()
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -146,7 +126,7 @@ def build_dataset(settings: argparse.Namespace, train: bool, augment: bool = Tru
 
 def extract(dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str) -> knn.Features:
     """Features of this rank's share of the data set, each image once over all ranks."""
-    loader = build_eval_loader(dataset, arguments.loader_settings(run.args), run.launch, run.device)
+    loader = run_state.build_eval_loader(dataset, run)
     return knn.extract(evaluation_batches(loader, run.device, flag), encode)
 
 
@@ -163,7 +143,7 @@ def build_data(
     encode: FrozenBackbone, settings: argparse.Namespace, run: run_state.Run
 ) -> tuple[Any, Any, int]:
     """Training and validation images, or their features (CachedFeatures), and the number of classes."""
-    cache = run.args.cached_features
+    cache = settings.cached_features
     train, classes = build_dataset(settings, train=True, augment=not cache)
     validation, _ = build_dataset(settings, train=False)
     if not cache:
@@ -185,39 +165,27 @@ def measure_channels(
     """Mean and variance of each channel over evenly spread training images in center
     crops; `train`: as of build_data.
     """
-    plain = train if run.args.cached_features else build_dataset(settings, train=True, augment=False)[0]
+    plain = train if settings.cached_features else build_dataset(settings, train=True, augment=False)[0]
     every = -(-len(plain) // STATISTICS_IMAGES)
-    loader = build_eval_loader(plain, arguments.loader_settings(settings), run.launch, run.device, every)
+    loader = run_state.build_eval_loader(plain, run, num_workers=settings.num_workers, every=every)
     heads.standardize_by(
-        features(batch["image"]) for batch in evaluation_batches(loader, run.device, "--data_path")
+        features(batch["image"]) for batch in evaluation_batches(loader, run.device, "`data_path`")
     )
 
 
-@report_user_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = get_parser()
-    args = arguments.parse(parser, argv)
-    check(parser, args)
-
+def build(args: arguments.Flags) -> engine.Trainer:
+    """The linear probe that the flags describe, ready for its first step."""
     # ── Setup ──
-    run = run_state.start_run(parser, args, trains=args.mode == "linear")
-    arguments.warn_of_idle_flags(parser, args, idle_flags(args))
+    run = run_state.start_run(get_parser(), args)
 
     # ── The frozen backbone ──
     encode, settings = open_backbone(args, run)
 
-    if args.mode == "knn":
-        evaluate_knn(encode, settings, run)
-        distributed.stop()
-        return
-
     # ── Data: images, or their features ──
     train, validation, classes = build_data(encode, settings, run)
     features: Callable[[Tensor], Tensor] = torch.nn.Identity() if args.cached_features else encode
-    validation_loader = build_eval_loader(
-        validation, arguments.loader_settings(settings), run.launch, run.device
-    )
-    data = run_state.training_data(train, run, settings.num_workers)
+    validation_loader = run_state.build_eval_loader(validation, run, num_workers=settings.num_workers)
+    data = run_state.build_training_data(train, run, settings.num_workers)
 
     # ── Model: a classifier for each layer ──
     heads = LinearHeads(encode.layers, encode.dim, classes).to(run.device)
@@ -229,21 +197,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.info(f"lr         {lr:.3g} = {args.lr:g} x {data.sampler.global_batch} / 256")
     optimizer = create_optimizer(args, heads)
     schedule = build_schedule(args, lr, data.steps_per_epoch)
-    state = run_state.new_state(heads, optimizer, run, name=f"{encode.layers} linear heads")
+    state = run_state.new_state(heads, optimizer, run, f"{encode.layers} linear heads")
 
     # ── Resume; a new run first measures each channel ──
-    run_state.resume(state, stage, run, data.steps_per_epoch)
+    trainer = engine.Trainer(run, stage, data, schedule, state)
+    trainer.resume()
     if state.step == 0:
         measure_channels(heads, features, train, settings, run)
+    return trainer
 
-    # ── Loop ──
-    engine.fit(state, stage, data, schedule, run)
+
+@report_user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = get_parser()
+    args = arguments.parse(parser, argv)
+    check(parser, args)
+    if args.mode == "knn":
+        evaluate_knn(args)
+    else:
+        build(args).fit()
     distributed.stop()
 
 
-def evaluate_knn(encode: FrozenBackbone, settings: argparse.Namespace, run: run_state.Run) -> None:
+def evaluate_knn(args: arguments.Flags) -> None:
     """--knn: accuracy for each number of neighbors."""
-    args = run.args
+    parser = get_parser()
+    run = run_state.start_run(parser, args, trains=False)
+    arguments.warn_of_idle_flags(parser, args, idle_flags(args))
+    encode, settings = open_backbone(args, run)
     train, classes = build_dataset(settings, train=True, augment=False)
     validation, _ = build_dataset(settings, train=False)
     log.info(

@@ -23,7 +23,7 @@ import modeling_segmentation
 import run_state
 from checkpoint_io import checkpoints, weight_source
 from data_pipeline.image_lists import find_images_or_file
-from data_pipeline.samplers import Loader, build_eval_loader
+from data_pipeline.samplers import Loader
 from engine_for_segmentation import Scores, SegmentationStage
 from errors import UserError, pick, report_user_errors
 from evaluation.trained_classifier import warn_of_other_pretraining
@@ -38,44 +38,14 @@ from segmentation.sliding_window import Looking, predict
 from visualization import drawing
 from visualization.inputs import read_or_leave_out, save_picture
 
-OF_TRAINING = (
-    "model",
-    "nb_classes",
-    "aux_weight",
-    "head_drop",
-    "layer_decay",
-    "rel_pos_bias",
-    "abs_pos_emb",
-    "layer_scale_init_value",
-    "drop_path",
-    "scale_range",
-    "max_class_share",
-    "hflip",
-    "photometric",
-    "batch_size",
-    "update_freq",
-    "opt",
-    "opt_eps",
-    "opt_betas",
-    "momentum",
-    "clip_grad",
-    "weight_decay",
-    "lr",
-    "max_steps",
-    "steps_per_epoch",
-    "min_lr",
-    "warmup_steps",
-    "poly_power",
-    "grad_checkpointing",
-    "compile",
-    "save_ckpt_freq",
-    "save_ckpt_steps",
-    "keep_ckpts",
-    "print_freq",
-    "eval_freq",
-    "image_freq",
-    "disable_eval",
-)
+# flags that a finished model has no use for
+OF_TRAINING = """
+    model nb_classes aux_weight head_drop layer_decay rel_pos_bias abs_pos_emb
+    layer_scale_init_value drop_path scale_range max_class_share hflip photometric
+    batch_size update_freq opt opt_eps opt_betas momentum clip_grad weight_decay lr
+    max_steps steps_per_epoch min_lr warmup_steps poly_power grad_checkpointing compile
+    save_ckpt_freq save_ckpt_steps keep_ckpts print_freq eval_freq image_freq disable_eval
+""".split()
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -178,7 +148,7 @@ def build_evaluation_view(args: argparse.Namespace) -> EvaluationView:
 def build_validation_loader(
     args: argparse.Namespace, run: run_state.Run, dataset: SegmentationFiles
 ) -> Loader:
-    return build_eval_loader(dataset, arguments.loader_settings(args, batch_size=1), run.launch, run.device)
+    return run_state.build_eval_loader(dataset, run, batch_size=1)
 
 
 def build_stage(
@@ -197,18 +167,11 @@ def build_stage(
     )
 
 
-@report_user_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = get_parser()
-    args = arguments.parse(parser, argv)
-    check(args)
-
+def build(args: arguments.Flags) -> engine.Trainer:
+    """The run that the flags describe, ready for its first step."""
     # ── Setup ──
-    run = run_state.start_run(parser, args, trains=not (args.eval or args.predict))
-    if args.eval or args.predict:
-        use_finished(parser, args, arguments.given_flags(parser, argv), run)
-        distributed.stop()
-        return
+    parser = get_parser()
+    run = run_state.start_run(parser, args)
     start = weight_source.read_weights(args.finetune, flag="--finetune") if args.finetune else None
 
     # ── Data ──
@@ -220,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     passes = math.ceil(min(args.steps_per_epoch, args.max_steps) * global_batch / len(pairs))
     dataset = build_dataset(args, True, classes, passes)
     dataset.check_that_classes_occur()
-    data = run_state.training_data(dataset, run)
+    data = run_state.build_training_data(dataset, run)
     validation = None
     if not args.disable_eval:
         held_out = build_dataset(args, False, classes)
@@ -253,26 +216,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         args, model, lambda name: layers.get_layer_id(name.removeprefix("backbone.")), layers.get_scale
     )
     schedule = build_poly_schedule(args)
-    state = run_state.new_state(model, optimizer, run)
+    state = run_state.new_state(model, optimizer, run, args.model)
 
     # ── Resume ──
-    run_state.resume(state, stage, run, data.steps_per_epoch)
-    run_state.compile_networks(run, data, model)
+    trainer = engine.Trainer(run, stage, data, schedule, state)
+    trainer.resume()
+    trainer.compile()
+    return trainer
 
-    # ── Loop ──
-    engine.fit(state, stage, data, schedule, run)
+
+@report_user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = get_parser()
+    args = arguments.parse(parser, argv)
+    check(args)
+    if args.eval or args.predict:
+        use_finished(args, arguments.given_flags(parser, argv))
+    else:
+        build(args).fit()
     distributed.stop()
 
 
 # ── A finished model ──
 
 
-def use_finished(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], run: run_state.Run
-) -> None:
+def use_finished(args: arguments.Flags, given: set[str]) -> None:
     """--eval or --predict with --resume (or --finetune): the model is built from its file,
     and looks as in its training.
     """
+    parser = get_parser()
+    run = run_state.start_run(parser, args, trains=False)
     arguments.warn_of_idle_flags(
         parser, args, dict.fromkeys(OF_TRAINING, "the model is finished, and built from its file")
     )

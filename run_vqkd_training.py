@@ -15,7 +15,7 @@ import engine
 import modeling_vqkd
 import run_state
 from checkpoint_io import checkpoints
-from data_pipeline.samplers import Loader, build_eval_loader
+from data_pipeline.samplers import Loader
 from datasets import ImageFiles, find_unlabeled
 from engine_for_pixel_decoder import PixelDecoderStage
 from engine_for_vqkd import TokenizerStage
@@ -97,12 +97,19 @@ def build_model(args: argparse.Namespace, teacher: Teacher, weights: str | None 
     )
 
 
-def parse_flags(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def get_pixel_decoder_parser() -> argparse.ArgumentParser:
+    """The same flags with other defaults, for --train_pixel_decoder."""
+    parser = get_parser()
+    parser.description = "Pixel decoder training"
+    parser.set_defaults(**PIXEL_DECODER_DEFAULTS)
+    return parser
+
+
+def parse_flags(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arguments.Flags]:
     parser = get_parser()
     args = arguments.parse(parser, argv)
     if args.train_pixel_decoder:
-        parser.description = "Pixel decoder training"
-        parser.set_defaults(**PIXEL_DECODER_DEFAULTS)
+        parser = get_pixel_decoder_parser()
         args = arguments.parse(parser, argv)
     return parser, args
 
@@ -149,26 +156,15 @@ def check_warmup(args: argparse.Namespace, steps: int, images_per_step: int) -> 
         )
 
 
-@report_user_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    parser, args = parse_flags(argv)
-    check(parser, args)
-
+def build(args: arguments.Flags) -> engine.Trainer:
+    """The run that the flags describe, ready for its first step."""
     # ── Setup ──
-    run = run_state.start_run(parser, args, trains=not evaluates_only(args))
-    if evaluates_only(args):
-        evaluate(args, run)
-        distributed.stop()
-        return
-    if args.train_pixel_decoder:
-        train_pixel_decoder(args, run)
-        distributed.stop()
-        return
+    run = run_state.start_run(get_parser(), args)
 
     # ── Data ──
     dataset = build_dataset(args)
     _, held_out_loader = held_out_data(args, run)
-    data = run_state.training_data(dataset, run)
+    data = run_state.build_training_data(dataset, run)
     check_warmup(args, args.epochs * data.steps_per_epoch, data.sampler.global_batch)
 
     # ── Teacher, tokenizer ──
@@ -188,17 +184,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Optimizer: the learning rate grows with the total batch ──
     optimizer = create_optimizer(args, model)
     schedule = build_schedule(args, scaled_lr(args, data), data.steps_per_epoch)
-    state = run_state.new_state(model, optimizer, run)
+    state = run_state.new_state(model, optimizer, run, args.model)
 
     # ── Resume ──
-    run_state.resume(state, stage, run, data.steps_per_epoch)
+    trainer = engine.Trainer(run, stage, data, schedule, state)
+    trainer.resume()
     if teacher.standardize and state.step == 0:
         stage.calibrate_targets()
     cast_frozen(teacher, run.precision.dtype)
-    run_state.compile_networks(run, data, model, teacher)
+    trainer.compile(teacher)
+    return trainer
 
-    # ── Loop ──
-    engine.fit(state, stage, data, schedule, run)
+
+@report_user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    parser, args = parse_flags(argv)
+    check(parser, args)
+    if evaluates_only(args):
+        evaluate(args)
+    elif args.train_pixel_decoder:
+        build_pixel_decoder(args).fit()
+    else:
+        build(args).fit()
     distributed.stop()
 
 
@@ -221,11 +228,7 @@ def build_held_out_dataset(args: argparse.Namespace) -> ImageFiles | None:
 def held_out_data(args: argparse.Namespace, run: run_state.Run) -> tuple[ImageFiles | None, Loader | None]:
     """The held-out images and their loader, or nothing where there are none or nobody wants them."""
     held_out = None if args.disable_eval else build_held_out_dataset(args)
-    return held_out, None if held_out is None else build_held_out_loader(args, run, held_out)
-
-
-def build_held_out_loader(args: argparse.Namespace, run: run_state.Run, held_out: ImageFiles) -> Loader:
-    return build_eval_loader(held_out, arguments.loader_settings(args), run.launch, run.device)
+    return held_out, None if held_out is None else run_state.build_eval_loader(held_out, run)
 
 
 def scaled_lr(args: argparse.Namespace, data: run_state.TrainingData) -> float:
@@ -234,10 +237,12 @@ def scaled_lr(args: argparse.Namespace, data: run_state.TrainingData) -> float:
     return lr
 
 
-def train_pixel_decoder(args: argparse.Namespace, run: run_state.Run) -> None:
+def build_pixel_decoder(args: arguments.Flags) -> engine.Trainer:
     """--train_pixel_decoder: a decoder from the codes of the frozen --tokenizer_weight to
     pixels. There is no teacher.
     """
+    run = run_state.start_run(get_pixel_decoder_parser(), args)
+
     # ── Tokenizer, decoder ──
     tokenizer, _ = modeling_vqkd.open_tokenizer(args.tokenizer_weight)
     codebook = tokenizer.quantize.embedding.weight.clone()
@@ -245,8 +250,8 @@ def train_pixel_decoder(args: argparse.Namespace, run: run_state.Run) -> None:
     if args.input_size != model.image_size:
         raise UserError(
             f"--input_size {args.input_size}: the tokenizer in {args.tokenizer_weight} reads images "
-            f"of {model.image_size} "
-            f"pixels: --input_size {model.image_size}"
+            f"of "
+            f"{model.image_size} pixels: --input_size {model.image_size}"
         )
     log.info(
         f"tokenizer  {args.tokenizer_weight}: {model.n_codes} codes, {model.grid[0]} x "
@@ -256,27 +261,28 @@ def train_pixel_decoder(args: argparse.Namespace, run: run_state.Run) -> None:
     # ── Data ──
     dataset = build_dataset(args)
     held_out, held_out_loader = held_out_data(args, run)
-    data = run_state.training_data(dataset, run)
+    data = run_state.build_training_data(dataset, run)
     stage = PixelDecoderStage(run.device, run.precision, held_out or dataset, held_out_loader)
 
-    # ── Optimizer, resume, loop ──
+    # ── Optimizer, resume ──
     optimizer = create_optimizer(args, model.to(run.device))
     schedule = build_schedule(args, scaled_lr(args, data), data.steps_per_epoch)
     name = f"pixel decoder {args.pixel_decoder_depth}x{args.pixel_decoder_dim}"
-    state = run_state.new_state(model, optimizer, run, name=name)
-    run_state.resume(state, stage, run, data.steps_per_epoch)
+    state = run_state.new_state(model, optimizer, run, name)
+    trainer = engine.Trainer(run, stage, data, schedule, state)
+    trainer.resume()
     if not torch.equal(tokenizer.quantize.embedding.weight.cpu(), codebook):
         raise UserError(
             f"--tokenizer_weight {args.tokenizer_weight} is not the tokenizer that the checkpoint to "
-            "resume was trained on: "
-            "name that one, or another --output_dir"
+            "resume was trained on: name that one, or another --output_dir"
         )
-    run_state.compile_networks(run, data, model)
-    engine.fit(state, stage, data, schedule, run)
+    trainer.compile()
+    return trainer
 
 
-def evaluate(args: argparse.Namespace, run: run_state.Run) -> None:
+def evaluate(args: arguments.Flags) -> None:
     """--eval: loss and codebook usage of --resume on held-out images; needs no training images."""
+    run = run_state.start_run(get_parser(), args, trains=False)
     held_out = build_held_out_dataset(args)
     if held_out is None:
         raise UserError("--eval needs held-out images: --eval_data_path")
@@ -288,7 +294,7 @@ def evaluate(args: argparse.Namespace, run: run_state.Run) -> None:
         run.device,
         run.precision,
         held_out,
-        build_held_out_loader(args, run, held_out),
+        run_state.build_eval_loader(held_out, run),
     )
     results = stage.evaluate(model)
     log.info("  ".join(f"{name} {value:.4g}" for name, value in results.items()))

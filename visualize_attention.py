@@ -24,6 +24,7 @@ from errors import UserError, report_user_errors
 from layers.rel_pos_bias import as_pair
 from modeling_finetune import VisionTransformer
 from runtime import distributed
+from runtime.device import pick_device
 from runtime.distributed import log
 from transforms import eval_view, normalization
 from visualization import drawing, inputs
@@ -253,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.set_up_logging(0)
     paths = inputs.find_shown(args.image, args.count, "--image")
     inputs.prepare_output(args.output, inputs.PICTURES, "--output")
-    device = distributed.pick_device(args.device)
+    device = pick_device(args.device)
     model, flags = pretrained.open_backbone(args.checkpoint, args.input_size, args.num_heads)
     own = resized = model.to(device)
     blocks_to_show(args.layer, len(model.blocks))

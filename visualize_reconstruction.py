@@ -14,6 +14,7 @@ import torch
 import arguments
 from errors import report_user_errors
 from runtime import distributed
+from runtime.device import pick_device
 from runtime.distributed import log
 from runtime.metrics import psnr
 from transforms import eval_view
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.set_up_logging(0)
     found = inputs.find_shown(args.image, args.count, "--image")
     inputs.prepare_output(args.output, inputs.PICTURES, "--output")
-    device = distributed.pick_device(args.device)
+    device = pick_device(args.device)
     model = open_reconstructor(args.checkpoint, "--checkpoint").to(device)
     view = eval_view(model.image_size, args.crop_pct)
     paths, images, codes, drawn = [], [], [], []

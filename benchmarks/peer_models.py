@@ -22,7 +22,7 @@ from modeling_finetune import VisionTransformer
 from vit_backbone import Trunk
 
 WORKER = Path(__file__).with_name("worker.py")
-# What distributed.keep_freed_memory does for this process, for that of transformers.
+# What runtime.device.keep_freed_memory does for this process, for that of transformers.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
 
 

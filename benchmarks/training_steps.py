@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import engine
 from benchmarks.timing import Local, Mark, bytes_of
+from engine import Stage
 from engine_for_pretraining import Tokens
 from optim_factory import get_parameter_groups
-from run_state import Run, Stage, TrainState
+from run_state import Run, TrainState
 
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-8}
 WEIGHT_DECAY = 0.05
@@ -29,6 +30,7 @@ class Ours(Stage):
     """
 
     def __init__(self, stage: Stage, model: Any, run: Run, compiled: bool = False) -> None:
+        super().__init__(run.device, run.precision)
         self.stage, self.run = stage, run
         self.mark: Mark = lambda phase: None
         groups = get_parameter_groups(model, WEIGHT_DECAY, model.no_weight_decay())

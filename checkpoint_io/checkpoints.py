@@ -154,7 +154,7 @@ def copy_to_cpu(content: Any, keep: bool = True) -> Any:
     `keep` this rank keeps none of them.
     """
     if isinstance(content, torch.Tensor):
-        whole = fsdp.full(content.detach())
+        whole = fsdp.gather_full(content.detach())
         return whole.to("cpu", copy=True) if keep else None
     if isinstance(content, dict):
         return {key: copy_to_cpu(value, keep) for key, value in content.items()}
@@ -327,7 +327,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path:
                 "another checkpoint"
             )
     try:
-        model.load_state_dict(fsdp.shares_of_weights(weights, model))
+        model.load_state_dict(fsdp.shard_weights(weights, model))
     except RuntimeError:
         different = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
         different += [key for key in weights if key not in own]

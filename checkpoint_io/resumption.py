@@ -14,52 +14,21 @@ from runtime.distributed import log
 
 # Flags that say where and how often, not what is trained; data and seed are compared by themselves.
 WITHOUT_EFFECT = {
-    *(
-        "output_dir",
-        "log_dir",
-        "device",
-        "resume",
-        "auto_resume",
-        "start_epoch",
-        "save_ckpt",
-        "save_ckpt_freq",
-    ),
-    *(
-        "save_ckpt_steps",
-        "keep_ckpts",
-        "detect_anomaly",
-        "print_freq",
-        "image_freq",
-        "eval_freq",
-        "num_workers",
-        "pin_mem",
-    ),
-    *(
-        "dist_url",
-        "dist_timeout",
-        "dist_on_itp",
-        "data_path",
-        "download",
-        "allow_changed_run",
-        "seed",
-        "eval",
-        "tta_flip",
-    ),
-    *("robust_test", "worst_classes", "calculate_codebook_usage", "disable_eval", *arguments.OBSOLETE),
+    *"""
+    output_dir log_dir device resume auto_resume start_epoch save_ckpt save_ckpt_freq
+    save_ckpt_steps keep_ckpts detect_anomaly print_freq image_freq eval_freq num_workers
+    pin_mem dist_url dist_timeout dist_on_itp data_path download allow_changed_run seed eval
+    tta_flip robust_test worst_classes calculate_codebook_usage disable_eval
+""".split(),
+    *arguments.OBSOLETE,
 }
 # Flags that may differ from machine to machine of one run; of the paths, whether they
 # are given must be the same.
 PATHS = {
-    *(
-        "output_dir",
-        "log_dir",
-        "data_path",
-        "eval_data_path",
-        "knn_data_path",
-        "image_folder_class_index_file",
-        "resume",
-    ),
-    *("finetune", "tokenizer_weight", "teacher_weight"),
+    *"""
+    output_dir log_dir data_path eval_data_path knn_data_path image_folder_class_index_file resume
+    finetune tokenizer_weight teacher_weight
+    """.split()
 }
 OF_A_MACHINE = {"device", "num_workers", "pin_mem", "dist_url", *arguments.OBSOLETE}
 

@@ -19,7 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from data_pipeline.files import Files, Key, SampleDataset, collate, collate_readable
-from runtime.distributed import Launch, keep_freed_memory, log
+from runtime.device import keep_freed_memory
+from runtime.distributed import Launch, log
 from utils import derive_seed
 
 # an epoch mixes the images of so many shards at a time, so that these stay in the

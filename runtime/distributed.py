@@ -1,5 +1,5 @@
-"""One process or many, CPU or GPU: the same code. Which rank this process is, on what it
-computes, and in which precision.
+"""One process or many: the same code. Which rank this process is, how the processes meet,
+and what they exchange.
 
 Every helper is right at world size 1 and without a process group.
 """
@@ -7,13 +7,11 @@ Every helper is right at world size 1 and without a process group.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import functools
 import hashlib
 import logging
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -21,7 +19,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +27,7 @@ from tqdm import tqdm
 
 import errors
 from errors import UserError
+from runtime.device import keep_freed_memory, pick_device
 
 log = logging.getLogger("beit")  # information on rank 0 only, errors on every rank: see start()
 
@@ -89,8 +87,8 @@ def start(
     """
     launch = read_launch(dict(os.environ), dist_on_itp)
     set_up_logging(launch.rank)
-    place = pick_device(device, launch.local_rank, launch.world_size)
-    if place.type == "cpu":
+    own_device = pick_device(device, launch.local_rank, launch.world_size)
+    if own_device.type == "cpu":
         keep_freed_memory()
     if launch.launcher and not dist.is_initialized():
         if dist_url == "env://":
@@ -113,7 +111,7 @@ def start(
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
             store = dist.PrefixStore(agree_on_attempt(store, launch, timeout), store)
         dist.init_process_group(
-            backend="nccl" if place.type == "cuda" else "gloo",
+            backend="nccl" if own_device.type == "cuda" else "gloo",
             store=store,
             rank=launch.rank,
             world_size=launch.world_size,
@@ -122,7 +120,7 @@ def start(
         if launch.world_size > 1:
             global set_up
             set_up = SetUp(store, launch.rank)
-    return launch, place
+    return launch, own_device
 
 
 class SetUp:
@@ -271,121 +269,6 @@ def set_up_logging(rank: int) -> None:
 def log_once(text: str) -> None:
     """For what concerns images that may be looked for several times."""
     log.info(text)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what torch frees on the CPU: asking the kernel anew for every
-    large tensor took a third of a training step of a small model (page faults). Only
-    glibc has the call; elsewhere nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: large blocks from the heap too
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: do not give the heap's end back
-
-
-def pick_device(name: str, local_rank: int = 0, world_size_of_launch: int = 1) -> torch.device:
-    """`cuda` means this process's own GPU; without one it falls back to the CPU and says
-    so. `cuda:1`: that GPU, for a single process. UserError for any other device (mps,
-    xpu, meta), and for a GPU that is not there.
-    """
-    number = re.fullmatch("cuda:([0-9]{1,6})", name)
-    if name not in ("cpu", "cuda") and not number:
-        raise UserError(
-            f"--device {name[:40]!r}: this code computes on cuda or cpu; use --device cpu "
-            "where there is no GPU"
-        )
-    if name == "cpu":
-        return torch.device("cpu")
-    if number and world_size_of_launch > 1:
-        raise UserError(f"--device {name} would put all processes on one GPU: leave the number out")
-    if number and int(number[1]) >= (visible := torch.cuda.device_count()):
-        raise UserError(
-            f"--device {name}: there is no such GPU, {visible} visible, counted from 0; use cuda or cpu"
-        )
-    if not torch.cuda.is_available():
-        log.info("no CUDA device found: running on the CPU (--device cpu says so explicitly)")
-        return torch.device("cpu")
-    local_rank = int(number[1]) if number else local_rank
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible; "
-            "start as many processes as GPUs (--nproc_per_node)"
-        )
-    refuse_gpus_without_kernels(torch.cuda.get_device_capability(local_rank), torch.cuda.get_arch_list())
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Autocast dtype, or None for fp32; fp16 needs a gradient scaler."""
-
-    device_type: str
-    dtype: torch.dtype | None
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device_type, self.dtype) if self.dtype else contextlib.nullcontext()
-
-    def __str__(self) -> str:
-        return {torch.bfloat16: "bf16", torch.float16: "fp16 with a gradient scaler", None: "fp32"}[
-            self.dtype
-        ]
-
-
-def choose_precision(name: str, device: torch.device) -> Precision:
-    """--amp_dtype; auto takes bf16 only where the device computes in it, not where it is emulated."""
-    if name == "auto":
-        if device.type == "cuda":
-            name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-        else:
-            name = "bf16" if device.type == "cpu" and cpu_computes_in_bf16() else "fp32"
-    return Precision(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name])
-
-
-def cpu_computes_in_bf16() -> bool:
-    return cpu_has("avx512_bf16") or cpu_has("amx_bf16")
-
-
-@functools.cache
-def cpu_has(flag: str) -> bool:
-    """Whether Linux lists it among the CPU's abilities; elsewhere nothing is known."""
-    with contextlib.suppress(OSError):
-        return flag in Path("/proc/cpuinfo").read_text().split()
-    return False
-
-
-def refuse_gpus_without_kernels(capability: tuple[int, int], built_for: Sequence[str]) -> None:
-    """A torch built for newer GPUs alone fails at the first kernel, obscurely: from 2.15
-    on no wheel runs on a V100.
-    """
-    oldest = min(
-        (int(arch.split("_")[1].rstrip("af")) for arch in built_for if arch.startswith("sm_")), default=0
-    )
-    if capability[0] * 10 + capability[1] < oldest:
-        raise UserError(
-            f"this torch ({torch.__version__}) has no kernels for GPUs of compute capability "
-            f"{capability[0]}.{capability[1]} "
-            "(V100: 7.0). Install one that has: "
-            "pip install 'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126"
-        )
-
-
-def explained(error: RuntimeError) -> Exception:
-    """A lost process as one sentence; any other error as it is."""
-    text = str(error)
-    if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
-        return UserError(
-            f"[rank {rank()}] another process of this run was lost or did not answer within "
-            "--dist_timeout; its own message "
-            f"is above or in its log. Start the same line again to go on ({text.splitlines()[0][:160]})"
-        )
-    if "DataLoader worker" in text:
-        return UserError(
-            "a data process died, most likely for lack of memory: fewer --num_workers "
-            f"({text.splitlines()[0][:160]})"
-        )
-    return error
 
 
 def world_size() -> int:

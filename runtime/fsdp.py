@@ -9,7 +9,6 @@ work there alone, by whichever method, without the others waiting for it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 from collections.abc import Iterator
@@ -26,25 +25,25 @@ from errors import UserError
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "momentum")  # number by number; others need norms of whole tensors
 
-# Sharded model -> the same without weights (on the meta device), for `whole` to fill:
+# Sharded model -> the same without weights (on the meta device), for `gather_model` to fill:
 # sharded modules cannot be copied.
 WITHOUT_WEIGHTS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
-def check(args: argparse.Namespace, device: torch.device) -> None:
+def check_options(opt: str, compile: bool, model_ema_force_cpu: bool, device: torch.device) -> None:
     """Refuse, before any work, what cannot go with --fsdp under several processes."""
     from torch.distributed.fsdp import FSDPModule
 
-    if args.compile:
+    if compile:
         raise UserError(
             "--fsdp and --compile do not go together (weights come and go between the compiled "
             "parts): leave one of them out"
         )
-    if args.opt.lower() not in OPTIMIZERS:
+    if opt.lower() not in OPTIMIZERS:
         raise UserError(
-            f"--fsdp works with --opt {', '.join(OPTIMIZERS)}, not with {args.opt}, which needs whole tensors"
+            f"--fsdp works with --opt {', '.join(OPTIMIZERS)}, not with {opt}, which needs whole tensors"
         )
-    if getattr(args, "model_ema_force_cpu", False):
+    if model_ema_force_cpu:
         raise UserError(
             "--model_ema_force_cpu has no effect with --fsdp, which shards the moving "
             "average too: leave it out"
@@ -86,7 +85,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def whole(model: nn.Module) -> Iterator[nn.Module]:
+def gather_model(model: nn.Module) -> Iterator[nn.Module]:
     """To look at the model: itself, or (sharded) a whole plain copy that lasts as long as the context.
 
     All processes must enter; inside, none needs the others.
@@ -96,29 +95,31 @@ def whole(model: nn.Module) -> Iterator[nn.Module]:
         return
     plain = WITHOUT_WEIGHTS[model]
     with torch.no_grad():
-        plain.load_state_dict({name: full(value) for name, value in model.state_dict().items()}, assign=True)
+        plain.load_state_dict(
+            {name: gather_full(value) for name, value in model.state_dict().items()}, assign=True
+        )
     try:
         yield plain
     finally:
         plain.to("meta")
 
 
-def is_share(value: Any) -> bool:
+def is_shard(value: Any) -> bool:
     """A DTensor, without importing it."""
     return isinstance(value, Tensor) and hasattr(value, "full_tensor")
 
 
-def full(tensor: Any) -> Tensor:
-    """A share -> the whole tensor, on every process; all must ask together. Any other tensor -> itself."""
-    return tensor.full_tensor() if is_share(tensor) else tensor
+def gather_full(tensor: Any) -> Tensor:
+    """A shard -> the whole tensor, on every process; all must ask together. Any other tensor -> itself."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
-def share_of(value: Any, like: Any) -> Any:
-    """A whole tensor -> this process's share of it, laid out as `like`; without communication.
+def shard_of(value: Any, like: Any) -> Any:
+    """A whole tensor -> this process's shard of it, laid out as `like`; without communication.
 
-    The value itself where `like` is no share, or not of the value's shape.
+    The value itself where `like` is no shard, or not of the value's shape.
     """
-    if not is_share(like) or not isinstance(value, Tensor) or value.shape != like.shape:
+    if not is_shard(like) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import DTensor, Shard
 
@@ -136,17 +137,17 @@ def own_rows(rows: int, processes: int, rank: int) -> slice:
     return slice(rank * each, (rank + 1) * each)
 
 
-def shares_of_weights(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def shard_weights(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A whole state dict as `model.load_state_dict` takes it."""
     own = model.state_dict()
-    return {name: share_of(value, own.get(name)) for name, value in weights.items()}
+    return {name: shard_of(value, own.get(name)) for name, value in weights.items()}
 
 
-def shares_of_moments(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def shard_moments(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A whole optimizer's state dict as `optimizer.load_state_dict` takes it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
-        index: {name: share_of(value, parameters[index]) for name, value in moments.items()}
+        index: {name: shard_of(value, parameters[index]) for name, value in moments.items()}
         for index, moments in saved["state"].items()
     }
     return saved | {"state": state}

@@ -4,7 +4,6 @@ accuracy, progress, log.txt, TensorBoard.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -97,14 +96,29 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
 class Reporter:
     """Progress on the terminal, log.txt, TensorBoard and pictures. Rank 0 reports; the
     others only time their loaders.
+
+    Args:
+        output_dir: of log.txt and pictures; empty: there are none.
+        log_dir: of TensorBoard's files, if not output_dir.
+        first_epoch: the one in which the run starts or goes on.
+        first_step: optimizer steps that earlier parts of the run took.
+        images_per_step: of all ranks together.
     """
 
     def __init__(
-        self, args: argparse.Namespace, device: torch.device, epochs: int, first_epoch: int, first_step: int
+        self,
+        output_dir: str,
+        log_dir: str | None,
+        device: torch.device,
+        *,
+        epochs: int,
+        first_epoch: int,
+        first_step: int,
+        images_per_step: int,
     ) -> None:
-        self.epochs, self.device = epochs, device
-        main, folder = distributed.is_main(), args.log_dir or args.output_dir
-        self.output_dir = Path(args.output_dir) if main and args.output_dir else None
+        self.epochs, self.device, self.images_per_step = epochs, device, images_per_step
+        main, folder = distributed.is_main(), log_dir or output_dir
+        self.output_dir = Path(output_dir) if main and output_dir else None
         self.writer = SummaryWriter(folder, purge_step=first_step or None) if main and folder else None
         self.bar = tqdm(disable=not (main and sys.stderr.isatty()), leave=False, dynamic_ncols=True)
         if self.output_dir is not None:
@@ -118,8 +132,10 @@ class Reporter:
     def shows_pictures(self) -> bool:
         return self.writer is not None or self.output_dir is not None
 
-    def start_epoch(self, epoch: int, steps_per_epoch: int, step: int) -> None:
+    def start_epoch(self, epoch: int, done: int, steps_per_epoch: int, step: int) -> None:
+        """done: steps of this epoch that were taken before. step: those of the whole run."""
         self.title, self.steps_per_epoch = f"epoch {epoch + 1}/{self.epochs}", steps_per_epoch
+        self.steps_before_epoch = step - done
         self.bar.reset(steps_per_epoch)
         self.bar.set_description(self.title)
         self.epoch_started = self.last_report = time.monotonic()
@@ -132,28 +148,21 @@ class Reporter:
         self.waited += time.monotonic() - asked
         return group
 
-    def step(
-        self,
-        means: dict[str, float],
-        lr: float,
-        step: int,
-        step_in_epoch: int,
-        images_per_step: int,
-        steps_left: int,
-    ) -> None:
+    def step(self, means: dict[str, float], lr: float, step: int, steps_left: int) -> None:
         """One progress report: the epoch's means so far, and the speed since the last report."""
         seconds, steps = max(time.monotonic() - self.last_report, 1e-9), max(step - self.last_step, 1)
-        speed = steps * images_per_step / seconds
+        speed = steps * self.images_per_step / seconds
         text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         text += (
             f"  lr {lr:.2e}  {speed:.{0 if speed >= 10 else 2}f} images/s  data wait "
             f"{100 * self.waited / seconds:.0f}%"
         )
         text += f"  {memory(self.device)}  eta {clock(steps_left * seconds / steps)}"
+        step_in_epoch = step - self.steps_before_epoch
         if self.bar.disable:
-            log.info(f"{self.title} [{step_in_epoch + 1}/{self.steps_per_epoch}]  {text}")
+            log.info(f"{self.title} [{step_in_epoch}/{self.steps_per_epoch}]  {text}")
         else:
-            self.bar.n = step_in_epoch + 1
+            self.bar.n = step_in_epoch
             self.bar.set_postfix_str(text)
         if self.writer is not None:
             scalars = {f"train/{name}": value for name, value in means.items()}

@@ -49,7 +49,7 @@ class StopSignal:
     """Within the `with` block the signals are noted instead of ending the process; a
     second Ctrl-C ends it at once.
 
-    `agreed`, called once a step on every rank, says whether any rank was asked. The
+    `requested`, called once a step on every rank, says whether any rank was asked. The
     question of one step is answered at the next, so that nobody waits for the answer.
     """
 
@@ -80,7 +80,7 @@ class StopSignal:
             os.kill(os.getpid(), signal.SIGINT)
         self.received = signal.Signals(number).name
 
-    def agreed(self) -> bool:
+    def requested(self) -> bool:
         """Whether to stop after this step; the same on all ranks."""
         if self.group is None:
             return self.received is not None
@@ -92,7 +92,7 @@ class StopSignal:
         self.question = None if stop else dist.all_reduce(self.flag, group=self.group, async_op=True)  # type: ignore[arg-type]
         return stop
 
-    def settle(self) -> None:
+    def finalize(self) -> None:
         """Wait for a question still under way, when the run ends by itself."""
         if self.question is not None:
             self.question.wait()

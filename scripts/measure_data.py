@@ -42,7 +42,7 @@ from data_pipeline.augmentation import (
 from data_pipeline.image_lists import find_images
 from errors import report_user_errors
 from masking_generator import MaskingGenerator
-from runtime.distributed import keep_freed_memory
+from runtime.device import keep_freed_memory
 from transforms import (
     ASPECT_RANGE,
     HALF_MEAN,

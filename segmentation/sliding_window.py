@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling_segmentation import resize
-from runtime import distributed
+from runtime.device import Precision
 
 STRIP = 1 << 22  # scores of one strip of the finished picture: 16 MiB
 
@@ -34,7 +34,7 @@ class Looking:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, image: Tensor, size: tuple[int, int], how: Looking, precision: distributed.Precision
+    model: nn.Module, image: Tensor, size: tuple[int, int], how: Looking, precision: Precision
 ) -> Tensor:
     """Classes (height, width) int64 of an image (3, h, w); `size` is the picture's own, (height, width)."""
 

@@ -318,10 +318,10 @@ def test_obsolete_flags_warn(caplog):
 
 
 def test_a_missing_gpu_is_no_crash():
-    from runtime import distributed
+    from runtime.device import pick_device
 
     if not torch.cuda.is_available():
-        assert distributed.pick_device("cuda").type == "cpu"
+        assert pick_device("cuda").type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -329,10 +329,10 @@ def test_a_missing_gpu_is_no_crash():
 )
 def test_a_device_that_is_not_supported_or_not_there_is_refused(name):
     from errors import UserError
-    from runtime import distributed
+    from runtime.device import pick_device
 
     with pytest.raises(UserError, match=r"^--device .*use (--device|cuda or) cpu") as told:
-        distributed.pick_device(name)
+        pick_device(name)
     assert len(str(told.value)) < 150
 
 
@@ -341,14 +341,14 @@ def test_one_place_asks_whether_there_is_a_gpu():
     asking = {
         path.name: count for path in library_files() if (count := path.read_text().count("cuda.is_available"))
     }
-    assert asking == {"distributed.py": 1}
+    assert asking == {"device.py": 1}
 
 
 def test_a_gpu_too_old_for_this_torch_is_named():
     from errors import UserError
-    from runtime import distributed
+    from runtime.device import refuse_gpus_without_kernels
 
-    distributed.refuse_gpus_without_kernels((9, 0), ["sm_75", "sm_80", "sm_90a", "compute_120"])
-    distributed.refuse_gpus_without_kernels((7, 0), ["sm_50", "sm_70"])
+    refuse_gpus_without_kernels((9, 0), ["sm_75", "sm_80", "sm_90a", "compute_120"])
+    refuse_gpus_without_kernels((7, 0), ["sm_50", "sm_70"])
     with pytest.raises(UserError, match=r"7\.0 .*cu126"):
-        distributed.refuse_gpus_without_kernels((7, 0), ["sm_75", "sm_80"])
+        refuse_gpus_without_kernels((7, 0), ["sm_75", "sm_80"])

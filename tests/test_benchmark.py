@@ -2,7 +2,6 @@
 report says what was measured.
 """
 
-import argparse
 import copy
 import json
 import sys
@@ -33,8 +32,9 @@ from benchmarks.timing import Contender, Contest, Local, Turn, check_agreement, 
 from benchmarks.training_steps import classification_loss, textbook
 from datasets import ImageFiles
 from norm_ema_quantizer import NormEMAVectorQuantizer
-from run_state import Run
-from runtime.distributed import Launch, choose_precision
+from run_state import Run, RunOptions
+from runtime.device import choose_precision
+from runtime.distributed import Launch
 from transforms import HALF_MEAN, HALF_STD
 from utils import seeded
 from vqkd_teachers import build_teacher
@@ -138,7 +138,7 @@ def test_a_contender_that_computes_something_else_is_found_out():
     model = modeling_finetune.create_model("beit_demo_patch16_128", num_classes=7, **BIAS)
     other = copy.deepcopy(model)
     torch.nn.init.normal_(other.head.bias)
-    run = Run(argparse.Namespace(seed=0), None, CPU, choose_precision("fp32", CPU))
+    run = Run(RunOptions(), None, CPU, choose_precision("fp32", CPU))
     contenders = [textbook(one, run, classification_loss(one)) for one in (model, other)]
     batch = {"image": torch.rand(2, 3, 128, 128), "label": torch.tensor([1, 4])}
     with pytest.raises(RuntimeError, match="not the same work"):
@@ -226,7 +226,7 @@ def test_the_report(tmp_path, amp_dtype):
 
 def test_counted_flops_are_those_of_the_formula():
     """Of the classifier: 3 times the forward's products, less the gradient of the image."""
-    run = Run(argparse.Namespace(seed=0), Launch(), CPU, choose_precision("fp32", CPU))
+    run = Run(RunOptions(), Launch(), CPU, choose_precision("fp32", CPU))
     workload = Workload("demo", batch_size=2)
     contest = next(c for c in finetuning(workload, run) if c.name.endswith("step"))
     b, t, c, depth = 2, 65, 128, 6

@@ -2,8 +2,6 @@
 accumulation, recomputation, compilation.
 """
 
-from types import SimpleNamespace
-
 import torch
 from many_processes import run_ranks
 from torch import nn
@@ -12,7 +10,8 @@ import engine
 import modeling_finetune
 import run_state
 from runtime import compilation
-from runtime.distributed import Launch, Precision
+from runtime.device import Precision
+from runtime.distributed import Launch
 from vit_backbone import recompute_blocks
 
 
@@ -26,31 +25,27 @@ class WithAnIdleParameter(nn.Module):
         return self.used(x)
 
 
-class MeanSquare(run_state.Stage):
+class MeanSquare(engine.Stage):
     def step(self, model, batch):
         return model(batch["image"]).square().mean(), {}
 
 
 def three_steps(rank, world_size, build, update_freq, recompute, compiled):
-    flags = {
-        "grad_checkpointing": recompute,
-        "update_freq": update_freq,
-        "model": "x",
-        "start_epoch": 0,
-        "seed": 0,
-    }
+    options = run_state.RunOptions(grad_checkpointing=recompute, update_freq=update_freq)
     place = Launch(rank, world_size), torch.device("cpu"), Precision("cpu", None)
-    run = run_state.Run(SimpleNamespace(**flags), *place)
+    run = run_state.Run(options, *place)
     torch.manual_seed(0)
     model, shape = build()
-    state = run_state.new_state(model, torch.optim.SGD(model.parameters(), lr=0.1), run)
+    state = run_state.new_state(model, torch.optim.SGD(model.parameters(), lr=0.1), run, "x")
     if compiled:
         compilation.BACKEND = "aot_eager"
         assert compilation.compile_networks(2, model)
     model.train()
     for step in range(3):
         batches = [{"image": inputs(shape, step, micro, rank)} for micro in range(update_freq)]
-        engine.accumulate_gradients(state, MeanSquare(), batches, run, device_transform=dict)
+        engine.accumulate_gradients(
+            state, MeanSquare(run.device, run.precision), batches, run, device_transform=dict
+        )
         engine.take_step(state, None)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 

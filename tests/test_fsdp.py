@@ -6,7 +6,6 @@ import json
 import math
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -33,7 +32,8 @@ import run_state
 from checkpoint_io.checkpoints import count_bytes
 from errors import UserError
 from runtime import distributed, fsdp
-from runtime.distributed import Launch, Precision
+from runtime.device import Precision
+from runtime.distributed import Launch
 
 on_cpu = pytest.mark.skipif(
     not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"),
@@ -242,11 +242,6 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(runs):
 # ── What a rank holds, and what it writes ──
 
 
-class Args(SimpleNamespace):
-    def plain(self):
-        return vars(self)
-
-
 def vit():
     """With 5 rows in the head, 1 in the tokens, and a parameter that never gets a gradient."""
     model = modeling_finetune.VisionTransformer(
@@ -265,27 +260,24 @@ def vit():
 
 def started(rank, world_size, folder, seed):
     settings = {"opt": "adamw", "lr": 1e-3, "opt_eps": 1e-8, "opt_betas": None, "weight_decay": 0.05}
-    args = Args(
-        **settings,
-        fsdp=True,
-        seed=0,
-        model="vit",
-        start_epoch=0,
-        update_freq=1,
-        output_dir=str(folder),
-        keep_ckpts=0,
-    )
+    args = Namespace(**settings)
+    options = run_state.RunOptions(fsdp=True, output_dir=str(folder))
     run = run_state.Run(
-        args, Launch(rank, world_size), CPU, Precision("cpu", None), data={"images": 0, "digest": ""}
+        options,
+        Launch(rank, world_size),
+        CPU,
+        Precision("cpu", None),
+        flags={"seed": 0, "allow_changed_run": False},
+        data={"images": 0, "digest": ""},
     )
     torch.manual_seed(seed)
     model = vit()
     ema = ModelEmaV3(model, decay=0.5)
-    run_state.place(run, model, ema)
-    return run_state.new_state(model, optim_factory.create_optimizer(args, model), run, ema), run
+    run_state.move_to_device(run, model, ema)
+    return run_state.new_state(model, optim_factory.create_optimizer(args, model), run, "vit", ema), run
 
 
-class MeanSquare(run_state.Stage):
+class MeanSquare(engine.Stage):
     def step(self, model, batch):
         return model(batch["image"]).square().mean(), {}
 
@@ -293,17 +285,18 @@ class MeanSquare(run_state.Stage):
 def trained(rank, world_size, folder):
     """Two steps, saved as a.pth; bytes that this rank holds."""
     state, run = started(rank, world_size, folder, seed=0)
+    stage = MeanSquare(run.device, run.precision)
     for step in range(2):
         images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(10 * step + rank))
-        engine.accumulate_gradients(state, MeanSquare(), [{"image": images}], run, device_transform=dict)
+        engine.accumulate_gradients(state, stage, [{"image": images}], run, device_transform=dict)
         gradients = sum(held(parameter.grad) for parameter in state.parameters if parameter.grad is not None)
         engine.take_step(state, None)
         state.ema.update(state.model, step)
-    with fsdp.whole(state.model) as plain:
+    with fsdp.gather_model(state.model) as plain:
         assert not isinstance(plain, FSDPModule)
         answers = plain.forward_features(images).detach() if rank == 0 else None  # alone, and not by forward
     assert all(parameter.is_meta for parameter in plain.parameters())  # the copy is gone
-    run_state.save(state, MeanSquare(), run, 0, ["a.pth"])
+    run_state.save(state, stage, run, 0, ["a.pth"])
     run.saver.wait()
     moments = [
         value
@@ -332,8 +325,8 @@ def held(tensor):
 def passed_on(rank, world_size, folder, name, other):
     """What one file holds, into a state of other weights and from there into the other file."""
     state, run = started(rank, world_size, folder, seed=1)
-    run_state.restore(state, MeanSquare(), run, folder / name, 1)
-    run_state.save(state, MeanSquare(), run, 0, [other])
+    run_state.restore(state, MeanSquare(run.device, run.precision), run, folder / name, 1)
+    run_state.save(state, MeanSquare(run.device, run.precision), run, 0, [other])
     run.saver.wait()
 
 
@@ -431,12 +424,12 @@ def test_one_process_says_that_there_is_nothing_to_shard(tmp_path, capsys):
 def test_what_does_not_go_together_is_refused(flags, message):
     fine = {"compile": False, "opt": "AdamW", "model_ema_force_cpu": False}
     gpu = torch.device("cuda")
-    fsdp.check(Namespace(**fine), gpu)
+    fsdp.check_options(**fine, device=gpu)
     with pytest.raises(UserError, match=message):
-        fsdp.check(Namespace(**fine | flags), gpu)
+        fsdp.check_options(**fine | flags, device=gpu)
 
 
 def test_a_cpu_without_averaging_collectives_is_refused(monkeypatch):
     monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms", raising=False)
     with pytest.raises(UserError, match="--fsdp on CPUs needs a newer torch"):
-        fsdp.check(Namespace(compile=False, opt="adamw"), CPU)
+        fsdp.check_options("adamw", compile=False, model_ema_force_cpu=False, device=CPU)

@@ -24,9 +24,10 @@ import run_vqkd_training
 from data_pipeline.image_lists import find_classes_folder
 from data_pipeline.samplers import LoaderSettings, build_eval_loader
 from datasets import ImageFiles
-from engine import evaluation_batches
 from engine_for_finetuning import FinetuningStage
-from runtime.distributed import Launch, Precision
+from evaluation.held_out import evaluation_batches
+from runtime.device import Precision
+from runtime.distributed import Launch
 from transforms import eval_view
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import engine_for_linear_eval
 import pretrained
 import run_linear_eval
 from engine_for_linear_eval import FrozenBackbone, LinearHeads
-from runtime.distributed import Precision
+from runtime.device import Precision
 
 LAYERS = 6  # of the demo size
 

@@ -149,7 +149,7 @@ def test_a_second_ctrl_c_ends_at_once(data, codes, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     with signals.StopSignal() as stop:
         stop.note(signal.SIGINT, None)
-        assert stop.agreed()
+        assert stop.requested()
         with pytest.raises(KeyboardInterrupt):
             stop.note(signal.SIGINT, None)
     assert signal.getsignal(signal.SIGINT) is before

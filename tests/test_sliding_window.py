@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine_for_segmentation import pixel_accuracy, pixel_loss, scores_of
-from runtime.distributed import Precision
+from runtime.device import Precision
 from segmentation import sliding_window
 from segmentation.mask_files import IGNORED
 from segmentation.sliding_window import Looking, classes_at, predict, scores, slide, starts, strip
