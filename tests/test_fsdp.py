@@ -13,6 +13,8 @@ import torch
 from many_processes import run_ranks
 from timm.utils import ModelEmaV3
 from tiny_runs import (
+    MeanSquare,
+    as_flags,
     assert_same_weights,
     checkpoint,
     finetuning_flags,
@@ -52,24 +54,11 @@ def lines_of(folder: Path) -> dict[str, tuple[str, list[str]]]:
     looking = ["--eval_data_path", str(uneven), "--knn_freq", "1", "--knn_data_path", str(folder / "photos")]
     looking += ["--drop_path", "0", "--clip_grad", "3", "--image_freq", "1"]
     drawing = [
-        "--eval_data_path",
-        str(uneven),
-        "--drop_path",
-        "0.1",
-        "--mixup",
-        "0.8",
-        "--model_ema",
-        "--model_ema_decay",
+        *as_flags(eval_data_path=uneven, drop_path=0.1, mixup=0.8, model_ema=True, model_ema_decay=True),
     ]
     drawing += [
         "0.5",
-        "--update_freq",
-        "2",
-        "--grad_checkpointing",
-        "--clip_grad",
-        "1",
-        "--save_ckpt_steps",
-        "1",
+        *as_flags(update_freq=2, grad_checkpointing=True, clip_grad=1, save_ckpt_steps=1),
     ]
     drawing += ["--keep_ckpts", "9", "--batch_size", "2"]
 
@@ -275,11 +264,6 @@ def started(rank, world_size, folder, seed):
     ema = ModelEmaV3(model, decay=0.5)
     run_state.move_to_device(run, model, ema)
     return run_state.new_state(model, optim_factory.create_optimizer(args, model), run, "vit", ema), run
-
-
-class MeanSquare(engine.Stage):
-    def step(self, model, batch):
-        return model(batch["image"]).square().mean(), {}
 
 
 def trained(rank, world_size, folder):

@@ -2,17 +2,14 @@
 command runs, evaluation is exact.
 """
 
-import os
 import re
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from golden_values import GOLDEN, data
-from many_processes import free_port
+from many_processes import LAUNCHERS, free_port, one_process, run, two_processes
 from tiny_runs import (
     assert_same_weights,
     checkpoint,
@@ -27,31 +24,6 @@ from tiny_runs import (
 import modeling_vqkd
 from errors import UserError
 from runtime.distributed import read_launch
-
-ROOT = Path(__file__).parent.parent
-LAUNCHERS = {
-    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
-    "torch.distributed.launch": [sys.executable, "-m", "torch.distributed.launch"],
-}
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def start(command: list[str]) -> str:
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
-
-
-def two_processes(script: str, flags: list[str], launcher: str = "torchrun") -> str:
-    where = ["--nproc_per_node=2", "--master_port", str(free_port())]
-    return start([*LAUNCHERS[launcher], *where, script, *flags])
-
-
-def one_process(script: str, flags: list[str]) -> str:
-    return start([sys.executable, script, *flags])
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +110,7 @@ def test_the_guides_command_for_the_base_model_runs_on_two_processes(tmp_path):
     }
     command = [str(tmp_path / "vqkd.pth") if "://" in word else changed.get(word, word) for word in command]
     command.insert(command.index("run_beitv2_pretraining.py"), f"--master_port={free_port()}")
-    start([*command, "--device", "cpu"])
+    run([*command, "--device", "cpu"])
     model = checkpoint(tmp_path / "out/checkpoint.pth")["model"]
     assert {key: list(value.shape) for key, value in model.items()} == data("state_dict_keys")[
         "pretrain_base_cls_pt"

@@ -7,9 +7,10 @@ import safetensors.torch
 import timm.layers
 import torch
 from golden_values import TINY, fill
+from refusals import refused
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer as PlainViT
-from tiny_runs import SIZE, finetuning_flags, photos, tokenizer
+from tiny_runs import SIZE, as_flags, finetuning_flags, photos, tokenizer
 
 import modeling_finetune
 import modeling_pretrain
@@ -228,19 +229,19 @@ def test_mixed_up_files_are_called_by_their_name(kind, tmp_path, capsys):
     path = tokenizer(tmp_path / "w.pth")
     if kind == "linear probe":
         torch.save({"model": {"heads.0.weight": torch.zeros(2, 2)}}, path)
-    with pytest.raises(SystemExit):
-        run_class_finetuning.main(finetuning_flags(data, tmp_path / "out", "--finetune", str(path)))
-    assert f"--finetune {path} is a {kind}" in capsys.readouterr().err
+    assert f"--finetune {path} is a {kind}" in refused(
+        run_class_finetuning.main, finetuning_flags(data, tmp_path / "out", "--finetune", str(path)), capsys
+    )
 
 
 def test_resuming_from_another_kind_of_model_says_what_it_is(tmp_path, capsys):
     data = photos(tmp_path / "data", per_class=1)
     torch.save({"model": shared().state_dict()}, tmp_path / "pt.pth")
-    with pytest.raises(SystemExit):
-        run_class_finetuning.main(
-            finetuning_flags(data, tmp_path / "out", "--resume", str(tmp_path / "pt.pth"))
-        )
-    assert "is a model of masked image modeling (for --finetune) of another shape" in capsys.readouterr().err
+    assert "is a model of masked image modeling (for --finetune) of another shape" in refused(
+        run_class_finetuning.main,
+        finetuning_flags(data, tmp_path / "out", "--resume", str(tmp_path / "pt.pth")),
+        capsys,
+    )
 
 
 def test_a_folder_of_hugging_face_is_fine_tuned_from(tmp_path, capsys):
@@ -399,15 +400,7 @@ def test_a_patch_embedding_of_other_channels_or_patches_is_adapted_as_timm_does(
     ) in report
     data = photos(tmp_path / "data", per_class=2)
     where = [
-        "--data_set",
-        "image_folder",
-        "--data_path",
-        str(data),
-        "--eval_data_path",
-        str(data),
-        "--knn",
-        "--knn_k",
-        "1",
+        *as_flags(data_set="image_folder", data_path=data, eval_data_path=data, knn=True, knn_k=1),
     ]
     run_linear_eval.main([*where, *SIZE[:-2], "--finetune", str(tmp_path / "gray.pth"), "--num_heads", "4"])
     assert "adapted    the patch embedding: 1 channel" in capsys.readouterr().out
@@ -480,9 +473,9 @@ def test_one_of_several_models_in_a_file_is_chosen_by_its_prefix(flag, tmp_path,
     flags += ["--disable_rel_pos_bias", flag]
     run_class_finetuning.main([*flags, "student."])
     assert "left out   nothing" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run_class_finetuning.main([*flags, "teacher."])
-    assert f"{flag} teacher.: no key begins so; there are student.cls_token" in capsys.readouterr().err
+    assert f"{flag} teacher.: no key begins so; there are student.cls_token" in refused(
+        run_class_finetuning.main, [*flags, "teacher."], capsys
+    )
 
 
 @pytest.mark.parametrize(

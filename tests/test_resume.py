@@ -8,8 +8,8 @@ import re
 import shutil
 
 import pytest
-import refusals
 import torch
+from refusals import refused
 from tiny_runs import assert_same_weights, checkpoint, finetuning_flags, log_lines, photos
 
 import engine
@@ -22,11 +22,6 @@ from optim_factory import check_saved_state
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     """Two epochs of four steps, with a moving average."""
     out = tmp_path_factory.mktemp("finished")
@@ -34,10 +29,6 @@ def finished(data, tmp_path_factory):
         finetuning_flags(data, out, "--model_ema", "--save_ckpt_steps", "1", "--keep_ckpts", "9")
     )
     return out
-
-
-def refused(flags, capsys):
-    return refusals.refused(run_class_finetuning.main, flags, capsys)
 
 
 def spoil_moments(content, key, change):
@@ -106,7 +97,9 @@ def test_a_resumed_state_that_does_not_fit_is_refused_by_name(fault, finished, d
     change(content)
     torch.save(content, tmp_path / "spoiled.pth")
     error = refused(
-        finetuning_flags(data, "", "--model_ema", "--resume", str(tmp_path / "spoiled.pth")), capsys
+        run_class_finetuning.main,
+        finetuning_flags(data, "", "--model_ema", "--resume", str(tmp_path / "spoiled.pth")),
+        capsys,
     )
     assert "spoiled.pth" in error
     assert re.search(says, error), error
@@ -192,7 +185,9 @@ def test_a_run_whose_weights_explode_ends_with_an_error_and_its_last_good_checkp
 
     take_step = engine.take_step
     monkeypatch.setattr(engine, "take_step", explode)
-    error = refused(finetuning_flags(data, tmp_path, "--save_ckpt_steps", "1"), capsys)
+    error = refused(
+        run_class_finetuning.main, finetuning_flags(data, tmp_path, "--save_ckpt_steps", "1"), capsys
+    )
     assert "is not finite any more" in error
     kept = checkpoint(tmp_path / "checkpoint.pth")
     assert kept["next"]["step"] == 2
@@ -211,7 +206,9 @@ def test_a_run_that_skips_each_step_is_no_success(data, tmp_path, monkeypatch, c
         return loss * float("nan"), logs
 
     monkeypatch.setattr(run_class_finetuning.FinetuningStage, "step", no_number)
-    assert "each of the 8 steps of this run" in refused(finetuning_flags(data, tmp_path), capsys)
+    assert "each of the 8 steps of this run" in refused(
+        run_class_finetuning.main, finetuning_flags(data, tmp_path), capsys
+    )
 
 
 # ── the same run ──
@@ -220,9 +217,11 @@ def test_a_run_that_skips_each_step_is_no_success(data, tmp_path, monkeypatch, c
 def test_other_images_or_another_seed_are_refused_unless_allowed(finished, data, tmp_path, capsys):
     fewer = photos(tmp_path / "fewer", per_class=6)
     from_here = ["--resume", str(finished / "checkpoint-step5.pth")]
-    error = refused(finetuning_flags(fewer, tmp_path / "out", *from_here), capsys)
+    error = refused(run_class_finetuning.main, finetuning_flags(fewer, tmp_path / "out", *from_here), capsys)
     assert re.search(r"checkpoint-step5.pth is of a run on 16 images, not 12: .* --allow_changed_run", error)
-    error = refused(finetuning_flags(data, tmp_path / "out", *from_here, "--seed", "7"), capsys)
+    error = refused(
+        run_class_finetuning.main, finetuning_flags(data, tmp_path / "out", *from_here, "--seed", "7"), capsys
+    )
     assert "--seed 0, not 7" in error
     run_class_finetuning.main(
         finetuning_flags(fewer, tmp_path / "out", *from_here, "--seed", "7", "--allow_changed_run")
@@ -318,5 +317,5 @@ def test_a_published_training_checkpoint_goes_on_behind_its_epoch_and_is_kept(
 @pytest.mark.parametrize("epoch", ["2", "99"])
 def test_a_start_behind_the_end_is_refused(epoch, data, tmp_path, capsys):
     assert f"--start_epoch {epoch}" in refused(
-        finetuning_flags(data, tmp_path, "--start_epoch", epoch), capsys
+        run_class_finetuning.main, finetuning_flags(data, tmp_path, "--start_epoch", epoch), capsys
     )

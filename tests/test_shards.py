@@ -2,7 +2,6 @@
 plain words for what is wrong.
 """
 
-import importlib.util
 import io
 import os
 import tarfile
@@ -12,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from refusals import user_reads
+from source_files import load_script
 from test_datasets import arguments, write_image
 from tiny_runs import (
+    as_flags,
     assert_same_weights,
     checkpoint,
     finetuning_flags,
@@ -35,15 +36,10 @@ from run_class_finetuning import build_dataset as build_finetuning_dataset
 from run_vqkd_training import build_dataset as build_vqkd_dataset
 from transforms import load_image
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
 def make_shards():
-    spec = importlib.util.spec_from_file_location("make_shards", ROOT / "scripts" / "make_shards.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("make_shards").main
 
 
 @pytest.fixture(scope="module")
@@ -416,14 +412,7 @@ def test_pretraining_on_shards_stopped_within_an_epoch_ends_bit_for_bit_the_same
     codes = tokenizer(tmp_path / "tokenizer.pth")
     more = [
         *SHARDS,
-        "--eval_data_path",
-        str(packed),
-        "--drop_path",
-        "0.1",
-        "--save_ckpt_steps",
-        "4",
-        "--keep_ckpts",
-        "9",
+        *as_flags(eval_data_path=packed, drop_path=0.1, save_ckpt_steps=4, keep_ckpts=9),
     ]
     run_beitv2_pretraining.main(pretraining_flags(pattern(packed), tmp_path / "whole", codes, *more))
     middle = tmp_path / "whole" / "checkpoint-step8.pth"

@@ -8,7 +8,6 @@ import struct
 import time
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from source_files import all_files
 from checkpoint_io import checkpoints, torch_files, weight_files
 from errors import UserError
 
-ROOT = Path(__file__).parent.parent
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2, dtype=torch.bfloat16)}
 
 
