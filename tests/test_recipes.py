@@ -23,6 +23,7 @@ import run_segmentation_finetuning
 import run_vqkd_training
 from checkpoint_io import downloads
 from evaluation import trained_classifier
+from flags import finetuning, linear_eval, pretraining, segmentation, vqkd
 
 ROOT = Path(__file__).parent.parent
 SHELL_FILES = sorted((ROOT / "scripts").rglob("*.sh"))
@@ -277,7 +278,7 @@ def test_tokenizer_recipes(name):
         process_type="default",
         opt="adamw",
     )
-    run_vqkd_training.check(run.entry.get_parser(), run.args)
+    vqkd.check_flags(run.entry.get_parser(), run.args)
     assert model in modeling_vqkd.MODELS
     assert model in downloads.ENTRIES
 
@@ -313,7 +314,8 @@ def test_pretraining_recipes(name):
         run,
         **dict.fromkeys(("tokenizer_model", "tokenizer_weight"), "vqkd_encoder_base_decoder_3x768x12_clip"),
     )
-    assert run_beitv2_pretraining.patch_grid(run.args) == 14
+    pretraining.check_flags(run.args)
+    assert pretraining.student_grid(run.args) == 14
     assert run.args.model in modeling_pretrain.MODELS
     assert run.args.tokenizer_model in modeling_vqkd.MODELS
     assert downloads.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer"
@@ -348,10 +350,10 @@ def test_pretraining_recipes_of_v1(name):
     expect(run, tokenizer_model="dall-e", tokenizer_weight="dall_e_encoder")
     assert run.args.imagenet_default_mean_and_std is imagenet_mean
     assert (run.args.rel_pos_bias, run.args.abs_pos_emb) == (True, False)
-    assert run_beitv2_pretraining.patch_grid(run.args) == 14
+    pretraining.check_flags(run.args)
+    assert pretraining.student_grid(run.args) == 14
     assert (
-        run_beitv2_pretraining.idle_flags(run.args).keys()
-        & arguments.changed_flags(run.entry.get_parser(), run.args)
+        pretraining.idle_flags(run.args).keys() & arguments.changed_flags(run.entry.get_parser(), run.args)
         == set()
     )
     assert downloads.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer-v1"
@@ -374,7 +376,8 @@ def test_ablations_of_v1_change_one_thing(name):
     switches, top1, miou = ABLATIONS_V1[name]
     run, differing = ablation(name, "pretrain_base_v1_in1k")
     assert differing == {"epochs": 300, **switches}
-    assert run_beitv2_pretraining.patch_grid(run.args) == 14
+    pretraining.check_flags(run.args)
+    assert pretraining.student_grid(run.args) == 14
     expected = said_of(name, "Expected")
     assert expected.startswith(f"{top1} % top-1" if top1 else "not published")
     assert miou is None or f" {miou} mIoU" in expected
@@ -394,9 +397,10 @@ def test_fine_tuning_keeps_the_positions_of_an_ablation(name):
 def test_ablations_of_v2s_pretraining_change_one_thing(name):
     run, differing = ablation(name, "pretrain_base_300e")
     assert differing == ABLATIONS_V2[name]
-    assert run_beitv2_pretraining.patch_grid(run.args) == 14
+    pretraining.check_flags(run.args)
+    assert pretraining.student_grid(run.args) == 14
     changed = arguments.changed_flags(run.entry.get_parser(), run.args)
-    assert run_beitv2_pretraining.idle_flags(run.args).keys() & changed.keys() == set()
+    assert pretraining.idle_flags(run.args).keys() & changed.keys() == set()
     assert said_of(name, "Expected").startswith("no figure at hand")
 
 
@@ -405,7 +409,7 @@ def test_ablations_of_the_tokenizer_change_one_thing_and_name_the_flags_of_pretr
     switches, more = ABLATIONS_VQKD[name]
     run, differing = ablation(name, "vqkd_base_3x768x12_clip")
     assert differing == switches
-    run_vqkd_training.check(run.entry.get_parser(), run.args)
+    vqkd.check_flags(run.entry.get_parser(), run.args)
     expected = said_of(name, "Expected")
     assert expected.startswith(
         "100 % of the codebook" if name == "v2_decoder_depth_1" else "no figure at hand"
@@ -489,7 +493,7 @@ def test_finetuning_recipes(name):
     assert run.args.use_mean_pooling
     assert run.args.rel_pos_bias
     assert not run.args.model_ema
-    run_class_finetuning.check(run.args)
+    finetuning.check_flags(run.args)
     published = downloads.ENTRIES[weights]
     assert published.kind == ("intermediate" if "ft2" in name else "pretrained")
     assert published.model.startswith(run.args.model)
@@ -524,7 +528,7 @@ def test_linear_probe_recipes(name):
     assert run.args.imagenet_default_mean_and_std is ("v2" in name)
     assert run.args.mode == "linear"
     assert not run.args.cached_features
-    run_linear_eval.check(run_linear_eval.get_parser(), run.args)
+    linear_eval.check_flags(run_linear_eval.get_parser(), run.args)
     assert downloads.ENTRIES[weights].kind == "pretrained"
 
 
@@ -557,8 +561,8 @@ def test_segmentation_recipes(name):
     expect(run, opt="adamw", opt_betas=[0.9, 0.999], weight_decay=0.05)
     assert run.args.imagenet_default_mean_and_std is ("v2" in name)
     assert (run.args.scale_range, run.args.max_class_share, run.args.hflip) == ([0.5, 2.0], 0.75, 0.5)
-    assert run_segmentation_finetuning.looking(run.args).stride == 341
-    run_segmentation_finetuning.check(run.args)
+    assert segmentation.build_sliding_window(run.args).stride == 341
+    segmentation.check_flags(run.args)
     assert model in modeling_segmentation.VARIANTS
     assert downloads.ENTRIES[weights].kind == ("intermediate" if "ft21k" in name else "pretrained")
     expected = re.search(r"^# Expected: (.*)$", RECIPES[name], flags=re.MULTILINE)[1]
