@@ -679,5 +679,5 @@ def test_the_launcher_gets_the_flags_as_they_are(tmp_path):
 def test_the_documentation_has_a_row_for_each():
     text = (ROOT / "docs/recipes.md").read_text()
     assert [name for name in RECIPES if f"`{name}.sh`" not in text] == []
-    text = (ROOT / "docs/pretraining.md").read_text()
+    text = (ROOT / "docs/ablations.md").read_text()
     assert [name for name in ABLATION_FILES if f"`{name}.sh`" not in text] == []
