@@ -30,8 +30,8 @@ from flags.run import add_run_flags, add_step_flags
 from segmentation.joint_views import EvaluationView, TrainingView
 from segmentation.sliding_window import SlidingWindow
 
-EXAMPLE = """--data_path ade20k --finetune pretrained/checkpoint.pth
---output_dir segmentation"""
+EXAMPLE = """--data_path ade20k --model upernet_beit_small_patch16
+--finetune pretrained/checkpoint.pth --output_dir segmentation"""
 # flags that a finished model has no use for
 TRAINING_FLAGS = """
     model nb_classes aux_weight head_drop layer_decay rel_pos_bias abs_pos_emb
