@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from checkpoint_io import checkpoints, downloads, weight_files, weight_formats
+from checkpoint_io import checkpoints, downloads, published, weight_files, weight_formats
 from checkpoint_io.remapping import add_class_position
 from checkpoint_io.weight_formats import INDEX, TABLE, ExternalConfig
 from data_pipeline.imagenet_classes import in_words, synsets
@@ -78,13 +78,13 @@ def read_weights(
         raise UserError(
             f"--from {expected}: the names in {checkpoint} are {names}; --from auto sees by itself"
         )
-    published = downloads.ENTRIES.get(path.stem)
+    entry = published.ENTRIES.get(path.stem)
     flags = weight_files.flags_to_dict(beside.get("args"))
     stage = beside.get("stage")
     classes = stage.get("classes") if isinstance(stage, dict) else None
-    if published is not None:  # v2 was trained with ImageNet's mean and std, v1 with 0.5 (docs/recipes.md)
+    if entry is not None:  # v2 was trained with ImageNet's mean and std, v1 with 0.5 (docs/recipes.md)
         flags = {"imagenet_default_mean_and_std": path.stem.startswith("beitv2"), **flags}
-        if published.kind == "segmentation":  # ADE20K
+        if entry.kind == "segmentation":  # ADE20K
             flags = {"input_size": 512, "reduce_zero_label": True, **flags}
         classes = synsets() if len(found.get("head.bias", ())) == len(synsets()) else None
     external = ExternalConfig(None, None, None, None)

@@ -21,7 +21,7 @@ import run_class_finetuning
 import run_linear_eval
 import run_segmentation_finetuning
 import run_vqkd_training
-from checkpoint_io import downloads
+from checkpoint_io import published
 from evaluation import trained_classifier
 
 ROOT = Path(__file__).parent.parent
@@ -279,7 +279,7 @@ def test_tokenizer_recipes(name):
     )
     run_vqkd_training.check(run.entry.get_parser(), run.args)
     assert model in modeling_vqkd.MODELS
-    assert model in downloads.ENTRIES
+    assert model in published.ENTRIES
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
@@ -316,7 +316,7 @@ def test_pretraining_recipes(name):
     assert run_beitv2_pretraining.patch_grid(run.args) == 14
     assert run.args.model in modeling_pretrain.MODELS
     assert run.args.tokenizer_model in modeling_vqkd.MODELS
-    assert downloads.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer"
+    assert published.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer"
 
 
 @pytest.mark.parametrize("name", PRETRAINING_V1)
@@ -354,7 +354,7 @@ def test_pretraining_recipes_of_v1(name):
         & arguments.changed_flags(run.entry.get_parser(), run.args)
         == set()
     )
-    assert downloads.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer-v1"
+    assert published.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer-v1"
 
 
 def ablation(name: str, recipe: str) -> tuple[SimpleNamespace, dict[str, object]]:
@@ -490,9 +490,9 @@ def test_finetuning_recipes(name):
     assert run.args.rel_pos_bias
     assert not run.args.model_ema
     run_class_finetuning.check(run.args)
-    published = downloads.ENTRIES[weights]
-    assert published.kind == ("intermediate" if "ft2" in name else "pretrained")
-    assert published.model.startswith(run.args.model)
+    entry = published.ENTRIES[weights]
+    assert entry.kind == ("intermediate" if "ft2" in name else "pretrained")
+    assert entry.model.startswith(run.args.model)
     assert run.args.model in modeling_finetune.MODELS
 
 
@@ -525,7 +525,7 @@ def test_linear_probe_recipes(name):
     assert run.args.mode == "linear"
     assert not run.args.cached_features
     run_linear_eval.check(run_linear_eval.get_parser(), run.args)
-    assert downloads.ENTRIES[weights].kind == "pretrained"
+    assert published.ENTRIES[weights].kind == "pretrained"
 
 
 @pytest.mark.parametrize("name", SEGMENTATION)
@@ -560,7 +560,7 @@ def test_segmentation_recipes(name):
     assert run_segmentation_finetuning.looking(run.args).stride == 341
     run_segmentation_finetuning.check(run.args)
     assert model in modeling_segmentation.VARIANTS
-    assert downloads.ENTRIES[weights].kind == ("intermediate" if "ft21k" in name else "pretrained")
+    assert published.ENTRIES[weights].kind == ("intermediate" if "ft21k" in name else "pretrained")
     expected = re.search(r"^# Expected: (.*)$", RECIPES[name], flags=re.MULTILINE)[1]
     assert expected.startswith(f"mIoU {miou}" if miou else "none at hand")
 
@@ -574,12 +574,12 @@ def test_the_head_says_what_to_expect_and_its_example_for_fewer_gpus_keeps_the_b
     for part in ("Hardware", "Time", "Expected", "Fewer GPUs"):
         assert re.search(rf"^# {part}: \S", text, re.MULTILINE), part
     assert f"bash scripts/{name}.sh" in text
-    published = dry_run(name)
-    assert f"= {published.batch}" in text
+    full = dry_run(name)
+    assert f"= {full.batch}" in text
     variables, flags, batch = re.search(r"Fewer GPUs: `(.+) \.\.\. (.+)` keeps .* at (\d+)", text).groups()
     fewer = dry_run(name, *shlex.split(flags), **dict(word.split("=") for word in variables.split()))
-    assert fewer.gpus < published.gpus
-    assert fewer.batch == published.batch == int(batch)
+    assert fewer.gpus < full.gpus
+    assert fewer.batch == full.batch == int(batch)
 
 
 @pytest.mark.parametrize("name", RECIPES)
