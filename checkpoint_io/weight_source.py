@@ -16,9 +16,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from checkpoint_io import checkpoints, downloads, published, weight_files, weight_formats
-from checkpoint_io.remapping import add_class_position
-from checkpoint_io.weight_formats import INDEX, TABLE, ExternalConfig
+from checkpoint_io import checkpoints, downloads, published, weight_files
+from checkpoint_io.huggingface_format import is_huggingface, read_huggingface_config
+from checkpoint_io.remapping import add_class_position, to_our_names
+from checkpoint_io.timm_format import read_timm_config
+from checkpoint_io.weight_formats import INDEX, TABLE, ExternalConfig, strip_wrappers
 from data_pipeline.imagenet_classes import in_words, synsets
 from errors import UserError
 from layers.rel_pos_bias import as_pair, relative_position_index
@@ -68,10 +70,10 @@ def read_weights(
         )
     found = weight_files.extract_weights(content, checkpoint, "model_ema" if ema else keys)
     try:
-        found = weight_formats.strip_wrappers(found if select is None else select(found))
+        found = strip_wrappers(found if select is None else select(found))
     except UserError as error:
         raise UserError(f"{flag} {checkpoint}: {error}") from None
-    huggingface = weight_formats.is_huggingface(found)
+    huggingface = is_huggingface(found)
     library = "huggingface" if huggingface else "timm" if "architecture" in config else "ours"
     if expected != "auto" and huggingface != (expected == "huggingface"):
         names = "Hugging Face's" if huggingface else "ours, which are timm's too"
@@ -90,10 +92,10 @@ def read_weights(
     external = ExternalConfig(None, None, None, None)
     try:
         if library == "huggingface" and config:
-            external = weight_formats.read_huggingface_config(config, preprocessor)
+            external = read_huggingface_config(config, preprocessor)
         elif library == "timm":
-            external = weight_formats.read_timm_config(config)
-        weights = weight_formats.to_our_names(found)
+            external = read_timm_config(config)
+        weights = to_our_names(found)
     except UserError as error:
         raise UserError(f"{flag} {checkpoint}: {error}") from None
     flags = {**flags_from_config(external), **flags}
