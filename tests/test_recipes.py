@@ -21,7 +21,7 @@ import run_class_finetuning
 import run_linear_eval
 import run_segmentation_finetuning
 import run_vqkd_training
-from checkpoint_io import downloads
+from checkpoint_io import published
 from evaluation import trained_classifier
 from flags import finetuning, linear_eval, pretraining, segmentation, vqkd
 
@@ -284,7 +284,7 @@ def test_tokenizer_recipes(name):
     )
     vqkd.check_flags(run.entry.get_parser(), run.args)
     assert model in modeling_vqkd.MODELS
-    assert model in downloads.ENTRIES
+    assert model in published.ENTRIES
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
@@ -322,7 +322,7 @@ def test_pretraining_recipes(name):
     assert pretraining.student_grid(run.args) == 14
     assert run.args.model in modeling_pretrain.MODELS
     assert run.args.tokenizer_model in modeling_vqkd.MODELS
-    assert downloads.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer"
+    assert published.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer"
 
 
 @pytest.mark.parametrize("name", PRETRAINING_V1)
@@ -360,7 +360,7 @@ def test_pretraining_recipes_of_v1(name):
         pretraining.idle_flags(run.args).keys() & arguments.changed_flags(run.entry.get_parser(), run.args)
         == set()
     )
-    assert downloads.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer-v1"
+    assert published.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer-v1"
 
 
 def ablation(name: str, recipe: str) -> tuple[SimpleNamespace, dict[str, object]]:
@@ -498,7 +498,7 @@ def test_finetuning_recipes(name):
     assert run.args.rel_pos_bias
     assert not run.args.model_ema
     finetuning.check_flags(run.args)
-    published = downloads.ENTRIES[weights]
+    published = published.ENTRIES[weights]
     assert published.kind == ("intermediate" if "ft2" in name else "pretrained")
     assert published.model.startswith(run.args.model)
     assert run.args.model in modeling_finetune.MODELS
@@ -533,7 +533,7 @@ def test_linear_probe_recipes(name):
     assert run.args.mode == "linear"
     assert not run.args.cached_features
     linear_eval.check_flags(run_linear_eval.get_parser(), run.args)
-    assert downloads.ENTRIES[weights].kind == "pretrained"
+    assert published.ENTRIES[weights].kind == "pretrained"
 
 
 @pytest.mark.parametrize("name", SEGMENTATION)
@@ -568,7 +568,7 @@ def test_segmentation_recipes(name):
     assert segmentation.build_sliding_window(run.args).stride == 341
     segmentation.check_flags(run.args)
     assert model in modeling_segmentation.VARIANTS
-    assert downloads.ENTRIES[weights].kind == ("intermediate" if "ft21k" in name else "pretrained")
+    assert published.ENTRIES[weights].kind == ("intermediate" if "ft21k" in name else "pretrained")
     expected = re.search(r"^# Expected: (.*)$", RECIPES[name], flags=re.MULTILINE)[1]
     assert expected.startswith(f"mIoU {miou}" if miou else "none at hand")
 
@@ -582,12 +582,12 @@ def test_the_head_says_what_to_expect_and_its_example_for_fewer_gpus_keeps_the_b
     for part in ("Hardware", "Time", "Expected", "Fewer GPUs"):
         assert re.search(rf"^# {part}: \S", text, re.MULTILINE), part
     assert f"bash scripts/{name}.sh" in text
-    published = dry_run(name)
-    assert f"= {published.batch}" in text
+    full = dry_run(name)
+    assert f"= {full.batch}" in text
     variables, flags, batch = re.search(r"Fewer GPUs: `(.+) \.\.\. (.+)` keeps .* at (\d+)", text).groups()
     fewer = dry_run(name, *shlex.split(flags), **dict(word.split("=") for word in variables.split()))
-    assert fewer.gpus < published.gpus
-    assert fewer.batch == published.batch == int(batch)
+    assert fewer.gpus < full.gpus
+    assert fewer.batch == full.batch == int(batch)
 
 
 @pytest.mark.parametrize("name", RECIPES)
