@@ -498,9 +498,9 @@ def test_finetuning_recipes(name):
     assert run.args.rel_pos_bias
     assert not run.args.model_ema
     finetuning.check_flags(run.args)
-    published = published.ENTRIES[weights]
-    assert published.kind == ("intermediate" if "ft2" in name else "pretrained")
-    assert published.model.startswith(run.args.model)
+    entry = published.ENTRIES[weights]
+    assert entry.kind == ("intermediate" if "ft2" in name else "pretrained")
+    assert entry.model.startswith(run.args.model)
     assert run.args.model in modeling_finetune.MODELS
 
 
