@@ -36,6 +36,7 @@ import run_vqkd_training
 import visualize_attention
 from engine_for_pretraining import PretrainingStage
 from errors import UserError
+from flags.pretraining import build_mask_generator
 from masking_generator import RandomMaskingGenerator
 
 NOWHERE = ["--data_path", "/nowhere"]
@@ -111,7 +112,7 @@ def test_mask_type_random_masks_single_patches(data, codes, tmp_path, monkeypatc
 def test_masks_follow_the_flags():
     def masked(*flags):
         args = arguments.parse(run_beitv2_pretraining.get_parser(), ["--data_path", "x", *flags])
-        return int(arguments.build_mask_generator(args, 14)().sum())
+        return int(build_mask_generator(args, 14)().sum())
 
     assert [masked(), masked("--mask_type", "random"), masked("--no_mask")] == [75, 75, 0]
     assert masked("--mask_type", "random", "--num_mask_patches", "98") == 98
@@ -191,7 +192,7 @@ def test_pixels_are_regressed_without_a_tokenizer(head, data, tmp_path, monkeypa
     assert (reason in capsys.readouterr().out) == bool(head)
 
 
-def test_pixels_are_normalized_as_the_flag_says_and_predicted_everywhere(data, tmp_path, monkeypatch):
+def test_pixels_are_normalized_by_flag_and_predicted_everywhere(data, tmp_path, monkeypatch):
     seen = spy_on_steps(monkeypatch)
     more = [
         *as_flags(imagenet_default_mean_and_std=True, predict="all"),

@@ -101,7 +101,7 @@ def classifier():
 
 
 @pytest.mark.parametrize("build", [student, classifier])
-def test_recomputed_blocks_give_the_same_gradients_from_less_memory(build):
+def test_recomputed_blocks_give_equal_gradients_in_less_memory(build):
     model, inputs = build()
     loss, gradients, kept = step(model, inputs)
     recompute_blocks(model)
@@ -139,7 +139,7 @@ def test_every_stage_trains_the_same_with_grad_checkpointing(stage, data, codes,
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("build", [student, classifier])
-def test_a_compiled_model_is_one_graph_a_part_and_is_never_compiled_again(build, recompute, graphs):
+def test_each_part_is_one_graph_and_is_compiled_once(build, recompute, graphs):
     model, inputs = build()
     if recompute:
         recompute_blocks(model)
@@ -175,7 +175,7 @@ def test_a_frozen_tokenizer_is_compiled_for_whole_batches(graphs):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_compiled_runs_follow_the_curve_and_their_checkpoints_are_plain(stage, data, codes, tmp_path, graphs):
+def test_compiled_runs_follow_the_curve_and_save_plain_weights(stage, data, codes, tmp_path, graphs):
     script, flags = STAGES[stage]
     more = [codes] if stage == "pretrain" else []
     more += ["--eval_data_path", str(data), "--save_ckpt_freq", "1"] + (

@@ -238,7 +238,7 @@ def test_a_users_mistake_is_one_line(more, message, data, weights, tmp_path, cap
     assert message in refused(encode_images.main, flags(weights, data, tmp_path, *more), capsys)
 
 
-def test_a_folder_of_broken_files_is_refused_and_the_old_codes_stay(data, weights, tmp_path, capsys):
+def test_a_folder_of_broken_files_is_refused_and_old_codes_stay(data, weights, tmp_path, capsys):
     encode_images.main(flags(weights, data, tmp_path / "out"))
     (tmp_path / "x.jpg").write_bytes(b"no image")
     assert "no image could be read" in refused(
@@ -300,7 +300,7 @@ def page(encoded, path, *more):
     return Page(path)
 
 
-def test_the_page_shows_patches_that_have_the_code_and_needs_nothing_else(invented, tmp_path):
+def test_the_page_shows_patches_of_the_code_and_stands_alone(invented, tmp_path):
     codes, names = np.load(invented / "codes.npy"), names_in(invented)
     counts = np.bincount(codes.ravel(), minlength=16)
     unused = int(np.flatnonzero(counts == 0)[0])
@@ -372,7 +372,7 @@ def test_every_image_is_as_likely_to_be_shown(monkeypatch):
     assert drawn[:11].min() > 250 and drawn[:11].max() < 350  # 300 +- 15
 
 
-def test_further_patches_of_an_image_come_only_when_images_run_out():
+def test_an_image_gives_a_second_patch_only_when_images_run_out():
     codes = np.array([[1, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
     patches = visualize_codebook.choose_patches(codes, 1, np.array([1, 0]), 3, seed=0)
     assert [image for image, _ in patches] == [0, 1, 0]

@@ -84,7 +84,7 @@ def test_seeded_loss_curves_guard_refactors(name, data, codes, tmp_path):
 
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("stop_after", ["epoch", "middle of an epoch"])
-def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_ends(
+def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(
     name, stop_after, data, codes, tmp_path, monkeypatch
 ):
     main, flags = stage(name, data, codes, tmp_path / "whole")
@@ -138,7 +138,7 @@ def test_fine_tuning_learns_stripes_and_evaluates_what_it_saved(data, tmp_path, 
     assert f"test_acc1 {best:.4g}" in capsys.readouterr().out
 
 
-def test_a_tokenizer_goes_into_pretraining_and_that_into_fine_tuning(data, tmp_path, capsys):
+def test_tokenizer_pretraining_and_fine_tuning_fit_together(data, tmp_path, capsys):
     run_vqkd_training.main(
         vqkd_flags(data, tmp_path / "vqkd", "--quantizer_warmup_steps", "3", "--epochs", "6")
     )
@@ -164,7 +164,7 @@ def test_a_tokenizer_goes_into_pretraining_and_that_into_fine_tuning(data, tmp_p
         assert target.stat().st_size > 500
 
 
-def test_pretraining_without_the_cls_head_and_with_absolute_positions(data, codes, tmp_path):
+def test_pretraining_with_absolute_positions_and_no_cls_head(data, codes, tmp_path):
     more = [
         *as_flags(
             model="beit_demo_patch16_128_8k_vocab", abs_pos_emb=True, disable_rel_pos_bias=True, epochs=1
@@ -187,9 +187,7 @@ def test_a_folder_smaller_than_a_batch_is_one_step_an_epoch(data, codes, tmp_pat
     assert len(log_lines(tmp_path)) == 2
 
 
-def test_ten_steps_that_are_not_finite_end_the_run_and_change_nothing(
-    data, codes, tmp_path, monkeypatch, capsys
-):
+def test_ten_steps_not_finite_end_the_run_and_change_nothing(data, codes, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     run_beitv2_pretraining.main(pretraining_flags(data, out, codes, "--epochs", "1"))
     shutil.copy(out / "checkpoint.pth", tmp_path / "good.pth")
@@ -262,7 +260,7 @@ def test_a_users_mistake_is_one_line(flags, message, data, tmp_path, capsys):
     assert "Traceback" not in error
 
 
-def test_a_tokenizer_of_another_codebook_is_refused_with_the_right_flags(data, codes, tmp_path, capsys):
+def test_another_codebook_is_refused_with_the_right_flags(data, codes, tmp_path, capsys):
     assert "--codebook_size 16 --codebook_dim 8" in refused(
         run_beitv2_pretraining.main, pretraining_flags(data, tmp_path, codes, "--codebook_size", "32"), capsys
     )
@@ -357,7 +355,7 @@ def test_held_out_loss_does_not_depend_on_the_batch_size(data, codes, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_settings_come_from_the_flags_and_moments_from_the_checkpoint(data, codes, tmp_path, capsys):
+def test_flags_give_settings_and_the_checkpoint_gives_moments(data, codes, tmp_path, capsys):
     run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--epochs", "1"))
     run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--opt_betas", "0.9", "0.98"))
     state = checkpoint(tmp_path / "checkpoint.pth")["optimizer"]

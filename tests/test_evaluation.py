@@ -53,7 +53,7 @@ def test_confusion_by_hand(pending, monkeypatch):
     assert counts.worst(9)[2] == WorstClass(1, 3, 3)
 
 
-def test_of_equal_recalls_the_class_with_more_images_comes_first_and_of_equal_answers_the_lower_number():
+def test_ties_of_recall_go_by_images_and_of_answers_by_number():
     counts = Confusion(CPU)
     counts.add(torch.tensor([0, 1, 1, 2]), torch.tensor([2, 2, 0, 1]))
     assert counts.worst(3) == [
@@ -242,7 +242,7 @@ def test_imagenet_r_chooses_among_its_200_classes(weights, imagenet_r, tmp_path,
     assert "most often taken for" in out
 
 
-def test_sketch_takes_all_1000_logits_and_the_folder_must_be_complete(weights, tmp_path, capsys):
+def test_sketch_takes_1000_logits_and_a_complete_folder(weights, tmp_path, capsys):
     path, _ = weights
     folder = noise(tmp_path / "sketch", imagenet_classes.synsets()[:999])
     flags = eval_flags(
@@ -282,7 +282,7 @@ def test_mistakes_end_in_a_sentence(flags, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--robust_test", "imagenet_a"], ["--tta_flip"], ["--worst_classes", "3"]])
-def test_flags_of_the_evaluation_alone_are_refused_while_training(flags, tmp_path, capsys):
+def test_flags_of_evaluation_alone_are_refused_in_training(flags, tmp_path, capsys):
     assert f"{flags[0]} acts on a finished model: add --eval" in refused(
         run_class_finetuning.main, finetuning_flags(tmp_path, tmp_path / "out", *flags), capsys
     )
@@ -383,7 +383,7 @@ def evaluate(trained: Path, images: Path, out: Path, *more: str) -> None:
     run_class_finetuning.main(trained_flags(trained, images, out, *more))
 
 
-def test_evaluation_agrees_with_the_training_for_the_weights_and_for_their_average(trained, tmp_path):
+def test_evaluation_agrees_with_training_for_weights_and_average(trained, tmp_path):
     log = log_lines(trained / "run")[0]
     evaluate(trained, trained / "data", tmp_path / "plain")
     evaluate(trained, trained / "data", tmp_path / "ema", "--model_ema")
@@ -403,7 +403,7 @@ def test_weights_without_an_average(weights, imagenet_r, tmp_path, capsys):
     )
 
 
-def test_labels_follow_the_classes_of_the_training_without_its_images(trained, tmp_path, capsys):
+def test_labels_follow_the_training_classes_without_its_images(trained, tmp_path, capsys):
     stage = checkpoint(trained / "run/checkpoint.pth")["stage"]
     assert stage == {"classes": ["a", "b", "c"]}
     (tmp_path / "some").mkdir()
@@ -425,7 +425,7 @@ def test_labels_follow_the_classes_of_the_training_without_its_images(trained, t
     )
 
 
-def test_resuming_with_other_classes_is_refused_and_without_names_is_not(trained, tmp_path, capsys):
+def test_other_classes_on_resume_are_refused_if_names_are_known(trained, tmp_path, capsys):
     other = photos(tmp_path / "other", per_class=4, classes="abd")
     flags = finetuning_flags(
         other, tmp_path / "out", "--resume", str(trained / "run/checkpoint.pth"), "--allow_changed_run"

@@ -187,7 +187,7 @@ def test_shares_end_where_one_process_ends(runs, tmp_path):
 
 
 @on_cpu
-def test_uneven_evaluation_counts_every_image_once_and_pictures_come_out(runs):
+def test_uneven_evaluation_counts_each_image_once_with_pictures(runs):
     assert all(line["test_images"] == line["test_ema_images"] == 9 for line in log_lines(runs / "tuned"))
     assert all("test_knn_acc1" in line for line in log_lines(runs / "pretrained"))
     for name in ("masked_tokens-0000.png", "masked_tokens-0001.png"):
@@ -349,7 +349,7 @@ def test_one_rank_alone_sees_what_the_checkpoint_holds(both_ranks):
 
 
 @on_cpu
-def test_checkpoints_pass_from_shares_to_one_process_and_back_unchanged(runs):
+def test_checkpoints_go_from_shards_to_one_process_and_back(runs):
     content = checkpoint(runs / "a.pth")
     assert (
         count_bytes(content["optimizer"])

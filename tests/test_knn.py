@@ -12,6 +12,7 @@ from tiny_runs import as_flags, assert_same_weights, log_lines, photos, pretrain
 import run_beitv2_pretraining
 import run_linear_eval
 from evaluation import knn
+from flags.linear_eval import TRAINING_FLAGS
 
 CPU = torch.device("cpu")
 CLASSES = 7
@@ -60,7 +61,7 @@ def test_accuracies_are_those_of_the_definition(standardize, temperature, monkey
     assert 20 < found["knn10_acc1"] < 95
 
 
-def test_equal_votes_go_to_the_lower_class_and_classes_without_votes_are_last():
+def test_equal_votes_go_to_the_lower_class_and_no_votes_are_last():
     votes = torch.tensor([[0.0, 2.0, 2.0, 5.0]]).repeat(4, 1)
     assert knn.rank_labels(votes, torch.arange(4)).tolist() == [9, 1, 2, 0]
 
@@ -156,7 +157,7 @@ def test_every_flag_of_the_optimizer_is_idle_or_read_with_k_nn():
     read |= {"output_dir", "device", "seed", "num_workers", "pin_mem"}
     read |= {"auto_resume"}  # without a checkpoint there is nothing to go on from, whatever it says
     found = {action.dest for title in ("optimization", "run") for action in groups[title]._group_actions}
-    assert found == {*run_linear_eval.OF_TRAINING} | read
+    assert found == {*TRAINING_FLAGS} | read
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ def split(tmp_path_factory):
     return folder
 
 
-def test_k_nn_during_pretraining_has_its_own_frequency_and_changes_nothing(split, tmp_path):
+def test_knn_has_its_own_frequency_and_leaves_training_alone(split, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
     more = ["--epochs", "4", "--drop_path", "0.1", "--eval_data_path", str(split / "val"), "--eval_freq", "3"]
     run_beitv2_pretraining.main(pretraining_flags(split / "train", tmp_path / "without", codes, *more))

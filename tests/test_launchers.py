@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_pretraining_on_two_processes_follows_the_same_curve_as_on_one(launcher, folder, tmp_path):
+def test_pretraining_follows_one_curve_on_one_or_two_processes(launcher, folder, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
     more = ["--drop_path", "0"]  # what drop path draws depends on the rank
     two_processes(
@@ -74,7 +74,7 @@ def test_evaluation_on_two_processes_counts_every_image_once(tmp_path):
     assert f"test_acc1 {first['test_acc1']:.4g}" in out
 
 
-def test_a_run_of_two_processes_resumes_exactly_and_one_process_takes_over(folder, tmp_path):
+def test_two_processes_resume_exactly_and_one_can_take_over(folder, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
     whole = pretraining_flags(folder, tmp_path / "whole", codes, "--drop_path", "0.1")
     two_processes("run_beitv2_pretraining.py", whole)
@@ -90,7 +90,7 @@ def test_a_run_of_two_processes_resumes_exactly_and_one_process_takes_over(folde
     assert [line["epoch"] for line in log_lines(tmp_path / "alone")] == [1]
 
 
-def test_the_guides_command_for_the_base_model_runs_on_two_processes(tmp_path):
+def test_the_guides_base_command_runs_on_two_processes(tmp_path):
     """Only paths, process count and epochs are changed, and `--device cpu` added (a few
     images: 92 M parameters on a CPU).
     """

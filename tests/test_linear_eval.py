@@ -54,7 +54,7 @@ def test_every_layer_learns_to_tell_stripes_apart(data, weights, tmp_path):
     assert heads["heads.5.weight"].shape == (2, 256)
 
 
-def test_random_crops_are_the_default_and_the_backbone_stays_as_it_is(data, weights, tmp_path, monkeypatch):
+def test_random_crops_are_the_default_and_the_backbone_stays(data, weights, tmp_path, monkeypatch):
     opened = []
 
     def remembered(*args, **kwargs):
@@ -139,7 +139,7 @@ def test_layers_do_not_disturb_each_other(data, weights, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("more", [[], ["--cached_features"]])
-def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_ends(more, data, weights, tmp_path):
+def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(more, data, weights, tmp_path):
     more = [*more, "--epochs", "3", "--save_ckpt_freq", "1"]
     run_linear_eval.main(flags(data, weights, tmp_path / "whole", *more))
     first = ["--resume", str(tmp_path / "whole/checkpoint-0.pth")]

@@ -73,7 +73,7 @@ def test_the_tokenizer_stays_as_it_was(data, codes, tmp_path):
     assert trained == sum(1 for _ in pixel_decoder.PixelDecoder((2, 2), 8, 1, 64).parameters())
 
 
-def test_training_leaves_the_tokenizer_in_eval_and_without_gradients():
+def test_training_leaves_the_tokenizer_in_eval_mode_and_frozen():
     model = Reconstructor(
         modeling_vqkd.create_model(TOKENIZER, img_size=32, n_code=16, code_dim=8), 1, 32
     ).train()
@@ -265,8 +265,9 @@ def test_a_tokenizer_is_no_pixel_decoder(data, codes, capsys):
 
 
 def test_the_mode_has_its_own_defaults_and_keeps_what_is_given():
-    _, args = run_vqkd_training.parse_flags(["--train_pixel_decoder", "--data_path", "x", "--epochs", "3"])
+    mode = ["--train_pixel_decoder", "--tokenizer_weight", "t.pth"]
+    args = run_vqkd_training.parse_flags([*mode, "--data_path", "x", "--epochs", "3"])
     assert (args.lr, args.epochs) == (2e-3, 3)
-    parser, args = run_vqkd_training.parse_flags(["--data_path", "x"])
+    args = run_vqkd_training.parse_flags(["--data_path", "x"])
     assert (args.lr, args.epochs) == (5e-5, 100)
-    assert arguments.changed_flags(parser, args) == {"data_path": "x"}
+    assert arguments.changed_flags(run_vqkd_training.get_parser(), args) == {"data_path": "x"}

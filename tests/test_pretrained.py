@@ -2,6 +2,9 @@
 and a report of all of it.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import timm.layers
@@ -18,11 +21,13 @@ import modeling_vqkd
 import pretrained
 import run_class_finetuning
 import run_linear_eval
-from checkpoint_io import remapping, weight_formats, weight_source
+from checkpoint_io import huggingface_format, remapping, weight_source
 from checkpoint_io.remapping import infer_patch_grid
 from errors import UserError
 from modeling_finetune import VisionTransformer, remap_pretrained, resize_rel_pos_bias_table
 from segmentation import trained_segmenter
+
+ROOT = Path(__file__).parent.parent
 
 
 def vit(size=64, **settings):
@@ -56,7 +61,7 @@ def test_a_grid_without_an_index_is_taken_as_square_or_refused():
         infer_patch_grid(weights)
 
 
-def test_a_bias_that_depends_on_rows_alone_stays_so_on_a_grid_that_is_not_square():
+def test_a_bias_of_rows_alone_stays_so_on_a_grid_not_square():
     """Stretching the columns of a 5 x 5 grid to 9 must not touch the rows, and keeps their order."""
     height = width = 5
     dy = torch.arange(-(height - 1), height).float()
@@ -98,7 +103,7 @@ def test_rows_and_columns_are_told_apart():
     assert not torch.equal(remap_pretrained(wide.state_dict(), tall)[key], wide.state_dict()[key])
 
 
-def test_the_report_names_what_was_used_resized_copied_dropped_and_new(capsys):
+def test_the_report_names_used_resized_copied_dropped_and_new(capsys):
     source, target = shared(), vit(96)
     weights = {f"module.{key}": value for key, value in source.state_dict().items()}
     fitting = remap_pretrained(weights, target)
@@ -182,7 +187,7 @@ def test_fine_tuning_on_images_that_are_not_square(tmp_path):
 
 def test_hugging_faces_file_is_fine_tuned_from_directly():
     source = vit()
-    theirs = weight_formats.to_huggingface(source.state_dict(), weight_formats.CLASSIFIER).weights
+    theirs = huggingface_format.to_huggingface(source.state_dict(), huggingface_format.CLASSIFIER).weights
     assert not theirs.keys() & source.state_dict().keys()
     fitting, target = remap_pretrained(theirs, vit()), source.state_dict()
     assert fitting.keys() == {key for key in target if not key.endswith("position_index")}
@@ -246,8 +251,8 @@ def test_resuming_from_another_kind_of_model_says_what_it_is(tmp_path, capsys):
 
 def test_a_folder_of_hugging_face_is_fine_tuned_from(tmp_path, capsys):
     data = photos(tmp_path / "data", per_class=1)
-    theirs = weight_formats.to_huggingface(
-        vit(32, embed_dim=128, depth=6).state_dict(), weight_formats.CLASSIFIER
+    theirs = huggingface_format.to_huggingface(
+        vit(32, embed_dim=128, depth=6).state_dict(), huggingface_format.CLASSIFIER
     ).weights
     (tmp_path / "hf").mkdir()
     safetensors.torch.save_file(theirs, tmp_path / "hf/model.safetensors")
@@ -368,7 +373,7 @@ def test_a_model_that_would_compute_something_else_is_refused(theirs, mine, reas
         )
 
 
-def test_positions_that_the_file_lacks_change_nothing_at_the_start():
+def test_positions_missing_in_the_file_change_nothing_at_first():
     source, model = (
         vit(32, embed_dim=128, depth=6, num_classes=2),
         ours(use_rel_pos_bias=True, init_values=0.1),
@@ -378,7 +383,7 @@ def test_positions_that_the_file_lacks_change_nothing_at_the_start():
         torch.testing.assert_close(model(IMAGES), source(IMAGES), atol=1e-6, rtol=1e-6)
 
 
-def test_a_patch_embedding_of_other_channels_or_patches_is_adapted_as_timm_does(tmp_path, capsys):
+def test_patch_embeddings_are_adapted_as_timm_does(tmp_path, capsys):
     gray = plain_vit(in_chans=1)
     torch.save(gray.state_dict(), tmp_path / "gray.pth")
     model, _ = pretrained.open_backbone(str(tmp_path / "gray.pth"), num_heads=4)
@@ -425,7 +430,7 @@ def test_what_wraps_a_model_is_taken_off(prefix, tmp_path):
     with torch.no_grad():
         assert torch.equal(model.get_intermediate_layers(x)[-1], source.get_intermediate_layers(x)[-1])
     assert remap_pretrained(inside, vit()).keys() == remap_pretrained(source.state_dict(), vit()).keys()
-    theirs = weight_formats.to_huggingface(source.state_dict(), weight_formats.CLASSIFIER).weights
+    theirs = huggingface_format.to_huggingface(source.state_dict(), huggingface_format.CLASSIFIER).weights
     assert (
         remap_pretrained({prefix + key: value for key, value in theirs.items()}, vit()).keys()
         == remap_pretrained(theirs, vit()).keys()
@@ -443,7 +448,7 @@ def test_a_wrapped_tokenizer_stays_a_tokenizer(prefix, tmp_path):
         pretrained.load_fitting(ours(), content.weights, "x.pth")
 
 
-def test_the_outer_one_of_two_models_is_taken_and_what_could_be_either_is_refused():
+def test_the_outer_of_two_models_is_taken_unless_ambiguous():
     weights = vit().state_dict()
     average = {f"encoder.{key}": torch.zeros_like(value) for key, value in weights.items()}
     assert all(
@@ -487,3 +492,27 @@ def test_a_tokenizer_of_another_architecture_is_refused(key, tmp_path):
     torch.save(content, tmp_path / "tokenizer.pth")
     with pytest.raises(UserError, match=f"which no tokenizer here computes: it holds {key}"):
         modeling_vqkd.open_tokenizer(str(tmp_path / "tokenizer.pth"))
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    """As it stands, on weights of the demo's sizes in the places that it names."""
+    monkeypatch.chdir(tmp_path)
+    for stage in ("pretrain", "vqkd"):
+        (tmp_path / "demo_output" / stage).mkdir(parents=True)
+    student = modeling_pretrain.create_model(
+        "beit_demo_patch16_128_8k_vocab_cls_pt", vocab_size=16, use_abs_pos_emb=False,
+        use_shared_rel_pos_bias=True, init_values=0.1, early_layers=4, head_layers=1,
+    )  # fmt: skip
+    torch.save({"model": student.state_dict(), "args": {}}, "demo_output/pretrain/checkpoint.pth")
+    codes = modeling_vqkd.create_model(
+        "vqkd_encoder_demo_decoder_1x128x4_hog", n_code=16, code_dim=8, as_tokenizer=True
+    )
+    torch.save({"model": codes.state_dict()}, "demo_output/vqkd/checkpoint.pth")
+
+    readme = (ROOT / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    names = {}
+    exec(snippet, names)
+    for name, shape in (("features", (2, 128)), ("patches", (2, 64, 128)), ("codes", (2, 64))):
+        assert names[name].shape == shape
+        assert str(shape) in next(line for line in snippet.splitlines() if line.startswith(f"{name} = "))

@@ -149,7 +149,7 @@ def two_ranks(*more):
     return ["-m", "torch.distributed.run", "--nproc_per_node=2", *where, *more]
 
 
-def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(data, codes, tmp_path):
+def test_a_signal_to_one_process_stops_both_after_one_step(data, codes, tmp_path):
     flags = pretraining_flags(data, tmp_path, codes, "--print_freq", "1", "--epochs", "40")
     process = start_pretraining(flags, two_ranks())
     read_until(process, r"epoch 2/40 \[1/2\]")
@@ -191,7 +191,7 @@ def test_a_lost_process_takes_the_others_down_with_a_message(data, codes, tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
-def test_a_damaged_latest_checkpoint_falls_back_to_the_newest_good_one(damage, data, codes, tmp_path, capsys):
+def test_a_damaged_checkpoint_falls_back_to_the_newest_good_one(damage, data, codes, tmp_path, capsys):
     flags = pretraining_flags(data, tmp_path, codes, "--save_ckpt_steps", "3", "--keep_ckpts", "2")
     run_beitv2_pretraining.main(flags)
     good = checkpoint(tmp_path / "checkpoint.pth")
@@ -240,7 +240,7 @@ def small_disk(folder, size):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_and_names_the_space(data, codes, tmp_path, capsys):
+def test_a_full_disk_keeps_the_checkpoint_and_names_the_space(data, codes, tmp_path, capsys):
     with small_disk(tmp_path / "small", "30m") as small:
         error = refused(
             run_beitv2_pretraining.main,
@@ -385,7 +385,7 @@ def two_hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def test_two_hosts_with_one_process_follow_the_curve_of_one_host_with_two(two_hosts, data, codes, tmp_path):
+def test_two_hosts_follow_the_curve_of_one_with_two_processes(two_hosts, data, codes, tmp_path):
     flags = pretraining_flags(data, tmp_path / "hosts", codes)
     processes = []
     for node, host in enumerate(two_hosts):
@@ -417,7 +417,7 @@ def ranks_with(flags, *more):
 
 
 @pytest.mark.parametrize("difference", ["flags", "images", "a failure on rank 1", "a failure on rank 0"])
-def test_processes_that_do_not_belong_together_end_at_once_and_say_why(difference, data, codes, tmp_path):
+def test_processes_that_differ_end_at_once_and_say_why(difference, data, codes, tmp_path):
     flags = pretraining_flags(data, tmp_path / "out", codes)
     fewer = photos(tmp_path / "fewer", per_class=5)
     nowhere = ["--data_path", str(tmp_path / "nowhere")]

@@ -126,7 +126,7 @@ def test_resumed_moments_are_laid_out_like_their_parameters(finished, data, tmp_
 
 
 @pytest.mark.parametrize("opt", ["adafactor", "lion", "lamb"])
-def test_moments_of_timms_optimizers_are_compared_by_a_step_of_a_copy(opt, capsys):
+def test_moments_of_timm_optimizers_are_checked_by_a_step(opt, capsys):
     import timm.optim
 
     layer = torch.nn.Linear(40, 50)
@@ -174,9 +174,7 @@ def test_a_state_that_is_not_finite_replaces_no_checkpoint(where, tmp_path):
     )
 
 
-def test_a_run_whose_weights_explode_ends_with_an_error_and_its_last_good_checkpoint(
-    data, tmp_path, monkeypatch, capsys
-):
+def test_exploding_weights_end_the_run_and_keep_a_checkpoint(data, tmp_path, monkeypatch, capsys):
     def explode(state, clip_grad):
         norm = take_step(state, clip_grad)
         if state.step == 2:
@@ -232,7 +230,7 @@ def test_other_images_or_another_seed_are_refused_unless_allowed(finished, data,
     assert checkpoint(tmp_path / "out/checkpoint.pth")["data"]["images"] == 12
 
 
-def test_the_same_images_elsewhere_are_the_same_and_other_names_or_labels_are_not(data, tmp_path):
+def test_moved_images_are_the_same_unless_names_or_labels_change(data, tmp_path):
     def digest(folder):
         samples, classes = find_classes_folder(str(folder))
         return ImageFiles(samples, None, classes=classes).digest(str(folder))
@@ -278,7 +276,7 @@ def test_a_checkpoint_of_earlier_code_resumes(finished, data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("step", [3, 4, 8])
-def test_each_entry_of_the_log_is_the_undisturbed_runs_wherever_it_was_killed(step, finished, data, tmp_path):
+def test_the_log_is_that_of_the_undisturbed_run(step, finished, data, tmp_path):
     """4 and 8: behind an epoch's last step, before its line in log.txt."""
     shutil.copy(finished / f"checkpoint-step{step}.pth", tmp_path / "checkpoint.pth")
     lines = (finished / "log.txt").read_text().splitlines(keepends=True)
@@ -291,9 +289,7 @@ def test_each_entry_of_the_log_is_the_undisturbed_runs_wherever_it_was_killed(st
     assert told[0] == told[1]
 
 
-def test_a_published_training_checkpoint_goes_on_behind_its_epoch_and_is_kept(
-    finished, data, tmp_path, capsys
-):
+def test_a_published_checkpoint_goes_on_after_its_epoch(finished, data, tmp_path, capsys):
     """microsoft/unilm's utils.save_model: model, optimizer, epoch, scaler, args (a Namespace)."""
     ours = checkpoint(finished / "checkpoint-step4.pth")
     optimizer = ours["optimizer"]

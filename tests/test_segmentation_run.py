@@ -27,7 +27,7 @@ from tiny_runs import (
 import modeling_segmentation
 import run_class_finetuning
 import run_segmentation_finetuning
-from checkpoint_io import downloads, weight_source
+from checkpoint_io import downloads, published, weight_source
 from engine_for_segmentation import Scores
 from optim_factory import Schedule, poly_scheduler
 from run_segmentation_finetuning import main
@@ -69,7 +69,7 @@ def test_it_learns_and_writes_what_the_other_stages_write(trained):
     assert Image.open(trained / "pictures" / "segmentation-0001.png").width > 3 * 40
 
 
-def test_the_run_ends_at_max_steps_and_the_rate_falls_along_the_polynomial(data, tmp_path):
+def test_the_rate_falls_along_the_polynomial_until_max_steps(data, tmp_path):
     """7 steps of 3 an epoch: two whole epochs and one of a single step."""
     main(segmentation_flags(data, tmp_path, "--max_steps", "7", "--poly_power", "2", "--warmup_steps", "2"))
     lines = log_lines(tmp_path)
@@ -87,9 +87,7 @@ def test_poly_schedule_by_hand():
 
 
 @pytest.mark.parametrize("stop_after", [2, 4])
-def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_ends(
-    stop_after, data, tmp_path, monkeypatch
-):
+def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(stop_after, data, tmp_path, monkeypatch):
     """In the middle of an epoch and of the cut last one."""
     more = ["--max_steps", "5", "--save_ckpt_steps", "1"]
     main(segmentation_flags(data, tmp_path / "whole", *more))
@@ -164,9 +162,7 @@ def test_predictions_keep_folders_and_pass_over_broken_files(trained, data, tmp_
     assert "b.jpg" in capsys.readouterr().out
 
 
-def test_fine_tuning_starts_from_pretraining_and_from_another_segmentation_model(
-    trained, data, tmp_path, capsys
-):
+def test_it_starts_from_pretraining_and_from_segmentation_models(trained, data, tmp_path, capsys):
     start = student(tmp_path / "pt.pth")
     main(segmentation_flags(data, tmp_path / "a", "--finetune", str(start), "--max_steps", "3"))
     assert "copied     the shared relative position bias to 6 blocks" in capsys.readouterr().out
@@ -178,7 +174,7 @@ def test_fine_tuning_starts_from_pretraining_and_from_another_segmentation_model
     assert "heads      used 82 of 82 tensors" in capsys.readouterr().out
 
 
-def test_a_released_checkpoint_loads_strictly_and_tells_its_model(tmp_path):
+def test_a_released_checkpoint_loads_strictly(tmp_path):
     """mmseg's file: `state_dict` with the backbone's, the decode head's and the auxiliary head's names."""
     torch.manual_seed(0)
     model = modeling_segmentation.create_model(
@@ -220,7 +216,7 @@ def test_mistakes_are_told_in_a_sentence(flags, sentence, data, tmp_path, capsys
     assert sentence in refused(main, segmentation_flags(data, tmp_path, *flags), capsys)
 
 
-def test_a_broken_validation_mask_is_found_before_the_first_epoch(tmp_path, capsys):
+def test_broken_validation_masks_are_found_before_training(tmp_path, capsys):
     data = labeled_pixels(tmp_path / "ade")
     Image.fromarray(np.full((40, 56), 9, np.uint8)).save(data / "annotations/validation/1.png")
     with pytest.raises(SystemExit):
@@ -248,9 +244,7 @@ def test_nothing_labeled_is_an_error(tmp_path, trained, capsys):
         (1, True, "'class 0'"),
     ],
 )
-def test_masks_from_which_nothing_is_learned_are_refused_at_the_start(
-    white, reduce_zero_label, said, tmp_path, capsys
-):
+def test_masks_that_teach_nothing_are_refused_at_the_start(white, reduce_zero_label, said, tmp_path, capsys):
     data = labeled_pixels(tmp_path / "ade")
     for path in (data / "annotations").rglob("*.png"):
         Image.fromarray(np.where(np.asarray(Image.open(path)) > 1, white, 0).astype(np.uint8)).save(path)
@@ -263,9 +257,7 @@ def test_masks_from_which_nothing_is_learned_are_refused_at_the_start(
 
 
 @pytest.mark.parametrize(("before", "after"), [("3", "6"), ("6", "3")])
-def test_another_length_of_epoch_changes_neither_the_schedule_nor_the_end(
-    before, after, data, tmp_path, monkeypatch
-):
+def test_the_length_of_an_epoch_changes_neither_schedule_nor_end(before, after, data, tmp_path, monkeypatch):
     flags = ["--max_steps", "12", "--save_ckpt_steps", "1"]
     rates = []
     original = Schedule.apply
@@ -327,9 +319,9 @@ def test_other_kinds_of_files_are_called_by_name(data, trained, tmp_path, capsys
     )
 
 
-def test_published_segmentation_models_are_looked_at_as_they_were_trained(monkeypatch, tmp_path):
+def test_published_segmentation_models_open_as_they_were_trained(monkeypatch, tmp_path):
     name = "beitv2_base_patch16_224_pt1k_ftade20k"
-    assert downloads.ENTRIES[name].kind == "segmentation"
+    assert published.ENTRIES[name].kind == "segmentation"
     torch.save(
         {"state_dict": {"decode_head.conv_seg.weight": torch.zeros(150, 8, 1, 1)}}, tmp_path / f"{name}.pth"
     )

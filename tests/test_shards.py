@@ -75,7 +75,7 @@ def jpeg(tmp_path, seed=0):
 # ── What is found ──
 
 
-def test_shards_hold_each_file_of_the_folder_once_as_it_is_with_its_label(folder, packed):
+def test_shards_hold_each_file_once_unchanged_with_its_label(folder, packed):
     members, classes = find_shards(pattern(packed))
     assert classes == ["a", "b"]
     assert members.sizes() == [5, 5, 5, 5, 4]
@@ -153,7 +153,7 @@ def test_class_numbers_without_names_and_names_in_another_order(tmp_path):
 # ── The index beside a shard ──
 
 
-def test_a_kept_index_saves_reading_the_shard_and_another_shards_is_not_believed(tmp_path, monkeypatch):
+def test_an_index_saves_reading_and_must_be_the_shards_own(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(tmp_path, 1)), ("b.jpg", jpeg(tmp_path, 2))])
     first = shards.index_of(path, EXTENSIONS)
     scans = []
@@ -256,7 +256,7 @@ def test_names_of_classes_that_are_no_text(tmp_path):
         find_shards(path)
 
 
-def test_a_label_beyond_all_images_is_refused_where_no_names_say_otherwise(tmp_path):
+def test_a_label_beyond_all_images_is_refused_without_names(tmp_path):
     write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(tmp_path)), ("a.cls", b"7")])
     flags = ["--data_path", str(tmp_path), "--data_set", "webdataset"]
     args = run_class_finetuning.get_parser().parse_args(flags)
@@ -352,7 +352,7 @@ def test_make_shards_refuses_and_leaves_nothing_half(
 # ── Order, ranks, workers, resumption ──
 
 
-def test_the_order_mixes_a_few_shards_at_a_time_and_is_a_function_of_seed_and_epoch():
+def test_the_order_mixes_few_shards_and_follows_seed_and_epoch():
     sizes = [7] * 41
     owner = torch.repeat_interleave(torch.arange(41), torch.tensor(sizes))
     sampler = ResumableSampler(sum(sizes), 4, 1, 0, 1, seed=3, shard_sizes=sizes)
@@ -370,9 +370,7 @@ def test_the_order_mixes_a_few_shards_at_a_time_and_is_a_function_of_seed_and_ep
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ranks_and_workers_share_an_epoch_without_repeats_and_a_resumed_run_reads_the_rest(
-    workers, packed, monkeypatch
-):
+def test_an_epoch_is_shared_without_repeats_and_resumed(workers, packed, monkeypatch):
     monkeypatch.setattr("data_pipeline.samplers.SHARDS_AT_ONCE", 2)
     dataset = build_vqkd_dataset(arguments(packed, data_set="webdataset"))
     assert dataset.shard_sizes == [5, 5, 5, 5, 4]
@@ -408,7 +406,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_as_in_a_folder(packed):
 SHARDS = ["--data_set", "webdataset", "--num_workers", "2"]
 
 
-def test_pretraining_on_shards_stopped_within_an_epoch_ends_bit_for_bit_the_same(packed, tmp_path):
+def test_pretraining_on_shards_resumes_bit_for_bit(packed, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
     more = [
         *SHARDS,

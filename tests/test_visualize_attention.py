@@ -195,7 +195,7 @@ def test_a_figure_of_reference_points_and_one_of_the_blocks(weights, data, tmp_p
     )
 
 
-def test_the_mean_is_that_of_the_heads_and_the_threshold_changes_the_picture(weights, data, tmp_path):
+def test_the_mean_is_that_of_heads_and_the_threshold_acts(weights, data, tmp_path):
     args = visualize_attention.get_parser().parse_args(
         ["--checkpoint", "x", "--image", "x", "--threshold", "0.6"]
     )
