@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import pytest
 from source_files import ROOT
 
 
+@pytest.mark.slow
 def test_odd_flags_files_and_images_end_in_a_sentence():
     command = [sys.executable, str(ROOT / "scripts/fuzz.py"), "--cases", "40", "--seed", "1", "--jobs", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
