@@ -15,8 +15,8 @@ from modeling_vqkd import VQKD
 from norm_ema_quantizer import FEATURES_PER_CODE
 from runtime import distributed
 from runtime.device import Precision
-from runtime.distributed import log
 from runtime.metrics import RunningMeans
+from runtime.terminal import log
 from visualization import drawing
 from vqkd_teachers import Teacher
 

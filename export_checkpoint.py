@@ -27,8 +27,8 @@ from checkpoint_io.weight_source import WEIGHT_FILES, Source
 from data_pipeline.imagenet_classes import in_words, synsets
 from errors import UserError, pick, report_user_errors
 from layers.rel_pos_bias import as_pair
-from runtime import distributed
-from runtime.distributed import log
+from runtime import terminal
+from runtime.terminal import log
 from transforms import default_crop_pct, normalization
 from vit_backbone import SIZES, Trunk, Variant
 
@@ -448,7 +448,7 @@ def brief_classes(names: list[str] | None) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     check(args)
-    distributed.set_up_logging(0)
+    terminal.set_up_logging(0)
     source = weight_source.read_weights(args.checkpoint, args.source_format, args.ema)
     whole = any(key.startswith(("quantize.", "decode_head.")) for key in source.weights)
     if whole and source.library == "ours":

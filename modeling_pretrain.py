@@ -13,16 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError, pick
-from vit_backbone import (
-    TokenSubset,
-    Trunk,
-    Variant,
-    drop_path_ramp,
-    init_linear_and_norm,
-    masked_subset,
-    rescale_outputs,
-    truncated_normal_,
-)
+from layers.init_weights import init_linear_and_norm, rescale_outputs, truncated_normal_
+from layers.token_subset import TokenSubset, masked_subset
+from vit_backbone import Trunk, Variant, drop_path_ramp
 
 # of normalized tokens (M, C) or (B, N, C) and the prediction head
 Criterion = Callable[[Tensor, nn.Linear], Any]

@@ -16,7 +16,7 @@ from checkpoint_io.weight_formats import SHARED_TABLE
 from errors import UserError
 from layers.rel_pos_bias import as_pair
 from modeling_finetune import VisionTransformer
-from runtime.distributed import log
+from runtime.terminal import log
 from vit_backbone import SIZES, Trunk
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import arguments
 from errors import UserError
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 
 # Flags that say where and how often, not what is trained; data and seed are compared by themselves.
 WITHOUT_EFFECT = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from errors import UserError
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 
 MOST_IN_A_ROW = 10
 LEAST_LOSS_SCALE = 2.0**-10
