@@ -46,7 +46,10 @@ TRANSFORMER_FLAGS = (
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("Weights for other libraries, and from them")
+    parser = arguments.new_parser(
+        "Weights for other libraries, and from them",
+        "--checkpoint finetuned/checkpoint.pth --to timm --output exported",
+    )
     parser.add_argument(
         "--checkpoint",
         type=arguments.expand_home,

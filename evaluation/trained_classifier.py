@@ -172,7 +172,10 @@ def compare_flags(
 ) -> list[tuple[str, str]]:
     """(as it was trained, as it is now) for each of `names` that the training's flags tell otherwise."""
     return [
-        (arguments.spelled(parser, name, flags[name]), arguments.spelled(parser, name, getattr(args, name)))
+        (
+            arguments.format_flag(parser, name, flags[name]),
+            arguments.format_flag(parser, name, getattr(args, name)),
+        )
         for name in names
         if name in flags and to_plain_data(flags[name]) != to_plain_data(getattr(args, name))
     ]

@@ -7,7 +7,8 @@
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-recipe=${recipe:-scripts/$(basename "$0")} # scripts/ablations/ set it: they call a recipe with one switch
+# scripts/ablations/ set `recipe`: they call a recipe with one switch
+recipe=${recipe:-scripts/$(cd "$OLDPWD" && cd "$(dirname "$0")" && basename "$PWD")/$(basename "$0")}
 dry_run=$([ "${DRY_RUN:-0}" = 0 ] || echo yes)
 
 for name in DATA OUTPUT; do

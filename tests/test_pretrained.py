@@ -2,6 +2,9 @@
 and a report of all of it.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import timm.layers
@@ -22,6 +25,8 @@ from checkpoint_io.remapping import infer_patch_grid
 from errors import UserError
 from modeling_finetune import VisionTransformer, remap_pretrained, resize_rel_pos_bias_table
 from segmentation import trained_segmenter
+
+ROOT = Path(__file__).parent.parent
 
 
 def vit(size=64, **settings):
@@ -494,3 +499,27 @@ def test_a_tokenizer_of_another_architecture_is_refused(key, tmp_path):
     torch.save(content, tmp_path / "tokenizer.pth")
     with pytest.raises(UserError, match=f"which no tokenizer here computes: it holds {key}"):
         modeling_vqkd.open_tokenizer(str(tmp_path / "tokenizer.pth"))
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    """As it stands, on weights of the demo's sizes in the places that it names."""
+    monkeypatch.chdir(tmp_path)
+    for stage in ("pretrain", "vqkd"):
+        (tmp_path / "demo_output" / stage).mkdir(parents=True)
+    student = modeling_pretrain.create_model(
+        "beit_demo_patch16_128_8k_vocab_cls_pt", vocab_size=16, use_abs_pos_emb=False,
+        use_shared_rel_pos_bias=True, init_values=0.1, early_layers=4, head_layers=1,
+    )  # fmt: skip
+    torch.save({"model": student.state_dict(), "args": {}}, "demo_output/pretrain/checkpoint.pth")
+    codes = modeling_vqkd.create_model(
+        "vqkd_encoder_demo_decoder_1x128x4_hog", n_code=16, code_dim=8, as_tokenizer=True
+    )
+    torch.save({"model": codes.state_dict()}, "demo_output/vqkd/checkpoint.pth")
+
+    readme = (ROOT / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    names = {}
+    exec(snippet, names)
+    for name, shape in (("features", (2, 128)), ("patches", (2, 64, 128)), ("codes", (2, 64))):
+        assert names[name].shape == shape
+        assert str(shape) in next(line for line in snippet.splitlines() if line.startswith(f"{name} = "))

@@ -23,10 +23,15 @@ import run_segmentation_finetuning
 import run_vqkd_training
 from checkpoint_io import published
 from evaluation import trained_classifier
+from flags import finetuning, linear_eval, pretraining, segmentation, vqkd
 
 ROOT = Path(__file__).parent.parent
 SHELL_FILES = sorted((ROOT / "scripts").rglob("*.sh"))
-RECIPES = {path.stem: path.read_text() for path in SHELL_FILES if "\nlaunch run_" in path.read_text()}
+RECIPES = {
+    f"{path.parent.name}/{path.stem}": path.read_text()
+    for path in SHELL_FILES
+    if "\nlaunch run_" in path.read_text()
+}
 ABLATION_FILES = {path.stem: path.read_text() for path in SHELL_FILES if path.parent.name == "ablations"}
 ENTRIES = {
     "run_vqkd_training.py": run_vqkd_training,
@@ -38,26 +43,26 @@ ENTRIES = {
 
 # name: model, teacher
 VQKD = {
-    "vqkd_base_3x768x12_clip": ("vqkd_encoder_base_decoder_3x768x12_clip", "clip"),
-    "vqkd_base_1x768x12_clip": ("vqkd_encoder_base_decoder_1x768x12_clip", "clip"),
-    "vqkd_base_1x768x12_dino": ("vqkd_encoder_base_decoder_1x768x12_dino", "dino"),
+    "vqkd/base_3x768x12_clip": ("vqkd_encoder_base_decoder_3x768x12_clip", "clip"),
+    "vqkd/base_1x768x12_clip": ("vqkd_encoder_base_decoder_1x768x12_clip", "clip"),
+    "vqkd/base_1x768x12_dino": ("vqkd_encoder_base_decoder_1x768x12_dino", "dino"),
 }
 # name: size, epochs, GPUs, batch of each, early_layers, layer_scale_init_value, drop_path, betas
 PRETRAINING = {
-    "pretrain_base_300e": ("base", 300, 16, 128, 9, 0.1, 0.0, [0.9, 0.98]),
-    "pretrain_base_1600e": ("base", 1600, 16, 128, 9, 0.1, 0.1, [0.9, 0.999]),
-    "pretrain_large_300e": ("large", 300, 64, 32, 21, 1e-5, 0.0, [0.9, 0.98]),
-    "pretrain_large_1600e": ("large", 1600, 64, 32, 21, 1e-5, 0.1, [0.9, 0.999]),
+    "pretrain/base_300e": ("base", 300, 16, 128, 9, 0.1, 0.0, [0.9, 0.98]),
+    "pretrain/base_1600e": ("base", 1600, 16, 128, 9, 0.1, 0.1, [0.9, 0.999]),
+    "pretrain/large_300e": ("large", 300, 64, 32, 21, 1e-5, 0.0, [0.9, 0.98]),
+    "pretrain/large_1600e": ("large", 1600, 64, 32, 21, 1e-5, 0.1, [0.9, 0.999]),
 }
 # BEiT v1. name: size, data, epochs, warm-up, GPUs, batch of each,
 # layer_scale_init_value, ImageNet's mean and std
 PRETRAINING_V1 = {
-    "pretrain_base_v1_in1k": ("base", "imagenet-1k", 800, {"warmup_epochs": 10}, 16, 128, 0.1, True),
-    "pretrain_large_v1_in1k": ("large", "imagenet-1k", 800, {"warmup_epochs": 10}, 64, 32, 1e-5, True),
-    "pretrain_base_v1_in22k": ("base", "imagenet-22k", 150, {"warmup_steps": 10000}, 16, 128, 0.1, False),
-    "pretrain_large_v1_in22k": ("large", "imagenet-22k", 150, {"warmup_steps": 10000}, 64, 32, 1e-5, False),
+    "pretrain/base_v1_in1k": ("base", "imagenet-1k", 800, {"warmup_epochs": 10}, 16, 128, 0.1, True),
+    "pretrain/large_v1_in1k": ("large", "imagenet-1k", 800, {"warmup_epochs": 10}, 64, 32, 1e-5, True),
+    "pretrain/base_v1_in22k": ("base", "imagenet-22k", 150, {"warmup_steps": 10000}, 16, 128, 0.1, False),
+    "pretrain/large_v1_in22k": ("large", "imagenet-22k", 150, {"warmup_steps": 10000}, 64, 32, 1e-5, False),
 }
-# Ablations of v1. name: what differs from pretrain_base_v1_in1k, published top-1 and
+# Ablations of v1. name: what differs from pretrain/base_v1_in1k, published top-1 and
 # mIoU (None: not published)
 ABLATIONS_V1 = {
     "v1_300e": ({}, "82.86", "44.65"),
@@ -70,7 +75,7 @@ ABLATIONS_V1 = {
     "v1_positions_both": ({"abs_pos_emb": True}, None, None),
     "v1_positions_none": ({"rel_pos_bias": False}, None, None),
 }
-# Ablations of v2's pretraining. name: what differs from pretrain_base_300e
+# Ablations of v2's pretraining. name: what differs from pretrain/base_300e
 ABLATIONS_V2 = {
     "v2_early_layers_6": {"early_layers": 6},
     "v2_early_layers_12": {"early_layers": 12},
@@ -79,7 +84,7 @@ ABLATIONS_V2 = {
     "v2_own_head": {"shared_lm_head": False},
     "v2_no_cls_head": {"model": "beit_base_patch16_224_8k_vocab"},
 }
-# Ablations of v2's tokenizer. name: what differs from vqkd_base_3x768x12_clip, what pretraining with it needs
+# Ablations of v2's tokenizer. name: what differs from vqkd/base_3x768x12_clip, what pretraining with it needs
 ABLATIONS_VQKD = {
     "v2_codebook_size_1024": ({"codebook_n_emd": 1024}, {"codebook_size": 1024}),
     "v2_codebook_dim_16": ({"codebook_emd_dim": 16}, {"codebook_dim": 16}),
@@ -142,12 +147,12 @@ FINETUNING = {
         "beit_large_patch16_224_pt22k_ft22k",
     ),
 }
-FINETUNING = {f"finetune_{name}": row for name, row in FINETUNING.items()}
+FINETUNING = {f"finetune/{name}": row for name, row in FINETUNING.items()}
 # name: features, from
 LINEAR = {
-    "linear_base_v2_1600e": ("cls", "beitv2_base_patch16_224_pt1k"),
-    "linear_base_v1_pt22k": ("cls_mean", "beit_base_patch16_224_pt22k"),
-    "linear_large_v1_pt22k": ("cls_mean", "beit_large_patch16_224_pt22k"),
+    "linear/base_v2_1600e": ("cls", "beitv2_base_patch16_224_pt1k"),
+    "linear/base_v1_pt22k": ("cls_mean", "beit_base_patch16_224_pt22k"),
+    "linear/large_v1_pt22k": ("cls_mean", "beit_large_patch16_224_pt22k"),
 }
 # name: model, layer_scale_init_value, drop_path, layer_decay, lr, from, published mIoU
 # (None: not published for these weights)
@@ -198,7 +203,7 @@ SEGMENTATION = {
         None,
     ),
 }
-SEGMENTATION = {f"segment_{name}": row for name, row in SEGMENTATION.items()}
+SEGMENTATION = {f"segment/{name}": row for name, row in SEGMENTATION.items()}
 
 
 def call(name: str, *flags: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -277,7 +282,7 @@ def test_tokenizer_recipes(name):
         process_type="default",
         opt="adamw",
     )
-    run_vqkd_training.check(run.entry.get_parser(), run.args)
+    vqkd.check_flags(run.entry.get_parser(), run.args)
     assert model in modeling_vqkd.MODELS
     assert model in published.ENTRIES
 
@@ -313,7 +318,8 @@ def test_pretraining_recipes(name):
         run,
         **dict.fromkeys(("tokenizer_model", "tokenizer_weight"), "vqkd_encoder_base_decoder_3x768x12_clip"),
     )
-    assert run_beitv2_pretraining.patch_grid(run.args) == 14
+    pretraining.check_flags(run.args)
+    assert pretraining.student_grid(run.args) == 14
     assert run.args.model in modeling_pretrain.MODELS
     assert run.args.tokenizer_model in modeling_vqkd.MODELS
     assert published.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer"
@@ -348,10 +354,10 @@ def test_pretraining_recipes_of_v1(name):
     expect(run, tokenizer_model="dall-e", tokenizer_weight="dall_e_encoder")
     assert run.args.imagenet_default_mean_and_std is imagenet_mean
     assert (run.args.rel_pos_bias, run.args.abs_pos_emb) == (True, False)
-    assert run_beitv2_pretraining.patch_grid(run.args) == 14
+    pretraining.check_flags(run.args)
+    assert pretraining.student_grid(run.args) == 14
     assert (
-        run_beitv2_pretraining.idle_flags(run.args).keys()
-        & arguments.changed_flags(run.entry.get_parser(), run.args)
+        pretraining.idle_flags(run.args).keys() & arguments.changed_flags(run.entry.get_parser(), run.args)
         == set()
     )
     assert published.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer-v1"
@@ -372,9 +378,10 @@ def said_of(name: str, what: str) -> str:
 @pytest.mark.parametrize("name", ABLATIONS_V1)
 def test_ablations_of_v1_change_one_thing(name):
     switches, top1, miou = ABLATIONS_V1[name]
-    run, differing = ablation(name, "pretrain_base_v1_in1k")
+    run, differing = ablation(name, "pretrain/base_v1_in1k")
     assert differing == {"epochs": 300, **switches}
-    assert run_beitv2_pretraining.patch_grid(run.args) == 14
+    pretraining.check_flags(run.args)
+    assert pretraining.student_grid(run.args) == 14
     expected = said_of(name, "Expected")
     assert expected.startswith(f"{top1} % top-1" if top1 else "not published")
     assert miou is None or f" {miou} mIoU" in expected
@@ -392,27 +399,28 @@ def test_fine_tuning_keeps_the_positions_of_an_ablation(name):
 
 @pytest.mark.parametrize("name", ABLATIONS_V2)
 def test_ablations_of_v2s_pretraining_change_one_thing(name):
-    run, differing = ablation(name, "pretrain_base_300e")
+    run, differing = ablation(name, "pretrain/base_300e")
     assert differing == ABLATIONS_V2[name]
-    assert run_beitv2_pretraining.patch_grid(run.args) == 14
+    pretraining.check_flags(run.args)
+    assert pretraining.student_grid(run.args) == 14
     changed = arguments.changed_flags(run.entry.get_parser(), run.args)
-    assert run_beitv2_pretraining.idle_flags(run.args).keys() & changed.keys() == set()
+    assert pretraining.idle_flags(run.args).keys() & changed.keys() == set()
     assert said_of(name, "Expected").startswith("no figure at hand")
 
 
 @pytest.mark.parametrize("name", ABLATIONS_VQKD)
 def test_ablations_of_the_tokenizer_change_one_thing_and_name_the_flags_of_pretraining(name):
     switches, more = ABLATIONS_VQKD[name]
-    run, differing = ablation(name, "vqkd_base_3x768x12_clip")
+    run, differing = ablation(name, "vqkd/base_3x768x12_clip")
     assert differing == switches
-    run_vqkd_training.check(run.entry.get_parser(), run.args)
+    vqkd.check_flags(run.entry.get_parser(), run.args)
     expected = said_of(name, "Expected")
     assert expected.startswith(
         "100 % of the codebook" if name == "v2_decoder_depth_1" else "no figure at hand"
     )
 
     recipe, flags = re.fullmatch(
-        r"DATA=\.\.\. OUTPUT=\.\.\. bash scripts/(\w+)\.sh (.+)", said_of(name, "Then")
+        r"DATA=\.\.\. OUTPUT=\.\.\. bash scripts/([\w/]+)\.sh (.+)", said_of(name, "Then")
     ).groups()
     pretraining = dry_run(recipe, *flags.split()).args
     weights = "/path/to/save/checkpoint.pth"
@@ -460,7 +468,7 @@ def test_finetuning_recipes(name):
     to_21k, v2 = name.endswith("to_21k"), "_v2" in name
     expect(
         run,
-        model=f"beit_{name.split('_')[1]}_patch16_224",
+        model=f"beit_{name.split('/')[1].split('_')[0]}_patch16_224",
         finetune=weights,
         data_path="/data",
         output_dir="/out",
@@ -489,7 +497,7 @@ def test_finetuning_recipes(name):
     assert run.args.use_mean_pooling
     assert run.args.rel_pos_bias
     assert not run.args.model_ema
-    run_class_finetuning.check(run.args)
+    finetuning.check_flags(run.args)
     entry = published.ENTRIES[weights]
     assert entry.kind == ("intermediate" if "ft2" in name else "pretrained")
     assert entry.model.startswith(run.args.model)
@@ -524,7 +532,7 @@ def test_linear_probe_recipes(name):
     assert run.args.imagenet_default_mean_and_std is ("v2" in name)
     assert run.args.mode == "linear"
     assert not run.args.cached_features
-    run_linear_eval.check(run_linear_eval.get_parser(), run.args)
+    linear_eval.check_flags(run_linear_eval.get_parser(), run.args)
     assert published.ENTRIES[weights].kind == "pretrained"
 
 
@@ -557,8 +565,8 @@ def test_segmentation_recipes(name):
     expect(run, opt="adamw", opt_betas=[0.9, 0.999], weight_decay=0.05)
     assert run.args.imagenet_default_mean_and_std is ("v2" in name)
     assert (run.args.scale_range, run.args.max_class_share, run.args.hflip) == ([0.5, 2.0], 0.75, 0.5)
-    assert run_segmentation_finetuning.looking(run.args).stride == 341
-    run_segmentation_finetuning.check(run.args)
+    assert segmentation.build_sliding_window(run.args).stride == 341
+    segmentation.check_flags(run.args)
     assert model in modeling_segmentation.VARIANTS
     assert published.ENTRIES[weights].kind == ("intermediate" if "ft21k" in name else "pretrained")
     expected = re.search(r"^# Expected: (.*)$", RECIPES[name], flags=re.MULTILINE)[1]
@@ -588,7 +596,7 @@ def test_no_recipe_uses_a_flag_that_does_nothing(name):
     assert not arguments.OBSOLETE.keys() & {flag[2:] for flag in run.flags if flag.startswith("--")}
 
 
-@pytest.mark.parametrize("path", SHELL_FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SHELL_FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shell_syntax(path):
     done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -626,7 +634,7 @@ FLAWED = [
 
 @pytest.mark.parametrize(("environment", "message"), FLAWED)
 def test_what_cannot_be_launched_is_refused(environment, message):
-    done = call("pretrain_large_300e", **environment)
+    done = call("pretrain/large_300e", **environment)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
@@ -635,7 +643,7 @@ def test_what_cannot_be_launched_is_refused(environment, message):
 
 def test_paths_count_from_the_caller_and_may_hold_spaces(tmp_path):
     (tmp_path / "my photos").mkdir()
-    done = call("pretrain_base_300e", cwd=tmp_path, DATA="my photos", OUTPUT="out", DRY_RUN="1")
+    done = call("pretrain/base_300e", cwd=tmp_path, DATA="my photos", OUTPUT="out", DRY_RUN="1")
     words = shlex.split(done.stdout)
     assert words[words.index("--data_path") + 1] == str(tmp_path / "my photos")
     assert words[words.index("--output_dir") + 1] == str(tmp_path / "out")
@@ -643,20 +651,20 @@ def test_paths_count_from_the_caller_and_may_hold_spaces(tmp_path):
 
 def test_the_callers_flags_win():
     run = dry_run(
-        "pretrain_base_300e", "--lr", "1e-3", "--opt_betas", "0.8", "0.9", "--update_freq", "4", GPUS="2"
+        "pretrain/base_300e", "--lr", "1e-3", "--opt_betas", "0.8", "0.9", "--update_freq", "4", GPUS="2"
     )
     assert (run.args.lr, run.args.opt_betas, run.gpus, run.batch) == (1e-3, [0.8, 0.9], 2, 1024)
 
 
 def test_several_machines_find_each_other():
-    launcher = dry_run("pretrain_large_300e", NODE_RANK="3", MASTER_PORT="1234").launcher
+    launcher = dry_run("pretrain/large_300e", NODE_RANK="3", MASTER_PORT="1234").launcher
     assert " ".join(launcher) == (
         "torchrun --nnodes 4 --nproc_per_node 16 --master_port 1234 --node_rank 3 --master_addr node0"
     )
 
 
 def test_under_srun_no_second_launcher_is_started():
-    done = call("pretrain_base_300e", DATA="/", OUTPUT="/out", DRY_RUN="1", SLURM_STEP_NUM_TASKS="16")
+    done = call("pretrain/base_300e", DATA="/", OUTPUT="/out", DRY_RUN="1", SLURM_STEP_NUM_TASKS="16")
     assert done.stdout.startswith("python run_beitv2_pretraining.py ")
 
 
@@ -665,7 +673,7 @@ def test_the_launcher_gets_the_flags_as_they_are(tmp_path):
     (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 3\n')
     (tmp_path / "torchrun").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    done = call("vqkd_base_3x768x12_clip", "--log_dir", "a b", PATH=path, DATA=str(tmp_path), OUTPUT="/out")
+    done = call("vqkd/base_3x768x12_clip", "--log_dir", "a b", PATH=path, DATA=str(tmp_path), OUTPUT="/out")
     assert done.returncode == 3  # the launcher's own status
     words = done.stdout.splitlines()
     assert words[:4] == ["--nnodes", "1", "--nproc_per_node", "8"]
@@ -675,5 +683,5 @@ def test_the_launcher_gets_the_flags_as_they_are(tmp_path):
 def test_the_documentation_has_a_row_for_each():
     text = (ROOT / "docs/recipes.md").read_text()
     assert [name for name in RECIPES if f"`{name}.sh`" not in text] == []
-    text = (ROOT / "docs/pretraining.md").read_text()
+    text = (ROOT / "docs/ablations.md").read_text()
     assert [name for name in ABLATION_FILES if f"`{name}.sh`" not in text] == []

@@ -3,4 +3,4 @@
 #   DATA=/path/to/imagenet-1k/train OUTPUT=/path/to/save bash scripts/ablations/v1_positions_none.sh [more flags]
 # Expected: not published as an ablation; compare with v1_300e.sh.
 # Fine-tune with the same positions: --disable_rel_pos_bias --imagenet_default_mean_and_std
-recipe=scripts/ablations/v1_positions_none.sh exec bash "$(dirname "$0")/../pretrain_base_v1_in1k.sh" --epochs 300 --disable_rel_pos_bias "$@"
+recipe=scripts/ablations/v1_positions_none.sh exec bash "$(dirname "$0")/../pretrain/base_v1_in1k.sh" --epochs 300 --disable_rel_pos_bias "$@"

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# BEiT v2, base, 1600 epochs of pretraining -> linear probe on ImageNet-1k, every layer, CLS token, 100 epochs.
+#   DATA=/path/to/imagenet-1k OUTPUT=/path/to/save bash scripts/linear/base_v2_1600e.sh [more flags]
+# Hardware: 8 GPUs x 128 images = 1024 (kind of GPU not known).
+# Time: not known.
+# Expected: 80.1 % top-1 (BEiT v2's paper).
+# Fewer GPUs: `GPUS=2 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 1024 (docs/recipes.md).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+GPUS=${GPUS:-8} NODES=${NODES:-1}
+source scripts/launch.sh
+
+launch run_linear_eval.py --linear \
+    --data_set IMNET --nb_classes 1000 \
+    --data_path "$DATA" --output_dir "$OUTPUT" --input_size 224 --imagenet_default_mean_and_std \
+    --finetune beitv2_base_patch16_224_pt1k --features cls \
+    --batch_size 128 --update_freq 1 --epochs 100 --warmup_epochs 0 \
+    --opt adamw --lr 1e-3 --min_lr 0 --weight_decay 0 \
+    --min_crop_scale 0.08 --color_jitter 0 --save_ckpt_freq 20 \
+    "$@"

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# BEiT v2, large: 300 epochs of masked image modeling on ImageNet-1k, without its labels.
+#   DATA=/path/to/imagenet-1k/train OUTPUT=/path/to/save bash scripts/pretrain/large_300e.sh [more flags]
+# Hardware: four DGX-2, 64 V100-32GB x 32 images = 2048.
+# Time: not known.
+# Expected: 86.6 % top-1 on ImageNet-1k after scripts/finetune/large_v2_300e.sh; about 16 % of masked tokens right at the end.
+# Fewer GPUs: `NODES=1 GPUS=8 ... --update_freq 8` keeps GPUs x batch_size x update_freq at 2048 (docs/recipes.md).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+GPUS=${GPUS:-16} NODES=${NODES:-4}
+source scripts/launch.sh
+
+launch run_beitv2_pretraining.py \
+    --data_set image_folder --data_path "$DATA" --output_dir "$OUTPUT" \
+    --model beit_large_patch16_224_8k_vocab_cls_pt \
+    --early_layers 21 --head_layers 2 --shared_lm_head True --layer_scale_init_value 1e-5 --drop_path 0 \
+    --tokenizer_model vqkd_encoder_base_decoder_3x768x12_clip \
+    --tokenizer_weight vqkd_encoder_base_decoder_3x768x12_clip \
+    --num_mask_patches 75 --min_mask_patches_per_block 16 --min_crop_scale 0.2 --color_jitter 0.4 \
+    --input_size 224 --second_input_size 224 --second_interpolation bicubic --imagenet_default_mean_and_std \
+    --batch_size 32 --epochs 300 --warmup_epochs 10 \
+    --opt adamw --opt_betas 0.9 0.98 --opt_eps 1e-8 --weight_decay 0.05 \
+    --lr 1.5e-3 --min_lr 1e-5 --clip_grad 3.0 --save_ckpt_freq 20 \
+    "$@"

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# BEiT (v1), large: 800 epochs of masked image modeling on ImageNet-1k, without its labels; DALL-E's tokenizer.
+#   DATA=/path/to/imagenet-1k/train OUTPUT=/path/to/save bash scripts/pretrain/large_v1_in1k.sh [more flags]
+# Hardware: 64 GPUs x 32 images = 2048, in four machines as for BEiT v2's large: what v1's ran on is not known.
+# Time: not known.
+# Expected: 85.2 % top-1 on ImageNet-1k after fine-tuning (86.3 at 384 pixels).
+# ImageNet's mean and std, like every ImageNet-1k pretraining: fine-tune with --imagenet_default_mean_and_std.
+# Fewer GPUs: `NODES=1 GPUS=8 ... --update_freq 8` keeps GPUs x batch_size x update_freq at 2048 (docs/recipes.md).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+GPUS=${GPUS:-16} NODES=${NODES:-4}
+source scripts/launch.sh
+
+launch run_beitv2_pretraining.py \
+    --data_set image_folder --data_path "$DATA" --output_dir "$OUTPUT" \
+    --model beit_large_patch16_224_8k_vocab --layer_scale_init_value 1e-5 --drop_path 0.1 \
+    --tokenizer_model dall-e --tokenizer_weight dall_e_encoder --codebook_size 8192 \
+    --num_mask_patches 75 --min_mask_patches_per_block 16 --min_crop_scale 0.08 --color_jitter 0.4 \
+    --input_size 224 --second_input_size 112 --second_interpolation lanczos --imagenet_default_mean_and_std \
+    --batch_size 32 --epochs 800 --warmup_epochs 10 \
+    --opt adamw --opt_betas 0.9 0.999 --opt_eps 1e-8 --weight_decay 0.05 \
+    --lr 1.5e-3 --min_lr 1e-5 --clip_grad 3.0 --save_ckpt_freq 20 \
+    "$@"
