@@ -52,7 +52,7 @@ def resume(state: TrainState, stage: Stateful, run: Run, steps_per_epoch: int) -
     from the same position.
     """
     options = run.options
-    path = checkpoints.find_checkpoint(options.resume, options.auto_resume, options.output_dir)
+    path = resumption.find_checkpoint(options.resume, options.auto_resume, options.output_dir)
     if path is not None:
         restore(state, stage, run, path, steps_per_epoch)
     positions = distributed.gather_objects(state.position)
@@ -73,7 +73,7 @@ def restore(state: TrainState, stage: Stateful, run: Run, path: Path, steps_per_
     if state.ema is not None:
         checkpoints.load_weights(state.ema.module, content.get("model_ema", content["model"]), path)
     if "next" not in content and run.output_dir and distributed.is_main():
-        checkpoints.keep_published(path, run.output_dir)
+        resumption.keep_published(path, run.output_dir)
     if resumption.is_published(content):
         content = resumption.convert_published(content, steps_per_epoch, run.launch.world_size)
     if "optimizer" not in content or "next" not in content:

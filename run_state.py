@@ -289,6 +289,3 @@ def new_state(
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(f"model      {name}, {count / 1e6:.2f} M trainable parameters")
     return TrainState(model, runner, optimizer, scaler, ema, epoch=run.options.start_epoch)
-
-
-# ── Checkpoints ──

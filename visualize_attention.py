@@ -261,7 +261,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, flags = pretrained.open_backbone(args.checkpoint, args.input_size, args.num_heads)
     own = resized = model.to(device)
     blocks_to_show(args.layer, len(model.blocks))
-    mean, std = normalization(pretrained.uses_imagenet_statistics(flags, args, args.checkpoint))
+    mean, std = normalization(
+        pretrained.uses_imagenet_statistics(flags, args.imagenet_default_mean_and_std, args.checkpoint)
+    )
     rows = []
     for path, picture in inputs.read_shown(paths):
         size = own.patch_embed.img_size

@@ -30,7 +30,7 @@ import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
 import visualize_attention
-from checkpoint_io import checkpoints
+from checkpoint_io import checkpoints, resumption
 from errors import UserError
 from runtime.metrics import forget_epochs_from
 
@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_names_the_space(data, co
         assert stop.value.code == 2
         error = capsys.readouterr().err
         assert re.search(r"MiB needed, [\d.]+ MiB free; the previous checkpoint is intact", error)
-        assert checkpoints.is_intact(small / "checkpoint.pth")
+        assert resumption.is_intact(small / "checkpoint.pth")
         assert checkpoint(small / "checkpoint.pth")["epoch"] == 0
         assert not list(small.glob(".*.part"))
 
