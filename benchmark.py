@@ -40,7 +40,10 @@ from vit_backbone import SIZES
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("Speed of the stages beside the textbook way and other libraries")
+    parser = arguments.new_parser(
+        "Speed of the stages beside the textbook way and other libraries",
+        "--stage pretrain --rounds 10 --output pretrain.json",
+    )
     add = parser.add_argument
     add("--stage", nargs="+", default=list(CONTESTS), choices=list(CONTESTS), help="what to measure")
     add("--device", default="cuda", help="cuda (falls back to cpu) or cpu")

@@ -30,6 +30,7 @@ from data_pipeline.image_lists import Samples, find_images_or_file
 from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles
 from errors import UserError, report_user_errors
+from flags.images import add_view_flags, loader_settings
 from runtime import distributed
 from runtime.device import choose_precision
 from runtime.distributed import Launch, log
@@ -46,7 +47,10 @@ NAMED = 5  # unreadable files that the message on the terminal names
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("Images to visual tokens")
+    parser = arguments.new_parser(
+        "Images to visual tokens",
+        "--tokenizer_weight vqkd/checkpoint.pth --data_path photos --output_dir codes",
+    )
     parser.add_argument(
         "--tokenizer_model",
         default="vqkd",
@@ -86,7 +90,7 @@ def get_parser() -> argparse.ArgumentParser:
         default=None,
         help=("side of the input in pixels: the tokenizer's own, VQ-KD takes no other; dall-e: 112"),
     )
-    arguments.add_view_flags(parser)
+    add_view_flags(parser)
     parser.add_argument(
         "--batch_size", type=arguments.large_count, default=64, help="images per process and step"
     )
@@ -201,7 +205,7 @@ def encode_share(
     model, root = tokenizer.model.to(device), root_of(args.data_path)
     done, started = 0, time.monotonic()
     reported = started
-    settings = arguments.loader_settings(args)
+    settings = loader_settings(args)
     for batch in build_eval_loader(dataset, settings, Launch(), device):  # the files are this rank's alone
         readable = batch["readable"]
         with precision.autocast():

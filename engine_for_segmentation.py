@@ -19,7 +19,7 @@ from evaluation.trained_classifier import refuse_resuming_other_classes
 from runtime import distributed
 from runtime.device import Precision
 from segmentation.mask_files import IGNORED
-from segmentation.sliding_window import Looking, predict
+from segmentation.sliding_window import SlidingWindow, predict
 from visualization import drawing
 
 PICTURES = 4
@@ -57,7 +57,7 @@ class SegmentationStage(Stage):
         self,
         device: torch.device,
         precision: Precision,
-        how: Looking,
+        how: SlidingWindow,
         classes: Sequence[str],
         colors: Tensor,
         statistics: tuple[tuple[float, ...], tuple[float, ...]],
@@ -106,8 +106,8 @@ class SegmentationStage(Stage):
         distributed.all_reduce_sum(counts)
         if not counts.any():
             raise UserError(
-                "the validation masks have not one labeled pixel (255, and 0 with "
-                "--reduce_zero_label, are ignored)"
+                "the validation masks have not one labeled pixel (255, and 0 with --reduce_zero_label, are "
+                "ignored)"
             )
         return scores_of(counts.view(classes, classes))
 

@@ -20,9 +20,9 @@ import arguments
 import modeling_finetune
 import modeling_pretrain
 import pretrained
-from checkpoint_io import checkpoints, remapping, weight_formats, weight_source
+from checkpoint_io import checkpoints, huggingface_format, remapping, timm_format, weight_source
 from checkpoint_io.remapping import summarize_names
-from checkpoint_io.weight_formats import INDEX, ConvertedWeights, Preprocessing
+from checkpoint_io.weight_formats import INDEX, TABLE, ConvertedWeights, Preprocessing
 from checkpoint_io.weight_source import WEIGHT_FILES, Source
 from data_pipeline.imagenet_classes import in_words, synsets
 from errors import UserError, pick, report_user_errors
@@ -46,7 +46,10 @@ TRANSFORMER_FLAGS = (
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("Weights for other libraries, and from them")
+    parser = arguments.new_parser(
+        "Weights for other libraries, and from them",
+        "--checkpoint finetuned/checkpoint.pth --to timm --output exported",
+    )
     parser.add_argument(
         "--checkpoint",
         type=arguments.expand_home,
@@ -75,7 +78,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--architecture",
         default="auto",
-        choices=("auto", *weight_formats.ARCHITECTURES),
+        choices=("auto", *huggingface_format.ARCHITECTURES),
         help="Hugging Face's class; auto: the one that has the checkpoint's head",
     )
     parser.add_argument(
@@ -154,7 +157,7 @@ def open_model(source: Source, args: argparse.Namespace) -> Model:
     weights, external = source.weights, source.external
     row = SIZES[variants()[args.model].size] if args.model else None
     heads = args.num_heads or external.num_heads
-    if heads is None and row is not None and not any(key.endswith(weight_formats.TABLE) for key in weights):
+    if heads is None and row is not None and not any(key.endswith(TABLE) for key in weights):
         heads = row.num_heads
     try:
         settings = pretrained.infer_architecture(weights, source.flags, heads)
@@ -329,8 +332,8 @@ def write_timm(model: Model, args: argparse.Namespace) -> Written:
     """--to timm: a folder as on timm's hub, or a file with its config beside it."""
     path = Path(args.output)
     is_file = path.suffix in SUFFIXES
-    converted = weight_formats.to_timm(model.weights)
-    config = weight_formats.timm_config(model.settings, model.prepared, model.classes)
+    converted = timm_format.to_timm(model.weights)
+    config = timm_format.make_timm_config(model.settings, model.prepared, model.classes)
     weights, facts = (
         (path, path.with_suffix(".json")) if is_file else (path / WEIGHT_FILES[0], path / "config.json")
     )
@@ -347,18 +350,23 @@ def write_huggingface(model: Model, args: argparse.Namespace) -> Written:
     """--to huggingface: a folder for from_pretrained."""
     folder = Path(args.output)
     codes = 0 if predicts_pixels(model) else model.vocab_size
-    heads = {weight_formats.CLASSIFIER: model.settings["num_classes"], weight_formats.MASKED_IMAGE: codes}
-    own = next((name for name, size in heads.items() if size), weight_formats.BACKBONE)
+    heads = {
+        huggingface_format.CLASSIFIER: model.settings["num_classes"],
+        huggingface_format.MASKED_IMAGE: codes,
+    }
+    own = next((name for name, size in heads.items() if size), huggingface_format.BACKBONE)
     architecture = own if args.architecture == "auto" else args.architecture
     if not heads.get(architecture, 1):
         raise UserError(f"--architecture {architecture}: {args.checkpoint} has no such head; {own} fits it")
     drop_path = model.flags.get("drop_path", 0.1)
     names = [in_words(name) for name in model.classes] if model.classes else None
-    config = weight_formats.huggingface_config(
+    config = huggingface_format.make_huggingface_config(
         model.settings, architecture, model.vocab_size, drop_path, names
     )
-    preprocessor = weight_formats.huggingface_preprocessor(model.settings["img_size"][0], model.prepared)
-    converted = weight_formats.to_huggingface(model.weights, architecture)
+    preprocessor = huggingface_format.make_huggingface_preprocessor(
+        model.settings["img_size"][0], model.prepared
+    )
+    converted = huggingface_format.to_huggingface(model.weights, architecture)
     files = [folder / name for name in (WEIGHT_FILES[0], "config.json", "preprocessor_config.json")]
     weight_source.save_weights(files[0], converted.weights)
     write_json(files[1], config)
@@ -425,7 +433,7 @@ def report(source: Source, model: Model, written: Written) -> list[str]:
         lines.append(("classes", brief_classes(model.classes)))
     notes = [*model.notes, *written.converted.notes]
     lines += [("converted" if number == 0 else "", note) for number, note in enumerate(notes)]
-    lines.append(("left out", summarize_names([*model.left_out, *written.converted.left_out])))
+    lines.append(("left out", summarize_names([*model.left_out, *written.converted.dropped])))
     lines += [("open with" if number == 0 else "", call) for number, call in enumerate(written.opened_by)]
     return [f"{title:11}{text}" for title, text in lines]
 

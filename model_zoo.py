@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from checkpoint_io.downloads import ENTRIES, Entry, cache_folder, fetch, format_size
+from checkpoint_io.downloads import cache_folder, fetch
+from checkpoint_io.published import ENTRIES, Entry
 from errors import ArgumentParser, pick, report_user_errors
+from utils import format_size
 
 PURPOSES = {
     "tokenizer": (

@@ -20,7 +20,7 @@ from vit_backbone import at_mask
 
 PATCH_SIZE = 8  # pixels per token: three poolings; 112 x 112 pixels give BEiT's 14 x 14 grid
 GROUPS = 4
-PUBLISHED = "dall_e_encoder"  # in downloads.ENTRIES
+PUBLISHED = "dall_e_encoder"  # in published.ENTRIES
 
 
 class Conv(nn.Module):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from errors import UserError
+from errors import ParameterError, UserError
 
 
 def get_num_layer_for_vit(name: str, num_max_layer: int) -> int:
@@ -317,40 +317,56 @@ class Schedule:
                 group["weight_decay"] = float(self.weight_decay[step])
 
 
-def build_schedule(args: argparse.Namespace, lr: float, steps_per_epoch: int) -> Schedule:
-    """args: epochs, min_lr, warmup_epochs, warmup_steps, weight_decay, weight_decay_end; `lr` is the peak."""
-    shape = (args.epochs, steps_per_epoch)
-    warmup = args.warmup_steps if args.warmup_steps > 0 else int(args.warmup_epochs * steps_per_epoch)
-    if args.warmup_steps >= args.epochs * steps_per_epoch:
-        raise UserError(
-            f"--warmup_steps {args.warmup_steps} is as long as the run of "
-            f"{args.epochs * steps_per_epoch} steps "
-            f"({args.epochs} epochs of {steps_per_epoch}): shorten it or raise --epochs"
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """A cosine schedule: flags of the same names."""
+
+    epochs: int
+    min_lr: float
+    warmup_epochs: float
+    warmup_steps: int  # above 0: replaces warmup_epochs
+    weight_decay: float
+    weight_decay_end: float | None  # None: the weight decay is constant
+
+
+def build_schedule(options: ScheduleOptions, lr: float, steps_per_epoch: int) -> Schedule:
+    """`lr` is the peak."""
+    steps = options.epochs * steps_per_epoch
+    warmup = (
+        options.warmup_steps if options.warmup_steps > 0 else int(options.warmup_epochs * steps_per_epoch)
+    )
+    if options.warmup_steps >= steps:
+        raise ParameterError(
+            f"`warmup_steps` {options.warmup_steps} is as long as the run of {steps} steps "
+            f"({options.epochs} epochs of {steps_per_epoch}): shorten it or raise `epochs`"
         )
-    if warmup >= args.epochs * steps_per_epoch:
+    if warmup >= steps:
         logging.getLogger("beit").warning(
-            f"warning: the warm-up ({warmup} steps) is as long as the run "
-            f"({args.epochs * steps_per_epoch} steps): "
-            "the learning rate only rises; lower --warmup_epochs"
+            f"warning: the warm-up ({warmup} steps) is as long as the run ({steps} steps): "
+            "the learning rate only rises; lower `warmup_epochs`"
         )
-    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    decay = options.weight_decay
+    decay_end = decay if options.weight_decay_end is None else options.weight_decay_end
+    shape = (options.epochs, steps_per_epoch)
     return Schedule(
         cosine_scheduler(
-            lr, args.min_lr, *shape, warmup_epochs=args.warmup_epochs, warmup_steps=args.warmup_steps
+            lr, options.min_lr, *shape, warmup_epochs=options.warmup_epochs, warmup_steps=options.warmup_steps
         ),
-        cosine_scheduler(args.weight_decay, end, *shape),
+        cosine_scheduler(decay, decay_end, *shape),
     )
 
 
-def build_poly_schedule(args: argparse.Namespace) -> Schedule:
-    """args: max_steps, lr, min_lr, warmup_steps, poly_power, weight_decay."""
-    if args.warmup_steps >= args.max_steps:
-        raise UserError(
-            f"--warmup_steps {args.warmup_steps} is as long as the run of --max_steps "
-            f"{args.max_steps}: shorten it, or give 0"
+def build_poly_schedule(
+    lr: float, min_lr: float, max_steps: int, warmup_steps: int, poly_power: float, weight_decay: float
+) -> Schedule:
+    """A run that is counted in optimizer steps; `lr` is the peak."""
+    if warmup_steps >= max_steps:
+        raise ParameterError(
+            f"`warmup_steps` {warmup_steps} is as long as the run of `max_steps` {max_steps}: "
+            "shorten it, or give 0"
         )
     return Schedule(
-        poly_scheduler(args.lr, args.min_lr, args.max_steps, args.warmup_steps, args.poly_power),
-        np.full(args.max_steps, args.weight_decay),
+        poly_scheduler(lr, min_lr, max_steps, warmup_steps, poly_power),
+        np.full(max_steps, weight_decay),
         in_steps=True,
     )

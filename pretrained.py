@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from checkpoint_io import remapping, weight_files, weight_source
-from checkpoint_io.weight_formats import SHARED_TABLE, to_our_names
+from checkpoint_io.remapping import to_our_names
+from checkpoint_io.weight_formats import SHARED_TABLE
 from errors import UserError
 from layers.rel_pos_bias import as_pair
 from modeling_finetune import VisionTransformer

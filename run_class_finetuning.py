@@ -20,74 +20,20 @@ from checkpoint_io import checkpoints, weight_source
 from data_pipeline import imagenet_classes
 from datasets import ImageFiles, build_labeled_dataset
 from engine_for_finetuning import FinetuningStage, SomeLogits, WithMirrorImage
-from errors import UserError, pick, report_user_errors
+from errors import report_user_errors
 from evaluation import trained_classifier
 from evaluation.confusion import describe_worst, format_worst
-from layers.rel_pos_bias import as_pair
-from optim_factory import LayerDecayValueAssigner, build_schedule, create_optimizer, layer_decay_values
+from flags.finetuning import get_parser, parse_flags, warn_of_input_size
+from flags.images import build_eval_view, build_finetuning_view, image_source
+from optim_factory import (
+    LayerDecayValueAssigner,
+    ScheduleOptions,
+    build_schedule,
+    create_optimizer,
+    layer_decay_values,
+)
 from runtime import distributed
 from runtime.distributed import log
-
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("BEiT fine-tuning for classification")
-    arguments.add_finetuning_flags(parser)
-    arguments.add_vit_flags(parser)
-    arguments.add_data_flags(
-        parser, data_set="IMNET", color_jitter=0.4, needs_training_data=False, any_shape=True
-    )
-    arguments.add_optimizer_flags(
-        parser,
-        lr=5e-4,
-        min_lr=1e-6,
-        weight_decay=0.05,
-        epochs=30,
-        lr_help="of the head; deeper layers by --layer_decay",
-    )
-    arguments.add_step_flags(parser, can_shard=True)
-    arguments.add_run_flags(parser, save_ckpt_freq=5)
-    return parser
-
-
-def check(args: argparse.Namespace) -> None:
-    patch_size = pick(modeling_finetune.MODELS, args.model, "fine-tuning model").patch_size
-    if any(side % patch_size for side in as_pair(args.input_size)):
-        raise UserError(
-            f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}"
-        )
-    check_evaluation(args)
-    shares = args.cutmix_minmax
-    if shares is not None and not (len(shares) == 2 and shares[0] <= shares[1]):
-        raise UserError(
-            "--cutmix_minmax takes two numbers, the smallest and then the largest share of the image"
-        )
-
-
-def check_evaluation(args: argparse.Namespace) -> None:
-    if args.eval and not (args.resume or args.finetune):
-        raise UserError(
-            "--eval needs the model to evaluate: --resume path/to/checkpoint.pth, or --finetune and "
-            "a published name"
-        )
-    if not args.data_path and not (args.eval and args.eval_data_path and args.data_set != "CIFAR"):
-        raise UserError(
-            "--data_path is missing: name the folder of the images (--eval needs --eval_data_path alone)"
-        )
-    used = {"robust_test": args.robust_test, "tta_flip": args.tta_flip}
-    used["worst_classes"] = args.worst_classes != arguments.WORST_CLASSES
-    for name, given in used.items():
-        if given and not args.eval:
-            raise UserError(
-                f"--{name} acts on a finished model: add --eval --resume "
-                "path/to/checkpoint.pth, or leave it out"
-            )
-    if args.robust_test:
-        robust = imagenet_classes.robust_set(args.robust_test)
-        if not args.eval_data_path or args.data_set == "CIFAR":
-            raise UserError(
-                f"--robust_test {args.robust_test}: give the folder of {robust.name}'s class folders as "
-                "--eval_data_path (and not --data_set CIFAR)"
-            )
 
 
 def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.VisionTransformer:
@@ -120,8 +66,8 @@ def build_dataset(
 ) -> tuple[ImageFiles, int]:
     """Training images, augmented, or validation images; and the number of classes."""
     return build_labeled_dataset(
-        arguments.image_source(args),
-        arguments.build_finetuning_view(args) if train else arguments.build_eval_view(args),
+        image_source(args),
+        build_finetuning_view(args) if train else build_eval_view(args),
         train,
         args.nb_classes,
         args.label_fraction,
@@ -186,7 +132,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
             name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")
         }
     optimizer = create_optimizer(args, model, layers.get_layer_id, layers.get_scale, skip_list=skipped)
-    schedule = build_schedule(args, args.lr, data.steps_per_epoch)
+    schedule = build_schedule(arguments.options(ScheduleOptions, args), args.lr, data.steps_per_epoch)
     state = run_state.new_state(model, optimizer, run, args.model, ema)
 
     # ── Resume ──
@@ -198,22 +144,12 @@ def build(args: arguments.Flags) -> engine.Trainer:
 
 @report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments.parse(get_parser(), argv)
-    check(args)
+    args = parse_flags(argv)
     if args.eval:
         evaluate(args)
     else:
         build(args).fit()
     distributed.stop()
-
-
-def warn_of_input_size(args: argparse.Namespace) -> None:
-    made_for = modeling_finetune.MODELS[args.model].img_size
-    if made_for >= 224 and as_pair(args.input_size) != as_pair(made_for):
-        log.warning(
-            f"warning: {args.model} is used at --input_size {args.input_size}; the {made_for} "
-            "in its name is not read"
-        )
 
 
 def evaluate(args: arguments.Flags) -> None:

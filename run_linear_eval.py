@@ -21,63 +21,13 @@ from engine_for_linear_eval import CachedFeatures, FrozenBackbone, LinearHeads, 
 from errors import UserError, report_user_errors
 from evaluation import knn
 from evaluation.held_out import evaluation_batches
-from optim_factory import build_schedule, create_optimizer
+from flags.images import build_eval_view, build_finetuning_view, image_source
+from flags.linear_eval import get_parser, idle_flags, parse_flags
+from optim_factory import ScheduleOptions, build_schedule, create_optimizer
 from runtime import distributed
 from runtime.distributed import log
 
 STATISTICS_IMAGES = 10_000  # training images that give each channel's mean and variance
-CROPS = ("min_crop_scale", "color_jitter", "vflip", "train_interpolation")  # flags of random crops
-# flags that --knn has no use for; --batch_size and --amp_dtype it has
-OF_TRAINING = """
-    update_freq epochs opt opt_eps opt_betas momentum clip_grad weight_decay
-    weight_decay_end lr min_lr warmup_epochs warmup_steps start_epoch resume save_ckpt_freq
-    save_ckpt_steps keep_ckpts detect_anomaly print_freq eval_freq image_freq log_dir
-    allow_changed_run
-""".split()
-
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("BEiT linear probe and k-NN on frozen features")
-    arguments.add_linear_eval_flags(parser)
-    arguments.add_data_flags(parser, data_set="IMNET", color_jitter=0.0, any_shape=True)
-    arguments.add_optimizer_flags(
-        parser,
-        lr=1e-3,
-        min_lr=0.0,
-        weight_decay=0.0,
-        epochs=100,
-        lr_help="for a total batch of 256; scaled by total / 256: 4e-3 for the recipe's 8 x 128",
-    )
-    arguments.add_run_flags(parser, save_ckpt_freq=20)
-    parser.set_defaults(input_size=None, warmup_epochs=0)  # None: the backbone's own
-    return parser
-
-
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse, before any work, flags that cannot act together."""
-    changed = arguments.changed_flags(parser, args)
-    center = "--knn" if args.mode == "knn" else "--cached_features" if args.cached_features else ""
-    for name in changed:
-        if center and name in CROPS:
-            raise UserError(
-                f"--{name} acts on random crops, and {center} takes center crops: leave one of them out"
-            )
-        if args.mode == "knn" and name == "cached_features":
-            raise UserError(
-                "--cached_features acts with --linear: --knn computes each feature once in any case"
-            )
-        if args.mode == "linear" and name.startswith("knn_"):
-            raise UserError(f"--{name} acts with --knn alone: add --knn, or leave it out")
-    if args.data_set == "image_folder" and not args.eval_data_path:
-        raise UserError(
-            "--eval_data_path is missing: name the folder of validation images, with the "
-            "classes of --data_path"
-        )
-
-
-def idle_flags(args: argparse.Namespace) -> dict[str, str]:
-    """Flag -> why it does nothing beside the others."""
-    return dict.fromkeys(OF_TRAINING, "--knn trains nothing") if args.mode == "knn" else {}
 
 
 def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenBackbone, argparse.Namespace]:
@@ -113,10 +63,8 @@ def build_dataset(settings: argparse.Namespace, train: bool, augment: bool = Tru
     the number of classes.
     """
     return build_labeled_dataset(
-        arguments.image_source(settings),
-        arguments.build_finetuning_view(settings)
-        if train and augment
-        else arguments.build_eval_view(settings),
+        image_source(settings),
+        build_finetuning_view(settings) if train and augment else build_eval_view(settings),
         train,
         settings.nb_classes,
         settings.label_fraction,
@@ -196,7 +144,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
     lr = args.lr * data.sampler.global_batch / 256
     log.info(f"lr         {lr:.3g} = {args.lr:g} x {data.sampler.global_batch} / 256")
     optimizer = create_optimizer(args, heads)
-    schedule = build_schedule(args, lr, data.steps_per_epoch)
+    schedule = build_schedule(arguments.options(ScheduleOptions, args), lr, data.steps_per_epoch)
     state = run_state.new_state(heads, optimizer, run, f"{encode.layers} linear heads")
 
     # ── Resume; a new run first measures each channel ──
@@ -209,9 +157,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
 
 @report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = get_parser()
-    args = arguments.parse(parser, argv)
-    check(parser, args)
+    args = parse_flags(argv)
     if args.mode == "knn":
         evaluate_knn(args)
     else:

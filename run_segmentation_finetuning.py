@@ -25,85 +25,27 @@ from checkpoint_io import checkpoints, weight_source
 from data_pipeline.image_lists import find_images_or_file
 from data_pipeline.samplers import Loader
 from engine_for_segmentation import Scores, SegmentationStage
-from errors import UserError, pick, report_user_errors
+from errors import UserError, report_user_errors
 from evaluation.trained_classifier import warn_of_other_pretraining
+from flags.images import mean_and_std
+from flags.segmentation import (
+    TRAINING_FLAGS,
+    build_evaluation_view,
+    build_sliding_window,
+    build_training_view,
+    check_batch_norm,
+    get_parser,
+    parse_flags,
+)
 from optim_factory import LayerDecayValueAssigner, build_poly_schedule, create_optimizer, layer_decay_values
 from runtime import distributed
 from runtime.distributed import log
 from segmentation import trained_segmenter
 from segmentation.classes import ClassSettings, find_classes, read_class_list, read_palette
 from segmentation.image_mask_pairs import SegmentationFiles, find_pairs, normalized
-from segmentation.joint_views import EvaluationView, TrainingView
-from segmentation.sliding_window import Looking, predict
+from segmentation.sliding_window import predict
 from visualization import drawing
 from visualization.inputs import read_or_leave_out, save_picture
-
-# flags that a finished model has no use for
-OF_TRAINING = """
-    model nb_classes aux_weight head_drop layer_decay rel_pos_bias abs_pos_emb
-    layer_scale_init_value drop_path scale_range max_class_share hflip photometric
-    batch_size update_freq opt opt_eps opt_betas momentum clip_grad weight_decay lr
-    max_steps steps_per_epoch min_lr warmup_steps poly_power grad_checkpointing compile
-    save_ckpt_freq save_ckpt_steps keep_ckpts print_freq eval_freq image_freq disable_eval
-""".split()
-
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("BEiT fine-tuning for semantic segmentation")
-    arguments.add_segmentation_flags(parser)
-    arguments.add_vit_flags(parser)
-    arguments.add_poly_optimizer_flags(parser, lr=5e-5, weight_decay=0.05, max_steps=160000)
-    arguments.add_step_flags(parser)
-    arguments.add_run_flags(parser, save_ckpt_freq=1)
-    return parser
-
-
-def check(args: argparse.Namespace) -> None:
-    pick(modeling_segmentation.VARIANTS, args.model, "segmentation model")
-    if args.input_size % 16:
-        raise UserError(f"--input_size {args.input_size} is not a multiple of the patch size 16")
-    if (args.eval or args.predict) and not (args.resume or args.finetune):
-        raise UserError(
-            f"--{'eval' if args.eval else 'predict'} needs a trained model: --resume path/to/checkpoint.pth"
-        )
-    if args.predict and not args.output_dir:
-        raise UserError("--predict writes pictures: name a folder for them, --output_dir")
-    if not args.data_path and not args.predict and not (args.eval and args.eval_data_path):
-        raise UserError(
-            "--data_path is missing: name the folder of images/ and annotations/ (docs/segmentation.md)"
-        )
-    if args.eval and args.predict:
-        raise UserError(
-            "--eval scores a model against masks, --predict labels images without: give one of them"
-        )
-    if args.predict and not os.path.exists(args.predict):
-        raise UserError(f"--predict {args.predict}: no such file or folder")
-    build_training_view(args)  # it checks its flags
-    looking(args)
-
-
-def check_batch_norm(args: argparse.Namespace, run: run_state.Run) -> None:
-    """UPerNet norms a map that is pooled to one cell an image: one image alone has no variance."""
-    if args.model.startswith("upernet") and args.batch_size * run.launch.world_size == 1:
-        raise UserError(
-            "--batch_size 1: batch norm needs two images at once; use 2, several "
-            "processes, or a setr_pup model"
-        )
-
-
-def looking(args: argparse.Namespace) -> Looking:
-    window = None if args.whole_image else args.input_size
-    stride = args.stride or math.floor(args.input_size * 2 / 3)
-    if args.stride and args.whole_image:
-        raise UserError(
-            f"--stride {args.stride} is of windows, --whole_image has none: leave one of them out"
-        )
-    if stride > args.input_size and not args.whole_image:
-        raise UserError(
-            f"--stride {stride} is larger than the windows of --input_size {args.input_size}: pixels "
-            "would be missed"
-        )
-    return Looking(window, stride, args.eval_scales, args.tta_flip)
 
 
 def class_settings(args: argparse.Namespace) -> ClassSettings:
@@ -124,25 +66,8 @@ def build_dataset(
     pairs = find_pairs(folder, train, origin, warn=True)
     view = build_training_view(args) if train else build_evaluation_view(args)
     return SegmentationFiles(
-        pairs, view, classes, arguments.mean_and_std(args), args.reduce_zero_label, args.seed, passes
+        pairs, view, classes, mean_and_std(args), args.reduce_zero_label, args.seed, passes
     )
-
-
-def build_training_view(args: argparse.Namespace) -> TrainingView:
-    mean, _ = arguments.mean_and_std(args)
-    return TrainingView(
-        args.input_size,
-        args.base_size or args.input_size,
-        args.scale_range,
-        args.max_class_share,
-        args.hflip,
-        args.photometric,
-        fill=tuple(round(255 * value) for value in mean),
-    )
-
-
-def build_evaluation_view(args: argparse.Namespace) -> EvaluationView:
-    return EvaluationView(args.base_size or args.input_size)
 
 
 def build_validation_loader(
@@ -158,10 +83,10 @@ def build_stage(
     return SegmentationStage(
         run.device,
         run.precision,
-        looking(args),
+        build_sliding_window(args),
         classes,
         colors,
-        arguments.mean_and_std(args),
+        mean_and_std(args),
         validation,
         args.aux_weight,
     )
@@ -178,7 +103,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
     pairs = find_pairs(args.data_path, train=True)
     classes = find_classes(class_settings(args), pairs)
     log.info(f"classes    {len(classes)}: {', '.join(classes[:6])}{' ...' if len(classes) > 6 else ''}")
-    check_batch_norm(args, run)
+    check_batch_norm(args, run.launch.world_size)
     global_batch = args.batch_size * run.launch.world_size * args.update_freq
     passes = math.ceil(min(args.steps_per_epoch, args.max_steps) * global_batch / len(pairs))
     dataset = build_dataset(args, True, classes, passes)
@@ -215,7 +140,9 @@ def build(args: arguments.Flags) -> engine.Trainer:
     optimizer = create_optimizer(
         args, model, lambda name: layers.get_layer_id(name.removeprefix("backbone.")), layers.get_scale
     )
-    schedule = build_poly_schedule(args)
+    schedule = build_poly_schedule(
+        args.lr, args.min_lr, args.max_steps, args.warmup_steps, args.poly_power, args.weight_decay
+    )
     state = run_state.new_state(model, optimizer, run, args.model)
 
     # ── Resume ──
@@ -227,11 +154,9 @@ def build(args: arguments.Flags) -> engine.Trainer:
 
 @report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = get_parser()
-    args = arguments.parse(parser, argv)
-    check(args)
+    args = parse_flags(argv)
     if args.eval or args.predict:
-        use_finished(args, arguments.given_flags(parser, argv))
+        use_finished(args, arguments.given_flags(get_parser(), argv))
     else:
         build(args).fit()
     distributed.stop()
@@ -247,7 +172,7 @@ def use_finished(args: arguments.Flags, given: set[str]) -> None:
     parser = get_parser()
     run = run_state.start_run(parser, args, trains=False)
     arguments.warn_of_idle_flags(
-        parser, args, dict.fromkeys(OF_TRAINING, "the model is finished, and built from its file")
+        parser, args, dict.fromkeys(TRAINING_FLAGS, "the model is finished, and built from its file")
     )
     source, flag = (args.resume, "--resume") if args.resume else (args.finetune, "--finetune")
     content = trained_segmenter.read_segmenter(source, flag)

@@ -168,8 +168,8 @@ def check_start_epoch(options: RunOptions) -> None:
     epochs = options.epochs
     if epochs is not None and options.start_epoch >= epochs:
         raise UserError(
-            f"--start_epoch {options.start_epoch} leaves nothing to do: give 0 up to {epochs - 1}, the "
-            "last epoch, or raise --epochs"
+            f"--start_epoch {options.start_epoch} leaves nothing to do: give 0 up to {epochs - 1}, the last "
+            "epoch, or raise --epochs"
         )
 
 
@@ -213,13 +213,13 @@ def build_training_data(dataset: SampleDataset, run: Run, num_workers: int | Non
     if sampler.shrunk:
         log.warning(
             f"warning: {len(dataset)} images do not fill one batch of {options.batch_size} x "
-            f"{launch.world_size} processes x "
-            f"{options.update_freq}: each epoch is one step over all of them"
+            f"{launch.world_size} processes x {options.update_freq}: each epoch is one step over all of "
+            "them"
         )
     log.info(
-        f"data       {len(dataset):,} images, effective batch {sampler.global_batch} "
-        f"({sampler.batch_size} x {launch.world_size} processes x {options.update_freq}), "
-        f"{sampler.steps_per_epoch} steps an epoch"
+        f"data       {len(dataset):,} images, effective batch {sampler.global_batch} ({sampler.batch_size} "
+        f"x {launch.world_size} processes x {options.update_freq}), {sampler.steps_per_epoch} steps an "
+        "epoch"
     )
     run.data.update(images=len(dataset), digest=dataset.digest(options.data_path))
     resumption.check_ranks_have_the_same_images(run.data)
@@ -325,8 +325,8 @@ def save(state: TrainState, stage: Stateful, run: Run, epoch: int, names: list[s
         return
     if not output_dir.is_dir():
         raise UserError(
-            f"--output_dir {output_dir} was removed while the run was writing to it: "
-            "start the same line again"
+            f"--output_dir {output_dir} was removed while the run was writing to it: start the same line "
+            "again"
         )
     content = checkpoint_of(state, epoch, means) | {
         "args": run.flags,
@@ -381,8 +381,8 @@ def restore(state: TrainState, stage: Stateful, run: Run, path: Path, steps_per_
         world_size = int(content["world_size"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{path} is no complete training checkpoint of this code ({type(error).__name__}: "
-            f"{error}): take another one, or start from its weights with --finetune"
+            f"{path} is no complete training checkpoint of this code ({type(error).__name__}: {error}): "
+            "take another one, or start from its weights with --finetune"
         ) from None
     log.info(f"resumed    {path}: epoch {state.epoch}, {state.samples} samples into it, step {state.step}")
     if world_size != run.launch.world_size:

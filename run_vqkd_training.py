@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 
 import torch
@@ -20,53 +19,22 @@ from datasets import ImageFiles, find_unlabeled
 from engine_for_pixel_decoder import PixelDecoderStage
 from engine_for_vqkd import TokenizerStage
 from errors import UserError, report_user_errors
-from norm_ema_quantizer import FEATURES_PER_CODE
-from optim_factory import build_schedule, create_optimizer
+from flags.images import image_source
+from flags.vqkd import (
+    build_tokenizer_views,
+    check_warmup,
+    evaluates_only,
+    get_parser,
+    get_pixel_decoder_parser,
+    parse_flags,
+)
+from optim_factory import ScheduleOptions, build_schedule, create_optimizer
 from runtime import distributed
 from runtime.distributed import log
 from transforms import eval_view
 from visualization import pixel_decoder
 from vit_backbone import cast_frozen
-from vqkd_teachers import Teacher, build_teacher, find_teacher
-
-# not the tokenizer's
-PIXEL_DECODER_DEFAULTS = {"lr": 2e-3, "min_lr": 1e-5, "epochs": 20, "warmup_epochs": 1.0}
-ONLY_FOR_THE_PIXEL_DECODER = ("tokenizer_weight", "pixel_decoder_depth", "pixel_decoder_dim")
-NOT_FOR_THE_PIXEL_DECODER = (
-    "model",
-    "codebook_n_emd",
-    "codebook_emd_dim",
-    "ema_decay",
-    "quantize_kmeans_init",
-    "quantizer_warmup_steps",
-    "revive_dead_codes",
-    "process_type",
-    "teacher_model_type",
-    "teacher_weight",
-    "teacher_input_size",
-    "standardize_teacher",
-    "decoder_depth",
-    "eval",
-    "calculate_codebook_usage",
-)
-
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("VQ-KD tokenizer training")
-    arguments.add_vqkd_flags(parser)
-    arguments.add_data_flags(parser, data_set="image_folder", color_jitter=0.0)
-    arguments.add_pipeline_flags(parser)
-    arguments.add_optimizer_flags(
-        parser,
-        lr=5e-5,
-        min_lr=1e-5,
-        weight_decay=1e-4,
-        epochs=100,
-        lr_help="for a total batch of 128; scaled by total / 128",
-    )
-    arguments.add_step_flags(parser)
-    arguments.add_run_flags(parser, save_ckpt_freq=20)
-    return parser
+from vqkd_teachers import Teacher, build_teacher
 
 
 def build_frozen_teacher(args: argparse.Namespace) -> Teacher:
@@ -97,65 +65,6 @@ def build_model(args: argparse.Namespace, teacher: Teacher, weights: str | None 
     )
 
 
-def get_pixel_decoder_parser() -> argparse.ArgumentParser:
-    """The same flags with other defaults, for --train_pixel_decoder."""
-    parser = get_parser()
-    parser.description = "Pixel decoder training"
-    parser.set_defaults(**PIXEL_DECODER_DEFAULTS)
-    return parser
-
-
-def parse_flags(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arguments.Flags]:
-    parser = get_parser()
-    args = arguments.parse(parser, argv)
-    if args.train_pixel_decoder:
-        parser = get_pixel_decoder_parser()
-        args = arguments.parse(parser, argv)
-    return parser, args
-
-
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    without_effect = NOT_FOR_THE_PIXEL_DECODER if args.train_pixel_decoder else ONLY_FOR_THE_PIXEL_DECODER
-    idle = [name for name in arguments.changed_flags(parser, args) if name in without_effect]
-    if idle:
-        word = "with" if args.train_pixel_decoder else "without"
-        raise UserError(f"--{idle[0]} has no effect {word} --train_pixel_decoder: leave it out")
-    if args.train_pixel_decoder:
-        if args.pixel_decoder_dim % pixel_decoder.HEAD_DIM:
-            raise UserError(
-                f"--pixel_decoder_dim {args.pixel_decoder_dim}: give a multiple of "
-                f"{pixel_decoder.HEAD_DIM}, the width of a head"
-            )
-        if not args.tokenizer_weight:
-            raise UserError(
-                "--train_pixel_decoder needs a trained tokenizer: --tokenizer_weight path/to/checkpoint.pth"
-            )
-        return
-    if args.input_size % modeling_vqkd.PATCH_SIZE:
-        raise UserError(
-            f"--input_size {args.input_size} is not a multiple of the patch size {modeling_vqkd.PATCH_SIZE}"
-        )
-    find_teacher(args.teacher_model_type or modeling_vqkd.default_teacher(args.model))
-    if evaluates_only(args) and not args.resume:
-        raise UserError("--eval needs the tokenizer to evaluate: --resume path/to/checkpoint.pth")
-
-
-def evaluates_only(args: argparse.Namespace) -> bool:
-    return args.eval or args.calculate_codebook_usage
-
-
-def check_warmup(args: argparse.Namespace, steps: int, images_per_step: int) -> None:
-    """The codebook must be there, and have been trained for a while, before the run ends."""
-    tokens_per_step = images_per_step * (args.input_size // modeling_vqkd.PATCH_SIZE) ** 2
-    collecting = math.ceil(FEATURES_PER_CODE * args.codebook_n_emd / tokens_per_step)
-    if args.quantizer_warmup_steps > 0 and args.quantizer_warmup_steps + collecting >= steps:
-        raise UserError(
-            f"--quantizer_warmup_steps {args.quantizer_warmup_steps}, and then {collecting} steps "
-            "that collect features for "
-            f"k-means, leave nothing of a run of {steps} steps: shorten the warm-up or raise --epochs"
-        )
-
-
 def build(args: arguments.Flags) -> engine.Trainer:
     """The run that the flags describe, ready for its first step."""
     # ── Setup ──
@@ -183,7 +92,9 @@ def build(args: arguments.Flags) -> engine.Trainer:
 
     # ── Optimizer: the learning rate grows with the total batch ──
     optimizer = create_optimizer(args, model)
-    schedule = build_schedule(args, scaled_lr(args, data), data.steps_per_epoch)
+    schedule = build_schedule(
+        arguments.options(ScheduleOptions, args), scaled_lr(args, data), data.steps_per_epoch
+    )
     state = run_state.new_state(model, optimizer, run, args.model)
 
     # ── Resume ──
@@ -198,8 +109,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
 
 @report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    parser, args = parse_flags(argv)
-    check(parser, args)
+    args = parse_flags(argv)
     if evaluates_only(args):
         evaluate(args)
     elif args.train_pixel_decoder:
@@ -211,8 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_dataset(args: argparse.Namespace) -> ImageFiles:
     """Training images in [0, 1], randomly cropped and flipped."""
-    images = find_unlabeled(arguments.image_source(args), train=True)
-    return ImageFiles(images, arguments.build_tokenizer_views(args), args.seed)
+    images = find_unlabeled(image_source(args), train=True)
+    return ImageFiles(images, build_tokenizer_views(args), args.seed)
 
 
 def build_held_out_dataset(args: argparse.Namespace) -> ImageFiles | None:
@@ -221,7 +131,7 @@ def build_held_out_dataset(args: argparse.Namespace) -> ImageFiles | None:
     """
     if args.data_set in ("image_folder", "webdataset") and not args.eval_data_path:
         return None
-    images = find_unlabeled(arguments.image_source(args), train=False)
+    images = find_unlabeled(image_source(args), train=False)
     return ImageFiles(images, eval_view(args.input_size), args.seed)
 
 
@@ -249,13 +159,12 @@ def build_pixel_decoder(args: arguments.Flags) -> engine.Trainer:
     model = pixel_decoder.Reconstructor(tokenizer, args.pixel_decoder_depth, args.pixel_decoder_dim)
     if args.input_size != model.image_size:
         raise UserError(
-            f"--input_size {args.input_size}: the tokenizer in {args.tokenizer_weight} reads images "
-            f"of "
+            f"--input_size {args.input_size}: the tokenizer in {args.tokenizer_weight} reads images of "
             f"{model.image_size} pixels: --input_size {model.image_size}"
         )
     log.info(
-        f"tokenizer  {args.tokenizer_weight}: {model.n_codes} codes, {model.grid[0]} x "
-        f"{model.grid[1]} tokens an image"
+        f"tokenizer  {args.tokenizer_weight}: {model.n_codes} codes, {model.grid[0]} x {model.grid[1]} "
+        "tokens an image"
     )
 
     # ── Data ──
@@ -266,15 +175,17 @@ def build_pixel_decoder(args: arguments.Flags) -> engine.Trainer:
 
     # ── Optimizer, resume ──
     optimizer = create_optimizer(args, model.to(run.device))
-    schedule = build_schedule(args, scaled_lr(args, data), data.steps_per_epoch)
+    schedule = build_schedule(
+        arguments.options(ScheduleOptions, args), scaled_lr(args, data), data.steps_per_epoch
+    )
     name = f"pixel decoder {args.pixel_decoder_depth}x{args.pixel_decoder_dim}"
     state = run_state.new_state(model, optimizer, run, name)
     trainer = engine.Trainer(run, stage, data, schedule, state)
     trainer.resume()
     if not torch.equal(tokenizer.quantize.embedding.weight.cpu(), codebook):
         raise UserError(
-            f"--tokenizer_weight {args.tokenizer_weight} is not the tokenizer that the checkpoint to "
-            "resume was trained on: name that one, or another --output_dir"
+            f"--tokenizer_weight {args.tokenizer_weight} is not the tokenizer that the checkpoint to resume "
+            "was trained on: name that one, or another --output_dir"
         )
     trainer.compile()
     return trainer

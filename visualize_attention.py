@@ -21,6 +21,7 @@ import arguments
 import modeling_finetune
 import pretrained
 from errors import UserError, report_user_errors
+from flags.images import add_shown_image_flags, add_view_flags
 from layers.rel_pos_bias import as_pair
 from modeling_finetune import VisionTransformer
 from runtime import distributed
@@ -35,14 +36,16 @@ MOST_PIXELS = 1024 * 1024
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("Attention maps")
+    parser = arguments.new_parser(
+        "Attention maps", "--checkpoint pretrained/checkpoint.pth --image photo.jpg"
+    )
     parser.add_argument(
         "--checkpoint",
         type=arguments.expand_home,
         required=True,
         help=f"of pretraining or fine-tuning: {arguments.WEIGHTS}",
     )
-    arguments.add_shown_image_flags(parser)
+    add_shown_image_flags(parser)
     parser.add_argument(
         "--output", type=arguments.expand_home, default="attention.png", help="picture to write, best a PNG"
     )
@@ -89,7 +92,7 @@ def get_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the checkpoint's own setting if it has one",
     )
-    arguments.add_view_flags(parser)
+    add_view_flags(parser)
     return parser
 
 

@@ -31,7 +31,7 @@ OUTSIDE = 0.85  # gray around the image, for patches at its border
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("The patches behind each code")
+    parser = arguments.new_parser("The patches behind each code", "--encoded codes --output codebook.html")
     parser.add_argument(
         "--encoded",
         type=arguments.expand_home,

@@ -13,6 +13,7 @@ import torch
 
 import arguments
 from errors import report_user_errors
+from flags.images import add_shown_image_flags, add_view_flags
 from runtime import distributed
 from runtime.device import pick_device
 from runtime.distributed import log
@@ -23,21 +24,23 @@ from visualization.pixel_decoder import open_reconstructor
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("Reconstructions from tokens")
+    parser = arguments.new_parser(
+        "Reconstructions from tokens", "--checkpoint decoder/checkpoint.pth --image photo.jpg"
+    )
     parser.add_argument(
         "--checkpoint",
         type=arguments.expand_home,
         required=True,
         help=f"of run_vqkd_training.py --train_pixel_decoder: {arguments.FILE_OR_URL}",
     )
-    arguments.add_shown_image_flags(parser)
+    add_shown_image_flags(parser)
     parser.add_argument(
         "--output",
         type=arguments.expand_home,
         default="reconstruction.png",
         help="picture to write, best a PNG",
     )
-    arguments.add_view_flags(parser)
+    add_view_flags(parser)
     return parser
 
 

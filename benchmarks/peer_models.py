@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Contender, Turn
-from checkpoint_io.weight_formats import CLASSIFIER, TIMM_ARGS, huggingface_config, to_huggingface, to_timm
+from checkpoint_io.huggingface_format import CLASSIFIER, make_huggingface_config, to_huggingface
+from checkpoint_io.timm_format import TIMM_ARGS, to_timm
 from errors import UserError
 from modeling_finetune import VisionTransformer
 from vit_backbone import Trunk
@@ -105,7 +106,7 @@ class Worker:
         )
         self.ask(
             do="build",
-            config=huggingface_config(constructor_args(model), CLASSIFIER, 0, 0.0, None),
+            config=make_huggingface_config(constructor_args(model), CLASSIFIER, 0, 0.0, None),
             weights=weights,
             batch=kept,
             threads=torch.get_num_threads(),

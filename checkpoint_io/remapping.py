@@ -8,7 +8,7 @@ embeddings); FlexiViT (patch sizes).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,34 @@ from timm.layers import resample_patch_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from checkpoint_io.weight_formats import INDEX, SHARED_TABLE, TABLE, to_our_names
+from checkpoint_io.huggingface_format import from_huggingface, is_huggingface
+from checkpoint_io.weight_formats import (
+    INDEX,
+    SHARED_TABLE,
+    TABLE,
+    Weights,
+    from_plain_blocks,
+    refuse_other_parts,
+    strip_wrappers,
+)
 from errors import UserError
 from layers.rel_pos_bias import grid_of, resize_pos_embed, resize_rel_pos_bias_table
 
 PATCHES = "patch_embed.proj.weight"
+
+
+def to_our_names(state_dict: Mapping[str, Tensor]) -> Weights:
+    """A state dict of Hugging Face's BEiT, timm's, or a plain ViT under our names; ours
+    comes back as it is, and is not copied.
+
+    Keys that are nobody's (a segmentation head) keep their names. UserError: as
+    strip_wrappers, from_plain_blocks and refuse_other_parts; a Hugging Face layer
+    without its q, k or v.
+    """
+    bare = strip_wrappers(state_dict)
+    ours = from_plain_blocks(from_huggingface(bare) if is_huggingface(bare) else bare)
+    refuse_other_parts(ours)
+    return ours
 
 
 def infer_patch_grid(weights: dict[str, Tensor]) -> tuple[int, int] | None:
@@ -104,7 +127,7 @@ def remap_pretrained(state_dict: dict[str, Tensor], model: Any) -> dict[str, Ten
     absolute positions to the model's grid, adapts the patch embedding, gives a layer
     scale of 1 to blocks that were trained without, and leaves out a head of another
     size and all that the model lacks (lm_head, cls_pt_layers). UserError: weights of
-    another architecture (weight_formats.to_our_names).
+    another architecture (as to_our_names).
     """
     wanted, grid = model.state_dict(), model.patch_embed.patch_shape
     source = prepare_source(state_dict, model)

@@ -16,9 +16,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from checkpoint_io import checkpoints, downloads, weight_files, weight_formats
-from checkpoint_io.remapping import add_class_position
-from checkpoint_io.weight_formats import INDEX, TABLE, ExternalConfig
+from checkpoint_io import checkpoints, downloads, published, weight_files
+from checkpoint_io.huggingface_format import is_huggingface, read_huggingface_config
+from checkpoint_io.remapping import add_class_position, to_our_names
+from checkpoint_io.timm_format import read_timm_config
+from checkpoint_io.weight_formats import INDEX, TABLE, ExternalConfig, strip_wrappers
 from data_pipeline.imagenet_classes import in_words, synsets
 from errors import UserError
 from layers.rel_pos_bias import as_pair, relative_position_index
@@ -68,32 +70,32 @@ def read_weights(
         )
     found = weight_files.extract_weights(content, checkpoint, "model_ema" if ema else keys)
     try:
-        found = weight_formats.strip_wrappers(found if select is None else select(found))
+        found = strip_wrappers(found if select is None else select(found))
     except UserError as error:
         raise UserError(f"{flag} {checkpoint}: {error}") from None
-    huggingface = weight_formats.is_huggingface(found)
+    huggingface = is_huggingface(found)
     library = "huggingface" if huggingface else "timm" if "architecture" in config else "ours"
     if expected != "auto" and huggingface != (expected == "huggingface"):
         names = "Hugging Face's" if huggingface else "ours, which are timm's too"
         raise UserError(
             f"--from {expected}: the names in {checkpoint} are {names}; --from auto sees by itself"
         )
-    published = downloads.ENTRIES.get(path.stem)
+    entry = published.ENTRIES.get(path.stem)
     flags = weight_files.flags_to_dict(beside.get("args"))
     stage = beside.get("stage")
     classes = stage.get("classes") if isinstance(stage, dict) else None
-    if published is not None:  # v2 was trained with ImageNet's mean and std, v1 with 0.5 (docs/recipes.md)
+    if entry is not None:  # v2 was trained with ImageNet's mean and std, v1 with 0.5 (docs/recipes.md)
         flags = {"imagenet_default_mean_and_std": path.stem.startswith("beitv2"), **flags}
-        if published.kind == "segmentation":  # ADE20K
+        if entry.kind == "segmentation":  # ADE20K
             flags = {"input_size": 512, "reduce_zero_label": True, **flags}
         classes = synsets() if len(found.get("head.bias", ())) == len(synsets()) else None
     external = ExternalConfig(None, None, None, None)
     try:
         if library == "huggingface" and config:
-            external = weight_formats.read_huggingface_config(config, preprocessor)
+            external = read_huggingface_config(config, preprocessor)
         elif library == "timm":
-            external = weight_formats.read_timm_config(config)
-        weights = weight_formats.to_our_names(found)
+            external = read_timm_config(config)
+        weights = to_our_names(found)
     except UserError as error:
         raise UserError(f"{flag} {checkpoint}: {error}") from None
     flags = {**flags_from_config(external), **flags}

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 import arguments
-from checkpoint_io import downloads, weight_files, weight_source
+from checkpoint_io import published, weight_files, weight_source
 from checkpoint_io.checkpoints import to_plain_data
 from checkpoint_io.remapping import PATCHES, describe_patches, load_remapped
 from data_pipeline.imagenet_classes import RobustSet, synsets
@@ -110,7 +110,7 @@ def suggest_training_flags(
 ) -> str:
     """The way out of a model that does not fit, as far as the file or its published name tells."""
     theirs = ", ".join(other for other, _ in compare_flags(trained.flags, parser, args, SHAPING))
-    entry = downloads.ENTRIES.get(trained.source)
+    entry = published.ENTRIES.get(trained.source)
     if not theirs and entry and entry.model != args.model:
         theirs = f"--model {entry.model}"
     return f"; it was trained with {theirs}" if theirs else "; give the flags of its training"
@@ -172,7 +172,10 @@ def compare_flags(
 ) -> list[tuple[str, str]]:
     """(as it was trained, as it is now) for each of `names` that the training's flags tell otherwise."""
     return [
-        (arguments.spelled(parser, name, flags[name]), arguments.spelled(parser, name, getattr(args, name)))
+        (
+            arguments.format_flag(parser, name, flags[name]),
+            arguments.format_flag(parser, name, getattr(args, name)),
+        )
         for name in names
         if name in flags and to_plain_data(flags[name]) != to_plain_data(getattr(args, name))
     ]

@@ -22,7 +22,7 @@ STRIP = 1 << 22  # scores of one strip of the finished picture: 16 MiB
 
 
 @dataclass(frozen=True)
-class Looking:
+class SlidingWindow:
     """How an image is looked at. `window` None: as a whole. `batch`: windows that the network sees at once."""
 
     window: int | None = 512
@@ -34,7 +34,7 @@ class Looking:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, image: Tensor, size: tuple[int, int], how: Looking, precision: Precision
+    model: nn.Module, image: Tensor, size: tuple[int, int], how: SlidingWindow, precision: Precision
 ) -> Tensor:
     """Classes (height, width) int64 of an image (3, h, w); `size` is the picture's own, (height, width)."""
 
@@ -45,7 +45,7 @@ def predict(
     return classes_at(scores(scores_of, image, how), size)
 
 
-def scores(network: Callable[[Tensor], Tensor], image: Tensor, how: Looking) -> Tensor:
+def scores(network: Callable[[Tensor], Tensor], image: Tensor, how: SlidingWindow) -> Tensor:
     """Logits of the image, (K, h, w); of several views the mean of their probabilities,
     each view at the image's size.
     """
@@ -63,7 +63,7 @@ def scores(network: Callable[[Tensor], Tensor], image: Tensor, how: Looking) -> 
     return total / len(views)
 
 
-def slide(network: Callable[[Tensor], Tensor], image: Tensor, how: Looking) -> Tensor:
+def slide(network: Callable[[Tensor], Tensor], image: Tensor, how: SlidingWindow) -> Tensor:
     """Logits (1, K, h, w) of an image (1, 3, h, w): where windows overlap, their mean."""
     height, width = image.shape[2:]
     if how.window is None:

@@ -71,7 +71,7 @@ def restore_training_flags(
         name: content.flags[name] for name in LOOKS_AS_TRAINED if name in content.flags and name not in given
     }
     changed = [
-        arguments.spelled(parser, name, value)
+        arguments.format_flag(parser, name, value)
         for name, value in theirs.items()
         if value != getattr(args, name)
     ]

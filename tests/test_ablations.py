@@ -36,6 +36,7 @@ import run_vqkd_training
 import visualize_attention
 from engine_for_pretraining import PretrainingStage
 from errors import UserError
+from flags.pretraining import build_mask_generator
 from masking_generator import RandomMaskingGenerator
 
 PLAIN = ["--model", "beit_demo_patch16_128_8k_vocab"]  # without the CLS head
@@ -129,7 +130,7 @@ def test_mask_type_random_masks_single_patches(data, codes, tmp_path, monkeypatc
 def test_masks_follow_the_flags():
     def masked(*flags):
         args = arguments.parse(run_beitv2_pretraining.get_parser(), ["--data_path", "x", *flags])
-        return int(arguments.build_mask_generator(args, 14)().sum())
+        return int(build_mask_generator(args, 14)().sum())
 
     assert [masked(), masked("--mask_type", "random"), masked("--no_mask")] == [75, 75, 0]
     assert masked("--mask_type", "random", "--num_mask_patches", "98") == 98

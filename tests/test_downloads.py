@@ -21,7 +21,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from checkpoint_io import downloads
+from checkpoint_io import downloads, url_download, urls
 from errors import UserError
 
 BODY = random.Random(2).randbytes(1000)
@@ -186,7 +186,7 @@ def test_https_is_not_left_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BEIT_ALLOW_HTTP", "1")
     request = urllib.request.Request("https://example.com/w.pth")
     with pytest.raises(UserError, match="tampered"):
-        downloads._SafeRedirects().redirect_request(request, None, 302, "Found", {}, "http://127.0.0.1/w.pth")
+        urls.SafeRedirects().redirect_request(request, None, 302, "Found", {}, "http://127.0.0.1/w.pth")
 
 
 def test_a_password_goes_where_the_url_goes(server: Script) -> None:
@@ -211,7 +211,7 @@ def test_a_server_that_trickles_is_left(server: Script, head: bytes, monkeypatch
             connection.sendall(b"1")
             time.sleep(0.02)
 
-    monkeypatch.setattr(downloads, "TIMEOUT", 0.3)
+    monkeypatch.setattr(url_download, "TIMEOUT", 0.3)
     server.answers = [trickle]
     with pytest.raises(UserError, match=r"sent nothing for|sends only"):
         downloads.fetch(f"{server.url}/w.pth")

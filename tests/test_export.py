@@ -20,7 +20,7 @@ from timm.models.beit import Beit
 import export_checkpoint
 import modeling_finetune
 import modeling_pretrain
-from checkpoint_io import weight_formats
+from checkpoint_io import huggingface_format, remapping
 from data_pipeline.imagenet_classes import synsets
 from transforms import IMAGENET_MEAN, IMAGENET_STD, eval_view, load_image
 
@@ -241,7 +241,7 @@ def test_weights_come_back_from_hugging_face_bit_for_bit(case, huggingface, tmp_
         mine |= {f"blocks.{block}.attn.{name}_bias": zeros for block in range(4) for name in "qv"}
     for folder in (job["folder"], job["saved"]):
         assert_same(load_file(export(folder, "safetensors", tmp_path / "back.safetensors")), mine)
-    converted = weight_formats.to_our_names(load_file(job["modules"]))
+    converted = remapping.to_our_names(load_file(job["modules"]))
     assert all(
         torch.equal(converted[key], value)
         for key, value in mine.items()
@@ -304,7 +304,7 @@ def test_a_demo_model_gets_its_name_and_keeps_its_flags(tmp_path):
 
 def test_our_names_stay_as_they_are():
     for model in (classifier("both"), pretraining()):
-        assert_same(weight_formats.to_our_names(model.state_dict()), model.state_dict())
+        assert_same(remapping.to_our_names(model.state_dict()), model.state_dict())
 
 
 def test_another_size_resizes_the_tables(tmp_path):
@@ -402,7 +402,7 @@ def test_other_models_are_told_apart(tmp_path, capsys):
 
 def test_a_backbone_of_hugging_face_s_segmentation_comes_without_its_head(tmp_path, capsys):
     model = classifier("mean")
-    weights = weight_formats.to_huggingface(model.state_dict(), weight_formats.CLASSIFIER).weights
+    weights = huggingface_format.to_huggingface(model.state_dict(), huggingface_format.CLASSIFIER).weights
     weights = {
         key: value.clone() for key, value in weights.items() if key.startswith(("beit.emb", "beit.enc"))
     }

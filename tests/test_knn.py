@@ -12,6 +12,7 @@ from tiny_runs import assert_same_weights, log_lines, photos, pretraining_flags,
 import run_beitv2_pretraining
 import run_linear_eval
 from evaluation import knn
+from flags.linear_eval import TRAINING_FLAGS
 
 CPU = torch.device("cpu")
 CLASSES = 7
@@ -170,7 +171,7 @@ def test_every_flag_of_the_optimizer_is_idle_or_read_with_k_nn():
     read |= {"output_dir", "device", "seed", "num_workers", "pin_mem"}
     read |= {"auto_resume"}  # without a checkpoint there is nothing to go on from, whatever it says
     found = {action.dest for title in ("optimization", "run") for action in groups[title]._group_actions}
-    assert found == {*run_linear_eval.OF_TRAINING} | read
+    assert found == {*TRAINING_FLAGS} | read
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,18 @@ from source_files import FOLDERS, library_files, module_name
 LAYERS = (
     ("commands", "run_vqkd_training run_beitv2_pretraining run_class_finetuning " "run_segmentation_finetuning run_linear_eval "
      "encode_images visualize_* export_checkpoint model_zoo benchmark"),
+    ("flags", "flags"),
     ("benchmarks", "benchmarks"),
     ("engines", "engine* run_state"),
     ("segmentation", "segmentation"),
     ("evaluation", "evaluation visualization"),
     ("networks", "vit_backbone modeling_* norm_ema_quantizer vqkd_teachers pretrained"),
     ("weights", "checkpoint_io"),
-    ("flags", "arguments"),
     ("images", "datasets transforms masking_generator"),
     ("data", "data_pipeline"),
     ("runtime", "runtime"),
     ("layers", "layers"),
-    ("shared", "optim_factory utils errors"),
+    ("shared", "arguments optim_factory utils errors"),
 )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ import modeling_dvae
 import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
-from checkpoint_io import downloads, weight_files
+from checkpoint_io import checksums, downloads, published, weight_files
 from checkpoint_io.pickle_builders import PickledObject
 from errors import UserError
 
@@ -110,26 +110,26 @@ def closed_port() -> int:
 
 
 def test_table_names_files_builders_and_results() -> None:
-    entry = downloads.ENTRIES["beitv2_base_patch16_224_pt1k"]
-    assert entry.urls == [downloads.MIRRORS[0] + "BEiT-v2/beitv2_base_patch16_224_pt1k.pth"]
+    entry = published.ENTRIES["beitv2_base_patch16_224_pt1k"]
+    assert entry.urls == [published.MIRRORS[0] + "BEiT-v2/beitv2_base_patch16_224_pt1k.pth"]
     assert (entry.kind, entry.model) == ("pretrained", "beit_base_patch16_224_8k_vocab_cls_pt")
-    entry = downloads.ENTRIES["beit_base_patch16_384_pt22k_ft22kto1k"]
+    entry = published.ENTRIES["beit_base_patch16_384_pt22k_ft22kto1k"]
     assert (entry.file, entry.model) == (
         "v1.0/beit_base_patch16_384_pt22k_ft22kto1k.pth",
         "beit_base_patch16_384",
     )
     assert (entry.classes, dict(entry.metrics)) == (1000, {"top1": 86.82, "top5": 98.124, "loss": 0.565})
-    entry = downloads.ENTRIES["vqkd_encoder_base_decoder_3x768x12_clip"]
+    entry = published.ENTRIES["vqkd_encoder_base_decoder_3x768x12_clip"]
     assert entry.urls[0].endswith("/BEiT-v2/vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth")
     assert entry.sha256_prefix == "d5036aa7"
-    assert len(downloads.ENTRIES) == 30
+    assert len(published.ENTRIES) == 30
 
 
 def test_main_prints_the_table_and_knows_its_names(capsys: pytest.CaptureFixture[str]) -> None:
     model_zoo.main([])
     out = capsys.readouterr().out
     assert "top1 85.5" in out
-    assert all(name in out for name in downloads.ENTRIES)
+    assert all(name in out for name in published.ENTRIES)
     with pytest.raises(SystemExit):
         model_zoo.main(["beitv2_base_patch16_224_pt1"])
     assert "beitv2_base_patch16_224_pt1k" in capsys.readouterr().err
@@ -154,7 +154,7 @@ def test_the_table_shows_about_how_much_is_downloaded() -> None:
 
 def test_the_parameter_counts_are_those_of_the_models() -> None:
     positions = {"use_abs_pos_emb": False, "init_values": 0.1}
-    for name, entry in downloads.ENTRIES.items():
+    for name, entry in published.ENTRIES.items():
         with torch.device("meta"):
             if entry.kind == "tokenizer":
                 model = modeling_vqkd.create_model(name, as_tokenizer=True)
@@ -233,7 +233,7 @@ def test_a_file_put_into_the_cache_by_hand_is_checked(
     assert path.read_text() == "garbage"  # not ours to delete
     path.write_bytes(BODY)  # the right file, in the place of the wrong one
     monkeypatch.setitem(
-        downloads.ENTRIES, name, dataclasses.replace(downloads.ENTRIES[name], sha256_prefix=HASH)
+        published.ENTRIES, name, dataclasses.replace(published.ENTRIES[name], sha256_prefix=HASH)
     )
     assert downloads.fetch(name) == path
 
@@ -242,8 +242,8 @@ def test_a_cached_file_is_read_for_its_hash_once(
     server: Server, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed = []
-    digest = downloads._digest
-    monkeypatch.setattr(downloads, "_digest", lambda path: [hashed.append(path.name), digest(path)][1])
+    digest = checksums.hash_file
+    monkeypatch.setattr(checksums, "hash_file", lambda path: [hashed.append(path.name), digest(path)][1])
     hub.mkdir(parents=True)
     (hub / f"by-hand-{HASH}.pth").write_bytes(BODY)
     for _ in range(3):
@@ -278,14 +278,14 @@ def test_partial_file_of_an_earlier_run_is_resumed(server: Server, hub: pathlib.
 def test_partial_file_of_another_file_is_not_mixed_in(
     server: Server, hub: pathlib.Path, changed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downloads, "MIRRORS", [server.url + "one/"])
+    monkeypatch.setattr(published, "MIRRORS", [server.url + "one/"])
     server.break_after = [1_000_000, 0]
     with pytest.raises(UserError):
         downloads.fetch("beit_base_patch16_224_pt22k")
     (part,) = hub.glob("*.part")
     part.write_bytes(b"?" * 1_000_000)  # what the earlier version held
     server.etag = '"2"' if changed == "file" else '"1"'
-    monkeypatch.setattr(downloads, "MIRRORS", [server.url + ("one/" if changed == "file" else "two/")])
+    monkeypatch.setattr(published, "MIRRORS", [server.url + ("one/" if changed == "file" else "two/")])
     assert downloads.fetch("beit_base_patch16_224_pt22k").read_bytes() == BODY
 
 
@@ -322,9 +322,9 @@ def test_a_number_in_a_name_is_no_hash(server: Server, name: str) -> None:
 def test_mirrors_are_tried_in_turn(
     server: Server, hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downloads, "MIRRORS", [f"http://127.0.0.1:{closed_port()}/", server.url])
+    monkeypatch.setattr(published, "MIRRORS", [f"http://127.0.0.1:{closed_port()}/", server.url])
     assert downloads.fetch("beit_base_patch16_224_pt22k") == hub / "beit_base_patch16_224_pt22k.pth"
-    monkeypatch.setattr(downloads, "FORMER_HOSTS", ("localhost",))
+    monkeypatch.setattr(published, "FORMER_HOSTS", ("localhost",))
     dead = f"http://localhost:{closed_port()}/x/beitv2_base_patch16_224_pt1k.pth?sv=1&sig=2"
     assert downloads.fetch(dead) == hub / "beitv2_base_patch16_224_pt1k.pth"
 
@@ -337,7 +337,7 @@ def test_the_users_mirrors_come_first(
     name = "beitv2_base_patch16_224_pt1k"
     (folder / "BEiT-v2" / f"{name}.pth").write_bytes(b"in the published folder")
     (folder / "beit_base_patch16_224_pt22k.pth").write_bytes(b"bare")
-    monkeypatch.setattr(downloads, "MIRRORS", [f"{server.url}published/"])
+    monkeypatch.setattr(published, "MIRRORS", [f"{server.url}published/"])
     monkeypatch.setenv(
         "BEIT_MIRRORS", f"http://127.0.0.1:{closed_port()} {folder.as_uri()} {server.url}mirror/"
     )
@@ -356,9 +356,9 @@ def test_a_mirror_with_another_file_is_passed_over(
 ) -> None:
     name = "vqkd_encoder_base_decoder_1x768x12_clip"
     monkeypatch.setitem(
-        downloads.ENTRIES, name, dataclasses.replace(downloads.ENTRIES[name], sha256_prefix=HASH)
+        published.ENTRIES, name, dataclasses.replace(published.ENTRIES[name], sha256_prefix=HASH)
     )
-    monkeypatch.setattr(downloads, "MIRRORS", [server.url])
+    monkeypatch.setattr(published, "MIRRORS", [server.url])
     monkeypatch.setenv("BEIT_MIRRORS", f"{server.url}login")
     server.bodies = {f"/login/{part}{name}-d93179da.pth": b"<html>" for part in ("BEiT-v2/", "")}
     assert downloads.fetch(name).read_bytes() == BODY
@@ -367,7 +367,7 @@ def test_a_mirror_with_another_file_is_passed_over(
 
 def test_unreachable_mirrors_are_all_named(hub: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port = closed_port()
-    monkeypatch.setattr(downloads, "MIRRORS", [f"http://127.0.0.1:{port}/published/"])
+    monkeypatch.setattr(published, "MIRRORS", [f"http://127.0.0.1:{port}/published/"])
     monkeypatch.setenv("BEIT_MIRRORS", f"http://127.0.0.1:{port}/mirror")
     with pytest.raises(
         UserError,

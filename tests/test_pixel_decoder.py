@@ -294,8 +294,9 @@ def refused(main, argv, message, capsys):
 
 
 def test_the_mode_has_its_own_defaults_and_keeps_what_is_given():
-    _, args = run_vqkd_training.parse_flags(["--train_pixel_decoder", "--data_path", "x", "--epochs", "3"])
+    mode = ["--train_pixel_decoder", "--tokenizer_weight", "t.pth"]
+    args = run_vqkd_training.parse_flags([*mode, "--data_path", "x", "--epochs", "3"])
     assert (args.lr, args.epochs) == (2e-3, 3)
-    parser, args = run_vqkd_training.parse_flags(["--data_path", "x"])
+    args = run_vqkd_training.parse_flags(["--data_path", "x"])
     assert (args.lr, args.epochs) == (5e-5, 100)
-    assert arguments.changed_flags(parser, args) == {"data_path": "x"}
+    assert arguments.changed_flags(run_vqkd_training.get_parser(), args) == {"data_path": "x"}

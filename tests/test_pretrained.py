@@ -20,7 +20,7 @@ import modeling_vqkd
 import pretrained
 import run_class_finetuning
 import run_linear_eval
-from checkpoint_io import remapping, weight_formats, weight_source
+from checkpoint_io import huggingface_format, remapping, weight_source
 from checkpoint_io.remapping import infer_patch_grid
 from errors import UserError
 from modeling_finetune import VisionTransformer, remap_pretrained, resize_rel_pos_bias_table
@@ -186,7 +186,7 @@ def test_fine_tuning_on_images_that_are_not_square(tmp_path):
 
 def test_hugging_faces_file_is_fine_tuned_from_directly():
     source = vit()
-    theirs = weight_formats.to_huggingface(source.state_dict(), weight_formats.CLASSIFIER).weights
+    theirs = huggingface_format.to_huggingface(source.state_dict(), huggingface_format.CLASSIFIER).weights
     assert not theirs.keys() & source.state_dict().keys()
     fitting, target = remap_pretrained(theirs, vit()), source.state_dict()
     assert fitting.keys() == {key for key in target if not key.endswith("position_index")}
@@ -250,8 +250,8 @@ def test_resuming_from_another_kind_of_model_says_what_it_is(tmp_path, capsys):
 
 def test_a_folder_of_hugging_face_is_fine_tuned_from(tmp_path, capsys):
     data = photos(tmp_path / "data", per_class=1)
-    theirs = weight_formats.to_huggingface(
-        vit(32, embed_dim=128, depth=6).state_dict(), weight_formats.CLASSIFIER
+    theirs = huggingface_format.to_huggingface(
+        vit(32, embed_dim=128, depth=6).state_dict(), huggingface_format.CLASSIFIER
     ).weights
     (tmp_path / "hf").mkdir()
     safetensors.torch.save_file(theirs, tmp_path / "hf/model.safetensors")
@@ -437,7 +437,7 @@ def test_what_wraps_a_model_is_taken_off(prefix, tmp_path):
     with torch.no_grad():
         assert torch.equal(model.get_intermediate_layers(x)[-1], source.get_intermediate_layers(x)[-1])
     assert remap_pretrained(inside, vit()).keys() == remap_pretrained(source.state_dict(), vit()).keys()
-    theirs = weight_formats.to_huggingface(source.state_dict(), weight_formats.CLASSIFIER).weights
+    theirs = huggingface_format.to_huggingface(source.state_dict(), huggingface_format.CLASSIFIER).weights
     assert (
         remap_pretrained({prefix + key: value for key, value in theirs.items()}, vit()).keys()
         == remap_pretrained(theirs, vit()).keys()

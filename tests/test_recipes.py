@@ -21,8 +21,9 @@ import run_class_finetuning
 import run_linear_eval
 import run_segmentation_finetuning
 import run_vqkd_training
-from checkpoint_io import downloads
+from checkpoint_io import published
 from evaluation import trained_classifier
+from flags import finetuning, linear_eval, pretraining, segmentation, vqkd
 
 ROOT = Path(__file__).parent.parent
 SHELL_FILES = sorted((ROOT / "scripts").rglob("*.sh"))
@@ -281,9 +282,9 @@ def test_tokenizer_recipes(name):
         process_type="default",
         opt="adamw",
     )
-    run_vqkd_training.check(run.entry.get_parser(), run.args)
+    vqkd.check_flags(run.entry.get_parser(), run.args)
     assert model in modeling_vqkd.MODELS
-    assert model in downloads.ENTRIES
+    assert model in published.ENTRIES
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
@@ -317,10 +318,11 @@ def test_pretraining_recipes(name):
         run,
         **dict.fromkeys(("tokenizer_model", "tokenizer_weight"), "vqkd_encoder_base_decoder_3x768x12_clip"),
     )
-    assert run_beitv2_pretraining.patch_grid(run.args) == 14
+    pretraining.check_flags(run.args)
+    assert pretraining.student_grid(run.args) == 14
     assert run.args.model in modeling_pretrain.MODELS
     assert run.args.tokenizer_model in modeling_vqkd.MODELS
-    assert downloads.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer"
+    assert published.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer"
 
 
 @pytest.mark.parametrize("name", PRETRAINING_V1)
@@ -352,13 +354,13 @@ def test_pretraining_recipes_of_v1(name):
     expect(run, tokenizer_model="dall-e", tokenizer_weight="dall_e_encoder")
     assert run.args.imagenet_default_mean_and_std is imagenet_mean
     assert (run.args.rel_pos_bias, run.args.abs_pos_emb) == (True, False)
-    assert run_beitv2_pretraining.patch_grid(run.args) == 14
+    pretraining.check_flags(run.args)
+    assert pretraining.student_grid(run.args) == 14
     assert (
-        run_beitv2_pretraining.idle_flags(run.args).keys()
-        & arguments.changed_flags(run.entry.get_parser(), run.args)
+        pretraining.idle_flags(run.args).keys() & arguments.changed_flags(run.entry.get_parser(), run.args)
         == set()
     )
-    assert downloads.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer-v1"
+    assert published.ENTRIES[run.args.tokenizer_weight].kind == "tokenizer-v1"
 
 
 def ablation(name: str, recipe: str) -> tuple[SimpleNamespace, dict[str, object]]:
@@ -378,7 +380,8 @@ def test_ablations_of_v1_change_one_thing(name):
     switches, top1, miou = ABLATIONS_V1[name]
     run, differing = ablation(name, "pretrain/base_v1_in1k")
     assert differing == {"epochs": 300, **switches}
-    assert run_beitv2_pretraining.patch_grid(run.args) == 14
+    pretraining.check_flags(run.args)
+    assert pretraining.student_grid(run.args) == 14
     expected = said_of(name, "Expected")
     assert expected.startswith(f"{top1} % top-1" if top1 else "not published")
     assert miou is None or f" {miou} mIoU" in expected
@@ -398,9 +401,10 @@ def test_fine_tuning_keeps_the_positions_of_an_ablation(name):
 def test_ablations_of_v2s_pretraining_change_one_thing(name):
     run, differing = ablation(name, "pretrain/base_300e")
     assert differing == ABLATIONS_V2[name]
-    assert run_beitv2_pretraining.patch_grid(run.args) == 14
+    pretraining.check_flags(run.args)
+    assert pretraining.student_grid(run.args) == 14
     changed = arguments.changed_flags(run.entry.get_parser(), run.args)
-    assert run_beitv2_pretraining.idle_flags(run.args).keys() & changed.keys() == set()
+    assert pretraining.idle_flags(run.args).keys() & changed.keys() == set()
     assert said_of(name, "Expected").startswith("no figure at hand")
 
 
@@ -409,7 +413,7 @@ def test_ablations_of_the_tokenizer_change_one_thing_and_name_the_flags_of_pretr
     switches, more = ABLATIONS_VQKD[name]
     run, differing = ablation(name, "vqkd/base_3x768x12_clip")
     assert differing == switches
-    run_vqkd_training.check(run.entry.get_parser(), run.args)
+    vqkd.check_flags(run.entry.get_parser(), run.args)
     expected = said_of(name, "Expected")
     assert expected.startswith(
         "100 % of the codebook" if name == "v2_decoder_depth_1" else "no figure at hand"
@@ -493,10 +497,10 @@ def test_finetuning_recipes(name):
     assert run.args.use_mean_pooling
     assert run.args.rel_pos_bias
     assert not run.args.model_ema
-    run_class_finetuning.check(run.args)
-    published = downloads.ENTRIES[weights]
-    assert published.kind == ("intermediate" if "ft2" in name else "pretrained")
-    assert published.model.startswith(run.args.model)
+    finetuning.check_flags(run.args)
+    entry = published.ENTRIES[weights]
+    assert entry.kind == ("intermediate" if "ft2" in name else "pretrained")
+    assert entry.model.startswith(run.args.model)
     assert run.args.model in modeling_finetune.MODELS
 
 
@@ -528,8 +532,8 @@ def test_linear_probe_recipes(name):
     assert run.args.imagenet_default_mean_and_std is ("v2" in name)
     assert run.args.mode == "linear"
     assert not run.args.cached_features
-    run_linear_eval.check(run_linear_eval.get_parser(), run.args)
-    assert downloads.ENTRIES[weights].kind == "pretrained"
+    linear_eval.check_flags(run_linear_eval.get_parser(), run.args)
+    assert published.ENTRIES[weights].kind == "pretrained"
 
 
 @pytest.mark.parametrize("name", SEGMENTATION)
@@ -561,10 +565,10 @@ def test_segmentation_recipes(name):
     expect(run, opt="adamw", opt_betas=[0.9, 0.999], weight_decay=0.05)
     assert run.args.imagenet_default_mean_and_std is ("v2" in name)
     assert (run.args.scale_range, run.args.max_class_share, run.args.hflip) == ([0.5, 2.0], 0.75, 0.5)
-    assert run_segmentation_finetuning.looking(run.args).stride == 341
-    run_segmentation_finetuning.check(run.args)
+    assert segmentation.build_sliding_window(run.args).stride == 341
+    segmentation.check_flags(run.args)
     assert model in modeling_segmentation.VARIANTS
-    assert downloads.ENTRIES[weights].kind == ("intermediate" if "ft21k" in name else "pretrained")
+    assert published.ENTRIES[weights].kind == ("intermediate" if "ft21k" in name else "pretrained")
     expected = re.search(r"^# Expected: (.*)$", RECIPES[name], flags=re.MULTILINE)[1]
     assert expected.startswith(f"mIoU {miou}" if miou else "none at hand")
 
@@ -578,12 +582,12 @@ def test_the_head_says_what_to_expect_and_its_example_for_fewer_gpus_keeps_the_b
     for part in ("Hardware", "Time", "Expected", "Fewer GPUs"):
         assert re.search(rf"^# {part}: \S", text, re.MULTILINE), part
     assert f"bash scripts/{name}.sh" in text
-    published = dry_run(name)
-    assert f"= {published.batch}" in text
+    full = dry_run(name)
+    assert f"= {full.batch}" in text
     variables, flags, batch = re.search(r"Fewer GPUs: `(.+) \.\.\. (.+)` keeps .* at (\d+)", text).groups()
     fewer = dry_run(name, *shlex.split(flags), **dict(word.split("=") for word in variables.split()))
-    assert fewer.gpus < published.gpus
-    assert fewer.batch == published.batch == int(batch)
+    assert fewer.gpus < full.gpus
+    assert fewer.batch == full.batch == int(batch)
 
 
 @pytest.mark.parametrize("name", RECIPES)

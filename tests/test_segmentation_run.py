@@ -25,7 +25,7 @@ from tiny_runs import (
 import modeling_segmentation
 import run_class_finetuning
 import run_segmentation_finetuning
-from checkpoint_io import downloads, weight_source
+from checkpoint_io import downloads, published, weight_source
 from engine_for_segmentation import Scores
 from optim_factory import Schedule, poly_scheduler
 from run_segmentation_finetuning import main
@@ -353,7 +353,7 @@ def test_other_kinds_of_files_are_called_by_name(data, trained, tmp_path, capsys
 
 def test_published_segmentation_models_are_looked_at_as_they_were_trained(monkeypatch, tmp_path):
     name = "beitv2_base_patch16_224_pt1k_ftade20k"
-    assert downloads.ENTRIES[name].kind == "segmentation"
+    assert published.ENTRIES[name].kind == "segmentation"
     torch.save(
         {"state_dict": {"decode_head.conv_seg.weight": torch.zeros(150, 8, 1, 1)}}, tmp_path / f"{name}.pth"
     )

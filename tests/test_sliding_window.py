@@ -9,7 +9,7 @@ from engine_for_segmentation import pixel_accuracy, pixel_loss, scores_of
 from runtime.device import Precision
 from segmentation import sliding_window
 from segmentation.mask_files import IGNORED
-from segmentation.sliding_window import Looking, classes_at, predict, scores, slide, starts, strip
+from segmentation.sliding_window import SlidingWindow, classes_at, predict, scores, slide, starts, strip
 
 FP32 = Precision("cpu", None)
 
@@ -37,7 +37,7 @@ def test_windows_cover_the_side():
 def test_overlaps_are_averaged():
     model = Local().eval()
     image = torch.randn(1, 3, 20, 31)
-    how = Looking(window=12, stride=8, batch=3)
+    how = SlidingWindow(window=12, stride=8, batch=3)
     total, count = torch.zeros(1, 4, 20, 31), torch.zeros(20, 31)
     for y in (0, 8):
         for x in (0, 8, 16, 19):
@@ -48,12 +48,12 @@ def test_overlaps_are_averaged():
 
 def test_an_image_smaller_than_the_window_is_one_window():
     model, image = Local().eval(), torch.randn(1, 3, 10, 7)
-    torch.testing.assert_close(slide(model, image, Looking(window=12, stride=8)), model(image))
+    torch.testing.assert_close(slide(model, image, SlidingWindow(window=12, stride=8)), model(image))
 
 
 def test_several_views_are_the_mean_of_their_probabilities():
     model, image = Local().eval(), torch.randn(3, 16, 24)
-    how = Looking(window=None, scales=(0.5, 1.5), flip=True)
+    how = SlidingWindow(window=None, scales=(0.5, 1.5), flip=True)
     total = torch.zeros(4, 16, 24)
     for scale in (0.5, 1.5):
         view = F.interpolate(image[None], size=(int(16 * scale), int(24 * scale)), mode="bilinear")
@@ -80,7 +80,9 @@ def test_memory_is_bounded_by_the_networks_scale(monkeypatch):
     real = F.interpolate
     monkeypatch.setattr(F, "interpolate", lambda x, **k: sizes.append(k["size"]) or real(x, **k))
     monkeypatch.setattr(sliding_window, "STRIP", 1 << 16)
-    labels = predict(Local().eval(), torch.randn(3, 32, 32), (2000, 1000), Looking(window=16, stride=8), FP32)
+    labels = predict(
+        Local().eval(), torch.randn(3, 32, 32), (2000, 1000), SlidingWindow(window=16, stride=8), FP32
+    )
     assert labels.shape == (2000, 1000)
     assert max(height * width for height, width in sizes) * 4 <= 1 << 16
 

@@ -1,0 +1,206 @@
+"""Flags of fine-tuning for classification: what they are, and which cannot go together."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import modeling_finetune
+from arguments import (
+    WEIGHTS,
+    Flags,
+    Number,
+    add_obsolete,
+    add_switch,
+    below_one,
+    crop_share,
+    expand_home,
+    fraction,
+    new_parser,
+    not_negative,
+    not_negative_number,
+    parse,
+    probability,
+    small_count,
+)
+from data_pipeline import imagenet_classes
+from errors import UserError, pick
+from flags.images import add_data_flags, add_vit_flags
+from flags.optimization import add_optimizer_flags
+from flags.run import add_run_flags, add_step_flags
+from layers.rel_pos_bias import as_pair
+from runtime.distributed import log
+
+EXAMPLE = """--data_set image_folder --data_path photos/train --eval_data_path photos/val
+--model beit_small_patch16_224 --finetune pretrained/checkpoint.pth --output_dir finetuned"""
+WORST_CLASSES = 10
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = new_parser("BEiT fine-tuning for classification", EXAMPLE)
+    add_finetuning_flags(parser)
+    add_vit_flags(parser)
+    add_data_flags(parser, data_set="IMNET", color_jitter=0.4, needs_training_data=False, any_shape=True)
+    add_optimizer_flags(
+        parser,
+        lr=5e-4,
+        min_lr=1e-6,
+        weight_decay=0.05,
+        epochs=30,
+        lr_help="of the head; deeper layers by --layer_decay",
+    )
+    add_step_flags(parser, can_shard=True)
+    add_run_flags(parser, save_ckpt_freq=5)
+    return parser
+
+
+def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
+    g = parser.add_argument_group("classifier")
+    g.add_argument("--model", default="beit_base_patch16_224")
+    g.add_argument("--nb_classes", type=Number(int, 0, 2**20), default=0, help="0: as many as the data has")
+    g.add_argument("--finetune", type=expand_home, default="", help=f"pretrained weights: {WEIGHTS}")
+    g.add_argument(
+        "--model_key", default="model|module", help="where the weights are in that file, first hit wins"
+    )
+    g.add_argument(
+        "--model_prefix",
+        default="",
+        help="take only the keys that begin so, without it; needed where a file holds several models",
+    )
+    g.add_argument("--model_filter_name", default="", help="as --model_prefix")
+    g.add_argument(
+        "--init_scale", type=not_negative_number, default=0.001, help="factor on the head's initial weights"
+    )
+    add_switch(
+        g, "use_mean_pooling", "use_cls", True, "classify the mean of the patch tokens, not the CLS token"
+    )
+    add_switch(g, "qkv_bias", "disable_qkv_bias", True, "bias of query and value")
+    g.add_argument("--drop", type=below_one, default=0.0, help="dropout")
+    g.add_argument("--attn_drop_rate", type=below_one, default=0.0, help="dropout of attention weights")
+    g.add_argument(
+        "--layer_decay",
+        type=Number(float, 0, 10, above=True),
+        default=0.9,
+        help="learning rate factor per layer down; see docs/recipes",
+    )
+    g.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true")
+    g.add_argument(
+        "--label_fraction",
+        type=fraction,
+        default=1.0,
+        help="train on a fixed, class-balanced share of the labels",
+    )
+    g.add_argument(
+        "--model_ema",
+        action="store_true",
+        help="also keep and evaluate a moving average of the weights; with --eval: evaluate it",
+    )
+    g.add_argument("--model_ema_decay", type=below_one, default=0.9999)
+    g.add_argument("--model_ema_force_cpu", action="store_true", help="keep it in main memory")
+    g = parser.add_argument_group("augmentation")
+    g.add_argument(
+        "--aa", default="rand-m9-mstd0.5-inc1", help="timm's policy string; none: --color_jitter acts instead"
+    )
+    g.add_argument("--smoothing", type=below_one, default=0.1, help="label smoothing")
+    g.add_argument(
+        "--crop_pct",
+        type=crop_share,
+        default=None,
+        help="evaluation crop; default 0.875, 1.0 from 384 pixels up",
+    )
+    g.add_argument("--reprob", type=probability, default=0.25, help="random erasing: probability")
+    g.add_argument(
+        "--remode", default="pixel", choices=("const", "rand", "pixel"), help="random erasing: fill"
+    )
+    g.add_argument("--recount", type=small_count, default=1, help="random erasing: areas")
+    add_obsolete(g, "--resplit", action="store_true")
+    g.add_argument("--mixup", type=not_negative_number, default=0.0, help="mixup alpha; 0.8 in the recipes")
+    g.add_argument("--cutmix", type=not_negative_number, default=0.0, help="cutmix alpha; 1.0 in the recipes")
+    g.add_argument(
+        "--cutmix_minmax",
+        type=probability,
+        nargs="+",
+        default=None,
+        help="cutmix area range instead of alpha",
+    )
+    g.add_argument("--mixup_prob", type=probability, default=1.0)
+    g.add_argument("--mixup_switch_prob", type=probability, default=0.5)
+    g.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"))
+    g = parser.add_argument_group("evaluation and checkpoints")
+    g.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and stop")
+    g.add_argument("--disable_eval_during_finetuning", action="store_true")
+    add_obsolete(g, "--dist_eval", action="store_true", default=False)
+    g.add_argument(
+        "--robust_test",
+        default=None,
+        help="--eval_data_path is ImageNet-A, ImageNet-R or ImageNet-Sketch, of a 1000-class model",
+    )
+    g.add_argument(
+        "--tta_flip", action="store_true", help="--eval: mean probability of each image and its mirror image"
+    )
+    g.add_argument(
+        "--worst_classes",
+        type=not_negative,
+        default=WORST_CLASSES,
+        help="--eval: show so many classes of lowest recall and what they are taken for; 0: none",
+    )
+    add_switch(g, "save_ckpt", "no_save_ckpt", True, "write checkpoints")
+    add_obsolete(g, "--enable_deepspeed", action="store_true")
+    add_obsolete(g, "--load-tar", action="store_true")
+
+
+def parse_flags(argv: Sequence[str] | None) -> Flags:
+    """A UserError for flags that cannot go together."""
+    args = parse(get_parser(), argv)
+    check_flags(args)
+    return args
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    patch_size = pick(modeling_finetune.MODELS, args.model, "fine-tuning model").patch_size
+    if any(side % patch_size for side in as_pair(args.input_size)):
+        raise UserError(
+            f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}"
+        )
+    check_evaluation(args)
+    shares = args.cutmix_minmax
+    if shares is not None and not (len(shares) == 2 and shares[0] <= shares[1]):
+        raise UserError(
+            "--cutmix_minmax takes two numbers, the smallest and then the largest share of the image"
+        )
+
+
+def check_evaluation(args: argparse.Namespace) -> None:
+    if args.eval and not (args.resume or args.finetune):
+        raise UserError(
+            "--eval needs the model to evaluate: --resume path/to/checkpoint.pth, or --finetune and a "
+            "published name"
+        )
+    if not args.data_path and not (args.eval and args.eval_data_path and args.data_set != "CIFAR"):
+        raise UserError(
+            "--data_path is missing: name the folder of the images (--eval needs --eval_data_path alone)"
+        )
+    used = {"robust_test": args.robust_test, "tta_flip": args.tta_flip}
+    used["worst_classes"] = args.worst_classes != WORST_CLASSES
+    for name, given in used.items():
+        if given and not args.eval:
+            raise UserError(
+                f"--{name} acts on a finished model: add --eval --resume path/to/checkpoint.pth, or leave "
+                "it out"
+            )
+    if args.robust_test:
+        robust = imagenet_classes.robust_set(args.robust_test)
+        if not args.eval_data_path or args.data_set == "CIFAR":
+            raise UserError(
+                f"--robust_test {args.robust_test}: give the folder of {robust.name}'s class folders as "
+                "--eval_data_path (and not --data_set CIFAR)"
+            )
+
+
+def warn_of_input_size(args: argparse.Namespace) -> None:
+    made_for = modeling_finetune.MODELS[args.model].img_size
+    if made_for >= 224 and as_pair(args.input_size) != as_pair(made_for):
+        log.warning(
+            f"warning: {args.model} is used at --input_size {args.input_size}; the {made_for} in its name "
+            "is not read"
+        )

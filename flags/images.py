@@ -1,0 +1,183 @@
+"""Flags of images and of the backbone that sees them, and the values that the library takes for them."""
+
+from __future__ import annotations
+
+import argparse
+
+from arguments import (
+    add_switch,
+    below_one,
+    crop_share,
+    expand_home,
+    fraction,
+    image_size,
+    not_negative_number,
+    pixels,
+    positive,
+    probability,
+)
+from data_pipeline.samplers import LoaderSettings
+from datasets import ImageSource
+from transforms import ImageOnly, eval_view, finetuning_view, normalization
+
+
+def add_data_flags(
+    parser: argparse.ArgumentParser,
+    data_set: str,
+    color_jitter: float,
+    needs_training_data: bool = True,
+    any_shape: bool = False,
+) -> None:
+    """`any_shape`: the stage also takes images that are not square."""
+    g = parser.add_argument_group("data")
+    g.add_argument(
+        "--data_path",
+        type=expand_home,
+        required=needs_training_data,
+        help="folder of images (flat, nested or one folder a class); webdataset: "
+        "'shards/{000000..000146}.tar'",
+    )
+    g.add_argument(
+        "--eval_data_path", type=expand_home, default="", help="held-out images, laid out like --data_path"
+    )
+    g.add_argument(
+        "--data_set",
+        default=data_set,
+        choices=("image_folder", "IMNET", "CIFAR", "webdataset"),
+        help="image_folder: a folder; IMNET: train/ and val/ below data_path; CIFAR: CIFAR-100; "
+        "webdataset: tar shards (docs/data.md)",
+    )
+    g.add_argument(
+        "--image_folder_class_index_file",
+        type=expand_home,
+        default=None,
+        help='JSON lines, one {"class": name, "files": [paths below data_path]} a line',
+    )
+    g.add_argument("--download", action="store_true", help="let torchvision download CIFAR-100")
+    shape = "side of the square input in pixels" + (
+        ", or height x width, such as 384x512" if any_shape else ""
+    )
+    g.add_argument("--input_size", type=image_size if any_shape else pixels, default=224, help=shape)
+    g.add_argument(
+        "--min_crop_scale",
+        type=fraction,
+        default=0.08,
+        help="smallest share of the image a crop covers; BEiT v2: 0.2",
+    )
+    g.add_argument(
+        "--color_jitter",
+        type=not_negative_number,
+        default=color_jitter,
+        help="brightness, contrast and saturation jitter",
+    )
+    g.add_argument(
+        "--vflip",
+        type=probability,
+        default=0.0,
+        help="probability of a vertical flip, for images without an up",
+    )
+    g.add_argument("--train_interpolation", default="bicubic", help="bicubic, bilinear or lanczos")
+    g.add_argument(
+        "--imagenet_default_mean_and_std",
+        action="store_true",
+        help="normalize by ImageNet's statistics, not 0.5/0.5",
+    )
+
+
+def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
+    """Of the stages that train on one random crop (pretraining, the tokenizer);
+    fine-tuning has timm's augmentation.
+    """
+    g = parser.add_argument_group("speed of the data")
+    g.add_argument(
+        "--data_pipeline",
+        default="exact",
+        choices=("exact", "fast"),
+        help="exact: torchvision's transforms, bit for bit; fast: colors jittered behind the resize, and "
+        "large JPEGs decoded at a reduced size (docs/performance.md: times, and how far pixels differ)",
+    )
+    g.add_argument(
+        "--augment_on_device",
+        action="store_true",
+        help="with --data_pipeline fast: jitter and flip batches on the device, with the same result",
+    )
+
+
+def add_vit_flags(parser: argparse.ArgumentParser) -> None:
+    g = parser.add_argument_group("backbone")
+    add_switch(g, "rel_pos_bias", "disable_rel_pos_bias", True, "relative position bias")
+    g.add_argument("--abs_pos_emb", action="store_true", help="absolute position embedding")
+    g.add_argument(
+        "--layer_scale_init_value",
+        type=not_negative_number,
+        default=0.1,
+        help="0.1 for base, 1e-5 for large; 0: none",
+    )
+    g.add_argument(
+        "--drop_path",
+        type=below_one,
+        default=0.1,
+        help="stochastic depth of the last block; 0 for 300 epochs of pretraining",
+    )
+
+
+def add_shown_image_flags(parser: argparse.ArgumentParser) -> None:
+    """Which images a script draws (visualization/inputs.py)."""
+    parser.add_argument(
+        "--image", type=expand_home, required=True, nargs="+", help="image files, or folders of images"
+    )
+    parser.add_argument("--count", type=positive, default=8, help="images of each folder, evenly spread")
+
+
+def add_view_flags(parser: argparse.ArgumentParser) -> None:
+    """One view of an image in all scripts that look at it, so that its tokens are the same in each."""
+    parser.add_argument(
+        "--crop_pct",
+        type=crop_share,
+        default=None,
+        help="share of the shorter side in the center crop; default: evaluation's, 0.875 (1.0 from 384 "
+        "pixels up and at 32)",
+    )
+    parser.add_argument(
+        "--device", default="cuda", help=("cuda (each process its own GPU; the CPU if there is none) or cpu")
+    )
+
+
+def image_source(args: argparse.Namespace) -> ImageSource:
+    return ImageSource(
+        args.data_path,
+        args.eval_data_path,
+        args.data_set,
+        args.image_folder_class_index_file,
+        args.download,
+    )
+
+
+def loader_settings(args: argparse.Namespace, batch_size: int | None = None) -> LoaderSettings:
+    """`batch_size`: where it is not --batch_size, such as 1 where images differ in size."""
+    return LoaderSettings(batch_size or args.batch_size, args.num_workers, args.pin_mem)
+
+
+def mean_and_std(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return normalization(args.imagenet_default_mean_and_std)
+
+
+def build_finetuning_view(args: argparse.Namespace) -> ImageOnly:
+    return finetuning_view(
+        args.input_size,
+        *mean_and_std(args),
+        aa=args.aa,
+        color_jitter=args.color_jitter,
+        reprob=args.reprob,
+        remode=args.remode,
+        recount=args.recount,
+        train_interpolation=args.train_interpolation,
+        min_crop_scale=args.min_crop_scale,
+        vflip=args.vflip,
+    )
+
+
+def build_eval_view(args: argparse.Namespace) -> ImageOnly:
+    """The center of an image, as a classifier is evaluated on it."""
+    mean, std = mean_and_std(args)
+    return eval_view(args.input_size, args.crop_pct, mean=mean, std=std)
