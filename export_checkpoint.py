@@ -2,7 +2,7 @@
 --checkpoint ft.pth --to timm --output out
 
 Sources are our checkpoints, published weights, and the models of both libraries;
-docs/weights.md has examples.
+docs/export.md has examples.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class PixelDecoder(nn.Module):
 
     A window is twice as wide as its patch, and overlapping windows are added. If they
     only touch, the edges of patches stand out and the PSNR is lower
-    (docs/visualization.md).
+    (docs/lab/reconstruction.md).
 
     Args:
         grid: (h, w).
