@@ -401,7 +401,7 @@ def test_other_models_are_told_apart(tmp_path, capsys):
     assert "it lacks blocks.2.norm1.bias" in refusal(capsys, tmp_path / "part.pth", "timm", tmp_path / "out")
 
 
-def test_a_backbone_of_hugging_face_s_segmentation_comes_without_its_head(tmp_path, capsys):
+def test_a_hugging_face_segmentation_backbone_leaves_its_head(tmp_path, capsys):
     model = classifier("mean")
     weights = huggingface_format.to_huggingface(model.state_dict(), huggingface_format.CLASSIFIER).weights
     weights = {

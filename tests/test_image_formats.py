@@ -3,7 +3,6 @@
 import ast
 import io
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from source_files import all_files
 from data_pipeline.image_formats import DECODED, EXTENSIONS, FORMATS, load_image, open_image
 from segmentation.mask_files import read_mask
 
-ROOT = Path(__file__).parent.parent
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n%%EOF\n"
 
 

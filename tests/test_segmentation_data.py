@@ -182,7 +182,7 @@ def test_incomplete_and_ambiguous_pairs(tmp_path, caplog, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------
 #   classes
-def test_names_come_from_the_list_then_from_ade_then_from_the_masks(root, tmp_path, caplog, monkeypatch):
+def test_names_come_from_the_list_then_ade_then_the_masks(root, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(terminal.log, "propagate", True)
     caplog.set_level(logging.INFO, "beit")
     pairs = find_pairs(str(root), train=True)
