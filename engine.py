@@ -259,7 +259,7 @@ def refuse_a_run_without_a_step(state: TrainState, first_step: int) -> None:
     if steps and state.skipped_in_a_row >= steps:
         raise UserError(
             f"each of the {steps} steps of this run had a loss or gradient that is not finite, so nothing "
-            "was trained. Lower --lr, set --clip_grad 3.0, or try --amp_dtype fp32"
+            "was trained. Lower `lr`, set `clip_grad` 3.0, or try `amp_dtype` fp32"
         )
 
 

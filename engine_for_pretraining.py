@@ -177,7 +177,7 @@ class PretrainingStage(Stage):
         if state.get("task", self.task) != self.task:
             raise UserError(
                 f"the checkpoint was trained on the {state['task']}, this run is on the {self.task}: go on "
-                "with the same --target, --predict and --no_mask, or give this run an --output_dir of its "
+                "with the same `target`, `predict` and `no_mask`, or give this run an `output_dir` of its "
                 "own"
             )
         self.target.load_state_dict(state)

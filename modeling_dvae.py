@@ -112,7 +112,7 @@ class DallEEncoder(nn.Module):
             raise UserError(
                 f"DALL-E's encoder takes images whose sides are multiples of {PATCH_SIZE} pixels, not "
                 f"{height} x {width}: "
-                f"--second_input_size {near} would do"
+                f"`second_input_size` {near} would do"
             )
         half = x.is_cuda and torch.is_autocast_enabled("cuda")
         *trunk, output = self.blocks

@@ -144,7 +144,7 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
         depth = len(self.blocks)
         if not 0 < early_layers <= depth:
             raise UserError(
-                f"--early_layers {early_layers} must lie between 1 and the model's depth, {depth}"
+                f"`early_layers` {early_layers} must lie between 1 and the model's depth, {depth}"
             )
         self.early_layers, self.shared_lm_head = early_layers, shared_lm_head
         rates = drop_path_ramp(self.drop_path_rate, max(depth, early_layers + head_layers))

@@ -295,7 +295,7 @@ def assemble(
     try:
         trunk = SegmentationBackbone([number - 1 for number in outputs], pyramid, **backbone)
     except ValueError as error:
-        raise UserError(f"--input_size: {error}") from None
+        raise UserError(f"`input_size`: {error}") from None
     width = trunk.embed_dim
     if not pyramid:
         return Segmenter(trunk, SETRPUPHead(width, channels, num_classes))

@@ -74,7 +74,7 @@ class VQKD(nn.Module):
         )
         self.encode_task_layer = task_layer(self.encoder.embed_dim, embed_dim)
         self.decode_task_layer = task_layer(self.decoder.embed_dim, decoder_out_dim)
-        mean, std = pick(INPUT_MEAN_STD, process_type, "--process_type")
+        mean, std = pick(INPUT_MEAN_STD, process_type, "`process_type`")
         self.register_buffer("input_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("input_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.teacher_targets: Callable[[Tensor], Tensor] | None = None if teacher is None else teacher.targets
@@ -250,7 +250,7 @@ def create_model(name: str, **options: Any) -> VQKD:
     return pick(MODELS, name, "tokenizer")(**options)
 
 
-def open_tokenizer(source: str, flag: str = "--tokenizer_weight") -> tuple[VQKD, dict[str, Any]]:
+def open_tokenizer(source: str, flag: str = "`tokenizer_weight`") -> tuple[VQKD, dict[str, Any]]:
     """The frozen tokenizer in a file (path, URL or published name), built from what the file says of itself.
 
     Returns it and the flags it was trained with ({} for published files). `flag` names
@@ -298,8 +298,8 @@ def load_tokenizer_weights(model: VQKD, weights: dict[str, Tensor], source: str)
             "encoder.pos_embed" in misfits
             and weights["encoder.pos_embed"].shape[-1] == wanted["encoder.pos_embed"].shape[-1]
         ):
-            reason = f"it was trained on {side}-pixel images: --second_input_size {side}"
+            reason = f"it was trained on {side}-pixel images: `second_input_size` {side}"
         raise UserError(
-            f"{source} does not fit --tokenizer_model ({(misfits + missing)[0]} differs): {reason}"
+            f"{source} does not fit `tokenizer_model` ({(misfits + missing)[0]} differs): {reason}"
         )
     model.load_state_dict(weights, strict=False)

@@ -133,10 +133,10 @@ def _timm_optimizer(
             **settings,
         )
     except TypeError as error:
-        raise UserError(f"--opt {name} does not take --opt_eps or --opt_betas ({error})") from None
+        raise UserError(f"`opt` {name} does not take `opt_eps` or `opt_betas` ({error})") from None
     except (ValueError, AssertionError) as error:
         raise UserError(
-            f"--opt {name}: neither adamw, adam, sgd nor one of timm's optimizers ({error})"
+            f"`opt` {name}: neither adamw, adam, sgd nor one of timm's optimizers ({error})"
         ) from None
 
 

@@ -104,7 +104,7 @@ def open_backbone(
     source: str,
     input_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
-    flag: str = "--checkpoint",
+    flag: str = "`checkpoint`",
     content: Source | None = None,
 ) -> tuple[VisionTransformer, dict[str, Any]]:
     """The transformer in a file (path, URL or published name) of pretraining or

@@ -35,7 +35,7 @@ def save(state: TrainState, stage: Stateful, run: Run, epoch: int, names: list[s
         return
     if not output_dir.is_dir():
         raise UserError(
-            f"--output_dir {output_dir} was removed while the run was writing to it: start the same line "
+            f"`output_dir` {output_dir} was removed while the run was writing to it: start the same line "
             "again"
         )
     content = checkpoint_of(state, epoch, means) | {
@@ -59,7 +59,7 @@ def resume(state: TrainState, stage: Stateful, run: Run, steps_per_epoch: int) -
     if len(set(positions)) > 1:
         raise UserError(
             "the processes would start at different places (epoch, samples, step): "
-            f"{sorted(set(positions))}; --output_dir must be one folder that all machines see"
+            f"{sorted(set(positions))}; `output_dir` must be one folder that all machines see"
         )
 
 
@@ -82,7 +82,7 @@ def restore(state: TrainState, stage: Stateful, run: Run, path: Path, steps_per_
     opt = run.options.opt
     before = content.get("args", {}).get("opt", opt)
     if before != opt:
-        raise UserError(f"{path} holds the state of --opt {before}, not of {opt}: go on with --opt {before}")
+        raise UserError(f"{path} holds the state of `opt` {before}, not of {opt}: go on with `opt` {before}")
     load_optimizer(state, content["optimizer"], path)
     try:
         load_progress(state, content, run.device)
@@ -92,7 +92,7 @@ def restore(state: TrainState, stage: Stateful, run: Run, path: Path, steps_per_
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{path} is no complete training checkpoint of this code ({type(error).__name__}: {error}): "
-            "take another one, or start from its weights with --finetune"
+            "take another one, or start from its weights with `finetune`"
         ) from None
     log.info(f"resumed    {path}: epoch {state.epoch}, {state.samples} samples into it, step {state.step}")
     if world_size != run.launch.world_size:

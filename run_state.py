@@ -137,7 +137,7 @@ def log_setup(run: Run, changed_flags: dict[str, Any]) -> None:
     name = torch.cuda.get_device_name(run.device) if is_gpu else f"cpu, {torch.get_num_threads()} threads"
     log.info(f"device     {run.launch.world_size} x {name}, {run.precision}")
     log.info(f"code       commit {git_commit()}, torch {torch.__version__}")
-    log.info(f"output     {run.options.output_dir or 'nowhere: without --output_dir nothing is kept'}")
+    log.info(f"output     {run.options.output_dir or 'nowhere: without `output_dir` nothing is kept'}")
     if run.options.fsdp and not run.is_sharded:
         log.info("fsdp       nothing to shard: there is one process (a launcher starts several)")
 
@@ -160,7 +160,7 @@ def open_output(output_dir: str, trains: bool) -> RunLock | None:
             lock.release()
             raise
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: cannot be written to ({error.strerror})") from None
+        raise UserError(f"`output_dir` {output_dir}: cannot be written to ({error.strerror})") from None
     return lock
 
 
@@ -168,8 +168,8 @@ def check_start_epoch(options: RunOptions) -> None:
     epochs = options.epochs
     if epochs is not None and options.start_epoch >= epochs:
         raise UserError(
-            f"--start_epoch {options.start_epoch} leaves nothing to do: give 0 up to {epochs - 1}, the last "
-            "epoch, or raise --epochs"
+            f"`start_epoch` {options.start_epoch} leaves nothing to do: give 0 up to {epochs - 1}, the last "
+            "epoch, or raise `epochs`"
         )
 
 

@@ -34,14 +34,14 @@ def check_saved_state(
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
         raise UserError(
-            f"{source}: its optimizer is no optimizer's state; start from its weights with --finetune"
+            f"{source}: its optimizer is no optimizer's state; start from its weights with `finetune`"
         )
     groups = saved.get("param_groups")
     if not isinstance(groups, list) or not all(
         isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups
     ):
         raise UserError(
-            f"{source}: its optimizer has no groups of parameters; start from its weights with --finetune"
+            f"{source}: its optimizer has no groups of parameters; start from its weights with `finetune`"
         )
     found = [len(group["params"]) for group in groups]
     if found != sizes:
@@ -52,7 +52,7 @@ def check_saved_state(
             else f"{found[where]} parameters in group {where}, this run's has {sizes[where]}"
         )
         raise UserError(
-            f"{source}: its optimizer has {what}: give the flags it was trained with (--layer_decay, --model)"
+            f"{source}: its optimizer has {what}: give the flags it was trained with (`layer_decay`, `model`)"
         )
     numbers = [number for group in groups for number in group["params"]]
     if numbers != list(range(len(parameters))) or not saved["state"].keys() <= set(numbers):

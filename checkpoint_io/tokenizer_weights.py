@@ -28,15 +28,15 @@ def read_tokenizer(source: str, n_code: int, code_dim: int) -> tuple[dict[str, T
     codebook = weights.get("quantize.embedding.weight")
     if codebook is None or "decode_task_layer.2.bias" not in weights:
         raise UserError(
-            f"--tokenizer_weight {source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)"
+            f"`tokenizer_weight` {source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)"
         )
     if tuple(codebook.shape) != (n_code, code_dim):
         raise UserError(
             f"the tokenizer in {source} has {codebook.shape[0]} codes of dim {codebook.shape[1]}, not "
             f"{n_code} of {code_dim}: "
-            f"pass --codebook_size {codebook.shape[0]} --codebook_dim {codebook.shape[1]} (in "
+            f"pass `codebook_size` {codebook.shape[0]} `codebook_dim` {codebook.shape[1]} (in "
             "run_vqkd_training.py "
-            "--codebook_n_emd and --codebook_emd_dim)"
+            "`codebook_n_emd` and `codebook_emd_dim`)"
         )
     if float(weights.get("quantize.embedding.initted", torch.ones(1))) == 0:
         raise UserError(
@@ -55,6 +55,6 @@ def decoder_depth_of(weights: dict[str, Tensor], asked: int | None, source: str)
     depth = depth_of(weights, "decoder")
     if asked not in (None, depth):
         raise UserError(
-            f"the tokenizer in {source} has a decoder of {depth} blocks: leave --decoder_depth {asked} out"
+            f"the tokenizer in {source} has a decoder of {depth} blocks: leave `decoder_depth` {asked} out"
         )
     return depth

@@ -101,7 +101,7 @@ def start(
             where = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ) if dist_url == "env://" else dist_url
             raise UserError(
                 f"the processes cannot meet at {where} ({str(error).splitlines()[0]}): see "
-                "--dist_url, or MASTER_ADDR and "
+                "`dist_url`, or MASTER_ADDR and "
                 "MASTER_PORT"
             ) from None
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
@@ -202,7 +202,7 @@ def agree_on_attempt(store: dist.Store, launch: Launch, timeout: datetime.timede
                 return name
         time.sleep(0.05)
     raise UserError(
-        f"the other processes did not come within --dist_timeout {timeout.total_seconds() / 60:g} minutes"
+        f"the other processes did not come within `dist_timeout` {timeout.total_seconds() / 60:g} minutes"
     )
 
 

@@ -122,6 +122,6 @@ def choose_class_names(content: Source, given: list[str], source: str) -> list[s
             content.classes or [f"class {number}" for number in range(count)], given
         )
         raise UserError(
-            f"--class_names names other classes than {source} has: {difference}; correct it, or leave it out"
+            f"`class_names` names other classes than {source} has: {difference}; correct it, or leave it out"
         )
     return content.classes or given or [f"class {number}" for number in range(count)]
