@@ -49,7 +49,7 @@ def read_weights(
     ema: bool = False,
     keys: str = "model|module",
     select: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
-    flag: str = "--checkpoint",
+    flag: str = "`checkpoint`",
 ) -> Source:
     """`checkpoint`: a file, a folder of timm or Hugging Face, a URL or a published name.
     `expected`: whose names it has, "ours", "timm", "huggingface" or "auto". `ema`: the
@@ -66,7 +66,7 @@ def read_weights(
         raise UserError(
             f"{flag} {checkpoint} holds no moving average of the weights (model_ema), which "
             "run_class_finetuning keeps with "
-            "--model_ema: ask for the weights themselves"
+            "`model_ema`: ask for the weights themselves"
         )
     found = weight_files.extract_weights(content, checkpoint, "model_ema" if ema else keys)
     try:
@@ -78,7 +78,7 @@ def read_weights(
     if expected != "auto" and huggingface != (expected == "huggingface"):
         names = "Hugging Face's" if huggingface else "ours, which are timm's too"
         raise UserError(
-            f"--from {expected}: the names in {checkpoint} are {names}; --from auto sees by itself"
+            f"`from` {expected}: the names in {checkpoint} are {names}; `from` auto sees by itself"
         )
     entry = published.ENTRIES.get(path.stem)
     flags = weight_files.flags_to_dict(beside.get("args"))
@@ -216,5 +216,5 @@ def save_weights(
         with contextlib.suppress(OSError):
             part.unlink()
         raise UserError(
-            f"--output {path}: cannot be written ({getattr(error, 'strerror', None) or error})"
+            f"`output` {path}: cannot be written ({getattr(error, 'strerror', None) or error})"
         ) from None

@@ -18,7 +18,7 @@ from checkpoint_io.remapping import PATCHES, describe_patches, load_remapped
 from data_pipeline.imagenet_classes import RobustSet, synsets
 from errors import UserError
 from modeling_finetune import VisionTransformer
-from runtime.distributed import log
+from runtime.terminal import log
 
 # What the model is made of, and what its images look like: flags that should be those of the training.
 SHAPING = ("model", "use_mean_pooling", "abs_pos_emb", "rel_pos_bias", "qkv_bias", "layer_scale_init_value")
@@ -47,8 +47,8 @@ class TrainedClassifier:
 def select_weights(weights: dict[str, Tensor], args: argparse.Namespace) -> dict[str, Tensor]:
     """--model_filter_name and --model_prefix: only keys that begin so, without it. UserError: there are none."""
     for flag, start in (
-        ("--model_filter_name", args.model_filter_name),
-        ("--model_prefix", args.model_prefix),
+        ("`model_filter_name`", args.model_filter_name),
+        ("`model_prefix`", args.model_prefix),
     ):
         chosen = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
         if not chosen:
@@ -59,7 +59,7 @@ def select_weights(weights: dict[str, Tensor], args: argparse.Namespace) -> dict
 
 def read_classifier(args: argparse.Namespace) -> TrainedClassifier:
     """--resume, else --finetune; with --model_ema the moving average of the weights in it."""
-    source, flag = (args.resume, "--resume") if args.resume else (args.finetune, "--finetune")
+    source, flag = (args.resume, "`resume`") if args.resume else (args.finetune, "`finetune`")
     read = weight_source.read_weights(
         source,
         ema=args.model_ema,
@@ -69,7 +69,7 @@ def read_classifier(args: argparse.Namespace) -> TrainedClassifier:
     )
     if "head.bias" not in read.weights:
         raise UserError(
-            f"{flag} {source} is {weight_files.describe_kind(read.weights)}: --eval needs a classifier"
+            f"{flag} {source} is {weight_files.describe_kind(read.weights)}: `eval` needs a classifier"
         )
     return TrainedClassifier(source, read.weights, read.flags, read.classes)
 
@@ -86,7 +86,7 @@ def load_classifier(
     if missing or unused:
         what = f"it lacks {missing[0]}" if missing else f"it also holds {unused[0]}"
         raise UserError(
-            f"{trained.source} is not the model that --model and the flags around it describe: {what}"
+            f"{trained.source} is not the model that `model` and the flags around it describe: {what}"
             f"{suggest_training_flags(trained, parser, args)}"
         )
     warn_of_other_images(trained, fitting, parser, args)
@@ -112,7 +112,7 @@ def suggest_training_flags(
     theirs = ", ".join(other for other, _ in compare_flags(trained.flags, parser, args, SHAPING))
     entry = published.ENTRIES.get(trained.source)
     if not theirs and entry and entry.model != args.model:
-        theirs = f"--model {entry.model}"
+        theirs = f"`model` {entry.model}"
     return f"; it was trained with {theirs}" if theirs else "; give the flags of its training"
 
 
@@ -134,7 +134,7 @@ def warn_of_other_images(
         value.shape != trained.weights.get(key, value).shape for key, value in fitting.items()
     ):
         log.warning(
-            f"warning: {trained.source} was trained on images of another size than --input_size "
+            f"warning: {trained.source} was trained on images of another size than `input_size` "
             f"{args.input_size}: its "
             "positions were interpolated, and its accuracy may suffer"
         )
@@ -159,7 +159,7 @@ def warn_of_other_pretraining(
     pairs = compare_flags(known, parser, args, KEPT_FROM_PRETRAINING)
     if pairs:
         log.warning(
-            f"warning: --finetune {args.finetune} was trained with "
+            f"warning: `finetune` {args.finetune} was trained with "
             f"{', '.join(theirs for theirs, _ in pairs)} and is "
             f"fine-tuned with {', '.join(ours for _, ours in pairs)}: give the flags of its training, "
             "unless the change "
@@ -186,7 +186,7 @@ def refuse_other_classes(trained: TrainedClassifier, classes: Sequence[str], whe
     known. `where`: flag and folder.
     """
     if len(classes) != trained.nb_classes:
-        hint = "; for ImageNet-A or -R add --robust_test" if set(classes) <= set(synsets()) else ""
+        hint = "; for ImageNet-A or -R add `robust_test`" if set(classes) <= set(synsets()) else ""
         raise UserError(
             f"{trained.source} tells {trained.nb_classes} classes apart, {where} has {len(classes)}{hint}"
         )
@@ -205,7 +205,7 @@ def refuse_other_than_imagenet(trained: TrainedClassifier, robust: RobustSet) ->
             else f"tells {trained.nb_classes} classes apart"
         )
         raise UserError(
-            f"--robust_test: {robust.name} needs a model of ImageNet's 1000 classes, {trained.source} {what}"
+            f"`robust_test`: {robust.name} needs a model of ImageNet's 1000 classes, {trained.source} {what}"
         )
 
 
@@ -228,5 +228,5 @@ def refuse_resuming_other_classes(state: Mapping[str, Any], classes: Sequence[st
         raise UserError(
             "the checkpoint to resume was trained on other classes: "
             f"{describe_difference(theirs, classes)}; give {way_out}, or "
-            "start anew from these weights with --finetune and another --output_dir"
+            "start anew from these weights with `finetune` and another `output_dir`"
         )

@@ -23,10 +23,10 @@ import torch  # noqa: E402
 from torchvision.utils import save_image  # noqa: E402
 
 import stages  # noqa: E402
+from data_pipeline.image_formats import load_image  # noqa: E402
 from demo_photos import own_images, shrink, solar_cells  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
 from stages import run_entry  # noqa: E402
-from transforms import load_image  # noqa: E402
 from visualization import drawing  # noqa: E402
 
 OUT = ROOT / "demo_output"

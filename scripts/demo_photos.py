@@ -7,9 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from data_pipeline.image_formats import load_image
 from data_pipeline.image_lists import find_images
+from data_pipeline.resizing import cut_to_length
 from errors import printable
-from transforms import cut_to_length, load_image
 
 # photos are shrunk once: the model sees 128 pixels, and decoding would take longer than
 # training

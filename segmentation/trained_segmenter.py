@@ -16,7 +16,7 @@ from checkpoint_io.weight_source import Source
 from errors import UserError
 from evaluation.trained_classifier import describe_difference
 from modeling_segmentation import Segmenter
-from runtime.distributed import log
+from runtime.terminal import log
 
 HEADS = ("decode_head.", "auxiliary_head.")
 CLASSIFIER = "decode_head.conv_seg.weight"
@@ -122,6 +122,6 @@ def choose_class_names(content: Source, given: list[str], source: str) -> list[s
             content.classes or [f"class {number}" for number in range(count)], given
         )
         raise UserError(
-            f"--class_names names other classes than {source} has: {difference}; correct it, or leave it out"
+            f"`class_names` names other classes than {source} has: {difference}; correct it, or leave it out"
         )
     return content.classes or given or [f"class {number}" for number in range(count)]

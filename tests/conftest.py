@@ -11,7 +11,7 @@ import pytest
 import tiny_runs
 import torch
 
-from runtime import distributed
+from runtime import terminal
 
 torch.set_num_threads(1)
 if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, here and by every process that a test starts
@@ -30,7 +30,7 @@ def _logger_as_it_was():
     """
     log = logging.getLogger("beit")
     before = log.handlers[:], log.level, log.propagate
-    distributed.log_once.cache_clear()
+    terminal.log_once.cache_clear()
     yield
     log.handlers[:], log.level, log.propagate = before
 

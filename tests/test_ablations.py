@@ -34,6 +34,7 @@ import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
 import visualize_attention
+from checkpoint_io import tokenizer_weights
 from engine_for_pretraining import PretrainingStage
 from errors import UserError
 from flags.pretraining import build_mask_generator
@@ -521,4 +522,4 @@ def test_the_decoders_depth_is_the_names_unless_it_is_given():
     small = {"img_size": 32, "n_code": 16, "code_dim": 8}
     assert [len(build(**small, **more).decoder.blocks) for more in ({}, {"decoder_depth": 3})] == [1, 3]
     with pytest.raises(UserError, match="decoder of 0 blocks"):
-        modeling_vqkd.decoder_depth_of({}, 1, "x")
+        tokenizer_weights.decoder_depth_of({}, 1, "x")

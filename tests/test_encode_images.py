@@ -22,11 +22,12 @@ import arguments
 import encode_images
 import modeling_vqkd
 import visualize_codebook
+from data_pipeline.image_formats import load_image
 from data_pipeline.image_lists import find_images
 from modeling_dvae import DallEEncoder
 from modeling_vqkd import VQKD
 from runtime import distributed
-from transforms import eval_view, load_image
+from transforms import eval_view
 from visualization import code_files, drawing
 
 

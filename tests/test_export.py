@@ -21,8 +21,9 @@ import export_checkpoint
 import modeling_finetune
 import modeling_pretrain
 from checkpoint_io import huggingface_format, remapping
+from data_pipeline.image_formats import load_image
 from data_pipeline.imagenet_classes import synsets
-from transforms import IMAGENET_MEAN, IMAGENET_STD, eval_view, load_image
+from transforms import IMAGENET_MEAN, IMAGENET_STD, eval_view
 
 HEADS = ("--num_heads", "4")  # not to be read from the shapes of a model without tables
 CLOSE = 1e-5  # the issue asks for 5e-4

@@ -26,21 +26,15 @@ import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
 import transforms
-from data_pipeline import augmentation
+from data_pipeline import augmentation, crops, resizing
 from data_pipeline.augmentation import BRIGHTNESS, CONTRAST, SATURATION, Draws
+from data_pipeline.crops import ASPECT_RANGE, RandomCrop
+from data_pipeline.image_formats import load_image
 from data_pipeline.samplers import ResumableSampler, build_loader
 from datasets import ImageFiles
 from masking_generator import MaskingGenerator
 from runtime.device import to_device
-from transforms import (
-    ASPECT_RANGE,
-    HALF_MEAN,
-    HALF_STD,
-    PretrainingViews,
-    RandomCrop,
-    TokenizerViews,
-    load_image,
-)
+from transforms import HALF_MEAN, HALF_STD, PretrainingViews, TokenizerViews
 from utils import seeded
 
 SIZES = [(500, 375), (375, 500), (90, 70), (33, 32), (7, 300), (400, 5), (3, 2), (1, 1)]
@@ -133,12 +127,12 @@ def test_exact_views_are_the_published_steps(second):
             mask = torch.as_tensor(MaskingGenerator(4, 6)(), dtype=torch.bool).flatten()
         with seeded(seed):
             sample = pretraining(64, second)(image)
-        first = F.to_tensor(F.resize(crop, [64, 64], transforms.MODES["bicubic"]))
+        first = F.to_tensor(F.resize(crop, [64, 64], resizing.MODES["bicubic"]))
         assert torch.equal(sample["image"], F.normalize(first, HALF_MEAN, HALF_STD))
         assert torch.equal(sample["mask"], mask)
         assert ("tokenizer_image" in sample) == (second is not None)
         if second is not None:
-            resized = F.to_tensor(F.resize(crop, [second, second], transforms.MODES["bicubic"]))
+            resized = F.to_tensor(F.resize(crop, [second, second], resizing.MODES["bicubic"]))
             assert torch.equal(sample["tokenizer_image"], resized)
 
 
@@ -248,7 +242,7 @@ def test_both_pipelines_read_every_kind_of_file(tmp_path):
                 views = pretraining(96, 96, pipeline=pipeline)
                 with seeded(seed):
                     samples[pipeline] = views(views.load(file))["tokenizer_image"]
-            resized = F.to_tensor(F.resize(expected, [96, 96], transforms.MODES["bicubic"]))
+            resized = F.to_tensor(F.resize(expected, [96, 96], resizing.MODES["bicubic"]))
             assert torch.equal(samples["exact"], resized), name
             assert levels(samples["exact"], samples["fast"]).mean() < 1.5, name
 
@@ -264,7 +258,7 @@ def test_large_jpegs_are_decoded_no_larger_than_needed(tmp_path):
         assert drawn.draws.size == (1200, 1600)  # upright
         shrink = 1200 / drawn.image.width
         assert drawn.image.size == (1200 / shrink, 1600 / shrink)
-        assert min(drawn.draws.width, drawn.draws.height) / shrink >= transforms.DECODED_TO_SHOWN * 64
+        assert min(drawn.draws.width, drawn.draws.height) / shrink >= crops.DECODED_TO_SHOWN * 64
         sizes.add(shrink)
     assert sizes <= {2.0, 4.0, 8.0}
     assert len(sizes) > 1

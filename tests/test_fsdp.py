@@ -29,6 +29,7 @@ import engine
 import modeling_finetune
 import optim_factory
 import run_beitv2_pretraining
+import run_checkpoints
 import run_class_finetuning
 import run_state
 from checkpoint_io.checkpoints import count_bytes
@@ -286,7 +287,7 @@ def trained(rank, world_size, folder):
         assert not isinstance(plain, FSDPModule)
         answers = plain.forward_features(images).detach() if rank == 0 else None  # alone, and not by forward
     assert all(parameter.is_meta for parameter in plain.parameters())  # the copy is gone
-    run_state.save(state, stage, run, 0, ["a.pth"])
+    run_checkpoints.save(state, stage, run, 0, ["a.pth"])
     run.saver.wait()
     moments = [
         value
@@ -315,8 +316,8 @@ def held(tensor):
 def passed_on(rank, world_size, folder, name, other):
     """What one file holds, into a state of other weights and from there into the other file."""
     state, run = started(rank, world_size, folder, seed=1)
-    run_state.restore(state, MeanSquare(run.device, run.precision), run, folder / name, 1)
-    run_state.save(state, MeanSquare(run.device, run.precision), run, 0, [other])
+    run_checkpoints.restore(state, MeanSquare(run.device, run.precision), run, folder / name, 1)
+    run_checkpoints.save(state, MeanSquare(run.device, run.precision), run, 0, [other])
     run.saver.wait()
 
 

@@ -13,7 +13,7 @@ LAYERS = (
      "encode_images visualize_* export_checkpoint model_zoo benchmark"),
     ("flags", "flags"),
     ("benchmarks", "benchmarks"),
-    ("engines", "engine* run_state"),
+    ("engines", "engine* run_state run_checkpoints"),
     ("segmentation", "segmentation"),
     ("evaluation", "evaluation visualization"),
     ("networks", "vit_backbone modeling_* norm_ema_quantizer vqkd_teachers pretrained"),

@@ -66,7 +66,7 @@ def counted(rank, world, folder):
 
 @pytest.mark.slow
 def test_classification_on_one_process_and_two(data, caplog, monkeypatch):
-    monkeypatch.setattr("runtime.distributed.log.propagate", True)
+    monkeypatch.setattr("runtime.terminal.log.propagate", True)
     alone = counted(0, 1, str(data / "val"))
     assert alone["of_class"] == [1, 6] and alone["results"]["test_images"] == 7
     assert alone["training"]  # there the next image takes its place

@@ -31,7 +31,7 @@ import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
 import visualize_attention
-from checkpoint_io import checkpoints
+from checkpoint_io import checkpoints, resumption
 from errors import UserError
 from runtime.metrics import forget_epochs_from
 
@@ -253,7 +253,7 @@ def test_a_full_disk_keeps_the_checkpoint_and_names_the_space(data, codes, tmp_p
             capsys,
         )
         assert re.search(r"MiB needed, [\d.]+ MiB free; the previous checkpoint is intact", error)
-        assert checkpoints.is_intact(small / "checkpoint.pth")
+        assert resumption.is_intact(small / "checkpoint.pth")
         assert checkpoint(small / "checkpoint.pth")["epoch"] == 0
         assert not list(small.glob(".*.part"))
 

@@ -15,10 +15,10 @@ from tiny_runs import assert_same_weights, checkpoint, finetuning_flags, log_lin
 import engine
 import run_class_finetuning
 from checkpoint_io import checkpoints
+from checkpoint_io.optimizer_state import check_saved_state
 from data_pipeline.image_lists import find_classes_folder
 from datasets import ImageFiles
 from errors import UserError
-from optim_factory import check_saved_state
 
 
 @pytest.fixture(scope="module")

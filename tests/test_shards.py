@@ -30,11 +30,11 @@ import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
 from data_pipeline import shards
+from data_pipeline.image_formats import load_image
 from data_pipeline.image_lists import EXTENSIONS, find_shards
 from data_pipeline.samplers import SHARDS_AT_ONCE, ResumableSampler, build_loader, shuffled_by_shards
 from run_class_finetuning import build_dataset as build_finetuning_dataset
 from run_vqkd_training import build_dataset as build_vqkd_dataset
-from transforms import load_image
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_plain_words_for_what_is_in_shards(packed, folder, tmp_path):
 
 
 def test_images_that_are_not_taken_are_counted(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("runtime.distributed.log.propagate", True)
+    monkeypatch.setattr("runtime.terminal.log.propagate", True)
     caplog.set_level("INFO", "beit")
     image = jpeg(tmp_path)
     names = ["00.jpg", "IMG_1.2021.jpg", "IMG_2.2021.jpg", "01.jpg", "01.png", "01.json"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from source_files import all_files
 
-from checkpoint_io import checkpoints, torch_files, weight_files
+from checkpoint_io import checkpoints, resumption, torch_files, weight_files
 from errors import UserError
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2, dtype=torch.bfloat16)}
@@ -428,7 +428,7 @@ def test_what_is_no_file(tmp_path):
     assert "no such file" in refusal(tmp_path / "none.pth")
     os.mkfifo(tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match=r"checkpoint\.pth is no regular file"):
-        checkpoints.find_newest_intact(tmp_path)
+        resumption.find_newest_intact(tmp_path)
 
 
 # ── which checkpoint a run goes on from ──
@@ -439,7 +439,7 @@ def test_the_fallback_is_the_newest_by_step(tmp_path):
         torch.save({"model": WEIGHTS, "next": {"epoch": 1, "samples": 0, "step": step}}, tmp_path / name)
         os.utime(tmp_path / name, (2e9 - step, 2e9 - step))  # the newest file is the oldest step
     (tmp_path / "checkpoint.pth").write_bytes(b"cut off")
-    assert checkpoints.find_newest_intact(tmp_path) == tmp_path / "checkpoint-step30.pth"
+    assert resumption.find_newest_intact(tmp_path) == tmp_path / "checkpoint-step30.pth"
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
@@ -453,7 +453,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monke
         monkeypatch.setattr(io, "open", refuse)
         monkeypatch.setattr("builtins.open", refuse)
     for read in (
-        checkpoints.find_newest_intact,
+        resumption.find_newest_intact,
         lambda folder: checkpoints.read_checkpoint(folder / "checkpoint.pth"),
     ):
         with pytest.raises(
