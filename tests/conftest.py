@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import tiny_data
 import tiny_runs
 import torch
 
@@ -54,6 +55,15 @@ def data(tmp_path_factory) -> Path:
 def codes(tmp_path_factory) -> Path:
     """The file of a tokenizer of random weights."""
     return tiny_runs.tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.pth")
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory) -> Path:
+    """Twelve different images in nested folders."""
+    root = tmp_path_factory.mktemp("flat")
+    for i in range(12):
+        tiny_data.write_image(root / f"part{i % 2}" / f"{i:02}.jpg", seed=i)
+    return root
 
 
 @pytest.fixture
