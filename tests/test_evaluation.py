@@ -2,6 +2,7 @@
 classes, and what must fit what.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from many_processes import free_port, run_ranks
 from PIL import Image
 from tiny_runs import SIZE, checkpoint, finetuning_flags, log_lines, photos
 
+import arguments
 import modeling_finetune
 import run_class_finetuning
 from data_pipeline import imagenet_classes
@@ -575,7 +577,9 @@ def test_fine_tuning_unlike_the_pretraining_is_told(keys, flags, theirs, caplog)
     parser = run_class_finetuning.get_parser()
     args = parser.parse_args(["--finetune", "x.pth"])
     with caplog.at_level("WARNING", logger="beit"):
-        trained_classifier.warn_of_other_pretraining(dict.fromkeys(keys, torch.zeros(1)), flags, parser, args)
+        ours = trained_classifier.RunFlags(vars(args), functools.partial(arguments.format_flag, parser))
+        weights = dict.fromkeys(keys, torch.zeros(1))
+        trained_classifier.warn_of_other_pretraining(weights, flags, ours, f"`finetune` {args.finetune}")
     assert (
         caplog.messages == []
         if theirs is None
