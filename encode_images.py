@@ -33,8 +33,9 @@ from errors import UserError, report_user_errors
 from flags.images import add_view_flags, loader_settings
 from runtime import distributed
 from runtime.device import choose_precision
-from runtime.distributed import Launch, log
+from runtime.distributed import Launch
 from runtime.failures import explain_lost_process
+from runtime.terminal import log
 from transforms import ImageOnly, eval_view
 from visualization import code_files, drawing, inputs
 from visualization.code_files import Parts

@@ -2,7 +2,7 @@
 --checkpoint ft.pth --to timm --output out
 
 Sources are our checkpoints, published weights, and the models of both libraries;
-docs/weights.md has examples.
+docs/export.md has examples.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from checkpoint_io.weight_source import Source
 from data_pipeline.imagenet_classes import in_words, synsets
 from errors import UserError, pick, report_user_errors
 from pretrained import ModelHints
-from runtime import distributed
-from runtime.distributed import log
+from runtime import terminal
+from runtime.terminal import log
 
 FORMATS = ("safetensors", "timm", "huggingface")
 NAMES_OF = {"ours": "our names", "timm": "timm's names", "huggingface": "Hugging Face's names"}
@@ -217,7 +217,7 @@ def summarize_classes(names: list[str] | None) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     check(args)
-    distributed.set_up_logging(0)
+    terminal.set_up_logging(0)
     source = weight_source.read_weights(args.checkpoint, args.source_format, args.ema)
     whole = any(key.startswith(("quantize.", "decode_head.")) for key in source.weights)
     if whole and source.library == "ours":

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from errors import UserError, pick
+from layers.init_weights import init_linear_and_norm, rescale_outputs
 from layers.rel_pos_bias import at_least, has_free_size
 from runtime import distributed
-from vit_backbone import SIZES, Trunk, init_linear_and_norm, rescale_outputs
+from vit_backbone import SIZES, Trunk
 
 POOL_SCALES = (1, 2, 3, 6)
 
@@ -294,7 +295,7 @@ def assemble(
     try:
         trunk = SegmentationBackbone([number - 1 for number in outputs], pyramid, **backbone)
     except ValueError as error:
-        raise UserError(f"--input_size: {error}") from None
+        raise UserError(f"`input_size`: {error}") from None
     width = trunk.embed_dim
     if not pyramid:
         return Segmenter(trunk, SETRPUPHead(width, channels, num_classes))

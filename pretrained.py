@@ -20,7 +20,7 @@ from checkpoint_io.weight_source import Source
 from errors import ParameterError, UserError
 from layers.rel_pos_bias import as_pair
 from modeling_finetune import VisionTransformer
-from runtime.distributed import log
+from runtime.terminal import log
 from transforms import default_crop_pct, normalization
 from vit_backbone import SIZES, Trunk, Variant
 

@@ -33,7 +33,7 @@ from optim_factory import (
     layer_decay_values,
 )
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 
 
 def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.VisionTransformer:

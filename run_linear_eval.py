@@ -25,7 +25,7 @@ from flags.images import build_eval_view, build_finetuning_view, image_source
 from flags.linear_eval import get_parser, idle_flags, parse_flags
 from optim_factory import ScheduleOptions, build_schedule, create_optimizer
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 
 STATISTICS_IMAGES = 10_000  # training images that give each channel's mean and variance
 

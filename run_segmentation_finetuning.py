@@ -40,7 +40,7 @@ from flags.segmentation import (
 )
 from optim_factory import LayerDecayValueAssigner, build_poly_schedule, create_optimizer, layer_decay_values
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 from segmentation import trained_segmenter
 from segmentation.classes import ClassSettings, find_classes, read_class_list, read_palette
 from segmentation.image_mask_pairs import SegmentationFiles, find_pairs, normalized

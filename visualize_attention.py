@@ -24,9 +24,9 @@ from errors import UserError, report_user_errors
 from flags.images import add_shown_image_flags, add_view_flags
 from layers.rel_pos_bias import as_pair
 from modeling_finetune import VisionTransformer
-from runtime import distributed
+from runtime import terminal
 from runtime.device import pick_device
-from runtime.distributed import log
+from runtime.terminal import log
 from transforms import eval_view, normalization
 from visualization import drawing, inputs
 
@@ -254,7 +254,7 @@ def draw_image(
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     check_attention_flags(args)
-    distributed.set_up_logging(0)
+    terminal.set_up_logging(0)
     paths = inputs.find_shown(args.image, args.count, "--image")
     inputs.prepare_output(args.output, inputs.PICTURES, "--output")
     device = pick_device(args.device)

@@ -17,7 +17,7 @@ import torch
 from checkpoint_io import weight_files
 from errors import UserError, hide_secrets
 from runtime import distributed, fsdp
-from runtime.distributed import log
+from runtime.terminal import log
 
 LATEST = "checkpoint.pth"
 BEST = "checkpoint-best.pth"

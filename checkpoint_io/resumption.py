@@ -16,7 +16,7 @@ from checkpoint_io import downloads
 from checkpoint_io.checkpoints import LATEST, link_checkpoint, read_checkpoint
 from errors import UserError
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 
 # Flags that say where and how often, not what is trained; data and seed are compared by themselves.
 WITHOUT_EFFECT = {

@@ -16,7 +16,7 @@ from checkpoint_io.remapping import PATCHES, describe_patches, load_remapped
 from data_pipeline.imagenet_classes import RobustSet, synsets
 from errors import ParameterError, UserError
 from modeling_finetune import VisionTransformer
-from runtime.distributed import log
+from runtime.terminal import log
 
 # What the model is made of, and what its images look like: flags that should be those of the training.
 SHAPING = ("model", "use_mean_pooling", "abs_pos_emb", "rel_pos_bias", "qkv_bias", "layer_scale_init_value")

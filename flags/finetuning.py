@@ -29,7 +29,7 @@ from flags.images import add_data_flags, add_vit_flags
 from flags.optimization import add_optimizer_flags
 from flags.run import add_run_flags, add_step_flags
 from layers.rel_pos_bias import as_pair
-from runtime.distributed import log
+from runtime.terminal import log
 
 EXAMPLE = """--data_set image_folder --data_path photos/train --eval_data_path photos/val
 --model beit_small_patch16_224 --finetune pretrained/checkpoint.pth --output_dir finetuned"""

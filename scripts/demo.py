@@ -25,10 +25,11 @@ from PIL import Image  # noqa: E402
 from torchvision.utils import save_image  # noqa: E402
 
 import stages  # noqa: E402
+from data_pipeline.image_formats import load_image  # noqa: E402
 from data_pipeline.image_lists import find_images  # noqa: E402
+from data_pipeline.resizing import cut_to_length  # noqa: E402
 from errors import UserError, printable, report_user_errors  # noqa: E402
 from stages import run_entry  # noqa: E402
-from transforms import cut_to_length, load_image  # noqa: E402
 from visualization import drawing  # noqa: E402
 
 OUT = ROOT / "demo_output"

@@ -1,4 +1,4 @@
-# Sourced by the recipes, from the project's root: the launch they have in common. docs/recipes.md explains the variables.
+# Sourced by the recipes, from the project's root: the launch they have in common. docs/clusters.md explains the variables.
 #   DATA, OUTPUT              required; a relative path counts from where the recipe was called
 #   GPUS, NODES               GPUs of each machine, machines; every recipe has the published numbers as default
 #   NODE_RANK, MASTER_ADDR    with several machines: the number of this one (0 ...), the name of number 0

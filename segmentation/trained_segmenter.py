@@ -16,7 +16,7 @@ from checkpoint_io.weight_source import Source
 from errors import ParameterError, UserError
 from evaluation.trained_classifier import RunFlags, describe_difference
 from modeling_segmentation import Segmenter
-from runtime.distributed import log
+from runtime.terminal import log
 
 HEADS = ("decode_head.", "auxiliary_head.")
 CLASSIFIER = "decode_head.conv_seg.weight"

@@ -4,6 +4,7 @@ accumulation, recomputation, compilation.
 
 import torch
 from many_processes import run_ranks
+from tiny_runs import MeanSquare
 from torch import nn
 
 import engine
@@ -23,11 +24,6 @@ class WithAnIdleParameter(nn.Module):
 
     def forward(self, x):
         return self.used(x)
-
-
-class MeanSquare(engine.Stage):
-    def step(self, model, batch):
-        return model(batch["image"]).square().mean(), {}
 
 
 def three_steps(rank, world_size, build, update_freq, recompute, compiled):

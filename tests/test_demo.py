@@ -1,22 +1,19 @@
 """The demo's own parts: splits, class folders, and one run on a small unlabeled folder."""
 
-import importlib.util
 import itertools
 import json
 from pathlib import Path
 
 import pytest
+from source_files import load_script
 from tiny_runs import photos
 
-ROOT = Path(__file__).parent.parent
 KEYS = {"data", "vqkd", "pretrain", "finetune", "pictures", "seconds"}
 
 
 @pytest.fixture
 def demo(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("demo")
     monkeypatch.setattr(module, "OUT", tmp_path / "demo_output")
     return module
 

@@ -13,6 +13,8 @@ import torch
 from many_processes import run_ranks
 from timm.utils import ModelEmaV3
 from tiny_runs import (
+    MeanSquare,
+    as_flags,
     assert_same_weights,
     checkpoint,
     finetuning_flags,
@@ -27,6 +29,7 @@ import engine
 import modeling_finetune
 import optim_factory
 import run_beitv2_pretraining
+import run_checkpoints
 import run_class_finetuning
 import run_state
 from checkpoint_io.checkpoints import count_bytes
@@ -52,24 +55,11 @@ def lines_of(folder: Path) -> dict[str, tuple[str, list[str]]]:
     looking = ["--eval_data_path", str(uneven), "--knn_freq", "1", "--knn_data_path", str(folder / "photos")]
     looking += ["--drop_path", "0", "--clip_grad", "3", "--image_freq", "1"]
     drawing = [
-        "--eval_data_path",
-        str(uneven),
-        "--drop_path",
-        "0.1",
-        "--mixup",
-        "0.8",
-        "--model_ema",
-        "--model_ema_decay",
+        *as_flags(eval_data_path=uneven, drop_path=0.1, mixup=0.8, model_ema=True, model_ema_decay=True),
     ]
     drawing += [
         "0.5",
-        "--update_freq",
-        "2",
-        "--grad_checkpointing",
-        "--clip_grad",
-        "1",
-        "--save_ckpt_steps",
-        "1",
+        *as_flags(update_freq=2, grad_checkpointing=True, clip_grad=1, save_ckpt_steps=1),
     ]
     drawing += ["--keep_ckpts", "9", "--batch_size", "2"]
 
@@ -198,7 +188,7 @@ def test_shares_end_where_one_process_ends(runs, tmp_path):
 
 
 @on_cpu
-def test_uneven_evaluation_counts_every_image_once_and_pictures_come_out(runs):
+def test_uneven_evaluation_counts_each_image_once_with_pictures(runs):
     assert all(line["test_images"] == line["test_ema_images"] == 9 for line in log_lines(runs / "tuned"))
     assert all("test_knn_acc1" in line for line in log_lines(runs / "pretrained"))
     for name in ("masked_tokens-0000.png", "masked_tokens-0001.png"):
@@ -277,11 +267,6 @@ def started(rank, world_size, folder, seed):
     return run_state.new_state(model, optim_factory.create_optimizer(args, model), run, "vit", ema), run
 
 
-class MeanSquare(engine.Stage):
-    def step(self, model, batch):
-        return model(batch["image"]).square().mean(), {}
-
-
 def trained(rank, world_size, folder):
     """Two steps, saved as a.pth; bytes that this rank holds."""
     state, run = started(rank, world_size, folder, seed=0)
@@ -296,7 +281,7 @@ def trained(rank, world_size, folder):
         assert not isinstance(plain, FSDPModule)
         answers = plain.forward_features(images).detach() if rank == 0 else None  # alone, and not by forward
     assert all(parameter.is_meta for parameter in plain.parameters())  # the copy is gone
-    run_state.save(state, stage, run, 0, ["a.pth"])
+    run_checkpoints.save(state, stage, run, 0, ["a.pth"])
     run.saver.wait()
     moments = [
         value
@@ -325,8 +310,8 @@ def held(tensor):
 def passed_on(rank, world_size, folder, name, other):
     """What one file holds, into a state of other weights and from there into the other file."""
     state, run = started(rank, world_size, folder, seed=1)
-    run_state.restore(state, MeanSquare(run.device, run.precision), run, folder / name, 1)
-    run_state.save(state, MeanSquare(run.device, run.precision), run, 0, [other])
+    run_checkpoints.restore(state, MeanSquare(run.device, run.precision), run, folder / name, 1)
+    run_checkpoints.save(state, MeanSquare(run.device, run.precision), run, 0, [other])
     run.saver.wait()
 
 
@@ -365,7 +350,7 @@ def test_one_rank_alone_sees_what_the_checkpoint_holds(both_ranks):
 
 
 @on_cpu
-def test_checkpoints_pass_from_shares_to_one_process_and_back_unchanged(runs):
+def test_checkpoints_go_from_shards_to_one_process_and_back(runs):
     content = checkpoint(runs / "a.pth")
     assert (
         count_bytes(content["optimizer"])

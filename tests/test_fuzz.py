@@ -2,9 +2,8 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from source_files import ROOT
 
 
 def test_odd_flags_files_and_images_end_in_a_sentence():

@@ -82,7 +82,7 @@ samplers._start_worker(0)
 """
 
 
-def test_every_module_can_be_imported_where_names_of_unix_are_absent():
+def test_all_modules_can_be_imported_without_unix_names():
     names = [module_name(path) for path in library_files()]
     got = subprocess.run(
         [sys.executable, "-c", AS_ON_WINDOWS, *names], cwd=ROOT, capture_output=True, text=True

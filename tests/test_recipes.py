@@ -409,7 +409,7 @@ def test_ablations_of_v2s_pretraining_change_one_thing(name):
 
 
 @pytest.mark.parametrize("name", ABLATIONS_VQKD)
-def test_ablations_of_the_tokenizer_change_one_thing_and_name_the_flags_of_pretraining(name):
+def test_tokenizer_ablations_change_one_thing_and_name_flags(name):
     switches, more = ABLATIONS_VQKD[name]
     run, differing = ablation(name, "vqkd/base_3x768x12_clip")
     assert differing == switches
@@ -574,7 +574,7 @@ def test_segmentation_recipes(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_head_says_what_to_expect_and_its_example_for_fewer_gpus_keeps_the_batch(name):
+def test_the_head_says_what_to_expect_and_fewer_gpus_keep_batch(name):
     head = [
         line for line in RECIPES[name].split("set -euo pipefail")[0].splitlines() if line.startswith("# ")
     ]

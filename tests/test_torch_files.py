@@ -8,7 +8,6 @@ import struct
 import time
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from source_files import all_files
 from checkpoint_io import checkpoints, resumption, torch_files, weight_files
 from errors import UserError
 
-ROOT = Path(__file__).parent.parent
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2, dtype=torch.bfloat16)}
 
 
@@ -161,7 +159,7 @@ def test_a_torchscript_archive_is_read_as_tensors_and_never_run(tmp_path):
     assert all(torch.equal(read[key], value) for key, value in wanted.items())
 
 
-def test_a_torchscript_archive_with_a_state_of_its_own_is_refused(tmp_path):
+def test_a_torchscript_archive_with_its_own_state_is_refused(tmp_path):
     """Hand-made: as torch.jit.save writes a module with __setstate__, its state is no dictionary of attributes."""
     torch.jit.script(torch.nn.Linear(3, 2)).save(tmp_path / "script.pt")
     program = b"\x80\x02c__torch__.Evil\nEvil\n)\x81X\x05\x00\x00\x00/tmp/\x88\x86b."

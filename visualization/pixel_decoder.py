@@ -16,11 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import modeling_vqkd
-from checkpoint_io import downloads, weight_files, weight_formats
+from checkpoint_io import downloads, tokenizer_weights, weight_files, weight_formats
 from errors import UserError
+from layers.init_weights import truncated_normal_
 from modeling_finetune import VisionTransformer
 from modeling_vqkd import PATCH_SIZE, VQKD
-from vit_backbone import truncated_normal_
 
 HEAD_DIM = 32
 
@@ -30,7 +30,7 @@ class PixelDecoder(nn.Module):
 
     A window is twice as wide as its patch, and overlapping windows are added. If they
     only touch, the edges of patches stand out and the PSNR is lower
-    (docs/visualization.md).
+    (docs/lab/reconstruction.md).
 
     Args:
         grid: (h, w).
@@ -133,7 +133,10 @@ def open_reconstructor(source: str, flag: str) -> Reconstructor:
     settings: dict[str, Any] = modeling_vqkd.settings_of(own, {}, f"{flag} {source}")
     teacher_dim = len(own["decode_task_layer.2.bias"])
     tokenizer = modeling_vqkd.create_model(**settings, as_tokenizer=True, decoder_out_dim=teacher_dim)
-    depth, dim = modeling_vqkd.depth_of(weights, "decoder.vit"), weights["decoder.to_pixels.weight"].shape[0]
+    depth, dim = (
+        tokenizer_weights.depth_of(weights, "decoder.vit"),
+        weights["decoder.to_pixels.weight"].shape[0],
+    )
     model = Reconstructor(tokenizer, depth, dim)
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)

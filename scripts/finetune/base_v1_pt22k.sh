@@ -5,7 +5,7 @@
 # Time: not known.
 # Expected: 83.7 % top-1 (beit_base_patch16_224_pt22k_ft1k in the model zoo).
 # Normalized by 0.5/0.5, as these weights were pretrained: no --imagenet_default_mean_and_std.
-# Fewer GPUs: `GPUS=2 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 1024 (docs/recipes.md).
+# Fewer GPUs: `GPUS=2 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 1024 (docs/clusters.md).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 GPUS=${GPUS:-8} NODES=${NODES:-1}

@@ -4,7 +4,7 @@
 # Hardware: 8 GPUs x 128 images = 1024 (kind of GPU not known).
 # Time: not known.
 # Expected: 85.5 % top-1, 97.5 % top-5 (beitv2_base_patch16_224_pt1k_ft1k in the model zoo).
-# Fewer GPUs: `GPUS=2 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 1024 (docs/recipes.md).
+# Fewer GPUs: `GPUS=2 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 1024 (docs/clusters.md).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 GPUS=${GPUS:-8} NODES=${NODES:-1}

@@ -5,7 +5,7 @@
 # Time: not known.
 # Expected: 86.5 % top-1 (beitv2_base_patch16_224_pt1k_ft21kto1k in the model zoo: 86.458, top-5 97.978).
 # Mixup and cutmix are off: so the recipe has it after ImageNet-21k.
-# Fewer GPUs: `GPUS=2 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 1024 (docs/recipes.md).
+# Fewer GPUs: `GPUS=2 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 1024 (docs/clusters.md).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 GPUS=${GPUS:-8} NODES=${NODES:-1}

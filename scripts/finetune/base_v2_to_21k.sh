@@ -4,7 +4,7 @@
 # Hardware: 32 GPUs x 128 images = 4096, here taken as 4 machines of 8 (neither that nor the kind of GPU is known).
 # Time: not known.
 # Expected: no figure of its own; scripts/finetune/base_v2_ft21k.sh brings what comes out to 86.5 % top-1 on ImageNet-1k.
-# Fewer GPUs: `NODES=1 GPUS=8 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 4096 (docs/recipes.md).
+# Fewer GPUs: `NODES=1 GPUS=8 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 4096 (docs/clusters.md).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 GPUS=${GPUS:-8} NODES=${NODES:-4}

@@ -5,7 +5,7 @@
 # Time: not known.
 # Expected: no figure at hand; 85.2 % top-1 was published for large after pretraining on ImageNet-1k.
 # Normalized by 0.5/0.5, as these weights were pretrained: no --imagenet_default_mean_and_std.
-# Fewer GPUs: `GPUS=2 ... --update_freq 8` keeps GPUs x batch_size x update_freq at 1024 (docs/recipes.md).
+# Fewer GPUs: `GPUS=2 ... --update_freq 8` keeps GPUs x batch_size x update_freq at 1024 (docs/clusters.md).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 GPUS=${GPUS:-8} NODES=${NODES:-1}

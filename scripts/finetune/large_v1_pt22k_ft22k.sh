@@ -6,7 +6,7 @@
 # Expected: 87.4 % top-1 (beit_large_patch16_224_pt22k_ft22kto1k in the model zoo: 87.396, top-5 98.282).
 # Mixup and cutmix are off: so the recipe has it after ImageNet-22k.
 # Normalized by 0.5/0.5, as these weights were pretrained: no --imagenet_default_mean_and_std.
-# Fewer GPUs: `GPUS=2 ... --update_freq 8` keeps GPUs x batch_size x update_freq at 512 (docs/recipes.md).
+# Fewer GPUs: `GPUS=2 ... --update_freq 8` keeps GPUs x batch_size x update_freq at 512 (docs/clusters.md).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 GPUS=${GPUS:-8} NODES=${NODES:-1}

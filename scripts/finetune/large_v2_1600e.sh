@@ -4,7 +4,7 @@
 # Hardware: 8 GPUs x 64 images x 2 micro-steps = 1024 (kind of GPU not known).
 # Time: not known.
 # Expected: 87.3 % top-1, 98.2 % top-5 (beitv2_large_patch16_224_pt1k_ft1k in the model zoo).
-# Fewer GPUs: `GPUS=2 ... --update_freq 8` keeps GPUs x batch_size x update_freq at 1024 (docs/recipes.md).
+# Fewer GPUs: `GPUS=2 ... --update_freq 8` keeps GPUs x batch_size x update_freq at 1024 (docs/clusters.md).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 GPUS=${GPUS:-8} NODES=${NODES:-1}

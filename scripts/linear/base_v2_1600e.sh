@@ -4,7 +4,7 @@
 # Hardware: 8 GPUs x 128 images = 1024 (kind of GPU not known).
 # Time: not known.
 # Expected: 80.1 % top-1 (BEiT v2's paper).
-# Fewer GPUs: `GPUS=2 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 1024 (docs/recipes.md).
+# Fewer GPUs: `GPUS=2 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 1024 (docs/clusters.md).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 GPUS=${GPUS:-8} NODES=${NODES:-1}

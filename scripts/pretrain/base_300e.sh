@@ -4,7 +4,7 @@
 # Hardware: one DGX-2, 16 V100-32GB x 128 images = 2048.
 # Time: about 25 hours, reckoned from the published speed, 4,300 images/s.
 # Expected: 85.0 % top-1 on ImageNet-1k after scripts/finetune/base_v2_300e.sh.
-# Fewer GPUs: `GPUS=4 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 2048 (docs/recipes.md).
+# Fewer GPUs: `GPUS=4 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 2048 (docs/clusters.md).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 GPUS=${GPUS:-16} NODES=${NODES:-1}

@@ -5,7 +5,7 @@
 # Time: about five days.
 # Expected: 83.2 % top-1 on ImageNet-1k after fine-tuning (84.6 at 384 pixels).
 # ImageNet's mean and std, like every ImageNet-1k pretraining: fine-tune with --imagenet_default_mean_and_std.
-# Fewer GPUs: `GPUS=4 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 2048 (docs/recipes.md).
+# Fewer GPUs: `GPUS=4 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 2048 (docs/clusters.md).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 GPUS=${GPUS:-16} NODES=${NODES:-1}

@@ -5,7 +5,7 @@
 # Time: about ten days, reckoned from the published speed, 2,400 images/s, for 14.2 million images.
 # Expected: 83.7 % top-1 on ImageNet-1k after scripts/finetune/base_v1_pt22k.sh.
 # Normalized by 0.5/0.5: fine-tune without --imagenet_default_mean_and_std.
-# Fewer GPUs: `GPUS=4 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 2048 (docs/recipes.md).
+# Fewer GPUs: `GPUS=4 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 2048 (docs/clusters.md).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 GPUS=${GPUS:-16} NODES=${NODES:-1}

@@ -4,7 +4,7 @@
 # Hardware: four DGX-2, 64 V100-32GB x 32 images = 2048.
 # Time: not known.
 # Expected: 86.6 % top-1 on ImageNet-1k after scripts/finetune/large_v2_300e.sh; about 16 % of masked tokens right at the end.
-# Fewer GPUs: `NODES=1 GPUS=8 ... --update_freq 8` keeps GPUs x batch_size x update_freq at 2048 (docs/recipes.md).
+# Fewer GPUs: `NODES=1 GPUS=8 ... --update_freq 8` keeps GPUs x batch_size x update_freq at 2048 (docs/clusters.md).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 GPUS=${GPUS:-16} NODES=${NODES:-4}

@@ -5,7 +5,7 @@
 # Time: not known.
 # Expected: no figure at hand; scripts/finetune/large_v1_pt22k.sh comes next.
 # Normalized by 0.5/0.5: fine-tune without --imagenet_default_mean_and_std.
-# Fewer GPUs: `NODES=1 GPUS=8 ... --update_freq 8` keeps GPUs x batch_size x update_freq at 2048 (docs/recipes.md).
+# Fewer GPUs: `NODES=1 GPUS=8 ... --update_freq 8` keeps GPUs x batch_size x update_freq at 2048 (docs/clusters.md).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 GPUS=${GPUS:-16} NODES=${NODES:-4}

@@ -4,7 +4,7 @@
 # Hardware: 8 GPUs x 64 images = 512 (kind of GPU not known).
 # Time: not known.
 # Expected: 100 % of the codebook in use; total loss about 0.2 (published for VQ-KD as such, not for each tokenizer).
-# Fewer GPUs: `GPUS=2 ... --batch_size 256` keeps GPUs x batch_size x update_freq at 512 (docs/recipes.md).
+# Fewer GPUs: `GPUS=2 ... --batch_size 256` keeps GPUs x batch_size x update_freq at 512 (docs/clusters.md).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 GPUS=${GPUS:-8} NODES=${NODES:-1}
