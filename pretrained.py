@@ -29,7 +29,7 @@ def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[
     """Load what fits of `weights` and say in a block of lines what was used; returns the names that stayed new.
 
     UserError when blocks, patch embedding or CLS token do not fit. `source` names the
-    weights, as in "--finetune out/pt.pth".
+    weights, as in "`finetune` out/pt.pth".
     """
     weights = to_our_names(weights)
     fitting, missing = remapping.load_remapped(model, weights)
@@ -104,7 +104,7 @@ def open_backbone(
     source: str,
     input_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
-    flag: str = "`checkpoint`",
+    origin: str = "`checkpoint`",
     content: Source | None = None,
 ) -> tuple[VisionTransformer, dict[str, Any]]:
     """The transformer in a file (path, URL or published name) of pretraining or
@@ -112,14 +112,14 @@ def open_backbone(
 
     Returns it and the flags it was trained with ({} for published files). `input_size`:
     side or (height, width) in pixels to use it at, the position tables are resized;
-    default: its own. `flag` names the source in messages. `content`: of the file, where
+    default: its own. `origin`: the parameter that names the source, for messages. `content`: of the file, where
     it has been read already.
     """
-    weights, flags, *_ = content or weight_source.read_weights(source, flag=flag)
+    weights, flags, *_ = content or weight_source.read_weights(source, origin=origin)
     try:
         settings = infer_architecture(weights, flags, num_heads)
     except UserError as error:
-        raise UserError(f"{flag} {source}: {error}") from None
+        raise UserError(f"{origin} {source}: {error}") from None
     settings["in_chans"] = 3  # as the images have, whatever the file's had
     if input_size is not None:
         settings["img_size"] = input_size
@@ -127,9 +127,9 @@ def open_backbone(
         model = VisionTransformer(**settings)
     except ValueError as error:
         raise ParameterError(f"`input_size`: {error}") from None
-    missing = load_fitting(model, weights, f"{flag} {source}")
+    missing = load_fitting(model, weights, f"{origin} {source}")
     if not set(missing) <= {"norm.weight", "norm.bias"}:  # which nothing here reads
-        raise UserError(f"{flag} {source} is incomplete: it lacks {summarize_names(missing)}")
+        raise UserError(f"{origin} {source} is incomplete: it lacks {summarize_names(missing)}")
     return model.eval().requires_grad_(False), flags
 
 

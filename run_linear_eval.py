@@ -34,7 +34,7 @@ def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenB
     """The backbone of --finetune, and the flags with the settings of the images (or cached
     features) that it takes.
     """
-    content = weight_source.read_weights(args.finetune, flag="--finetune")
+    content = weight_source.read_weights(args.finetune, origin="`finetune`")
     model, flags = pretrained.open_backbone(
         args.finetune, args.input_size, args.num_heads, "--finetune", content
     )

@@ -2,6 +2,7 @@
 classes, and what must fit what.
 """
 
+import functools
 import json
 from importlib import resources
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from refusals import refused
 from tiny_runs import SIZE, as_flags, checkpoint, finetuning_flags, log_lines, photos
 
+import arguments
 import modeling_finetune
 import run_class_finetuning
 from data_pipeline import imagenet_classes
@@ -549,7 +551,9 @@ def test_fine_tuning_unlike_the_pretraining_is_told(keys, flags, theirs, caplog)
     parser = run_class_finetuning.get_parser()
     args = parser.parse_args(["--finetune", "x.pth"])
     with caplog.at_level("WARNING", logger="beit"):
-        trained_classifier.warn_of_other_pretraining(dict.fromkeys(keys, torch.zeros(1)), flags, parser, args)
+        ours = trained_classifier.RunFlags(vars(args), functools.partial(arguments.format_flag, parser))
+        weights = dict.fromkeys(keys, torch.zeros(1))
+        trained_classifier.warn_of_other_pretraining(weights, flags, ours, f"`finetune` {args.finetune}")
     assert (
         caplog.messages == []
         if theirs is None
