@@ -38,7 +38,7 @@ def assert_same(batches, others):
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(flat):
-    dataset = build_pretraining_dataset(data_args(flat), grid=4)
+    dataset = build_pretraining_dataset(data_args(flat))
     sampler = ResumableSampler(len(dataset), 2, 2, 0, 1, seed=0)
     sampler.set_position(3)
     whole = epoch_of(dataset, sampler)
@@ -56,7 +56,7 @@ def test_samples_depend_on_seed_epoch_and_index_alone(flat):
     assert torch.equal(dataset[key]["image"], dataset[key]["image"])
     assert not torch.equal(dataset[key]["image"], dataset[4, 7]["image"])
     assert not torch.equal(dataset[key]["mask"], dataset[4, 7]["mask"])
-    other_seed = build_pretraining_dataset(data_args(flat, seed=1), grid=4)
+    other_seed = build_pretraining_dataset(data_args(flat, seed=1))
     assert not torch.equal(dataset[key]["image"], other_seed[key]["image"])
 
 
@@ -68,7 +68,7 @@ def test_augmentations_of_timm_are_seeded_too(tmp_path):
 
 
 def test_reading_leaves_the_global_generators_alone(flat):
-    dataset = build_pretraining_dataset(data_args(flat), grid=4)
+    dataset = build_pretraining_dataset(data_args(flat))
     sampler = ResumableSampler(len(dataset), 4, 1, 0, 1, seed=0)
     states = random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state()
     epoch_of(dataset, sampler)
@@ -82,7 +82,7 @@ def test_data_sets_travel_to_spawned_workers(tmp_path):
     """Not every platform forks: what a loader sends to its workers must pickle."""
     args = data_args(write_classes(tmp_path, {"a": 2, "b": 2}))
     for dataset in (
-        build_pretraining_dataset(args, 4),
+        build_pretraining_dataset(args),
         vqkd_dataset(args, True),
         build_finetuning_dataset(args, True)[0],
     ):
@@ -173,29 +173,29 @@ def test_bad_files_are_logged_once_and_end_the_run_beyond_1_pct(caplog, monkeypa
 
 
 def test_pretraining_dataset(flat):
-    dataset = build_pretraining_dataset(data_args(flat, input_size=128), grid=8)
+    dataset = build_pretraining_dataset(data_args(flat, input_size=128))
     sample = dataset[0]
     assert sample["mask"].shape == (64,)
     assert sample["mask"].sum() == 24
     assert "label" not in sample
-    assert build_pretraining_dataset(data_args(flat, num_mask_patches=5), 4)[0]["mask"].sum() == 5
-    assert len(build_pretraining_dataset(data_args(flat), 4, held_out=str(flat / "part1"))) == 6
+    assert build_pretraining_dataset(data_args(flat, num_mask_patches=5))[0]["mask"].sum() == 5
+    assert len(build_pretraining_dataset(data_args(flat), held_out=str(flat / "part1"))) == 6
     with user_reads("--eval_data_path /nowhere: no such folder"):
-        build_pretraining_dataset(data_args(flat), 4, held_out="/nowhere")
+        build_pretraining_dataset(data_args(flat), held_out="/nowhere")
     mistakes: list[tuple[dict[str, Any], str]] = [
         ({"max_mask_patches_per_block": -1}, "--max_mask_patches_per_block"),
         ({"data_set": "imagefolder"}, "unknown --data_set 'imagefolder'; did you mean image_folder"),
     ]
     for changed, sentence in mistakes:
         with user_reads(sentence):
-            build_pretraining_dataset(data_args(flat, **changed), 4)
+            build_pretraining_dataset(data_args(flat, **changed))
 
 
 def test_where_each_data_set_is_read_from(tmp_path, flat):
     write_classes(tmp_path / "train", {"a": 3, "b": 2})
     write_classes(tmp_path / "val", {"a": 1, "b": 1})
     imnet = data_args(tmp_path, data_set="IMNET")
-    assert len(build_pretraining_dataset(imnet, 4)) == 5
+    assert len(build_pretraining_dataset(imnet)) == 5
     assert len(vqkd_dataset(imnet, True)) == 5
     assert len(vqkd_dataset(imnet, False)) == 2
     assert isinstance(vqkd_dataset(imnet, True).view, TokenizerViews)
@@ -210,7 +210,7 @@ def test_where_each_data_set_is_read_from(tmp_path, flat):
     assert [evaluation[i]["label"] for i in range(2)] == [0, 1]
     (tmp_path / "index").write_text('{"class": "b", "files": ["b/00.jpg"]}')
     index = data_args(tmp_path / "train", image_folder_class_index_file=str(tmp_path / "index"))
-    assert len(build_pretraining_dataset(index, 4)) == 1
+    assert len(build_pretraining_dataset(index)) == 1
 
 
 def test_validation_labels_are_those_of_training(tmp_path):

@@ -37,6 +37,7 @@ def data_args(root, **changed):
         "label_fraction": 1.0,
         "download": False,
         "seed": 0,
+        "model": "beit_base_patch16_224_8k_vocab_cls_pt",
         "input_size": 64,
         "second_input_size": 32,
         "min_crop_scale": 0.2,
@@ -63,8 +64,8 @@ def data_args(root, **changed):
     return Namespace(**{**flags, **changed})
 
 
-def build_pretraining_dataset(args, grid, held_out=""):
-    train, evaluation = build_data(Namespace(**{**vars(args), "eval_data_path": held_out}), grid)
+def build_pretraining_dataset(args, held_out=""):
+    train, evaluation = build_data(Namespace(**{**vars(args), "eval_data_path": held_out}))
     return evaluation if held_out else train
 
 
