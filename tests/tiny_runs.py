@@ -119,6 +119,15 @@ def kill_after(steps, monkeypatch):
     monkeypatch.setattr(engine, "accumulate_gradients", counted)
 
 
+def encoding_flags(weights, data, out, *more):
+    fixed = as_flags(batch_size=3, num_workers=0, device="cpu")
+    return [*as_flags(tokenizer_weight=weights, data_path=data, output_dir=out), *fixed, *more]
+
+
+def encoded_names(out):
+    return (out / "files.txt").read_text().splitlines()
+
+
 class RunsCode:
     """Makes a file where an unpickler obeys what a pickle asks for."""
 
