@@ -2,7 +2,8 @@
 
 Precision, accumulation, clipping, schedule, the check for non-finite steps, moving
 averages, progress, log.txt, TensorBoard, pictures and checkpoints are the same for
-every stage.
+every stage. Above 300 lines, so that a step can be followed from the loop down to the
+optimizer without leaving the file.
 """
 
 from __future__ import annotations

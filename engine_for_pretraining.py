@@ -1,5 +1,7 @@
 """Masked image modeling: one step of BEiT and BEiT v2, what a patch must predict, and the ablations of that.
 
+Above 300 lines, so that the step, its loss and its targets are in one file.
+
 Shapes: B batch, N patches, P predicted patches of the whole batch (the masked ones, or
 all B * N), V values for each, K codes.
 """

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoint_io import downloads, weight_files, weight_formats
-from checkpoint_io.tokenizer_weights import decoder_depth_of, depth_of, read_tokenizer
+from checkpoint_io.tokenizer_weights import check_codebook, decoder_depth_of, depth_of, read_tokenizer
 from errors import UserError, pick
 from layers.init_weights import init_linear_and_norm
 from layers.rel_pos_bias import grid_of
@@ -207,7 +206,8 @@ class Variant:
         frozen, weights = as_tokenizer or as_tokenzer, None
         source = str(pretrained_weight or self.name)
         if pretrained:
-            weights, flags = read_tokenizer(source, n_code, code_dim)
+            weights, flags = read_tokenizer(source, f"`tokenizer_weight` {source}")
+            check_codebook(weights, n_code, code_dim, source)
             decoder_out_dim = len(weights["decode_task_layer.2.bias"])  # whoever the teacher was
             decoder_depth = decoder_depth_of(weights, decoder_depth, source)
             options.setdefault("process_type", flags.get("process_type", "default"))
@@ -256,18 +256,14 @@ def open_tokenizer(source: str, flag: str = "`tokenizer_weight`") -> tuple[VQKD,
     Returns it and the flags it was trained with ({} for published files). `flag` names
     the source in messages.
     """
-    content = weight_files.load_file(downloads.fetch(source))
-    weights = weight_formats.strip_wrappers(weight_files.extract_weights(content, source))
-    flags = weight_files.flags_to_dict(content.get("args")) if isinstance(content, dict) else {}
+    weights, flags = read_tokenizer(source, f"{flag} {source}")
     settings = settings_of(weights, flags, f"{flag} {source}")
     return create_model(**settings, as_tokenizer=True, pretrained=True, pretrained_weight=source), flags
 
 
 def settings_of(weights: dict[str, Tensor], flags: dict[str, Any], source: str) -> dict[str, Any]:
     """The arguments of create_model for the tokenizer whose weights these are. `source` is for messages."""
-    codebook, positions = weights.get("quantize.embedding.weight"), weights.get("encoder.pos_embed")
-    if codebook is None or positions is None:
-        raise UserError(f"{source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)")
+    codebook, positions = weights["quantize.embedding.weight"], weights["encoder.pos_embed"]
     shape = (positions.shape[-1], depth_of(weights, "encoder"))
     fitting = [name for name, variant in MODELS.items() if variant.encoder_shape == shape]
     name = flags["model"] if flags.get("model") in MODELS else next(iter(fitting), None)
@@ -294,10 +290,8 @@ def load_tokenizer_weights(model: VQKD, weights: dict[str, Tensor], source: str)
         own = settings_of(weights, {}, source)
         side, fitting = own["img_size"], own["name"]
         reason = f"it is a {fitting}, or of that size"
-        if (
-            "encoder.pos_embed" in misfits
-            and weights["encoder.pos_embed"].shape[-1] == wanted["encoder.pos_embed"].shape[-1]
-        ):
+        positions = "encoder.pos_embed"
+        if positions in misfits and weights[positions].shape[-1] == wanted[positions].shape[-1]:
             reason = f"it was trained on {side}-pixel images: `second_input_size` {side}"
         raise UserError(
             f"{source} does not fit `tokenizer_model` ({(misfits + missing)[0]} differs): {reason}"

@@ -170,6 +170,13 @@ def eval_view(
     return ImageOnly(T.Compose(steps))
 
 
+def describe_eval_view(view: ImageOnly) -> str:
+    """An eval_view of a square, in words."""
+    resize, crop = view.steps.transforms[:2]
+    size = " x ".join(map(str, crop.size))
+    return f"shorter side to {resize.size} pixels ({resize.interpolation.value}), then the central {size}"
+
+
 def finetuning_view(
     size: int | tuple[int, int],
     mean: Sequence[float],

@@ -1,5 +1,5 @@
 """The vision transformer that every stage shares: patch embedding, relative position bias,
-attention, block, trunk.
+attention, block, trunk. Above 300 lines, so that the whole network is in one file.
 
 Shapes: B batch, N patches (grid height x width), T = 1 + N tokens with CLS in front, C
 width, H heads, D = C / H. Sources: Dosovitskiy et al. 2021 (ViT); BEiT, section 2 and

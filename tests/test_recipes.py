@@ -567,7 +567,7 @@ def test_segmentation_recipes(name):
     assert (run.args.scale_range, run.args.max_class_share, run.args.hflip) == ([0.5, 2.0], 0.75, 0.5)
     assert segmentation.build_sliding_window(run.args).stride == 341
     segmentation.check_flags(run.args)
-    assert model in modeling_segmentation.VARIANTS
+    assert model in modeling_segmentation.MODELS
     assert published.ENTRIES[weights].kind == ("intermediate" if "ft21k" in name else "pretrained")
     expected = re.search(r"^# Expected: (.*)$", RECIPES[name], flags=re.MULTILINE)[1]
     assert expected.startswith(f"mIoU {miou}" if miou else "none at hand")

@@ -65,11 +65,11 @@ def test_keys_of_the_heads_are_the_released_ones(case, classes):
     assert {key: list(value.shape) for key, value in mine.items()} == data("upernet_keys")[case]
 
 
-@pytest.mark.parametrize("name", modeling_segmentation.VARIANTS)
+@pytest.mark.parametrize("name", modeling_segmentation.MODELS)
 def test_every_variant_builds(name):
     with torch.device("meta"):
         model = create_model(name, 7, **BEIT)
-    head, size = modeling_segmentation.VARIANTS[name]
+    head, size = modeling_segmentation.MODELS[name]
     if size in ("base", "large") and head == "upernet":
         assert model.backbone.out_indices == {"base": (3, 5, 7, 11), "large": (7, 11, 15, 23)}[size]
         assert model.decode_head.bottleneck.conv.out_channels == {"base": 768, "large": 1024}[size]

@@ -130,6 +130,7 @@ def open_reconstructor(source: str, flag: str) -> Reconstructor:
         for key, value in weights.items()
         if key.startswith("tokenizer.")
     }
+    tokenizer_weights.require_tokenizer(own, f"{flag} {source}")
     settings: dict[str, Any] = modeling_vqkd.settings_of(own, {}, f"{flag} {source}")
     teacher_dim = len(own["decode_task_layer.2.bias"])
     tokenizer = modeling_vqkd.create_model(**settings, as_tokenizer=True, decoder_out_dim=teacher_dim)
