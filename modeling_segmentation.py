@@ -285,9 +285,7 @@ def create_model(
 def assemble(
     head: str, backbone: dict[str, Any], num_classes: int, channels: int, aux_channels: int
 ) -> Segmenter:
-    """`backbone`: arguments of vit_backbone.Trunk; `channels`: of the decode head;
-    `aux_channels` 0: no auxiliary head.
-    """
+    """`backbone`: of vit_backbone.Trunk; `channels`: of the decode head; `aux_channels` 0: no other head."""
     pyramid, depth = head == "upernet", backbone["depth"]
     outputs = [depth // 3, depth // 2, 2 * depth // 3, depth] if pyramid else [depth]  # blocks, from 1
     try:

@@ -257,6 +257,7 @@ def test_a_run_goes_on_with_its_own_task_alone(data, codes, tmp_path, capsys):
         assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_follow_the_curve_of_one(data, codes, tmp_path):
     """All that is unusual at once: no tokenizer, empty masks (the mask token has no
     gradient), all patches, held-out images.

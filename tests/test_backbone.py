@@ -128,6 +128,7 @@ def test_importing_the_project_leaves_timms_models_alone():
     assert type(model).__module__.startswith("timm.")
 
 
+@pytest.mark.slow
 def test_the_same_weights_in_timms_beitv2_give_the_same_logits():
     ours = modeling_finetune.beit_base_patch16_224(
         use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1

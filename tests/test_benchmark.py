@@ -193,6 +193,7 @@ def test_phases_add_up():
     assert turn.loss == 2.0 and turn.ms["forward"] >= 20 and turn.ms["backward"] >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp_dtype", ["fp32", "bf16"])
 def test_the_report(tmp_path, amp_dtype):
     output = tmp_path / "out.json"
@@ -225,6 +226,7 @@ def test_the_report(tmp_path, amp_dtype):
     assert report["machine"]["matmul_tflops"] > 0
 
 
+@pytest.mark.slow
 def test_counted_flops_are_those_of_the_formula():
     """Of the classifier: 3 times the forward's products, less the gradient of the image."""
     run = Run(RunOptions(), Launch(), CPU, choose_precision("fp32", CPU))

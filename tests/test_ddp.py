@@ -2,6 +2,7 @@
 accumulation, recomputation, compilation.
 """
 
+import pytest
 import torch
 from many_processes import run_ranks
 from tiny_runs import MeanSquare
@@ -95,6 +96,7 @@ def every_case(rank, world_size):
     return [three_steps(rank, world_size, *case) for case in CASES]
 
 
+@pytest.mark.slow
 def test_two_processes_step_as_one():
     for case, first, second in zip(CASES, *run_ranks(every_case, 2), strict=True):
         for name, expected in alone(*case[:2]).items():

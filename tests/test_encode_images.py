@@ -115,6 +115,7 @@ def test_what_cannot_be_read_is_named_and_moves_nothing(form, broken, weights, t
     assert not list(out.glob(".*"))
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(broken, weights, tmp_path):
     encode_images.main(flags(weights, broken, tmp_path / "one"))
     two_processes("encode_images.py", flags(weights, broken, tmp_path / "two"))

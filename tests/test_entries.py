@@ -82,6 +82,7 @@ def test_seeded_loss_curves_guard_refactors(name, data, codes, tmp_path):
     assert [line["train_loss"] for line in log_lines(tmp_path)] == pytest.approx(CURVES[name], rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("stop_after", ["epoch", "middle of an epoch"])
 def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(
@@ -102,6 +103,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(
     assert [line["train_loss"] for line in whole] == [line["train_loss"] for line in broken]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
 def test_accumulation_equals_the_large_batch(name, data, codes, tmp_path):
     """Two micro-batches of 4 and one batch of 8 see the same samples and take the same steps."""
@@ -122,6 +124,7 @@ def test_the_tokenizer_trains_with_accumulation_too(data, tmp_path):
     assert lines[-1]["train_rec_loss"] < lines[0]["train_rec_loss"]
 
 
+@pytest.mark.slow
 def test_fine_tuning_learns_stripes_and_evaluates_what_it_saved(data, tmp_path, capsys):
     plain = [
         *as_flags(aa="none", reprob=0, min_crop_scale=0.8, layer_decay="1.0", drop_path=0),
@@ -138,6 +141,7 @@ def test_fine_tuning_learns_stripes_and_evaluates_what_it_saved(data, tmp_path, 
     assert f"test_acc1 {best:.4g}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tokenizer_pretraining_and_fine_tuning_fit_together(data, tmp_path, capsys):
     run_vqkd_training.main(
         vqkd_flags(data, tmp_path / "vqkd", "--quantizer_warmup_steps", "3", "--epochs", "6")
@@ -187,6 +191,7 @@ def test_a_folder_smaller_than_a_batch_is_one_step_an_epoch(data, codes, tmp_pat
     assert len(log_lines(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_ten_steps_not_finite_end_the_run_and_change_nothing(data, codes, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     run_beitv2_pretraining.main(pretraining_flags(data, out, codes, "--epochs", "1"))
@@ -355,6 +360,7 @@ def test_held_out_loss_does_not_depend_on_the_batch_size(data, codes, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_flags_give_settings_and_the_checkpoint_gives_moments(data, codes, tmp_path, capsys):
     run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--epochs", "1"))
     run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--opt_betas", "0.9", "0.98"))
@@ -368,6 +374,7 @@ def test_flags_give_settings_and_the_checkpoint_gives_moments(data, codes, tmp_p
     )
 
 
+@pytest.mark.slow
 def test_an_old_log_is_set_aside_not_mixed_in(data, codes, tmp_path):
     run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--epochs", "1"))
     run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--epochs", "1", "--no_auto_resume"))

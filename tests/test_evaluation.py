@@ -107,6 +107,7 @@ def _share(rank, world_size):
     return torch.stack((dense(both, 3), dense(first_alone, 3)))
 
 
+@pytest.mark.slow
 def test_two_processes_count_as_one_also_where_one_has_no_images():
     for counts in run_ranks(_share, 2):
         assert counts.tolist() == [[[1, 1, 2], [0, 3, 0], [2, 0, 0]]] * 2
@@ -511,6 +512,7 @@ def test_published_weights_by_name_without_their_flags(trained, tmp_path, capsys
     )
 
 
+@pytest.mark.slow
 def test_two_processes_count_every_image_once(trained, tmp_path):
     images = photos(tmp_path / "images", per_class=3, classes="abc")
     (images / "b/0.jpg").unlink()  # 8 images in batches of 3: shares of 4 and 4; a ninth in none

@@ -166,6 +166,7 @@ def assert_same_curves(one: Path, two: Path) -> None:
             assert first[name] == pytest.approx(second[name], rel=1e-4), name
 
 
+@pytest.mark.slow
 @on_cpu
 @pytest.mark.parametrize("run", ["pretrained", "tuned"])
 def test_shares_end_where_whole_copies_end(run, runs):
@@ -179,6 +180,7 @@ def test_shares_end_where_whole_copies_end(run, runs):
     assert shares["state"].keys() == copies["state"].keys()
 
 
+@pytest.mark.slow
 @on_cpu
 def test_shares_end_where_one_process_ends(runs, tmp_path):
     _, flags = lines_of(runs)["pretrained_ddp"]
@@ -187,6 +189,7 @@ def test_shares_end_where_one_process_ends(runs, tmp_path):
     assert_near(runs / "pretrained", tmp_path, 2e-5)
 
 
+@pytest.mark.slow
 @on_cpu
 def test_uneven_evaluation_counts_each_image_once_with_pictures(runs):
     assert all(line["test_images"] == line["test_ema_images"] == 9 for line in log_lines(runs / "tuned"))
@@ -196,6 +199,7 @@ def test_uneven_evaluation_counts_each_image_once_with_pictures(runs):
         assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
+@pytest.mark.slow
 @on_cpu
 def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(runs):
     assert checkpoint(runs / "tuned/checkpoint-step3.pth")["next"]["samples"] > 0
@@ -206,6 +210,7 @@ def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(runs):
     assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
 
 
+@pytest.mark.slow
 @on_cpu
 def test_a_run_goes_on_without_the_flag_and_with_fewer_processes(runs, tmp_path):
     assert_near(runs / "tuned", runs / "resumed_by_ddp", 2e-6)
@@ -214,6 +219,7 @@ def test_a_run_goes_on_without_the_flag_and_with_fewer_processes(runs, tmp_path)
     assert [line["epoch"] for line in log_lines(tmp_path)] == [1]
 
 
+@pytest.mark.slow
 @on_cpu
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(runs):
     assert_near(runs / "bad", runs / "bad_ddp", 2e-6)
@@ -315,6 +321,7 @@ def passed_on(rank, world_size, folder, name, other):
     run.saver.wait()
 
 
+@pytest.mark.slow
 @on_cpu
 def test_each_rank_holds_its_share(both_ranks):
     first, second = both_ranks[1]
@@ -340,6 +347,7 @@ def test_a_share_is_what_torch_cuts(processes):
             assert torch.equal(torch.arange(rows)[fsdp.own_rows(rows, processes, rank)], chunk)
 
 
+@pytest.mark.slow
 @on_cpu
 def test_one_rank_alone_sees_what_the_checkpoint_holds(both_ranks):
     folder, (first, _) = both_ranks
@@ -349,6 +357,7 @@ def test_one_rank_alone_sees_what_the_checkpoint_holds(both_ranks):
     assert torch.allclose(model.forward_features(images), first["answers"], atol=1e-6)
 
 
+@pytest.mark.slow
 @on_cpu
 def test_checkpoints_go_from_shards_to_one_process_and_back(runs):
     content = checkpoint(runs / "a.pth")

@@ -106,6 +106,7 @@ def on_rank(rank, world_size):
     return {"same": same, "results": results}
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds():
     alone = on_rank(0, 1)
     assert alone["same"]

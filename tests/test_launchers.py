@@ -31,6 +31,7 @@ def folder(tmp_path_factory):
     return photos(tmp_path_factory.mktemp("photos"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_pretraining_follows_one_curve_on_one_or_two_processes(launcher, folder, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
@@ -48,6 +49,7 @@ def test_pretraining_follows_one_curve_on_one_or_two_processes(launcher, folder,
             assert mine[key] == pytest.approx(other[key], rel=1e-3, abs=1e-3), key
 
 
+@pytest.mark.slow
 def test_the_codebook_of_two_processes_is_that_of_one(folder, tmp_path):
     more = ["--quantize_kmeans_init", "--revive_dead_codes", "--eval_data_path", str(folder)]
     two_processes("run_vqkd_training.py", vqkd_flags(folder, tmp_path / "two", *more))
@@ -62,6 +64,7 @@ def test_the_codebook_of_two_processes_is_that_of_one(folder, tmp_path):
     assert (codebooks[0] * codebooks[1]).sum(-1).min() > 0.99
 
 
+@pytest.mark.slow
 def test_evaluation_on_two_processes_counts_every_image_once(tmp_path):
     odd = photos(tmp_path / "odd", per_class=5)  # 10 images; batches of 4 leave a remainder on both ranks
     (odd / "b" / "0.jpg").unlink()  # 9: the ranks hold 5 and 4
@@ -74,6 +77,7 @@ def test_evaluation_on_two_processes_counts_every_image_once(tmp_path):
     assert f"test_acc1 {first['test_acc1']:.4g}" in out
 
 
+@pytest.mark.slow
 def test_two_processes_resume_exactly_and_one_can_take_over(folder, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
     whole = pretraining_flags(folder, tmp_path / "whole", codes, "--drop_path", "0.1")
@@ -90,6 +94,7 @@ def test_two_processes_resume_exactly_and_one_can_take_over(folder, tmp_path):
     assert [line["epoch"] for line in log_lines(tmp_path / "alone")] == [1]
 
 
+@pytest.mark.slow
 def test_the_guides_base_command_runs_on_two_processes(tmp_path):
     """Only paths, process count and epochs are changed, and `--device cpu` added (a few
     images: 92 M parameters on a CPU).

@@ -64,6 +64,7 @@ def counted(rank, world, folder):
     }
 
 
+@pytest.mark.slow
 def test_classification_on_one_process_and_two(data, caplog, monkeypatch):
     monkeypatch.setattr("runtime.terminal.log.propagate", True)
     alone = counted(0, 1, str(data / "val"))

@@ -148,6 +148,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(more, data, weight
     assert [line["epoch"] for line in log_lines(tmp_path / "resumed")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_two_processes_end_where_one_ends(data, weights, tmp_path):
     odd = photos(tmp_path / "odd", per_class=5)
     (odd / "b" / "0.jpg").unlink()  # 9 images to validate: the ranks hold 5 and 4

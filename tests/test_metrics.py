@@ -43,6 +43,7 @@ def _share(rank, world_size):
     return {name: torch.tensor(value) for name, value in means.read(over_all_ranks=True).items()}
 
 
+@pytest.mark.slow
 def test_a_rank_that_saw_nothing_takes_part():
     assert [result["a"] for result in run_ranks(_share, 2)] == [3.0, 3.0]
 
@@ -82,6 +83,7 @@ samplers._start_worker(0)
 """
 
 
+@pytest.mark.slow
 def test_all_modules_can_be_imported_without_unix_names():
     names = [module_name(path) for path in library_files()]
     got = subprocess.run(

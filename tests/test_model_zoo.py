@@ -139,6 +139,7 @@ def test_the_table_shows_about_how_much_is_downloaded() -> None:
     assert "~" not in rows["beitv2_base_patch16_224_pt1k_ftade20k"]
 
 
+@pytest.mark.slow
 def test_the_parameter_counts_are_those_of_the_models() -> None:
     positions = {"use_abs_pos_emb": False, "init_values": 0.1}
     for name, entry in published.ENTRIES.items():
@@ -418,6 +419,7 @@ def test_mistyped_source_offers_names() -> None:
         downloads.fetch("nowhere/x.pth")
 
 
+@pytest.mark.slow
 def test_two_processes_download_once(server: Server, hub: pathlib.Path) -> None:
     server.pause = 1.0
     code = f"from checkpoint_io import downloads; print(downloads.fetch('{server.url}w-{HASH}.pth'))"

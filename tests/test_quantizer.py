@@ -145,6 +145,7 @@ def _train_on_a_share(rank, world_size, kmeans):
     return {key: value.clone() for key, value in quantizer.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kmeans", [False, True])
 def test_two_processes_keep_the_codebook_of_one_process(kmeans):
     first, second = run_ranks(_train_on_a_share, 2, kmeans)

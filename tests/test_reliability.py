@@ -54,6 +54,7 @@ def read_until(process, pattern):
 # ── killed, asked to stop ──
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_bit_for_bit():
     """Two kills; scripts/kill_test.py makes a hundred, over all stages."""
     # folders, then shards
@@ -92,6 +93,7 @@ def test_a_run_killed_while_it_takes_up_log_txt_loses_no_line(tmp_path, monkeypa
     assert path.read_text() == '{"epoch": 0}\n'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_exits_with_success(number, data, codes, tmp_path):
     whole = pretraining_flags(data, tmp_path / "whole", codes, *SLOW)
@@ -149,6 +151,7 @@ def two_ranks(*more):
     return ["-m", "torch.distributed.run", "--nproc_per_node=2", *where, *more]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_after_one_step(data, codes, tmp_path):
     flags = pretraining_flags(data, tmp_path, codes, "--print_freq", "1", "--epochs", "40")
     process = start_pretraining(flags, two_ranks())
@@ -160,6 +163,7 @@ def test_a_signal_to_one_process_stops_both_after_one_step(data, codes, tmp_path
     assert checkpoint(tmp_path / "checkpoint.pth")["next"]["step"] < 80
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_process_was_killed(data, codes, tmp_path):
     flags = pretraining_flags(
         data, tmp_path / "out", codes, "--print_freq", "1", "--epochs", "8", "--save_ckpt_steps", "1"
@@ -175,6 +179,7 @@ def test_torchrun_restarts_after_a_process_was_killed(data, codes, tmp_path):
     assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "out/checkpoint.pth")
 
 
+@pytest.mark.slow
 def test_a_lost_process_takes_the_others_down_with_a_message(data, codes, tmp_path):
     flags = pretraining_flags(
         data, tmp_path, codes, "--print_freq", "1", "--epochs", "400", "--dist_timeout", "0.2"
@@ -385,6 +390,7 @@ def two_hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+@pytest.mark.slow
 def test_two_hosts_follow_the_curve_of_one_with_two_processes(two_hosts, data, codes, tmp_path):
     flags = pretraining_flags(data, tmp_path / "hosts", codes)
     processes = []
@@ -416,6 +422,7 @@ def ranks_with(flags, *more):
     return [end(process) for process in processes]  # in 4 minutes: --dist_timeout is 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difference", ["flags", "images", "a failure on rank 1", "a failure on rank 0"])
 def test_processes_that_differ_end_at_once_and_say_why(difference, data, codes, tmp_path):
     flags = pretraining_flags(data, tmp_path / "out", codes)
@@ -433,6 +440,7 @@ def test_processes_that_differ_end_at_once_and_say_why(difference, data, codes, 
         assert "Traceback" not in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_before_the_first_step_ends_with_success(name, data, codes, tmp_path):
     process = start_pretraining(pretraining_flags(data, tmp_path, codes))

@@ -151,6 +151,7 @@ def step_of_a_convolution(rank, world_size, x):
     return {"out": out.detach(), "x": mine.grad, "grads": grads, "buffers": buffers}
 
 
+@pytest.mark.slow
 def test_batch_norm_over_two_processes_is_that_of_one():
     x = torch.randn(6, 3, 5, 7, generator=torch.Generator().manual_seed(1)) + 3
     alone, ranks = step_of_a_convolution(0, 1, x), run_ranks(step_of_a_convolution, 2, x)

@@ -101,6 +101,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(stop_after, data, 
     assert [line["test_miou"] for line in whole] == [line["test_miou"] for line in parts]
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_as_one(data, tmp_path):
     """Batch norm sees the images of both; every image is evaluated once (three images, so one rank has two)."""
     # Every pixel labeled: a loss is the mean over its own rank's pixels.
@@ -162,6 +163,7 @@ def test_predictions_keep_folders_and_pass_over_broken_files(trained, data, tmp_
     assert "b.jpg" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_starts_from_pretraining_and_from_segmentation_models(trained, data, tmp_path, capsys):
     start = student(tmp_path / "pt.pth")
     main(segmentation_flags(data, tmp_path / "a", "--finetune", str(start), "--max_steps", "3"))
