@@ -18,6 +18,7 @@ import numpy as np
 
 from data_pipeline import shards
 from data_pipeline.files import Files, View
+from data_pipeline.image_formats import Source
 from data_pipeline.image_lists import (
     Samples,
     class_balanced_share,
@@ -30,7 +31,6 @@ from data_pipeline.image_lists import (
     refuse_one_class,
 )
 from errors import ParameterError, UserError, pick
-from transforms import Source
 
 DATA_SETS = dict.fromkeys(("image_folder", "IMNET", "CIFAR", "webdataset"))
 

@@ -18,10 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torchvision.utils import save_image
 
 import arguments
 import modeling_dvae
@@ -33,14 +31,14 @@ from errors import UserError, report_user_errors
 from flags.images import add_view_flags, loader_settings
 from runtime import distributed
 from runtime.device import choose_precision
-from runtime.distributed import Launch, log
+from runtime.distributed import Launch
 from runtime.failures import explain_lost_process
-from transforms import ImageOnly, eval_view
-from visualization import code_files, drawing, inputs
+from runtime.terminal import log
+from transforms import ImageOnly, describe_eval_view, eval_view
+from visualization import code_files
 from visualization.code_files import Parts
 
 DALL_E_SIZE = 112  # 14 x 14 tokens, as in BEiT v1
-SHEET, SHEET_COLUMNS = 16, 8  # token maps on one picture
 SECONDS_BETWEEN_LINES = 30
 MINUTES_TO_WAIT = 24 * 60  # for the slowest process: shares are equal, machines may not be
 NAMED = 5  # unreadable files that the message on the terminal names
@@ -177,13 +175,6 @@ class EveryImage(ImageFiles):
         }
 
 
-def describe_view(view: Any) -> str:
-    """An eval_view of a square, in words."""
-    resize, crop = view.steps.transforms[:2]
-    size = " x ".join(map(str, crop.size))
-    return f"shorter side to {resize.size} pixels ({resize.interpolation.value}), then the central {size}"
-
-
 # ── Encoding: this process's share ──
 
 
@@ -246,7 +237,7 @@ def join_shares(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, vi
         "tokenizer_weight": tokenizer.source,
         "input_size": tokenizer.input_size,
         "crop_pct": args.crop_pct,
-        "view": describe_view(view),
+        "view": describe_eval_view(view),
         "amp_dtype": args.amp_dtype,
     }
     try:
@@ -263,36 +254,6 @@ def join_shares(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, vi
     )
 
 
-def draw_maps(args: argparse.Namespace, parts: Parts, view: ImageOnly) -> None:
-    """Draw the first --maps images above their token maps, SHEET of them in a picture."""
-    for old in parts.folder.glob("token_maps-*.png"):
-        old.unlink()
-    root = root_of(args.data_path)
-    readable = (
-        (name, codes, picture)
-        for name, codes in parts.images()
-        if (picture := inputs.read_or_leave_out(os.path.join(root, name))) is not None
-    )
-    shown = itertools.islice(readable, args.maps)
-    for number in itertools.count():
-        images, maps = [], []
-        for name, codes, picture in itertools.islice(shown, SHEET):
-            image = drawing.enlarge(view(picture)["image"])
-            grid = torch.from_numpy(codes.astype(np.int64))
-            images.append(drawing.add_caption(image, name))
-            maps.append(drawing.token_map(grid, parts.n_codes, image.shape[1:]))
-        if not images:
-            return
-        rows = [
-            drawing.side_by_side(row[start : start + SHEET_COLUMNS])
-            for start in range(0, len(images), SHEET_COLUMNS)
-            for row in (images, maps)
-        ]
-        path = parts.folder / f"token_maps-{number}.png"
-        save_image(drawing.stack_rows(rows), path)
-        log.info(f"maps       {path}")
-
-
 @report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
@@ -304,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     view = eval_view(tokenizer.input_size, args.crop_pct)
     rows, columns = tokenizer.grid
     log.info(f"tokenizer  {tokenizer.source}: {tokenizer.n_codes} codes, {rows} x {columns} patches")
-    log.info(f"images     {len(files)}: {describe_view(view)}")
+    log.info(f"images     {len(files)}: {describe_eval_view(view)}")
     parts = Parts(Path(args.output_dir), launch.world_size, tokenizer.n_codes, tokenizer.grid)
 
     try:
@@ -321,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # ── Join ──
         if distributed.is_main():
             join_shares(args, parts, tokenizer, view)
-            draw_maps(args, parts, view)
+            code_files.draw_token_maps(parts, view, root_of(args.data_path), args.maps)
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({error})") from None
     except RuntimeError as error:

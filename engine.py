@@ -2,7 +2,8 @@
 
 Precision, accumulation, clipping, schedule, the check for non-finite steps, moving
 averages, progress, log.txt, TensorBoard, pictures and checkpoints are the same for
-every stage.
+every stage. Above 300 lines, so that a step can be followed from the loop down to the
+optimizer without leaving the file.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from data_pipeline.files import BadFiles
 from data_pipeline.samplers import close
 from errors import UserError
 from optim_factory import Schedule
-from run_state import Run, TrainingData, compile_networks, resume, save
+from run_checkpoints import resume, save
+from run_state import Run, TrainingData, compile_networks
 from runtime import distributed, fsdp
 from runtime.device import Precision, to_device
-from runtime.distributed import log
 from runtime.failures import explain_errors
 from runtime.metrics import Reporter, RunningMeans, clock
 from runtime.signals import StopSignal
 from runtime.skipped_steps import SkippedSteps
+from runtime.terminal import log
 from utils import derive_seed, seed_all
 
 
@@ -258,7 +260,7 @@ def refuse_a_run_without_a_step(state: TrainState, first_step: int) -> None:
     if steps and state.skipped_in_a_row >= steps:
         raise UserError(
             f"each of the {steps} steps of this run had a loss or gradient that is not finite, so nothing "
-            "was trained. Lower --lr, set --clip_grad 3.0, or try --amp_dtype fp32"
+            "was trained. Lower `lr`, set `clip_grad` 3.0, or try `amp_dtype` fp32"
         )
 
 

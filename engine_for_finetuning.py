@@ -98,7 +98,7 @@ class FinetuningStage(Stage):
         return {"classes": self.classes} if self.classes else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        refuse_resuming_other_classes(state, self.classes, "--data_path the same class folders")
+        refuse_resuming_other_classes(state, self.classes, "`data_path` the same class folders")
 
 
 class SomeLogits(nn.Module):

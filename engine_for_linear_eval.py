@@ -172,5 +172,5 @@ class LinearStage(Stage):
             if state.get(flag) != value:
                 raise UserError(
                     f"the checkpoint's classifiers were trained with {flag} {state.get(flag)}, not {value}: "
-                    "name another --output_dir, or --no_auto_resume"
+                    "name another `output_dir`, or `no_auto_resume`"
                 )

@@ -1,5 +1,7 @@
 """Masked image modeling: one step of BEiT and BEiT v2, what a patch must predict, and the ablations of that.
 
+Above 300 lines, so that the step, its loss and its targets are in one file.
+
 Shapes: B batch, N patches, P predicted patches of the whole batch (the masked ones, or
 all B * N), V values for each, K codes.
 """
@@ -21,10 +23,10 @@ from errors import UserError
 from evaluation import knn
 from evaluation.held_out import average_steps, evaluation_batches, pick_samples
 from layers.linear_cross_entropy import linear_cross_entropy
+from layers.token_subset import at_mask
 from runtime import distributed
 from runtime.device import Precision, to_device
 from visualization import drawing
-from vit_backbone import at_mask
 
 
 class PretrainingStage(Stage):
@@ -177,7 +179,7 @@ class PretrainingStage(Stage):
         if state.get("task", self.task) != self.task:
             raise UserError(
                 f"the checkpoint was trained on the {state['task']}, this run is on the {self.task}: go on "
-                "with the same --target, --predict and --no_mask, or give this run an --output_dir of its "
+                "with the same `target`, `predict` and `no_mask`, or give this run an `output_dir` of its "
                 "own"
             )
         self.target.load_state_dict(state)

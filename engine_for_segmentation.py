@@ -106,7 +106,7 @@ class SegmentationStage(Stage):
         distributed.all_reduce_sum(counts)
         if not counts.any():
             raise UserError(
-                "the validation masks have not one labeled pixel (255, and 0 with --reduce_zero_label, are "
+                "the validation masks have not one labeled pixel (255, and 0 with `reduce_zero_label`, are "
                 "ignored)"
             )
         return scores_of(counts.view(classes, classes))
@@ -132,7 +132,7 @@ class SegmentationStage(Stage):
         return {"classes": self.classes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        refuse_resuming_other_classes(state, self.classes, "the same --class_names")
+        refuse_resuming_other_classes(state, self.classes, "the same `class_names`")
 
 
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:

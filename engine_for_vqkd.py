@@ -15,8 +15,8 @@ from modeling_vqkd import VQKD
 from norm_ema_quantizer import FEATURES_PER_CODE
 from runtime import distributed
 from runtime.device import Precision
-from runtime.distributed import log
 from runtime.metrics import RunningMeans
+from runtime.terminal import log
 from visualization import drawing
 from vqkd_teachers import Teacher
 
@@ -60,8 +60,8 @@ class TokenizerStage(Stage):
         if quantizer.ready and not quantizer.warming_up and usage["codes_used"] < quantizer.num_tokens / 2:
             log.warning(
                 f"warning: only {usage['codes_used']} of {quantizer.num_tokens} codes were used in this "
-                "epoch. Try fewer codes (--codebook_n_emd), code dim 32 (--codebook_emd_dim), k-means "
-                "after a warm-up (--quantizer_warmup_steps 100), --revive_dead_codes, or a larger batch"
+                "epoch. Try fewer codes (`codebook_n_emd`), code dim 32 (`codebook_emd_dim`), k-means "
+                "after a warm-up (`quantizer_warmup_steps` 100), `revive_dead_codes`, or a larger batch"
             )
         return usage
 

@@ -1,4 +1,4 @@
-"""The one exception that carries a sentence to the user, raised on every floor, and what
+"""The one exception that carries a sentence to the user, raised in every layer, and what
 may be in a text for the user.
 
 A mistake of the user (a flag, a file, a folder) ends a run with one clear sentence that
@@ -76,10 +76,10 @@ logging.getLogger("beit").addFilter(_make_printable)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Its errors repeat what was typed."""
+    """Its errors are one line, and repeat what was typed."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
+        self.exit(2, f"{self.prog}: error: {printable(message)} (--help lists the flags)\n")
 
 
 class UserError(Exception):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from checkpoint_io import downloads, weight_files
 from checkpoint_io.pickle_builders import PickledObject
 from errors import UserError
-from vit_backbone import at_mask
+from layers.token_subset import at_mask
 
 PATCH_SIZE = 8  # pixels per token: three poolings; 112 x 112 pixels give BEiT's 14 x 14 grid
 GROUPS = 4
@@ -112,7 +112,7 @@ class DallEEncoder(nn.Module):
             raise UserError(
                 f"DALL-E's encoder takes images whose sides are multiples of {PATCH_SIZE} pixels, not "
                 f"{height} x {width}: "
-                f"--second_input_size {near} would do"
+                f"`second_input_size` {near} would do"
             )
         half = x.is_cuda and torch.is_autocast_enabled("cuda")
         *trunk, output = self.blocks

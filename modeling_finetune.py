@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from checkpoint_io.remapping import remap_pretrained
 from errors import pick
+from layers.init_weights import init_linear_and_norm, rescale_outputs
 from layers.rel_pos_bias import resize_rel_pos_bias_table
-from vit_backbone import Block, TokenSubset, Trunk, Variant, init_linear_and_norm, rescale_outputs
+from layers.token_subset import TokenSubset
+from vit_backbone import Block, Trunk, Variant
 
 __all__ = [
     "MODELS",

@@ -13,16 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError, pick
-from vit_backbone import (
-    TokenSubset,
-    Trunk,
-    Variant,
-    drop_path_ramp,
-    init_linear_and_norm,
-    masked_subset,
-    rescale_outputs,
-    truncated_normal_,
-)
+from layers.init_weights import init_linear_and_norm, rescale_outputs, truncated_normal_
+from layers.token_subset import TokenSubset, masked_subset
+from vit_backbone import Trunk, Variant, drop_path_ramp
 
 # of normalized tokens (M, C) or (B, N, C) and the prediction head
 Criterion = Callable[[Tensor, nn.Linear], Any]
@@ -151,7 +144,7 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
         depth = len(self.blocks)
         if not 0 < early_layers <= depth:
             raise UserError(
-                f"--early_layers {early_layers} must lie between 1 and the model's depth, {depth}"
+                f"`early_layers` {early_layers} must lie between 1 and the model's depth, {depth}"
             )
         self.early_layers, self.shared_lm_head = early_layers, shared_lm_head
         rates = drop_path_ramp(self.drop_path_rate, max(depth, early_layers + head_layers))

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from errors import UserError, pick
+from layers.init_weights import init_linear_and_norm, rescale_outputs
 from layers.rel_pos_bias import at_least, has_free_size
 from runtime import distributed
-from vit_backbone import SIZES, Trunk, init_linear_and_norm, rescale_outputs
+from vit_backbone import SIZES, Trunk
 
 POOL_SCALES = (1, 2, 3, 6)
 
@@ -49,7 +50,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class AveragePool(nn.AdaptiveAvgPool2d):
-    """To `output_size` squares of a map of any size, also in an export, where torch's own compares sizes."""
+    """To `output_size` squares of a map of any size; torch's own compares sizes, which no export can."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, output_size, output_size)"""
@@ -241,9 +242,8 @@ class Segmenter(nn.Module):
         logits = self.at_pixels(self.decode_head(maps), padded, x)
         if not self.training:
             return logits
-        return logits, None if self.auxiliary_head is None else self.at_pixels(
-            self.auxiliary_head(maps[2]), padded, x
-        )
+        auxiliary = self.auxiliary_head
+        return logits, None if auxiliary is None else self.at_pixels(auxiliary(maps[2]), padded, x)
 
     @staticmethod
     def at_pixels(logits: Tensor, padded: Tensor, x: Tensor) -> Tensor:
@@ -262,9 +262,8 @@ class Segmenter(nn.Module):
 
 # ── Variants: <head>_beit_<size>_patch16 ──
 
-
 SMALL_HEAD = 256  # channels of SETR-PUP's head and of the auxiliary one
-VARIANTS = {
+MODELS = {
     f"{head}_beit_{size}_patch16": (head, size)
     for head in ("upernet", "setr_pup")
     for size in ("demo", "tiny", "small", "base", "24x544", "large")
@@ -275,26 +274,24 @@ def create_model(
     name: str, num_classes: int, img_size: int | tuple[int, int] = 512, **kwargs: Any
 ) -> Segmenter:
     """`kwargs`: of vit_backbone.Trunk. `img_size`: of the position tables; images may have any other."""
-    head, size = pick(VARIANTS, name, "segmentation model")
+    head, size = pick(MODELS, name, "segmentation model")
     width = SIZES[size].embed_dim
     settings = {"img_size": img_size, "patch_size": 16, **SIZES[size]._asdict(), **kwargs}
-    if head == "setr_pup":
-        return assemble(head, settings, num_classes, min(width, SMALL_HEAD), 0)
-    return assemble(head, settings, num_classes, width, min(width, SMALL_HEAD))
+    small = min(width, SMALL_HEAD)
+    channels, aux_channels = (small, 0) if head == "setr_pup" else (width, small)
+    return assemble(head, settings, num_classes, channels, aux_channels)
 
 
 def assemble(
     head: str, backbone: dict[str, Any], num_classes: int, channels: int, aux_channels: int
 ) -> Segmenter:
-    """`backbone`: arguments of vit_backbone.Trunk; `channels`: of the decode head;
-    `aux_channels` 0: no auxiliary head.
-    """
+    """`backbone`: of vit_backbone.Trunk; `channels`: of the decode head; `aux_channels` 0: no other head."""
     pyramid, depth = head == "upernet", backbone["depth"]
     outputs = [depth // 3, depth // 2, 2 * depth // 3, depth] if pyramid else [depth]  # blocks, from 1
     try:
         trunk = SegmentationBackbone([number - 1 for number in outputs], pyramid, **backbone)
     except ValueError as error:
-        raise UserError(f"--input_size: {error}") from None
+        raise UserError(f"`input_size`: {error}") from None
     width = trunk.embed_dim
     if not pyramid:
         return Segmenter(trunk, SETRPUPHead(width, channels, num_classes))

@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoint_io import downloads, weight_files, weight_formats
+from checkpoint_io.tokenizer_weights import check_codebook, decoder_depth_of, depth_of, read_tokenizer
 from errors import UserError, pick
+from layers.init_weights import init_linear_and_norm
 from layers.rel_pos_bias import grid_of
+from layers.token_subset import TokenSubset, at_mask, masked_subset
 from modeling_finetune import VisionTransformer
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from transforms import IMAGENET_MEAN, IMAGENET_STD
-from vit_backbone import SIZES, TokenSubset, at_mask, init_linear_and_norm, masked_subset
+from vit_backbone import SIZES
 from vqkd_teachers import TEACHER_DIMS
 
 INPUT_MEAN_STD = {
@@ -71,7 +73,7 @@ class VQKD(nn.Module):
         )
         self.encode_task_layer = task_layer(self.encoder.embed_dim, embed_dim)
         self.decode_task_layer = task_layer(self.decoder.embed_dim, decoder_out_dim)
-        mean, std = pick(INPUT_MEAN_STD, process_type, "--process_type")
+        mean, std = pick(INPUT_MEAN_STD, process_type, "`process_type`")
         self.register_buffer("input_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("input_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.teacher_targets: Callable[[Tensor], Tensor] | None = None if teacher is None else teacher.targets
@@ -204,7 +206,8 @@ class Variant:
         frozen, weights = as_tokenizer or as_tokenzer, None
         source = str(pretrained_weight or self.name)
         if pretrained:
-            weights, flags = read_tokenizer(source, n_code, code_dim)
+            weights, flags = read_tokenizer(source, f"`tokenizer_weight` {source}")
+            check_codebook(weights, n_code, code_dim, source)
             decoder_out_dim = len(weights["decode_task_layer.2.bias"])  # whoever the teacher was
             decoder_depth = decoder_depth_of(weights, decoder_depth, source)
             options.setdefault("process_type", flags.get("process_type", "default"))
@@ -247,24 +250,20 @@ def create_model(name: str, **options: Any) -> VQKD:
     return pick(MODELS, name, "tokenizer")(**options)
 
 
-def open_tokenizer(source: str, flag: str = "--tokenizer_weight") -> tuple[VQKD, dict[str, Any]]:
+def open_tokenizer(source: str, flag: str = "`tokenizer_weight`") -> tuple[VQKD, dict[str, Any]]:
     """The frozen tokenizer in a file (path, URL or published name), built from what the file says of itself.
 
     Returns it and the flags it was trained with ({} for published files). `flag` names
     the source in messages.
     """
-    content = weight_files.load_file(downloads.fetch(source))
-    weights = weight_formats.strip_wrappers(weight_files.extract_weights(content, source))
-    flags = weight_files.flags_to_dict(content.get("args")) if isinstance(content, dict) else {}
+    weights, flags = read_tokenizer(source, f"{flag} {source}")
     settings = settings_of(weights, flags, f"{flag} {source}")
     return create_model(**settings, as_tokenizer=True, pretrained=True, pretrained_weight=source), flags
 
 
 def settings_of(weights: dict[str, Tensor], flags: dict[str, Any], source: str) -> dict[str, Any]:
     """The arguments of create_model for the tokenizer whose weights these are. `source` is for messages."""
-    codebook, positions = weights.get("quantize.embedding.weight"), weights.get("encoder.pos_embed")
-    if codebook is None or positions is None:
-        raise UserError(f"{source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)")
+    codebook, positions = weights["quantize.embedding.weight"], weights["encoder.pos_embed"]
     shape = (positions.shape[-1], depth_of(weights, "encoder"))
     fitting = [name for name, variant in MODELS.items() if variant.encoder_shape == shape]
     name = flags["model"] if flags.get("model") in MODELS else next(iter(fitting), None)
@@ -275,55 +274,6 @@ def settings_of(weights: dict[str, Tensor], flags: dict[str, Any], source: str) 
     side = grid_of(positions.shape[1] - 1) * PATCH_SIZE
     codes = {"n_code": codebook.shape[0], "code_dim": codebook.shape[1]}
     return {"name": name, "img_size": side, **codes, "decoder_depth": depth_of(weights, "decoder")}
-
-
-def depth_of(weights: dict[str, Tensor], part: str) -> int:
-    """How many blocks `encoder` or `decoder` has."""
-    start = f"{part}.blocks."
-    return len({key[len(start) :].split(".")[0] for key in weights if key.startswith(start)})
-
-
-def read_tokenizer(source: str, n_code: int, code_dim: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A tokenizer's state dict, checked against the codebook asked for, and the flags it
-    was trained with, if known.
-
-    Teacher, scaling and loss entries of released files are left out.
-    """
-    content = weight_files.load_file(downloads.fetch(source))
-    weights = weight_formats.strip_wrappers(weight_files.extract_weights(content, source))
-    codebook = weights.get("quantize.embedding.weight")
-    if codebook is None or "decode_task_layer.2.bias" not in weights:
-        raise UserError(
-            f"--tokenizer_weight {source} holds no VQ-KD tokenizer (no quantize.embedding.weight in it)"
-        )
-    if tuple(codebook.shape) != (n_code, code_dim):
-        raise UserError(
-            f"the tokenizer in {source} has {codebook.shape[0]} codes of dim {codebook.shape[1]}, not "
-            f"{n_code} of {code_dim}: "
-            f"pass --codebook_size {codebook.shape[0]} --codebook_dim {codebook.shape[1]} (in "
-            "run_vqkd_training.py "
-            "--codebook_n_emd and --codebook_emd_dim)"
-        )
-    if float(weights.get("quantize.embedding.initted", torch.ones(1))) == 0:
-        raise UserError(
-            f"the tokenizer in {source} was never given a codebook: its training ended in "
-            "the quantizer's warm-up"
-        )
-    own = ("encoder.", "decoder.", "encode_task_layer.", "decode_task_layer.", "quantize.", "target_")
-    flags = content.get("args") if isinstance(content, dict) else None
-    return {key: value for key, value in weights.items() if key.startswith(own)}, weight_files.flags_to_dict(
-        flags
-    )
-
-
-def decoder_depth_of(weights: dict[str, Tensor], asked: int | None, source: str) -> int:
-    """Blocks of the decoder in a tokenizer's state dict; UserError when another number was asked for."""
-    depth = depth_of(weights, "decoder")
-    if asked not in (None, depth):
-        raise UserError(
-            f"the tokenizer in {source} has a decoder of {depth} blocks: leave --decoder_depth {asked} out"
-        )
-    return depth
 
 
 def load_tokenizer_weights(model: VQKD, weights: dict[str, Tensor], source: str) -> None:
@@ -340,12 +290,10 @@ def load_tokenizer_weights(model: VQKD, weights: dict[str, Tensor], source: str)
         own = settings_of(weights, {}, source)
         side, fitting = own["img_size"], own["name"]
         reason = f"it is a {fitting}, or of that size"
-        if (
-            "encoder.pos_embed" in misfits
-            and weights["encoder.pos_embed"].shape[-1] == wanted["encoder.pos_embed"].shape[-1]
-        ):
-            reason = f"it was trained on {side}-pixel images: --second_input_size {side}"
+        positions = "encoder.pos_embed"
+        if positions in misfits and weights[positions].shape[-1] == wanted[positions].shape[-1]:
+            reason = f"it was trained on {side}-pixel images: `second_input_size` {side}"
         raise UserError(
-            f"{source} does not fit --tokenizer_model ({(misfits + missing)[0]} differs): {reason}"
+            f"{source} does not fit `tokenizer_model` ({(misfits + missing)[0]} differs): {reason}"
         )
     model.load_state_dict(weights, strict=False)

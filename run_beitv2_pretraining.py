@@ -29,7 +29,7 @@ from flags.pretraining import (
 )
 from optim_factory import ScheduleOptions, build_schedule, create_optimizer
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 from transforms import eval_view
 from vit_backbone import cast_frozen
 

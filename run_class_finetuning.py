@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 import arguments
 import engine
@@ -33,7 +33,7 @@ from optim_factory import (
     layer_decay_values,
 )
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 
 
 def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.VisionTransformer:
@@ -57,8 +57,21 @@ def read_pretrained(args: argparse.Namespace) -> weight_source.Source | None:
     """--finetune, before the images are looked for: a wrong file is told at once."""
     if not args.finetune:
         return None
-    select = functools.partial(trained_classifier.select_weights, args=args)
-    return weight_source.read_weights(args.finetune, keys=args.model_key, select=select, flag="--finetune")
+    return weight_source.read_weights(
+        args.finetune, keys=args.model_key, select=build_selection(args), origin="`finetune`"
+    )
+
+
+def build_selection(args: argparse.Namespace) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return functools.partial(
+        trained_classifier.select_weights,
+        model_filter_name=args.model_filter_name,
+        model_prefix=args.model_prefix,
+    )
+
+
+def collect_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> trained_classifier.RunFlags:
+    return trained_classifier.RunFlags(vars(args), functools.partial(arguments.format_flag, parser))
 
 
 def build_dataset(
@@ -113,7 +126,9 @@ def build(args: arguments.Flags) -> engine.Trainer:
     model = build_model(args, nb_classes)
     if weights is not None:  # what fits is used; what does not is named
         pretrained.load_fitting(model, weights.weights, f"--finetune {args.finetune}")
-        trained_classifier.warn_of_other_pretraining(weights.weights, weights.flags, parser, args)
+        trained_classifier.warn_of_other_pretraining(
+            weights.weights, weights.flags, collect_flags(parser, args), f"`finetune` {args.finetune}"
+        )
     ema = None
     if args.model_ema:
         kept_on = torch.device("cpu") if args.model_ema_force_cpu else None  # None: where the model is
@@ -157,7 +172,13 @@ def evaluate(args: arguments.Flags) -> None:
     parser = get_parser()
     run = run_state.start_run(parser, args, trains=False)
     warn_of_input_size(args)
-    trained = trained_classifier.read_classifier(args)
+    trained = trained_classifier.read_classifier(
+        args.resume or args.finetune,
+        "`resume`" if args.resume else "`finetune`",
+        args.model_ema,
+        args.model_key,
+        build_selection(args),
+    )
     where = (
         f"--eval_data_path {args.eval_data_path}" if args.eval_data_path else f"--data_path {args.data_path}"
     )
@@ -174,7 +195,7 @@ def evaluate(args: arguments.Flags) -> None:
         trained_classifier.refuse_other_classes(trained, images.classes or (), where)
 
     model = build_model(args, trained.nb_classes)
-    trained_classifier.load_classifier(trained, model, parser, args)
+    trained_classifier.load_classifier(trained, model, collect_flags(parser, args))
     measured: nn.Module = model if indices is None else SomeLogits(model, indices)
     if args.tta_flip:
         measured = WithMirrorImage(measured)

@@ -25,7 +25,7 @@ from flags.images import build_eval_view, build_finetuning_view, image_source
 from flags.linear_eval import get_parser, idle_flags, parse_flags
 from optim_factory import ScheduleOptions, build_schedule, create_optimizer
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 
 STATISTICS_IMAGES = 10_000  # training images that give each channel's mean and variance
 
@@ -34,7 +34,7 @@ def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenB
     """The backbone of --finetune, and the flags with the settings of the images (or cached
     features) that it takes.
     """
-    content = weight_source.read_weights(args.finetune, flag="--finetune")
+    content = weight_source.read_weights(args.finetune, origin="`finetune`")
     model, flags = pretrained.open_backbone(
         args.finetune, args.input_size, args.num_heads, "--finetune", content
     )
@@ -47,7 +47,7 @@ def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenB
         features = "cls" if pretrained.has_cls_head(content.weights) else without_cls_head
     layer = (args.knn_layer or depth) if args.mode == "knn" else None
     encode = FrozenBackbone(model.to(run.device), features, run.precision, layer)
-    imagenet = pretrained.uses_imagenet_statistics(flags, args, args.finetune)
+    imagenet = pretrained.uses_imagenet_statistics(flags, args.imagenet_default_mean_and_std, args.finetune)
     what = f"layer {layer}" if layer else f"{depth} layers"
     statistics = "ImageNet's mean and std" if imagenet else "mean and std 0.5"
     log.info(f"features   {features} of {what}, {encode.dim} numbers each; images normalized by {statistics}")

@@ -5,6 +5,7 @@ images (docs/segmentation.md).
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 from collections import Counter
@@ -26,7 +27,7 @@ from data_pipeline.image_lists import find_images_or_file
 from data_pipeline.samplers import Loader
 from engine_for_segmentation import Scores, SegmentationStage
 from errors import UserError, report_user_errors
-from evaluation.trained_classifier import warn_of_other_pretraining
+from evaluation.trained_classifier import RunFlags, warn_of_other_pretraining
 from flags.images import mean_and_std
 from flags.segmentation import (
     TRAINING_FLAGS,
@@ -39,7 +40,7 @@ from flags.segmentation import (
 )
 from optim_factory import LayerDecayValueAssigner, build_poly_schedule, create_optimizer, layer_decay_values
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 from segmentation import trained_segmenter
 from segmentation.classes import ClassSettings, find_classes, read_class_list, read_palette
 from segmentation.image_mask_pairs import SegmentationFiles, find_pairs, normalized
@@ -76,6 +77,10 @@ def build_validation_loader(
     return run_state.build_eval_loader(dataset, run, batch_size=1)
 
 
+def collect_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> RunFlags:
+    return RunFlags(vars(args), functools.partial(arguments.format_flag, parser))
+
+
 def build_stage(
     args: argparse.Namespace, run: run_state.Run, classes: Sequence[str], validation: Loader | None
 ) -> SegmentationStage:
@@ -97,7 +102,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
     # ── Setup ──
     parser = get_parser()
     run = run_state.start_run(parser, args)
-    start = weight_source.read_weights(args.finetune, flag="--finetune") if args.finetune else None
+    start = weight_source.read_weights(args.finetune, origin="`finetune`") if args.finetune else None
 
     # ── Data ──
     pairs = find_pairs(args.data_path, train=True)
@@ -129,7 +134,8 @@ def build(args: arguments.Flags) -> engine.Trainer:
     modeling_segmentation.set_head_dropout(model, args.head_drop)
     if start is not None:
         trained_segmenter.load_pretrained(model, start, f"--finetune {args.finetune}")  # type: ignore[arg-type]
-        warn_of_other_pretraining(start.weights, start.flags, parser, args)
+        ours = collect_flags(parser, args)
+        warn_of_other_pretraining(start.weights, start.flags, ours, f"`finetune` {args.finetune}")
     model.to(run.device)
     if run.device.type == "cuda" and run.launch.world_size > 1:  # torch's fused one, where there is one
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -174,12 +180,13 @@ def use_finished(args: arguments.Flags, given: set[str]) -> None:
     arguments.warn_of_idle_flags(
         parser, args, dict.fromkeys(TRAINING_FLAGS, "the model is finished, and built from its file")
     )
-    source, flag = (args.resume, "--resume") if args.resume else (args.finetune, "--finetune")
-    content = trained_segmenter.read_segmenter(source, flag)
-    args = trained_segmenter.restore_training_flags(parser, args, given, content)
-    model = trained_segmenter.build_segmenter(content, f"{flag} {source}").to(run.device)
+    source, origin = (args.resume, "`resume`") if args.resume else (args.finetune, "`finetune`")
+    content = trained_segmenter.read_segmenter(source, origin)
+    theirs = trained_segmenter.find_training_flags(content, collect_flags(parser, args), given)
+    args = arguments.Flags(**{**vars(args), **theirs, "_frozen": False}).freeze()
+    model = trained_segmenter.build_segmenter(content, f"{origin} {source}").to(run.device)
     names = read_class_list(class_settings(args))[0]
-    classes = trained_segmenter.choose_class_names(content, names, f"{flag} {source}")
+    classes = trained_segmenter.choose_class_names(content, names, f"{origin} {source}")
     try:
         if args.predict:
             label_images(args, run, model, build_stage(args, run, classes, None))

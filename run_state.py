@@ -5,12 +5,11 @@ saved and resumed.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -19,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import arguments
 from checkpoint_io import checkpoints, resumption
-from checkpoint_io.training_state import TrainState, checkpoint_of, load_optimizer, load_progress
+from checkpoint_io.training_state import TrainState
 from data_pipeline import samplers
 from data_pipeline.files import SampleDataset
 from data_pipeline.samplers import Loader, LoaderSettings, ResumableSampler, build_loader
@@ -27,9 +26,10 @@ from errors import UserError
 from layers import cpu_bf16
 from runtime import compilation, distributed, fsdp, signals
 from runtime.device import Precision, choose_precision
-from runtime.distributed import Launch, log
+from runtime.distributed import Launch
 from runtime.run_lock import RunLock
-from utils import seed_all
+from runtime.terminal import log
+from utils import git_commit, seed_all
 from vit_backbone import Block, recompute_blocks
 
 # ── Setting up ──
@@ -137,7 +137,7 @@ def log_setup(run: Run, changed_flags: dict[str, Any]) -> None:
     name = torch.cuda.get_device_name(run.device) if is_gpu else f"cpu, {torch.get_num_threads()} threads"
     log.info(f"device     {run.launch.world_size} x {name}, {run.precision}")
     log.info(f"code       commit {git_commit()}, torch {torch.__version__}")
-    log.info(f"output     {run.options.output_dir or 'nowhere: without --output_dir nothing is kept'}")
+    log.info(f"output     {run.options.output_dir or 'nowhere: without `output_dir` nothing is kept'}")
     if run.options.fsdp and not run.is_sharded:
         log.info("fsdp       nothing to shard: there is one process (a launcher starts several)")
 
@@ -160,7 +160,7 @@ def open_output(output_dir: str, trains: bool) -> RunLock | None:
             lock.release()
             raise
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: cannot be written to ({error.strerror})") from None
+        raise UserError(f"`output_dir` {output_dir}: cannot be written to ({error.strerror})") from None
     return lock
 
 
@@ -168,18 +168,9 @@ def check_start_epoch(options: RunOptions) -> None:
     epochs = options.epochs
     if epochs is not None and options.start_epoch >= epochs:
         raise UserError(
-            f"--start_epoch {options.start_epoch} leaves nothing to do: give 0 up to {epochs - 1}, the last "
-            "epoch, or raise --epochs"
+            f"`start_epoch` {options.start_epoch} leaves nothing to do: give 0 up to {epochs - 1}, the last "
+            "epoch, or raise `epochs`"
         )
-
-
-def git_commit() -> str:
-    here = Path(__file__).parent
-    try:
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 @dataclass(frozen=True)
@@ -298,95 +289,3 @@ def new_state(
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(f"model      {name}, {count / 1e6:.2f} M trainable parameters")
     return TrainState(model, runner, optimizer, scaler, ema, epoch=run.options.start_epoch)
-
-
-# ── Checkpoints ──
-
-
-class Stateful(Protocol):
-    """What a stage must have to be saved and resumed (engine.Stage)."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
-
-
-def save(state: TrainState, stage: Stateful, run: Run, epoch: int, names: list[str]) -> None:
-    """Write a checkpoint on rank 0 under each of `names`, in the background.
-
-    `state` says where to go on, `epoch` which epoch the checkpoint is of. All ranks call
-    it: what is sharded they gather together.
-    """
-    output_dir = run.output_dir
-    if output_dir is None or not run.options.save_ckpt:
-        return
-    means = list(distributed.gather_objects(state.means.state_dict()))
-    if not (distributed.is_main() or run.is_sharded):
-        return
-    if not output_dir.is_dir():
-        raise UserError(
-            f"--output_dir {output_dir} was removed while the run was writing to it: start the same line "
-            "again"
-        )
-    content = checkpoint_of(state, epoch, means) | {
-        "args": run.flags,
-        "data": dict(run.data),
-        "stage": stage.state_dict(),
-        "world_size": run.launch.world_size,
-    }
-    run.saver.submit(content, output_dir, names, run.options.keep_ckpts)
-
-
-def resume(state: TrainState, stage: Stateful, run: Run, steps_per_epoch: int) -> None:
-    """Go on from --resume, or from output_dir/checkpoint.pth, if there is one; all ranks
-    from the same position.
-    """
-    options = run.options
-    path = checkpoints.find_checkpoint(options.resume, options.auto_resume, options.output_dir)
-    if path is not None:
-        restore(state, stage, run, path, steps_per_epoch)
-    positions = distributed.gather_objects(state.position)
-    if len(set(positions)) > 1:
-        raise UserError(
-            "the processes would start at different places (epoch, samples, step): "
-            f"{sorted(set(positions))}; --output_dir must be one folder that all machines see"
-        )
-
-
-def restore(state: TrainState, stage: Stateful, run: Run, path: Path, steps_per_epoch: int) -> None:
-    """Undo `save`. Optimizer settings (betas, layer decay, ...) are this run's flags, its
-    moments are the checkpoint's.
-    """
-    content = checkpoints.read_checkpoint(path)
-    resumption.check_same_run(content, run.flags, run.data, path)
-    checkpoints.load_weights(state.model, content["model"], path)
-    if state.ema is not None:
-        checkpoints.load_weights(state.ema.module, content.get("model_ema", content["model"]), path)
-    if "next" not in content and run.output_dir and distributed.is_main():
-        checkpoints.keep_published(path, run.output_dir)
-    if resumption.is_published(content):
-        content = resumption.convert_published(content, steps_per_epoch, run.launch.world_size)
-    if "optimizer" not in content or "next" not in content:
-        log.info(f"{path} holds weights alone: training starts at epoch {state.epoch}")
-        return
-    opt = run.options.opt
-    before = content.get("args", {}).get("opt", opt)
-    if before != opt:
-        raise UserError(f"{path} holds the state of --opt {before}, not of {opt}: go on with --opt {before}")
-    load_optimizer(state, content["optimizer"], path)
-    try:
-        load_progress(state, content, run.device)
-        if content["stage"] is not None:
-            stage.load_state_dict(content["stage"])
-        world_size = int(content["world_size"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"{path} is no complete training checkpoint of this code ({type(error).__name__}: {error}): "
-            "take another one, or start from its weights with --finetune"
-        ) from None
-    log.info(f"resumed    {path}: epoch {state.epoch}, {state.samples} samples into it, step {state.step}")
-    if world_size != run.launch.world_size:
-        log.warning(
-            f"warning: the checkpoint comes from {world_size} processes, now there are "
-            f"{run.launch.world_size}: the run goes on from the same sample, but no longer bit for bit"
-        )

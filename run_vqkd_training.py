@@ -30,7 +30,7 @@ from flags.vqkd import (
 )
 from optim_factory import ScheduleOptions, build_schedule, create_optimizer
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 from transforms import eval_view
 from visualization import pixel_decoder
 from vit_backbone import cast_frozen

@@ -7,9 +7,6 @@ there (`device_transform`): a quarter of the bytes in each queue between.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import random
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
@@ -19,94 +16,20 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
 
 from data_pipeline.augmentation import (
-    Drawing,
     Drawn,
-    Draws,
-    as_numbers,
-    exact_crop,
-    jitter_and_flip,
-    jitter_and_flip_all,
-    resized,
-    resized_faster,
-    sampled_pivot,
 )
-from data_pipeline.image_formats import is_16_bit, open_image
+from data_pipeline.crops import ASPECT_RANGE, Crops, RandomCrop, check_ranges, per_channel
+from data_pipeline.image_formats import Source, load_image
+from data_pipeline.resizing import MODES, Resize, ResizeToCover
 from errors import ParameterError, pick
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-ASPECT_RANGE = [3 / 4, 4 / 3]  # width / height of a random crop
 # CIFAR's size: at or below it images are shifted by a padded crop instead of being
 # cropped and enlarged
 SMALL = 32
-
-MODES = {
-    name: InterpolationMode(name) for name in ("bicubic", "bilinear", "lanczos", "nearest", "box", "hamming")
-}
-
-Source = str | np.ndarray  # an image file, or an (H, W, 3) uint8 image in memory
-PIPELINES = dict.fromkeys(("exact", "fast"))
-# a crop is decoded to so many times the pixels of a view's side, or more: 9 dB nearer
-# than 1
-DECODED_TO_SHOWN = 1.5
-TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
-Size = tuple[int, int]  # width, height
-
-
-def load_image(source: Source | IO[bytes], enough: Callable[[Size], Size] | None = None) -> Image.Image:
-    """RGB, upright (EXIF), 8 bits; raises whatever PIL raises for what it cannot decode.
-
-    `enough`: told the size of a JPEG before it is decoded, says which size is large
-    enough; it may then be decoded to a half, a quarter or an eighth of its size, but to
-    no less than that.
-    """
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source)
-    with open_image(source) as image:
-        # PIL takes a while to find out that a JPEG has no orientation
-        may_turn = image.format != "JPEG" or not image.info.keys().isdisjoint(("exif", "xmp"))
-        if enough is not None and image.format == "JPEG":
-            _reduce(image, enough, may_turn)
-        image.load()
-        if may_turn:
-            with contextlib.suppress(Exception):  # a broken EXIF block does not make a broken picture
-                ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
-
-
-def _reduce(image: Image.Image, enough: Callable[[Size], Size], may_turn: bool) -> None:
-    turned = False
-    with contextlib.suppress(Exception):  # a broken EXIF block
-        turned = may_turn and image.getexif().get(0x0112, 1) in TURNED
-    width, height = enough((image.height, image.width) if turned else image.size)
-    image.draft(None, (height, width) if turned else (width, height))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if is_16_bit(image):  # PIL would clip these at 255 instead of scaling
-        gray = np.rint(np.asarray(image, dtype=np.float32) * (255 / 65535)).astype(np.uint8)
-        return Image.fromarray(gray).convert("RGB")
-    if image.mode in ("I", "F"):
-        kind = "floating-point" if image.mode == "F" else "signed or 32-bit integer"
-        raise ValueError(
-            f"its pixels are {kind} numbers, and nothing says which is white; convert it to 8 or 16 bits"
-        )
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        # What lies under transparent pixels is arbitrary: show them on white, as a page would.
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    # PIL would copy an image that is RGB already
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def interpolation(name: str) -> InterpolationMode:
-    """The mode of that name; `random` draws bilinear or bicubic anew at each call. UserError for other names."""
-    if name == "random":
-        return MODES[random.choice(("bilinear", "bicubic"))]
-    return pick(MODES, name, "interpolation")
 
 
 def normalization(imagenet: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -133,96 +56,6 @@ class ImageOnly:
 
     def __call__(self, image: Image.Image) -> dict[str, torch.Tensor]:
         return self.transform(image)
-
-
-class RandomCrop:
-    """Color jitter, flips and one random crop, not resized yet: the randomness that all
-    views of one image share.
-    """
-
-    def __init__(self, min_crop_scale: float, color_jitter: float, vflip: float) -> None:
-        _check_ranges(min_crop_scale, color_jitter, vflip)
-        self.draw = Drawing([min_crop_scale, 1.0], ASPECT_RANGE, color_jitter, vflip)
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return exact_crop(image, self.draw(image.size))
-
-
-class Crops:
-    """Views that are one random crop, resized to some sizes.
-
-    `data_pipeline` exact: as torchvision's transforms on PIL images, bit for bit. fast: a
-    JPEG is decoded no larger than the resize needs, resized by torch, and jittered
-    behind the resize; with `augment_on_device` the jitter and the flips are left to
-    `device_transform`, with the same result.
-    """
-
-    def __init__(self, crop: RandomCrop, data_pipeline: str, augment_on_device: bool) -> None:
-        pick(PIPELINES, data_pipeline, "`data_pipeline`")
-        if augment_on_device and data_pipeline != "fast":
-            raise ParameterError(
-                "`augment_on_device` jitters colors behind the resize, which `data_pipeline` exact does "
-                "not: add `data_pipeline` fast, or leave it out"
-            )
-        self.crop, self.fast, self.augment_on_device = crop, data_pipeline == "fast", augment_on_device
-
-    def sizes(self) -> dict[str, tuple[int, str]]:
-        """Name of a view -> side and interpolation."""
-        raise NotImplementedError
-
-    def load(self, source: Source | IO[bytes]) -> Image.Image | Drawn:
-        """An image for `transform`; raises what load_image raises."""
-        if not self.fast:
-            return load_image(source)
-        drawn: list[Draws] = []
-
-        def enough(size: Size) -> Size:
-            drawn.append(self.crop.draw(size))
-            needed = DECODED_TO_SHOWN * max(side for side, _ in self.sizes().values())
-            shrink = min(drawn[0].width, drawn[0].height) / needed
-            return int(-(-size[0] // shrink)), int(-(-size[1] // shrink))
-
-        image = load_image(source, enough)
-        return Drawn(image, drawn[0] if drawn else self.crop.draw(image.size))
-
-    def transform(self, loaded: Image.Image | Drawn) -> dict[str, torch.Tensor]:
-        """A sample as it travels: each view (3, S, S) uint8, and what `device_transform` needs to know."""
-        image, draws = loaded if isinstance(loaded, Drawn) else Drawn(loaded, self.crop.draw(loaded.size))
-        if not self.fast:
-            crop = exact_crop(image, draws)
-            return {
-                name: resized(crop, side, interpolation(mode)) for name, (side, mode) in self.sizes().items()
-            }
-        pivot, drawn = sampled_pivot(image, draws.operations), Drawn(image, draws)
-        views = {
-            name: resized_faster(drawn, side, interpolation(mode))
-            for name, (side, mode) in self.sizes().items()
-        }
-        if self.augment_on_device:
-            return views | {"draws": as_numbers(draws, pivot)}
-        return {name: jitter_and_flip(view, draws, pivot) for name, view in views.items()}
-
-    def device_transform(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of samples, on any device, as the network takes it: views (B, 3, S, S) float in [0, 1]."""
-        batch = dict(batch)
-        draws = batch.pop("draws", None)
-        for name in self.sizes():
-            images = batch[name] if draws is None else jitter_and_flip_all(batch[name], draws)
-            batch[name] = images.contiguous().float() / per_channel((255.0,), images.device)
-        return batch
-
-    def __call__(self, image: Image.Image | Drawn) -> dict[str, torch.Tensor]:
-        """One image as the network takes it."""
-        batch = {name: value[None] for name, value in self.transform(image).items()}
-        return {name: value[0] for name, value in self.device_transform(batch).items()}
-
-
-@functools.cache
-def per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """(C, 1, 1) on the device. Divided by as a tensor: GPUs multiply by the reciprocal of
-    a number, which rounds otherwise.
-    """
-    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 class PretrainingViews(Crops):
@@ -300,44 +133,6 @@ class TokenizerViews(Crops):
         return {"image": (self.size, self.mode)}
 
 
-def cut_to_length(image: Image.Image, most: int = 64) -> Image.Image:
-    """The middle of an image that is more than `most` times as long as wide: of a line of
-    pixels, resized as a whole, a center crop would need gigabytes to show a few. All
-    others as they are. Nothing moves: as much is cut off at either end.
-    """
-    sides = []
-    for side in image.size:
-        longest = max(most * min(image.size), 1)
-        sides.append(side if side <= longest else longest + (side - longest) % 2)
-    if tuple(sides) == image.size:
-        return image
-    left, top = (image.width - sides[0]) // 2, (image.height - sides[1]) // 2
-    return image.crop((left, top, left + sides[0], top + sides[1]))
-
-
-class Resize(T.Resize):
-    """torchvision's, of the middle of an image that is very long."""
-
-    def forward(self, image: Image.Image) -> Image.Image:
-        return super().forward(cut_to_length(image))
-
-
-class ResizeToCover:
-    """Keeps the aspect ratio; the smallest image that a rectangle (height, width) lies in, in pixels."""
-
-    def __init__(self, size: tuple[int, int], mode: InterpolationMode) -> None:
-        self.size, self.mode = size, mode
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        image = cut_to_length(image)
-        scale = max(self.size[0] / image.height, self.size[1] / image.width)
-        sides = (
-            max(self.size[0], round(image.height * scale)),
-            max(self.size[1], round(image.width * scale)),
-        )
-        return F.resize(image, list(sides), self.mode)
-
-
 def default_crop_pct(size: int | tuple[int, int]) -> float:
     """The share of the (square) image that evaluation sees: 0.875, all of it from 384
     pixels up and at 32 and below.
@@ -375,6 +170,13 @@ def eval_view(
     return ImageOnly(T.Compose(steps))
 
 
+def describe_eval_view(view: ImageOnly) -> str:
+    """An eval_view of a square, in words."""
+    resize, crop = view.steps.transforms[:2]
+    size = " x ".join(map(str, crop.size))
+    return f"shorter side to {resize.size} pixels ({resize.interpolation.value}), then the central {size}"
+
+
 def finetuning_view(
     size: int | tuple[int, int],
     mean: Sequence[float],
@@ -395,7 +197,7 @@ def finetuning_view(
     it off, and only then `color_jitter` acts. Random erasing: `reprob`, `remode`
     (const, rand, pixel), `recount`. Up to 32 pixels: a crop of the image padded by 4.
     """
-    _check_ranges(min_crop_scale, color_jitter, vflip)
+    check_ranges(min_crop_scale, color_jitter, vflip)
     _check_interpolation("train_interpolation", train_interpolation)
     if remode not in ("const", "rand", "pixel"):
         raise ParameterError(f"`remode` {remode}: use const, rand or pixel")
@@ -450,14 +252,3 @@ def _keep_posterize_in_range(augment: T.Compose) -> None:
 def _check_interpolation(parameter: str, name: str) -> None:
     if name not in MODES and name != "random":
         raise ParameterError(f"`{parameter}` {name}: use {', '.join(MODES)} or random")
-
-
-def _check_ranges(min_crop_scale: float, color_jitter: float, vflip: float) -> None:
-    if not 0 < min_crop_scale <= 1:
-        raise ParameterError(
-            f"`min_crop_scale` {min_crop_scale}: give a share of the area above 0 and up to 1"
-        )
-    if color_jitter < 0:
-        raise ParameterError(f"`color_jitter` {color_jitter}: give 0 (off) or more")
-    if not 0 <= vflip <= 1:
-        raise ParameterError(f"`vflip` {vflip}: give a probability from 0 to 1")

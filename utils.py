@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,3 +46,12 @@ def seeded(*parts: int | str) -> Iterator[None]:
 
 def format_size(n_bytes: float) -> str:
     return f"{n_bytes / 2**20:.0f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.1f} GiB"
+
+
+def git_commit() -> str:
+    here = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -21,12 +21,12 @@ import arguments
 import modeling_finetune
 import pretrained
 from errors import UserError, report_user_errors
-from flags.images import add_shown_image_flags, add_view_flags
+from flags.images import add_opened_model_flags, add_shown_image_flags, add_view_flags
 from layers.rel_pos_bias import as_pair
 from modeling_finetune import VisionTransformer
-from runtime import distributed
+from runtime import terminal
 from runtime.device import pick_device
-from runtime.distributed import log
+from runtime.terminal import log
 from transforms import eval_view, normalization
 from visualization import drawing, inputs
 
@@ -50,12 +50,6 @@ def get_parser() -> argparse.ArgumentParser:
         "--output", type=arguments.expand_home, default="attention.png", help="picture to write, best a PNG"
     )
     parser.add_argument(
-        "--num_heads",
-        type=arguments.small_count,
-        default=None,
-        help="for files of an unknown size without position bias",
-    )
-    parser.add_argument(
         "--layer",
         type=block_or_all,
         default=-1,
@@ -76,22 +70,12 @@ def get_parser() -> argparse.ArgumentParser:
         help="show the fewest patches that hold this share of the attention, such as 0.6, not a heat map",
     )
     parser.add_argument(
-        "--input_size",
-        type=arguments.image_size,
-        default=None,
-        help="side, or height x width; default: the model's",
-    )
-    parser.add_argument(
         "--keep_aspect",
         action="store_true",
         help=("whole images, --input_size is their shorter side; else a center crop"),
     )
     parser.add_argument("--columns", type=arguments.small_count, default=8, help="pictures in a line")
-    parser.add_argument(
-        "--imagenet_default_mean_and_std",
-        action="store_true",
-        help="the checkpoint's own setting if it has one",
-    )
+    add_opened_model_flags(parser)
     add_view_flags(parser)
     return parser
 
@@ -254,14 +238,16 @@ def draw_image(
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     check_attention_flags(args)
-    distributed.set_up_logging(0)
+    terminal.set_up_logging(0)
     paths = inputs.find_shown(args.image, args.count, "--image")
     inputs.prepare_output(args.output, inputs.PICTURES, "--output")
     device = pick_device(args.device)
     model, flags = pretrained.open_backbone(args.checkpoint, args.input_size, args.num_heads)
     own = resized = model.to(device)
     blocks_to_show(args.layer, len(model.blocks))
-    mean, std = normalization(pretrained.uses_imagenet_statistics(flags, args, args.checkpoint))
+    mean, std = normalization(
+        pretrained.uses_imagenet_statistics(flags, args.imagenet_default_mean_and_std, args.checkpoint)
+    )
     rows = []
     for path, picture in inputs.read_shown(paths):
         size = own.patch_embed.img_size

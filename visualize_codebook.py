@@ -21,8 +21,8 @@ from torch import Tensor
 
 import arguments
 from errors import UserError, report_user_errors
-from runtime import distributed
-from runtime.distributed import log
+from runtime import terminal
+from runtime.terminal import log
 from transforms import eval_view
 from visualization import code_files, drawing, html, inputs
 from visualization.code_files import BLOCK, EncodedFolder
@@ -246,7 +246,7 @@ def sections(
 @report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
-    distributed.set_up_logging(0)
+    terminal.set_up_logging(0)
     if args.context % 2 == 0:
         raise UserError(
             f"--context {args.context}: give an odd number of patches, so that one is in the middle"

@@ -14,10 +14,10 @@ import torch
 import arguments
 from errors import report_user_errors
 from flags.images import add_shown_image_flags, add_view_flags
-from runtime import distributed
+from runtime import terminal
 from runtime.device import pick_device
-from runtime.distributed import log
 from runtime.metrics import psnr
+from runtime.terminal import log
 from transforms import eval_view
 from visualization import drawing, inputs
 from visualization.pixel_decoder import open_reconstructor
@@ -48,7 +48,7 @@ def get_parser() -> argparse.ArgumentParser:
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
-    distributed.set_up_logging(0)
+    terminal.set_up_logging(0)
     found = inputs.find_shown(args.image, args.count, "--image")
     inputs.prepare_output(args.output, inputs.PICTURES, "--output")
     device = pick_device(args.device)

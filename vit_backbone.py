@@ -1,5 +1,5 @@
 """The vision transformer that every stage shares: patch embedding, relative position bias,
-attention, block, trunk.
+attention, block, trunk. Above 300 lines, so that the whole network is in one file.
 
 Shapes: B batch, N patches (grid height x width), T = 1 + N tokens with CLS in front, C
 width, H heads, D = C / H. Sources: Dosovitskiy et al. 2021 (ViT); BEiT, section 2 and
@@ -10,7 +10,6 @@ interface: released checkpoints carry them.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,17 +22,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from layers.attention import fused_attention, plain_attention
+from layers.init_weights import truncated_normal_
 from layers.rel_pos_bias import (
     PositionGrid,
     add_relative_position_bias,
     as_pair,
     free_stretching,
     has_free_size,
-    is_exported,
     relative_position_bias,
     relative_position_index,
     resize_pos_embed,
 )
+from layers.token_subset import TokenSubset
 
 
 class Size(NamedTuple):
@@ -89,50 +89,6 @@ class PatchEmbed(nn.Module):
     def embed_any_size(self, x: Tensor) -> Tensor:
         """(B, in_chans, height, width), multiples of the patch size -> (B, N, C)."""
         return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, N, C)
-
-
-class TokenSubset(NamedTuple):
-    """The R tokens of each image whose outputs are needed: the last block computes no others.
-
-    Keys and values still come from all tokens, so these outputs are exactly those of the whole block.
-    """
-
-    flat_index: Tensor  # (B * R,) int64, among the B * T tokens
-    token_index: Tensor  # (B * R,) int64, among one image's T tokens
-    batch_size: int
-
-    def gather(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, R, C)"""
-        return x.flatten(0, 1).index_select(0, self.flat_index).unflatten(0, (self.batch_size, -1))
-
-    def gather_bias(self, bias: Tensor) -> Tensor:
-        """(H, T, T) -> the rows of the subset's queries, (B, H, R, T)."""
-        return rearrange(bias.index_select(1, self.token_index), "h (b r) t -> b h r t", b=self.batch_size)
-
-
-def masked_subset(mask: Tensor, device: torch.device, with_cls: bool) -> TokenSubset | None:
-    """The masked patches of each image, after its CLS token if asked for, from a mask (B,
-    N) best held on the host.
-
-    None where the images have different numbers of them, or none at all, and in an
-    export, where that is not known.
-    """
-    if is_exported():
-        return None
-    per_image = mask.sum(dim=1)
-    if len(mask) == 0 or int(per_image[0]) == 0 or bool((per_image != per_image[0]).any()):
-        return None
-    chosen = F.pad(mask, (1, 0), value=with_cls)  # the CLS token stands before the patches
-    flat = chosen.flatten().nonzero().squeeze(1)
-    query = flat % chosen.shape[1]
-    return TokenSubset(flat.to(device, non_blocking=True), query.to(device, non_blocking=True), len(mask))
-
-
-def at_mask(values: Tensor, mask: Tensor) -> Tensor:
-    """Of one value a patch, (B * N, ...), those of the patches in a mask (B, N) that is
-    best held on the host: (M, ...).
-    """
-    return values.index_select(0, mask.flatten().nonzero().squeeze(1).to(values.device, non_blocking=True))
 
 
 class RelativePositionBias(nn.Module):
@@ -327,31 +283,6 @@ def scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
 def drop_path_ramp(rate: float, steps: int) -> list[float]:
     """Stochastic depth grows linearly from 0 at the first block to `rate` at the last."""
     return [rate * i / max(steps - 1, 1) for i in range(steps)]
-
-
-def truncated_normal_(tensor: Tensor, std: float, cut: float) -> None:
-    """Normal(0, std) redrawn beyond +-cut (an absolute bound, not a multiple of std)."""
-    nn.init.trunc_normal_(tensor, std=std, a=-cut, b=cut)
-
-
-def init_linear_and_norm(module: nn.Module, std: float, cut: float) -> None:
-    """Weights of linear layers truncated normal, biases zero, norms 1 and 0. For nn.Module.apply."""
-    if isinstance(module, nn.Linear):
-        truncated_normal_(module.weight, std, cut)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
-
-
-def rescale_outputs(blocks: nn.ModuleList, first: int = 1) -> None:
-    """Divide what block l adds to the residual stream by sqrt(2 l) (BEiT, section 2.5:
-    stable large-scale training).
-    """
-    for layer, block in enumerate(blocks, start=first):
-        block.attn.proj.weight.data.div_(math.sqrt(2.0 * layer))
-        block.mlp.fc2.weight.data.div_(math.sqrt(2.0 * layer))
 
 
 @dataclass(frozen=True)

@@ -81,12 +81,12 @@ class TeacherSpec:
 
     def mismatch(self, gives: str, sizes: str) -> UserError:
         advice = (
-            f"--teacher_input_size {sizes} would match"
+            f"`teacher_input_size` {sizes} would match"
             if sizes
             else "no size seems to match, change the teacher"
         )
         return UserError(
-            f"the teacher {self.name} gives {gives} at --teacher_input_size {self.input_size}, but "
+            f"the teacher {self.name} gives {gives} at `teacher_input_size` {self.input_size}, but "
             "the student's grid "
             f"is {self.grid}x{self.grid}: {advice}"
         )
@@ -189,19 +189,19 @@ def timm_network(spec: TeacherSpec, model: str, num_classes: int) -> Any:
             network = timm.create_model(model, num_classes=num_classes)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"timm cannot build {model} for --teacher_input_size {spec.input_size}: {_brief(error)}"
+            f"timm cannot build {model} for `teacher_input_size` {spec.input_size}: {_brief(error)}"
         ) from error
     # timm's convention: a family's module converts foreign checkpoints (OpenAI's names,
     # another grid) under this name.
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if spec.weight is None:
-        log.info(f"getting timm's weights of {model} (--teacher_weight takes a file instead)")
+        log.info(f"getting timm's weights of {model} (`teacher_weight` takes a file instead)")
         try:
             timm.models.load_pretrained(network, num_classes=num_classes, filter_fn=convert)
         except Exception as error:  # of any of the libraries through which timm downloads
             raise UserError(
                 f"timm's weights of {model} cannot be had ({_brief(error)}); "
-                "--teacher_weight takes a file or URL that holds them"
+                "`teacher_weight` takes a file or URL that holds them"
             ) from error
     elif spec.weight != "random":
         state = strip_prefixes(
@@ -344,7 +344,7 @@ class Hog(Teacher):
 
 def hog(spec: TeacherSpec) -> Teacher:
     if spec.weight not in (None, "random"):
-        raise UserError(f"the teacher hog has no weights: leave out --teacher_weight {spec.weight}")
+        raise UserError(f"the teacher hog has no weights: leave out `teacher_weight` {spec.weight}")
     return Hog(16 * spec.grid)
 
 
@@ -380,7 +380,7 @@ def build_teacher(
     """
     spec = TeacherSpec(name, weight, input_size, input_size // 16 if grid is None else grid)
     if spec.grid < 1:
-        raise UserError(f"--teacher_input_size {input_size} is less than one patch of 16 px")
+        raise UserError(f"`teacher_input_size` {input_size} is less than one patch of 16 px")
     build = find_teacher(name)
     # random weights agree on all ranks; the student's are drawn as without teacher
     with utils.seeded("teacher", name):

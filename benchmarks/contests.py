@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ from benchmarks.training_steps import (
     CLIP_GRAD,
     MarkedTokens,
     Ours,
+    Workload,
     classification_loss,
     inference,
     randomize_zeros,
@@ -64,21 +64,6 @@ from vit_backbone import SIZES, cast_frozen
 from vqkd_teachers import build_teacher
 
 CLOSE = 1e-4  # losses in fp32, relative to a loss above 1
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What the steps of a contest compute on.
-
-    model: row of vit_backbone.SIZES. teacher: of VQ-KD. seed: of weights, images and
-    masks. compile: torch.compile for our model alone.
-    """
-
-    model: str
-    batch_size: int
-    teacher: str = "hog"
-    seed: int = 0
-    compile: bool = False
 
 
 def tolerance(run: Run) -> float | None:

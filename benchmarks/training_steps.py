@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,21 @@ from run_state import Run, TrainState
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-8}
 WEIGHT_DECAY = 0.05
 CLIP_GRAD = 3.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the steps of a contest compute on.
+
+    model: row of vit_backbone.SIZES. teacher: of VQ-KD. seed: of weights, images and
+    masks. compile: torch.compile for our model alone.
+    """
+
+    model: str
+    batch_size: int
+    teacher: str = "hog"
+    seed: int = 0
+    compile: bool = False
 
 
 class Ours(Stage):

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import threading
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,10 @@ from typing import Any
 import safetensors
 import torch
 
-from checkpoint_io import downloads, weight_files
+from checkpoint_io import weight_files
 from errors import UserError, hide_secrets
 from runtime import distributed, fsdp
-from runtime.distributed import log
+from runtime.terminal import log
 
 LATEST = "checkpoint.pth"
 BEST = "checkpoint-best.pth"
@@ -56,17 +54,17 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise UserError(
             f"could not write {path} ({reason[:120]}): {count_bytes(content) / 2**20:.1f} MiB needed, "
-            f"{free:.1f} MiB free; "
-            "the previous checkpoint is intact. Make room, or point --output_dir elsewhere, and "
-            "start the same line again"
+            f"{free:.1f} MiB free; the previous checkpoint is intact. Make room, or point `output_dir` "
+            "elsewhere, and start the same line again"
         ) from None
     sync_folder(path.parent)
 
 
 class Saver:
-    """Writes checkpoints behind the training's back, from a copy in main memory; one at a time.
+    """Writes checkpoints in a thread, from a copy in main memory, while training goes on; one
+    at a time.
 
-    An error in the background reaches the training at its next step (`check`) or save,
+    An error in the thread reaches the training at its next step (`raise_error`) or save,
     or at the end (`wait`).
     """
 
@@ -127,8 +125,7 @@ def check_finite(content: dict[str, Any], folder: Path) -> None:
                 )
                 raise UserError(
                     f"{part}.{name} is not finite any more, so this state is not saved: {kept}. Lower "
-                    "--lr, set --clip_grad "
-                    "3.0, lengthen --warmup_epochs, or try --amp_dtype fp32"
+                    "`lr`, set `clip_grad` 3.0, lengthen `warmup_epochs`, or try `amp_dtype` fp32"
                 )
 
 
@@ -213,80 +210,6 @@ def link_checkpoint(path: Path, other: Path) -> None:
         os.replace(temporary, other)
 
 
-def keep_published(path: Path, folder: Path) -> None:
-    """A checkpoint in a run's folder that is not a run's of this code gets a second name,
-    before the first is overwritten.
-    """
-    if path.resolve().parent != folder.resolve() or path.stem.startswith("checkpoint-published"):
-        return
-    names = (f"checkpoint-published{number}.pth" for number in ("", *(f"-{n}" for n in range(2, 1000))))
-    kept = next(folder / name for name in names if not (folder / name).exists())
-    link_checkpoint(path, kept)
-    log.info(f"kept       {path} as {kept}: this run writes its own under the old name")
-
-
-def find_checkpoint(resume: str, auto_resume: bool, output_dir: str) -> Path | None:
-    """The checkpoint that a run goes on from: --resume, else with --auto_resume the newest
-    intact one of output_dir.
-
-    Rank 0 chooses for all.
-    """
-    if resume:
-        return downloads.fetch(resume)
-    if not auto_resume or not output_dir:
-        return None
-    chosen = find_newest_intact(Path(output_dir)) if distributed.is_main() else None
-    return distributed.gather_objects(chosen)[0]
-
-
-def find_newest_intact(folder: Path) -> Path | None:
-    """checkpoint.pth; where it is damaged, the other whole one with the most steps behind it, with a warning."""
-    latest = folder / LATEST
-    if latest.exists() and is_intact(latest):
-        return latest
-    others = {
-        path: read_progress(path) for path in sorted(folder.glob("checkpoint-*.pth")) if is_intact(path)
-    }
-    damaged = [
-        path for path in [latest, *folder.glob("checkpoint-*.pth")] if path.exists() and path not in others
-    ]
-    if others:
-        newest = max(others, key=others.__getitem__)
-        if damaged:
-            log.warning(f"warning: {damaged[0]} is damaged (truncated or altered): going on from {newest}")
-        return newest
-    if damaged:
-        raise UserError(
-            f"{damaged[0]} is damaged and no other checkpoint in {folder} is whole: remove it to "
-            "start anew, or name one "
-            "with --resume"
-        )
-    return None
-
-
-def is_intact(path: Path) -> bool:
-    """Whether every tensor is as it was written: a checkpoint is a zip file that holds a checksum of each."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path} is no regular file: remove it")
-    try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; change its permissions") from None
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):  # RuntimeError: encrypted
-        return False
-
-
-def read_progress(path: Path) -> tuple[int, int]:
-    """(epoch, step) that a checkpoint goes on with; files can be copied, so their times say nothing."""
-    content = read_checkpoint(path)
-    after, done = content.get("next"), content.get("epoch")
-    if after is None and isinstance(done, int):  # the published code's: the last epoch that it finished
-        return done + 1, -1
-    epoch, step = (after.get(key) if isinstance(after, dict) else None for key in ("epoch", "step"))
-    return (epoch, step) if isinstance(epoch, int) and isinstance(step, int) else (-1, -1)
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A training checkpoint, or a published weight file (then only `model` is in it, and what `head` finds)."""
     content = weight_files.load_file(path)
@@ -333,8 +256,8 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path:
         different += [key for key in weights if key not in own]
         raise UserError(
             f"{path} is {weight_files.describe_kind(weights)} of another shape than this run's model "
-            f"({different[0]} differs): give "
-            "the flags it was trained with, start from it with --finetune, or name another --output_dir"
+            f"({different[0]} differs): give the flags it was trained with, start from it with `finetune`, "
+            "or name another `output_dir`"
         ) from None
     if distributed.is_main():
         log.info(f"weights from {path}")

@@ -191,12 +191,12 @@ def refuse_misfits(weights: dict[str, Tensor], model: Any, remapped: dict[str, T
         if key in wanted:
             shapes = [" x ".join(map(str, tensor.shape)) for tensor in (value, wanted[key])]
             raise UserError(
-                f"{key} is {shapes[0]} in it and {shapes[1]} in the model: name the --model that it is of"
+                f"{key} is {shapes[0]} in it and {shapes[1]} in the model: name the `model` that it is of"
             )
         if not key.endswith(TABLE):
-            flags = {"_bias": "leave out --disable_qkv_bias", "gamma_": "give --layer_scale_init_value 0.1"}
+            flags = {"_bias": "leave out `disable_qkv_bias`", "gamma_": "give `layer_scale_init_value` 0.1"}
             way_out = next(
-                (flag for part, flag in flags.items() if part in key), "name the --model that it is of"
+                (flag for part, flag in flags.items() if part in key), "name the `model` that it is of"
             )
             raise UserError(f"the model has no {key}: {way_out}")
     optional = ("attn.q_bias", "attn.v_bias", INDEX, *([] if SHARED_TABLE in weights else [TABLE]))
@@ -206,7 +206,7 @@ def refuse_misfits(weights: dict[str, Tensor], model: Any, remapped: dict[str, T
             and key not in remapped
             and not key.endswith(optional)
         ):
-            raise UserError(f"it lacks {key}; name the --model that it is of, or get the file again")
+            raise UserError(f"it lacks {key}; name the `model` that it is of, or get the file again")
 
 
 def report_remapping(state_dict: dict[str, Tensor], model: Any, remapped: dict[str, Tensor]) -> list[str]:

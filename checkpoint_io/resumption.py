@@ -1,16 +1,22 @@
-"""Whether a checkpoint is of this run, and whether all processes are: their flags and
-images compared, differences named.
+"""The checkpoint that a run goes on from: which one it is, and whether it is of this run.
+Also whether all processes are of one run: their flags and images are compared,
+differences named.
 """
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import arguments
+from checkpoint_io import downloads
+from checkpoint_io.checkpoints import LATEST, link_checkpoint, read_checkpoint
 from errors import UserError
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 
 # Flags that say where and how often, not what is trained; data and seed are compared by themselves.
 WITHOUT_EFFECT = {
@@ -33,11 +39,84 @@ PATHS = {
 OF_A_MACHINE = {"device", "num_workers", "pin_mem", "dist_url", *arguments.OBSOLETE}
 
 
+def find_checkpoint(resume: str, auto_resume: bool, output_dir: str) -> Path | None:
+    """The checkpoint that a run goes on from: `resume`, else with `auto_resume` the newest
+    intact one of `output_dir`.
+
+    Rank 0 chooses for all.
+    """
+    if resume:
+        return downloads.fetch(resume)
+    if not auto_resume or not output_dir:
+        return None
+    chosen = find_newest_intact(Path(output_dir)) if distributed.is_main() else None
+    return distributed.gather_objects(chosen)[0]
+
+
+def find_newest_intact(folder: Path) -> Path | None:
+    """checkpoint.pth; where it is damaged, the other whole one with the most steps behind it, with a warning."""
+    latest = folder / LATEST
+    if latest.exists() and is_intact(latest):
+        return latest
+    others = {
+        path: read_progress(path) for path in sorted(folder.glob("checkpoint-*.pth")) if is_intact(path)
+    }
+    damaged = [
+        path for path in [latest, *folder.glob("checkpoint-*.pth")] if path.exists() and path not in others
+    ]
+    if others:
+        newest = max(others, key=others.__getitem__)
+        if damaged:
+            log.warning(f"warning: {damaged[0]} is damaged (truncated or altered): going on from {newest}")
+        return newest
+    if damaged:
+        raise UserError(
+            f"{damaged[0]} is damaged and no other checkpoint in {folder} is whole: remove it to start "
+            "anew, or name one with `resume`"
+        )
+    return None
+
+
+def is_intact(path: Path) -> bool:
+    """Whether every tensor is as it was written: a checkpoint is a zip file that holds a checksum of each."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no regular file: remove it")
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; change its permissions") from None
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):  # RuntimeError: encrypted
+        return False
+
+
+def read_progress(path: Path) -> tuple[int, int]:
+    """(epoch, step) that a checkpoint goes on with; files can be copied, so their times say nothing."""
+    content = read_checkpoint(path)
+    after, done = content.get("next"), content.get("epoch")
+    if after is None and isinstance(done, int):  # the published code's: the last epoch that it finished
+        return done + 1, -1
+    epoch, step = (after.get(key) if isinstance(after, dict) else None for key in ("epoch", "step"))
+    return (epoch, step) if isinstance(epoch, int) and isinstance(step, int) else (-1, -1)
+
+
+def keep_published(path: Path, folder: Path) -> None:
+    """A checkpoint in a run's folder that is not a run's of this code gets a second name,
+    before the first is overwritten.
+    """
+    if path.resolve().parent != folder.resolve() or path.stem.startswith("checkpoint-published"):
+        return
+    names = (f"checkpoint-published{number}.pth" for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    kept = next(folder / name for name in names if not (folder / name).exists())
+    link_checkpoint(path, kept)
+    log.info(f"kept       {path} as {kept}: this run writes its own under the old name")
+
+
 def check_same_run(
     content: Mapping[str, Any], flags: Mapping[str, Any], data: Mapping[str, Any], path: Any
 ) -> None:
     """UserError where `content`, a checkpoint, is of other images or another seed and
-    --allow_changed_run is not given; every other flag that changes the result is named,
+    `allow_changed_run` is not set; every other flag that changes the result is named,
     old -> new.
 
     flags: this run's, as plain data. data: `images`, how many, and `digest`, of their
@@ -54,18 +133,17 @@ def check_same_run(
                 f"{counts[0]} images of other names" if same else f"{counts[0]} images, not {counts[1]}"
             )
         if theirs.get("seed", flags["seed"]) != flags["seed"]:
-            differences.append(f"--seed {theirs['seed']}, not {flags['seed']}")
+            differences.append(f"`seed` {theirs['seed']}, not {flags['seed']}")
         if differences and not flags["allow_changed_run"]:
             raise UserError(
-                f"{path} is of a run on {' and '.join(differences)}: name its --data_path and --seed, "
-                "or another --output_dir, "
-                "or go on nevertheless with --allow_changed_run"
+                f"{path} is of a run on {' and '.join(differences)}: name its `data_path` and `seed`, or "
+                "another `output_dir`, or go on nevertheless with `allow_changed_run`"
             )
         for difference in differences:
-            log.warning(f"warning: the checkpoint is of a run on {difference}; --allow_changed_run goes on")
+            log.warning(f"warning: the checkpoint is of a run on {difference}; `allow_changed_run` goes on")
     for name in sorted(flags.keys() & theirs.keys() - WITHOUT_EFFECT):
         if theirs[name] != flags[name]:
-            log.info(f"changed    --{name}: {theirs[name]} -> {flags[name]}")
+            log.info(f"changed    `{name}`: {theirs[name]} -> {flags[name]}")
 
 
 def check_ranks_agree(flags: Mapping[str, Any]) -> None:
@@ -80,9 +158,8 @@ def check_ranks_agree(flags: Mapping[str, Any]) -> None:
         for name, value in everyone[0].items():
             if theirs.get(name) != value:
                 raise UserError(
-                    f"the processes were started with different flags: --{name} {value} on rank 0, "
-                    f"{theirs.get(name)} on rank "
-                    f"{rank}: give all the same"
+                    f"the processes were started with different flags: `{name}` {value} on rank 0, "
+                    f"{theirs.get(name)} on rank {rank}: give all the same"
                 )
 
 
@@ -98,8 +175,8 @@ def check_ranks_have_the_same_images(data: Mapping[str, Any]) -> None:
                 else f"other names on rank {rank}"
             )
             raise UserError(
-                f"the processes found different images: {what}: --data_path must hold the "
-                "same on all machines"
+                f"the processes found different images: {what}: `data_path` must hold the same on all "
+                "machines"
             )
 
 

@@ -11,7 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from optim_factory import check_saved_state
+from checkpoint_io.optimizer_state import check_saved_state
 from runtime import distributed, fsdp
 from runtime.metrics import RunningMeans
 

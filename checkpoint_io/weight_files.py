@@ -154,13 +154,13 @@ def count_not_finite(key: str, tensor: torch.Tensor) -> int:
 
 
 KINDS = {  # a key that only this kind of file has -> what it is, and what it is for
-    "quantize.embedding.weight": "a VQ-KD tokenizer (for --tokenizer_weight of pretraining)",
+    "quantize.embedding.weight": "a VQ-KD tokenizer (for `tokenizer_weight` of pretraining)",
     "tokenizer.quantize.embedding.weight": "a pixel decoder (for visualize_reconstruction.py)",
     "heads.0.weight": "a linear probe (of run_linear_eval.py)",
-    "blocks.input.w": "DALL-E's encoder (for --tokenizer_weight with --tokenizer_model dall-e)",
+    "blocks.input.w": "DALL-E's encoder (for `tokenizer_weight` with `tokenizer_model` dall-e)",
     "decode_head.conv_seg.weight": "a segmentation model",
-    "lm_head.weight": "a model of masked image modeling (for --finetune)",
-    "head.weight": "a classifier (for --finetune, or --eval --resume)",
+    "lm_head.weight": "a model of masked image modeling (for `finetune`)",
+    "head.weight": "a classifier (for `finetune`, or `eval` `resume`)",
     "blocks.0.norm1.weight": "a vision transformer without a head",
 }
 

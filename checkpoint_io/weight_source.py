@@ -49,7 +49,7 @@ def read_weights(
     ema: bool = False,
     keys: str = "model|module",
     select: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
-    flag: str = "--checkpoint",
+    origin: str = "`checkpoint`",
 ) -> Source:
     """`checkpoint`: a file, a folder of timm or Hugging Face, a URL or a published name.
     `expected`: whose names it has, "ours", "timm", "huggingface" or "auto". `ema`: the
@@ -59,26 +59,26 @@ def read_weights(
 
     UserError: as downloads.fetch; names of another library; no moving average; another kind of model.
     """
-    path, config, preprocessor = locate(checkpoint, flag)
+    path, config, preprocessor = locate(checkpoint, origin)
     content = weight_files.load_file(path)
     beside = {**checkpoints.read_header(path), **(content if isinstance(content, dict) else {})}
     if ema and not isinstance(beside.get("model_ema"), dict):
         raise UserError(
-            f"{flag} {checkpoint} holds no moving average of the weights (model_ema), which "
+            f"{origin} {checkpoint} holds no moving average of the weights (model_ema), which "
             "run_class_finetuning keeps with "
-            "--model_ema: ask for the weights themselves"
+            "`model_ema`: ask for the weights themselves"
         )
     found = weight_files.extract_weights(content, checkpoint, "model_ema" if ema else keys)
     try:
         found = strip_wrappers(found if select is None else select(found))
     except UserError as error:
-        raise UserError(f"{flag} {checkpoint}: {error}") from None
+        raise UserError(f"{origin} {checkpoint}: {error}") from None
     huggingface = is_huggingface(found)
     library = "huggingface" if huggingface else "timm" if "architecture" in config else "ours"
     if expected != "auto" and huggingface != (expected == "huggingface"):
         names = "Hugging Face's" if huggingface else "ours, which are timm's too"
         raise UserError(
-            f"--from {expected}: the names in {checkpoint} are {names}; --from auto sees by itself"
+            f"`from` {expected}: the names in {checkpoint} are {names}; `from` auto sees by itself"
         )
     entry = published.ENTRIES.get(path.stem)
     flags = weight_files.flags_to_dict(beside.get("args"))
@@ -97,7 +97,7 @@ def read_weights(
             external = read_timm_config(config)
         weights = to_our_names(found)
     except UserError as error:
-        raise UserError(f"{flag} {checkpoint}: {error}") from None
+        raise UserError(f"{origin} {checkpoint}: {error}") from None
     flags = {**flags_from_config(external), **flags}
     weights = add_class_position(add_grid_index(weights, flags.get("input_size")))
     return Source(weights, flags, to_folder_names(external.classes) or classes, external, library, path)
@@ -116,7 +116,7 @@ def flags_from_config(external: ExternalConfig) -> dict[str, Any]:
 
 
 def to_crop_flag(crop_pct: float, size: int | tuple[int, int]) -> float | None:
-    """--crop_pct; None where ours, left out, crops the same pixels."""
+    """The flag `crop_pct`; None where ours, left out, crops the same pixels."""
     side = min(as_pair(size))
     return None if int(side / crop_pct) == int(side / default_crop_pct(size)) else crop_pct
 
@@ -139,7 +139,7 @@ def add_grid_index(weights: dict[str, Tensor], size: Any) -> dict[str, Tensor]:
     return {**weights, f"blocks.0.attn.{INDEX}": relative_position_index(grid)} if fits else weights
 
 
-def locate(source: str, flag: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+def locate(source: str, origin: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The weight file, and the config.json and preprocessor_config.json that belong to it
     ({} where there is none).
     """
@@ -148,7 +148,7 @@ def locate(source: str, flag: str) -> tuple[Path, dict[str, Any], dict[str, Any]
         present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
         if not present:
             raise UserError(
-                f"{flag} {source}: a folder without {' or '.join(WEIGHT_FILES)}; name the weight file itself"
+                f"{origin} {source}: a folder without {' or '.join(WEIGHT_FILES)}; name the weight file itself"
             )
         path = present[0]
     else:
@@ -216,5 +216,5 @@ def save_weights(
         with contextlib.suppress(OSError):
             part.unlink()
         raise UserError(
-            f"--output {path}: cannot be written ({getattr(error, 'strerror', None) or error})"
+            f"`output` {path}: cannot be written ({getattr(error, 'strerror', None) or error})"
         ) from None

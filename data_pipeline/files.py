@@ -28,7 +28,8 @@ from torch.utils.data import Dataset, default_collate
 
 from data_pipeline.image_formats import look_like_12_bits
 from errors import UserError
-from runtime.distributed import is_main, log, log_once
+from runtime.distributed import is_main
+from runtime.terminal import log, log_once
 from utils import seeded
 
 Key = tuple[int, int]  # (epoch, index)

@@ -11,11 +11,11 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 FORMATS = {  # Pillow's name -> endings of file names; JPEG includes MPO, several JPEGs in one file
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
@@ -95,3 +95,58 @@ def _what_it_is(file: IO[bytes]) -> str:
     start = file.read(1024)
     name = next((name for name, pattern in OTHERS if re.match(pattern, start, re.DOTALL)), None)
     return "not an image" if name is None else f"{name}, which is not decoded; convert it to JPEG or PNG"
+
+
+Source = str | np.ndarray  # an image file, or an (H, W, 3) uint8 image in memory
+
+
+TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+
+Size = tuple[int, int]  # width, height
+
+
+def load_image(source: Source | IO[bytes], enough: Callable[[Size], Size] | None = None) -> Image.Image:
+    """RGB, upright (EXIF), 8 bits; raises whatever PIL raises for what it cannot decode.
+
+    `enough`: told the size of a JPEG before it is decoded, says which size is large
+    enough; it may then be decoded to a half, a quarter or an eighth of its size, but to
+    no less than that.
+    """
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
+    with open_image(source) as image:
+        # PIL takes a while to find out that a JPEG has no orientation
+        may_turn = image.format != "JPEG" or not image.info.keys().isdisjoint(("exif", "xmp"))
+        if enough is not None and image.format == "JPEG":
+            _reduce(image, enough, may_turn)
+        image.load()
+        if may_turn:
+            with contextlib.suppress(Exception):  # a broken EXIF block does not make a broken picture
+                ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+
+
+def _reduce(image: Image.Image, enough: Callable[[Size], Size], may_turn: bool) -> None:
+    turned = False
+    with contextlib.suppress(Exception):  # a broken EXIF block
+        turned = may_turn and image.getexif().get(0x0112, 1) in TURNED
+    width, height = enough((image.height, image.width) if turned else image.size)
+    image.draft(None, (height, width) if turned else (width, height))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if is_16_bit(image):  # PIL would clip these at 255 instead of scaling
+        gray = np.rint(np.asarray(image, dtype=np.float32) * (255 / 65535)).astype(np.uint8)
+        return Image.fromarray(gray).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "floating-point" if image.mode == "F" else "signed or 32-bit integer"
+        raise ValueError(
+            f"its pixels are {kind} numbers, and nothing says which is white; convert it to 8 or 16 bits"
+        )
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        # What lies under transparent pixels is arbitrary: show them on white, as a page would.
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    # PIL would copy an image that is RGB already
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -17,7 +17,8 @@ import torchvision
 from data_pipeline import shards
 from data_pipeline.image_formats import EXTENSIONS
 from errors import ParameterError, UserError
-from runtime.distributed import barrier, is_main, log_once
+from runtime.distributed import barrier, is_main
+from runtime.terminal import log_once
 from utils import derive_seed
 
 ACCEPTED = f"accepted: {' '.join(EXTENSIONS)}"

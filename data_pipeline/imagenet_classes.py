@@ -36,7 +36,7 @@ def robust_set(name: str) -> RobustSet:
     """What --robust_test names: imagenet_a, ImageNet-R, sketch, ..."""
     found = ROBUST_SETS.get(name.lower().replace("_", "-"))
     if found is None:
-        raise UserError(f"--robust_test {name}: give ImageNet-A, ImageNet-R or ImageNet-Sketch")
+        raise UserError(f"`robust_test` {name}: give ImageNet-A, ImageNet-R or ImageNet-Sketch")
     return found
 
 
@@ -76,6 +76,6 @@ def logits_of(folders: Sequence[str], robust: RobustSet, where: str) -> list[int
         raise UserError(
             f"{where}: has {len(folders)} class folders and {robust.name} has {robust.classes}; "
             "complete the folder or correct "
-            "--robust_test, because accuracies among other classes do not compare"
+            "`robust_test`, because accuracies among other classes do not compare"
         )
     return [number[folder] for folder in folders]

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from data_pipeline.files import Files, Key, SampleDataset, collate, collate_readable
 from runtime.device import keep_freed_memory
-from runtime.distributed import Launch, log
+from runtime.distributed import Launch
+from runtime.terminal import log
 from utils import derive_seed
 
 # an epoch mixes the images of so many shards at a time, so that these stay in the

@@ -12,8 +12,8 @@ from data_pipeline.files import BadFiles, SampleDataset
 from data_pipeline.samplers import Loader
 from runtime import distributed
 from runtime.device import Precision, to_device
-from runtime.distributed import log
 from runtime.metrics import RunningMeans
+from runtime.terminal import log
 
 Step = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data_pipeline.samplers import Loader
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 
 SIMILARITIES = 2**27  # computed at a time: 512 MiB
 

@@ -181,7 +181,7 @@ def parse_flags(argv: Sequence[str] | None) -> Flags:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    pick(modeling_segmentation.VARIANTS, args.model, "segmentation model")
+    pick(modeling_segmentation.MODELS, args.model, "segmentation model")
     if args.input_size % 16:
         raise UserError(f"--input_size {args.input_size} is not a multiple of the patch size 16")
     if (args.eval or args.predict) and not (args.resume or args.finetune):

@@ -26,20 +26,20 @@ def pick_device(name: str, local_rank: int = 0, world_size_of_launch: int = 1) -
     number = re.fullmatch("cuda:([0-9]{1,6})", name)
     if name not in ("cpu", "cuda") and not number:
         raise UserError(
-            f"--device {name[:40]!r}: this code computes on cuda or cpu; use --device cpu "
+            f"`device` {name[:40]!r}: this code computes on cuda or cpu; use `device` cpu "
             "where there is no GPU"
         )
     if name == "cpu":
         return torch.device("cpu")
     if number and world_size_of_launch > 1:
-        raise UserError(f"--device {name} would put all processes on one GPU: leave the number out")
+        raise UserError(f"`device` {name} would put all processes on one GPU: leave the number out")
     if number and int(number[1]) >= (visible := torch.cuda.device_count()):
         raise UserError(
-            f"--device {name}: there is no such GPU, {visible} visible, counted from 0; use cuda or cpu"
+            f"`device` {name}: there is no such GPU, {visible} visible, counted from 0; use cuda or cpu"
         )
     if not torch.cuda.is_available():
         logging.getLogger("beit").info(
-            "no CUDA device found: running on the CPU (--device cpu says so explicitly)"
+            "no CUDA device found: running on the CPU (`device` cpu says so explicitly)"
         )
         return torch.device("cpu")
     local_rank = int(number[1]) if number else local_rank

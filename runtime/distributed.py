@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import hashlib
-import logging
 import os
 import subprocess
 import sys
@@ -23,13 +21,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import errors
 from errors import UserError
 from runtime.device import keep_freed_memory, pick_device
-
-log = logging.getLogger("beit")  # information on rank 0 only, errors on every rank: see start()
+from runtime.terminal import set_up_logging
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ def start(
             where = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ) if dist_url == "env://" else dist_url
             raise UserError(
                 f"the processes cannot meet at {where} ({str(error).splitlines()[0]}): see "
-                "--dist_url, or MASTER_ADDR and "
+                "`dist_url`, or MASTER_ADDR and "
                 "MASTER_PORT"
             ) from None
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
@@ -206,7 +202,7 @@ def agree_on_attempt(store: dist.Store, launch: Launch, timeout: datetime.timede
                 return name
         time.sleep(0.05)
     raise UserError(
-        f"the other processes did not come within --dist_timeout {timeout.total_seconds() / 60:g} minutes"
+        f"the other processes did not come within `dist_timeout` {timeout.total_seconds() / 60:g} minutes"
     )
 
 
@@ -235,40 +231,6 @@ def stop() -> None:
         # the thread (torch 2.6 hung so in a test). Give it a moment.
         time.sleep(0.2)
         dist.destroy_process_group()
-
-
-class TerminalHandler(logging.Handler):
-    """Lines on stdout that leave a progress bar on stderr whole."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
-        except OSError:  # the terminal is gone, or who read the pipe
-            discard_output()
-
-
-def discard_output() -> None:
-    """What is printed from here on goes nowhere: that nobody reads it is no reason for a run to end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
-
-
-def set_up_logging(rank: int) -> None:
-    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    handler = TerminalHandler()
-    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
-    log.handlers = [handler]
-    log.propagate = False
-
-
-@functools.cache
-def log_once(text: str) -> None:
-    """For what concerns images that may be looked for several times."""
-    log.info(text)
 
 
 def world_size() -> int:

@@ -38,7 +38,7 @@ def explain_errors(*folders: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise UserError(
-            "out of GPU memory: halve --batch_size and double --update_freq, which is the same step"
+            "out of GPU memory: halve `batch_size` and double `update_freq`, which is the same step"
         ) from None
     except RuntimeError as error:
         raise explain_lost_process(error) from None
@@ -49,7 +49,7 @@ def explain_errors(*folders: str) -> Iterator[None]:
             raise
         raise UserError(
             f"{name or 'a file of ' + ' or '.join(written)} could not be written ({error.strerror}): the "
-            "checkpoints saved before are intact. Make room, or point --output_dir elsewhere, and start "
+            "checkpoints saved before are intact. Make room, or point `output_dir` elsewhere, and start "
             "the same line again"
         ) from None
     finally:
@@ -62,12 +62,12 @@ def explain_lost_process(error: RuntimeError) -> Exception:
     if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
         return UserError(
             f"[rank {rank()}] another process of this run was lost or did not answer within "
-            "--dist_timeout; its own message is above or in its log. Start the same line again to go on "
+            "`dist_timeout`; its own message is above or in its log. Start the same line again to go on "
             f"({text.splitlines()[0][:160]})"
         )
     if "DataLoader worker" in text:
         return UserError(
-            "a data process died, most likely for lack of memory: fewer --num_workers "
+            "a data process died, most likely for lack of memory: fewer `num_workers` "
             f"({text.splitlines()[0][:160]})"
         )
     return error

@@ -36,21 +36,21 @@ def check_options(opt: str, compile: bool, model_ema_force_cpu: bool, device: to
 
     if compile:
         raise UserError(
-            "--fsdp and --compile do not go together (weights come and go between the compiled "
+            "`fsdp` and `compile` do not go together (weights come and go between the compiled "
             "parts): leave one of them out"
         )
     if opt.lower() not in OPTIMIZERS:
         raise UserError(
-            f"--fsdp works with --opt {', '.join(OPTIMIZERS)}, not with {opt}, which needs whole tensors"
+            f"`fsdp` works with `opt` {', '.join(OPTIMIZERS)}, not with {opt}, which needs whole tensors"
         )
     if model_ema_force_cpu:
         raise UserError(
-            "--model_ema_force_cpu has no effect with --fsdp, which shards the moving "
+            "`model_ema_force_cpu` has no effect with `fsdp`, which shards the moving "
             "average too: leave it out"
         )
     if device.type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise UserError(
-            f"--fsdp on CPUs needs a newer torch than {torch.__version__}, whose gloo cannot average "
+            f"`fsdp` on CPUs needs a newer torch than {torch.__version__}, whose gloo cannot average "
             "gradients; leave it out"
         )
 

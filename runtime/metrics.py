@@ -18,7 +18,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 
 try:
     import resource

@@ -60,7 +60,7 @@ class RunLock:
         holder = read_holder(handle)
         here = holder.get("boot") == self.me["boot"] and holder.get("host") == self.me["host"]
         if locked is False:
-            raise self.refusal(holder, "it must end first, or take another --output_dir")
+            raise self.refusal(holder, "it must end first, or take another `output_dir`")
         if not holder or (holder.get("pid") == self.me["pid"] and here):
             return
         if holder.get("boot") and holder["boot"] == self.me["boot"] and locked:
@@ -69,8 +69,8 @@ class RunLock:
             alive = here and started(holder.get("pid")) == holder.get("process_started")
             if locked or not alive:  # killed, or the machine was restarted
                 return
-            raise self.refusal(holder, "it must end first, or take another --output_dir")
-        raise self.refusal(holder, f"if it is gone, remove {self.path}; else take another --output_dir")
+            raise self.refusal(holder, "it must end first, or take another `output_dir`")
+        raise self.refusal(holder, f"if it is gone, remove {self.path}; else take another `output_dir`")
 
     def refusal(self, holder: dict[str, Any], way_out: str) -> UserError:
         who = (
@@ -78,7 +78,7 @@ class RunLock:
             if "since" in holder
             else "another process"
         )
-        return UserError(f"--output_dir {self.path.parent} is in use by a run ({who}): {way_out}")
+        return UserError(f"`output_dir` {self.path.parent} is in use by a run ({who}): {way_out}")
 
     def sign(self) -> None:
         """Say who holds it. Apart from taking it: a full disk must not hinder the removal of what fills it."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from runtime import distributed
+from runtime import distributed, terminal
 
 # Windows has neither USR1 nor HUP (the terminal was closed).
 SIGNALS = tuple(
@@ -41,7 +41,7 @@ def end_between_steps() -> None:
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    distributed.log.info(f"stopped by {signal.Signals(number).name}: no step was under way, nothing is lost")
+    terminal.log.info(f"stopped by {signal.Signals(number).name}: no step was under way, nothing is lost")
     raise SystemExit(0)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from errors import UserError
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 
 MOST_IN_A_ROW = 10
 LEAST_LOSS_SCALE = 2.0**-10
@@ -56,14 +56,14 @@ class SkippedSteps:
         if self.state.scaler.is_enabled() and self.state.scaler.get_scale() < LEAST_LOSS_SCALE:
             raise UserError(
                 "the gradients are not finite in fp16 however small the loss is scaled; the last step that "
-                "counted is in the checkpoint. Lower --lr, set --clip_grad 3.0, or try --amp_dtype fp32"
+                "counted is in the checkpoint. Lower `lr`, set `clip_grad` 3.0, or try `amp_dtype` fp32"
             )
 
     def give_up(self, step: int) -> None:
         """End the run. The last good state is in the checkpoint; what is needed to look at
         the last batch is written beside it.
         """
-        kept = "there is no --output_dir, so nothing was kept"
+        kept = "there is no `output_dir`, so nothing was kept"
         if self.last_good is not None:
             position = {"epoch": self.state.epoch, "step": step, "seed": self.seed}
             batches = [describe_batch(batch) for batch in self.last_batches]
@@ -72,8 +72,8 @@ class SkippedSteps:
             kept = f"the last good checkpoint is {self.last_good}, the last batch is described in {path}"
         raise UserError(
             f"{MOST_IN_A_ROW} steps in a row, up to step {step}, had a loss or gradient that is not finite; "
-            f"they changed nothing: {kept}. Lower --lr, set --clip_grad 3.0, lengthen --warmup_epochs, or "
-            "try --amp_dtype fp32"
+            f"they changed nothing: {kept}. Lower `lr`, set `clip_grad` 3.0, lengthen `warmup_epochs`, or "
+            "try `amp_dtype` fp32"
         )
 
 

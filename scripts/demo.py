@@ -7,7 +7,6 @@ stage's folder, pictures/ and summary.json.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import shutil
@@ -21,24 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
-from PIL import Image  # noqa: E402
 from torchvision.utils import save_image  # noqa: E402
 
 import stages  # noqa: E402
-from data_pipeline.image_lists import find_images  # noqa: E402
-from errors import UserError, printable, report_user_errors  # noqa: E402
+from data_pipeline.image_formats import load_image  # noqa: E402
+from demo_photos import own_images, shrink, solar_cells  # noqa: E402
+from errors import UserError, report_user_errors  # noqa: E402
 from stages import run_entry  # noqa: E402
-from transforms import cut_to_length, load_image  # noqa: E402
 from visualization import drawing  # noqa: E402
 
 OUT = ROOT / "demo_output"
-# photos are shrunk once: the model sees 128 pixels, and decoding would take longer than
-# training
-SHORT_SIDE = 144
-MOST_IMAGES = 4000
-# neighboring rows of the photos' list may share a solar module: split in blocks, every
-# fifth to validate
-BLOCKS = 20
 BATCH, BATCH_FEW = 64, 32
 STEPS = {"vqkd": 300, "pretrain": 650, "finetune": 280, "finetune_10pct": 120}
 
@@ -55,78 +46,14 @@ FINETUNE = """--model beit_demo_patch16_128 --data_set image_folder --aa none --
 PRETRAINED, SCRATCH = "--layer_decay 0.8", "--layer_decay 1.0"
 
 
-def run(stage: str, script: str, flags: str, *more: str) -> float:
-    return run_entry(stage, script, flags, *SIZE, *more)
+def run(stage: str, script: str, flags: str, **more: object) -> float:
+    """The entry script's seconds; `more` are flags whose values may hold spaces."""
+    words = [word for name, value in more.items() for word in (f"--{name}", str(value))]
+    return run_entry(stage, script, flags, *SIZE, *words)
 
 
 def log_of(stage: str) -> list[dict[str, Any]]:
     return stages.log_of(OUT / stage)
-
-
-# ── Photos ──
-
-
-def shrink(source: str | Path, target: Path) -> bool:
-    """A copy whose shorter side is SHORT_SIDE; False for files that are no image."""
-    try:
-        image = cut_to_length(load_image(str(source)))
-    except Exception as error:
-        print(printable(f"cannot read {source} ({error}): left out"))
-        return False
-    scale = SHORT_SIDE / min(image.size)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC).save(
-        target, quality=95
-    )
-    return True
-
-
-def solar_cells() -> list[tuple[Path, str, bool]]:
-    """(photo, class, for validation?) of the PyPI package elpv-dataset: mono/poly x ok/defect."""
-    import elpv_dataset
-
-    folder = Path(elpv_dataset.__file__).parent / "data"
-    print(
-        "photos     elpv-dataset (Buerhop-Lutz et al. 2018; Deitsch et al. 2019), 2,624 photos of "
-        "solar cells."
-    )
-    print("           license of the images: CC BY-NC-SA 4.0 (non-commercial use, share alike)")
-    with open(folder / "labels.csv", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file, delimiter=" ", skipinitialspace=True) if len(row) >= 3]
-    photos = []
-    for number, (path, probability, kind, *_) in enumerate(rows):
-        label = f"{kind}_{'defect' if float(probability) >= 0.5 else 'ok'}"
-        photos.append((folder / path, label, number * BLOCKS // len(rows) % 5 == 4))
-    return photos
-
-
-def own_images(root: str) -> list[tuple[Path, str, bool]]:
-    """The user's folder; sub-folders of images are classes when there are two or more. The
-    photos of val/ validate where there are train/ and val/, else every fifth.
-    """
-    splits = [Path(root, split) for split in ("train", "val")]
-    roots = splits if all(split.is_dir() for split in splits) else [Path(root)]
-    inside = {Path(str(path)): each for each in roots for path, _ in find_images(str(each), "folder")[0]}
-    paths = list(inside)
-    folders = {path: path.relative_to(each).parts[:-1] for path, each in inside.items()}
-    classes = {parents[0] for parents in folders.values() if parents}
-    labeled = len(classes) >= 2 and all(folders.values())
-    if len(paths) > MOST_IMAGES:
-        print(
-            f"photos     {len(paths)} images in the folder; the demo takes {MOST_IMAGES} of them, "
-            "evenly spread"
-        )
-        paths = [paths[number * len(paths) // MOST_IMAGES] for number in range(MOST_IMAGES)]
-    photos, seen = [], dict.fromkeys([*classes, "images"], 0)
-    for path in paths:
-        label = folders[path][0] if labeled else "images"
-        photos.append((path, label, inside[path] == splits[1] if len(roots) > 1 else seen[label] % 5 == 4))
-        seen[label] += 1
-    if len(roots) > 1:
-        print("photos     train/ and val/ are the splits")
-    kinds = f"{len(classes)} classes" if labeled else "unlabeled"
-    print(printable(f"photos     {root}: {len(paths)} images, {kinds}"))
-    return photos
 
 
 def prepare(photos: list[tuple[Path, str, bool]]) -> dict[str, dict[str, int]]:
@@ -144,85 +71,59 @@ def prepare(photos: list[tuple[Path, str, bool]]) -> dict[str, dict[str, int]]:
 # ── Stages ──
 
 
-def epochs_for(steps: int, images: int, batch: int) -> str:
-    return str(max(1, round(steps / max(1, images // batch))))
+def epochs_for(steps: int, images: int, batch: int) -> int:
+    return max(1, round(steps / max(1, images // batch)))
 
 
 def train_tokenizer(images: int) -> float:
-    epochs = epochs_for(STEPS["vqkd"], images, BATCH)
     return run(
         "vqkd",
         "run_vqkd_training.py",
         VQKD,
-        "--batch_size",
-        str(BATCH),
-        "--epochs",
-        epochs,
-        "--warmup_steps",
-        str(STEPS["vqkd"] // 6),
-        "--data_path",
-        str(OUT / "data/train"),
-        "--eval_data_path",
-        str(OUT / "data/val"),
-        "--eval_freq",
-        "5",
-        "--output_dir",
-        str(OUT / "vqkd"),
+        batch_size=BATCH,
+        epochs=epochs_for(STEPS["vqkd"], images, BATCH),
+        warmup_steps=STEPS["vqkd"] // 6,
+        data_path=OUT / "data/train",
+        eval_data_path=OUT / "data/val",
+        eval_freq=5,
+        output_dir=OUT / "vqkd",
     )
 
 
 def pretrain(images: int) -> float:
-    epochs = epochs_for(STEPS["pretrain"], images, BATCH)
     return run(
         "pretrain",
         "run_beitv2_pretraining.py",
         PRETRAIN,
-        "--batch_size",
-        str(BATCH),
-        "--epochs",
-        epochs,
-        "--warmup_steps",
-        str(STEPS["pretrain"] // 6),
-        "--tokenizer_weight",
-        str(OUT / "vqkd/checkpoint.pth"),
-        "--data_path",
-        str(OUT / "data/train"),
-        "--output_dir",
-        str(OUT / "pretrain"),
+        batch_size=BATCH,
+        epochs=epochs_for(STEPS["pretrain"], images, BATCH),
+        warmup_steps=STEPS["pretrain"] // 6,
+        tokenizer_weight=OUT / "vqkd/checkpoint.pth",
+        data_path=OUT / "data/train",
+        output_dir=OUT / "pretrain",
     )
 
 
 def finetune(name: str, images: int, pretrained: bool, few: bool) -> float:
     """`few`: with a tenth of the labels. Each case has the learning rate that suits it."""
     batch, steps = (BATCH_FEW, STEPS["finetune_10pct"]) if few else (BATCH, STEPS["finetune"])
-    lr = "1e-3" if pretrained else ("2e-3" if few else "5e-4")
     epochs = epochs_for(steps, images // 10 if few else images, batch)
-    start = ["--finetune", str(OUT / "pretrain/checkpoint.pth")] if pretrained else []
+    start = {"finetune": OUT / "pretrain/checkpoint.pth"} if pretrained else {}
     return run(
         name,
         "run_class_finetuning.py",
         f"{FINETUNE} {PRETRAINED if pretrained else SCRATCH}",
-        *start,
-        "--batch_size",
-        str(batch),
-        "--epochs",
-        epochs,
-        "--warmup_steps",
-        str(round(0.15 * steps)),
-        "--lr",
-        lr,
-        "--label_fraction",
-        "0.1" if few else "1.0",
-        "--eval_freq",
-        epochs,
-        "--image_freq",
-        "0",
-        "--data_path",
-        str(OUT / "data/train"),
-        "--eval_data_path",
-        str(OUT / "data/val"),
-        "--output_dir",
-        str(OUT / name),
+        **start,
+        batch_size=batch,
+        epochs=epochs,
+        warmup_steps=round(0.15 * steps),
+        lr="1e-3" if pretrained else ("2e-3" if few else "5e-4"),
+        label_fraction=0.1 if few else 1.0,
+        eval_freq=epochs,
+        image_freq=0,
+        data_path=OUT / "data/train",
+        eval_data_path=OUT / "data/val",
+        output_dir=OUT / name,
     )
 
 

@@ -36,8 +36,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 import torch  # noqa: E402
 
 import arguments  # noqa: E402
-import fuzz_cases  # noqa: E402
-from fuzz_cases import Case  # noqa: E402
+from fuzzing import runs  # noqa: E402
+from fuzzing.flags import flag_case  # noqa: E402
+from fuzzing.images import image_case  # noqa: E402
+from fuzzing.lists import list_case  # noqa: E402
+from fuzzing.runs import Case  # noqa: E402
+from fuzzing.weights import weight_case  # noqa: E402
+
+CASES = {"flags": flag_case, "weights": weight_case, "images": image_case, "lists": list_case}
 
 TIME_LIMIT = 90.0  # seconds
 MEMORY_LIMIT = 4 << 30  # bytes of resident memory; a run on this data needs less than one GiB
@@ -60,7 +66,7 @@ class Outcome:
 def prepare() -> None:
     """Import everything once: the cases are forked from this process."""
     torch.set_num_threads(1)
-    for entry in fuzz_cases.ENTRIES:
+    for entry in runs.ENTRIES:
         importlib.import_module(entry)
     importlib.import_module("webdataset.shardlists")
 
@@ -113,7 +119,7 @@ def _run_entry(case: Case, folder: Path) -> None:
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.chdir(folder)
-        os.environ["PATH"] = f"{fuzz_cases.fake_programs(folder)}:{os.environ['PATH']}"
+        os.environ["PATH"] = f"{runs.fake_programs(folder)}:{os.environ['PATH']}"
         os.environ["TORCH_HOME"] = str(folder / "cache")
         sys.addaudithook(_watch)
         try:
@@ -153,11 +159,11 @@ def faults_of(case: Case, outcome: Outcome, folder: Path) -> list[str]:
         faults.append(f"status {outcome.status}")
     if b"Traceback (most recent call last)" in text:
         faults.append("traceback")
-    if b"FUZZ: " in text or (folder / fuzz_cases.CANARY).exists():
+    if b"FUZZ: " in text or (folder / runs.CANARY).exists():
         faults.append("code run")
     if CONTROL.search(text):
         faults.append("control characters in the output")
-    if fuzz_cases.SECRET.encode() in text:
+    if runs.SECRET.encode() in text:
         faults.append("secret in the output")
     if outcome.status == 2 and b"error: " not in text:
         faults.append("status 2 without a sentence")
@@ -172,7 +178,7 @@ def faults_of(case: Case, outcome: Outcome, folder: Path) -> list[str]:
 
 def make_case(number: int, seed: int, kinds: list[str], shared: Path, folder: Path) -> Case:
     folder.mkdir(parents=True, exist_ok=True)
-    return fuzz_cases.make_case(kinds[number % len(kinds)], random.Random(f"{seed} {number}"), shared, folder)
+    return CASES[kinds[number % len(kinds)]](random.Random(f"{seed} {number}"), shared, folder)
 
 
 def run(numbers: list[int], seed: int, kinds: list[str], jobs: int, keep: Path | None = None) -> int:
@@ -180,7 +186,7 @@ def run(numbers: list[int], seed: int, kinds: list[str], jobs: int, keep: Path |
     prepare()
     counts = {kind: Counter[str]() for kind in kinds}
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
-        shared = fuzz_cases.shared_files(Path(name) / "shared")
+        shared = runs.shared_files(Path(name) / "shared")
         waiting, running = iter(numbers), list[Running]()
         while True:
             while len(running) < jobs and (number := next(waiting, None)) is not None:
@@ -228,7 +234,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cases", type=arguments.positive, default=1000)
     parser.add_argument("--seed", type=arguments.seed, default=0)
-    parser.add_argument("--kinds", nargs="+", choices=fuzz_cases.KINDS, default=list(fuzz_cases.KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--jobs", type=arguments.positive, default=os.cpu_count() or 1)
     parser.add_argument("--only", type=arguments.not_negative, nargs="+", help="run these cases alone")
     parser.add_argument(

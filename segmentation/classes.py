@@ -13,7 +13,7 @@ from torch import Tensor
 
 from errors import UserError
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 from segmentation.mask_files import IGNORED, MOST_CLASSES, Pair, highest_label, read_mask
 from visualization.drawing import distinct_colors
 

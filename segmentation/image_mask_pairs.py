@@ -17,16 +17,16 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from data_pipeline.crops import per_channel
 from data_pipeline.files import Files, reason_of
-from data_pipeline.image_formats import EXTENSIONS, open_image
+from data_pipeline.image_formats import EXTENSIONS, load_image, open_image
 from data_pipeline.image_lists import images_below, need_folder, tell_left_out
 from errors import UserError
 from runtime import distributed
-from runtime.distributed import log
+from runtime.terminal import log
 from segmentation.classes import look_through
 from segmentation.joint_views import EvaluationView, TrainingView
 from segmentation.mask_files import ENDINGS, IGNORED, Pair, labels_in, read_mask
-from transforms import load_image, per_channel
 
 SPLITS = {True: ("training", "train"), False: ("validation", "val")}  # by `train`
 MASKS_AT_A_TIME = 256  # looked through for classes

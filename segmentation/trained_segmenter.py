@@ -4,24 +4,24 @@ built from its file alone.
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Collection
+from typing import Any
 
 from torch import Tensor
 
-import arguments
 import modeling_segmentation
 import pretrained
 from checkpoint_io import weight_files, weight_source
 from checkpoint_io.weight_source import Source
-from errors import UserError
-from evaluation.trained_classifier import describe_difference
+from errors import ParameterError, UserError
+from evaluation.trained_classifier import RunFlags, describe_difference
 from modeling_segmentation import Segmenter
-from runtime.distributed import log
+from runtime.terminal import log
 
 HEADS = ("decode_head.", "auxiliary_head.")
 CLASSIFIER = "decode_head.conv_seg.weight"
-# What a finished model's images must look like: taken from its file where the command
-# line does not say otherwise.
+# What a finished model's images must look like: taken from its file where nothing else is
+# asked for.
 LOOKS_AS_TRAINED = (
     "input_size",
     "base_size",
@@ -51,33 +51,27 @@ def load_pretrained(model: Segmenter, content: Source, source: str) -> None:
         log.info(f"heads      used {len(fitting)} of {len(heads)} tensors of the file")
 
 
-def read_segmenter(source: str, flag: str) -> Source:
+def read_segmenter(source: str, origin: str) -> Source:
     """A finished segmentation model's file. UserError: another kind of file."""
-    content = weight_source.read_weights(source, flag=flag)
+    content = weight_source.read_weights(source, origin=origin)
     if CLASSIFIER not in content.weights:
         raise UserError(
-            f"{flag} {source} is {weight_files.describe_kind(content.weights)}: a segmentation model is needed"
+            f"{origin} {source} is {weight_files.describe_kind(content.weights)}: a segmentation model is needed"
         )
     return content
 
 
-def restore_training_flags(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], content: Source
-) -> arguments.Flags:
-    """The flags, with those of the model's training where the command line says nothing.
-    `given`: arguments.given_flags.
+def find_training_flags(content: Source, ours: RunFlags, given: Collection[str]) -> dict[str, Any]:
+    """The flags of the model's training that a finished model keeps, but those in `given`,
+    which the user has set; says which of them differ from `ours`.
     """
     theirs = {
         name: content.flags[name] for name in LOOKS_AS_TRAINED if name in content.flags and name not in given
     }
-    changed = [
-        arguments.format_flag(parser, name, value)
-        for name, value in theirs.items()
-        if value != getattr(args, name)
-    ]
+    changed = [ours.format_flag(name, value) for name, value in theirs.items() if value != ours.values[name]]
     if changed:
         log.info(f"as trained {', '.join(changed)}")
-    return arguments.Flags(**{**vars(args), **theirs, "_frozen": False}).freeze()
+    return theirs
 
 
 def build_segmenter(content: Source, source: str) -> Segmenter:
@@ -121,7 +115,7 @@ def choose_class_names(content: Source, given: list[str], source: str) -> list[s
         difference = describe_difference(
             content.classes or [f"class {number}" for number in range(count)], given
         )
-        raise UserError(
-            f"--class_names names other classes than {source} has: {difference}; correct it, or leave it out"
+        raise ParameterError(
+            f"`class_names` names other classes than {source} has: {difference}; correct it, or leave it out"
         )
     return content.classes or given or [f"class {number}" for number in range(count)]

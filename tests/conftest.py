@@ -3,13 +3,15 @@
 import logging
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import tiny_runs
 import torch
 
-from runtime import distributed
+from runtime import terminal
 
 torch.set_num_threads(1)
 if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, here and by every process that a test starts
@@ -28,7 +30,7 @@ def _logger_as_it_was():
     """
     log = logging.getLogger("beit")
     before = log.handlers[:], log.level, log.propagate
-    distributed.log_once.cache_clear()
+    terminal.log_once.cache_clear()
     yield
     log.handlers[:], log.level, log.propagate = before
 
@@ -40,3 +42,25 @@ def _signals_as_they_were():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Sixteen photos of two classes; read-only, as is `codes`: the tests of a module share them."""
+    return tiny_runs.photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory) -> Path:
+    """The file of a tokenizer of random weights."""
+    return tiny_runs.tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.pth")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where downloads are cached: a folder of this test's own."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    for name in ("BEIT_ALLOW_HTTP", "BEIT_MIRRORS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "home" / "hub" / "checkpoints"

@@ -1,6 +1,8 @@
 """The project's own Python files, for tests that read the code."""
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(path.parent for path in ROOT.glob("*/__init__.py"))
@@ -19,3 +21,12 @@ def all_files() -> list[Path]:
 def module_name(path: Path) -> str:
     """As it is imported: `engine`, `layers.rel_pos_bias`."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def load_script(name: str) -> ModuleType:
+    """scripts/`name`.py, anew each time; it is in no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

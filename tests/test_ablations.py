@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_entries import kill_after
-from test_launchers import two_processes
+from many_processes import two_processes
+from refusals import refused
 from tiny_runs import (
     SIZE,
     STUDENT,
+    as_flags,
     assert_same_weights,
     checkpoint,
     finetuning_flags,
+    kill_after,
     log_lines,
-    photos,
     pretraining_flags,
-    tokenizer,
     vqkd_flags,
 )
 
@@ -34,23 +34,15 @@ import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
 import visualize_attention
+from checkpoint_io import tokenizer_weights
 from engine_for_pretraining import PretrainingStage
 from errors import UserError
 from flags.pretraining import build_mask_generator
 from masking_generator import RandomMaskingGenerator
 
+NOWHERE = ["--data_path", "/nowhere"]
 PLAIN = ["--model", "beit_demo_patch16_128_8k_vocab"]  # without the CLS head
 BOTH = pytest.mark.parametrize("head", [[], PLAIN], ids=["cls head", "plain"])
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
-def codes(tmp_path_factory):
-    return tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.pth")
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +80,6 @@ def spy_on_steps(monkeypatch):
 
     monkeypatch.setattr(PretrainingStage, "step", spied)
     return seen
-
-
-def refused(capsys, *flags):
-    with pytest.raises(SystemExit) as stop:
-        run_beitv2_pretraining.main(["--data_path", "/nowhere", *flags])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error
 
 
 # ── masks ──
@@ -210,17 +193,12 @@ def test_pixels_are_regressed_without_a_tokenizer(head, data, tmp_path, monkeypa
     assert (reason in capsys.readouterr().out) == bool(head)
 
 
-def test_pixels_are_normalized_as_the_flag_says_and_predicted_everywhere(data, tmp_path, monkeypatch):
+def test_pixels_are_normalized_by_flag_and_predicted_everywhere(data, tmp_path, monkeypatch):
     seen = spy_on_steps(monkeypatch)
     more = [
-        "--imagenet_default_mean_and_std",
-        "--predict",
-        "all",
+        *as_flags(imagenet_default_mean_and_std=True, predict="all"),
         *PLAIN,
-        "--image_freq",
-        "1",
-        "--epochs",
-        "1",
+        *as_flags(image_freq=1, epochs=1),
     ]
     run_beitv2_pretraining.main(pixel_flags(data, tmp_path, *more))
     stage, batch, outputs, loss, logs = seen[0]
@@ -279,20 +257,13 @@ def test_a_run_goes_on_with_its_own_task_alone(data, codes, tmp_path, capsys):
         assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_follow_the_curve_of_one(data, codes, tmp_path):
     """All that is unusual at once: no tokenizer, empty masks (the mask token has no
     gradient), all patches, held-out images.
     """
     flags = [
-        "--target",
-        "pixels",
-        "--no_mask",
-        "--num_mask_patches",
-        "0",
-        "--drop_path",
-        "0",
-        "--eval_data_path",
-        str(data),
+        *as_flags(target="pixels", no_mask=True, num_mask_patches=0, drop_path=0, eval_data_path=data),
     ]
     two_processes("run_beitv2_pretraining.py", pretraining_flags(data, tmp_path / "two", codes, *flags))
     lines = pretrain(data, tmp_path / "one", codes, *flags, "--batch_size", "8")
@@ -368,18 +339,8 @@ def test_positions(name, data, tmp_path, capsys):
 # ── DALL-E's tokenizer ──
 def dall_e_flags(data, out, dvae, *more):
     """No --second_input_size: 16 pixels for the 2 x 2 grid."""
-    return [
-        *pixel_flags(data, out, *PLAIN),
-        "--target",
-        "tokens",
-        "--tokenizer_model",
-        "dall-e",
-        "--tokenizer_weight",
-        str(dvae),
-        "--codebook_size",
-        "16",
-        *more,
-    ]
+    codes = as_flags(target="tokens", tokenizer_model="dall-e", tokenizer_weight=dvae, codebook_size=16)
+    return [*pixel_flags(data, out, *PLAIN), *codes, *more]
 
 
 @pytest.mark.parametrize("name", ["dall-e", "dall_e"])
@@ -388,12 +349,7 @@ def test_dall_e_end_to_end(name, data, dvae, tmp_path, monkeypatch):
     more = [
         "--tokenizer_model",
         name,
-        "--second_interpolation",
-        "lanczos",
-        "--image_freq",
-        "1",
-        "--eval_data_path",
-        str(data),
+        *as_flags(second_interpolation="lanczos", image_freq=1, eval_data_path=data),
     ]
     run_beitv2_pretraining.main(dall_e_flags(data, tmp_path, dvae, *more))
     _, batch, outputs, loss, _ = seen[0]
@@ -416,9 +372,9 @@ def test_dall_e_refuses_another_codebook_and_another_grid(data, dvae, tmp_path, 
         ),
         (["--tokenizer_model", "dalle"], "unknown tokenizer 'dalle'; did you mean dall_e or dall-e?"),
     ):
-        with pytest.raises(SystemExit):
-            run_beitv2_pretraining.main(dall_e_flags(data, tmp_path, dvae, *more))
-        assert sentence in capsys.readouterr().err
+        assert sentence in refused(
+            run_beitv2_pretraining.main, dall_e_flags(data, tmp_path, dvae, *more), capsys
+        )
 
 
 @pytest.mark.parametrize(
@@ -427,8 +383,12 @@ def test_dall_e_refuses_another_codebook_and_another_grid(data, dvae, tmp_path, 
 def test_the_views_of_both_tokenizers_follow_the_grid(model, view, capsys):
     size = model.split("_")[-1]
     flags = ["--model", f"beit_{model}_8k_vocab", "--input_size", size, "--second_input_size", "24"]
-    assert f"use {view}, or leave it out" in refused(capsys, *flags, "--tokenizer_model", "dall-e")
-    assert f"use {2 * view}, or leave it out" in refused(capsys, *flags)
+    assert f"use {view}, or leave it out" in refused(
+        run_beitv2_pretraining.main, [*NOWHERE, *flags, "--tokenizer_model", "dall-e"], capsys
+    )
+    assert f"use {2 * view}, or leave it out" in refused(
+        run_beitv2_pretraining.main, [*NOWHERE, *flags], capsys
+    )
 
 
 # ── what is refused, and what is said to do nothing ──
@@ -451,7 +411,8 @@ def test_the_views_of_both_tokenizers_follow_the_grid(model, view, capsys):
     ],
 )
 def test_impossible_combinations_are_refused(flags, message, capsys):
-    error = refused(capsys, "--model", "beit_base_patch16_224_8k_vocab_cls_pt", *flags)
+    model = ["--model", "beit_base_patch16_224_8k_vocab_cls_pt"]
+    error = refused(run_beitv2_pretraining.main, [*NOWHERE, *model, *flags], capsys)
     assert re.search(message, error.strip(), flags=re.MULTILINE)
 
 
@@ -549,11 +510,10 @@ def test_a_tokenizer_of_another_decoder_depth(data, tmp_path, capsys):
     evaluation = ["--eval", "--resume", str(weights), "--eval_data_path", str(data)]
     run_vqkd_training.main(vqkd_flags("/nowhere", tmp_path / "eval", *evaluation))
     assert "test_rec_loss" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run_vqkd_training.main(vqkd_flags("/nowhere", tmp_path / "eval", *evaluation, "--decoder_depth", "3"))
-    assert (
-        f"the tokenizer in {weights} has a decoder of 2 blocks: leave --decoder_depth 3 out"
-        in capsys.readouterr().err
+    assert f"the tokenizer in {weights} has a decoder of 2 blocks: leave --decoder_depth 3 out" in refused(
+        run_vqkd_training.main,
+        vqkd_flags("/nowhere", tmp_path / "eval", *evaluation, "--decoder_depth", "3"),
+        capsys,
     )
 
 
@@ -562,4 +522,4 @@ def test_the_decoders_depth_is_the_names_unless_it_is_given():
     small = {"img_size": 32, "n_code": 16, "code_dim": 8}
     assert [len(build(**small, **more).decoder.blocks) for more in ({}, {"decoder_depth": 3})] == [1, 3]
     with pytest.raises(UserError, match="decoder of 0 blocks"):
-        modeling_vqkd.decoder_depth_of({}, 1, "x")
+        tokenizer_weights.decoder_depth_of({}, 1, "x")

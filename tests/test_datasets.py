@@ -408,7 +408,7 @@ def broken(tmp_path):
     return [(str(tmp_path / f"{i}.jpg"), i) for i in range(6)]
 
 
-def test_broken_files_are_named_and_replaced_by_the_next_good_one(broken):
+def test_broken_files_are_named_and_replaced_by_the_next(broken):
     dataset = ImageFiles(broken, eval_view(32))
     good = dataset[4]
     assert good["failed"] == []
@@ -456,7 +456,7 @@ def test_giving_up_when_everything_is_broken(tmp_path):
         BadFiles().add(few["failed"], found_image=False)
 
 
-def test_bad_files_are_logged_once_and_stop_the_run_past_one_percent(caplog, monkeypatch):
+def test_bad_files_are_logged_once_and_end_the_run_beyond_1_pct(caplog, monkeypatch):
     monkeypatch.setattr(samplers.log, "propagate", True)
     bad = BadFiles(flag="--my_data")
     bad.start_epoch(reads=950)
@@ -620,7 +620,7 @@ def test_ranks_share_an_epoch_without_repeats():
     assert global_order(96, 4, 2, 3, 0, 0) != global_order(96, 4, 2, 3, 0, 0, seed=1)
 
 
-def test_resuming_continues_the_order_with_other_ranks_and_batches():
+def test_the_order_goes_on_with_other_ranks_and_batch_sizes():
     whole = global_order(100, batch=2, freq=1, world=1, epoch=2, done=0)
     assert len(whole) == 100
     for batch, freq, world in [(2, 1, 1), (4, 2, 3), (5, 1, 2), (1, 4, 4)]:

@@ -2,8 +2,10 @@
 accumulation, recomputation, compilation.
 """
 
+import pytest
 import torch
 from many_processes import run_ranks
+from tiny_runs import MeanSquare
 from torch import nn
 
 import engine
@@ -23,11 +25,6 @@ class WithAnIdleParameter(nn.Module):
 
     def forward(self, x):
         return self.used(x)
-
-
-class MeanSquare(engine.Stage):
-    def step(self, model, batch):
-        return model(batch["image"]).square().mean(), {}
 
 
 def three_steps(rank, world_size, build, update_freq, recompute, compiled):
@@ -99,6 +96,7 @@ def every_case(rank, world_size):
     return [three_steps(rank, world_size, *case) for case in CASES]
 
 
+@pytest.mark.slow
 def test_two_processes_step_as_one():
     for case, first, second in zip(CASES, *run_ranks(every_case, 2), strict=True):
         for name, expected in alone(*case[:2]).items():

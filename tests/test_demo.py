@@ -1,22 +1,19 @@
 """The demo's own parts: splits, class folders, and one run on a small unlabeled folder."""
 
-import importlib.util
 import itertools
 import json
 from pathlib import Path
 
 import pytest
+from source_files import load_script
 from tiny_runs import photos
 
-ROOT = Path(__file__).parent.parent
 KEYS = {"data", "vqkd", "pretrain", "finetune", "pictures", "seconds"}
 
 
 @pytest.fixture
 def demo(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("demo")
     monkeypatch.setattr(module, "OUT", tmp_path / "demo_output")
     return module
 
@@ -31,13 +28,13 @@ def test_the_solar_cells_are_split_in_blocks(demo):
     assert 0.19 < sum(validate for *_, validate in cells) / len(cells) < 0.21
 
 
-def test_own_images_with_and_without_class_folders(demo, tmp_path):
+def test_own_images_with_and_without_class_folders(demo, tmp_path, monkeypatch):
     labeled = photos(tmp_path / "labeled", per_class=10)
     assert {label for _, label, _ in demo.own_images(str(labeled))} == {"a", "b"}
     assert sum(validate for *_, validate in demo.own_images(str(labeled))) == 4
     flat = labeled / "a"
     assert {label for _, label, _ in demo.own_images(str(flat))} == {"images"}
-    demo.MOST_IMAGES = 8
+    monkeypatch.setattr("demo_photos.MOST_IMAGES", 8)
     assert len(demo.own_images(str(labeled))) == 8
 
 
@@ -50,6 +47,7 @@ def test_train_and_val_of_a_folder_are_its_splits(demo, tmp_path):
     assert found == {("train", "a", False), ("train", "b", False), ("val", "a", True), ("val", "b", True)}
 
 
+@pytest.mark.slow
 def test_a_small_unlabeled_folder_goes_through(demo, tmp_path, monkeypatch, capfd):
     pytest.importorskip("efficientnet_lite_pytorch")
     folder = photos(tmp_path / "mine", per_class=20, classes="a") / "a"

@@ -24,6 +24,8 @@ import torch
 from checkpoint_io import downloads, url_download, urls
 from errors import UserError
 
+pytestmark = pytest.mark.usefixtures("hub")
+
 BODY = random.Random(2).randbytes(1000)
 HASH = hashlib.sha256(BODY).hexdigest()[:8]
 OK, REST = "HTTP/1.1 200 OK", "HTTP/1.1 206 Partial Content"
@@ -73,13 +75,6 @@ def server() -> Iterator[Script]:
     script = Script()
     yield script
     script.listener.close()
-
-
-@pytest.fixture(autouse=True)
-def hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "hub" / "checkpoints"
 
 
 def final_files(hub: pathlib.Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import os
 import pathlib
 import types
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from golden_values import arrays, close, data, fill_module, images
+from tiny_runs import RunsCode
 from torch import nn
 
 from checkpoint_io.pickle_builders import PickledObject
@@ -162,14 +162,6 @@ def test_openais_file_is_the_default(tmp_path: pathlib.Path, monkeypatch: pytest
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     saved(state_of(), tmp_path / "hub" / "checkpoints" / "encoder.pkl")  # as if it had been downloaded
     assert load_dall_e_encoder().vocab_size == 512
-
-
-class RunsCode:
-    def __init__(self, trace: pathlib.Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.trace}",)
 
 
 @pytest.mark.parametrize("new_format", [True, False])

@@ -9,29 +9,26 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from many_processes import free_port
+from many_processes import two_processes
 from PIL import Image
-from tiny_runs import photos, tokenizer
+from refusals import refused
+from tiny_runs import as_flags, photos, tokenizer
 
 import arguments
 import encode_images
 import modeling_vqkd
 import visualize_codebook
+from data_pipeline.image_formats import load_image
 from data_pipeline.image_lists import find_images
 from modeling_dvae import DallEEncoder
 from modeling_vqkd import VQKD
 from runtime import distributed
-from transforms import eval_view, load_image
+from transforms import eval_view
 from visualization import code_files, drawing
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +52,8 @@ def broken(tmp_path):
 
 
 def flags(weights, data, out, *more):
-    fixed = ["--batch_size", "3", "--num_workers", "0", "--device", "cpu"]
-    return [
-        "--tokenizer_weight",
-        str(weights),
-        "--data_path",
-        str(data),
-        "--output_dir",
-        str(out),
-        *fixed,
-        *more,
-    ]
+    fixed = as_flags(batch_size=3, num_workers=0, device="cpu")
+    return [*as_flags(tokenizer_weight=weights, data_path=data, output_dir=out), *fixed, *more]
 
 
 def names_in(out):
@@ -127,15 +115,10 @@ def test_what_cannot_be_read_is_named_and_moves_nothing(form, broken, weights, t
     assert not list(out.glob(".*"))
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(broken, weights, tmp_path):
     encode_images.main(flags(weights, broken, tmp_path / "one"))
-    where = ["--nproc_per_node=2", "--master_port", str(free_port())]
-    command = [sys.executable, "-m", "torch.distributed.run", *where, "encode_images.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, *flags(weights, broken, tmp_path / "two")], cwd=ROOT, env=environment, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    two_processes("encode_images.py", flags(weights, broken, tmp_path / "two"))
     for name in ("codes.npy", "files.txt", "skipped.txt", "about.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     assert not list((tmp_path / "two").glob(".*"))
@@ -254,18 +237,15 @@ def test_token_maps_show_the_image_above_its_codes(data, weights, tmp_path, monk
     ],
 )
 def test_a_users_mistake_is_one_line(more, message, data, weights, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        encode_images.main(flags(weights, data, tmp_path, *more))
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refused(encode_images.main, flags(weights, data, tmp_path, *more), capsys)
 
 
-def test_a_folder_of_broken_files_is_refused_and_the_old_codes_stay(data, weights, tmp_path, capsys):
+def test_a_folder_of_broken_files_is_refused_and_old_codes_stay(data, weights, tmp_path, capsys):
     encode_images.main(flags(weights, data, tmp_path / "out"))
     (tmp_path / "x.jpg").write_bytes(b"no image")
-    with pytest.raises(SystemExit):
-        encode_images.main(flags(weights, tmp_path / "x.jpg", tmp_path / "out"))
-    assert "no image could be read" in capsys.readouterr().err
+    assert "no image could be read" in refused(
+        encode_images.main, flags(weights, tmp_path / "x.jpg", tmp_path / "out"), capsys
+    )
     assert len(np.load(tmp_path / "out/codes.npy")) == 10 == len(names_in(tmp_path / "out"))
 
 
@@ -322,7 +302,7 @@ def page(encoded, path, *more):
     return Page(path)
 
 
-def test_the_page_shows_patches_that_have_the_code_and_needs_nothing_else(invented, tmp_path):
+def test_the_page_shows_patches_of_the_code_and_stands_alone(invented, tmp_path):
     codes, names = np.load(invented / "codes.npy"), names_in(invented)
     counts = np.bincount(codes.ravel(), minlength=16)
     unused = int(np.flatnonzero(counts == 0)[0])
@@ -394,7 +374,7 @@ def test_every_image_is_as_likely_to_be_shown(monkeypatch):
     assert drawn[:11].min() > 250 and drawn[:11].max() < 350  # 300 +- 15
 
 
-def test_further_patches_of_an_image_come_only_when_images_run_out():
+def test_an_image_gives_a_second_patch_only_when_images_run_out():
     codes = np.array([[1, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
     patches = visualize_codebook.choose_patches(codes, 1, np.array([1, 0]), 3, seed=0)
     assert [image for image, _ in patches] == [0, 1, 0]

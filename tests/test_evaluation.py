@@ -2,20 +2,20 @@
 classes, and what must fit what.
 """
 
+import functools
 import json
-import os
-import subprocess
-import sys
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from many_processes import free_port, run_ranks
+from many_processes import run_ranks, two_processes
 from PIL import Image
-from tiny_runs import SIZE, checkpoint, finetuning_flags, log_lines, photos
+from refusals import refused
+from tiny_runs import SIZE, as_flags, checkpoint, finetuning_flags, log_lines, photos
 
+import arguments
 import modeling_finetune
 import run_class_finetuning
 from data_pipeline import imagenet_classes
@@ -55,7 +55,7 @@ def test_confusion_by_hand(pending, monkeypatch):
     assert counts.worst(9)[2] == WorstClass(1, 3, 3)
 
 
-def test_of_equal_recalls_the_class_with_more_images_comes_first_and_of_equal_answers_the_lower_number():
+def test_ties_of_recall_go_by_images_and_of_answers_by_number():
     counts = Confusion(CPU)
     counts.add(torch.tensor([0, 1, 1, 2]), torch.tensor([2, 2, 0, 1]))
     assert counts.worst(3) == [
@@ -107,6 +107,7 @@ def _share(rank, world_size):
     return torch.stack((dense(both, 3), dense(first_alone, 3)))
 
 
+@pytest.mark.slow
 def test_two_processes_count_as_one_also_where_one_has_no_images():
     for counts in run_ranks(_share, 2):
         assert counts.tolist() == [[[1, 1, 2], [0, 3, 0], [2, 0, 0]]] * 2
@@ -196,17 +197,7 @@ def imagenet_r(tmp_path_factory):
 
 
 def eval_flags(images: Path, out: Path, *more: str) -> list[str]:
-    flags = [
-        "--eval",
-        "--eval_data_path",
-        str(images),
-        "--output_dir",
-        str(out),
-        "--model",
-        MODEL,
-        "--batch_size",
-        "32",
-    ]
+    flags = as_flags(eval=True, eval_data_path=images, output_dir=out, model=MODEL, batch_size=32)
     return [*flags, *SIZE[:-2], *more]
 
 
@@ -254,15 +245,15 @@ def test_imagenet_r_chooses_among_its_200_classes(weights, imagenet_r, tmp_path,
     assert "most often taken for" in out
 
 
-def test_sketch_takes_all_1000_logits_and_the_folder_must_be_complete(weights, tmp_path, capsys):
+def test_sketch_takes_1000_logits_and_a_complete_folder(weights, tmp_path, capsys):
     path, _ = weights
     folder = noise(tmp_path / "sketch", imagenet_classes.synsets()[:999])
     flags = eval_flags(
         folder, tmp_path / "out", "--robust_test", "sketch", "--resume", str(path), "--worst_classes", "3"
     )
-    with pytest.raises(SystemExit):
-        run_class_finetuning.main(flags)
-    assert "has 999 class folders and ImageNet-Sketch has 1000" in capsys.readouterr().err
+    assert "has 999 class folders and ImageNet-Sketch has 1000" in refused(
+        run_class_finetuning.main, flags, capsys
+    )
     noise(folder, [imagenet_classes.synsets()[999]])
     run_class_finetuning.main(flags)
     assert results(tmp_path / "out")["set"] == "ImageNet-Sketch"
@@ -288,23 +279,22 @@ def test_sketch_takes_all_1000_logits_and_the_folder_must_be_complete(weights, t
     ],
 )
 def test_mistakes_end_in_a_sentence(flags, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run_class_finetuning.main(eval_flags(tmp_path, tmp_path / "out", *flags))
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refused(
+        run_class_finetuning.main, eval_flags(tmp_path, tmp_path / "out", *flags), capsys
+    )
 
 
 @pytest.mark.parametrize("flags", [["--robust_test", "imagenet_a"], ["--tta_flip"], ["--worst_classes", "3"]])
-def test_flags_of_the_evaluation_alone_are_refused_while_training(flags, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run_class_finetuning.main(finetuning_flags(tmp_path, tmp_path / "out", *flags))
-    assert f"{flags[0]} acts on a finished model: add --eval" in capsys.readouterr().err
+def test_flags_of_evaluation_alone_are_refused_in_training(flags, tmp_path, capsys):
+    assert f"{flags[0]} acts on a finished model: add --eval" in refused(
+        run_class_finetuning.main, finetuning_flags(tmp_path, tmp_path / "out", *flags), capsys
+    )
 
 
 def test_training_needs_training_data(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run_class_finetuning.main(["--eval_data_path", str(tmp_path)])
-    assert "--data_path is missing" in capsys.readouterr().err
+    assert "--data_path is missing" in refused(
+        run_class_finetuning.main, ["--eval_data_path", str(tmp_path)], capsys
+    )
 
 
 def test_robustness_folders_and_models_that_are_not_imagenets(weights, imagenet_r, tmp_path, capsys):
@@ -322,14 +312,14 @@ def test_robustness_folders_and_models_that_are_not_imagenets(weights, imagenet_
         (imagenet_r, tmp_path / "seven.pth", "needs a model of ImageNet's 1000 classes"),
         (imagenet_r, tmp_path / "renamed.pth", "tells 1000 others apart"),
     ):
-        with pytest.raises(SystemExit):
-            run_class_finetuning.main(
-                eval_flags(folder, tmp_path / "out", "--robust_test", "imagenet_r", "--resume", str(model))
-            )
-        assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit):  # forgot the flag
-        run_class_finetuning.main(eval_flags(imagenet_r, tmp_path / "out", "--resume", str(path)))
-    assert "has 200; for ImageNet-A or -R add --robust_test" in capsys.readouterr().err
+        assert message in refused(
+            run_class_finetuning.main,
+            eval_flags(folder, tmp_path / "out", "--robust_test", "imagenet_r", "--resume", str(model)),
+            capsys,
+        )
+    assert "has 200; for ImageNet-A or -R add --robust_test" in refused(
+        run_class_finetuning.main, eval_flags(imagenet_r, tmp_path / "out", "--resume", str(path)), capsys
+    )
 
 
 # ── Mirror images ──
@@ -388,19 +378,15 @@ def trained(tmp_path_factory):
     return folder
 
 
+def trained_flags(trained: Path, images: Path, out: Path, *more: str) -> list[str]:
+    return eval_flags(images, out, "--resume", str(trained / "run/checkpoint.pth"), *more)
+
+
 def evaluate(trained: Path, images: Path, out: Path, *more: str) -> None:
-    run_class_finetuning.main(eval_flags(images, out, "--resume", str(trained / "run/checkpoint.pth"), *more))
+    run_class_finetuning.main(trained_flags(trained, images, out, *more))
 
 
-def refused(capsys, *args) -> str:
-    with pytest.raises(SystemExit):
-        evaluate(*args)
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error
-
-
-def test_evaluation_agrees_with_the_training_for_the_weights_and_for_their_average(trained, tmp_path):
+def test_evaluation_agrees_with_training_for_weights_and_average(trained, tmp_path):
     log = log_lines(trained / "run")[0]
     evaluate(trained, trained / "data", tmp_path / "plain")
     evaluate(trained, trained / "data", tmp_path / "ema", "--model_ema")
@@ -413,14 +399,14 @@ def test_evaluation_agrees_with_the_training_for_the_weights_and_for_their_avera
 
 
 def test_weights_without_an_average(weights, imagenet_r, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run_class_finetuning.main(
-            eval_flags(imagenet_r, tmp_path, "--resume", str(weights[0]), "--model_ema")
-        )
-    assert "no moving average" in capsys.readouterr().err
+    assert "no moving average" in refused(
+        run_class_finetuning.main,
+        eval_flags(imagenet_r, tmp_path, "--resume", str(weights[0]), "--model_ema"),
+        capsys,
+    )
 
 
-def test_labels_follow_the_classes_of_the_training_without_its_images(trained, tmp_path, capsys):
+def test_labels_follow_the_training_classes_without_its_images(trained, tmp_path, capsys):
     stage = checkpoint(trained / "run/checkpoint.pth")["stage"]
     assert stage == {"classes": ["a", "b", "c"]}
     (tmp_path / "some").mkdir()
@@ -438,18 +424,16 @@ def test_labels_follow_the_classes_of_the_training_without_its_images(trained, t
     )
     other = photos(tmp_path / "other", per_class=1, classes="abd")
     assert "class folder 'd' is no class of the training data" in refused(
-        capsys, trained, other, tmp_path / "x"
+        run_class_finetuning.main, trained_flags(trained, other, tmp_path / "x"), capsys
     )
 
 
-def test_resuming_with_other_classes_is_refused_and_without_names_is_not(trained, tmp_path, capsys):
+def test_other_classes_on_resume_are_refused_if_names_are_known(trained, tmp_path, capsys):
     other = photos(tmp_path / "other", per_class=4, classes="abd")
     flags = finetuning_flags(
         other, tmp_path / "out", "--resume", str(trained / "run/checkpoint.pth"), "--allow_changed_run"
     )
-    with pytest.raises(SystemExit):
-        run_class_finetuning.main(flags)
-    assert "its class 2 is 'c', here it is 'd'" in capsys.readouterr().err
+    assert "its class 2 is 'c', here it is 'd'" in refused(run_class_finetuning.main, flags, capsys)
     old = checkpoint(trained / "run/checkpoint.pth") | {"stage": {}}
     torch.save(old, tmp_path / "old.pth")
     run_class_finetuning.main([*flags, "--resume", str(tmp_path / "old.pth")])
@@ -491,7 +475,9 @@ def test_images_unlike_those_of_the_training_are_told(flags, theirs, ours, train
     ],
 )
 def test_another_model_than_the_trained_one_is_refused(flags, tensor, way_out, trained, tmp_path, capsys):
-    error = refused(capsys, trained, trained / "data", tmp_path, *flags)
+    error = refused(
+        run_class_finetuning.main, trained_flags(trained, trained / "data", tmp_path, *flags), capsys
+    )
     assert tensor in error
     assert f"it was trained with {way_out}" in error
 
@@ -521,11 +507,12 @@ def test_published_weights_by_name_without_their_flags(trained, tmp_path, capsys
     # the file tells by the shape of its bias tables
     run_class_finetuning.main([*flags, "--input_size", "48"])
     assert "trained on images of another size than --input_size 48" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run_class_finetuning.main([*flags, "--use_cls"])
-    assert "it was trained with --model beit_base_patch16_224" in capsys.readouterr().err
+    assert "it was trained with --model beit_base_patch16_224" in refused(
+        run_class_finetuning.main, [*flags, "--use_cls"], capsys
+    )
 
 
+@pytest.mark.slow
 def test_two_processes_count_every_image_once(trained, tmp_path):
     images = photos(tmp_path / "images", per_class=3, classes="abc")
     (images / "b/0.jpg").unlink()  # 8 images in batches of 3: shares of 4 and 4; a ninth in none
@@ -535,18 +522,7 @@ def test_two_processes_count_every_image_once(trained, tmp_path):
         str(trained / "run/checkpoint.pth"),
     ]
     flags += ["--batch_size", "3", "--worst_classes", "3"]
-    where = ["--nproc_per_node=2", "--master_port", str(free_port())]
-    command = [sys.executable, "-m", "torch.distributed.run", *where, "run_class_finetuning.py", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command,
-        cwd=Path(__file__).parent.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes("run_class_finetuning.py", flags)
     run_class_finetuning.main([*flags, "--output_dir", str(tmp_path / "one"), "--batch_size", "32"])
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert two["test_images"] == 8
@@ -575,7 +551,9 @@ def test_fine_tuning_unlike_the_pretraining_is_told(keys, flags, theirs, caplog)
     parser = run_class_finetuning.get_parser()
     args = parser.parse_args(["--finetune", "x.pth"])
     with caplog.at_level("WARNING", logger="beit"):
-        trained_classifier.warn_of_other_pretraining(dict.fromkeys(keys, torch.zeros(1)), flags, parser, args)
+        ours = trained_classifier.RunFlags(vars(args), functools.partial(arguments.format_flag, parser))
+        weights = dict.fromkeys(keys, torch.zeros(1))
+        trained_classifier.warn_of_other_pretraining(weights, flags, ours, f"`finetune` {args.finetune}")
     assert (
         caplog.messages == []
         if theirs is None

@@ -21,8 +21,9 @@ import export_checkpoint
 import modeling_finetune
 import modeling_pretrain
 from checkpoint_io import huggingface_format, remapping
+from data_pipeline.image_formats import load_image
 from data_pipeline.imagenet_classes import synsets
-from transforms import IMAGENET_MEAN, IMAGENET_STD, eval_view, load_image
+from transforms import IMAGENET_MEAN, IMAGENET_STD, eval_view
 
 HEADS = ("--num_heads", "4")  # not to be read from the shapes of a model without tables
 CLOSE = 1e-5  # the issue asks for 5e-4
@@ -400,7 +401,7 @@ def test_other_models_are_told_apart(tmp_path, capsys):
     assert "it lacks blocks.2.norm1.bias" in refusal(capsys, tmp_path / "part.pth", "timm", tmp_path / "out")
 
 
-def test_a_backbone_of_hugging_face_s_segmentation_comes_without_its_head(tmp_path, capsys):
+def test_a_hugging_face_segmentation_backbone_leaves_its_head(tmp_path, capsys):
     model = classifier("mean")
     weights = huggingface_format.to_huggingface(model.state_dict(), huggingface_format.CLASSIFIER).weights
     weights = {

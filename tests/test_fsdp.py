@@ -13,6 +13,8 @@ import torch
 from many_processes import run_ranks
 from timm.utils import ModelEmaV3
 from tiny_runs import (
+    MeanSquare,
+    as_flags,
     assert_same_weights,
     checkpoint,
     finetuning_flags,
@@ -27,6 +29,7 @@ import engine
 import modeling_finetune
 import optim_factory
 import run_beitv2_pretraining
+import run_checkpoints
 import run_class_finetuning
 import run_state
 from checkpoint_io.checkpoints import count_bytes
@@ -52,24 +55,11 @@ def lines_of(folder: Path) -> dict[str, tuple[str, list[str]]]:
     looking = ["--eval_data_path", str(uneven), "--knn_freq", "1", "--knn_data_path", str(folder / "photos")]
     looking += ["--drop_path", "0", "--clip_grad", "3", "--image_freq", "1"]
     drawing = [
-        "--eval_data_path",
-        str(uneven),
-        "--drop_path",
-        "0.1",
-        "--mixup",
-        "0.8",
-        "--model_ema",
-        "--model_ema_decay",
+        *as_flags(eval_data_path=uneven, drop_path=0.1, mixup=0.8, model_ema=True, model_ema_decay=True),
     ]
     drawing += [
         "0.5",
-        "--update_freq",
-        "2",
-        "--grad_checkpointing",
-        "--clip_grad",
-        "1",
-        "--save_ckpt_steps",
-        "1",
+        *as_flags(update_freq=2, grad_checkpointing=True, clip_grad=1, save_ckpt_steps=1),
     ]
     drawing += ["--keep_ckpts", "9", "--batch_size", "2"]
 
@@ -176,6 +166,7 @@ def assert_same_curves(one: Path, two: Path) -> None:
             assert first[name] == pytest.approx(second[name], rel=1e-4), name
 
 
+@pytest.mark.slow
 @on_cpu
 @pytest.mark.parametrize("run", ["pretrained", "tuned"])
 def test_shares_end_where_whole_copies_end(run, runs):
@@ -189,6 +180,7 @@ def test_shares_end_where_whole_copies_end(run, runs):
     assert shares["state"].keys() == copies["state"].keys()
 
 
+@pytest.mark.slow
 @on_cpu
 def test_shares_end_where_one_process_ends(runs, tmp_path):
     _, flags = lines_of(runs)["pretrained_ddp"]
@@ -197,8 +189,9 @@ def test_shares_end_where_one_process_ends(runs, tmp_path):
     assert_near(runs / "pretrained", tmp_path, 2e-5)
 
 
+@pytest.mark.slow
 @on_cpu
-def test_uneven_evaluation_counts_every_image_once_and_pictures_come_out(runs):
+def test_uneven_evaluation_counts_each_image_once_with_pictures(runs):
     assert all(line["test_images"] == line["test_ema_images"] == 9 for line in log_lines(runs / "tuned"))
     assert all("test_knn_acc1" in line for line in log_lines(runs / "pretrained"))
     for name in ("masked_tokens-0000.png", "masked_tokens-0001.png"):
@@ -206,6 +199,7 @@ def test_uneven_evaluation_counts_every_image_once_and_pictures_come_out(runs):
         assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
+@pytest.mark.slow
 @on_cpu
 def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(runs):
     assert checkpoint(runs / "tuned/checkpoint-step3.pth")["next"]["samples"] > 0
@@ -216,6 +210,7 @@ def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(runs):
     assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
 
 
+@pytest.mark.slow
 @on_cpu
 def test_a_run_goes_on_without_the_flag_and_with_fewer_processes(runs, tmp_path):
     assert_near(runs / "tuned", runs / "resumed_by_ddp", 2e-6)
@@ -224,6 +219,7 @@ def test_a_run_goes_on_without_the_flag_and_with_fewer_processes(runs, tmp_path)
     assert [line["epoch"] for line in log_lines(tmp_path)] == [1]
 
 
+@pytest.mark.slow
 @on_cpu
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(runs):
     assert_near(runs / "bad", runs / "bad_ddp", 2e-6)
@@ -277,11 +273,6 @@ def started(rank, world_size, folder, seed):
     return run_state.new_state(model, optim_factory.create_optimizer(args, model), run, "vit", ema), run
 
 
-class MeanSquare(engine.Stage):
-    def step(self, model, batch):
-        return model(batch["image"]).square().mean(), {}
-
-
 def trained(rank, world_size, folder):
     """Two steps, saved as a.pth; bytes that this rank holds."""
     state, run = started(rank, world_size, folder, seed=0)
@@ -296,7 +287,7 @@ def trained(rank, world_size, folder):
         assert not isinstance(plain, FSDPModule)
         answers = plain.forward_features(images).detach() if rank == 0 else None  # alone, and not by forward
     assert all(parameter.is_meta for parameter in plain.parameters())  # the copy is gone
-    run_state.save(state, stage, run, 0, ["a.pth"])
+    run_checkpoints.save(state, stage, run, 0, ["a.pth"])
     run.saver.wait()
     moments = [
         value
@@ -325,11 +316,12 @@ def held(tensor):
 def passed_on(rank, world_size, folder, name, other):
     """What one file holds, into a state of other weights and from there into the other file."""
     state, run = started(rank, world_size, folder, seed=1)
-    run_state.restore(state, MeanSquare(run.device, run.precision), run, folder / name, 1)
-    run_state.save(state, MeanSquare(run.device, run.precision), run, 0, [other])
+    run_checkpoints.restore(state, MeanSquare(run.device, run.precision), run, folder / name, 1)
+    run_checkpoints.save(state, MeanSquare(run.device, run.precision), run, 0, [other])
     run.saver.wait()
 
 
+@pytest.mark.slow
 @on_cpu
 def test_each_rank_holds_its_share(both_ranks):
     first, second = both_ranks[1]
@@ -355,6 +347,7 @@ def test_a_share_is_what_torch_cuts(processes):
             assert torch.equal(torch.arange(rows)[fsdp.own_rows(rows, processes, rank)], chunk)
 
 
+@pytest.mark.slow
 @on_cpu
 def test_one_rank_alone_sees_what_the_checkpoint_holds(both_ranks):
     folder, (first, _) = both_ranks
@@ -364,8 +357,9 @@ def test_one_rank_alone_sees_what_the_checkpoint_holds(both_ranks):
     assert torch.allclose(model.forward_features(images), first["answers"], atol=1e-6)
 
 
+@pytest.mark.slow
 @on_cpu
-def test_checkpoints_pass_from_shares_to_one_process_and_back_unchanged(runs):
+def test_checkpoints_go_from_shards_to_one_process_and_back(runs):
     content = checkpoint(runs / "a.pth")
     assert (
         count_bytes(content["optimizer"])
@@ -431,5 +425,5 @@ def test_what_does_not_go_together_is_refused(flags, message):
 
 def test_a_cpu_without_averaging_collectives_is_refused(monkeypatch):
     monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms", raising=False)
-    with pytest.raises(UserError, match="--fsdp on CPUs needs a newer torch"):
+    with pytest.raises(UserError, match="`fsdp` on CPUs needs a newer torch"):
         fsdp.check_options("adamw", compile=False, model_ema_force_cpu=False, device=CPU)

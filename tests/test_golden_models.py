@@ -34,7 +34,11 @@ PRETRAINING = {
 }
 
 
-@pytest.mark.parametrize("case", PRETRAINING)
+def slow_unless_tiny(cases):
+    return [case if "tiny" in case else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("case", slow_unless_tiny(PRETRAINING))
 def test_pretraining_model(case):
     model, golden, facts = PRETRAINING[case](), arrays(case), data(case)
     assert_keys(model, case)
@@ -86,7 +90,7 @@ FINETUNING = {
 }
 
 
-@pytest.mark.parametrize("case", FINETUNING)
+@pytest.mark.parametrize("case", slow_unless_tiny(FINETUNING))
 def test_finetuning_model(case):
     seed, build = FINETUNING[case]
     model, golden = build(), arrays(case)
@@ -115,7 +119,7 @@ VQKD = {
 }
 
 
-@pytest.mark.parametrize("case", VQKD)
+@pytest.mark.parametrize("case", slow_unless_tiny(VQKD))
 def test_tokenizer(case):
     seed, size, build = VQKD[case]
     model, golden = build(), arrays(case)

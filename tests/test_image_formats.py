@@ -3,18 +3,15 @@
 import ast
 import io
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, UnidentifiedImageError
 from source_files import all_files
 
-from data_pipeline.image_formats import DECODED, EXTENSIONS, FORMATS, open_image
+from data_pipeline.image_formats import DECODED, EXTENSIONS, FORMATS, load_image, open_image
 from segmentation.mask_files import read_mask
-from transforms import load_image
 
-ROOT = Path(__file__).parent.parent
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n%%EOF\n"
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from many_processes import run_ranks
-from tiny_runs import assert_same_weights, log_lines, photos, pretraining_flags, student, tokenizer
+from tiny_runs import as_flags, assert_same_weights, log_lines, photos, pretraining_flags, student, tokenizer
 
 import run_beitv2_pretraining
 import run_linear_eval
@@ -61,7 +61,7 @@ def test_accuracies_are_those_of_the_definition(standardize, temperature, monkey
     assert 20 < found["knn10_acc1"] < 95
 
 
-def test_equal_votes_go_to_the_lower_class_and_classes_without_votes_are_last():
+def test_equal_votes_go_to_the_lower_class_and_no_votes_are_last():
     votes = torch.tensor([[0.0, 2.0, 2.0, 5.0]]).repeat(4, 1)
     assert knn.rank_labels(votes, torch.arange(4)).tolist() == [9, 1, 2, 0]
 
@@ -106,6 +106,7 @@ def on_rank(rank, world_size):
     return {"same": same, "results": results}
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds():
     alone = on_rank(0, 1)
     assert alone["same"]
@@ -118,14 +119,7 @@ def test_the_script_finds_every_image_nearest_to_itself(tmp_path, capsys):
     data, weights = photos(tmp_path / "data", per_class=5, classes="abc"), student(tmp_path / "student.pth")
     flags = ["--knn", "--finetune", str(weights), "--data_set", "image_folder", "--data_path", str(data)]
     flags += [
-        "--eval_data_path",
-        str(data),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--device",
-        "cpu",
-        "--num_workers",
-        "0",
+        *as_flags(eval_data_path=data, output_dir=tmp_path / "out", device="cpu", num_workers=0),
     ]
     run_linear_eval.main(
         [*flags, "--knn_k", "1", "30", "--amp_dtype", "fp32", "--batch_size", "4", "--knn_layer", "2"]
@@ -141,14 +135,7 @@ def test_the_script_finds_every_image_nearest_to_itself(tmp_path, capsys):
 def test_flags_of_training_are_named_with_k_nn(tmp_path, capsys):
     data, weights = photos(tmp_path / "data", per_class=2), student(tmp_path / "student.pth")
     flags = [
-        "--finetune",
-        str(weights),
-        "--data_set",
-        "image_folder",
-        "--data_path",
-        str(data),
-        "--device",
-        "cpu",
+        *as_flags(finetune=weights, data_set="image_folder", data_path=data, device="cpu"),
     ]
     flags += ["--eval_data_path", str(data), "--num_workers", "0", "--amp_dtype", "fp32", "--batch_size", "2"]
     run_linear_eval.main([*flags, "--knn"])
@@ -182,7 +169,7 @@ def split(tmp_path_factory):
     return folder
 
 
-def test_k_nn_during_pretraining_has_its_own_frequency_and_changes_nothing(split, tmp_path):
+def test_knn_has_its_own_frequency_and_leaves_training_alone(split, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
     more = ["--epochs", "4", "--drop_path", "0.1", "--eval_data_path", str(split / "val"), "--eval_freq", "3"]
     run_beitv2_pretraining.main(pretraining_flags(split / "train", tmp_path / "without", codes, *more))
@@ -197,23 +184,10 @@ def test_k_nn_during_pretraining_has_its_own_frequency_and_changes_nothing(split
     )
     # The same figure as of the finished checkpoint.
     flags = [
-        "--knn",
-        "--finetune",
-        str(tmp_path / "with/checkpoint.pth"),
-        "--data_set",
-        "IMNET",
-        "--data_path",
-        str(split),
+        *as_flags(knn=True, finetune=tmp_path / "with/checkpoint.pth", data_set="IMNET", data_path=split),
     ]
     flags += [
-        "--device",
-        "cpu",
-        "--num_workers",
-        "0",
-        "--amp_dtype",
-        "fp32",
-        "--output_dir",
-        str(tmp_path / "knn"),
+        *as_flags(device="cpu", num_workers=0, amp_dtype="fp32", output_dir=tmp_path / "knn"),
     ]
     run_linear_eval.main([*flags, "--knn_k", "10", "20", "--batch_size", "4"])
     results = json.loads((tmp_path / "knn/knn.json").read_text())

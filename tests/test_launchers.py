@@ -2,17 +2,14 @@
 command runs, evaluation is exact.
 """
 
-import os
 import re
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from golden_values import GOLDEN, data
-from many_processes import free_port
+from many_processes import LAUNCHERS, free_port, one_process, run, two_processes
 from tiny_runs import (
     assert_same_weights,
     checkpoint,
@@ -28,39 +25,15 @@ import modeling_vqkd
 from errors import UserError
 from runtime.distributed import read_launch
 
-ROOT = Path(__file__).parent.parent
-LAUNCHERS = {
-    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
-    "torch.distributed.launch": [sys.executable, "-m", "torch.distributed.launch"],
-}
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def start(command: list[str]) -> str:
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
-
-
-def two_processes(script: str, flags: list[str], launcher: str = "torchrun") -> str:
-    where = ["--nproc_per_node=2", "--master_port", str(free_port())]
-    return start([*LAUNCHERS[launcher], *where, script, *flags])
-
-
-def one_process(script: str, flags: list[str]) -> str:
-    return start([sys.executable, script, *flags])
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return photos(tmp_path_factory.mktemp("photos"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_pretraining_on_two_processes_follows_the_same_curve_as_on_one(launcher, folder, tmp_path):
+def test_pretraining_follows_one_curve_on_one_or_two_processes(launcher, folder, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
     more = ["--drop_path", "0"]  # what drop path draws depends on the rank
     two_processes(
@@ -76,6 +49,7 @@ def test_pretraining_on_two_processes_follows_the_same_curve_as_on_one(launcher,
             assert mine[key] == pytest.approx(other[key], rel=1e-3, abs=1e-3), key
 
 
+@pytest.mark.slow
 def test_the_codebook_of_two_processes_is_that_of_one(folder, tmp_path):
     more = ["--quantize_kmeans_init", "--revive_dead_codes", "--eval_data_path", str(folder)]
     two_processes("run_vqkd_training.py", vqkd_flags(folder, tmp_path / "two", *more))
@@ -90,6 +64,7 @@ def test_the_codebook_of_two_processes_is_that_of_one(folder, tmp_path):
     assert (codebooks[0] * codebooks[1]).sum(-1).min() > 0.99
 
 
+@pytest.mark.slow
 def test_evaluation_on_two_processes_counts_every_image_once(tmp_path):
     odd = photos(tmp_path / "odd", per_class=5)  # 10 images; batches of 4 leave a remainder on both ranks
     (odd / "b" / "0.jpg").unlink()  # 9: the ranks hold 5 and 4
@@ -102,7 +77,8 @@ def test_evaluation_on_two_processes_counts_every_image_once(tmp_path):
     assert f"test_acc1 {first['test_acc1']:.4g}" in out
 
 
-def test_a_run_of_two_processes_resumes_exactly_and_one_process_takes_over(folder, tmp_path):
+@pytest.mark.slow
+def test_two_processes_resume_exactly_and_one_can_take_over(folder, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
     whole = pretraining_flags(folder, tmp_path / "whole", codes, "--drop_path", "0.1")
     two_processes("run_beitv2_pretraining.py", whole)
@@ -118,7 +94,8 @@ def test_a_run_of_two_processes_resumes_exactly_and_one_process_takes_over(folde
     assert [line["epoch"] for line in log_lines(tmp_path / "alone")] == [1]
 
 
-def test_the_guides_command_for_the_base_model_runs_on_two_processes(tmp_path):
+@pytest.mark.slow
+def test_the_guides_base_command_runs_on_two_processes(tmp_path):
     """Only paths, process count and epochs are changed, and `--device cpu` added (a few
     images: 92 M parameters on a CPU).
     """
@@ -138,7 +115,7 @@ def test_the_guides_command_for_the_base_model_runs_on_two_processes(tmp_path):
     }
     command = [str(tmp_path / "vqkd.pth") if "://" in word else changed.get(word, word) for word in command]
     command.insert(command.index("run_beitv2_pretraining.py"), f"--master_port={free_port()}")
-    start([*command, "--device", "cpu"])
+    run([*command, "--device", "cpu"])
     model = checkpoint(tmp_path / "out/checkpoint.pth")["model"]
     assert {key: list(value.shape) for key, value in model.items()} == data("state_dict_keys")[
         "pretrain_base_cls_pt"

@@ -1,8 +1,10 @@
-"""Imports go from a layer to the layers below it (docs/design.md), and no two modules import each other."""
+"""Imports go from a layer to the layers below it (docs/design.md), no two modules import each
+other, and names of tests are short.
+"""
 
 import ast
 
-from source_files import FOLDERS, library_files, module_name
+from source_files import FOLDERS, ROOT, library_files, module_name
 
 # from top to bottom: names of folders and of modules at the root; `*` stands for the
 # end of a name
@@ -11,7 +13,7 @@ LAYERS = (
      "encode_images visualize_* export_checkpoint model_zoo benchmark"),
     ("flags", "flags"),
     ("benchmarks", "benchmarks"),
-    ("engines", "engine* run_state"),
+    ("engines", "engine* run_state run_checkpoints"),
     ("segmentation", "segmentation"),
     ("evaluation", "evaluation visualization"),
     ("networks", "vit_backbone modeling_* norm_ema_quantizer vqkd_teachers pretrained"),
@@ -67,3 +69,13 @@ def test_the_check_can_fail():
     assert not violations(
         {"runtime.a": "from runtime.b import c", "runtime.b": "", "engine": "from runtime import a"}
     )
+
+
+def test_names_of_tests_are_short():
+    names = {
+        node.name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+    assert sorted(name for name in names if len(name) > 60) == []

@@ -7,6 +7,7 @@ import torch
 from many_processes import run_ranks
 from tiny_runs import (
     SIZE,
+    as_flags,
     labeled_pixels,
     log_lines,
     photos,
@@ -63,8 +64,9 @@ def counted(rank, world, folder):
     }
 
 
+@pytest.mark.slow
 def test_classification_on_one_process_and_two(data, caplog, monkeypatch):
-    monkeypatch.setattr("runtime.distributed.log.propagate", True)
+    monkeypatch.setattr("runtime.terminal.log.propagate", True)
     alone = counted(0, 1, str(data / "val"))
     assert alone["of_class"] == [1, 6] and alone["results"]["test_images"] == 7
     assert alone["training"]  # there the next image takes its place
@@ -88,21 +90,12 @@ def test_classification_on_one_process_and_two(data, caplog, monkeypatch):
 )
 def test_frozen_features(mode, data, tmp_path):
     flags = [
-        "--finetune",
-        str(student(tmp_path / "student.pth")),
-        "--data_set",
-        "image_folder",
+        *as_flags(finetune=student(tmp_path / "student.pth"), data_set="image_folder"),
         *SIZE,
-        "--batch_size",
-        "4",
+        *as_flags(batch_size=4),
     ]
     flags += [
-        "--data_path",
-        str(data / "train"),
-        "--eval_data_path",
-        str(data / "val"),
-        "--output_dir",
-        str(tmp_path),
+        *as_flags(data_path=data / "train", eval_data_path=data / "val", output_dir=tmp_path),
     ]
     run_linear_eval.main([*flags, *mode])
     knn = "--knn" in mode

@@ -6,8 +6,9 @@ import re
 
 import pytest
 import torch
-from test_launchers import two_processes
-from tiny_runs import SIZE, STUDENT, assert_same_weights, checkpoint, log_lines, photos, student
+from many_processes import two_processes
+from refusals import refused
+from tiny_runs import SIZE, STUDENT, as_flags, assert_same_weights, checkpoint, log_lines, photos, student
 
 import engine_for_linear_eval
 import pretrained
@@ -19,44 +20,25 @@ LAYERS = 6  # of the demo size
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     return student(tmp_path_factory.mktemp("weights") / "student.pth")
 
 
 def flags(data, weights, out, *more):
     where = [
-        "--data_set",
-        "image_folder",
-        "--data_path",
-        str(data),
-        "--eval_data_path",
-        str(data),
-        "--output_dir",
-        str(out),
+        *as_flags(data_set="image_folder", data_path=data, eval_data_path=data, output_dir=out),
     ]
     return [
         *where,
         *SIZE,
-        "--finetune",
-        str(weights),
-        "--batch_size",
-        "4",
-        "--epochs",
-        "2",
-        "--lr",
-        "0.1",
+        *as_flags(finetune=weights, batch_size=4, epochs=2, lr=0.1),
         *more,
     ]
 
 
-def test_every_layer_learns_to_tell_stripes_apart(folder, weights, tmp_path):
+def test_every_layer_learns_to_tell_stripes_apart(data, weights, tmp_path):
     more = ["--features", "cls_mean", "--epochs", "160", "--lr", "5", "--eval_freq", "80"]
-    run_linear_eval.main(flags(folder, weights, tmp_path, "--cached_features", *more))
+    run_linear_eval.main(flags(data, weights, tmp_path, "--cached_features", *more))
     last = log_lines(tmp_path)[-1]
     of_layers = [last[f"test_acc1_layer{layer}"] for layer in range(1, LAYERS + 1)]
     assert min(of_layers) >= 90
@@ -72,7 +54,7 @@ def test_every_layer_learns_to_tell_stripes_apart(folder, weights, tmp_path):
     assert heads["heads.5.weight"].shape == (2, 256)
 
 
-def test_random_crops_are_the_default_and_the_backbone_stays_as_it_is(folder, weights, tmp_path, monkeypatch):
+def test_random_crops_are_the_default_and_the_backbone_stays(data, weights, tmp_path, monkeypatch):
     opened = []
 
     def remembered(*args, **kwargs):
@@ -81,7 +63,7 @@ def test_random_crops_are_the_default_and_the_backbone_stays_as_it_is(folder, we
 
     open_backbone = pretrained.open_backbone
     monkeypatch.setattr(pretrained, "open_backbone", remembered)
-    run_linear_eval.main(flags(folder, weights, tmp_path, "--features", "cls_mean"))
+    run_linear_eval.main(flags(data, weights, tmp_path, "--features", "cls_mean"))
     model = opened[0][0]
     fresh, _ = open_backbone(str(weights), 32)
     assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in model.state_dict().items())
@@ -92,7 +74,7 @@ def test_random_crops_are_the_default_and_the_backbone_stays_as_it_is(folder, we
     content = checkpoint(tmp_path / "checkpoint.pth")
     assert content["model"]["heads.0.weight"].shape == (2, 256)
     # Statistics of the channels: of the training images in center crops, each once.
-    args = run_linear_eval.get_parser().parse_args(flags(folder, weights, tmp_path))
+    args = run_linear_eval.get_parser().parse_args(flags(data, weights, tmp_path))
     args.aa, args.reprob, args.remode, args.recount = "none", 0.0, "pixel", 1
     images = run_linear_eval.build_dataset(args, train=True, augment=False)[0]
     batch = torch.stack([images[index]["image"] for index in range(len(images))])
@@ -102,7 +84,7 @@ def test_random_crops_are_the_default_and_the_backbone_stays_as_it_is(folder, we
 
 
 @pytest.mark.parametrize(("more", "cropped"), [([], True), (["--cached_features"], False)])
-def test_training_images_are_only_cropped_and_flipped(more, cropped, folder, weights, tmp_path, monkeypatch):
+def test_training_images_are_only_cropped_and_flipped(more, cropped, data, weights, tmp_path, monkeypatch):
     built, build = [], run_linear_eval.build_dataset
 
     def remembered(args, train, **how):
@@ -110,7 +92,7 @@ def test_training_images_are_only_cropped_and_flipped(more, cropped, folder, wei
         return build(args, train, **how)
 
     monkeypatch.setattr(run_linear_eval, "build_dataset", remembered)
-    run_linear_eval.main(flags(folder, weights, tmp_path, "--epochs", "1", *more))
+    run_linear_eval.main(flags(data, weights, tmp_path, "--epochs", "1", *more))
     train = next(dataset for of_training, dataset in built if of_training)
     assert torch.equal(train[0, 3]["image"], train[1, 3]["image"]) is not cropped  # two epochs
     parts = train.view.steps.transforms
@@ -138,9 +120,9 @@ def test_heads_see_channels_of_mean_0_and_variance_1():
     assert logits.var(1, correction=0).sub(1).abs().max() < 1e-3
 
 
-def test_layers_do_not_disturb_each_other(folder, weights, tmp_path, monkeypatch):
+def test_layers_do_not_disturb_each_other(data, weights, tmp_path, monkeypatch):
     """The first layer's classifier ends the same whether the others are there or not."""
-    run_linear_eval.main(flags(folder, weights, tmp_path / "all", "--cached_features"))
+    run_linear_eval.main(flags(data, weights, tmp_path / "all", "--cached_features"))
     original = engine_for_linear_eval.FrozenBackbone.__call__
     monkeypatch.setattr(
         engine_for_linear_eval.FrozenBackbone, "__call__", lambda self, images: original(self, images)[:, :1]
@@ -148,7 +130,7 @@ def test_layers_do_not_disturb_each_other(folder, weights, tmp_path, monkeypatch
     monkeypatch.setattr(
         run_linear_eval, "LinearHeads", lambda layers, dim, classes: LinearHeads(1, dim, classes)
     )
-    run_linear_eval.main(flags(folder, weights, tmp_path / "first", "--cached_features"))
+    run_linear_eval.main(flags(data, weights, tmp_path / "first", "--cached_features"))
     both = [
         checkpoint(tmp_path / name / "checkpoint.pth")["model"]["heads.0.weight"] for name in ("all", "first")
     ]
@@ -157,35 +139,36 @@ def test_layers_do_not_disturb_each_other(folder, weights, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("more", [[], ["--cached_features"]])
-def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_ends(more, folder, weights, tmp_path):
+def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(more, data, weights, tmp_path):
     more = [*more, "--epochs", "3", "--save_ckpt_freq", "1"]
-    run_linear_eval.main(flags(folder, weights, tmp_path / "whole", *more))
+    run_linear_eval.main(flags(data, weights, tmp_path / "whole", *more))
     first = ["--resume", str(tmp_path / "whole/checkpoint-0.pth")]
-    run_linear_eval.main(flags(folder, weights, tmp_path / "resumed", *more, *first))
+    run_linear_eval.main(flags(data, weights, tmp_path / "resumed", *more, *first))
     assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "resumed/checkpoint.pth")
     assert [line["epoch"] for line in log_lines(tmp_path / "resumed")] == [1, 2]
 
 
-def test_two_processes_end_where_one_ends(folder, weights, tmp_path):
+@pytest.mark.slow
+def test_two_processes_end_where_one_ends(data, weights, tmp_path):
     odd = photos(tmp_path / "odd", per_class=5)
     (odd / "b" / "0.jpg").unlink()  # 9 images to validate: the ranks hold 5 and 4
     more = ["--cached_features", "--eval_data_path", str(odd)]
-    two_processes("run_linear_eval.py", flags(folder, weights, tmp_path / "two", *more))
-    run_linear_eval.main(flags(folder, weights, tmp_path / "one", *more, "--batch_size", "8"))
+    two_processes("run_linear_eval.py", flags(data, weights, tmp_path / "two", *more))
+    run_linear_eval.main(flags(data, weights, tmp_path / "one", *more, "--batch_size", "8"))
     for mine, other in zip(log_lines(tmp_path / "two"), log_lines(tmp_path / "one"), strict=True):
         assert mine["test_images"] == 9
         for key in mine.keys() - {"seconds"}:
             assert mine[key] == pytest.approx(other[key], rel=1e-3, abs=1e-3), key
 
 
-def test_the_learning_rate_is_for_256_images(folder, weights, tmp_path, capsys):
-    run_linear_eval.main(flags(folder, weights, tmp_path, "--cached_features", "--lr", "1e-3"))
+def test_the_learning_rate_is_for_256_images(data, weights, tmp_path, capsys):
+    run_linear_eval.main(flags(data, weights, tmp_path, "--cached_features", "--lr", "1e-3"))
     assert "lr         1.56e-05 = 0.001 x 4 / 256" in capsys.readouterr().out
     parsed = run_linear_eval.get_parser().parse_args(["--data_path", "x", "--finetune", "y"])
     assert parsed.lr * 8 * 128 / 256 == pytest.approx(4e-3)  # the recipe
 
 
-def test_which_features_a_file_gives(weights, folder, tmp_path, capsys):
+def test_which_features_a_file_gives(weights, data, tmp_path, capsys):
     without = student(tmp_path / "without.pth", STUDENT.removesuffix("_cls_pt"))
     expected = {
         (weights, "--linear"): "cls of 6",
@@ -194,25 +177,25 @@ def test_which_features_a_file_gives(weights, folder, tmp_path, capsys):
     }
     expected |= {(without, "--knn"): "mean of layer 6"}
     for (file, mode), text in expected.items():
-        run_linear_eval.main(flags(folder, file, tmp_path / f"{text}", mode, "--epochs", "1"))
+        run_linear_eval.main(flags(data, file, tmp_path / f"{text}", mode, "--epochs", "1"))
         assert f"features   {text}" in capsys.readouterr().out
 
 
-def test_the_checkpoints_normalization_counts(folder, tmp_path, capsys):
+def test_the_checkpoints_normalization_counts(data, tmp_path, capsys):
     for own in (True, False):
         file = student(tmp_path / f"{own}.pth", imagenet_default_mean_and_std=own)
-        run_linear_eval.main(flags(folder, file, "", "--knn", "--imagenet_default_mean_and_std"))
+        run_linear_eval.main(flags(data, file, "", "--knn", "--imagenet_default_mean_and_std"))
         out = capsys.readouterr().out
         assert ("ImageNet's mean and std" in out) is own
         assert ("was trained with mean and std 0.5" in out) is not own
 
 
-def test_classifiers_of_another_backbone_are_not_resumed(folder, weights, tmp_path, capsys):
-    run_linear_eval.main(flags(folder, weights, tmp_path / "out", "--cached_features"))
+def test_classifiers_of_another_backbone_are_not_resumed(data, weights, tmp_path, capsys):
+    run_linear_eval.main(flags(data, weights, tmp_path / "out", "--cached_features"))
     other = student(tmp_path / "other.pth")
-    with pytest.raises(SystemExit):
-        run_linear_eval.main(flags(folder, other, tmp_path / "out", "--cached_features"))
-    assert "were trained with --finetune" in capsys.readouterr().err
+    assert "were trained with --finetune" in refused(
+        run_linear_eval.main, flags(data, other, tmp_path / "out", "--cached_features"), capsys
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,10 +218,7 @@ def test_classifiers_of_another_backbone_are_not_resumed(folder, weights, tmp_pa
         (["--input_size", "40"], "--input_size: input size .* is not a multiple of the patch size"),
     ],
 )
-def test_what_cannot_act_is_refused_in_one_sentence(more, message, folder, weights, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run_linear_eval.main(flags(folder, weights, "", *more))
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
+def test_what_cannot_act_is_refused_in_one_sentence(more, message, data, weights, capsys):
+    error = refused(run_linear_eval.main, flags(data, weights, "", *more), capsys)
     assert re.search(message, error)
     assert "Traceback" not in error

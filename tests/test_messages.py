@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
+from source_files import ROOT
 
 import arguments
 import export_checkpoint
@@ -20,7 +21,6 @@ from checkpoint_io import weight_source
 from errors import UserError, hide_secrets, printable
 from visualization import html
 
-ROOT = Path(__file__).resolve().parent.parent
 # all but line feeds
 RAW = [*range(10), *range(11, 32), *range(127, 160), 0x200B, 0x202E, 0x2066, 0xFEFF, 0xDCFF]
 HOSTILE = "\x1b]0;PWN\x07\x9b2J\u202egpj\u200b"

@@ -43,6 +43,7 @@ def _share(rank, world_size):
     return {name: torch.tensor(value) for name, value in means.read(over_all_ranks=True).items()}
 
 
+@pytest.mark.slow
 def test_a_rank_that_saw_nothing_takes_part():
     assert [result["a"] for result in run_ranks(_share, 2)] == [3.0, 3.0]
 
@@ -82,7 +83,8 @@ samplers._start_worker(0)
 """
 
 
-def test_every_module_can_be_imported_where_names_of_unix_are_absent():
+@pytest.mark.slow
+def test_all_modules_can_be_imported_without_unix_names():
     names = [module_name(path) for path in library_files()]
     got = subprocess.run(
         [sys.executable, "-c", AS_ON_WINDOWS, *names], cwd=ROOT, capture_output=True, text=True

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_entries import kill_after
+from refusals import refused
 from tiny_runs import (
     SIZE,
     TOKENIZER,
+    as_flags,
     assert_same_weights,
     checkpoint,
+    kill_after,
     log_lines,
-    photos,
-    tokenizer,
     vqkd_flags,
 )
 
@@ -34,27 +34,9 @@ from visualization.drawing import CAPTION
 from visualization.pixel_decoder import Reconstructor
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
-def codes(tmp_path_factory):
-    return tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.pth")
-
-
 def flags(data: Path, codes: Path, out: Path, *more: str) -> list[str]:
-    own = [
-        "--train_pixel_decoder",
-        "--tokenizer_weight",
-        str(codes),
-        "--data_path",
-        str(data),
-        "--output_dir",
-        str(out),
-    ]
-    small = ["--pixel_decoder_depth", "1", "--pixel_decoder_dim", "64", "--batch_size", "4", "--epochs", "2"]
+    own = as_flags(train_pixel_decoder=True, tokenizer_weight=codes, data_path=data, output_dir=out)
+    small = as_flags(pixel_decoder_depth=1, pixel_decoder_dim=64, batch_size=4, epochs=2)
     return [*own, *small, *SIZE, *more]
 
 
@@ -91,7 +73,7 @@ def test_the_tokenizer_stays_as_it_was(data, codes, tmp_path):
     assert trained == sum(1 for _ in pixel_decoder.PixelDecoder((2, 2), 8, 1, 64).parameters())
 
 
-def test_training_leaves_the_tokenizer_in_eval_and_without_gradients():
+def test_training_leaves_the_tokenizer_in_eval_mode_and_frozen():
     model = Reconstructor(
         modeling_vqkd.create_model(TOKENIZER, img_size=32, n_code=16, code_dim=8), 1, 32
     ).train()
@@ -185,12 +167,7 @@ def drawn_of(pixels, images, out, monkeypatch, *more):
 @pytest.mark.parametrize("view", [[], ["--crop_pct", "0.5"]])
 def test_an_image_has_the_same_tokens_in_every_script(view, data, codes, pixels, tmp_path, monkeypatch):
     own = [
-        "--tokenizer_weight",
-        str(codes),
-        "--data_path",
-        str(data),
-        "--output_dir",
-        str(tmp_path / "codes"),
+        *as_flags(tokenizer_weight=codes, data_path=data, output_dir=tmp_path / "codes"),
     ]
     encode_images.main([*own, "--num_workers", "0", "--device", "cpu", *view])
     shown, captions = drawn_of(
@@ -223,7 +200,7 @@ def test_a_broken_image_of_a_folder_is_left_out(data, pixels, tmp_path, capsys):
         (folder / "2.jpg", r"--image .*2\.jpg: cannot be read"),
         ("/nowhere", "--image /nowhere: no such"),
     ):
-        refused(visualize_reconstruction.main, [*given, str(source)], message, capsys)
+        assert re.search(message, refused(visualize_reconstruction.main, [*given, str(source)], capsys))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +212,7 @@ def test_the_name_of_the_picture_is_looked_at_before_the_model(
 ):
     monkeypatch.setattr(visualize_reconstruction, "open_reconstructor", None)
     own = ["--checkpoint", "x.pth", "--image", str(data), "--output", str(tmp_path / name)]
-    refused(visualize_reconstruction.main, own, message, capsys)
+    assert re.search(message, refused(visualize_reconstruction.main, own, capsys))
 
 
 def test_psnr():
@@ -257,16 +234,14 @@ def test_psnr():
     ],
 )
 def test_mistakes_end_in_one_sentence(more, message, data, codes, tmp_path, capsys):
-    refused(run_vqkd_training.main, flags(data, codes, tmp_path, *more), message, capsys)
+    assert re.search(message, refused(run_vqkd_training.main, flags(data, codes, tmp_path, *more), capsys))
 
 
 def test_its_flags_are_refused_where_they_do_nothing(data, codes, tmp_path, capsys):
     flag = ["--tokenizer_weight", str(codes)]
-    refused(
-        run_vqkd_training.main,
-        vqkd_flags(data, tmp_path, *flag),
+    assert re.search(
         "no effect without --train_pixel_decoder",
-        capsys,
+        refused(run_vqkd_training.main, vqkd_flags(data, tmp_path, *flag), capsys),
     )
 
 
@@ -276,21 +251,17 @@ def test_another_tokenizer_than_the_resumed_one_is_refused(data, codes, tmp_path
     torch.save(other, tmp_path / "other.pth")
     run_vqkd_training.main(flags(data, codes, tmp_path / "out", "--epochs", "1"))
     again = flags(data, tmp_path / "other.pth", tmp_path / "out")
-    refused(run_vqkd_training.main, again, "is not the tokenizer that the checkpoint", capsys)
+    assert re.search(
+        "is not the tokenizer that the checkpoint", refused(run_vqkd_training.main, again, capsys)
+    )
 
 
 def test_a_tokenizer_is_no_pixel_decoder(data, codes, capsys):
     arguments_ = ["--checkpoint", str(codes), "--image", str(data)]
-    refused(visualize_reconstruction.main, arguments_, "holds no pixel decoder: run_vqkd_training.py", capsys)
-
-
-def refused(main, argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert re.search(message, error), error
-    assert "Traceback" not in error
+    assert re.search(
+        "holds no pixel decoder: run_vqkd_training.py",
+        refused(visualize_reconstruction.main, arguments_, capsys),
+    )
 
 
 def test_the_mode_has_its_own_defaults_and_keeps_what_is_given():

@@ -70,7 +70,7 @@ def near_ties(n_codes):
     return unit(normal(4, 1000, 32)), codes
 
 
-def test_the_nearest_code_is_the_first_of_equal_ones_and_never_depends_on_the_chunk():
+def test_the_first_of_equally_near_codes_is_taken_in_any_chunk():
     """Entries are multiples of 2^-10, so that all sums are exact in fp32 and ties are ties."""
     features, codes = ((1024 * x).round() / 1024 for x in near_ties(1024))
     features[27], features[40, 5], features[-1] = 0, float("nan"), float("nan")
@@ -145,8 +145,9 @@ def _train_on_a_share(rank, world_size, kmeans):
     return {key: value.clone() for key, value in quantizer.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kmeans", [False, True])
-def test_two_processes_keep_one_codebook_and_it_is_that_of_one_process(kmeans):
+def test_two_processes_keep_the_codebook_of_one_process(kmeans):
     first, second = run_ranks(_train_on_a_share, 2, kmeans)
     alone = _train_on_a_share(0, 1, kmeans)
     # the start weights, which here differ by rank on purpose

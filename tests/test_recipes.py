@@ -409,7 +409,7 @@ def test_ablations_of_v2s_pretraining_change_one_thing(name):
 
 
 @pytest.mark.parametrize("name", ABLATIONS_VQKD)
-def test_ablations_of_the_tokenizer_change_one_thing_and_name_the_flags_of_pretraining(name):
+def test_tokenizer_ablations_change_one_thing_and_name_flags(name):
     switches, more = ABLATIONS_VQKD[name]
     run, differing = ablation(name, "vqkd/base_3x768x12_clip")
     assert differing == switches
@@ -567,14 +567,14 @@ def test_segmentation_recipes(name):
     assert (run.args.scale_range, run.args.max_class_share, run.args.hflip) == ([0.5, 2.0], 0.75, 0.5)
     assert segmentation.build_sliding_window(run.args).stride == 341
     segmentation.check_flags(run.args)
-    assert model in modeling_segmentation.VARIANTS
+    assert model in modeling_segmentation.MODELS
     assert published.ENTRIES[weights].kind == ("intermediate" if "ft21k" in name else "pretrained")
     expected = re.search(r"^# Expected: (.*)$", RECIPES[name], flags=re.MULTILINE)[1]
     assert expected.startswith(f"mIoU {miou}" if miou else "none at hand")
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_head_says_what_to_expect_and_its_example_for_fewer_gpus_keeps_the_batch(name):
+def test_the_head_says_what_to_expect_and_fewer_gpus_keep_batch(name):
     head = [
         line for line in RECIPES[name].split("set -euo pipefail")[0].splitlines() if line.startswith("# ")
     ]

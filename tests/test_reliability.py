@@ -13,16 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from many_processes import free_port
+from many_processes import LAUNCHERS, end, free_port, run, start
 from refusals import refused
+from source_files import ROOT
 from tiny_runs import (
+    RunsCode,
     assert_same_weights,
     checkpoint,
     finetuning_flags,
     log_lines,
     photos,
     pretraining_flags,
-    tokenizer,
     vqkd_flags,
 )
 
@@ -30,30 +31,15 @@ import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
 import visualize_attention
-from checkpoint_io import checkpoints
+from checkpoint_io import checkpoints, resumption
 from errors import UserError
 from runtime.metrics import forget_epochs_from
 
-ROOT = Path(__file__).parent.parent
 SLOW = ["--print_freq", "1", "--epochs", "12"]  # about as long as a process takes to start
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
-def codes(tmp_path_factory):
-    return tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.pth")
-
-
-def start(script, flags, launcher=()):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, *launcher, script, *flags], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+def start_pretraining(flags, launcher=()):
+    return start([sys.executable, *launcher, "run_beitv2_pretraining.py", *flags])
 
 
 def read_until(process, pattern):
@@ -65,28 +51,15 @@ def read_until(process, pattern):
     raise AssertionError(f"'{pattern}' never came:\n{text}")
 
 
-def end(process):
-    out, _ = process.communicate(timeout=240)
-    return process.returncode, out
-
-
 # ── killed, asked to stop ──
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_bit_for_bit():
     """Two kills; scripts/kill_test.py makes a hundred, over all stages."""
     # folders, then shards
     command = [sys.executable, "scripts/kill_test.py", "--kills", "2", "--stages", "vqkd"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 of 2 kills were followed by the end of the undisturbed run" in done.stdout
+    assert "2 of 2 kills were followed by the end of the undisturbed run" in run(command)
 
 
 def test_the_name_to_go_on_from_is_given_last(tmp_path, monkeypatch):
@@ -120,12 +93,13 @@ def test_a_run_killed_while_it_takes_up_log_txt_loses_no_line(tmp_path, monkeypa
     assert path.read_text() == '{"epoch": 0}\n'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_exits_with_success(number, data, codes, tmp_path):
     whole = pretraining_flags(data, tmp_path / "whole", codes, *SLOW)
     flags = pretraining_flags(data, tmp_path / "out", codes, *SLOW, "--num_workers", "1")
     run_beitv2_pretraining.main(whole)
-    process = start("run_beitv2_pretraining.py", flags)
+    process = start_pretraining(flags)
     read_until(process, r"epoch 2/12 \[2/4\]")
     process.send_signal(number)
     status, out = end(process)
@@ -177,9 +151,10 @@ def two_ranks(*more):
     return ["-m", "torch.distributed.run", "--nproc_per_node=2", *where, *more]
 
 
-def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(data, codes, tmp_path):
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_after_one_step(data, codes, tmp_path):
     flags = pretraining_flags(data, tmp_path, codes, "--print_freq", "1", "--epochs", "40")
-    process = start("run_beitv2_pretraining.py", flags, two_ranks())
+    process = start_pretraining(flags, two_ranks())
     read_until(process, r"epoch 2/40 \[1/2\]")
     os.kill(ranks_of(process.pid)[1], signal.SIGUSR1)
     status, out = end(process)
@@ -188,26 +163,28 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(data, c
     assert checkpoint(tmp_path / "checkpoint.pth")["next"]["step"] < 80
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_process_was_killed(data, codes, tmp_path):
     flags = pretraining_flags(
         data, tmp_path / "out", codes, "--print_freq", "1", "--epochs", "8", "--save_ckpt_steps", "1"
     )
-    process = start("run_beitv2_pretraining.py", flags, two_ranks("--max-restarts=1"))
+    process = start_pretraining(flags, two_ranks("--max-restarts=1"))
     read_until(process, r"epoch 2/8 \[1/2\]")
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
     status, out = end(process)
     assert status == 0, out
     assert "resumed" in out
     undisturbed = pretraining_flags(data, tmp_path / "whole", codes, "--epochs", "8")
-    assert end(start("run_beitv2_pretraining.py", undisturbed, two_ranks()))[0] == 0
+    assert end(start_pretraining(undisturbed, two_ranks()))[0] == 0
     assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "out/checkpoint.pth")
 
 
+@pytest.mark.slow
 def test_a_lost_process_takes_the_others_down_with_a_message(data, codes, tmp_path):
     flags = pretraining_flags(
         data, tmp_path, codes, "--print_freq", "1", "--epochs", "400", "--dist_timeout", "0.2"
     )
-    process = start("run_beitv2_pretraining.py", flags, two_ranks())
+    process = start_pretraining(flags, two_ranks())
     read_until(process, r"epoch 2/400 \[1/2\]")
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
     status, out = end(process)
@@ -219,7 +196,7 @@ def test_a_lost_process_takes_the_others_down_with_a_message(data, codes, tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
-def test_a_damaged_latest_checkpoint_falls_back_to_the_newest_good_one(damage, data, codes, tmp_path, capsys):
+def test_a_damaged_checkpoint_falls_back_to_the_newest_good_one(damage, data, codes, tmp_path, capsys):
     flags = pretraining_flags(data, tmp_path, codes, "--save_ckpt_steps", "3", "--keep_ckpts", "2")
     run_beitv2_pretraining.main(flags)
     good = checkpoint(tmp_path / "checkpoint.pth")
@@ -268,16 +245,15 @@ def small_disk(folder, size):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_and_names_the_space(data, codes, tmp_path, capsys):
+def test_a_full_disk_keeps_the_checkpoint_and_names_the_space(data, codes, tmp_path, capsys):
     with small_disk(tmp_path / "small", "30m") as small:
-        with pytest.raises(SystemExit) as stop:
-            run_beitv2_pretraining.main(
-                pretraining_flags(data, small, codes, "--log_dir", str(tmp_path / "tb"))
-            )
-        assert stop.value.code == 2
-        error = capsys.readouterr().err
+        error = refused(
+            run_beitv2_pretraining.main,
+            pretraining_flags(data, small, codes, "--log_dir", str(tmp_path / "tb")),
+            capsys,
+        )
         assert re.search(r"MiB needed, [\d.]+ MiB free; the previous checkpoint is intact", error)
-        assert checkpoints.is_intact(small / "checkpoint.pth")
+        assert resumption.is_intact(small / "checkpoint.pth")
         assert checkpoint(small / "checkpoint.pth")["epoch"] == 0
         assert not list(small.glob(".*.part"))
 
@@ -304,21 +280,13 @@ def test_what_is_saved_is_what_was_at_the_time_of_saving(tmp_path):
 # ── input that cannot be trusted ──
 
 
-class Payload:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize("format", ["torch", "pickle"])
 def test_a_payload_is_refused_by_every_flag_that_takes_a_file(format, data, codes, tmp_path, capsys):
     trap, file = tmp_path / "trapped", tmp_path / "payload.pth"
     if format == "torch":
-        torch.save({"model": Payload(trap)}, file)
+        torch.save({"model": RunsCode(trap)}, file)
     else:
-        file.write_bytes(pickle.dumps({"model": Payload(trap)}))
+        file.write_bytes(pickle.dumps({"model": RunsCode(trap)}))
     photo = str(next(data.rglob("*.jpg")))
     out = tmp_path / "out"
     cases = [
@@ -422,43 +390,20 @@ def two_hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def test_two_hosts_with_one_process_follow_the_curve_of_one_host_with_two(two_hosts, data, codes, tmp_path):
+@pytest.mark.slow
+def test_two_hosts_follow_the_curve_of_one_with_two_processes(two_hosts, data, codes, tmp_path):
     flags = pretraining_flags(data, tmp_path / "hosts", codes)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "GLOO_SOCKET_IFNAME": "veth0",
-    }
     processes = []
     for node, host in enumerate(two_hosts):
-        launcher = [
-            "-m",
-            "torch.distributed.launch",
-            "--nnodes=2",
-            f"--node_rank={node}",
-            "--nproc_per_node=1",
-        ]
-        launcher += ["--master_addr=10.77.0.1", "--master_port=29511"]
-        command = [
-            "ip",
-            "netns",
-            "exec",
-            host,
-            sys.executable,
-            *launcher,
-            "run_beitv2_pretraining.py",
-            *flags,
-        ]
-        processes.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-        )  # fmt: skip
+        where = ["--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1"]
+        where += ["--master_addr=10.77.0.1", "--master_port=29511"]
+        command = [*LAUNCHERS["torch.distributed.launch"], *where, "run_beitv2_pretraining.py", *flags]
+        processes.append(start(["ip", "netns", "exec", host, *command], GLOO_SOCKET_IFNAME="veth0"))
     for process in processes:
         status, out = end(process)
         assert status == 0, out
     alone = pretraining_flags(data, tmp_path / "one", codes)
-    assert end(start("run_beitv2_pretraining.py", alone, two_ranks()))[0] == 0
+    assert end(start_pretraining(alone, two_ranks()))[0] == 0
     for mine, other in zip(log_lines(tmp_path / "hosts"), log_lines(tmp_path / "one"), strict=True):
         assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
     assert_same_weights(tmp_path / "hosts/checkpoint.pth", tmp_path / "one/checkpoint.pth")
@@ -471,24 +416,15 @@ def ranks_with(flags, *more):
     """Two processes of pretraining, started by hand, each with its own further flags."""
     port, processes = str(free_port()), []
     for rank, own in enumerate(more):
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONUNBUFFERED": "1",
-        }
-        environment |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         command = [sys.executable, "run_beitv2_pretraining.py", *flags, *own]
-        processes.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-        )  # fmt: skip
+        processes.append(start(command, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place))
     return [end(process) for process in processes]  # in 4 minutes: --dist_timeout is 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difference", ["flags", "images", "a failure on rank 1", "a failure on rank 0"])
-def test_processes_that_do_not_belong_together_end_at_once_and_say_why(difference, data, codes, tmp_path):
+def test_processes_that_differ_end_at_once_and_say_why(difference, data, codes, tmp_path):
     flags = pretraining_flags(data, tmp_path / "out", codes)
     fewer = photos(tmp_path / "fewer", per_class=5)
     nowhere = ["--data_path", str(tmp_path / "nowhere")]
@@ -504,9 +440,10 @@ def test_processes_that_do_not_belong_together_end_at_once_and_say_why(differenc
         assert "Traceback" not in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_before_the_first_step_ends_with_success(name, data, codes, tmp_path):
-    process = start("run_beitv2_pretraining.py", pretraining_flags(data, tmp_path, codes))
+    process = start_pretraining(pretraining_flags(data, tmp_path, codes))
     read_until(process, "^device ")
     process.send_signal(getattr(signal, name))
     status, out = end(process)

@@ -8,22 +8,17 @@ import re
 import shutil
 
 import pytest
-import refusals
 import torch
+from refusals import refused
 from tiny_runs import assert_same_weights, checkpoint, finetuning_flags, log_lines, photos
 
 import engine
 import run_class_finetuning
 from checkpoint_io import checkpoints
+from checkpoint_io.optimizer_state import check_saved_state
 from data_pipeline.image_lists import find_classes_folder
 from datasets import ImageFiles
 from errors import UserError
-from optim_factory import check_saved_state
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +29,6 @@ def finished(data, tmp_path_factory):
         finetuning_flags(data, out, "--model_ema", "--save_ckpt_steps", "1", "--keep_ckpts", "9")
     )
     return out
-
-
-def refused(flags, capsys):
-    return refusals.refused(run_class_finetuning.main, flags, capsys)
 
 
 def spoil_moments(content, key, change):
@@ -106,7 +97,9 @@ def test_a_resumed_state_that_does_not_fit_is_refused_by_name(fault, finished, d
     change(content)
     torch.save(content, tmp_path / "spoiled.pth")
     error = refused(
-        finetuning_flags(data, "", "--model_ema", "--resume", str(tmp_path / "spoiled.pth")), capsys
+        run_class_finetuning.main,
+        finetuning_flags(data, "", "--model_ema", "--resume", str(tmp_path / "spoiled.pth")),
+        capsys,
     )
     assert "spoiled.pth" in error
     assert re.search(says, error), error
@@ -133,7 +126,7 @@ def test_resumed_moments_are_laid_out_like_their_parameters(finished, data, tmp_
 
 
 @pytest.mark.parametrize("opt", ["adafactor", "lion", "lamb"])
-def test_moments_of_timms_optimizers_are_compared_by_a_step_of_a_copy(opt, capsys):
+def test_moments_of_timm_optimizers_are_checked_by_a_step(opt, capsys):
     import timm.optim
 
     layer = torch.nn.Linear(40, 50)
@@ -181,9 +174,7 @@ def test_a_state_that_is_not_finite_replaces_no_checkpoint(where, tmp_path):
     )
 
 
-def test_a_run_whose_weights_explode_ends_with_an_error_and_its_last_good_checkpoint(
-    data, tmp_path, monkeypatch, capsys
-):
+def test_exploding_weights_end_the_run_and_keep_a_checkpoint(data, tmp_path, monkeypatch, capsys):
     def explode(state, clip_grad):
         norm = take_step(state, clip_grad)
         if state.step == 2:
@@ -192,7 +183,9 @@ def test_a_run_whose_weights_explode_ends_with_an_error_and_its_last_good_checkp
 
     take_step = engine.take_step
     monkeypatch.setattr(engine, "take_step", explode)
-    error = refused(finetuning_flags(data, tmp_path, "--save_ckpt_steps", "1"), capsys)
+    error = refused(
+        run_class_finetuning.main, finetuning_flags(data, tmp_path, "--save_ckpt_steps", "1"), capsys
+    )
     assert "is not finite any more" in error
     kept = checkpoint(tmp_path / "checkpoint.pth")
     assert kept["next"]["step"] == 2
@@ -211,7 +204,9 @@ def test_a_run_that_skips_each_step_is_no_success(data, tmp_path, monkeypatch, c
         return loss * float("nan"), logs
 
     monkeypatch.setattr(run_class_finetuning.FinetuningStage, "step", no_number)
-    assert "each of the 8 steps of this run" in refused(finetuning_flags(data, tmp_path), capsys)
+    assert "each of the 8 steps of this run" in refused(
+        run_class_finetuning.main, finetuning_flags(data, tmp_path), capsys
+    )
 
 
 # ── the same run ──
@@ -220,9 +215,11 @@ def test_a_run_that_skips_each_step_is_no_success(data, tmp_path, monkeypatch, c
 def test_other_images_or_another_seed_are_refused_unless_allowed(finished, data, tmp_path, capsys):
     fewer = photos(tmp_path / "fewer", per_class=6)
     from_here = ["--resume", str(finished / "checkpoint-step5.pth")]
-    error = refused(finetuning_flags(fewer, tmp_path / "out", *from_here), capsys)
+    error = refused(run_class_finetuning.main, finetuning_flags(fewer, tmp_path / "out", *from_here), capsys)
     assert re.search(r"checkpoint-step5.pth is of a run on 16 images, not 12: .* --allow_changed_run", error)
-    error = refused(finetuning_flags(data, tmp_path / "out", *from_here, "--seed", "7"), capsys)
+    error = refused(
+        run_class_finetuning.main, finetuning_flags(data, tmp_path / "out", *from_here, "--seed", "7"), capsys
+    )
     assert "--seed 0, not 7" in error
     run_class_finetuning.main(
         finetuning_flags(fewer, tmp_path / "out", *from_here, "--seed", "7", "--allow_changed_run")
@@ -233,7 +230,7 @@ def test_other_images_or_another_seed_are_refused_unless_allowed(finished, data,
     assert checkpoint(tmp_path / "out/checkpoint.pth")["data"]["images"] == 12
 
 
-def test_the_same_images_elsewhere_are_the_same_and_other_names_or_labels_are_not(data, tmp_path):
+def test_moved_images_are_the_same_unless_names_or_labels_change(data, tmp_path):
     def digest(folder):
         samples, classes = find_classes_folder(str(folder))
         return ImageFiles(samples, None, classes=classes).digest(str(folder))
@@ -279,7 +276,7 @@ def test_a_checkpoint_of_earlier_code_resumes(finished, data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("step", [3, 4, 8])
-def test_each_entry_of_the_log_is_the_undisturbed_runs_wherever_it_was_killed(step, finished, data, tmp_path):
+def test_the_log_is_that_of_the_undisturbed_run(step, finished, data, tmp_path):
     """4 and 8: behind an epoch's last step, before its line in log.txt."""
     shutil.copy(finished / f"checkpoint-step{step}.pth", tmp_path / "checkpoint.pth")
     lines = (finished / "log.txt").read_text().splitlines(keepends=True)
@@ -292,9 +289,7 @@ def test_each_entry_of_the_log_is_the_undisturbed_runs_wherever_it_was_killed(st
     assert told[0] == told[1]
 
 
-def test_a_published_training_checkpoint_goes_on_behind_its_epoch_and_is_kept(
-    finished, data, tmp_path, capsys
-):
+def test_a_published_checkpoint_goes_on_after_its_epoch(finished, data, tmp_path, capsys):
     """microsoft/unilm's utils.save_model: model, optimizer, epoch, scaler, args (a Namespace)."""
     ours = checkpoint(finished / "checkpoint-step4.pth")
     optimizer = ours["optimizer"]
@@ -318,5 +313,5 @@ def test_a_published_training_checkpoint_goes_on_behind_its_epoch_and_is_kept(
 @pytest.mark.parametrize("epoch", ["2", "99"])
 def test_a_start_behind_the_end_is_refused(epoch, data, tmp_path, capsys):
     assert f"--start_epoch {epoch}" in refused(
-        finetuning_flags(data, tmp_path, "--start_epoch", epoch), capsys
+        run_class_finetuning.main, finetuning_flags(data, tmp_path, "--start_epoch", epoch), capsys
     )

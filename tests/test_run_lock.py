@@ -41,7 +41,7 @@ def record(path, **changes):
 
 
 @pytest.mark.parametrize("locks", [True, False], ids=["with locks", "file system without locks"])
-def test_a_second_run_is_refused_and_a_killed_ones_place_is_taken(locks, holder, tmp_path, monkeypatch):
+def test_a_second_run_is_refused_unless_the_first_was_killed(locks, holder, tmp_path, monkeypatch):
     if not locks:
         monkeypatch.setattr(
             run_lock.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks"))
@@ -70,7 +70,7 @@ def test_another_process_of_the_same_number_is_no_holder(tmp_path, monkeypatch):
     run_lock.RunLock(tmp_path).release()
 
 
-def test_a_lock_of_another_machine_is_not_taken_and_the_way_out_is_told(tmp_path):
+def test_a_lock_of_another_machine_holds_and_says_what_to_do(tmp_path):
     path = tmp_path / run_lock.NAME
     run_lock.RunLock(tmp_path).sign()
     record(path, host="elsewhere", boot="another", pid=7)
@@ -82,9 +82,7 @@ def test_a_lock_of_another_machine_is_not_taken_and_the_way_out_is_told(tmp_path
     run_lock.RunLock(tmp_path).release()
 
 
-def test_a_run_in_the_folder_of_another_is_told_in_one_sentence_and_evaluation_is_not(
-    holder, tmp_path, capsys
-):
+def test_a_run_in_anothers_folder_is_refused_but_not_evaluation(holder, tmp_path, capsys):
     data = photos(tmp_path / "photos")
     (tmp_path / ".checkpoint.pth.1.part").write_bytes(b"what the other is writing")
     with pytest.raises(SystemExit) as stop:

@@ -13,17 +13,17 @@ import torch
 from PIL import Image
 from refusals import user_reads
 
+from data_pipeline.image_formats import load_image
 from data_pipeline.samplers import EvalSampler, ResumableSampler, build_loader
 from errors import UserError, report_user_errors
 from run_segmentation_finetuning import build_dataset, build_evaluation_view, class_settings
-from runtime import distributed
+from runtime import distributed, terminal
 from segmentation import classes as segmentation_classes
 from segmentation import image_mask_pairs
 from segmentation.classes import find_classes, read_palette
 from segmentation.image_mask_pairs import Pair, find_pairs
 from segmentation.joint_views import IGNORED, TrainingView, distorted, fitted, largest_share
 from segmentation.mask_files import read_mask
-from transforms import load_image
 
 CLASSES = ["sky", "grass", "sun", "house"]
 # of the labels, in images
@@ -162,7 +162,7 @@ def test_incomplete_and_ambiguous_pairs(tmp_path, caplog, monkeypatch):
     (tmp_path / "images/train/c.jpg").unlink()
     for name in "cb":
         (tmp_path / f"images/train/{name}.png").unlink()
-    monkeypatch.setattr(distributed.log, "propagate", True)
+    monkeypatch.setattr(terminal.log, "propagate", True)
     caplog.clear()
     assert len(find_pairs(str(tmp_path), train=True)) == 1
     assert not caplog.text
@@ -182,8 +182,8 @@ def test_incomplete_and_ambiguous_pairs(tmp_path, caplog, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------
 #   classes
-def test_names_come_from_the_list_then_from_ade_then_from_the_masks(root, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(distributed.log, "propagate", True)
+def test_names_come_from_the_list_then_ade_then_the_masks(root, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(terminal.log, "propagate", True)
     caplog.set_level(logging.INFO, "beit")
     pairs = find_pairs(str(root), train=True)
     assert read_classes(arguments(root), pairs) == ["class 0", "class 1", "class 2", "class 3"]

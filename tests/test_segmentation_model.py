@@ -65,11 +65,11 @@ def test_keys_of_the_heads_are_the_released_ones(case, classes):
     assert {key: list(value.shape) for key, value in mine.items()} == data("upernet_keys")[case]
 
 
-@pytest.mark.parametrize("name", modeling_segmentation.VARIANTS)
+@pytest.mark.parametrize("name", modeling_segmentation.MODELS)
 def test_every_variant_builds(name):
     with torch.device("meta"):
         model = create_model(name, 7, **BEIT)
-    head, size = modeling_segmentation.VARIANTS[name]
+    head, size = modeling_segmentation.MODELS[name]
     if size in ("base", "large") and head == "upernet":
         assert model.backbone.out_indices == {"base": (3, 5, 7, 11), "large": (7, 11, 15, 23)}[size]
         assert model.decode_head.bottleneck.conv.out_channels == {"base": 768, "large": 1024}[size]
@@ -132,7 +132,7 @@ def test_another_size_is_another_model_with_stretched_tables():
 
 
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused():
-    with pytest.raises(UserError, match="--input_size"):
+    with pytest.raises(UserError, match="`input_size`"):
         create_model("upernet_beit_demo_patch16", 5, img_size=100)
 
 
@@ -151,6 +151,7 @@ def step_of_a_convolution(rank, world_size, x):
     return {"out": out.detach(), "x": mine.grad, "grads": grads, "buffers": buffers}
 
 
+@pytest.mark.slow
 def test_batch_norm_over_two_processes_is_that_of_one():
     x = torch.randn(6, 3, 5, 7, generator=torch.Generator().manual_seed(1)) + 3
     alone, ranks = step_of_a_convolution(0, 1, x), run_ranks(step_of_a_convolution, 2, x)

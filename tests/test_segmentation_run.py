@@ -8,13 +8,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from many_processes import two_processes
 from PIL import Image
-from test_entries import kill_after
-from test_launchers import two_processes
+from refusals import refused
 from tiny_runs import (
+    as_flags,
     assert_same_weights,
     checkpoint,
     finetuning_flags,
+    kill_after,
     labeled_pixels,
     log_lines,
     photos,
@@ -67,7 +69,7 @@ def test_it_learns_and_writes_what_the_other_stages_write(trained):
     assert Image.open(trained / "pictures" / "segmentation-0001.png").width > 3 * 40
 
 
-def test_the_run_ends_at_max_steps_and_the_rate_falls_along_the_polynomial(data, tmp_path):
+def test_the_rate_falls_along_the_polynomial_until_max_steps(data, tmp_path):
     """7 steps of 3 an epoch: two whole epochs and one of a single step."""
     main(segmentation_flags(data, tmp_path, "--max_steps", "7", "--poly_power", "2", "--warmup_steps", "2"))
     lines = log_lines(tmp_path)
@@ -85,9 +87,7 @@ def test_poly_schedule_by_hand():
 
 
 @pytest.mark.parametrize("stop_after", [2, 4])
-def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_ends(
-    stop_after, data, tmp_path, monkeypatch
-):
+def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(stop_after, data, tmp_path, monkeypatch):
     """In the middle of an epoch and of the cut last one."""
     more = ["--max_steps", "5", "--save_ckpt_steps", "1"]
     main(segmentation_flags(data, tmp_path / "whole", *more))
@@ -101,6 +101,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_ends(
     assert [line["test_miou"] for line in whole] == [line["test_miou"] for line in parts]
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_as_one(data, tmp_path):
     """Batch norm sees the images of both; every image is evaluated once (three images, so one rank has two)."""
     # Every pixel labeled: a loss is the mean over its own rank's pixels.
@@ -127,14 +128,7 @@ def test_evaluation_is_that_of_a_confusion_matrix(trained, data, tmp_path):
     hand at the masks' size.
     """
     more = [
-        "--resume",
-        str(trained / "checkpoint-best.pth"),
-        "--device",
-        "cpu",
-        "--amp_dtype",
-        "fp32",
-        "--num_workers",
-        "0",
+        *as_flags(resume=trained / "checkpoint-best.pth", device="cpu", amp_dtype="fp32", num_workers=0),
     ]
     main(["--eval", "--data_path", str(data), "--output_dir", str(tmp_path), *more])
     result = json.loads((tmp_path / "eval.json").read_text())
@@ -160,12 +154,7 @@ def test_predictions_keep_folders_and_pass_over_broken_files(trained, data, tmp_
     Image.open(data / "images/validation/0.jpg").resize((90, 33)).save(images / "a.png")
     (images / "b.jpg").write_bytes(b"no image")
     flags = [
-        "--device",
-        "cpu",
-        "--resume",
-        str(trained / "checkpoint.pth"),
-        "--output_dir",
-        str(tmp_path / "out"),
+        *as_flags(device="cpu", resume=trained / "checkpoint.pth", output_dir=tmp_path / "out"),
     ]
     main(["--predict", str(tmp_path / "mine"), *flags, "--eval_scales", "0.5", "1.5", "--tta_flip"])
     folder = tmp_path / "out/predictions/deep"
@@ -174,9 +163,8 @@ def test_predictions_keep_folders_and_pass_over_broken_files(trained, data, tmp_
     assert "b.jpg" in capsys.readouterr().out
 
 
-def test_fine_tuning_starts_from_pretraining_and_from_another_segmentation_model(
-    trained, data, tmp_path, capsys
-):
+@pytest.mark.slow
+def test_it_starts_from_pretraining_and_from_segmentation_models(trained, data, tmp_path, capsys):
     start = student(tmp_path / "pt.pth")
     main(segmentation_flags(data, tmp_path / "a", "--finetune", str(start), "--max_steps", "3"))
     assert "copied     the shared relative position bias to 6 blocks" in capsys.readouterr().out
@@ -188,7 +176,7 @@ def test_fine_tuning_starts_from_pretraining_and_from_another_segmentation_model
     assert "heads      used 82 of 82 tensors" in capsys.readouterr().out
 
 
-def test_a_released_checkpoint_loads_strictly_and_tells_its_model(tmp_path):
+def test_a_released_checkpoint_loads_strictly(tmp_path):
     """mmseg's file: `state_dict` with the backbone's, the decode head's and the auxiliary head's names."""
     torch.manual_seed(0)
     model = modeling_segmentation.create_model(
@@ -227,13 +215,10 @@ def test_a_released_checkpoint_loads_strictly_and_tells_its_model(tmp_path):
     ],
 )
 def test_mistakes_are_told_in_a_sentence(flags, sentence, data, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(segmentation_flags(data, tmp_path, *flags))
-    assert end.value.code == 2
-    assert sentence in capsys.readouterr().err
+    assert sentence in refused(main, segmentation_flags(data, tmp_path, *flags), capsys)
 
 
-def test_a_broken_validation_mask_is_found_before_the_first_epoch(tmp_path, capsys):
+def test_broken_validation_masks_are_found_before_training(tmp_path, capsys):
     data = labeled_pixels(tmp_path / "ade")
     Image.fromarray(np.full((40, 56), 9, np.uint8)).save(data / "annotations/validation/1.png")
     with pytest.raises(SystemExit):
@@ -246,11 +231,11 @@ def test_nothing_labeled_is_an_error(tmp_path, trained, capsys):
     data = labeled_pixels(tmp_path / "ade")
     for path in (data / "annotations/validation").iterdir():
         Image.fromarray(np.zeros((40, 56), np.uint8)).save(path)
-    with pytest.raises(SystemExit):
-        main(
-            segmentation_flags(data, tmp_path / "out", "--eval", "--resume", str(trained / "checkpoint.pth"))
-        )
-    assert "not one pixel is labeled; 255 and 0 are ignored (--reduce_zero_label)" in capsys.readouterr().err
+    assert "not one pixel is labeled; 255 and 0 are ignored (--reduce_zero_label)" in refused(
+        main,
+        segmentation_flags(data, tmp_path / "out", "--eval", "--resume", str(trained / "checkpoint.pth")),
+        capsys,
+    )
 
 
 @pytest.mark.parametrize(
@@ -261,9 +246,7 @@ def test_nothing_labeled_is_an_error(tmp_path, trained, capsys):
         (1, True, "'class 0'"),
     ],
 )
-def test_masks_from_which_nothing_is_learned_are_refused_at_the_start(
-    white, reduce_zero_label, said, tmp_path, capsys
-):
+def test_masks_that_teach_nothing_are_refused_at_the_start(white, reduce_zero_label, said, tmp_path, capsys):
     data = labeled_pixels(tmp_path / "ade")
     for path in (data / "annotations").rglob("*.png"):
         Image.fromarray(np.where(np.asarray(Image.open(path)) > 1, white, 0).astype(np.uint8)).save(path)
@@ -276,9 +259,7 @@ def test_masks_from_which_nothing_is_learned_are_refused_at_the_start(
 
 
 @pytest.mark.parametrize(("before", "after"), [("3", "6"), ("6", "3")])
-def test_another_length_of_epoch_changes_neither_the_schedule_nor_the_end(
-    before, after, data, tmp_path, monkeypatch
-):
+def test_the_length_of_an_epoch_changes_neither_schedule_nor_end(before, after, data, tmp_path, monkeypatch):
     flags = ["--max_steps", "12", "--save_ckpt_steps", "1"]
     rates = []
     original = Schedule.apply
@@ -298,25 +279,17 @@ def test_another_length_of_epoch_changes_neither_the_schedule_nor_the_end(
 
 def test_the_command_line_overrides_the_file_also_with_a_default(trained, data, tmp_path, capsys):
     more = [
-        "--eval",
-        "--data_path",
-        str(data),
-        "--resume",
-        str(trained / "checkpoint.pth"),
-        "--device",
-        "cpu",
+        *as_flags(eval=True, data_path=data, resume=trained / "checkpoint.pth", device="cpu"),
     ]
     main([*more, "--output_dir", str(tmp_path), "--lr", "3"])
     said = capsys.readouterr().out
     assert "as trained --input_size 32, --reduce_zero_label" in said
     assert "--lr does nothing here: the model is finished" in said
-    with pytest.raises(SystemExit):
-        main([*more, "--keep_zero_label"])
-    assert "3 classes are labels 0 to 2" in capsys.readouterr().err
+    assert "3 classes are labels 0 to 2" in refused(main, [*more, "--keep_zero_label"], capsys)
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
-    with pytest.raises(SystemExit):
-        main([*more, "--class_names", str(tmp_path / "names.txt")])
-    assert "it has 3 classes, here are 4" in capsys.readouterr().err
+    assert "it has 3 classes, here are 4" in refused(
+        main, [*more, "--class_names", str(tmp_path / "names.txt")], capsys
+    )
 
 
 def test_one_image_its_namesake_and_an_earlier_prediction(trained, data, tmp_path, capsys):
@@ -331,27 +304,24 @@ def test_one_image_its_namesake_and_an_earlier_prediction(trained, data, tmp_pat
     main(["--predict", str(tmp_path / "a.jpg"), *flags])
     assert (tmp_path / "predictions/a_labels.png").is_file()
     (tmp_path / "b.jpg").write_bytes(b"broken")
-    with pytest.raises(SystemExit):
-        main(["--predict", str(tmp_path / "b.jpg"), *flags])
-    assert "no image could be read" in capsys.readouterr().err
+    assert "no image could be read" in refused(main, ["--predict", str(tmp_path / "b.jpg"), *flags], capsys)
 
 
 def test_other_kinds_of_files_are_called_by_name(data, trained, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(segmentation_flags(data, tmp_path, "--eval", "--resume", str(student(tmp_path / "pt.pth"))))
-    assert (
-        "is a model of masked image modeling (for --finetune): a segmentation model is needed"
-        in capsys.readouterr().err
+    assert "is a model of masked image modeling (for --finetune): a segmentation model is needed" in refused(
+        main,
+        segmentation_flags(data, tmp_path, "--eval", "--resume", str(student(tmp_path / "pt.pth"))),
+        capsys,
     )
     images = photos(tmp_path / "photos")
-    with pytest.raises(SystemExit):
-        run_class_finetuning.main(
-            finetuning_flags(images, tmp_path, "--eval", "--resume", str(trained / "checkpoint.pth"))
-        )
-    assert "a segmentation model" in capsys.readouterr().err
+    assert "a segmentation model" in refused(
+        run_class_finetuning.main,
+        finetuning_flags(images, tmp_path, "--eval", "--resume", str(trained / "checkpoint.pth")),
+        capsys,
+    )
 
 
-def test_published_segmentation_models_are_looked_at_as_they_were_trained(monkeypatch, tmp_path):
+def test_published_segmentation_models_open_as_they_were_trained(monkeypatch, tmp_path):
     name = "beitv2_base_patch16_224_pt1k_ftade20k"
     assert published.ENTRIES[name].kind == "segmentation"
     torch.save(

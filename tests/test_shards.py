@@ -2,7 +2,6 @@
 plain words for what is wrong.
 """
 
-import importlib.util
 import io
 import os
 import tarfile
@@ -12,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from refusals import user_reads
+from source_files import load_script
 from test_datasets import arguments, write_image
 from tiny_runs import (
+    as_flags,
     assert_same_weights,
     checkpoint,
     finetuning_flags,
@@ -29,21 +30,16 @@ import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
 from data_pipeline import shards
+from data_pipeline.image_formats import load_image
 from data_pipeline.image_lists import EXTENSIONS, find_shards
 from data_pipeline.samplers import SHARDS_AT_ONCE, ResumableSampler, build_loader, shuffled_by_shards
 from run_class_finetuning import build_dataset as build_finetuning_dataset
 from run_vqkd_training import build_dataset as build_vqkd_dataset
-from transforms import load_image
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def make_shards():
-    spec = importlib.util.spec_from_file_location("make_shards", ROOT / "scripts" / "make_shards.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("make_shards").main
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +75,7 @@ def jpeg(tmp_path, seed=0):
 # ── What is found ──
 
 
-def test_shards_hold_each_file_of_the_folder_once_as_it_is_with_its_label(folder, packed):
+def test_shards_hold_each_file_once_unchanged_with_its_label(folder, packed):
     members, classes = find_shards(pattern(packed))
     assert classes == ["a", "b"]
     assert members.sizes() == [5, 5, 5, 5, 4]
@@ -157,7 +153,7 @@ def test_class_numbers_without_names_and_names_in_another_order(tmp_path):
 # ── The index beside a shard ──
 
 
-def test_a_kept_index_saves_reading_the_shard_and_another_shards_is_not_believed(tmp_path, monkeypatch):
+def test_an_index_saves_reading_and_must_be_the_shards_own(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(tmp_path, 1)), ("b.jpg", jpeg(tmp_path, 2))])
     first = shards.index_of(path, EXTENSIONS)
     scans = []
@@ -234,7 +230,7 @@ def test_plain_words_for_what_is_in_shards(packed, folder, tmp_path):
 
 
 def test_images_that_are_not_taken_are_counted(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("runtime.distributed.log.propagate", True)
+    monkeypatch.setattr("runtime.terminal.log.propagate", True)
     caplog.set_level("INFO", "beit")
     image = jpeg(tmp_path)
     names = ["00.jpg", "IMG_1.2021.jpg", "IMG_2.2021.jpg", "01.jpg", "01.png", "01.json"]
@@ -260,7 +256,7 @@ def test_names_of_classes_that_are_no_text(tmp_path):
         find_shards(path)
 
 
-def test_a_label_beyond_all_images_is_refused_where_no_names_say_otherwise(tmp_path):
+def test_a_label_beyond_all_images_is_refused_without_names(tmp_path):
     write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(tmp_path)), ("a.cls", b"7")])
     flags = ["--data_path", str(tmp_path), "--data_set", "webdataset"]
     args = run_class_finetuning.get_parser().parse_args(flags)
@@ -356,7 +352,7 @@ def test_make_shards_refuses_and_leaves_nothing_half(
 # ── Order, ranks, workers, resumption ──
 
 
-def test_the_order_mixes_a_few_shards_at_a_time_and_is_a_function_of_seed_and_epoch():
+def test_the_order_mixes_few_shards_and_follows_seed_and_epoch():
     sizes = [7] * 41
     owner = torch.repeat_interleave(torch.arange(41), torch.tensor(sizes))
     sampler = ResumableSampler(sum(sizes), 4, 1, 0, 1, seed=3, shard_sizes=sizes)
@@ -374,9 +370,7 @@ def test_the_order_mixes_a_few_shards_at_a_time_and_is_a_function_of_seed_and_ep
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ranks_and_workers_share_an_epoch_without_repeats_and_a_resumed_run_reads_the_rest(
-    workers, packed, monkeypatch
-):
+def test_an_epoch_is_shared_without_repeats_and_resumed(workers, packed, monkeypatch):
     monkeypatch.setattr("data_pipeline.samplers.SHARDS_AT_ONCE", 2)
     dataset = build_vqkd_dataset(arguments(packed, data_set="webdataset"))
     assert dataset.shard_sizes == [5, 5, 5, 5, 4]
@@ -412,18 +406,11 @@ def test_a_sample_depends_on_seed_epoch_and_index_as_in_a_folder(packed):
 SHARDS = ["--data_set", "webdataset", "--num_workers", "2"]
 
 
-def test_pretraining_on_shards_stopped_within_an_epoch_ends_bit_for_bit_the_same(packed, tmp_path):
+def test_pretraining_on_shards_resumes_bit_for_bit(packed, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
     more = [
         *SHARDS,
-        "--eval_data_path",
-        str(packed),
-        "--drop_path",
-        "0.1",
-        "--save_ckpt_steps",
-        "4",
-        "--keep_ckpts",
-        "9",
+        *as_flags(eval_data_path=packed, drop_path=0.1, save_ckpt_steps=4, keep_ckpts=9),
     ]
     run_beitv2_pretraining.main(pretraining_flags(pattern(packed), tmp_path / "whole", codes, *more))
     middle = tmp_path / "whole" / "checkpoint-step8.pth"

@@ -82,7 +82,7 @@ def test_cross_entropy_of_the_head_in_low_precision(dtype, scale, near, rows, mo
         assert far(mine, truth) < min(near, 1.2 * far(theirs, truth))
 
 
-def test_extreme_logits_have_a_loss_and_those_that_are_none_have_none():
+def test_extreme_logits_have_a_loss_and_nan_has_none():
     head, hidden, target = head_and_inputs(patches=3)
     hidden *= 1e4
     loss, _, gradients = learned(linear_cross_entropy, head, hidden, target, None)

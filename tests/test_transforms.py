@@ -13,7 +13,9 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-import transforms
+from data_pipeline import augmentation, crops, resizing
+from data_pipeline.image_formats import load_image
+from data_pipeline.resizing import interpolation
 from datasets import ImageFiles
 from masking_generator import MaskingGenerator
 from transforms import (
@@ -25,8 +27,6 @@ from transforms import (
     TokenizerViews,
     eval_view,
     finetuning_view,
-    interpolation,
-    load_image,
 )
 from utils import seeded
 
@@ -89,7 +89,7 @@ def test_numbers_without_a_white_are_refused(values, tmp_path):
 
 @pytest.mark.parametrize(("brightest", "told"), [(4095, True), (40000, False)])
 def test_12_bit_images_in_16_bit_files_are_told(brightest, told, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("runtime.distributed.log.propagate", True)
+    monkeypatch.setattr("runtime.terminal.log.propagate", True)
     caplog.set_level("INFO", "beit")
     Image.fromarray(np.linspace(0, brightest, 25).astype(np.uint16).reshape(5, 5)).save(tmp_path / "x.png")
     dataset = ImageFiles([(str(tmp_path / "x.png"), None)], eval_view(32))
@@ -201,12 +201,12 @@ def test_equal_sizes_resize_once_with_the_result_of_two(monkeypatch):
         resizes.append(args)
         return resize(*args)
 
-    monkeypatch.setattr(transforms.F, "resize", counting)
+    monkeypatch.setattr(augmentation.F, "resize", counting)
     views = pretraining(second=64)
     with seeded(5):
         once = views(photo())
     assert len(resizes) == 1
-    monkeypatch.setitem(transforms.MODES, "bicubic by another name", transforms.MODES["bicubic"])
+    monkeypatch.setitem(resizing.MODES, "bicubic by another name", resizing.MODES["bicubic"])
     views.second = 64, "bicubic by another name"
     with seeded(5):
         twice = views(photo())
@@ -254,7 +254,7 @@ def test_jitter_flips_and_crop_scale_act():
 
     areas: dict[float, list[float]] = {0.05: [], 0.9: []}
     for scale, found in areas.items():
-        crop = transforms.RandomCrop(scale, 0.0, 0.0)
+        crop = crops.RandomCrop(scale, 0.0, 0.0)
         for _ in range(100):
             width, height = crop(photo(200, 200)).size
             found.append(width * height / 40000)

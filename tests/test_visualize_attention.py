@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden_values import TINY, fill
 from PIL import Image
-from tiny_runs import photos, student
+from tiny_runs import as_flags, photos, student
 
 import pretrained
 import visualize_attention
@@ -195,7 +195,7 @@ def test_a_figure_of_reference_points_and_one_of_the_blocks(weights, data, tmp_p
     )
 
 
-def test_the_mean_is_that_of_the_heads_and_the_threshold_changes_the_picture(weights, data, tmp_path):
+def test_the_mean_is_that_of_heads_and_the_threshold_acts(weights, data, tmp_path):
     args = visualize_attention.get_parser().parse_args(
         ["--checkpoint", "x", "--image", "x", "--threshold", "0.6"]
     )
@@ -223,12 +223,7 @@ def test_whole_images_each_in_its_shape(weights, tmp_path, capsys):
         weights,
         [tmp_path],
         tmp_path / "out/x.png",
-        "--keep_aspect",
-        "--query",
-        "1,3",
-        "--mean_only",
-        "--input_size",
-        "64",
+        *as_flags(keep_aspect=True, query="1,3", mean_only=True, input_size=64),
     )
     # 64 x 128 and 128 x 64, enlarged by 2
     assert picture.shape[:2] == (2 * CAPTION + GAP + 128 + 256, 2 * 256 + GAP)

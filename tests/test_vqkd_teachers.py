@@ -177,7 +177,7 @@ def test_efficientnet_lite0_is_the_packages_tenth_block() -> None:
     assert targets.shape == (2, 64, TEACHER_DIMS["efficientnet_lite0"])
     torch.testing.assert_close(targets, kept[0].flatten(2).transpose(1, 2), atol=1e-3, rtol=1e-4)
     assert (teacher.dim, teacher.standardize) == (112, True)
-    with pytest.raises(UserError, match="--teacher_input_size 224 would match"):
+    with pytest.raises(UserError, match="`teacher_input_size` 224 would match"):
         build_teacher("efficientnet_lite0", input_size=128, grid=14)
 
 

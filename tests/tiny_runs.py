@@ -1,27 +1,28 @@
 """Tiny data, a tiny tokenizer and flags with which every entry runs in a second or two."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+import engine
 import modeling_pretrain
 import modeling_vqkd
 
-SIZE = [
-    "--input_size",
-    "32",
-    "--device",
-    "cpu",
-    "--amp_dtype",
-    "fp32",
-    "--num_workers",
-    "0",
-    "--image_freq",
-    "0",
-]
+
+def as_flags(**values: object) -> list[str]:
+    """The words of a command line: as_flags(lr=1, no_mask=True) is ["--lr", "1", "--no_mask"]."""
+    words: list[str] = []
+    for name, value in values.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+SIZE = as_flags(input_size=32, device="cpu", amp_dtype="fp32", num_workers=0, image_freq=0)
 STUDENT = "beit_demo_patch16_128_8k_vocab_cls_pt"
 TOKENIZER = "vqkd_encoder_demo_decoder_1x128x4_hog"
 
@@ -78,74 +79,61 @@ def student(path: Path, name: str = STUDENT, **flags: object) -> Path:
 
 
 def vqkd_flags(data: Path, out: Path, *more: str) -> list[str]:
-    flags = [
-        "--data_path",
-        str(data),
-        "--output_dir",
-        str(out),
-        "--model",
-        TOKENIZER,
-        "--teacher_input_size",
-        "32",
-    ]
-    codes = ["--codebook_n_emd", "16", "--codebook_emd_dim", "8", "--batch_size", "4", "--lr", "1e-3"]
-    return [*flags, *codes, *SIZE, "--epochs", "2", "--warmup_epochs", "1", *more]
+    flags = as_flags(data_path=data, output_dir=out, model=TOKENIZER, teacher_input_size=32)
+    codes = as_flags(codebook_n_emd=16, codebook_emd_dim=8, batch_size=4, lr=1e-3)
+    return [*flags, *codes, *SIZE, *as_flags(epochs=2, warmup_epochs=1), *more]
 
 
 def pretraining_flags(data: Path, out: Path, tokenizer_path: Path, *more: str) -> list[str]:
-    flags = [
-        "--data_path",
-        str(data),
-        "--output_dir",
-        str(out),
-        "--model",
-        STUDENT,
-        "--tokenizer_model",
-        TOKENIZER,
-    ]
-    flags += ["--tokenizer_weight", str(tokenizer_path), "--second_input_size", "32", "--codebook_size", "16"]
-    flags += [
-        "--codebook_dim",
-        "8",
-        "--early_layers",
-        "4",
-        "--head_layers",
-        "1",
-        "--batch_size",
-        "4",
-        "--lr",
-        "1e-3",
-    ]
-    return [*flags, *SIZE, "--num_mask_patches", "2", "--epochs", "2", "--warmup_epochs", "1", *more]
+    flags = as_flags(data_path=data, output_dir=out, model=STUDENT, early_layers=4, head_layers=1)
+    codes = as_flags(tokenizer_model=TOKENIZER, tokenizer_weight=tokenizer_path, second_input_size=32)
+    codes += as_flags(codebook_size=16, codebook_dim=8)
+    schedule = as_flags(batch_size=4, lr=1e-3, epochs=2, warmup_epochs=1)
+    return [*flags, *codes, *schedule, *SIZE, *as_flags(num_mask_patches=2), *more]
 
 
 def finetuning_flags(data: Path, out: Path, *more: str) -> list[str]:
-    flags = [
-        "--data_path",
-        str(data),
-        "--eval_data_path",
-        str(data),
-        "--output_dir",
-        str(out),
-        "--data_set",
-        "image_folder",
-    ]
-    flags += ["--model", "beit_demo_patch16_128", "--batch_size", "4", "--lr", "1e-3", "--layer_decay", "0.8"]
-    return [*flags, *SIZE, "--epochs", "2", "--warmup_epochs", "1", *more]
+    flags = as_flags(data_path=data, eval_data_path=data, output_dir=out, data_set="image_folder")
+    model = as_flags(model="beit_demo_patch16_128", layer_decay=0.8)
+    schedule = as_flags(batch_size=4, lr=1e-3, epochs=2, warmup_epochs=1)
+    return [*flags, *model, *schedule, *SIZE, *more]
 
 
 def segmentation_flags(data: Path, out: Path, *more: str) -> list[str]:
-    flags = [
-        "--data_path",
-        str(data),
-        "--output_dir",
-        str(out),
-        "--model",
-        "upernet_beit_demo_patch16",
-        "--reduce_zero_label",
-    ]
-    flags += ["--batch_size", "2", "--lr", "1e-3", "--layer_decay", "0.8", "--nb_classes", "3"]
-    return [*flags, *SIZE, "--max_steps", "6", "--steps_per_epoch", "3", "--warmup_steps", "1", *more]
+    flags = as_flags(data_path=data, output_dir=out, reduce_zero_label=True, nb_classes=3)
+    model = as_flags(model="upernet_beit_demo_patch16", layer_decay=0.8)
+    schedule = as_flags(batch_size=2, lr=1e-3, max_steps=6, steps_per_epoch=3, warmup_steps=1)
+    return [*flags, *model, *schedule, *SIZE, *more]
+
+
+def kill_after(steps, monkeypatch):
+    """End the run like Ctrl-C once `steps` optimizer steps, and what follows them, are done."""
+    original, taken = engine.accumulate_gradients, []
+
+    def counted(*args):
+        if len(taken) == steps:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(engine, "accumulate_gradients", counted)
+
+
+class RunsCode:
+    """Makes a file where an unpickler obeys what a pickle asks for."""
+
+    def __init__(self, trace: Path | str) -> None:
+        self.trace = str(trace)
+
+    def __reduce__(self) -> tuple[Callable, tuple[str]]:
+        return os.system, (f"touch {self.trace}",)
+
+
+class MeanSquare(engine.Stage):
+    """Of the model's output: a loss that needs no labels."""
+
+    def step(self, model, batch):
+        return model(batch["image"]).square().mean(), {}
 
 
 def log_lines(out: Path) -> list[dict]:

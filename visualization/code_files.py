@@ -23,15 +23,20 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from torchvision.utils import save_image
 
 import norm_ema_quantizer
 from checkpoint_io import checkpoints
 from errors import UserError
+from runtime.terminal import log
+from transforms import ImageOnly
+from visualization import drawing, inputs
 
 ABOUT = "about.json"
 RESULTS = ("codes.npy", "codes.jsonl")
 LISTS = ("files", "skipped")  # .txt
 BLOCK = 4096  # images read at a time
+SHEET, SHEET_COLUMNS = 16, 8  # token maps on one picture
 MOST_CODES = 1 << 24
 ABOUT_TYPES: dict[str, Any] = {  # of the entries of about.json that readers need
     "images": int,
@@ -223,3 +228,34 @@ def read_codes(folder: str, flag: str) -> EncodedFolder:
             f"{flag} {folder}: {ABOUT} and codes.npy do not belong together; encode the images again"
         )
     return EncodedFolder(path, about, codes)
+
+
+def draw_token_maps(parts: Parts, view: ImageOnly, root: str, count: int) -> None:
+    """Draw the first `count` images, whose names are relative to the folder `root`, above
+    their token maps: SHEET of them in a picture token_maps-N.png beside the codes.
+    """
+    for old in parts.folder.glob("token_maps-*.png"):
+        old.unlink()
+    readable = (
+        (name, codes, picture)
+        for name, codes in parts.images()
+        if (picture := inputs.read_or_leave_out(os.path.join(root, name))) is not None
+    )
+    shown = itertools.islice(readable, count)
+    for number in itertools.count():
+        images, maps = [], []
+        for name, codes, picture in itertools.islice(shown, SHEET):
+            image = drawing.enlarge(view(picture)["image"])
+            grid = torch.from_numpy(codes.astype(np.int64))
+            images.append(drawing.add_caption(image, name))
+            maps.append(drawing.token_map(grid, parts.n_codes, image.shape[1:]))
+        if not images:
+            return
+        rows = [
+            drawing.side_by_side(row[start : start + SHEET_COLUMNS])
+            for start in range(0, len(images), SHEET_COLUMNS)
+            for row in (images, maps)
+        ]
+        path = parts.folder / f"token_maps-{number}.png"
+        save_image(drawing.stack_rows(rows), path)
+        log.info(f"maps       {path}")

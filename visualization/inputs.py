@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import save_image
 
+from data_pipeline.image_formats import load_image
 from data_pipeline.image_lists import find_images_or_file
 from errors import UserError
-from runtime.distributed import log
-from transforms import load_image
+from runtime.terminal import log
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".pdf")
 PAGES = (".html", ".htm")

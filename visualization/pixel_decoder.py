@@ -16,11 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import modeling_vqkd
-from checkpoint_io import downloads, weight_files, weight_formats
+from checkpoint_io import downloads, tokenizer_weights, weight_files, weight_formats
 from errors import UserError
+from layers.init_weights import truncated_normal_
 from modeling_finetune import VisionTransformer
 from modeling_vqkd import PATCH_SIZE, VQKD
-from vit_backbone import truncated_normal_
 
 HEAD_DIM = 32
 
@@ -130,10 +130,14 @@ def open_reconstructor(source: str, flag: str) -> Reconstructor:
         for key, value in weights.items()
         if key.startswith("tokenizer.")
     }
+    tokenizer_weights.require_tokenizer(own, f"{flag} {source}")
     settings: dict[str, Any] = modeling_vqkd.settings_of(own, {}, f"{flag} {source}")
     teacher_dim = len(own["decode_task_layer.2.bias"])
     tokenizer = modeling_vqkd.create_model(**settings, as_tokenizer=True, decoder_out_dim=teacher_dim)
-    depth, dim = modeling_vqkd.depth_of(weights, "decoder.vit"), weights["decoder.to_pixels.weight"].shape[0]
+    depth, dim = (
+        tokenizer_weights.depth_of(weights, "decoder.vit"),
+        weights["decoder.to_pixels.weight"].shape[0],
+    )
     model = Reconstructor(tokenizer, depth, dim)
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)

@@ -1,0 +1,136 @@
+"""Views that are one random crop of an image, resized to some sizes."""
+
+from __future__ import annotations
+
+import functools
+from typing import IO, Any
+
+import torch
+from PIL import Image
+
+from data_pipeline.augmentation import (
+    Drawing,
+    Drawn,
+    Draws,
+    as_numbers,
+    exact_crop,
+    jitter_and_flip,
+    jitter_and_flip_all,
+    resized,
+    resized_faster,
+    sampled_pivot,
+)
+from data_pipeline.image_formats import Size, Source, load_image
+from data_pipeline.resizing import interpolation
+from errors import ParameterError, pick
+
+ASPECT_RANGE = [3 / 4, 4 / 3]  # width / height of a random crop
+
+
+PIPELINES = dict.fromkeys(("exact", "fast"))
+
+
+# a crop is decoded to so many times the pixels of a view's side, or more: 9 dB nearer
+# than 1
+DECODED_TO_SHOWN = 1.5
+
+
+class RandomCrop:
+    """Color jitter, flips and one random crop, not resized yet: the randomness that all
+    views of one image share.
+    """
+
+    def __init__(self, min_crop_scale: float, color_jitter: float, vflip: float) -> None:
+        check_ranges(min_crop_scale, color_jitter, vflip)
+        self.draw = Drawing([min_crop_scale, 1.0], ASPECT_RANGE, color_jitter, vflip)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return exact_crop(image, self.draw(image.size))
+
+
+class Crops:
+    """Views that are one random crop, resized to some sizes.
+
+    `data_pipeline` exact: as torchvision's transforms on PIL images, bit for bit. fast: a
+    JPEG is decoded no larger than the resize needs, resized by torch, and jittered
+    behind the resize; with `augment_on_device` the jitter and the flips are left to
+    `device_transform`, with the same result.
+    """
+
+    def __init__(self, crop: RandomCrop, data_pipeline: str, augment_on_device: bool) -> None:
+        pick(PIPELINES, data_pipeline, "`data_pipeline`")
+        if augment_on_device and data_pipeline != "fast":
+            raise ParameterError(
+                "`augment_on_device` jitters colors behind the resize, which `data_pipeline` exact does "
+                "not: add `data_pipeline` fast, or leave it out"
+            )
+        self.crop, self.fast, self.augment_on_device = crop, data_pipeline == "fast", augment_on_device
+
+    def sizes(self) -> dict[str, tuple[int, str]]:
+        """Name of a view -> side and interpolation."""
+        raise NotImplementedError
+
+    def load(self, source: Source | IO[bytes]) -> Image.Image | Drawn:
+        """An image for `transform`; raises what load_image raises."""
+        if not self.fast:
+            return load_image(source)
+        drawn: list[Draws] = []
+
+        def enough(size: Size) -> Size:
+            drawn.append(self.crop.draw(size))
+            needed = DECODED_TO_SHOWN * max(side for side, _ in self.sizes().values())
+            shrink = min(drawn[0].width, drawn[0].height) / needed
+            return int(-(-size[0] // shrink)), int(-(-size[1] // shrink))
+
+        image = load_image(source, enough)
+        return Drawn(image, drawn[0] if drawn else self.crop.draw(image.size))
+
+    def transform(self, loaded: Image.Image | Drawn) -> dict[str, torch.Tensor]:
+        """A sample as it travels: each view (3, S, S) uint8, and what `device_transform` needs to know."""
+        image, draws = loaded if isinstance(loaded, Drawn) else Drawn(loaded, self.crop.draw(loaded.size))
+        if not self.fast:
+            crop = exact_crop(image, draws)
+            return {
+                name: resized(crop, side, interpolation(mode)) for name, (side, mode) in self.sizes().items()
+            }
+        pivot, drawn = sampled_pivot(image, draws.operations), Drawn(image, draws)
+        views = {
+            name: resized_faster(drawn, side, interpolation(mode))
+            for name, (side, mode) in self.sizes().items()
+        }
+        if self.augment_on_device:
+            return views | {"draws": as_numbers(draws, pivot)}
+        return {name: jitter_and_flip(view, draws, pivot) for name, view in views.items()}
+
+    def device_transform(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of samples, on any device, as the network takes it: views (B, 3, S, S) float in [0, 1]."""
+        batch = dict(batch)
+        draws = batch.pop("draws", None)
+        for name in self.sizes():
+            images = batch[name] if draws is None else jitter_and_flip_all(batch[name], draws)
+            batch[name] = images.contiguous().float() / per_channel((255.0,), images.device)
+        return batch
+
+    def __call__(self, image: Image.Image | Drawn) -> dict[str, torch.Tensor]:
+        """One image as the network takes it."""
+        batch = {name: value[None] for name, value in self.transform(image).items()}
+        return {name: value[0] for name, value in self.device_transform(batch).items()}
+
+
+@functools.cache
+def per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """(C, 1, 1) on the device. Divided by as a tensor: GPUs multiply by the reciprocal of
+    a number, which rounds otherwise.
+    """
+    return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+def check_ranges(min_crop_scale: float, color_jitter: float, vflip: float) -> None:
+    if not 0 < min_crop_scale <= 1:
+        raise ParameterError(
+            f"`min_crop_scale` {min_crop_scale}: give a share of the area above 0 and up to 1"
+        )
+    if color_jitter < 0:
+        raise ParameterError(f"`color_jitter` {color_jitter}: give 0 (off) or more")
+    if not 0 <= vflip <= 1:
+        raise ParameterError(f"`vflip` {vflip}: give a probability from 0 to 1")

@@ -1,0 +1,47 @@
+"""What a run prints: the log of rank 0, the errors of every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import sys
+
+from tqdm import tqdm
+
+log = logging.getLogger("beit")  # information on rank 0 only, errors on every rank: see start()
+
+
+class TerminalHandler(logging.Handler):
+    """Lines on stdout that leave a progress bar on stderr whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # the terminal is gone, or who read the pipe
+            discard_output()
+
+
+def discard_output() -> None:
+    """What is printed from here on goes nowhere: that nobody reads it is no reason for a run to end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def set_up_logging(rank: int) -> None:
+    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    handler = TerminalHandler()
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    log.handlers = [handler]
+    log.propagate = False
+
+
+@functools.cache
+def log_once(text: str) -> None:
+    """For what concerns images that may be looked for several times."""
+    log.info(text)
