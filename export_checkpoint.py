@@ -21,6 +21,7 @@ from checkpoint_io.remapping import summarize_names
 from checkpoint_io.weight_source import Source
 from data_pipeline.imagenet_classes import in_words, synsets
 from errors import UserError, pick, report_user_errors
+from flags.images import add_opened_model_flags
 from pretrained import ModelHints
 from runtime import terminal
 from runtime.terminal import log
@@ -84,25 +85,9 @@ def get_parser() -> argparse.ArgumentParser:
         help="imagenet-1k, or a file: one name a line, or a JSON list or {id: name}",
     )
     parser.add_argument(
-        "--input_size",
-        type=arguments.image_size,
-        default=None,
-        help="side, or height x width; default: the model's",
-    )
-    parser.add_argument(
         "--model", default=None, help=("the model that the file must hold; default: read from the shapes")
     )
-    parser.add_argument(
-        "--num_heads",
-        type=arguments.small_count,
-        default=None,
-        help="for unknown sizes without position bias",
-    )
-    parser.add_argument(
-        "--imagenet_default_mean_and_std",
-        action="store_true",
-        help="the checkpoint's own setting if it has one",
-    )
+    add_opened_model_flags(parser)
     return parser
 
 

@@ -21,7 +21,7 @@ import arguments
 import modeling_finetune
 import pretrained
 from errors import UserError, report_user_errors
-from flags.images import add_shown_image_flags, add_view_flags
+from flags.images import add_opened_model_flags, add_shown_image_flags, add_view_flags
 from layers.rel_pos_bias import as_pair
 from modeling_finetune import VisionTransformer
 from runtime import terminal
@@ -50,12 +50,6 @@ def get_parser() -> argparse.ArgumentParser:
         "--output", type=arguments.expand_home, default="attention.png", help="picture to write, best a PNG"
     )
     parser.add_argument(
-        "--num_heads",
-        type=arguments.small_count,
-        default=None,
-        help="for files of an unknown size without position bias",
-    )
-    parser.add_argument(
         "--layer",
         type=block_or_all,
         default=-1,
@@ -76,22 +70,12 @@ def get_parser() -> argparse.ArgumentParser:
         help="show the fewest patches that hold this share of the attention, such as 0.6, not a heat map",
     )
     parser.add_argument(
-        "--input_size",
-        type=arguments.image_size,
-        default=None,
-        help="side, or height x width; default: the model's",
-    )
-    parser.add_argument(
         "--keep_aspect",
         action="store_true",
         help=("whole images, --input_size is their shorter side; else a center crop"),
     )
     parser.add_argument("--columns", type=arguments.small_count, default=8, help="pictures in a line")
-    parser.add_argument(
-        "--imagenet_default_mean_and_std",
-        action="store_true",
-        help="the checkpoint's own setting if it has one",
-    )
+    add_opened_model_flags(parser)
     add_view_flags(parser)
     return parser
 

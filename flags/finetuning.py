@@ -15,7 +15,6 @@ from arguments import (
     below_one,
     crop_share,
     expand_home,
-    fraction,
     new_parser,
     not_negative,
     not_negative_number,
@@ -25,7 +24,7 @@ from arguments import (
 )
 from data_pipeline import imagenet_classes
 from errors import UserError, pick
-from flags.images import add_data_flags, add_vit_flags
+from flags.images import add_data_flags, add_label_flags, add_vit_flags
 from flags.optimization import add_optimizer_flags
 from flags.run import add_run_flags, add_step_flags
 from layers.rel_pos_bias import as_pair
@@ -57,7 +56,7 @@ def get_parser() -> argparse.ArgumentParser:
 def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("classifier")
     g.add_argument("--model", default="beit_base_patch16_224")
-    g.add_argument("--nb_classes", type=Number(int, 0, 2**20), default=0, help="0: as many as the data has")
+    add_label_flags(g)
     g.add_argument("--finetune", type=expand_home, default="", help=f"pretrained weights: {WEIGHTS}")
     g.add_argument(
         "--model_key", default="model|module", help="where the weights are in that file, first hit wins"
@@ -84,12 +83,6 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
         help="learning rate factor per layer down; see docs/recipes",
     )
     g.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true")
-    g.add_argument(
-        "--label_fraction",
-        type=fraction,
-        default=1.0,
-        help="train on a fixed, class-balanced share of the labels",
-    )
     g.add_argument(
         "--model_ema",
         action="store_true",

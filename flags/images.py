@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from arguments import (
+    Number,
     add_switch,
     below_one,
     crop_share,
@@ -15,6 +17,7 @@ from arguments import (
     pixels,
     positive,
     probability,
+    small_count,
 )
 from data_pipeline.samplers import LoaderSettings
 from datasets import ImageSource
@@ -118,6 +121,34 @@ def add_vit_flags(parser: argparse.ArgumentParser) -> None:
         type=below_one,
         default=0.1,
         help="stochastic depth of the last block; 0 for 300 epochs of pretraining",
+    )
+
+
+def add_label_flags(group: Any) -> None:
+    """Which labels a classifier learns."""
+    group.add_argument(
+        "--nb_classes", type=Number(int, 0, 2**20), default=0, help="0: as many as the data has"
+    )
+    group.add_argument(
+        "--label_fraction",
+        type=fraction,
+        default=1.0,
+        help="train on a fixed, class-balanced share of the labels",
+    )
+
+
+def add_opened_model_flags(parser: argparse.ArgumentParser) -> None:
+    """What a file of weights may leave open, for the scripts that build the model from it."""
+    parser.add_argument(
+        "--input_size", type=image_size, default=None, help="side, or height x width; default: the model's"
+    )
+    parser.add_argument(
+        "--num_heads", type=small_count, default=None, help="for unknown sizes without position bias"
+    )
+    parser.add_argument(
+        "--imagenet_default_mean_and_std",
+        action="store_true",
+        help="the checkpoint's own setting if it has one",
     )
 
 

@@ -9,19 +9,17 @@ from typing import Any
 from arguments import (
     WEIGHTS,
     Flags,
-    Number,
     above_zero,
     changed_flags,
     crop_share,
     expand_home,
-    fraction,
     new_parser,
     parse,
     positive,
     small_count,
 )
 from errors import UserError
-from flags.images import add_data_flags
+from flags.images import add_data_flags, add_label_flags
 from flags.optimization import add_optimizer_flags
 from flags.run import add_run_flags
 
@@ -87,13 +85,7 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
         help="CLS token, mean of the patch tokens, or both in a row; auto: cls for files of BEiT v2's "
         "pretraining, else cls_mean (--linear) or mean (--knn)",
     )
-    g.add_argument("--nb_classes", type=Number(int, 0, 2**20), default=0, help="0: as many as the data has")
-    g.add_argument(
-        "--label_fraction",
-        type=fraction,
-        default=1.0,
-        help="train on a fixed, class-balanced share of the labels",
-    )
+    add_label_flags(g)
     g.add_argument(
         "--crop_pct", type=crop_share, default=None, help="center crop; default 0.875, 1.0 from 384 pixels up"
     )
