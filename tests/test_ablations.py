@@ -80,6 +80,7 @@ POSITIONS = {
 DEFAULT_POSITIONS = {"--abs_pos_emb": "no --abs_pos_emb", "--disable_rel_pos_bias": "--rel_pos_bias"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POSITIONS)
 def test_positions(name, data, tmp_path, capsys):
     run_beitv2_pretraining.main(pixel_flags(data, tmp_path, *POSITIONS[name]))

@@ -132,6 +132,7 @@ def test_every_stage_trains_the_same_with_grad_checkpointing(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("build", [student, classifier])
 def test_each_part_is_one_graph_and_is_compiled_once(build, recompute, graphs):
@@ -155,6 +156,7 @@ def test_each_part_is_one_graph_and_is_compiled_once(build, recompute, graphs):
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.slow
 def test_a_frozen_tokenizer_is_compiled_for_whole_batches(graphs):
     torch.manual_seed(0)
     model = modeling_vqkd.create_model(
@@ -169,6 +171,7 @@ def test_a_frozen_tokenizer_is_compiled_for_whole_batches(graphs):
     assert not graphs["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_compiled_runs_follow_the_curve_and_save_plain_weights(
     stage, ten_photos, tokenizer_weight, tmp_path, graphs
@@ -264,6 +267,7 @@ EXPORTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", ["export", "trace"])
 @pytest.mark.parametrize("name", EXPORTED)
@@ -287,6 +291,7 @@ def test_an_exported_model_takes_batches_of_any_size(name, way):
             torch.testing.assert_close(exported(*some), model(*some), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", ["export", "trace"])
 @pytest.mark.parametrize("name", ["upernet", "setr_pup"])

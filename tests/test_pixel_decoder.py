@@ -50,6 +50,7 @@ def four_photos(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_it_draws_what_the_codes_tell_and_beats_the_mean_color(tokenizer_weight, tmp_path):
     images, out = four_photos(tmp_path / "images"), tmp_path / "out"
     longer = ["--epochs", "150", "--lr", "0.1", "--eval_freq", "150", "--print_freq", "1000"]  # times 4 / 128

@@ -90,6 +90,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_resumed_state_that_does_not_fit_is_refused_by_name(fault, finished, data, tmp_path, capsys):
     change, says = FAULTS[fault]

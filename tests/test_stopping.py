@@ -270,6 +270,7 @@ def test_a_signal_before_the_first_step_ends_with_success(name, data, tokenizer_
     assert not (tmp_path / "run.lock").exists()
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_and_ends_with_success(data, tokenizer_weight, tmp_path):
     """The terminal goes away while the run prints to it, and SIGHUP comes."""
     import pty

@@ -162,6 +162,7 @@ def test_the_picture_shows_image_mask_and_pasted_prediction(data, tmp_path):
     assert torch.allclose(picture, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [4, 6])  # of 4 steps an epoch
 def test_a_resumed_pixel_run_is_exact(stop_after, data, tmp_path, monkeypatch):
     whole, broken = (pixel_flags(data, tmp_path / name, "--drop_path", "0.1") for name in ("whole", "broken"))
@@ -177,6 +178,7 @@ def test_a_resumed_pixel_run_is_exact(stop_after, data, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_task_alone(data, tokenizer_weight, tmp_path, capsys):
     pretrain(data, tmp_path, tokenizer_weight, "--epochs", "1")
     for more, sentence in (
