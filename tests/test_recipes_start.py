@@ -5,7 +5,7 @@ its end, trains one epoch.
 import pytest
 import tiny_runs
 import torch
-from test_recipes import ABLATION_FILES, RECIPES, dry_run
+from recipe_runs import ABLATION_FILES, RECIPES, dry_run
 
 import modeling_dvae
 import modeling_finetune
