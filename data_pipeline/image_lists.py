@@ -8,13 +8,14 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Sequence
 from pathlib import PurePath
 
 import numpy as np
 import torchvision
 
 from data_pipeline import shards
+from data_pipeline.folders import check_folder, list_class_folders, list_images, list_parents, report_left_out
 from data_pipeline.image_formats import EXTENSIONS
 from errors import ParameterError, UserError
 from runtime.distributed import barrier, is_main
@@ -22,7 +23,6 @@ from runtime.terminal import log_once
 from utils import derive_seed
 
 ACCEPTED = f"accepted: {' '.join(EXTENSIONS)}"
-SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume Information")
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 
 # image (file, pixels, member of a tar), label
@@ -31,10 +31,10 @@ Samples = Sequence[tuple[str | np.ndarray | shards.Member, int | None]]
 
 def find_images(root: str, origin: str = "`data_path`") -> tuple[Samples, None]:
     """Every image below `root`, however nested, unlabeled, in the order of the paths."""
-    need_folder(root, origin)
+    check_folder(root, origin)
     left_out: Counter[str] = Counter()
-    samples: Samples = [(path, None) for path in images_below(root, left_out)]
-    tell_left_out(left_out, f"{origin} {root}")
+    samples: Samples = [(path, None) for path in list_images(root, left_out)]
+    report_left_out(left_out, f"{origin} {root}")
     if not samples:
         raise UserError(f"{origin} {root}: no images in this folder or below it ({ACCEPTED})")
     return samples, None
@@ -51,8 +51,8 @@ def find_classes_folder(
     root: str, origin: str = "`data_path`", classes: Sequence[str] | None = None
 ) -> tuple[Samples, Sequence[str]]:
     """root/class/**/image, labeled in the order of the names; `classes`: the names that exist and their order."""
-    need_folder(root, origin)
-    found = class_folders(root)
+    check_folder(root, origin)
+    found = list_class_folders(root)
     if not found:
         raise UserError(
             f"{origin} {root}: no class folders in it; labeled images are expected as class_name/image.jpg"
@@ -74,20 +74,18 @@ def find_classes_folder(
             f"{origin} {root}: class folders '{twice[0]}' and '{twice[1]}' are the same folder; remove "
             "one of the links"
         )
-    above = _with_parents(os.path.realpath(root)).union(
-        *(map(str, PurePath(path).parents) for path in others)
-    )
+    above = list_parents(os.path.realpath(root)).union(*(map(str, PurePath(path).parents) for path in others))
     with os.scandir(root) as entries:
         loose = sum(entry.is_file() and entry.name.lower().endswith(EXTENSIONS) for entry in entries)
     left_out = Counter({"beside the class folders": loose})
     for label, name in enumerate(names):
-        paths = images_below(os.path.join(root, name), left_out, above=above, others=others)
+        paths = list_images(os.path.join(root, name), left_out, above=above, others=others)
         if not paths and classes is None:  # a validation split need not have every class
             raise UserError(
                 f"{origin} {root}: class folder '{name}' has no images ({ACCEPTED}); fill or remove it"
             )
         samples += [(path, label) for path in paths]
-    tell_left_out(left_out, f"{origin} {root}")
+    report_left_out(left_out, f"{origin} {root}")
     if not samples:
         raise UserError(f"{origin} {root}: no images in its class folders ({ACCEPTED})")
     return samples, names
@@ -119,7 +117,7 @@ def read_class_index(file: str, root: str, origin: str = "`data_path`") -> tuple
         with open(file, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    name, paths = _index_line(line, f"{where}, line {number}")
+                    name, paths = _parse_index_line(line, f"{where}, line {number}")
                     if name in files:
                         raise UserError(
                             f"{where}, line {number}: class '{name}' was listed before; "
@@ -159,7 +157,7 @@ def read_class_index(file: str, root: str, origin: str = "`data_path`") -> tuple
     return samples, sorted(files)
 
 
-def _index_line(line: str, where: str) -> tuple[str, list[str]]:
+def _parse_index_line(line: str, where: str) -> tuple[str, list[str]]:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -214,7 +212,7 @@ def find_shards(
     paths = shards.find_shards(pattern, origin)
     if not is_main():
         barrier()
-    members = shards.members_of(paths, EXTENSIONS, origin)
+    members = shards.list_members(paths, EXTENSIONS, origin)
     if is_main():
         barrier()
     if members.left_out:
@@ -227,7 +225,7 @@ def find_shards(
     if members.labels is None:
         return members, None
     most = int(members.labels.max()) + 1
-    own = shards.class_names(paths)
+    own = shards.read_class_names(paths)
     names = own or list(classes or map(str, range(most)))
     if most > len(names):
         raise UserError(
@@ -244,7 +242,7 @@ def find_shards(
     return members.with_labels(theirs[members.labels]), list(classes)
 
 
-def class_balanced_share(samples: Samples, fraction: float, seed: int = 0) -> Samples:
+def take_class_balanced_share(samples: Samples, fraction: float, seed: int = 0) -> Samples:
     """max(1, round(fraction * n)) of each class's n images, in the old order.
 
     Always the same ones for a seed; a smaller share is part of a larger one.
@@ -263,92 +261,3 @@ def class_balanced_share(samples: Samples, fraction: float, seed: int = 0) -> Sa
     if isinstance(samples, shards.Members):
         return samples.take(sorted(kept))
     return [samples[index] for index in sorted(kept)]
-
-
-def need_folder(root: str, origin: str) -> None:
-    if not os.path.isdir(root):
-        raise UserError(f"{origin} {root}: {'is not a folder' if os.path.exists(root) else 'no such folder'}")
-
-
-def class_folders(root: str) -> list[str]:
-    """Names of the folders in `root`, sorted; none of those of the system, nor links to `root` or above it."""
-    above = _with_parents(os.path.realpath(root))
-    with os.scandir(root) as entries:
-        folders = [entry for entry in entries if entry.is_dir() and not _is_of_the_system(entry.name)]
-    return sorted(
-        entry.name for entry in folders if not (entry.is_symlink() and os.path.realpath(entry.path) in above)
-    )
-
-
-def images_below(
-    root: str,
-    left_out: Counter[str] | None = None,
-    endings: tuple[str, ...] = EXTENSIONS,
-    above: Collection[str] = (),
-    others: Set[str] = frozenset(),
-) -> list[str]:
-    """Sorted paths; what is left out is counted in `left_out`.
-
-    Symbolic links to folders are followed, and each folder is read once: links may form
-    a circle. They are not followed to folders above `root`, of `above`, and in `others`
-    or below (real paths, of all classes).
-    """
-    left_out = Counter() if left_out is None else left_out
-    paths: list[str] = []
-    visited: set[str] = set()
-    start = _with_parents(os.path.realpath(root))
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:
-            subfolders.clear()
-            continue
-        if folder != root and (
-            real in start or real in above or not others.isdisjoint(_with_parents(real) - start)
-        ):
-            log_once(f"left out   {folder}: a link to a folder above or of another class")
-            subfolders.clear()
-            continue
-        visited.add(real)
-        for name in filter(_is_of_the_system, subfolders):
-            kind = "in hidden folders" if name.startswith(".") else f"in {name}"
-            left_out[kind] += _count_images(os.path.join(folder, name), endings)
-        subfolders[:] = sorted(name for name in subfolders if not _is_of_the_system(name))
-        for name in names:
-            if not name.lower().endswith(endings):
-                left_out[os.path.splitext(name.lower())[1] or "without ending"] += not name.startswith(".")
-            elif name.startswith("."):
-                left_out["hidden"] += 1
-            else:
-                paths.append(os.path.join(folder, name))
-    return sorted(paths)
-
-
-def tell_left_out(left_out: Counter[str], where: str, endings: Sequence[str] = EXTENSIONS) -> None:
-    """One line, if there is anything to tell."""
-    kinds = [f"{count:,} {kind}" for kind, count in left_out.most_common() if count]
-    if kinds:
-        log_once(f"left out   of {where}: {shortened(kinds)} (accepted: {' '.join(endings)})")
-
-
-def refuse_one_class(names: Sequence[str], origin: str) -> None:
-    """Tell the classes; UserError for fewer than two."""
-    if len(names) < 2:
-        raise UserError(f"{origin}: has one class, '{shortened(names)}'; two classes at least are needed")
-    log_once(f"classes    {len(names)}: {shortened(names)}")
-
-
-def shortened(names: Sequence[str], most: int = 8) -> str:
-    shown = [name if len(name) <= 40 else f"{name[:37]}..." for name in names[:most]]
-    return ", ".join(shown) + (", ..." if len(names) > most else "")
-
-
-def _is_of_the_system(name: str) -> bool:
-    return name.startswith(".") or name in SYSTEM_FOLDERS
-
-
-def _with_parents(real: str) -> set[str]:
-    return {real, *map(str, PurePath(real).parents)}
-
-
-def _count_images(folder: str, endings: tuple[str, ...]) -> int:
-    return sum(name.lower().endswith(endings) for _, _, names in os.walk(folder) for name in names)

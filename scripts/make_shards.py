@@ -26,7 +26,7 @@ import webdataset  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import arguments  # noqa: E402
-from data_pipeline import shards  # noqa: E402
+from data_pipeline import shard_index, shards  # noqa: E402
 from data_pipeline.image_formats import open_regular  # noqa: E402
 from data_pipeline.image_lists import EXTENSIONS, Samples, find_classes_folder, find_images  # noqa: E402
 from errors import ArgumentParser, UserError, printable, report_user_errors  # noqa: E402
@@ -120,7 +120,7 @@ def write_shard(path: Path, samples: Any) -> None:
                 content: dict[str, Any] = {"__key__": key, kind[1:].lower(): read_image_bytes(source)}
                 writer.write(content if label is None else content | {"cls": str(label).encode()})
         os.replace(temporary, path)
-        shards.keep_index(str(path), EXTENSIONS, shards.scan(str(path), EXTENSIONS))
+        shard_index.keep_index(str(path), EXTENSIONS, shard_index.scan(str(path), EXTENSIONS))
     except OSError as error:
         raise UserError(
             f"could not write {path} ({error.strerror}: {error.filename or 'the disk'}); start anew"

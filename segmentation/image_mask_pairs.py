@@ -19,8 +19,8 @@ from torch import Tensor
 
 from data_pipeline.crops import per_channel
 from data_pipeline.files import Files, reason_of
+from data_pipeline.folders import check_folder, list_images, report_left_out
 from data_pipeline.image_formats import EXTENSIONS, load_image, open_image
-from data_pipeline.image_lists import images_below, need_folder, tell_left_out
 from errors import UserError
 from runtime import distributed
 from runtime.terminal import log
@@ -59,8 +59,8 @@ def find_pairs(folder: str, train: bool, origin: str = "`data_path`", warn: bool
     found = []
     for each, endings in ((image_folder, EXTENSIONS), (mask_folder, ENDINGS)):
         left_out: Counter[str] = Counter()
-        found.append(_by_stem(images_below(each, left_out, endings), each))
-        tell_left_out(left_out, each, endings)
+        found.append(_by_stem(list_images(each, left_out, endings), each))
+        report_left_out(left_out, each, endings)
     images, masks = found
     if not images:
         raise UserError(f"{origin} {folder}: no images in {image_folder} or below it")
@@ -88,7 +88,7 @@ def _split_of(folder: str, train: bool, origin: str) -> tuple[str, ...]:
     )
     if not folder:
         raise UserError(f"{origin} is missing: name a folder that holds {layout}")
-    need_folder(folder, origin)
+    check_folder(folder, origin)
     if not os.path.isdir(os.path.join(folder, "images")):
         raise UserError(f"{origin} {folder}: has no images/; expected are {layout}")
     there = [

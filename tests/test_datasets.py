@@ -17,7 +17,12 @@ from refusals import user_reads
 
 from data_pipeline import samplers
 from data_pipeline.files import BadFiles, collate
-from data_pipeline.image_lists import class_balanced_share, find_classes_folder, find_images, read_class_index
+from data_pipeline.image_lists import (
+    find_classes_folder,
+    find_images,
+    read_class_index,
+    take_class_balanced_share,
+)
 from data_pipeline.samplers import (
     EvalSampler,
     LoaderSettings,
@@ -287,16 +292,16 @@ def test_broken_class_index(tmp_path, text, sentence):
 
 def test_class_balanced_share():
     samples = [(f"{i}.jpg", label) for i, label in enumerate([0] * 40 + [1] * 20 + [2] * 3)]
-    kept = class_balanced_share(samples, 0.1)
+    kept = take_class_balanced_share(samples, 0.1)
     assert [label for _, label in kept] == [0] * 4 + [1] * 2 + [2]
     random.seed(5)
-    assert class_balanced_share(samples, 0.1) == kept
-    assert set(kept) < set(class_balanced_share(samples, 0.5))
-    assert class_balanced_share(samples, 0.1, seed=1) != kept
-    assert class_balanced_share(samples, 1.0) == samples
+    assert take_class_balanced_share(samples, 0.1) == kept
+    assert set(kept) < set(take_class_balanced_share(samples, 0.5))
+    assert take_class_balanced_share(samples, 0.1, seed=1) != kept
+    assert take_class_balanced_share(samples, 1.0) == samples
     for fraction in (0, -1, 1.5):
         with user_reads("--label_fraction"):
-            class_balanced_share(samples, fraction)
+            take_class_balanced_share(samples, fraction)
 
 
 # --------------------------------------------------------------------------------------------------------

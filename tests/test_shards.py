@@ -29,7 +29,7 @@ import datasets
 import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
-from data_pipeline import shards
+from data_pipeline import shard_index, shards
 from data_pipeline.image_formats import load_image
 from data_pipeline.image_lists import EXTENSIONS, find_shards
 from data_pipeline.samplers import SHARDS_AT_ONCE, ResumableSampler, build_loader, shuffled_by_shards
@@ -78,7 +78,7 @@ def jpeg(tmp_path, seed=0):
 def test_shards_hold_each_file_once_unchanged_with_its_label(folder, packed):
     members, classes = find_shards(pattern(packed))
     assert classes == ["a", "b"]
-    assert members.sizes() == [5, 5, 5, 5, 4]
+    assert members.count_by_shard() == [5, 5, 5, 5, 4]
     inside = sorted((member.read().getvalue(), label) for member, label in members)
     assert inside == sorted(
         (path.read_bytes(), "ab".index(path.parent.name)) for path in folder.rglob("*.jpg")
@@ -122,12 +122,12 @@ def test_foreign_shards_with_long_names_and_more_kinds(tmp_path):
     ]
     for how in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         path = write_tar(tmp_path / f"{how}.tar", members, format=how)
-        index = shards.scan(path, EXTENSIONS)
+        index = shard_index.scan(path, EXTENSIONS)
         found = [shards.Member(path, *place).read().getvalue() for place in index.places.tolist()]
         assert found == [one, two]
         assert index.labels.tolist() == [-1, 1]
     with user_reads(r"x\.jpg has no label \(\.cls\)|deep.* has no label"):
-        shards.members_of([path], EXTENSIONS, "--data_path")
+        shards.list_members([path], EXTENSIONS, "--data_path")
 
 
 def test_class_numbers_without_names_and_names_in_another_order(tmp_path):
@@ -155,18 +155,20 @@ def test_class_numbers_without_names_and_names_in_another_order(tmp_path):
 
 def test_an_index_saves_reading_and_must_be_the_shards_own(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(tmp_path, 1)), ("b.jpg", jpeg(tmp_path, 2))])
-    first = shards.index_of(path, EXTENSIONS)
+    first = shard_index.load_index(path, EXTENSIONS)
     scans = []
-    monkeypatch.setattr(shards, "scan", lambda *asked, scan=shards.scan: scans.append(asked) or scan(*asked))
-    assert shards.index_of(path, EXTENSIONS).places.tolist() == first.places.tolist()
+    monkeypatch.setattr(
+        shard_index, "scan", lambda *asked, scan=shard_index.scan: scans.append(asked) or scan(*asked)
+    )
+    assert shard_index.load_index(path, EXTENSIONS).places.tolist() == first.places.tolist()
     assert not scans
     length = os.path.getsize(path)
     write_tar(path, [("c.jpg", jpeg(tmp_path, 1)), ("d.jpg", jpeg(tmp_path, 2))])  # of the same length
     assert os.path.getsize(path) == length
-    shards.index_of(path, EXTENSIONS)
+    shard_index.load_index(path, EXTENSIONS)
     assert len(scans) == 1
-    Path(path + shards.INDEX).write_bytes(b"half an ind")
-    assert shards.index_of(path, EXTENSIONS).places.tolist() == first.places.tolist()
+    Path(path + shard_index.INDEX).write_bytes(b"half an ind")
+    assert shard_index.load_index(path, EXTENSIONS).places.tolist() == first.places.tolist()
     assert len(scans) == 2
 
 
@@ -175,8 +177,8 @@ def test_a_folder_that_cannot_be_written_to_is_scanned_each_time(tmp_path, monke
         raise PermissionError(13, "Permission denied")
 
     path = write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(tmp_path, 1))])
-    monkeypatch.setattr(shards.np, "savez", refuse)
-    assert len(shards.index_of(path, EXTENSIONS).labels) == 1
+    monkeypatch.setattr(shard_index.np, "savez", refuse)
+    assert len(shard_index.load_index(path, EXTENSIONS).labels) == 1
     assert [file.name for file in tmp_path.glob("0.tar*")] == ["0.tar"]
 
 
@@ -203,7 +205,7 @@ def test_plain_words_for_shards_that_cannot_be_read(text, message, packed):
 
 def test_plain_words_for_what_is_in_shards(packed, folder, tmp_path):
     whole = (packed / "000000.tar").read_bytes()
-    third = shards.scan(str(packed / "000000.tar"), EXTENSIONS).places[2, 0]
+    third = shard_index.scan(str(packed / "000000.tar"), EXTENSIONS).places[2, 0]
     # not at a block's end, within an image, between two samples
     for cut in (3000, third + 100, third - 3 * tarfile.BLOCKSIZE):
         (tmp_path / "cut.tar").write_bytes(whole[:cut])
@@ -314,11 +316,11 @@ def test_an_index_that_contradicts_its_shard_is_made_anew(kind, tmp_path):
         for end, data in (("jpg", jpeg(tmp_path, i)), ("cls", b"%d" % i))
     ]
     path = Path(write_tar(tmp_path / "0.tar", members))
-    first = shards.index_of(str(path), EXTENSIONS)
-    spoil(kind, path, Path(f"{path}{shards.INDEX}"))
-    again = shards.index_of(str(path), EXTENSIONS)
+    first = shard_index.load_index(str(path), EXTENSIONS)
+    spoil(kind, path, Path(f"{path}{shard_index.INDEX}"))
+    again = shard_index.load_index(str(path), EXTENSIONS)
     assert all(np.array_equal(one, two) for one, two in zip(first, again, strict=True))
-    kept = np.load(f"{path}{shards.INDEX}")
+    kept = np.load(f"{path}{shard_index.INDEX}")
     assert kept["labels"].tolist() == list(range(8)) and kept["mark"][2] == path.stat().st_mtime_ns
 
 

@@ -1,0 +1,104 @@
+"""Folders of images: what is in them, and what is left out."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Sequence, Set
+from pathlib import PurePath
+
+from data_pipeline.image_formats import EXTENSIONS
+from errors import UserError
+from runtime.terminal import log_once
+
+SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume Information")
+
+
+def check_folder(root: str, origin: str) -> None:
+    if not os.path.isdir(root):
+        raise UserError(f"{origin} {root}: {'is not a folder' if os.path.exists(root) else 'no such folder'}")
+
+
+def list_class_folders(root: str) -> list[str]:
+    """Names of the folders in `root`, sorted; none of those of the system, nor links to `root` or above it."""
+    above = list_parents(os.path.realpath(root))
+    with os.scandir(root) as entries:
+        folders = [entry for entry in entries if entry.is_dir() and not _is_system_folder(entry.name)]
+    return sorted(
+        entry.name for entry in folders if not (entry.is_symlink() and os.path.realpath(entry.path) in above)
+    )
+
+
+def list_images(
+    root: str,
+    left_out: Counter[str] | None = None,
+    endings: tuple[str, ...] = EXTENSIONS,
+    above: Collection[str] = (),
+    others: Set[str] = frozenset(),
+) -> list[str]:
+    """Sorted paths; what is left out is counted in `left_out`.
+
+    Symbolic links to folders are followed, and each folder is read once: links may form
+    a circle. They are not followed to folders above `root`, of `above`, and in `others`
+    or below (real paths, of all classes).
+    """
+    left_out = Counter() if left_out is None else left_out
+    paths: list[str] = []
+    visited: set[str] = set()
+    start = list_parents(os.path.realpath(root))
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            subfolders.clear()
+            continue
+        if folder != root and (
+            real in start or real in above or not others.isdisjoint(list_parents(real) - start)
+        ):
+            log_once(f"left out   {folder}: a link to a folder above or of another class")
+            subfolders.clear()
+            continue
+        visited.add(real)
+        for name in filter(_is_system_folder, subfolders):
+            kind = "in hidden folders" if name.startswith(".") else f"in {name}"
+            left_out[kind] += _count_images(os.path.join(folder, name), endings)
+        subfolders[:] = sorted(name for name in subfolders if not _is_system_folder(name))
+        for name in names:
+            if not name.lower().endswith(endings):
+                left_out[os.path.splitext(name.lower())[1] or "without ending"] += not name.startswith(".")
+            elif name.startswith("."):
+                left_out["hidden"] += 1
+            else:
+                paths.append(os.path.join(folder, name))
+    return sorted(paths)
+
+
+def report_left_out(left_out: Counter[str], where: str, endings: Sequence[str] = EXTENSIONS) -> None:
+    """Log one line, if anything was left out."""
+    kinds = [f"{count:,} {kind}" for kind, count in left_out.most_common() if count]
+    if kinds:
+        log_once(f"left out   of {where}: {shorten_list(kinds)} (accepted: {' '.join(endings)})")
+
+
+def refuse_one_class(names: Sequence[str], origin: str) -> None:
+    """Log the classes; UserError for fewer than two."""
+    if len(names) < 2:
+        raise UserError(f"{origin}: has one class, '{shorten_list(names)}'; two classes at least are needed")
+    log_once(f"classes    {len(names)}: {shorten_list(names)}")
+
+
+def shorten_list(names: Sequence[str], most: int = 8) -> str:
+    shown = [name if len(name) <= 40 else f"{name[:37]}..." for name in names[:most]]
+    return ", ".join(shown) + (", ..." if len(names) > most else "")
+
+
+def _is_system_folder(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def list_parents(real: str) -> set[str]:
+    """`real` and all folders above it."""
+    return {real, *map(str, PurePath(real).parents)}
+
+
+def _count_images(folder: str, endings: tuple[str, ...]) -> int:
+    return sum(name.lower().endswith(endings) for _, _, names in os.walk(folder) for name in names)
