@@ -10,13 +10,7 @@ import pytest
 import torch
 from refusals import refused
 from tiny_pretraining import NOWHERE, PLAIN, pixel_flags, pretrain, spy_on_steps
-from tiny_runs import (
-    checkpoint,
-    finetuning_flags,
-    log_lines,
-    pretraining_flags,
-    vqkd_flags,
-)
+from tiny_runs import checkpoint, finetuning_flags, log_lines, pretraining_flags, vqkd_flags
 
 import arguments
 import masking_generator

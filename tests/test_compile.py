@@ -8,14 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 from refusals import refused
-from tiny_runs import (
-    STUDENT,
-    checkpoint,
-    finetuning_flags,
-    log_lines,
-    pretraining_flags,
-    vqkd_flags,
-)
+from tiny_runs import STUDENT, checkpoint, finetuning_flags, log_lines, pretraining_flags, vqkd_flags
 from torch._dynamo.utils import counters
 
 import modeling_finetune

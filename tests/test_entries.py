@@ -18,6 +18,7 @@ from tiny_runs import (
     log_lines,
     photos,
     pretraining_flags,
+    spoil_loss,
     vqkd_flags,
 )
 
@@ -200,13 +201,7 @@ def test_ten_steps_not_finite_end_the_run_and_change_nothing(
     out = tmp_path / "out"
     run_beitv2_pretraining.main(pretraining_flags(data, out, tokenizer_weight, "--epochs", "1"))
     shutil.copy(out / "checkpoint.pth", tmp_path / "good.pth")
-    original = run_beitv2_pretraining.PretrainingStage.step
-
-    def explode(self, model, batch):
-        loss, logs = original(self, model, batch)
-        return loss * float("nan"), logs
-
-    monkeypatch.setattr(run_beitv2_pretraining.PretrainingStage, "step", explode)
+    spoil_loss(monkeypatch, run_beitv2_pretraining.PretrainingStage)
     with pytest.raises(SystemExit) as stop:
         run_beitv2_pretraining.main(
             pretraining_flags(data, out, tokenizer_weight, "--epochs", "20", "--print_freq", "1")
@@ -226,14 +221,7 @@ def test_ten_steps_not_finite_end_the_run_and_change_nothing(
 def test_one_bad_step_is_skipped_and_named_and_the_run_goes_on(
     opt, data, tokenizer_weight, tmp_path, monkeypatch, capsys
 ):
-    original, seen = run_beitv2_pretraining.PretrainingStage.step, []
-
-    def explode_once(self, model, batch):
-        loss, logs = original(self, model, batch)
-        seen.append(1)
-        return (loss * float("inf") if len(seen) == 2 else loss), logs
-
-    monkeypatch.setattr(run_beitv2_pretraining.PretrainingStage, "step", explode_once)
+    spoil_loss(monkeypatch, run_beitv2_pretraining.PretrainingStage, math.inf, steps=[1])
     run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, tokenizer_weight, "--opt", opt))
     out = capsys.readouterr().out
     assert "step 1 was skipped" in out
@@ -297,14 +285,7 @@ def test_too_many_broken_files_stop_the_run(tokenizer_weight, tmp_path, capsys):
 
 
 def test_sgd_survives_a_bad_first_step(data, tokenizer_weight, tmp_path, monkeypatch):
-    original, seen = run_beitv2_pretraining.PretrainingStage.step, []
-
-    def explode_first(self, model, batch):
-        loss, logs = original(self, model, batch)
-        seen.append(1)
-        return (loss * float("nan") if len(seen) == 1 else loss), logs
-
-    monkeypatch.setattr(run_beitv2_pretraining.PretrainingStage, "step", explode_first)
+    spoil_loss(monkeypatch, run_beitv2_pretraining.PretrainingStage, steps=[0])
     run_beitv2_pretraining.main(
         pretraining_flags(data, tmp_path, tokenizer_weight, "--opt", "sgd", "--lr", "1e-4")
     )

@@ -12,13 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from refusals import refused
-from tiny_runs import (
-    RunsCode,
-    checkpoint,
-    finetuning_flags,
-    pretraining_flags,
-    vqkd_flags,
-)
+from tiny_runs import RunsCode, checkpoint, finetuning_flags, pretraining_flags, spoil_loss, vqkd_flags
 
 import run_beitv2_pretraining
 import run_class_finetuning
@@ -169,13 +163,7 @@ def test_a_published_file_with_a_namespace_resumes_as_weights(data, tokenizer_we
 def test_the_bad_batch_is_described(data, tokenizer_weight, tmp_path, monkeypatch):
     import json
 
-    original = run_beitv2_pretraining.PretrainingStage.step
-
-    def explode(self, model, batch):
-        loss, logs = original(self, model, batch)
-        return loss * float("nan"), logs
-
-    monkeypatch.setattr(run_beitv2_pretraining.PretrainingStage, "step", explode)
+    spoil_loss(monkeypatch, run_beitv2_pretraining.PretrainingStage)
     with pytest.raises(SystemExit):
         run_beitv2_pretraining.main(
             pretraining_flags(data, tmp_path, tokenizer_weight, "--epochs", "20", "--print_freq", "1")

@@ -14,13 +14,7 @@ import pytest
 import torch
 from many_processes import LAUNCHERS, end, free_port, run, start
 from source_files import ROOT
-from tiny_runs import (
-    assert_same_weights,
-    checkpoint,
-    log_lines,
-    photos,
-    pretraining_flags,
-)
+from tiny_runs import assert_same_weights, checkpoint, log_lines, photos, pretraining_flags
 
 import run_beitv2_pretraining
 from checkpoint_io import checkpoints

@@ -2,12 +2,7 @@
 
 import pytest
 import torch
-from tiny_runs import (
-    SIZE,
-    STUDENT,
-    log_lines,
-    pretraining_flags,
-)
+from tiny_runs import SIZE, STUDENT, log_lines, pretraining_flags
 
 import run_beitv2_pretraining
 from engine_for_pretraining import PretrainingStage

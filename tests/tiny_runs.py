@@ -1,11 +1,14 @@
 """Tiny data, a tiny tokenizer and flags with which every entry runs in a second or two."""
 
+import itertools
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -104,6 +107,22 @@ def segmentation_flags(data: Path, out: Path, *more: str) -> list[str]:
     model = as_flags(model="upernet_beit_demo_patch16", layer_decay=0.8)
     schedule = as_flags(batch_size=2, lr=1e-3, max_steps=6, steps_per_epoch=3, warmup_steps=1)
     return [*flags, *model, *schedule, *SIZE, *more]
+
+
+def spoil_loss(
+    monkeypatch: pytest.MonkeyPatch,
+    stage: type[engine.Stage],
+    factor: float = math.nan,
+    steps: Container[int] = range(10**9),
+) -> None:
+    """Multiply the loss of these steps, counted from 0."""
+    original, count = stage.step, itertools.count()
+
+    def spoiled(self, model, batch):
+        loss, logs = original(self, model, batch)
+        return (loss * factor if next(count) in steps else loss), logs
+
+    monkeypatch.setattr(stage, "step", spoiled)
 
 
 def kill_after(steps, monkeypatch):
