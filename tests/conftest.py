@@ -12,6 +12,7 @@ import tiny_data
 import tiny_runs
 import tiny_segmentation
 import torch
+from source_files import load_script
 
 from runtime import terminal
 
@@ -82,6 +83,24 @@ def pair_folder(tmp_path_factory) -> Path:
     for seed in range(2):
         tiny_segmentation.write_pair(root, f"nested/{seed}", "val", seed=10 + seed)
     return root
+
+
+@pytest.fixture(scope="module")
+def make_shards():
+    return load_script("make_shards").main
+
+
+@pytest.fixture(scope="module")
+def shard_photos(tmp_path_factory):
+    return tiny_runs.photos(tmp_path_factory.mktemp("photos"), per_class=12)
+
+
+@pytest.fixture(scope="module")
+def packed(shard_photos, make_shards, tmp_path_factory):
+    """24 labeled photos in five shards."""
+    out = tmp_path_factory.mktemp("shards")
+    make_shards([str(shard_photos), str(out), "--images_per_shard", "5", "--classes"])
+    return out
 
 
 @pytest.fixture

@@ -1,6 +1,4 @@
-"""Tar shards: what is found in them, their index, the order of an epoch, exact resumption,
-plain words for what is wrong.
-"""
+"""Tar shards: what is found in them, their index, plain words for what is wrong."""
 
 import io
 import os
@@ -9,54 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from refusals import user_reads
-from source_files import load_script
-from tiny_data import data_args, write_image
-from tiny_runs import (
-    as_flags,
-    assert_same_weights,
-    checkpoint,
-    finetuning_flags,
-    log_lines,
-    photos,
-    pretraining_flags,
-    tokenizer,
-    vqkd_flags,
-)
+from tiny_data import data_args, shard_pattern, write_image
 
-import datasets
-import run_beitv2_pretraining
 import run_class_finetuning
-import run_vqkd_training
 from data_pipeline import shard_index, shards
-from data_pipeline.image_formats import load_image
 from data_pipeline.image_lists import EXTENSIONS, find_shards
-from data_pipeline.samplers import SHARDS_AT_ONCE, ResumableSampler, build_loader, shuffled_by_shards
 from run_class_finetuning import build_dataset as build_finetuning_dataset
 from run_vqkd_training import build_dataset as build_vqkd_dataset
-
-
-@pytest.fixture(scope="module")
-def make_shards():
-    return load_script("make_shards").main
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return photos(tmp_path_factory.mktemp("photos"), per_class=12)
-
-
-@pytest.fixture(scope="module")
-def packed(folder, make_shards, tmp_path_factory):
-    """24 labeled photos in five shards."""
-    out = tmp_path_factory.mktemp("shards")
-    make_shards([str(folder), str(out), "--images_per_shard", "5", "--classes"])
-    return out
-
-
-def pattern(out):
-    return f"{out}/{{000000..000004}}.tar"
 
 
 def write_tar(path, members, **how):
@@ -72,16 +30,13 @@ def jpeg(tmp_path, seed=0):
     return Path(write_image(tmp_path / f"{seed}.jpg", seed)).read_bytes()
 
 
-# ── What is found ──
-
-
-def test_shards_hold_each_file_once_unchanged_with_its_label(folder, packed):
-    members, classes = find_shards(pattern(packed))
+def test_shards_hold_each_file_once_unchanged_with_its_label(shard_photos, packed):
+    members, classes = find_shards(shard_pattern(packed))
     assert classes == ["a", "b"]
     assert members.count_by_shard() == [5, 5, 5, 5, 4]
     inside = sorted((member.read().getvalue(), label) for member, label in members)
     assert inside == sorted(
-        (path.read_bytes(), "ab".index(path.parent.name)) for path in folder.rglob("*.jpg")
+        (path.read_bytes(), "ab".index(path.parent.name)) for path in shard_photos.rglob("*.jpg")
     )
     # shuffled: a shard is a sample of all
     assert [label for _, label in members] != sorted(label for _, label in members)
@@ -90,8 +45,8 @@ def test_shards_hold_each_file_once_unchanged_with_its_label(folder, packed):
 def test_the_webdataset_library_reads_what_we_wrote(packed):
     import webdataset
 
-    samples = list(webdataset.WebDataset(pattern(packed), shardshuffle=False))
-    members, _ = find_shards(pattern(packed))
+    samples = list(webdataset.WebDataset(shard_pattern(packed), shardshuffle=False))
+    members, _ = find_shards(shard_pattern(packed))
     assert [(sample["jpg"], int(sample["cls"])) for sample in samples] == [
         (member.read().getvalue(), label) for member, label in members
     ]
@@ -101,7 +56,7 @@ def test_the_webdataset_library_reads_what_we_wrote(packed):
 def test_ways_to_name_shards(kind, packed):
     names = [str(packed / f"00000{i}.tar") for i in range(5)]
     text = {
-        "braces": pattern(packed),
+        "braces": shard_pattern(packed),
         "folder": str(packed),
         "list": "::".join(names),
         "stars": f"{packed}/*.tar",
@@ -150,9 +105,6 @@ def test_class_numbers_without_names_and_names_in_another_order(tmp_path):
     assert len(build_finetuning_dataset(half, train=True)[0]) == 3  # at least one image a class
 
 
-# ── The index beside a shard ──
-
-
 def test_an_index_saves_reading_and_must_be_the_shards_own(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(tmp_path, 1)), ("b.jpg", jpeg(tmp_path, 2))])
     first = shard_index.load_index(path, EXTENSIONS)
@@ -182,9 +134,6 @@ def test_a_folder_that_cannot_be_written_to_is_scanned_each_time(tmp_path, monke
     assert [file.name for file in tmp_path.glob("0.tar*")] == ["0.tar"]
 
 
-# ── What is wrong ──
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -203,7 +152,7 @@ def test_plain_words_for_shards_that_cannot_be_read(text, message, packed):
         find_shards(text.format(packed))
 
 
-def test_plain_words_for_what_is_in_shards(packed, folder, tmp_path):
+def test_plain_words_for_what_is_in_shards(packed, shard_photos, tmp_path):
     whole = (packed / "000000.tar").read_bytes()
     third = shard_index.scan(str(packed / "000000.tar"), EXTENSIONS).places[2, 0]
     # not at a block's end, within an image, between two samples
@@ -332,12 +281,12 @@ def test_an_image_that_does_not_decode_is_named_and_replaced(tmp_path):
 
 
 def test_make_shards_refuses_and_leaves_nothing_half(
-    folder, packed, make_shards, tmp_path, capsys, monkeypatch
+    shard_photos, packed, make_shards, tmp_path, capsys, monkeypatch
 ):
     for words, message in (
-        ([folder, packed], "has shards already"),
+        ([shard_photos, packed], "has shards already"),
         ([tmp_path / "none", tmp_path / "out"], "no such folder"),
-        ([folder, folder / "a" / "0.jpg"], "cannot be made"),
+        ([shard_photos, shard_photos / "a" / "0.jpg"], "cannot be made"),
     ):
         with pytest.raises(SystemExit):
             make_shards([*map(str, words), "--images_per_shard", "5"])
@@ -346,96 +295,6 @@ def test_make_shards_refuses_and_leaves_nothing_half(
         os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(SystemExit):
-        make_shards([str(folder), str(tmp_path / "full"), "--images_per_shard", "5"])
+        make_shards([str(shard_photos), str(tmp_path / "full"), "--images_per_shard", "5"])
     assert "No space left" in capsys.readouterr().err
     assert list((tmp_path / "full").iterdir()) == []
-
-
-# ── Order, ranks, workers, resumption ──
-
-
-def test_the_order_mixes_few_shards_and_follows_seed_and_epoch():
-    sizes = [7] * 41
-    owner = torch.repeat_interleave(torch.arange(41), torch.tensor(sizes))
-    sampler = ResumableSampler(sum(sizes), 4, 1, 0, 1, seed=3, shard_sizes=sizes)
-    sampler.set_position(5)
-    order = sampler.order()
-    assert order.sort().values.tolist() == list(range(287))
-    assert torch.equal(order, sampler.order())
-    window = SHARDS_AT_ONCE * 7
-    assert len(owner[order[:window]].unique()) == SHARDS_AT_ONCE
-    assert len(owner[order[:32]].unique()) > 10  # mixed within
-    sampler.set_position(6)
-    assert not torch.equal(order, sampler.order())
-    few = [torch.randperm(80, generator=torch.Generator().manual_seed(1)), torch.Generator().manual_seed(1)]
-    assert torch.equal(shuffled_by_shards([5] * 16, few[1]), few[0])
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_is_shared_without_repeats_and_resumed(workers, packed, monkeypatch):
-    monkeypatch.setattr("data_pipeline.samplers.SHARDS_AT_ONCE", 2)
-    dataset = build_vqkd_dataset(data_args(packed, data_set="webdataset"))
-    assert dataset.shard_sizes == [5, 5, 5, 5, 4]
-
-    def read(done):
-        parts = []
-        for rank in range(2):
-            sampler = ResumableSampler(len(dataset), 3, 2, rank, 2, seed=0, shard_sizes=dataset.shard_sizes)
-            sampler.set_position(1, done)
-            parts.append(list(build_loader(dataset, sampler, workers, pin_memory=False)))
-        return parts
-
-    whole, rest = read(0), read(12)
-    indices = [i for part in whole for batch in part for i in batch["index"].tolist()]
-    assert len(indices) == len(set(indices)) == 24
-    for part, after in zip(whole, rest, strict=True):
-        for batch, same in zip(part[2:], after, strict=True):
-            assert torch.equal(batch["image"], same["image"])
-    images = {int(batch["index"][0]): batch["image"][0] for batch in whole[0]}
-    for index, image in images.items():
-        assert torch.equal(dataset[1, index]["image"], image)
-
-
-def test_a_sample_depends_on_seed_epoch_and_index_as_in_a_folder(packed):
-    dataset = build_vqkd_dataset(data_args(packed, data_set="webdataset"))
-    pixels = np.asarray(load_image(dataset.source(7).read()))
-    in_memory = datasets.ImageFiles([(pixels, None)] * 8, dataset.view)
-    assert torch.equal(in_memory[2, 7]["image"], dataset[2, 7]["image"])
-
-
-# ── Whole runs ──
-
-SHARDS = ["--data_set", "webdataset", "--num_workers", "2"]
-
-
-@pytest.mark.slow
-def test_pretraining_on_shards_resumes_bit_for_bit(packed, tmp_path):
-    codes = tokenizer(tmp_path / "tokenizer.pth")
-    more = [
-        *SHARDS,
-        *as_flags(eval_data_path=packed, drop_path=0.1, save_ckpt_steps=4, keep_ckpts=9),
-    ]
-    run_beitv2_pretraining.main(pretraining_flags(pattern(packed), tmp_path / "whole", codes, *more))
-    middle = tmp_path / "whole" / "checkpoint-step8.pth"
-    assert checkpoint(middle)["next"] == {"epoch": 1, "samples": 8, "step": 8}
-    resumed = [
-        *pretraining_flags(pattern(packed), tmp_path / "resumed", codes, *more),
-        "--resume",
-        str(middle),
-    ]
-    run_beitv2_pretraining.main(resumed)
-    assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "resumed/checkpoint.pth")
-    assert log_lines(tmp_path / "whole")[1]["train_loss"] == log_lines(tmp_path / "resumed")[0]["train_loss"]
-    assert "test_loss" in log_lines(tmp_path / "whole")[1]
-
-
-@pytest.mark.slow
-def test_the_other_stages_train_on_shards(packed, tmp_path):
-    run_vqkd_training.main(
-        vqkd_flags(pattern(packed), tmp_path / "vqkd", *SHARDS, "--eval_data_path", str(packed))
-    )
-    assert "test_rec_loss" in log_lines(tmp_path / "vqkd")[1]
-    flags = [*finetuning_flags(packed, tmp_path / "ft"), *SHARDS]
-    run_class_finetuning.main(flags)
-    assert log_lines(tmp_path / "ft")[-1]["test_images"] == 24
-    assert checkpoint(tmp_path / "ft/checkpoint.pth")["stage"]["classes"] == ["a", "b"]

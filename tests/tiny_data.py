@@ -73,3 +73,7 @@ def vqkd_dataset(args, train):
     dataset = build_vqkd_dataset(args) if train else build_held_out_dataset(args)
     assert dataset is not None
     return dataset
+
+
+def shard_pattern(out):
+    return f"{out}/{{000000..000004}}.tar"
