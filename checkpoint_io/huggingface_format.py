@@ -1,4 +1,5 @@
-"""BEiT as Hugging Face has it: its names, its config.json and its preprocessor_config.json.
+"""BEiT as Hugging Face has it: its names, its config.json and its
+preprocessor_config.json.
 
 All is written and read without importing transformers, which brings a module named
 `datasets`, as one of ours is called. The names are those that the models on the hub
@@ -101,7 +102,9 @@ def _to_classic_name(key: str) -> str:
 
 
 def _rename(key: str, table: Mapping[str, str]) -> str | None:
-    """`key`, or the module in front of its last part, under the table's name; None where the table has neither."""
+    """`key`, or the module in front of its last part, under the table's name; None
+    where the table has neither.
+    """
     if key in table:
         return table[key]
     module, _, leaf = key.rpartition(".")
@@ -199,8 +202,8 @@ def make_huggingface_config(
 
 
 def make_huggingface_preprocessor(size: int, prepared: Preprocessing) -> dict[str, Any]:
-    """preprocessor_config.json: the evaluation view. (BeitImageProcessor of transformers 4
-    only squeezes images to squares.)
+    """preprocessor_config.json: the evaluation view. (BeitImageProcessor of
+    transformers 4 only squeezes images to squares.)
     """
     return {
         "image_processor_type": "BitImageProcessor",

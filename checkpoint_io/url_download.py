@@ -1,4 +1,6 @@
-"""Download a file over HTTP: resumed where it broke off, never endlessly, never a part for the whole."""
+"""Download a file over HTTP: resumed where it broke off, never endlessly, never a part
+for the whole.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from checkpoint_io import checksums
-from checkpoint_io.checksums import file_version, is_complete, write_note
+from checkpoint_io.checksums import get_file_version, is_complete, write_note
 from checkpoint_io.urls import SafeRedirects, build_request, refuse_unsafe_url
 from errors import UserError, hide_secrets, printable
 from utils import format_size
@@ -48,9 +50,11 @@ class SlowServer(OSError):
 
 
 def download_file(download: Download, target: pathlib.Path, own: str = "") -> None:
-    """The file at `target`, complete and checked, from the first of the URLs that gives it; or a UserError.
+    """The file at `target`, complete and checked, from the first of the URLs that gives
+    it; or a UserError.
 
-    `own`: in the name of this process's partial file, where several may load the same file at once.
+    `own`: in the name of this process's partial file, where several may load the same
+    file at once.
     """
     part = target.with_name(f"{target.name}{own}.part")
     failures = []
@@ -91,7 +95,8 @@ def download_file(download: Download, target: pathlib.Path, own: str = "") -> No
 
 
 def _fetch_part(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
-    """Write what `url` gives to `part`, after what an earlier call for the same file has left there.
+    """Write what `url` gives to `part`, after what an earlier call for the same file
+    has left there.
 
     OSError or HTTPException: not complete, another call may go on from there.
     UserError: what comes cannot be used.
@@ -126,7 +131,7 @@ def _fetch_part(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
             raise UserError(
                 f"{url} gives a web page, such as one to log in on: give the address of the file itself"
             )
-        now = _reply_version(reply)
+        now = _get_reply_version(reply)
         if reply.status == 206:
             total = _parse_total_length(reply, start, int(length or 0))
             if total is None or (version and now not in ("", version)):
@@ -193,7 +198,8 @@ def _write_body(receive: Callable[[], Any], part: pathlib.Path, start: int, tota
 
 @contextlib.contextmanager
 def _open_in_background(request: urllib.request.Request) -> Iterator[Callable[[], Any]]:
-    """Gives a function that returns the reply, then piece after piece of its body, b"" at the end.
+    """Gives a function that returns the reply, then piece after piece of its body, b""
+    at the end.
 
     SlowServer where the next of them takes longer than TIMEOUT, whatever the server
     does byte by byte in the meantime.
@@ -231,8 +237,10 @@ def _open_in_background(request: urllib.request.Request) -> Iterator[Callable[[]
                 pieces.get_nowait()
 
 
-def _reply_version(reply: Any) -> str:
-    """What tells one version of a file from another: a strong ETag, else the date, else nothing."""
+def _get_reply_version(reply: Any) -> str:
+    """What tells one version of a file from another: a strong ETag, else the date, else
+    nothing.
+    """
     tag = reply.headers.get("ETag") or "W/"
     return (reply.headers.get("Last-Modified") or "") if tag.startswith("W/") else tag
 
@@ -246,8 +254,8 @@ def _parse_length(text: str | None) -> int | None:
 
 
 def _parse_total_length(reply: Any, start: int, known: int) -> int | None:
-    """The length of the whole file, of which a 206 brings the rest from `start` on; None
-    where it brings anything else.
+    """The length of the whole file, of which a 206 brings the rest from `start` on;
+    None where it brings anything else.
 
     `known`: the length that was told before, or 0.
     """
@@ -269,7 +277,7 @@ def _move_into_cache(part: pathlib.Path, target: pathlib.Path, download: Downloa
     if (prefix := download.sha256_prefix) is None:
         os.replace(part, target)
         return
-    version, digest = file_version(part), checksums.hash_file(part)
+    version, digest = get_file_version(part), checksums.hash_file(part)
     if digest.startswith(prefix.lower()):
         os.replace(part, target)
         write_note(target, version, digest)

@@ -20,7 +20,9 @@ def check_folder(root: str, origin: str) -> None:
 
 
 def list_class_folders(root: str) -> list[str]:
-    """Names of the folders in `root`, sorted; none of those of the system, nor links to `root` or above it."""
+    """Names of the folders in `root`, sorted; none of those of the system, nor links to
+    `root` or above it.
+    """
     above = list_parents(os.path.realpath(root))
     with os.scandir(root) as entries:
         folders = [entry for entry in entries if entry.is_dir() and not _is_system_folder(entry.name)]

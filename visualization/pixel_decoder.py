@@ -135,7 +135,7 @@ def open_reconstructor(source: str, flag: str) -> Reconstructor:
     teacher_dim = len(own["decode_task_layer.2.bias"])
     tokenizer = modeling_vqkd.create_model(**settings, as_tokenizer=True, decoder_out_dim=teacher_dim)
     depth, dim = (
-        tokenizer_weights.depth_of(weights, "decoder.vit"),
+        tokenizer_weights.count_blocks(weights, "decoder.vit"),
         weights["decoder.to_pixels.weight"].shape[0],
     )
     model = Reconstructor(tokenizer, depth, dim)
