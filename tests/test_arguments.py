@@ -336,7 +336,7 @@ def test_a_device_that_is_not_supported_or_not_there_is_refused(name):
     from errors import UserError
     from runtime.device import pick_device
 
-    with pytest.raises(UserError, match=r"^--device .*use (--device|cuda or) cpu") as told:
+    with pytest.raises(UserError, match=r"^`device` .*use (`device`|cuda or) cpu") as told:
         pick_device(name)
     assert len(str(told.value)) < 150
 

@@ -425,5 +425,5 @@ def test_what_does_not_go_together_is_refused(flags, message):
 
 def test_a_cpu_without_averaging_collectives_is_refused(monkeypatch):
     monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms", raising=False)
-    with pytest.raises(UserError, match="--fsdp on CPUs needs a newer torch"):
+    with pytest.raises(UserError, match="`fsdp` on CPUs needs a newer torch"):
         fsdp.check_options("adamw", compile=False, model_ema_force_cpu=False, device=CPU)

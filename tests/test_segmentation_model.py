@@ -132,7 +132,7 @@ def test_another_size_is_another_model_with_stretched_tables():
 
 
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused():
-    with pytest.raises(UserError, match="--input_size"):
+    with pytest.raises(UserError, match="`input_size`"):
         create_model("upernet_beit_demo_patch16", 5, img_size=100)
 
 
