@@ -8,7 +8,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import tiny_data
 import tiny_runs
+import tiny_segmentation
 import torch
 
 from runtime import terminal
@@ -54,6 +56,26 @@ def data(tmp_path_factory) -> Path:
 def codes(tmp_path_factory) -> Path:
     """The file of a tokenizer of random weights."""
     return tiny_runs.tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.pth")
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory) -> Path:
+    """Twelve different images in nested folders."""
+    root = tmp_path_factory.mktemp("flat")
+    for i in range(12):
+        tiny_data.write_image(root / f"part{i % 2}" / f"{i:02}.jpg", seed=i)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pair_folder(tmp_path_factory) -> Path:
+    """Five training pairs, two of validation."""
+    root = tmp_path_factory.mktemp("pairs")
+    for seed in range(5):
+        tiny_segmentation.write_pair(root, f"{seed}", seed=seed)
+    for seed in range(2):
+        tiny_segmentation.write_pair(root, f"nested/{seed}", "val", seed=10 + seed)
+    return root
 
 
 @pytest.fixture

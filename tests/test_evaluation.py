@@ -1,179 +1,18 @@
-"""Evaluating a finished classifier: ImageNet-A, -R and -Sketch, mirror images, confused
-classes, and what must fit what.
-"""
+"""A 1000-class model on ImageNet-A, -R and -Sketch, and mirror images."""
 
-import functools
-import json
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from many_processes import run_ranks, two_processes
 from PIL import Image
 from refusals import refused
-from tiny_runs import SIZE, as_flags, checkpoint, finetuning_flags, log_lines, photos
+from tiny_classifier import classifier, eval_flags, results, timms_table
+from tiny_runs import checkpoint, finetuning_flags, photos
 
-import arguments
-import modeling_finetune
 import run_class_finetuning
 from data_pipeline import imagenet_classes
 from engine_for_finetuning import SomeLogits, WithMirrorImage
-from errors import UserError
-from evaluation import confusion, trained_classifier
-from evaluation.confusion import Confusion, WorstClass, describe_worst, format_worst
-
-CPU = torch.device("cpu")
-MODEL = "beit_demo_patch16_128"
-# Class 0: 4 images, one right, two taken for 2, one for 1; class 1: always right; class
-# 2: 2 images, both taken for 0.
-LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
-ANSWERS = torch.tensor([0, 2, 1, 2, 1, 1, 1, 0, 0])
-
-
-# ── Counting ──
-
-
-def dense(confusion: Confusion, classes: int) -> torch.Tensor:
-    """(classes, classes): row = true class, column = predicted class."""
-    labels, predictions, counts = confusion.pairs()
-    return counts.new_zeros(classes, classes).index_put_((labels, predictions), counts)
-
-
-@pytest.mark.parametrize("pending", [1, 4, 1000])
-def test_confusion_by_hand(pending, monkeypatch):
-    monkeypatch.setattr(confusion, "PENDING", pending)
-    counts = Confusion(CPU)
-    for start in (0, 3, 6):
-        counts.add(LABELS[start : start + 3], ANSWERS[start : start + 3])
-    assert dense(counts, 4).tolist() == [[1, 1, 2, 0], [0, 3, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0]]
-    correct, total = counts.by_class()  # the class without images is not among them
-    assert correct.tolist() == [1, 3, 0]
-    assert total.tolist() == [4, 3, 2]
-    assert counts.worst(2) == [WorstClass(2, 2, 0, 0, 2), WorstClass(0, 4, 1, 2, 2)]
-    assert counts.worst(9)[2] == WorstClass(1, 3, 3)
-
-
-def test_ties_of_recall_go_by_images_and_of_answers_by_number():
-    counts = Confusion(CPU)
-    counts.add(torch.tensor([0, 1, 1, 2]), torch.tensor([2, 2, 0, 1]))
-    assert counts.worst(3) == [
-        WorstClass(1, 2, 0, 0, 1),
-        WorstClass(0, 1, 0, 2, 1),
-        WorstClass(2, 1, 0, 1, 1),
-    ]
-
-
-def test_the_table_names_classes_in_words():
-    counts = Confusion(CPU)
-    counts.add(LABELS, ANSWERS)
-    lines = describe_worst(counts.worst(3), ["n01440764", "cat", "n99999999"])
-    assert lines[1] == {
-        "class": "n01440764",
-        "name": "tench",
-        "recall": 25.0,
-        "images": 4,
-        "taken_for": {"class": "n99999999", "name": "n99999999", "share": 50.0},
-    }
-    assert format_worst(lines) == [
-        "class            recall  images  most often taken for",
-        "n99999999          0.0%       2  n01440764 tench (100.0%)",
-        "n01440764 tench   25.0%       4  n99999999 (50.0%)",
-        "cat              100.0%       3  -",
-    ]
-
-
-def test_counts_of_many_classes_take_memory_for_the_pairs_alone():
-    counts = Confusion(CPU)
-    labels, answers = torch.randint(21841, (2, 5000))
-    counts.add(labels, answers)
-    first, second, number = counts.pairs()
-    assert len(first) <= 5000
-    assert int(number.sum()) == 5000
-    assert set(zip(first.tolist(), second.tolist(), strict=True)) == set(
-        zip(labels.tolist(), answers.tolist(), strict=True)
-    )
-
-
-def _share(rank, world_size):
-    both, first_alone = Confusion(CPU), Confusion(CPU)
-    mine = slice(0, 3) if rank == 0 else slice(3, 9)
-    both.add(LABELS[mine], ANSWERS[mine])
-    if rank == 0:  # the other process has no images
-        first_alone.add(LABELS, ANSWERS)
-    both.sum_over_ranks()
-    first_alone.sum_over_ranks()
-    return torch.stack((dense(both, 3), dense(first_alone, 3)))
-
-
-@pytest.mark.slow
-def test_two_processes_count_as_one_also_where_one_has_no_images():
-    for counts in run_ranks(_share, 2):
-        assert counts.tolist() == [[[1, 1, 2], [0, 3, 0], [2, 0, 0]]] * 2
-
-
-# ── ImageNet's class names ──
-
-
-def timms_table(name):
-    return (resources.files("timm.data") / "_info" / f"{name}.txt").read_text().split()
-
-
-@pytest.mark.parametrize("letter", ["a", "r"])
-def test_the_200_logits_are_those_of_timms_table(letter):
-    folders = timms_table(f"imagenet_{letter}_synsets")
-    robust = imagenet_classes.robust_set(f"imagenet_{letter}")
-    assert imagenet_classes.logits_of(folders, robust, "") == [
-        int(n) for n in timms_table(f"imagenet_{letter}_indices")
-    ]
-
-
-def test_imagenets_list():
-    synsets = imagenet_classes.synsets()
-    assert len(set(synsets)) == 1000
-    assert synsets == sorted(synsets)  # what sorting the class folders gives
-    assert imagenet_classes.logits_of(synsets, imagenet_classes.robust_set("sketch"), "") == list(range(1000))
-    assert imagenet_classes.in_words("n01484850") == "great white shark"
-    assert imagenet_classes.in_words("n00004475") == "organism"  # of ImageNet-21k alone
-    assert imagenet_classes.in_words("n00000000") == "n00000000"
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("imagenet_a", "ImageNet-A"),
-        ("ImageNet-A", "ImageNet-A"),
-        ("imagenet-r", "ImageNet-R"),
-        ("IMAGENET_R", "ImageNet-R"),
-        ("sketch", "ImageNet-Sketch"),
-        ("imagenet_sketch", "ImageNet-Sketch"),
-    ],
-)
-def test_spellings(text, name):
-    assert imagenet_classes.robust_set(text).name == name
-
-
-def test_other_names_are_told_the_three():
-    with pytest.raises(UserError, match="imagenet_v2: give ImageNet-A, ImageNet-R or ImageNet-Sketch"):
-        imagenet_classes.robust_set("imagenet_v2")
-
-
-# ── A 1000-class model on ImageNet-A, -R and -Sketch ──
-
-
-def classifier(classes: int, path: Path, **kwargs) -> modeling_finetune.VisionTransformer:
-    """Random weights whose answers vary from image to image."""
-    torch.manual_seed(3)
-    shape = dict(
-        img_size=32, num_classes=classes, init_values=0.1, use_abs_pos_emb=False, use_rel_pos_bias=True
-    )
-    model = modeling_finetune.create_model(MODEL, **(shape | kwargs), init_scale=1.0)
-    with torch.no_grad():
-        for value in model.parameters():
-            value.add_(torch.randn_like(value) * 0.1)
-    torch.save({"model": model.state_dict()}, path)
-    return model.eval()
 
 
 def noise(folder: Path, names: list[str]) -> Path:
@@ -196,11 +35,6 @@ def imagenet_r(tmp_path_factory):
     return noise(tmp_path_factory.mktemp("imagenet") / "r", timms_table("imagenet_r_synsets"))
 
 
-def eval_flags(images: Path, out: Path, *more: str) -> list[str]:
-    flags = as_flags(eval=True, eval_data_path=images, output_dir=out, model=MODEL, batch_size=32)
-    return [*flags, *SIZE[:-2], *more]
-
-
 def images_of(folder: Path, out: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """As the evaluation sees them, and the labels in the order of the folders."""
     args = run_class_finetuning.arguments.parse(run_class_finetuning.get_parser(), eval_flags(folder, out))
@@ -209,10 +43,6 @@ def images_of(folder: Path, out: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([sample["image"] for sample in samples]), torch.tensor(
         [sample["label"] for sample in samples]
     )
-
-
-def results(out: Path) -> dict:
-    return json.loads((out / "eval.json").read_text())
 
 
 def test_imagenet_r_chooses_among_its_200_classes(weights, imagenet_r, tmp_path, capsys):
@@ -322,9 +152,6 @@ def test_robustness_folders_and_models_that_are_not_imagenets(weights, imagenet_
     )
 
 
-# ── Mirror images ──
-
-
 class Table(torch.nn.Module):
     """Logits by hand: the mean of the left half for class 0, of the right half for class 1, of all for class 2."""
 
@@ -365,197 +192,9 @@ def test_tta_flip_evaluates_both_views(weights, imagenet_r, tmp_path):
     assert losses[0] < (losses[1] + losses[2]) / 2 - 1e-4  # the two views do differ
 
 
-# ── A model that we trained ──
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Three classes of stripes; the folder of a run with a moving average, and its training images."""
-    folder = tmp_path_factory.mktemp("trained")
-    data = photos(folder / "data", per_class=4, classes="abc")
-    flags = finetuning_flags(data, folder / "run", "--epochs", "1", "--model_ema", "--model_ema_decay", "0.5")
-    run_class_finetuning.main([*flags, "--lr", "1e-2"])
-    return folder
-
-
-def trained_flags(trained: Path, images: Path, out: Path, *more: str) -> list[str]:
-    return eval_flags(images, out, "--resume", str(trained / "run/checkpoint.pth"), *more)
-
-
-def evaluate(trained: Path, images: Path, out: Path, *more: str) -> None:
-    run_class_finetuning.main(trained_flags(trained, images, out, *more))
-
-
-def test_evaluation_agrees_with_training_for_weights_and_average(trained, tmp_path):
-    log = log_lines(trained / "run")[0]
-    evaluate(trained, trained / "data", tmp_path / "plain")
-    evaluate(trained, trained / "data", tmp_path / "ema", "--model_ema")
-    plain, ema = results(tmp_path / "plain"), results(tmp_path / "ema")
-    for key in ("loss", "acc1", "acc5", "balanced_acc", "images"):
-        assert plain[f"test_{key}"] == pytest.approx(log[f"test_{key}"])
-        assert ema[f"test_{key}"] == pytest.approx(log[f"test_ema_{key}"])
-    assert plain["test_loss"] != pytest.approx(ema["test_loss"], rel=1e-4)
-    assert (plain["model_ema"], ema["model_ema"]) == (False, True)
-
-
 def test_weights_without_an_average(weights, imagenet_r, tmp_path, capsys):
     assert "no moving average" in refused(
         run_class_finetuning.main,
         eval_flags(imagenet_r, tmp_path, "--resume", str(weights[0]), "--model_ema"),
         capsys,
-    )
-
-
-def test_labels_follow_the_training_classes_without_its_images(trained, tmp_path, capsys):
-    stage = checkpoint(trained / "run/checkpoint.pth")["stage"]
-    assert stage == {"classes": ["a", "b", "c"]}
-    (tmp_path / "some").mkdir()
-    for name in "ac":  # c is class 2, not 1
-        (tmp_path / "some" / name).symlink_to(trained / "data" / name)
-    evaluate(trained, trained / "data", tmp_path / "all", "--worst_classes", "3")
-    evaluate(trained, tmp_path / "some", tmp_path / "out", "--worst_classes", "3")
-    by_class = [
-        {line["class"]: line["recall"] for line in results(tmp_path / out)["worst_classes"]}
-        for out in ("all", "out")
-    ]
-    assert {"a": by_class[0]["a"], "c": by_class[0]["c"]} == by_class[1]
-    assert results(tmp_path / "out")["test_balanced_acc"] == pytest.approx(
-        (by_class[0]["a"] + by_class[0]["c"]) / 2
-    )
-    other = photos(tmp_path / "other", per_class=1, classes="abd")
-    assert "class folder 'd' is no class of the training data" in refused(
-        run_class_finetuning.main, trained_flags(trained, other, tmp_path / "x"), capsys
-    )
-
-
-def test_other_classes_on_resume_are_refused_if_names_are_known(trained, tmp_path, capsys):
-    other = photos(tmp_path / "other", per_class=4, classes="abd")
-    flags = finetuning_flags(
-        other, tmp_path / "out", "--resume", str(trained / "run/checkpoint.pth"), "--allow_changed_run"
-    )
-    assert "its class 2 is 'c', here it is 'd'" in refused(run_class_finetuning.main, flags, capsys)
-    old = checkpoint(trained / "run/checkpoint.pth") | {"stage": {}}
-    torch.save(old, tmp_path / "old.pth")
-    run_class_finetuning.main([*flags, "--resume", str(tmp_path / "old.pth")])
-    assert checkpoint(tmp_path / "out/checkpoint.pth")["stage"] == {"classes": ["a", "b", "d"]}
-
-
-@pytest.mark.parametrize(
-    ("flags", "theirs", "ours"),
-    [
-        (
-            ["--imagenet_default_mean_and_std"],
-            "no --imagenet_default_mean_and_std",
-            "with --imagenet_default_mean_and_std",
-        ),
-        (["--input_size", "48"], "--input_size 32", "--input_size 48"),
-        (["--crop_pct", "0.5"], "no --crop_pct", "--crop_pct 0.5"),
-    ],
-)
-def test_images_unlike_those_of_the_training_are_told(flags, theirs, ours, trained, tmp_path, capsys):
-    evaluate(trained, trained / "data", tmp_path, *flags)
-    out = capsys.readouterr().out
-    assert f"was trained with {theirs} and is evaluated" in out
-    assert ours in out
-
-
-@pytest.mark.parametrize(
-    ("flags", "tensor", "way_out"),
-    [
-        (["--use_cls"], "it lacks norm.weight", "--use_mean_pooling"),
-        (["--abs_pos_emb"], "it lacks pos_embed", "no --abs_pos_emb"),
-        (
-            ["--disable_rel_pos_bias"],
-            "also holds blocks.0.attn.relative_position_bias_table",
-            "--rel_pos_bias",
-        ),
-        (["--disable_qkv_bias"], "also holds blocks.0.attn.q_bias", "--qkv_bias"),
-        (["--layer_scale_init_value", "0"], "also holds blocks.0.gamma_1", "--layer_scale_init_value 0.1"),
-        (["--model", "beit_tiny_patch16_224"], "it lacks cls_token", f"--model {MODEL}"),
-    ],
-)
-def test_another_model_than_the_trained_one_is_refused(flags, tensor, way_out, trained, tmp_path, capsys):
-    error = refused(
-        run_class_finetuning.main, trained_flags(trained, trained / "data", tmp_path, *flags), capsys
-    )
-    assert tensor in error
-    assert f"it was trained with {way_out}" in error
-
-
-def test_nothing_is_told_about_a_model_used_as_it_was_trained(trained, tmp_path, capsys):
-    evaluate(trained, trained / "data", tmp_path, "--dist_eval")
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "warning" in line] == [
-        "warning: --dist_eval does nothing: evaluation is always shared by all processes, and every "
-        "image counts once"
-    ]
-
-
-def test_published_weights_by_name_without_their_flags(trained, tmp_path, capsys, monkeypatch):
-    """A demo-sized model of 32-pixel images under a published name, where a download would lie."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    name = "beitv2_base_patch16_224_pt1k_ft1k"
-    (tmp_path / "checkpoints").mkdir()
-    classifier(3, tmp_path / "checkpoints" / f"{name}.pth")
-    flags = eval_flags(trained / "data", tmp_path / "out", "--finetune", name)
-    run_class_finetuning.main(flags)
-    assert "trained with --imagenet_default_mean_and_std and is evaluated with no" in capsys.readouterr().out
-    flags.append("--imagenet_default_mean_and_std")
-    run_class_finetuning.main(flags)
-    assert results(tmp_path / "out")["weights"] == name
-    assert "warning" not in capsys.readouterr().out
-    # the file tells by the shape of its bias tables
-    run_class_finetuning.main([*flags, "--input_size", "48"])
-    assert "trained on images of another size than --input_size 48" in capsys.readouterr().out
-    assert "it was trained with --model beit_base_patch16_224" in refused(
-        run_class_finetuning.main, [*flags, "--use_cls"], capsys
-    )
-
-
-@pytest.mark.slow
-def test_two_processes_count_every_image_once(trained, tmp_path):
-    images = photos(tmp_path / "images", per_class=3, classes="abc")
-    (images / "b/0.jpg").unlink()  # 8 images in batches of 3: shares of 4 and 4; a ninth in none
-    flags = [
-        *eval_flags(images, tmp_path / "two", "--tta_flip"),
-        "--resume",
-        str(trained / "run/checkpoint.pth"),
-    ]
-    flags += ["--batch_size", "3", "--worst_classes", "3"]
-    two_processes("run_class_finetuning.py", flags)
-    run_class_finetuning.main([*flags, "--output_dir", str(tmp_path / "one"), "--batch_size", "32"])
-    one, two = results(tmp_path / "one"), results(tmp_path / "two")
-    assert two["test_images"] == 8
-    assert sum(line["images"] for line in two["worst_classes"]) == 8
-    assert two.pop("test_loss") == pytest.approx(one.pop("test_loss"), rel=1e-5)
-    assert two == one
-
-
-TABLE, EMBEDDING = "blocks.0.attn.relative_position_bias_table", "pos_embed"
-
-
-@pytest.mark.parametrize(
-    ("keys", "flags", "theirs"),
-    [
-        ([TABLE], {}, None),  # published files tell nothing of their normalization
-        ([TABLE], {"imagenet_default_mean_and_std": False}, None),
-        ([TABLE], {"imagenet_default_mean_and_std": True}, "--imagenet_default_mean_and_std"),
-        ([EMBEDDING], {}, "--abs_pos_emb, --disable_rel_pos_bias"),  # somebody else's ViT: its weights say it
-        # a tokenizer's encoder
-        ([EMBEDDING], {"process_type": "imagenet_norm", "imagenet_default_mean_and_std": False},
-         "--abs_pos_emb, --disable_rel_pos_bias, --imagenet_default_mean_and_std"),
-        ([TABLE], {"process_type": "default", "imagenet_default_mean_and_std": True}, None),
-    ],
-)  # fmt: skip
-def test_fine_tuning_unlike_the_pretraining_is_told(keys, flags, theirs, caplog):
-    parser = run_class_finetuning.get_parser()
-    args = parser.parse_args(["--finetune", "x.pth"])
-    with caplog.at_level("WARNING", logger="beit"):
-        ours = trained_classifier.RunFlags(vars(args), functools.partial(arguments.format_flag, parser))
-        weights = dict.fromkeys(keys, torch.zeros(1))
-        trained_classifier.warn_of_other_pretraining(weights, flags, ours, f"`finetune` {args.finetune}")
-    assert (
-        caplog.messages == []
-        if theirs is None
-        else f"x.pth was trained with {theirs} and is fine" in caplog.messages[0]
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from refusals import user_reads
 from source_files import load_script
-from test_datasets import arguments, write_image
+from tiny_data import data_args, write_image
 from tiny_runs import (
     as_flags,
     assert_same_weights,
@@ -136,7 +136,7 @@ def test_class_numbers_without_names_and_names_in_another_order(tmp_path):
         members = [(f"{i}.{kind}", data) for i, label in enumerate(labels)
                    for kind, data in (("jpg", jpeg(tmp_path, i)), ("cls", str(label).encode()))]  # fmt: skip
         write_tar(tmp_path / name / "0.tar", members)
-    flags = arguments(tmp_path / "train", eval_data_path=str(tmp_path / "val"), data_set="webdataset")
+    flags = data_args(tmp_path / "train", eval_data_path=str(tmp_path / "val"), data_set="webdataset")
     train, count = build_finetuning_dataset(flags, train=True)
     assert (count, train.classes, train.labels.tolist()) == (3, ["0", "1", "2"], [0, 2, 1])
     assert build_finetuning_dataset(flags, train=False)[0].labels.tolist() == [2, 0]
@@ -146,7 +146,7 @@ def test_class_numbers_without_names_and_names_in_another_order(tmp_path):
         build_finetuning_dataset(flags, train=False)
     (tmp_path / "val" / "classes.txt").write_text("owl\ndog\ncat\n")
     assert build_finetuning_dataset(flags, train=False)[0].labels.tolist() == [0, 2]
-    half = arguments(tmp_path / "train", data_set="webdataset", label_fraction=0.5)
+    half = data_args(tmp_path / "train", data_set="webdataset", label_fraction=0.5)
     assert len(build_finetuning_dataset(half, train=True)[0]) == 3  # at least one image a class
 
 
@@ -226,9 +226,9 @@ def test_plain_words_for_what_is_in_shards(packed, folder, tmp_path):
             find_shards(text)
     unlabeled = write_tar(tmp_path / "unlabeled.tar", [("a.jpg", b"x")])
     with user_reads(r"have no labels; scripts/make_shards\.py --classes"):
-        build_finetuning_dataset(arguments(unlabeled, data_set="webdataset"), train=True)
+        build_finetuning_dataset(data_args(unlabeled, data_set="webdataset"), train=True)
     with user_reads("--image_folder_class_index_file lists files of a folder"):
-        build_vqkd_dataset(arguments(packed, data_set="webdataset", image_folder_class_index_file="x"))
+        build_vqkd_dataset(data_args(packed, data_set="webdataset", image_folder_class_index_file="x"))
 
 
 def test_images_that_are_not_taken_are_counted(tmp_path, caplog, monkeypatch):
@@ -326,7 +326,7 @@ def test_an_index_that_contradicts_its_shard_is_made_anew(kind, tmp_path):
 
 def test_an_image_that_does_not_decode_is_named_and_replaced(tmp_path):
     path = write_tar(tmp_path / "0.tar", [("a.jpg", b"no image"), ("b.jpg", jpeg(tmp_path, 2))])
-    sample = build_vqkd_dataset(arguments(path, data_set="webdataset"))[0, 0]
+    sample = build_vqkd_dataset(data_args(path, data_set="webdataset"))[0, 0]
     assert sample["failed"] == [f"{path}/a.jpg (not an image)"]
     assert "image" in sample
 
@@ -374,7 +374,7 @@ def test_the_order_mixes_few_shards_and_follows_seed_and_epoch():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_is_shared_without_repeats_and_resumed(workers, packed, monkeypatch):
     monkeypatch.setattr("data_pipeline.samplers.SHARDS_AT_ONCE", 2)
-    dataset = build_vqkd_dataset(arguments(packed, data_set="webdataset"))
+    dataset = build_vqkd_dataset(data_args(packed, data_set="webdataset"))
     assert dataset.shard_sizes == [5, 5, 5, 5, 4]
 
     def read(done):
@@ -397,7 +397,7 @@ def test_an_epoch_is_shared_without_repeats_and_resumed(workers, packed, monkeyp
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_as_in_a_folder(packed):
-    dataset = build_vqkd_dataset(arguments(packed, data_set="webdataset"))
+    dataset = build_vqkd_dataset(data_args(packed, data_set="webdataset"))
     pixels = np.asarray(load_image(dataset.source(7).read()))
     in_memory = datasets.ImageFiles([(pixels, None)] * 8, dataset.view)
     assert torch.equal(in_memory[2, 7]["image"], dataset[2, 7]["image"])

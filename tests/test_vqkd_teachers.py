@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from refusals import user_reads
 from torch import nn
 from torch.nn import functional as F
 
@@ -177,7 +178,7 @@ def test_efficientnet_lite0_is_the_packages_tenth_block() -> None:
     assert targets.shape == (2, 64, TEACHER_DIMS["efficientnet_lite0"])
     torch.testing.assert_close(targets, kept[0].flatten(2).transpose(1, 2), atol=1e-3, rtol=1e-4)
     assert (teacher.dim, teacher.standardize) == (112, True)
-    with pytest.raises(UserError, match="`teacher_input_size` 224 would match"):
+    with user_reads("--teacher_input_size 224 would match"):
         build_teacher("efficientnet_lite0", input_size=128, grid=14)
 
 
@@ -268,7 +269,7 @@ def test_views_of_another_size_are_resized() -> None:
     ],
 )
 def test_mistakes_are_named(name: str, size: int, grid: int | None, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with user_reads(message):
         build_teacher(name, weight="random", input_size=size, grid=grid)
 
 
@@ -293,7 +294,5 @@ def test_offline_names_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm.models, "load_pretrained", unreachable)
-    with pytest.raises(
-        UserError, match=(r"resnet18 cannot be had \(OSError: no route to host\); " r"--teacher_weight")
-    ):
+    with user_reads(r"resnet18 cannot be had \(OSError: no route to host\); --teacher_weight"):
         build_teacher("timm:resnet18")
