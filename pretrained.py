@@ -137,8 +137,8 @@ def open_backbone(
 
 
 def has_cls_head(weights: dict[str, Tensor]) -> bool:
-    """Whether they are of BEiT v2's pretraining, where the CLS token learns to stand
-    for the image.
+    """Whether these are weights of BEiT v2's pretraining, where the CLS token learns to
+    represent the image.
     """
     return any(key.startswith("cls_pt_layers.") for key in weights)
 
@@ -161,7 +161,7 @@ def uses_imagenet_statistics(flags: dict[str, Any], asked: bool, source: str) ->
 
 @dataclass(frozen=True)
 class ModelHints:
-    """What is said of a model besides its file; None: as the file tells."""
+    """What the user says about a model besides its file; None: as the file tells."""
 
     model: str | None = None  # a name of `list_variants`
     num_heads: int | None = None

@@ -74,7 +74,7 @@ class Teacher(nn.Module):
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """What build_teacher was asked for."""
+    """The arguments of build_teacher."""
 
     name: str
     weight: str | None

@@ -27,7 +27,7 @@ PART = ".part"  # end of the name of a file that is still being written
 
 
 def to_plain_data(value: Any) -> Any:
-    """Flags and the like as data that weights_only loading accepts; of URLs without
+    """Turn flags and the like into data that weights_only loading accepts. URLs lose
     what may be secret.
     """
     if isinstance(value, dict):
@@ -173,7 +173,7 @@ def format_step_name(step: int) -> str:
 
 
 def list_step_checkpoints(folder: Path) -> list[Path]:
-    """Newest first."""
+    """The step checkpoints in a run's folder, newest first."""
     return sorted(
         folder.glob("checkpoint-step*.pth"),
         key=lambda path: int(path.stem[len("checkpoint-step") :]),
@@ -182,7 +182,9 @@ def list_step_checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What a killed run was writing: never complete, never used."""
+    """Remove files that a killed run was still writing: they are incomplete and never
+    read.
+    """
     for path in folder.glob(f".checkpoint*{PART}"):
         path.unlink(missing_ok=True)
 
@@ -203,8 +205,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def link_checkpoint(path: Path, other: Path) -> None:
-    """The same checkpoint under a second name, without writing it twice; checkpoints
-    are only ever replaced, never changed.
+    """Give a checkpoint a second name without writing it twice. Checkpoints are only
+    ever replaced, never changed.
     """
     temporary = other.with_name(f".{other.name}.{os.getpid()}{PART}")
     temporary.unlink(missing_ok=True)
@@ -219,8 +221,8 @@ def link_checkpoint(path: Path, other: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A training checkpoint, or a published weight file (then only `model` is in it,
-    and what `head` finds).
+    """Read a training checkpoint, or a published weight file, which gives `model` and
+    what `read_header` finds.
     """
     content = weight_files.load_file(path)
     weights = weight_files.extract_weights(content, str(path))
@@ -248,7 +250,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Strict: a resumed model must be the one that was saved."""
+    """Load all weights, strictly: a resumed model must be the one that was saved."""
     own = model.state_dict()
     strange = [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]
     if strange:
@@ -274,7 +276,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path:
 
 
 def write_text(folder: str | Path, name: str, text: str) -> Path:
-    """A small result file, on rank 0."""
+    """Write a small result file, on rank 0."""
     path = Path(folder) / name
     if distributed.is_main():
         try:

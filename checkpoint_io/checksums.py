@@ -14,8 +14,8 @@ from errors import UserError
 
 
 def find_hash_in_name(name: str) -> str | None:
-    """`weights-d5036aa7.pth` -> d5036aa7, torch.hub's convention. Digits alone are
-    rather a date or a number of a run.
+    """`weights-d5036aa7.pth` -> d5036aa7, torch.hub's convention. Digits alone are more
+    likely a date or the number of a run.
     """
     found = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.", name)
     return found.group(1) if found else None
@@ -30,8 +30,8 @@ def hash_file(path: pathlib.Path) -> str:
 
 
 def hash_file_once(path: pathlib.Path) -> str:
-    """The hash of a file in the cache. A note beside it spares every process of every
-    run the reading of the file.
+    """The hash of a file in the cache. It is kept in a note beside the file, so that
+    not every process of every run has to read the whole file.
     """
     version = get_file_version(path)
     with contextlib.suppress(OSError, ValueError):
@@ -61,8 +61,8 @@ def write_note(path: pathlib.Path, version: list[str], digest: str) -> None:
 def verify(
     path: pathlib.Path, sha256_prefix: str | None, guessed: bool = False, cached: bool = False
 ) -> pathlib.Path:
-    """`path`; with a prefix only if its hash begins with it. Notes are written in the
-    cache only, not in users' folders.
+    """Return `path` if its hash begins with `sha256_prefix` or there is no prefix;
+    UserError otherwise. Notes are written in the cache only, not in users' folders.
     """
     if not sha256_prefix:
         return path
@@ -79,8 +79,8 @@ def verify(
 
 
 def is_complete(path: pathlib.Path) -> bool:
-    """Whether a zip file (torch.save) or safetensors is whole. Of other files nothing
-    tells it.
+    """Whether a zip file (torch.save) or safetensors is whole. Other files count as
+    incomplete, since nothing in them tells.
     """
     try:
         if zipfile.is_zipfile(path):

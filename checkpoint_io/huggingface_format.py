@@ -74,7 +74,9 @@ def is_huggingface(keys: Iterable[str]) -> bool:
 
 
 def from_huggingface(state_dict: Mapping[str, Tensor]) -> Weights:
-    """UserError: a layer without its q, k or v."""
+    """The state dict of a Hugging Face BEiT under our names. UserError: a layer without
+    its q, k or v.
+    """
     in_block, outside = ({theirs: ours for ours, theirs in table.items()} for table in (IN_BLOCK, OUTSIDE))
     classic = {_to_classic_name(key): value for key, value in state_dict.items()}
     ours: Weights = {}
@@ -222,7 +224,9 @@ def make_huggingface_preprocessor(size: int, prepared: Preprocessing) -> dict[st
 
 
 def read_huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ExternalConfig:
-    """UserError: another kind of model."""
+    """What config.json and preprocessor_config.json say. UserError: they are of another
+    kind of model.
+    """
     if config.get("model_type") != "beit" or config.get("hidden_act", "gelu") != "gelu":
         raise UserError(
             f"config.json describes a {config.get('model_type')} with {config.get('hidden_act')}, not a "

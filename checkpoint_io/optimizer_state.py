@@ -118,8 +118,8 @@ def find_fault(key: str, value: Any, shape: torch.Size | None, parameter: torch.
 
 
 def simulate_step(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What an optimizer keeps of each parameter, found by a step of a copy; timm's have
-    factors of shapes of their own.
+    """What an optimizer keeps of each parameter, found by a step of a copy: the moments
+    of some of timm's have shapes of their own.
     """
     trial = copy.deepcopy(optimizer)
     parameters = [p for group in trial.param_groups for p in group["params"]]

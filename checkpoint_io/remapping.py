@@ -33,12 +33,12 @@ PATCHES = "patch_embed.proj.weight"
 
 
 def to_our_names(state_dict: Mapping[str, Tensor]) -> Weights:
-    """A state dict of Hugging Face's BEiT, timm's, or a plain ViT under our names; ours
-    comes back as it is, and is not copied.
+    """A state dict of Hugging Face's BEiT, timm's, or a plain ViT under our names. One
+    that has our names already is returned as it is, without a copy.
 
-    Keys that are nobody's (a segmentation head) keep their names. UserError: as
-    strip_wrappers, from_plain_blocks and refuse_other_parts; a Hugging Face layer
-    without its q, k or v.
+    Unknown keys (a segmentation head) keep their names. UserError: as strip_wrappers,
+    from_plain_blocks and refuse_other_parts; a Hugging Face layer without its q, k or
+    v.
     """
     bare = strip_wrappers(state_dict)
     ours = from_plain_blocks(from_huggingface(bare) if is_huggingface(bare) else bare)
@@ -78,7 +78,7 @@ def infer_patch_grid(weights: dict[str, Tensor]) -> tuple[int, int] | None:
 
 
 def add_class_position(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With a position of zeros for the CLS token where only a square of patches has
+    """Add a position of zeros for the CLS token where only a square of patches has
     positions (timm's no_embed_class).
     """
     positions = weights.get("pos_embed")

@@ -55,8 +55,8 @@ def find_checkpoint(resume: str, auto_resume: bool, output_dir: str) -> Path | N
 
 
 def find_newest_intact(folder: Path) -> Path | None:
-    """checkpoint.pth; where it is damaged, the other whole one with the most steps
-    behind it, with a warning.
+    """checkpoint.pth, or where it is damaged, the intact one that is furthest in
+    training, with a warning.
     """
     latest = folder / LATEST
     if latest.exists() and is_intact(latest):
@@ -96,8 +96,8 @@ def is_intact(path: Path) -> bool:
 
 
 def read_progress(path: Path) -> tuple[int, int]:
-    """(epoch, step) that a checkpoint goes on with; files can be copied, so their times
-    say nothing.
+    """(epoch, step) that a checkpoint goes on with. Times of files do not tell, since
+    files can be copied.
     """
     content = read_checkpoint(path)
     after, done = content.get("next"), content.get("epoch")
@@ -108,8 +108,8 @@ def read_progress(path: Path) -> tuple[int, int]:
 
 
 def keep_published(path: Path, folder: Path) -> None:
-    """A checkpoint in a run's folder that is not a run's of this code gets a second
-    name, before the first is overwritten.
+    """Give a checkpoint in the run's folder that this code did not write a second name,
+    before the run overwrites the first.
     """
     if path.resolve().parent != folder.resolve() or path.stem.startswith("checkpoint-published"):
         return
@@ -171,7 +171,7 @@ def check_ranks_agree(flags: Mapping[str, Any]) -> None:
 
 
 def check_ranks_have_the_same_images(data: Mapping[str, Any]) -> None:
-    """UserError on all ranks where they found different images. data: as of
+    """UserError on all ranks where they found different images. `data`: as in
     check_same_run.
     """
     everyone = distributed.gather_objects(dict(data))

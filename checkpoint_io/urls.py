@@ -32,8 +32,8 @@ def split_url(url: str) -> urllib.parse.SplitResult:
 
 
 def refuse_unsafe_url(url: str) -> None:
-    """Only what cannot be altered on its way: https, this machine, or what the user has
-    allowed.
+    """UserError unless the file cannot be altered on its way: https, this machine, or
+    what the user has allowed.
     """
     parts = split_url(url)
     if parts.scheme in ("https", "file"):

@@ -55,7 +55,7 @@ def read_weights(
     name. `expected`: whose names it has, "ours", "timm", "huggingface" or "auto".
     `ema`: the moving average of the weights instead of the last ones; `keys`: where in
     the file the weights are; `select`: takes a part of them, under the file's own
-    names. `flag`: for messages.
+    names. `origin`: the parameter that names it, for messages.
 
     UserError: as downloads.fetch; names of another library; no moving average; another
     kind of model.
@@ -191,10 +191,10 @@ def save_weights(
     flags: dict[str, Any] | None = None,
     classes: list[str] | None = None,
 ) -> None:
-    """Weights to a .safetensors or .pth file, atomically.
+    """Write weights to a .safetensors or .pth file, atomically.
 
     Flags and the names of the classes lie beside the weights in a .pth, as text in the
-    head of a .safetensors.
+    header of a .safetensors.
     """
     stage = {"stage": {"classes": classes}} if classes else {}
     extra: dict[str, Any] = {} if flags is None else {"args": flags, **stage}

@@ -38,11 +38,12 @@ def list_images(
     above: Collection[str] = (),
     others: Set[str] = frozenset(),
 ) -> list[str]:
-    """Sorted paths; what is left out is counted in `left_out`.
+    """Sorted paths of the images in `root` and below it; what is left out is counted in
+    `left_out`.
 
-    Symbolic links to folders are followed, and each folder is read once: links may form
-    a circle. They are not followed to folders above `root`, of `above`, and in `others`
-    or below (real paths, of all classes).
+    Symbolic links to folders are followed, and each folder is read once, as links may
+    form a circle. They are not followed to folders above `root`, to those in `above`,
+    or to those in `others` or below them (real paths, of all classes).
     """
     left_out = Counter() if left_out is None else left_out
     paths: list[str] = []

@@ -35,8 +35,8 @@ class Index(NamedTuple):
 
 
 def load_index(path: str, extensions: Sequence[str], origin: str = "`data_path`") -> Index:
-    """From the file beside the shard where it fits, else from the shard, which is read
-    through; then it is kept.
+    """The index in the file beside the shard where it fits; else the shard is read
+    through, and the index is kept.
     """
     try:
         kept = _read_kept_index(path, extensions)
@@ -111,7 +111,7 @@ def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int
 
 
 def keep_index(path: str, extensions: Sequence[str], index: Index) -> None:
-    """Write it beside the shard: whole, or not at all."""
+    """Write the index beside the shard, atomically."""
     temporary = f"{path}{INDEX}.{os.getpid()}.part"
     try:
         with open(temporary, "wb") as file:
@@ -123,7 +123,9 @@ def keep_index(path: str, extensions: Sequence[str], index: Index) -> None:
 
 
 def _read_kept_index(path: str, extensions: Sequence[str]) -> Index | None:
-    """None where there is none, it is another shard's or damaged."""
+    """The index beside the shard; None where there is none, or it is another shard's or
+    damaged.
+    """
     try:
         with open_regular(path + INDEX) as file, np.load(file, allow_pickle=False) as kept:
             index = Index(kept["places"], kept["labels"], kept["left_out"])

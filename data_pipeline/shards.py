@@ -55,15 +55,15 @@ class Member(NamedTuple):
 
 @functools.lru_cache(maxsize=OPEN_FILES)
 def _open_once(path: str) -> io.FileIO:
-    """Kept open: with a file opened for each image, the disk would be asked for the
-    name as often as in a folder.
+    """Open a shard and keep it open: otherwise the disk would be asked for a name as
+    often as in a folder of images.
     """
     return io.FileIO(path)
 
 
 class Members(Sequence[tuple[Member, int | None]]):
-    """(image, label or None) of all shards in their order; arrays, since a list of a
-    million would burden every process.
+    """(image, label or None) of all shards in their order. They are kept in arrays,
+    since a list of a million would burden every process.
     """
 
     def __init__(

@@ -85,8 +85,8 @@ def read_classifier(
 
 
 def load_classifier(trained: TrainedClassifier, model: VisionTransformer, ours: RunFlags) -> None:
-    """Every weight of the file into the model, which must be the one that was trained;
-    say what else differs.
+    """Load every weight of the file into the model, which must be the one that was
+    trained, and warn of other differences.
     """
     fitting, missing = load_remapped(model, trained.weights)
     unused = find_unused(trained.weights, fitting)
@@ -105,8 +105,8 @@ def load_classifier(trained: TrainedClassifier, model: VisionTransformer, ours: 
 
 
 def find_unused(weights: Mapping[str, Tensor], fitting: Mapping[str, Tensor]) -> list[str]:
-    """What the model has no place for; a bias table that all blocks share is used when
-    it went into every block.
+    """The keys that the model lacks. A bias table that all blocks share counts as used
+    when it went into every block.
     """
     unused = [key for key in weights if key not in fitting and not key.endswith("position_index")]
     if any(key.startswith("blocks.") and key.endswith("relative_position_bias_table") for key in fitting):
@@ -115,7 +115,7 @@ def find_unused(weights: Mapping[str, Tensor], fitting: Mapping[str, Tensor]) ->
 
 
 def suggest_training_flags(trained: TrainedClassifier, ours: RunFlags) -> str:
-    """The way out of a model that does not fit, as far as the file or its published
+    """What to do about a model that does not fit, as far as the file or its published
     name tells.
     """
     theirs = ", ".join(other for other, _ in compare_flags(trained.flags, ours, SHAPING))
@@ -169,8 +169,8 @@ def warn_of_other_pretraining(
 
 
 def compare_flags(theirs: Mapping[str, Any], ours: RunFlags, names: Sequence[str]) -> list[tuple[str, str]]:
-    """(as it was trained, as it is now) for each of `names` that the training's flags
-    tell otherwise.
+    """(as it was trained, as it is now) for each of `names` whose value in training was
+    another one.
     """
     return [
         (ours.format_flag(name, theirs[name]), ours.format_flag(name, ours.values[name]))
@@ -196,7 +196,9 @@ def refuse_other_classes(trained: TrainedClassifier, classes: Sequence[str], whe
 
 
 def refuse_other_than_imagenet(trained: TrainedClassifier, robust: RobustSet) -> None:
-    """The robustness sets' folders say which of ImageNet-1k's logits are meant."""
+    """UserError unless the classifier tells ImageNet-1k's classes apart: the folders of
+    the robustness sets are classes of these.
+    """
     if trained.nb_classes != len(synsets()) or (trained.classes or synsets()) != synsets():
         what = (
             f"tells {trained.nb_classes} others apart"
@@ -209,7 +211,7 @@ def refuse_other_than_imagenet(trained: TrainedClassifier, robust: RobustSet) ->
 
 
 def describe_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
-    """Where two lists of class names part, in words."""
+    """Where two lists of class names differ first, in words."""
     if len(theirs) != len(ours):
         return f"it has {len(theirs)} classes, here are {len(ours)}"
     number, (one, other) = next(

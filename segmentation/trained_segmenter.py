@@ -40,8 +40,8 @@ def split_parts(content: WeightSource) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 def load_pretrained(model: Segmenter, content: WeightSource, source: str) -> None:
-    """What fits of a pretrained backbone or of a segmentation model, with a report.
-    `source` names it in messages.
+    """Load what fits of a pretrained backbone or of a segmentation model, with a
+    report. `source` names it in messages.
     """
     backbone, heads = split_parts(content)
     pretrained.load_fitting(model.backbone, backbone, source)
@@ -77,8 +77,8 @@ def find_training_flags(content: WeightSource, ours: RunFlags, given: Collection
 
 
 def build_segmenter(content: WeightSource, source: str) -> Segmenter:
-    """The model in a file, by the shapes of its weights; in eval. `source` names it in
-    messages.
+    """Build the model in a file by the shapes of its weights, in eval mode. `source`
+    names it in messages.
     """
     backbone, heads = split_parts(content)
     classifier, auxiliary = heads[CLASSIFIER], heads.get("auxiliary_head.conv_seg.weight")
@@ -111,8 +111,8 @@ def build_segmenter(content: WeightSource, source: str) -> Segmenter:
 
 
 def choose_class_names(content: WeightSource, given: list[str], source: str) -> list[str]:
-    """Of the file's classes: its own names, else the `given` ones, else numbers.
-    UserError where these are others.
+    """The names of the file's classes: its own, else the `given` ones, else numbers.
+    UserError where the given ones are others.
     """
     count = len(content.weights[CLASSIFIER])
     if given and (len(given) != count or (content.classes and content.classes != given)):
