@@ -1,5 +1,5 @@
 """What a frozen backbone has learned: a linear probe of every layer, or k nearest
-neighbors (docs/evaluation.md).
+neighbors (docs/probing.md).
 """
 
 from __future__ import annotations

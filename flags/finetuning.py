@@ -80,7 +80,7 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
         "--layer_decay",
         type=Number(float, 0, 10, above=True),
         default=0.9,
-        help="learning rate factor per layer down; see docs/recipes",
+        help="learning rate factor per layer down (docs/lab/recipes.md)",
     )
     g.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true")
     g.add_argument(
