@@ -119,25 +119,14 @@ def _fetch_part(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
     with _open_in_background(request) as receive:
         reply = receive()
         refuse_unsafe_url(reply.url)  # after redirections
-        if (coding := reply.headers.get("Content-Encoding", "identity").strip().lower()) not in (
-            "",
-            "identity",
-        ):
-            raise UserError(
-                f"{url}: the server sends the file compressed ({coding}), although asked "
-                "not to: it is not used"
-            )
-        if reply.headers.get_content_type() == "text/html":
-            raise UserError(
-                f"{url} gives a web page, such as one to log in on: give the address of the file itself"
-            )
+        _refuse_other_content(reply, url)
         now = _get_reply_version(reply)
         if reply.status == 206:
             total = _parse_total_length(reply, start, int(length or 0))
             if total is None or (version and now not in ("", version)):
                 part.unlink(missing_ok=True)
-                # the rest of another file, or another part than was asked for: once
-                # more, the whole
+                # The rest of another file, or another part than was asked for: ask for
+                # the whole.
                 if start:
                     _fetch_part(url, part, checked_by_hash)
                     return
@@ -154,6 +143,30 @@ def _fetch_part(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
                 f"{format_size(free)} left; make room, or name another folder with TORCH_HOME"
             )
         _write_body(receive, part, start, total)
+    _check_length(part, total)
+    told = total is not None or getattr(reply, "chunked", False) or checked_by_hash
+    if not told and not is_complete(part):
+        raise UserError(
+            f"what came from {url} is incomplete, or no file of weights whose end can be checked: the "
+            "server does not say how long it is; run again, or download it elsewhere and give its path"
+        )
+
+
+def _refuse_other_content(reply: Any, url: str) -> None:
+    """UserError where the reply is not the file itself: compressed, or a web page."""
+    coding = reply.headers.get("Content-Encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise UserError(
+            f"{url}: the server sends the file compressed ({coding}), although asked not to: it is not used"
+        )
+    if reply.headers.get_content_type() == "text/html":
+        raise UserError(
+            f"{url} gives a web page, such as one to log in on: give the address of the file itself"
+        )
+
+
+def _check_length(part: pathlib.Path, total: int | None) -> None:
+    """ConnectionError where less or more came than the `total` that the server gave."""
     size = part.stat().st_size
     if size == 0:
         raise ConnectionError("nothing came: the file is empty")
@@ -161,16 +174,6 @@ def _fetch_part(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
         if size > total:
             part.unlink()
         raise ConnectionError(f"the connection broke off after {size} of {total} bytes")
-    if (
-        total is None
-        and not getattr(reply, "chunked", False)
-        and not checked_by_hash
-        and not is_complete(part)
-    ):
-        raise UserError(
-            f"what came from {url} is incomplete, or no file of weights whose end can be checked: the "
-            "server does not say how long it is; run again, or download it elsewhere and give its path"
-        )
 
 
 def _write_body(receive: Callable[[], Any], part: pathlib.Path, start: int, total: int | None) -> None:
