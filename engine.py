@@ -227,7 +227,7 @@ class Trainer:
                 self.reporter.step(state.means.read(), current_lr(state), state.step, left)
             if options.save_ckpt_steps and state.step % options.save_ckpt_steps == 0:
                 self.skipped.check()
-                more = [checkpoints.step_name(state.step)] if options.keep_ckpts > 0 else []
+                more = [checkpoints.format_step_name(state.step)] if options.keep_ckpts > 0 else []
                 self.save(state.epoch, [checkpoints.LATEST, *more])
             if self.stop_signal.requested():
                 self.skipped.check()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoint_io.tokenizer_weights import check_codebook, check_decoder_depth, count_blocks, read_tokenizer
+from checkpoint_io.tokenizer_weights import check_codebook, count_blocks, infer_decoder_depth, read_tokenizer
 from errors import UserError, pick
 from layers.init_weights import init_linear_and_norm
 from layers.rel_pos_bias import grid_of
@@ -209,7 +209,7 @@ class Variant:
             weights, flags = read_tokenizer(source, f"`tokenizer_weight` {source}")
             check_codebook(weights, n_code, code_dim, source)
             decoder_out_dim = len(weights["decode_task_layer.2.bias"])  # whoever the teacher was
-            decoder_depth = check_decoder_depth(weights, decoder_depth, source)
+            decoder_depth = infer_decoder_depth(weights, decoder_depth, source)
             options.setdefault("process_type", flags.get("process_type", "default"))
         if decoder_out_dim is None:
             decoder_out_dim = TEACHER_DIMS[self.teacher] if teacher is None else teacher.dim

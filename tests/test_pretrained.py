@@ -367,7 +367,7 @@ def test_a_part_without_a_home_is_refused_by_name(reason, tmp_path):
     ],
 )
 def test_a_model_that_would_compute_something_else_is_refused(theirs, mine, reason):
-    with pytest.raises(UserError, match=f"w.pth does not fit this model or is incomplete: .*{reason}"):
+    with user_reads(f"w.pth does not fit this model or is incomplete: .*{reason}"):
         pretrained.load_fitting(
             ours(**({"init_values": 0.1} | mine)), plain_vit(**theirs).state_dict(), "w.pth"
         )
