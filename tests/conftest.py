@@ -48,12 +48,18 @@ def _signals_as_they_were():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Sixteen photos of two classes; read-only, as is `codes`: the tests of a module share them."""
+    """Sixteen photos of two classes; read-only, as all of these: the tests of a module share them."""
     return tiny_runs.photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")
-def codes(tmp_path_factory) -> Path:
+def ten_photos(tmp_path_factory) -> Path:
+    """Batches of 3 or 4 leave a rest."""
+    return tiny_runs.photos(tmp_path_factory.mktemp("photos"), per_class=5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_weight(tmp_path_factory) -> Path:
     """The file of a tokenizer of random weights."""
     return tiny_runs.tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.pth")
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import modeling_finetune
+
 GOLDEN = Path(__file__).parent / "golden"
 
 _spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
@@ -36,3 +38,13 @@ def assert_keys(model: torch.nn.Module, case: str) -> None:
 
 def close(mine: torch.Tensor, golden: torch.Tensor, atol: float = 1e-4) -> None:
     torch.testing.assert_close(mine.float(), golden.float(), atol=atol, rtol=0)
+
+
+def vit(size=64, **settings):
+    settings = {
+        "use_abs_pos_emb": False,
+        "use_rel_pos_bias": True,
+        "init_values": 0.1,
+        "num_classes": 10,
+    } | settings
+    return fill(modeling_finetune.VisionTransformer(**(TINY | {"img_size": size} | settings)), 3).eval()

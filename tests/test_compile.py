@@ -8,15 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 from refusals import refused
-from tiny_runs import (
-    STUDENT,
-    checkpoint,
-    finetuning_flags,
-    log_lines,
-    photos,
-    pretraining_flags,
-    vqkd_flags,
-)
+from tiny_runs import STUDENT, checkpoint, finetuning_flags, log_lines, pretraining_flags, vqkd_flags
 from torch._dynamo.utils import counters
 
 import modeling_finetune
@@ -36,12 +28,6 @@ STAGES = {
     "finetune": (run_class_finetuning, finetuning_flags),
     "vqkd": (run_vqkd_training, vqkd_flags),
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    # 10 images: an evaluation ends with a batch of 2
-    return photos(tmp_path_factory.mktemp("photos"), per_class=5)
 
 
 @pytest.fixture
@@ -120,23 +106,26 @@ def test_recomputed_blocks_in_evaluation_are_plain(monkeypatch):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_trains_the_same_with_grad_checkpointing(stage, data, codes, tmp_path, monkeypatch):
+def test_every_stage_trains_the_same_with_grad_checkpointing(
+    stage, ten_photos, tokenizer_weight, tmp_path, monkeypatch
+):
     calls = []
     original = vit_backbone.checkpoint
     monkeypatch.setattr(
         "vit_backbone.checkpoint", lambda *args, **how: calls.append(1) or original(*args, **how)
     )
     script, flags = STAGES[stage]
-    more = [codes] if stage == "pretrain" else []
+    more = [tokenizer_weight] if stage == "pretrain" else []
     drop = [] if stage == "vqkd" else ["--drop_path", "0.2"]
-    script.main(flags(data, tmp_path / "plain", *more, *drop))
+    script.main(flags(ten_photos, tmp_path / "plain", *more, *drop))
     assert not calls
-    script.main(flags(data, tmp_path / "less", *more, *drop, "--grad_checkpointing"))
+    script.main(flags(ten_photos, tmp_path / "less", *more, *drop, "--grad_checkpointing"))
     assert calls
     losses = [[line["train_loss"] for line in log_lines(tmp_path / out)] for out in ("plain", "less")]
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("build", [student, classifier])
 def test_each_part_is_one_graph_and_is_compiled_once(build, recompute, graphs):
@@ -160,6 +149,7 @@ def test_each_part_is_one_graph_and_is_compiled_once(build, recompute, graphs):
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.slow
 def test_a_frozen_tokenizer_is_compiled_for_whole_batches(graphs):
     torch.manual_seed(0)
     model = modeling_vqkd.create_model(
@@ -174,16 +164,19 @@ def test_a_frozen_tokenizer_is_compiled_for_whole_batches(graphs):
     assert not graphs["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_compiled_runs_follow_the_curve_and_save_plain_weights(stage, data, codes, tmp_path, graphs):
+def test_compiled_runs_follow_the_curve_and_save_plain_weights(
+    stage, ten_photos, tokenizer_weight, tmp_path, graphs
+):
     script, flags = STAGES[stage]
-    more = [codes] if stage == "pretrain" else []
-    more += ["--eval_data_path", str(data), "--save_ckpt_freq", "1"] + (
+    more = [tokenizer_weight] if stage == "pretrain" else []
+    more += ["--eval_data_path", str(ten_photos), "--save_ckpt_freq", "1"] + (
         ["--model_ema"] if stage == "finetune" else []
     )
-    script.main(flags(data, tmp_path / "plain", *more))
+    script.main(flags(ten_photos, tmp_path / "plain", *more))
     assert not graphs["stats"]
-    script.main(flags(data, tmp_path / "compiled", *more, "--compile"))
+    script.main(flags(ten_photos, tmp_path / "compiled", *more, "--compile"))
     compiled_graphs = graphs["stats"]["unique_graphs"]
     # none again in the second epoch
     assert compiled_graphs == {"pretrain": 3, "finetune": 1, "vqkd": 3}[stage]
@@ -195,15 +188,17 @@ def test_compiled_runs_follow_the_curve_and_save_plain_weights(stage, data, code
     assert files[0]["model"].keys() == files[1]["model"].keys()
     # and a compiled run goes on from its middle, bit for bit
     first = ["--resume", str(tmp_path / "compiled/checkpoint-0.pth"), "--compile"]
-    script.main(flags(data, tmp_path / "resumed", *more, *first))
+    script.main(flags(ten_photos, tmp_path / "resumed", *more, *first))
     again = checkpoint(tmp_path / "resumed/checkpoint.pth")["model"]
     assert all(torch.equal(value, again[name]) for name, value in files[1]["model"].items())
 
 
-def test_without_a_compiler_one_sentence_says_so(data, codes, tmp_path, monkeypatch, capsys):
+def test_without_a_compiler_one_sentence_says_so(ten_photos, tokenizer_weight, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "--compile on a CPU needs a C++ compiler" in refused(
-        run_beitv2_pretraining.main, pretraining_flags(data, tmp_path, codes, "--compile"), capsys
+        run_beitv2_pretraining.main,
+        pretraining_flags(ten_photos, tmp_path, tokenizer_weight, "--compile"),
+        capsys,
     )
 
 
@@ -248,6 +243,8 @@ def exported_model(name):
 
 
 PRETRAINING = ("beit_demo_patch16_128_8k_vocab", STUDENT)
+
+
 EXPORTED = {
     "classifier": lambda: (exported_model("classifier"), 1),
     "codes": lambda: (Method(exported_model("tokenizer"), "get_codebook_indices"), 1),
@@ -263,6 +260,7 @@ EXPORTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", ["export", "trace"])
 @pytest.mark.parametrize("name", EXPORTED)
@@ -286,6 +284,7 @@ def test_an_exported_model_takes_batches_of_any_size(name, way):
             torch.testing.assert_close(exported(*some), model(*some), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", ["export", "trace"])
 @pytest.mark.parametrize("name", ["upernet", "setr_pup"])

@@ -11,13 +11,9 @@ from evaluation import confusion
 from evaluation.confusion import Confusion, WorstClass, describe_worst, format_worst
 
 CPU = torch.device("cpu")
-
-
 # Class 0: 4 images, one right, two taken for 2, one for 1; class 1: always right; class
 # 2: 2 images, both taken for 0.
 LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
-
-
 ANSWERS = torch.tensor([0, 2, 1, 2, 1, 1, 1, 0, 0])
 
 

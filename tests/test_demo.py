@@ -64,6 +64,7 @@ def test_a_small_unlabeled_folder_goes_through(demo, tmp_path, monkeypatch, capf
     assert "masked-token accuracy" in out
 
 
+@pytest.mark.slow
 def test_labeled_summary_and_curves_from_logs(demo, monkeypatch):
     logs = {
         "vqkd": [

@@ -18,6 +18,7 @@ from tiny_runs import (
     log_lines,
     photos,
     pretraining_flags,
+    spoil_loss,
     vqkd_flags,
 )
 
@@ -43,8 +44,10 @@ CURVES = golden_values.data("loss_curves")
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_what_a_run_leaves_behind(name, data, codes, tmp_path):
-    main, flags = stage(name, data, codes, tmp_path / "out", "--save_ckpt_freq", "1", "--image_freq", "1")
+def test_what_a_run_leaves_behind(name, data, tokenizer_weight, tmp_path):
+    main, flags = stage(
+        name, data, tokenizer_weight, tmp_path / "out", "--save_ckpt_freq", "1", "--image_freq", "1"
+    )
     main(flags)
     lines = log_lines(tmp_path / "out")
     assert [line["epoch"] for line in lines] == [0, 1]
@@ -73,11 +76,11 @@ def test_what_a_run_leaves_behind(name, data, codes, tmp_path):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_seeded_loss_curves_guard_refactors(name, data, codes, tmp_path):
+def test_seeded_loss_curves_guard_refactors(name, data, tokenizer_weight, tmp_path):
     """Update tests/golden/loss_curves.json only when a change of the numbers is meant, and say so in the commit."""
     if not torch.__version__.startswith(CURVES["torch"]):
         pytest.skip(f"random numbers differ between versions of torch; the curves are of {CURVES['torch']}")
-    main, flags = stage(name, data, codes, tmp_path, "--epochs", "3")
+    main, flags = stage(name, data, tokenizer_weight, tmp_path, "--epochs", "3")
     main(flags)
     assert [line["train_loss"] for line in log_lines(tmp_path)] == pytest.approx(CURVES[name], rel=1e-2)
 
@@ -86,13 +89,13 @@ def test_seeded_loss_curves_guard_refactors(name, data, codes, tmp_path):
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("stop_after", ["epoch", "middle of an epoch"])
 def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(
-    name, stop_after, data, codes, tmp_path, monkeypatch
+    name, stop_after, data, tokenizer_weight, tmp_path, monkeypatch
 ):
-    main, flags = stage(name, data, codes, tmp_path / "whole")
+    main, flags = stage(name, data, tokenizer_weight, tmp_path / "whole")
     main(flags)
 
     steps = 4 if stop_after == "epoch" else 6  # of 4 an epoch
-    main, flags = stage(name, data, codes, tmp_path / "broken", "--save_ckpt_steps", "2")
+    main, flags = stage(name, data, tokenizer_weight, tmp_path / "broken", "--save_ckpt_steps", "2")
     kill_after(steps, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         main(flags)
@@ -105,13 +108,13 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
-def test_accumulation_equals_the_large_batch(name, data, codes, tmp_path):
+def test_accumulation_equals_the_large_batch(name, data, tokenizer_weight, tmp_path):
     """Two micro-batches of 4 and one batch of 8 see the same samples and take the same steps."""
     more = ["--epochs", "1", "--warmup_epochs", "0", "--drop_path", "0"]
     more += ["--mixup", "0", "--cutmix", "0"] if name == "finetune" else []
-    main, small = stage(name, data, codes, tmp_path / "small", *more, "--update_freq", "2")
+    main, small = stage(name, data, tokenizer_weight, tmp_path / "small", *more, "--update_freq", "2")
     main(small)
-    _, large = stage(name, data, codes, tmp_path / "large", *more, "--batch_size", "8")
+    _, large = stage(name, data, tokenizer_weight, tmp_path / "large", *more, "--batch_size", "8")
     main(large)
     losses = [log_lines(tmp_path / out)[0]["train_loss"] for out in ("small", "large")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -168,22 +171,22 @@ def test_tokenizer_pretraining_and_fine_tuning_fit_together(data, tmp_path, caps
         assert target.stat().st_size > 500
 
 
-def test_pretraining_with_absolute_positions_and_no_cls_head(data, codes, tmp_path):
+def test_pretraining_with_absolute_positions_and_no_cls_head(data, tokenizer_weight, tmp_path):
     more = [
         *as_flags(
             model="beit_demo_patch16_128_8k_vocab", abs_pos_emb=True, disable_rel_pos_bias=True, epochs=1
         ),
     ]
-    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, *more))
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, tokenizer_weight, *more))
     assert "train_mlm_acc" in log_lines(tmp_path)[0]
     keys = checkpoint(tmp_path / "checkpoint.pth")["model"].keys()
     assert "pos_embed" in keys
     assert not any("relative" in key or "cls_pt" in key for key in keys)
 
 
-def test_a_folder_smaller_than_a_batch_is_one_step_an_epoch(data, codes, tmp_path, capsys):
+def test_a_folder_smaller_than_a_batch_is_one_step_an_epoch(data, tokenizer_weight, tmp_path, capsys):
     run_beitv2_pretraining.main(
-        pretraining_flags(data, tmp_path, codes, "--batch_size", "128", "--warmup_epochs", "10")
+        pretraining_flags(data, tmp_path, tokenizer_weight, "--batch_size", "128", "--warmup_epochs", "10")
     )
     out = capsys.readouterr().out
     assert "16 images do not fill one batch" in out
@@ -192,20 +195,16 @@ def test_a_folder_smaller_than_a_batch_is_one_step_an_epoch(data, codes, tmp_pat
 
 
 @pytest.mark.slow
-def test_ten_steps_not_finite_end_the_run_and_change_nothing(data, codes, tmp_path, monkeypatch, capsys):
+def test_ten_steps_not_finite_end_the_run_and_change_nothing(
+    data, tokenizer_weight, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "out"
-    run_beitv2_pretraining.main(pretraining_flags(data, out, codes, "--epochs", "1"))
+    run_beitv2_pretraining.main(pretraining_flags(data, out, tokenizer_weight, "--epochs", "1"))
     shutil.copy(out / "checkpoint.pth", tmp_path / "good.pth")
-    original = run_beitv2_pretraining.PretrainingStage.step
-
-    def explode(self, model, batch):
-        loss, logs = original(self, model, batch)
-        return loss * float("nan"), logs
-
-    monkeypatch.setattr(run_beitv2_pretraining.PretrainingStage, "step", explode)
+    spoil_loss(monkeypatch, run_beitv2_pretraining.PretrainingStage)
     with pytest.raises(SystemExit) as stop:
         run_beitv2_pretraining.main(
-            pretraining_flags(data, out, codes, "--epochs", "20", "--print_freq", "1")
+            pretraining_flags(data, out, tokenizer_weight, "--epochs", "20", "--print_freq", "1")
         )
     assert stop.value.code == 2
     captured = capsys.readouterr()
@@ -220,17 +219,10 @@ def test_ten_steps_not_finite_end_the_run_and_change_nothing(data, codes, tmp_pa
 
 @pytest.mark.parametrize("opt", ["adamw", "lamb", "sgd"])
 def test_one_bad_step_is_skipped_and_named_and_the_run_goes_on(
-    opt, data, codes, tmp_path, monkeypatch, capsys
+    opt, data, tokenizer_weight, tmp_path, monkeypatch, capsys
 ):
-    original, seen = run_beitv2_pretraining.PretrainingStage.step, []
-
-    def explode_once(self, model, batch):
-        loss, logs = original(self, model, batch)
-        seen.append(1)
-        return (loss * float("inf") if len(seen) == 2 else loss), logs
-
-    monkeypatch.setattr(run_beitv2_pretraining.PretrainingStage, "step", explode_once)
-    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--opt", opt))
+    spoil_loss(monkeypatch, run_beitv2_pretraining.PretrainingStage, math.inf, steps=[1])
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, tokenizer_weight, "--opt", opt))
     out = capsys.readouterr().out
     assert "step 1 was skipped" in out
     assert out.count("was skipped") == 1
@@ -240,9 +232,9 @@ def test_one_bad_step_is_skipped_and_named_and_the_run_goes_on(
     assert all(math.isfinite(line["train_loss"]) for line in log_lines(tmp_path))
 
 
-def test_fp16_scales_the_loss(data, codes, tmp_path):
+def test_fp16_scales_the_loss(data, tokenizer_weight, tmp_path):
     run_beitv2_pretraining.main(
-        pretraining_flags(data, tmp_path, codes, "--amp_dtype", "fp16", "--epochs", "1")
+        pretraining_flags(data, tmp_path, tokenizer_weight, "--amp_dtype", "fp16", "--epochs", "1")
     )
     assert checkpoint(tmp_path / "checkpoint.pth")["scaler"]["scale"] > 0
     assert log_lines(tmp_path)[0]["train_loss_scale"] > 0
@@ -265,41 +257,38 @@ def test_a_users_mistake_is_one_line(flags, message, data, tmp_path, capsys):
     assert "Traceback" not in error
 
 
-def test_another_codebook_is_refused_with_the_right_flags(data, codes, tmp_path, capsys):
+def test_another_codebook_is_refused_with_the_right_flags(data, tokenizer_weight, tmp_path, capsys):
     assert "--codebook_size 16 --codebook_dim 8" in refused(
-        run_beitv2_pretraining.main, pretraining_flags(data, tmp_path, codes, "--codebook_size", "32"), capsys
+        run_beitv2_pretraining.main,
+        pretraining_flags(data, tmp_path, tokenizer_weight, "--codebook_size", "32"),
+        capsys,
     )
 
 
-def test_a_tokenizer_of_another_size_is_refused(data, codes, tmp_path, capsys):
+def test_a_tokenizer_of_another_size_is_refused(data, tokenizer_weight, tmp_path, capsys):
     more = ["--input_size", "64", "--second_input_size", "64", "--num_mask_patches", "6"]
     assert "--second_input_size 32" in refused(
-        run_beitv2_pretraining.main, pretraining_flags(data, tmp_path, codes, *more), capsys
+        run_beitv2_pretraining.main, pretraining_flags(data, tmp_path, tokenizer_weight, *more), capsys
     )
 
 
-def test_too_many_broken_files_stop_the_run(codes, tmp_path, capsys):
+def test_too_many_broken_files_stop_the_run(tokenizer_weight, tmp_path, capsys):
     broken = photos(tmp_path / "broken", per_class=30)
     for path in sorted(broken.rglob("*.jpg"))[::4]:
         path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(SystemExit):
-        run_beitv2_pretraining.main(pretraining_flags(broken, tmp_path / "out", codes))
+        run_beitv2_pretraining.main(pretraining_flags(broken, tmp_path / "out", tokenizer_weight))
     captured = capsys.readouterr()
     assert "cannot be read" in captured.err
     assert ".jpg" in captured.err
     assert "using the next image" in captured.out
 
 
-def test_sgd_survives_a_bad_first_step(data, codes, tmp_path, monkeypatch):
-    original, seen = run_beitv2_pretraining.PretrainingStage.step, []
-
-    def explode_first(self, model, batch):
-        loss, logs = original(self, model, batch)
-        seen.append(1)
-        return (loss * float("nan") if len(seen) == 1 else loss), logs
-
-    monkeypatch.setattr(run_beitv2_pretraining.PretrainingStage, "step", explode_first)
-    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--opt", "sgd", "--lr", "1e-4"))
+def test_sgd_survives_a_bad_first_step(data, tokenizer_weight, tmp_path, monkeypatch):
+    spoil_loss(monkeypatch, run_beitv2_pretraining.PretrainingStage, steps=[0])
+    run_beitv2_pretraining.main(
+        pretraining_flags(data, tmp_path, tokenizer_weight, "--opt", "sgd", "--lr", "1e-4")
+    )
     weights = checkpoint(tmp_path / "checkpoint.pth")["model"]
     assert all(value.abs().max() < 10 for key, value in weights.items() if "index" not in key)
 
@@ -310,8 +299,8 @@ def test_a_warm_up_that_leaves_no_codebook_is_refused(data, tmp_path, capsys):
     )
 
 
-def test_a_tokenizer_without_a_codebook_is_refused(data, codes, tmp_path, capsys):
-    content = checkpoint(codes)
+def test_a_tokenizer_without_a_codebook_is_refused(data, tokenizer_weight, tmp_path, capsys):
+    content = checkpoint(tokenizer_weight)
     content["model"]["quantize.embedding.initted"].zero_()
     torch.save(content, tmp_path / "empty.pth")
     assert "never given a codebook" in refused(
@@ -349,11 +338,19 @@ def test_evaluation_alone_needs_no_training_images(data, tmp_path, capsys):
     assert len((tmp_path / "vq2/codebook_usage.txt").read_text().split()) == 16
 
 
-def test_held_out_loss_does_not_depend_on_the_batch_size(data, codes, tmp_path):
+def test_held_out_loss_does_not_depend_on_the_batch_size(data, tokenizer_weight, tmp_path):
     losses = []
     for size in ("3", "16"):
         flags = pretraining_flags(
-            data, tmp_path / size, codes, "--eval_data_path", str(data), "--epochs", "1", "--lr", "0"
+            data,
+            tmp_path / size,
+            tokenizer_weight,
+            "--eval_data_path",
+            str(data),
+            "--epochs",
+            "1",
+            "--lr",
+            "0",
         )
         run_beitv2_pretraining.main([*flags, "--min_lr", "0", "--batch_size", size])
         losses.append(log_lines(tmp_path / size)[0]["test_loss"])
@@ -361,22 +358,26 @@ def test_held_out_loss_does_not_depend_on_the_batch_size(data, codes, tmp_path):
 
 
 @pytest.mark.slow
-def test_flags_give_settings_and_the_checkpoint_gives_moments(data, codes, tmp_path, capsys):
-    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--epochs", "1"))
-    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--opt_betas", "0.9", "0.98"))
+def test_flags_give_settings_and_the_checkpoint_gives_moments(data, tokenizer_weight, tmp_path, capsys):
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, tokenizer_weight, "--epochs", "1"))
+    run_beitv2_pretraining.main(
+        pretraining_flags(data, tmp_path, tokenizer_weight, "--opt_betas", "0.9", "0.98")
+    )
     state = checkpoint(tmp_path / "checkpoint.pth")["optimizer"]
     assert tuple(state["param_groups"][0]["betas"]) == (0.9, 0.98)
     assert float(state["state"][0]["step"]) == 8
     assert "go on with --opt adamw" in refused(
         run_beitv2_pretraining.main,
-        pretraining_flags(data, tmp_path, codes, "--opt", "sgd", "--epochs", "3"),
+        pretraining_flags(data, tmp_path, tokenizer_weight, "--opt", "sgd", "--epochs", "3"),
         capsys,
     )
 
 
 @pytest.mark.slow
-def test_an_old_log_is_set_aside_not_mixed_in(data, codes, tmp_path):
-    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--epochs", "1"))
-    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, codes, "--epochs", "1", "--no_auto_resume"))
+def test_an_old_log_is_set_aside_not_mixed_in(data, tokenizer_weight, tmp_path):
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, tokenizer_weight, "--epochs", "1"))
+    run_beitv2_pretraining.main(
+        pretraining_flags(data, tmp_path, tokenizer_weight, "--epochs", "1", "--no_auto_resume")
+    )
     assert len(log_lines(tmp_path)) == 1
     assert len(list(tmp_path.glob("log-until-*.txt"))) == 1

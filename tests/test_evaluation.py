@@ -75,6 +75,7 @@ def test_imagenet_r_chooses_among_its_200_classes(weights, imagenet_r, tmp_path,
     assert "most often taken for" in out
 
 
+@pytest.mark.slow
 def test_sketch_takes_1000_logits_and_a_complete_folder(weights, tmp_path, capsys):
     path, _ = weights
     folder = noise(tmp_path / "sketch", imagenet_classes.synsets()[:999])

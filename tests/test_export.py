@@ -111,6 +111,7 @@ def test_timm_takes_a_pretrained_transformer_without_its_heads(tmp_path, capsys)
     assert all(torch.equal(block.attn.relative_position_bias_table, shared) for block in theirs.blocks)
 
 
+@pytest.mark.slow
 def test_timm_s_own_base_model_loads_the_file_strictly(tmp_path):
     settings = dict(num_classes=10, use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1)
     model = fill(modeling_finetune.create_model("beit_base_patch16_224", **settings), seed=3).eval()
@@ -182,18 +183,21 @@ def huggingface(tmp_path_factory):
     return jobs
 
 
+@pytest.mark.slow
 def test_transformers_finds_every_key_and_no_other(huggingface):
     for case, job in huggingface.items():
         problems = {key: value for key, value in job["said"].items() if key.endswith("_keys") and value}
         assert problems == {}, case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CLASSIFIERS)
 def test_transformers_computes_the_same_logits(case, huggingface):
     with torch.no_grad():
         close(huggingface[case]["found"]["logits"], huggingface[case]["model"](inputs()), CLOSE)
 
 
+@pytest.mark.slow
 def test_transformers_computes_the_same_features(huggingface):
     job = huggingface["features"]
     with torch.no_grad():
@@ -207,6 +211,7 @@ def test_transformers_computes_the_same_features(huggingface):
         )
 
 
+@pytest.mark.slow
 def test_transformers_predicts_the_same_codes(huggingface):
     job = huggingface["codes"]
     with torch.no_grad():
@@ -215,6 +220,7 @@ def test_transformers_predicts_the_same_codes(huggingface):
         )
 
 
+@pytest.mark.slow
 def test_transformers_sees_the_image_as_our_evaluation_does(huggingface, tmp_path):
     Image.fromarray(PICTURE.numpy()).save(tmp_path / "picture.png")
     ours = eval_view(64, mean=IMAGENET_MEAN, std=IMAGENET_STD)(load_image(str(tmp_path / "picture.png")))[
@@ -228,6 +234,7 @@ def test_transformers_sees_the_image_as_our_evaluation_does(huggingface, tmp_pat
 # ── And back ──
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*CLASSIFIERS, "codes", "tokens", "features"])
 def test_weights_come_back_from_hugging_face_bit_for_bit(case, huggingface, tmp_path):
     """From our own folder, from one that transformers saved, and from the names that its modules have now."""
@@ -267,6 +274,7 @@ def test_weights_come_back_from_timm_bit_for_bit(case, tmp_path):
         assert_same(load_file(export(source, "safetensors", tmp_path / "back.safetensors")), mine)
 
 
+@pytest.mark.slow
 def test_imported_weights_bring_flags_and_class_names(huggingface, tmp_path):
     path = export(huggingface["mean"]["saved"], "safetensors", tmp_path / "back.pth")
     content = torch.load(path, weights_only=True)

@@ -290,6 +290,7 @@ def test_a_replaced_file_gets_the_same_random_numbers(tmp_path, pipeline):
 # ── To the device ──
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jitter", [0.0, 0.4])
 @pytest.mark.parametrize("second", [None, 64, 32])
 def test_the_device_augments_as_a_worker_does(tmp_path, jitter, second):
@@ -342,6 +343,7 @@ def test_a_quarter_of_the_bytes_travel():
 # ── Runs ──
 
 
+@pytest.mark.slow
 def test_runs_do_not_depend_on_who_augments(tmp_path):
     data, codes = photos(tmp_path / "photos"), tokenizer(tmp_path / "tokenizer.pth")
     for name, more in {"worker": [], "device": ["--augment_on_device"]}.items():

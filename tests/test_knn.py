@@ -169,6 +169,7 @@ def split(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_knn_has_its_own_frequency_and_leaves_training_alone(split, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
     more = ["--epochs", "4", "--drop_path", "0.1", "--eval_data_path", str(split / "val"), "--eval_freq", "3"]

@@ -6,9 +6,9 @@ import re
 import shlex
 import sys
 
+import golden_values
 import pytest
 import torch
-from golden_values import GOLDEN, data
 from many_processes import LAUNCHERS, free_port, one_process, run, two_processes
 from tiny_runs import (
     assert_same_weights,
@@ -26,22 +26,17 @@ from errors import UserError
 from runtime.distributed import read_launch
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return photos(tmp_path_factory.mktemp("photos"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_pretraining_follows_one_curve_on_one_or_two_processes(launcher, folder, tmp_path):
+def test_pretraining_follows_one_curve_on_one_or_two_processes(launcher, data, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
     more = ["--drop_path", "0"]  # what drop path draws depends on the rank
     two_processes(
-        "run_beitv2_pretraining.py", pretraining_flags(folder, tmp_path / "two", codes, *more), launcher
+        "run_beitv2_pretraining.py", pretraining_flags(data, tmp_path / "two", codes, *more), launcher
     )
     one_process(
         "run_beitv2_pretraining.py",
-        pretraining_flags(folder, tmp_path / "one", codes, *more, "--batch_size", "8"),
+        pretraining_flags(data, tmp_path / "one", codes, *more, "--batch_size", "8"),
     )
     two, one = log_lines(tmp_path / "two"), log_lines(tmp_path / "one")
     for mine, other in zip(two, one, strict=True):
@@ -50,10 +45,10 @@ def test_pretraining_follows_one_curve_on_one_or_two_processes(launcher, folder,
 
 
 @pytest.mark.slow
-def test_the_codebook_of_two_processes_is_that_of_one(folder, tmp_path):
-    more = ["--quantize_kmeans_init", "--revive_dead_codes", "--eval_data_path", str(folder)]
-    two_processes("run_vqkd_training.py", vqkd_flags(folder, tmp_path / "two", *more))
-    one_process("run_vqkd_training.py", vqkd_flags(folder, tmp_path / "one", *more, "--batch_size", "8"))
+def test_the_codebook_of_two_processes_is_that_of_one(data, tmp_path):
+    more = ["--quantize_kmeans_init", "--revive_dead_codes", "--eval_data_path", str(data)]
+    two_processes("run_vqkd_training.py", vqkd_flags(data, tmp_path / "two", *more))
+    one_process("run_vqkd_training.py", vqkd_flags(data, tmp_path / "one", *more, "--batch_size", "8"))
     two, one = log_lines(tmp_path / "two"), log_lines(tmp_path / "one")
     assert two[0]["train_rec_loss"] == pytest.approx(one[0]["train_rec_loss"], rel=1e-3)
     assert two[0]["test_codes_used"] == one[0]["test_codes_used"]
@@ -78,18 +73,18 @@ def test_evaluation_on_two_processes_counts_every_image_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_resume_exactly_and_one_can_take_over(folder, tmp_path):
+def test_two_processes_resume_exactly_and_one_can_take_over(data, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
-    whole = pretraining_flags(folder, tmp_path / "whole", codes, "--drop_path", "0.1")
+    whole = pretraining_flags(data, tmp_path / "whole", codes, "--drop_path", "0.1")
     two_processes("run_beitv2_pretraining.py", whole)
     broken = pretraining_flags(
-        folder, tmp_path / "broken", codes, "--drop_path", "0.1", "--save_ckpt_freq", "1"
+        data, tmp_path / "broken", codes, "--drop_path", "0.1", "--save_ckpt_freq", "1"
     )
     two_processes("run_beitv2_pretraining.py", broken)
     first_epoch = tmp_path / "broken/checkpoint-0.pth"
     two_processes("run_beitv2_pretraining.py", [*broken, "--resume", str(first_epoch)])
     assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "broken/checkpoint.pth")
-    alone = pretraining_flags(folder, tmp_path / "alone", codes, "--resume", str(first_epoch))
+    alone = pretraining_flags(data, tmp_path / "alone", codes, "--resume", str(first_epoch))
     assert "no longer bit for bit" in one_process("run_beitv2_pretraining.py", alone)
     assert [line["epoch"] for line in log_lines(tmp_path / "alone")] == [1]
 
@@ -104,7 +99,7 @@ def test_the_guides_base_command_runs_on_two_processes(tmp_path):
     weights = modeling_vqkd.vqkd_encoder_base_decoder_3x768x12_clip(as_tokenizer=True).state_dict()
     torch.save({"model": weights}, tmp_path / "vqkd.pth")
     del weights
-    text = (GOLDEN / "beitv2_pretraining_guide.txt").read_text()
+    text = (golden_values.GOLDEN / "beitv2_pretraining_guide.txt").read_text()
     command = shlex.split(re.findall(r"```bash\n(python .*?)```", text, flags=re.DOTALL)[0])
     changed = {
         "/path/to/imagenet-1k/train": str(images),
@@ -117,7 +112,7 @@ def test_the_guides_base_command_runs_on_two_processes(tmp_path):
     command.insert(command.index("run_beitv2_pretraining.py"), f"--master_port={free_port()}")
     run([*command, "--device", "cpu"])
     model = checkpoint(tmp_path / "out/checkpoint.pth")["model"]
-    assert {key: list(value.shape) for key, value in model.items()} == data("state_dict_keys")[
+    assert {key: list(value.shape) for key, value in model.items()} == golden_values.data("state_dict_keys")[
         "pretrain_base_cls_pt"
     ]
     assert "train_mlm_acc_2" in log_lines(tmp_path / "out")[0]

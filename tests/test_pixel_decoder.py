@@ -50,11 +50,18 @@ def four_photos(folder: Path) -> Path:
     return folder
 
 
-def test_it_draws_what_the_codes_tell_and_beats_the_mean_color(codes, tmp_path):
+@pytest.mark.slow
+def test_it_draws_what_the_codes_tell_and_beats_the_mean_color(tokenizer_weight, tmp_path):
     images, out = four_photos(tmp_path / "images"), tmp_path / "out"
     longer = ["--epochs", "150", "--lr", "0.1", "--eval_freq", "150", "--print_freq", "1000"]  # times 4 / 128
     run_vqkd_training.main(
-        [*flags(images, codes, out, *longer), "--min_crop_scale", "1", "--eval_data_path", str(images)]
+        [
+            *flags(images, tokenizer_weight, out, *longer),
+            "--min_crop_scale",
+            "1",
+            "--eval_data_path",
+            str(images),
+        ]
     )
     first, last = log_lines(out)[0], log_lines(out)[-1]
     # half the range is 160 / 255: -20 log10(80 / 255)
@@ -64,9 +71,9 @@ def test_it_draws_what_the_codes_tell_and_beats_the_mean_color(codes, tmp_path):
     assert (out / "checkpoint-best.pth").exists()
 
 
-def test_the_tokenizer_stays_as_it_was(data, codes, tmp_path):
-    run_vqkd_training.main(flags(data, codes, tmp_path, "--weight_decay", "0.1"))
-    saved, before = checkpoint(tmp_path / "checkpoint.pth"), checkpoint(codes)["model"]
+def test_the_tokenizer_stays_as_it_was(data, tokenizer_weight, tmp_path):
+    run_vqkd_training.main(flags(data, tokenizer_weight, tmp_path, "--weight_decay", "0.1"))
+    saved, before = checkpoint(tmp_path / "checkpoint.pth"), checkpoint(tokenizer_weight)["model"]
     assert before.keys() <= {key.removeprefix("tokenizer.") for key in saved["model"]}
     assert all(torch.equal(value, saved["model"][f"tokenizer.{key}"]) for key, value in before.items())
     trained = sum(len(group["params"]) for group in saved["optimizer"]["param_groups"])
@@ -100,9 +107,9 @@ def test_pixels_come_from_the_codes_alone():
     assert not torch.equal(drawn, model.decode(other))
 
 
-def test_resumption_is_exact(data, codes, tmp_path, monkeypatch):
-    run_vqkd_training.main(flags(data, codes, tmp_path / "whole"))
-    broken = flags(data, codes, tmp_path / "broken", "--save_ckpt_steps", "2")
+def test_resumption_is_exact(data, tokenizer_weight, tmp_path, monkeypatch):
+    run_vqkd_training.main(flags(data, tokenizer_weight, tmp_path / "whole"))
+    broken = flags(data, tokenizer_weight, tmp_path / "broken", "--save_ckpt_steps", "2")
     kill_after(6, monkeypatch)  # of 4 an epoch
     with pytest.raises(KeyboardInterrupt):
         run_vqkd_training.main(broken)
@@ -142,9 +149,9 @@ def test_the_checkpoint_alone_is_enough(data, tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def pixels(data, codes, tmp_path_factory):
+def pixels(data, tokenizer_weight, tmp_path_factory):
     out = tmp_path_factory.mktemp("pixels")
-    run_vqkd_training.main(flags(data, codes, out, "--epochs", "1"))
+    run_vqkd_training.main(flags(data, tokenizer_weight, out, "--epochs", "1"))
     return out / "checkpoint.pth"
 
 
@@ -165,9 +172,11 @@ def drawn_of(pixels, images, out, monkeypatch, *more):
 
 
 @pytest.mark.parametrize("view", [[], ["--crop_pct", "0.5"]])
-def test_an_image_has_the_same_tokens_in_every_script(view, data, codes, pixels, tmp_path, monkeypatch):
+def test_an_image_has_the_same_tokens_in_every_script(
+    view, data, tokenizer_weight, pixels, tmp_path, monkeypatch
+):
     own = [
-        *as_flags(tokenizer_weight=codes, data_path=data, output_dir=tmp_path / "codes"),
+        *as_flags(tokenizer_weight=tokenizer_weight, data_path=data, output_dir=tmp_path / "codes"),
     ]
     encode_images.main([*own, "--num_workers", "0", "--device", "cpu", *view])
     shown, captions = drawn_of(
@@ -233,31 +242,33 @@ def test_psnr():
         (["--tokenizer_weight", "/nowhere.pth"], "/nowhere.pth"),
     ],
 )
-def test_mistakes_end_in_one_sentence(more, message, data, codes, tmp_path, capsys):
-    assert re.search(message, refused(run_vqkd_training.main, flags(data, codes, tmp_path, *more), capsys))
+def test_mistakes_end_in_one_sentence(more, message, data, tokenizer_weight, tmp_path, capsys):
+    assert re.search(
+        message, refused(run_vqkd_training.main, flags(data, tokenizer_weight, tmp_path, *more), capsys)
+    )
 
 
-def test_its_flags_are_refused_where_they_do_nothing(data, codes, tmp_path, capsys):
-    flag = ["--tokenizer_weight", str(codes)]
+def test_its_flags_are_refused_where_they_do_nothing(data, tokenizer_weight, tmp_path, capsys):
+    flag = ["--tokenizer_weight", str(tokenizer_weight)]
     assert re.search(
         "no effect without --train_pixel_decoder",
         refused(run_vqkd_training.main, vqkd_flags(data, tmp_path, *flag), capsys),
     )
 
 
-def test_another_tokenizer_than_the_resumed_one_is_refused(data, codes, tmp_path, capsys):
-    other = checkpoint(codes)
+def test_another_tokenizer_than_the_resumed_one_is_refused(data, tokenizer_weight, tmp_path, capsys):
+    other = checkpoint(tokenizer_weight)
     other["model"]["quantize.embedding.weight"] = other["model"]["quantize.embedding.weight"].flip(0)
     torch.save(other, tmp_path / "other.pth")
-    run_vqkd_training.main(flags(data, codes, tmp_path / "out", "--epochs", "1"))
+    run_vqkd_training.main(flags(data, tokenizer_weight, tmp_path / "out", "--epochs", "1"))
     again = flags(data, tmp_path / "other.pth", tmp_path / "out")
     assert re.search(
         "is not the tokenizer that the checkpoint", refused(run_vqkd_training.main, again, capsys)
     )
 
 
-def test_a_tokenizer_is_no_pixel_decoder(data, codes, capsys):
-    arguments_ = ["--checkpoint", str(codes), "--image", str(data)]
+def test_a_tokenizer_is_no_pixel_decoder(data, tokenizer_weight, capsys):
+    arguments_ = ["--checkpoint", str(tokenizer_weight), "--image", str(data)]
     assert re.search(
         "holds no pixel decoder: run_vqkd_training.py",
         refused(visualize_reconstruction.main, arguments_, capsys),

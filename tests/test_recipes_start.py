@@ -5,7 +5,7 @@ its end, trains one epoch.
 import pytest
 import tiny_runs
 import torch
-from test_recipes import ABLATION_FILES, RECIPES, dry_run
+from recipe_runs import ABLATION_FILES, RECIPES, dry_run
 
 import modeling_dvae
 import modeling_finetune
@@ -87,6 +87,7 @@ def stand_ins(name, run, small):
     return [*ONE_EPOCH, *model, "--nb_classes", "2", "--finetune", str(small / weights)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_a_recipe_trains(name, small, tmp_path, capsys):
     run = dry_run(name)

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from refusals import refused
-from tiny_runs import assert_same_weights, checkpoint, finetuning_flags, log_lines, photos
+from tiny_runs import assert_same_weights, checkpoint, finetuning_flags, log_lines, photos, spoil_loss
 
 import engine
 import run_class_finetuning
@@ -90,6 +90,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_resumed_state_that_does_not_fit_is_refused_by_name(fault, finished, data, tmp_path, capsys):
     change, says = FAULTS[fault]
@@ -197,13 +198,7 @@ def test_exploding_weights_end_the_run_and_keep_a_checkpoint(data, tmp_path, mon
 
 def test_a_run_that_skips_each_step_is_no_success(data, tmp_path, monkeypatch, capsys):
     """Eight steps, fewer than the ten in a row that end a run at once."""
-    original = run_class_finetuning.FinetuningStage.step
-
-    def no_number(self, model, batch):
-        loss, logs = original(self, model, batch)
-        return loss * float("nan"), logs
-
-    monkeypatch.setattr(run_class_finetuning.FinetuningStage, "step", no_number)
+    spoil_loss(monkeypatch, run_class_finetuning.FinetuningStage)
     assert "each of the 8 steps of this run" in refused(
         run_class_finetuning.main, finetuning_flags(data, tmp_path), capsys
     )

@@ -86,6 +86,7 @@ def test_poly_schedule_by_hand():
     assert poly_scheduler(1.0, 0.0, 10)[0] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [2, 4])
 def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(stop_after, data, tmp_path, monkeypatch):
     """In the middle of an epoch and of the cut last one."""
@@ -258,6 +259,7 @@ def test_masks_that_teach_nothing_are_refused_at_the_start(white, reduce_zero_la
     assert "epoch 1" not in printed.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [("3", "6"), ("6", "3")])
 def test_the_length_of_an_epoch_changes_neither_schedule_nor_end(before, after, data, tmp_path, monkeypatch):
     flags = ["--max_steps", "12", "--save_ckpt_steps", "1"]

@@ -408,6 +408,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_as_in_a_folder(packed):
 SHARDS = ["--data_set", "webdataset", "--num_workers", "2"]
 
 
+@pytest.mark.slow
 def test_pretraining_on_shards_resumes_bit_for_bit(packed, tmp_path):
     codes = tokenizer(tmp_path / "tokenizer.pth")
     more = [
@@ -428,6 +429,7 @@ def test_pretraining_on_shards_resumes_bit_for_bit(packed, tmp_path):
     assert "test_loss" in log_lines(tmp_path / "whole")[1]
 
 
+@pytest.mark.slow
 def test_the_other_stages_train_on_shards(packed, tmp_path):
     run_vqkd_training.main(
         vqkd_flags(pattern(packed), tmp_path / "vqkd", *SHARDS, "--eval_data_path", str(packed))

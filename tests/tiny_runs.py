@@ -1,11 +1,14 @@
 """Tiny data, a tiny tokenizer and flags with which every entry runs in a second or two."""
 
+import itertools
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -106,6 +109,22 @@ def segmentation_flags(data: Path, out: Path, *more: str) -> list[str]:
     return [*flags, *model, *schedule, *SIZE, *more]
 
 
+def spoil_loss(
+    monkeypatch: pytest.MonkeyPatch,
+    stage: type[engine.Stage],
+    factor: float = math.nan,
+    steps: Container[int] = range(10**9),
+) -> None:
+    """Multiply the loss of these steps, counted from 0."""
+    original, count = stage.step, itertools.count()
+
+    def spoiled(self, model, batch):
+        loss, logs = original(self, model, batch)
+        return (loss * factor if next(count) in steps else loss), logs
+
+    monkeypatch.setattr(stage, "step", spoiled)
+
+
 def kill_after(steps, monkeypatch):
     """End the run like Ctrl-C once `steps` optimizer steps, and what follows them, are done."""
     original, taken = engine.accumulate_gradients, []
@@ -117,6 +136,15 @@ def kill_after(steps, monkeypatch):
         return original(*args)
 
     monkeypatch.setattr(engine, "accumulate_gradients", counted)
+
+
+def encoding_flags(weights, data, out, *more):
+    fixed = as_flags(batch_size=3, num_workers=0, device="cpu")
+    return [*as_flags(tokenizer_weight=weights, data_path=data, output_dir=out), *fixed, *more]
+
+
+def encoded_names(out):
+    return (out / "files.txt").read_text().splitlines()
 
 
 class RunsCode:

@@ -11,8 +11,6 @@ from run_segmentation_finetuning import build_dataset, class_settings
 from segmentation.classes import find_classes
 
 CLASSES = ["sky", "grass", "sun", "house"]
-
-
 # of the labels, in images
 COLORS = np.array([[40, 80, 220], [60, 200, 40], [230, 210, 40], [180, 40, 30]], np.uint8)
 
