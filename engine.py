@@ -115,7 +115,7 @@ class Trainer:
         stop; both are a success.
         """
         run, state, options = self.run, self.state, self.run.options
-        self.epochs = self.epochs_of_steps() if self.schedule.in_steps else cast(int, options.epochs)
+        self.epochs = self.count_epochs() if self.schedule.in_steps else cast(int, options.epochs)
         first_step = state.step
         distributed.end_set_up()
         with contextlib.ExitStack() as at_the_end:
@@ -152,7 +152,7 @@ class Trainer:
                     self.reporter.close()
         distributed.barrier()
 
-    def epochs_of_steps(self) -> int:
+    def count_epochs(self) -> int:
         """How many epochs a run that is counted in steps has, done ones included; the last may be cut."""
         into_epoch = self.state.samples // self.data.sampler.global_batch
         left = len(self.schedule.lr) - self.state.step
@@ -174,7 +174,7 @@ class Trainer:
             # The line in log.txt first: a run killed between the two repeats the epoch, and
             # then replaces the line.
             self.reporter.epoch(epoch, train, test)
-            self.save(epoch, self.names_of_checkpoint(epoch, test))
+            self.save(epoch, self.checkpoint_names(epoch, test))
             if options.image_freq and (epoch == 0 or self.is_due(epoch, options.image_freq)):
                 with fsdp.gather_model(state.model) as model:
                     if self.reporter.shows_pictures:
@@ -184,7 +184,7 @@ class Trainer:
         """Every so many epochs, and after the last."""
         return (epoch + 1) % every == 0 or epoch + 1 == self.epochs
 
-    def names_of_checkpoint(self, epoch: int, test: dict[str, float]) -> list[str]:
+    def checkpoint_names(self, epoch: int, test: dict[str, float]) -> list[str]:
         names = [checkpoints.LATEST]
         if self.is_due(epoch, self.run.options.save_ckpt_freq):
             names.append(f"checkpoint-{epoch}.pth")
@@ -227,7 +227,7 @@ class Trainer:
                 self.reporter.step(state.means.read(), current_lr(state), state.step, left)
             if options.save_ckpt_steps and state.step % options.save_ckpt_steps == 0:
                 self.skipped.check()
-                more = [checkpoints.step_name(state.step)] if options.keep_ckpts > 0 else []
+                more = [checkpoints.format_step_name(state.step)] if options.keep_ckpts > 0 else []
                 self.save(state.epoch, [checkpoints.LATEST, *more])
             if self.stop_signal.requested():
                 self.skipped.check()

@@ -18,7 +18,7 @@ import pretrained
 from checkpoint_io import checkpoints, export, huggingface_format, weight_source
 from checkpoint_io.export import FILE_ENDINGS, ExportableModel, ExportedFiles
 from checkpoint_io.remapping import summarize_names
-from checkpoint_io.weight_source import Source
+from checkpoint_io.weight_source import WeightSource
 from data_pipeline.imagenet_classes import in_words, synsets
 from errors import UserError, pick, report_user_errors
 from flags.images import add_opened_model_flags
@@ -98,7 +98,7 @@ def check(args: argparse.Namespace) -> None:
             f"--architecture names a class of Hugging Face; --to {args.to} has none: leave it out"
         )
     if args.model is not None:
-        pick(pretrained.all_variants(), args.model, "model")
+        pick(pretrained.list_variants(), args.model, "model")
     if args.to == "safetensors" and output.suffix not in FILE_ENDINGS:
         raise UserError(
             f"--output {args.output}: give the file a name that ends in {' or '.join(FILE_ENDINGS)}"
@@ -107,7 +107,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output}: Hugging Face's models are folders; name a folder")
     if args.to == "timm" and output.suffix not in FILE_ENDINGS and output.is_file():
         raise UserError(
-            f"--output {args.output} is a file: name a folder, or a file that ends in {' or '.join(FILE_ENDINGS)}"
+            f"--output {args.output} is a file: name a folder, or a file that ends in "
+            f"{' or '.join(FILE_ENDINGS)}"
         )
     if output.exists() and os.path.exists(args.checkpoint) and output.samefile(args.checkpoint):
         raise UserError(f"--output {args.output} would overwrite --checkpoint: name another place")
@@ -143,7 +144,7 @@ def read_class_names(given: str | None, count: int) -> list[str] | None:
     return names
 
 
-def pass_on(source: Source, args: argparse.Namespace) -> str:
+def write_unchanged(source: WeightSource, args: argparse.Namespace) -> str:
     """A tokenizer or a segmentation model: our names only, all tensors as they are."""
     held = summarize_names(list(source.weights))
     if args.to != "safetensors":
@@ -162,7 +163,7 @@ def pass_on(source: Source, args: argparse.Namespace) -> str:
     return f"written    {args.output} ({len(source.weights)} tensors, {size:.1f} MiB), as they were: {held}"
 
 
-def describe_export(source: Source, model: ExportableModel, written: ExportedFiles) -> list[str]:
+def describe_export(source: WeightSource, model: ExportableModel, written: ExportedFiles) -> list[str]:
     """What was read, what it is, and what became of it, in lines."""
     weights, *others = written.files
     size = checkpoints.count_bytes(written.converted.weights) / 2**20
@@ -206,14 +207,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = weight_source.read_weights(args.checkpoint, args.source_format, args.ema)
     whole = any(key.startswith(("quantize.", "decode_head.")) for key in source.weights)
     if whole and source.library == "ours":
-        log.info(pass_on(source, args))
+        log.info(write_unchanged(source, args))
         return
     model = open_model(source, args)
     for line in describe_export(source, model, write_model(model, args)):
         log.info(line)
 
 
-def open_model(source: Source, args: argparse.Namespace) -> ExportableModel:
+def open_model(source: WeightSource, args: argparse.Namespace) -> ExportableModel:
     hints = ModelHints(args.model, args.num_heads, args.input_size, args.imagenet_default_mean_and_std)
     model = pretrained.open_model(source, args.checkpoint, hints)
     names = read_class_names(args.class_names, model.settings["num_classes"])

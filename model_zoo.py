@@ -1,7 +1,8 @@
 """Weights by name, path or URL: find them, download them once, check them.
 
-`python model_zoo.py` prints the published weights with the accuracy that was published for each;
-`python model_zoo.py NAME ...` downloads them (say, on a login node) and prints where they lie.
+`python model_zoo.py` prints the published weights with the accuracy that was published
+for each; `python model_zoo.py NAME ...` downloads them (say, on a login node) and
+prints where they lie.
 
 BEIT_MIRRORS names copies of the published files: base URLs (https:// or file://, blanks
 between them), tried in turn before the published address. A base ends where the
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from checkpoint_io.downloads import cache_folder, fetch
-from checkpoint_io.published import ENTRIES, Entry
+from checkpoint_io.downloads import fetch, get_cache_folder
+from checkpoint_io.published import ENTRIES, PublishedFile
 from errors import ArgumentParser, pick, report_user_errors
 from utils import format_size
 
@@ -35,8 +36,8 @@ PURPOSES = {
 
 
 def format_table() -> str:
-    """The published weights by purpose: name, millions of parameters, about how large the
-    download is, size on this machine's disk, published results.
+    """The published weights by purpose: name, millions of parameters, about how large
+    the download is, size on this machine's disk, published results.
     """
     lines = []
     for kind, purpose in PURPOSES.items():
@@ -49,15 +50,14 @@ def format_table() -> str:
                 params = f"{entry.params:.1f} M" if entry.params else "-"
                 download = f"~{format_size(entry.params * 1e6 * 4)}" if entry.params else "-"  # of fp32
                 published = ", ".join(f"{metric} {value:g}" for metric, value in entry.metrics.items())
-                lines.append(
-                    f"  {name:44}{params:>8}{download:>11}{_cached_size(entry):>10}  {published or '-'}"
-                )
+                cached = _format_cached_size(entry)
+                lines.append(f"  {name:44}{params:>8}{download:>11}{cached:>10}  {published or '-'}")
         lines.append("")
-    return "\n".join([*lines, f"Downloads go to {cache_folder()}; TORCH_HOME moves it."])
+    return "\n".join([*lines, f"Downloads go to {get_cache_folder()}; TORCH_HOME moves it."])
 
 
-def _cached_size(entry: Entry) -> str:
-    path = cache_folder() / entry.name
+def _format_cached_size(entry: PublishedFile) -> str:
+    path = get_cache_folder() / entry.name
     return format_size(path.stat().st_size) if path.is_file() else "-"
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoint_io.tokenizer_weights import check_codebook, decoder_depth_of, depth_of, read_tokenizer
+from checkpoint_io.tokenizer_weights import check_codebook, count_blocks, infer_decoder_depth, read_tokenizer
 from errors import UserError, pick
 from layers.init_weights import init_linear_and_norm
 from layers.rel_pos_bias import grid_of
@@ -209,7 +209,7 @@ class Variant:
             weights, flags = read_tokenizer(source, f"`tokenizer_weight` {source}")
             check_codebook(weights, n_code, code_dim, source)
             decoder_out_dim = len(weights["decode_task_layer.2.bias"])  # whoever the teacher was
-            decoder_depth = decoder_depth_of(weights, decoder_depth, source)
+            decoder_depth = infer_decoder_depth(weights, decoder_depth, source)
             options.setdefault("process_type", flags.get("process_type", "default"))
         if decoder_out_dim is None:
             decoder_out_dim = TEACHER_DIMS[self.teacher] if teacher is None else teacher.dim
@@ -257,14 +257,14 @@ def open_tokenizer(source: str, flag: str = "`tokenizer_weight`") -> tuple[VQKD,
     the source in messages.
     """
     weights, flags = read_tokenizer(source, f"{flag} {source}")
-    settings = settings_of(weights, flags, f"{flag} {source}")
+    settings = infer_settings(weights, flags, f"{flag} {source}")
     return create_model(**settings, as_tokenizer=True, pretrained=True, pretrained_weight=source), flags
 
 
-def settings_of(weights: dict[str, Tensor], flags: dict[str, Any], source: str) -> dict[str, Any]:
+def infer_settings(weights: dict[str, Tensor], flags: dict[str, Any], source: str) -> dict[str, Any]:
     """The arguments of create_model for the tokenizer whose weights these are. `source` is for messages."""
     codebook, positions = weights["quantize.embedding.weight"], weights["encoder.pos_embed"]
-    shape = (positions.shape[-1], depth_of(weights, "encoder"))
+    shape = (positions.shape[-1], count_blocks(weights, "encoder"))
     fitting = [name for name, variant in MODELS.items() if variant.encoder_shape == shape]
     name = flags["model"] if flags.get("model") in MODELS else next(iter(fitting), None)
     if name is None:
@@ -273,7 +273,7 @@ def settings_of(weights: dict[str, Tensor], flags: dict[str, Any], source: str) 
         )
     side = grid_of(positions.shape[1] - 1) * PATCH_SIZE
     codes = {"n_code": codebook.shape[0], "code_dim": codebook.shape[1]}
-    return {"name": name, "img_size": side, **codes, "decoder_depth": depth_of(weights, "decoder")}
+    return {"name": name, "img_size": side, **codes, "decoder_depth": count_blocks(weights, "decoder")}
 
 
 def load_tokenizer_weights(model: VQKD, weights: dict[str, Tensor], source: str) -> None:
@@ -287,7 +287,7 @@ def load_tokenizer_weights(model: VQKD, weights: dict[str, Tensor], source: str)
     missing = [key for key in wanted if key not in weights and not key.startswith("target_")]
     misfits = [key for key, value in weights.items() if key in wanted and wanted[key].shape != value.shape]
     if missing or misfits:
-        own = settings_of(weights, {}, source)
+        own = infer_settings(weights, {}, source)
         side, fitting = own["img_size"], own["name"]
         reason = f"it is a {fitting}, or of that size"
         positions = "encoder.pos_embed"

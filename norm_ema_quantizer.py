@@ -17,7 +17,7 @@ from runtime import distributed
 FEATURES_PER_CODE = 16  # k-means after a warm-up waits until this many features per code are at hand
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1)
 
 
@@ -32,7 +32,9 @@ class Codebook(nn.Module):
     def __init__(self, n_embed: int, embedding_dim: int, initialized: bool) -> None:
         super().__init__()
         weight = (
-            unit(torch.randn(n_embed, embedding_dim)) if initialized else torch.zeros(n_embed, embedding_dim)
+            l2_normalize(torch.randn(n_embed, embedding_dim))
+            if initialized
+            else torch.zeros(n_embed, embedding_dim)
         )
         self.register_buffer("weight", weight)
         self.register_buffer("cluster_size", torch.zeros(n_embed))
@@ -89,7 +91,7 @@ class NormEMAVectorQuantizer(nn.Module):
         with loss 0 and indices -1.
         """
         with torch.autocast(z.device.type, enabled=False):
-            features = unit(rearrange(z.float(), "b d h w -> b h w d").contiguous())
+            features = l2_normalize(rearrange(z.float(), "b d h w -> b h w d").contiguous())
             flat = features.flatten(0, 2)  # (M, D)
             if self.training and not self.ready and not self.warming_up:
                 self.initialize(flat.detach())
@@ -118,8 +120,8 @@ class NormEMAVectorQuantizer(nn.Module):
         counts, sums = count_and_sum(features, indices, self.num_tokens)
         distributed.all_reduce_sum(counts, sums)
         used = counts > 0
-        means = unit(sums / counts.clamp(min=1)[:, None])
-        moved = unit(self.decay * self.embedding.weight + (1 - self.decay) * means)
+        means = l2_normalize(sums / counts.clamp(min=1)[:, None])
+        moved = l2_normalize(self.decay * self.embedding.weight + (1 - self.decay) * means)
         usage = self.decay * self.cluster_size + (1 - self.decay) * counts
         # A batch with non-finite features must not poison the codebook; decided on the
         # device, the same on all ranks.
@@ -207,8 +209,8 @@ def cosine_kmeans(features: Tensor, n_codes: int, rounds: int = 10) -> Tensor:
     missing = n_codes - len(centers)
     if missing > 0:
         random = torch.randn(missing, features.shape[1], generator=generator).to(features)
-        return torch.cat((centers, unit(random)))
+        return torch.cat((centers, l2_normalize(random)))
     for _ in range(rounds):
         counts, sums = count_and_sum(features, nearest_codes(features, centers), n_codes)
-        centers = torch.where(counts[:, None] > 0, unit(sums), centers)
+        centers = torch.where(counts[:, None] > 0, l2_normalize(sums), centers)
     return centers

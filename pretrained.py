@@ -16,7 +16,7 @@ from checkpoint_io import remapping, weight_files, weight_source
 from checkpoint_io.export import ExportableModel
 from checkpoint_io.remapping import summarize_names, to_our_names
 from checkpoint_io.weight_formats import INDEX, SHARED_TABLE, TABLE, Preprocessing
-from checkpoint_io.weight_source import Source
+from checkpoint_io.weight_source import WeightSource
 from errors import ParameterError, UserError
 from layers.rel_pos_bias import as_pair
 from modeling_finetune import VisionTransformer
@@ -26,7 +26,8 @@ from vit_backbone import SIZES, Trunk, Variant
 
 
 def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[str]:
-    """Load what fits of `weights` and say in a block of lines what was used; returns the names that stayed new.
+    """Load what fits of `weights` and say in a block of lines what was used; returns
+    the names that stayed new.
 
     UserError when blocks, patch embedding or CLS token do not fit. `source` names the
     weights, as in "`finetune` out/pt.pth".
@@ -50,7 +51,8 @@ def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[
 def infer_architecture(
     weights: dict[str, Tensor], flags: dict[str, Any], num_heads: int | None = None
 ) -> dict[str, Any]:
-    """The arguments of the VisionTransformer whose weights these are, without a head, read from their shapes.
+    """The arguments of the VisionTransformer whose weights these are, without a head,
+    read from their shapes.
 
     `flags`: those of the training run, {} where unknown. Only heads and the grid of a
     model without positions cannot be read from shapes alone: they follow from the
@@ -71,13 +73,14 @@ def infer_architecture(
     rows = [size for size in SIZES.values() if (size.embed_dim, size.depth) == (width, len(blocks))]
     if tables and num_heads not in (None, tables[0].shape[1]):
         raise UserError(
-            f"`num_heads` {num_heads}: the file's position tables are of {tables[0].shape[1]} heads; leave it "
-            "out"
+            f"`num_heads` {num_heads}: the file's position tables are of {tables[0].shape[1]} heads; "
+            "leave it out"
         )
     heads = num_heads or (tables[0].shape[1] if tables else rows[0].num_heads if rows else None)
     if heads is None or width % heads:
         raise UserError(
-            f"how many heads the {width} channels of each layer are cut into is not known: `num_heads` says it"
+            f"how many heads the {width} channels of each layer are cut into is not known: `num_heads` "
+            "says it"
         )
     hidden = len(mlp)
     ratio, grid = hidden / width, remapping.infer_patch_grid(weights)
@@ -105,15 +108,15 @@ def open_backbone(
     input_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
     origin: str = "`checkpoint`",
-    content: Source | None = None,
+    content: WeightSource | None = None,
 ) -> tuple[VisionTransformer, dict[str, Any]]:
     """The transformer in a file (path, URL or published name) of pretraining or
     fine-tuning, in eval, without its heads.
 
     Returns it and the flags it was trained with ({} for published files). `input_size`:
     side or (height, width) in pixels to use it at, the position tables are resized;
-    default: its own. `origin`: the parameter that names the source, for messages. `content`: of the file, where
-    it has been read already.
+    default: its own. `origin`: the parameter that names the source, for messages.
+    `content`: of the file, where it has been read already.
     """
     weights, flags, *_ = content or weight_source.read_weights(source, origin=origin)
     try:
@@ -134,18 +137,21 @@ def open_backbone(
 
 
 def has_cls_head(weights: dict[str, Tensor]) -> bool:
-    """Whether they are of BEiT v2's pretraining, where the CLS token learns to stand for the image."""
+    """Whether these are weights of BEiT v2's pretraining, where the CLS token learns to
+    represent the image.
+    """
     return any(key.startswith("cls_pt_layers.") for key in weights)
 
 
 def uses_imagenet_statistics(flags: dict[str, Any], asked: bool, source: str) -> bool:
-    """`imagenet_default_mean_and_std` of the training if `flags` tell, else what is `asked`
-    for; says when the two differ.
+    """`imagenet_default_mean_and_std` of the training if `flags` tell, else what is
+    `asked` for; says when the two differ.
     """
     imagenet = flags.get("imagenet_default_mean_and_std", asked)
     if asked and not imagenet:
         log.warning(
-            f"warning: {source} was trained with mean and std 0.5: `imagenet_default_mean_and_std` is left out"
+            f"warning: {source} was trained with mean and std 0.5: `imagenet_default_mean_and_std` is left "
+            "out"
         )
     return imagenet
 
@@ -155,20 +161,20 @@ def uses_imagenet_statistics(flags: dict[str, Any], asked: bool, source: str) ->
 
 @dataclass(frozen=True)
 class ModelHints:
-    """What is said of a model besides its file; None: as the file tells."""
+    """What the user says about a model besides its file; None: as the file tells."""
 
-    model: str | None = None  # a name of `all_variants`
+    model: str | None = None  # a name of `list_variants`
     num_heads: int | None = None
     input_size: int | tuple[int, int] | None = None
     imagenet_default_mean_and_std: bool = False  # where the file does not tell
 
 
-def open_model(source: Source, name: str, hints: ModelHints) -> ExportableModel:
-    """Build the model that the weights are of and load them: what does not fit together is
-    found here. `name` names the source in messages.
+def open_model(source: WeightSource, name: str, hints: ModelHints) -> ExportableModel:
+    """Build the model that the weights are of and load them: what does not fit together
+    is found here. `name` names the source in messages.
     """
     weights, external = source.weights, source.external
-    row = SIZES[all_variants()[hints.model].size] if hints.model else None
+    row = SIZES[list_variants()[hints.model].size] if hints.model else None
     heads = hints.num_heads or external.num_heads
     if heads is None and row is not None and not any(key.endswith(TABLE) for key in weights):
         heads = row.num_heads
@@ -204,7 +210,9 @@ def open_model(source: Source, name: str, hints: ModelHints) -> ExportableModel:
 
 
 def load_model(model: Trunk, weights: dict[str, Tensor], name: str) -> tuple[list[str], list[str]]:
-    """Load the weights; returns the keys that are no part of the model, and what else there is to say."""
+    """Load the weights; returns the keys that are no part of the model, and what else
+    there is to say.
+    """
     fitting, missing = remapping.load_remapped(model, weights)
     notes = []
     if (
@@ -241,22 +249,23 @@ def build_model(settings: dict[str, Any], vocab_size: int, weights: dict[str, Te
     )
 
 
-def all_variants() -> dict[str, Variant]:
+def list_variants() -> dict[str, Variant]:
     return {**modeling_pretrain.MODELS, **modeling_finetune.MODELS}
 
 
 def find_variant(
     settings: dict[str, Any], weights: dict[str, Tensor], asked: str | None, source: str
 ) -> str | None:
-    """Our name of the model: the one of its kind, size and patches whose images are nearest
-    in size; None if there is none. UserError: it is not the one that is `asked` for.
+    """Our name of the model: the one of its kind, size and patches whose images are
+    nearest in size; None if there is none. UserError: it is not the one that is `asked`
+    for.
     """
     make = {key: settings[key] for key in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
     sizes = [size for size, row in SIZES.items() if row._asdict() == make]
     kind = ("lm_head.weight" in weights, "cls_pt_layers.0.norm1.weight" in weights)
     fits = {
         name: abs(variant.img_size - settings["img_size"][0])
-        for name, variant in all_variants().items()
+        for name, variant in list_variants().items()
         if variant.size in sizes and variant.patch_size == settings["patch_size"]
         if kind == (name in modeling_pretrain.MODELS, name.endswith("_cls_pt"))
     }
@@ -266,9 +275,9 @@ def find_variant(
     return asked or min(fits, key=lambda name: fits[name], default=None)
 
 
-def infer_preprocessing(source: Source, settings: dict[str, Any], imagenet: bool) -> Preprocessing:
-    """What the file tells of its images; `imagenet`: whether they have ImageNet's mean and
-    std where it does not.
+def infer_preprocessing(source: WeightSource, settings: dict[str, Any], imagenet: bool) -> Preprocessing:
+    """What the file tells of its images; `imagenet`: whether they have ImageNet's mean
+    and std where it does not.
     """
     if source.external.prepared is not None:
         return source.external.prepared

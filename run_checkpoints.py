@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from checkpoint_io import checkpoints, resumption
-from checkpoint_io.training_state import TrainState, checkpoint_of, load_optimizer, load_progress
+from checkpoint_io.training_state import TrainState, build_checkpoint, load_optimizer, load_progress
 from errors import UserError
 from run_state import Run
 from runtime import distributed
@@ -38,7 +38,7 @@ def save(state: TrainState, stage: Stateful, run: Run, epoch: int, names: list[s
             f"`output_dir` {output_dir} was removed while the run was writing to it: start the same line "
             "again"
         )
-    content = checkpoint_of(state, epoch, means) | {
+    content = build_checkpoint(state, epoch, means) | {
         "args": run.flags,
         "data": dict(run.data),
         "stage": stage.state_dict(),

@@ -53,7 +53,7 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.
     )
 
 
-def read_pretrained(args: argparse.Namespace) -> weight_source.Source | None:
+def read_pretrained(args: argparse.Namespace) -> weight_source.WeightSource | None:
     """--finetune, before the images are looked for: a wrong file is told at once."""
     if not args.finetune:
         return None

@@ -78,7 +78,9 @@ def extract(dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, fla
     return knn.extract(evaluation_batches(loader, run.device, flag), encode)
 
 
-def cached(dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str) -> CachedFeatures:
+def cache_features(
+    dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str
+) -> CachedFeatures:
     """Features of all images, in every process."""
     size = len(dataset) * encode.layers * encode.dim * 4 / 2**30
     log.info(
@@ -97,8 +99,8 @@ def build_data(
     if not cache:
         return train, validation, classes
     return (
-        cached(train, encode, run, "--data_path"),
-        cached(validation, encode, run, "--eval_data_path"),
+        cache_features(train, encode, run, "--data_path"),
+        cache_features(validation, encode, run, "--eval_data_path"),
         classes,
     )
 

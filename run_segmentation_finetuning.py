@@ -43,7 +43,7 @@ from runtime import distributed
 from runtime.terminal import log
 from segmentation import trained_segmenter
 from segmentation.classes import ClassSettings, find_classes, read_class_list, read_palette
-from segmentation.image_mask_pairs import SegmentationFiles, find_pairs, normalized
+from segmentation.image_mask_pairs import SegmentationFiles, find_pairs, normalize
 from segmentation.sliding_window import predict
 from visualization import drawing
 from visualization.inputs import read_or_leave_out, save_picture
@@ -162,7 +162,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_flags(argv)
     if args.eval or args.predict:
-        use_finished(args, arguments.given_flags(get_parser(), argv))
+        use_trained_model(args, arguments.given_flags(get_parser(), argv))
     else:
         build(args).fit()
     distributed.stop()
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 # ── A finished model ──
 
 
-def use_finished(args: arguments.Flags, given: set[str]) -> None:
+def use_trained_model(args: arguments.Flags, given: set[str]) -> None:
     """--eval or --predict with --resume (or --finetune): the model is built from its file,
     and looks as in its training.
     """
@@ -204,7 +204,7 @@ def evaluate(
     dataset = build_dataset(args, False, classes)
     dataset.check_masks()
     scores = build_stage(args, run, classes, build_validation_loader(args, run, dataset)).measure(model)
-    for line in as_table(scores, classes):
+    for line in format_table(scores, classes):
         log.info(line)
     if args.output_dir:
         by_class = {
@@ -217,7 +217,7 @@ def evaluate(
         )
 
 
-def as_table(scores: Scores, classes: Sequence[str]) -> list[str]:
+def format_table(scores: Scores, classes: Sequence[str]) -> list[str]:
     """Every class, the best first; those that occur nowhere are left out."""
     rows = sorted(
         (row for row in zip(scores.iou, scores.acc, classes, strict=True) if row[0] == row[0]), reverse=True
@@ -247,7 +247,7 @@ def label_images(
         picture = read_or_leave_out(str(path))
         if picture is None:
             continue
-        image = normalized(view(picture).to(run.device), stage.statistics)
+        image = normalize(view(picture).to(run.device), stage.statistics)
         labels = predict(model, image, (picture.height, picture.width), stage.how, run.precision).cpu()
         name = path.relative_to(root)  # with its ending only where another image has the same name without
         name = name if stems[path.with_suffix("")] > 1 else name.with_suffix("")

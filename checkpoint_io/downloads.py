@@ -28,8 +28,8 @@ MAX_NAME_BYTES = 150  # bytes of a file's name, to which endings are added
 
 
 def fetch(source: str | os.PathLike[str], sha256_prefix: str | None = None) -> pathlib.Path:
-    """The file behind `source`: an existing path, a name of ENTRIES, or a URL (https://,
-    file://, http:// see below).
+    """The file behind `source`: an existing path, a name of ENTRIES, or a URL
+    (https://, file://, http:// see below).
 
     A download goes to `checkpoints/` in torch.hub's folder (TORCH_HOME moves it), once,
     also when several processes ask at the same time; one that broke off is resumed.
@@ -51,7 +51,7 @@ def fetch(source: str | os.PathLike[str], sha256_prefix: str | None = None) -> p
             raise UserError(f"{source}: there is no such file")
         return verify(path, sha256_prefix or find_hash_in_name(path.name), guessed=sha256_prefix is None)
     download = _plan_download(source, sha256_prefix)
-    target = cache_folder() / download.cache_path
+    target = get_cache_folder() / download.cache_path
     if not target.exists():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def fetch(source: str | os.PathLike[str], sha256_prefix: str | None = None) -> p
     return verify(target, download.sha256_prefix, download.guessed, cached=True)
 
 
-def cache_folder() -> pathlib.Path:
+def get_cache_folder() -> pathlib.Path:
     return pathlib.Path(torch.hub.get_dir()) / "checkpoints"
 
 
@@ -105,8 +105,8 @@ def _plan_download(source: str, sha256_prefix: str | None) -> Download:
 
 @contextlib.contextmanager
 def _lock(target: pathlib.Path) -> Iterator[bool]:
-    """Locks the download of `target` and gives whether locks work here; where they do not,
-    each process needs a partial file of its own.
+    """Locks the download of `target` and gives whether locks work here; where they do
+    not, each process needs a partial file of its own.
     """
     lock, alone = target.with_name(target.name + ".lock"), False
     with lock.open("w") as handle:
@@ -115,5 +115,6 @@ def _lock(target: pathlib.Path) -> Iterator[bool]:
                 fcntl.flock(handle, fcntl.LOCK_EX)
                 alone = True
         yield alone
-    # Only after success: whoever opens a new lock from here on finds the file and downloads nothing.
+    # Only after success: whoever opens a new lock from here on finds the file and
+    # downloads nothing.
     lock.unlink(missing_ok=True)

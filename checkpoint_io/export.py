@@ -1,4 +1,6 @@
-"""A transformer written to files that our scripts, timm or Hugging Face's transformers open."""
+"""A transformer written to files that our scripts, timm or Hugging Face's transformers
+open.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ FILE_ENDINGS = (".safetensors", ".pth")
 
 
 class ExportableModel(NamedTuple):
-    """A transformer under our names. `source` names its file in messages; `name` is the one of
-    its builder, None where there is none; `settings` are the arguments of
+    """A transformer under our names. `source` names its file in messages; `name` is the
+    one of its builder, None where there is none; `settings` are the arguments of
     VisionTransformer; `vocab_size` 0: without a head for masked images; `flags`: of its
     training; `dropped`: keys of the file that are no part of it.
     """
@@ -42,7 +44,9 @@ class ExportableModel(NamedTuple):
 
 
 class ExportedFiles(NamedTuple):
-    """The files, the one of the weights first; what became of the weights; how to open them."""
+    """The files, the one of the weights first; what became of the weights; how to open
+    them.
+    """
 
     files: list[Path]
     converted: ConvertedWeights
@@ -103,8 +107,8 @@ def write_timm(model: ExportableModel, path: Path) -> ExportedFiles:
 
 
 def write_huggingface(model: ExportableModel, folder: Path, architecture: str | None = None) -> ExportedFiles:
-    """A folder for from_pretrained. `architecture`: Hugging Face's class, by default the one
-    that has the model's head.
+    """A folder for from_pretrained. `architecture`: Hugging Face's class, by default
+    the one that has the model's head.
     """
     codes = 0 if model.predicts_pixels else model.vocab_size
     heads = {

@@ -1,4 +1,5 @@
-"""BEiT as Hugging Face has it: its names, its config.json and its preprocessor_config.json.
+"""BEiT as Hugging Face has it: its names, its config.json and its
+preprocessor_config.json.
 
 All is written and read without importing transformers, which brings a module named
 `datasets`, as one of ours is called. The names are those that the models on the hub
@@ -73,7 +74,9 @@ def is_huggingface(keys: Iterable[str]) -> bool:
 
 
 def from_huggingface(state_dict: Mapping[str, Tensor]) -> Weights:
-    """UserError: a layer without its q, k or v."""
+    """The state dict of a Hugging Face BEiT under our names. UserError: a layer without
+    its q, k or v.
+    """
     in_block, outside = ({theirs: ours for ours, theirs in table.items()} for table in (IN_BLOCK, OUTSIDE))
     classic = {_to_classic_name(key): value for key, value in state_dict.items()}
     ours: Weights = {}
@@ -101,7 +104,9 @@ def _to_classic_name(key: str) -> str:
 
 
 def _rename(key: str, table: Mapping[str, str]) -> str | None:
-    """`key`, or the module in front of its last part, under the table's name; None where the table has neither."""
+    """`key`, or the module in front of its last part, under the table's name; None
+    where the table has neither.
+    """
     if key in table:
         return table[key]
     module, _, leaf = key.rpartition(".")
@@ -199,8 +204,8 @@ def make_huggingface_config(
 
 
 def make_huggingface_preprocessor(size: int, prepared: Preprocessing) -> dict[str, Any]:
-    """preprocessor_config.json: the evaluation view. (BeitImageProcessor of transformers 4
-    only squeezes images to squares.)
+    """preprocessor_config.json: the evaluation view. (BeitImageProcessor of
+    transformers 4 only squeezes images to squares.)
     """
     return {
         "image_processor_type": "BitImageProcessor",
@@ -219,7 +224,9 @@ def make_huggingface_preprocessor(size: int, prepared: Preprocessing) -> dict[st
 
 
 def read_huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ExternalConfig:
-    """UserError: another kind of model."""
+    """What config.json and preprocessor_config.json say. UserError: they are of another
+    kind of model.
+    """
     if config.get("model_type") != "beit" or config.get("hidden_act", "gelu") != "gelu":
         raise UserError(
             f"config.json describes a {config.get('model_type')} with {config.get('hidden_act')}, not a "

@@ -61,7 +61,7 @@ def check_saved_state(
         )
     if not saved["state"]:
         return
-    trial = None if type(optimizer) in MOMENTS else state_after_a_step(optimizer)
+    trial = None if type(optimizer) in MOMENTS else simulate_step(optimizer)
     for number, moments in saved["state"].items():
         name, parameter = names.get(id(parameters[number]), f"parameter {number}"), parameters[number]
         if not isinstance(moments, dict):
@@ -83,13 +83,13 @@ def check_saved_state(
             wrong = (
                 ""
                 if key == "momentum_buffer" and value is None
-                else fault_of(key, value, shapes.get(key), parameter)
+                else find_fault(key, value, shapes.get(key), parameter)
             )
             if wrong:
                 raise UserError(f"{source}: the optimizer's {key} of {name} {wrong}; take another checkpoint")
 
 
-def fault_of(key: str, value: Any, shape: torch.Size | None, parameter: torch.Tensor) -> str:
+def find_fault(key: str, value: Any, shape: torch.Size | None, parameter: torch.Tensor) -> str:
     """What is wrong with a saved moment; "" if it is as it should be. `shape`: None for
     what the optimizer has no use for.
     """
@@ -117,9 +117,9 @@ def fault_of(key: str, value: Any, shape: torch.Size | None, parameter: torch.Te
     return "is below zero" if key == "exp_avg_sq" and value.numel() and float(value.min()) < 0 else ""
 
 
-def state_after_a_step(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What an optimizer keeps of each parameter, found by a step of a copy; timm's have
-    factors of shapes of their own.
+def simulate_step(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What an optimizer keeps of each parameter, found by a step of a copy: the moments
+    of some of timm's have shapes of their own.
     """
     trial = copy.deepcopy(optimizer)
     parameters = [p for group in trial.param_groups for p in group["params"]]

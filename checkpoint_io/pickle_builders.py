@@ -1,8 +1,8 @@
 """What `pickle_interpreter` may build: tensors, plain data, and a few types that
 checkpoints contain beside them.
 
-Sizes, strides and lengths are compared with what the file holds before a tensor is made.
-A file whose tensors would overlap, or reach beyond their storage, is refused.
+Sizes, strides and lengths are compared with what the file holds before a tensor is
+made. A file whose tensors would overlap, or reach beyond their storage, is refused.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class CodeInFile(UnsupportedFile):
 
 
 class PickledObject:
-    """The attributes of an object, without its code: of a class that the caller allows, or
-    of a TorchScript module.
+    """The attributes of an object, without its code: of a class that the caller allows,
+    or of a TorchScript module.
     """
 
     def __init__(self, name: str = "") -> None:
@@ -106,8 +106,8 @@ def _rebuild_tensor_v3(storage: Any, offset: Any, size: Any, stride: Any, *rest:
 
 
 def _resolve_view(tensor: Tensor, metadata: Any = None, *rest: Any) -> Tensor:
-    """Negate or conjugate a tensor that torch saved as a lazy view (`z.conj().imag`): the
-    file holds what it is a view of.
+    """Negate or conjugate a tensor that torch saved as a lazy view (`z.conj().imag`):
+    the file holds what it is a view of.
     """
     for name in metadata or {}:
         if name not in ("neg", "conj") or metadata[name] is not True:

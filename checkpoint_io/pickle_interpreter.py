@@ -149,8 +149,8 @@ class Interpreter:
         self.push_name(f"{module}.{name}")
 
     def resolve_name(self, text: str) -> Any:
-        """A dtype for its name; for the name of a class or function in our tables a `Name`,
-        which `call` may take.
+        """A dtype for its name; for the name of a class or function in our tables a
+        `Name`, which `call` may take.
         """
         if text in DTYPES:
             return DTYPES[text]
@@ -202,8 +202,8 @@ class Interpreter:
         return PickledObject(name.text)
 
     def build(self, _: Any) -> None:
-        """Set the state of an object: the attributes of a Namespace or PickledObject, the
-        byte order of a numpy dtype. Nothing else has one here.
+        """Set the state of an object: the attributes of a Namespace or PickledObject,
+        the byte order of a numpy dtype. Nothing else has one here.
         """
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, (argparse.Namespace, PickledObject)):

@@ -15,14 +15,15 @@ from checkpoint_io.urls import refuse_unsafe_url
 from errors import UserError
 
 MIRRORS = ["https://github.com/addf400/files/releases/download/"]  # tried in turn
-# Hosts of the published links, now closed: the same file is then looked for under MIRRORS.
+# Hosts of the published links, now closed: the same file is then looked for under
+# MIRRORS.
 FORMER_HOSTS = ("conversationhub.blob.core.windows.net", "unilm.blob.core.windows.net")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One published file. `file` is relative to each of MIRRORS, or a whole URL; `model`
-    names the builder it fits.
+class PublishedFile:
+    """One published file. `file` is relative to each of MIRRORS, or a whole URL;
+    `model` names the builder it fits.
     """
 
     file: str
@@ -70,14 +71,16 @@ CLASSES = {"intermediate": 21841, "finetuned": 1000, "segmentation": 150}  # of 
 
 def _make_entry(
     name: str, kind: str, sha256_prefix: str | None = None, params: float | None = None, **metrics: float
-) -> Entry:
-    """The row of a published name: its file and the builder it fits follow from the name."""
+) -> PublishedFile:
+    """The row of a published name: its file and the builder it fits follow from the
+    name.
+    """
     folder = "v1.0" if name.startswith("beit_") else "BEiT-v2"
     model = name.split("_pt")[0].replace("beitv2", "beit")
     if kind == "pretrained":
         model += "_8k_vocab" if folder == "v1.0" else "_8k_vocab_cls_pt"
     file = f"{folder}/{name}-{sha256_prefix}.pth" if sha256_prefix else f"{folder}/{name}.pth"
-    return Entry(
+    return PublishedFile(
         file, kind, "" if kind == "segmentation" else model, CLASSES.get(kind), sha256_prefix, params, metrics
     )
 
@@ -154,10 +157,12 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ),
 ]
 ENTRIES = {name: _make_entry(name, kind, **facts) for name, kind, facts in ROWS}
-ENTRIES["dall_e_encoder"] = Entry("https://cdn.openai.com/dall-e/encoder.pkl", "tokenizer-v1", params=53.8)
+ENTRIES["dall_e_encoder"] = PublishedFile(
+    "https://cdn.openai.com/dall-e/encoder.pkl", "tokenizer-v1", params=53.8
+)
 
 
-def find_entry(url: str, name: str) -> Entry | None:
+def find_entry(url: str, name: str) -> PublishedFile | None:
     """The published file that `url` is an address of, present or former; `name`: the
     file's name in it.
     """

@@ -1,5 +1,5 @@
-"""Weights of another model into one of ours: names, patch grids, patch embeddings, and a
-report of what became of each.
+"""Weights of another model into one of ours: names, patch grids, patch embeddings, and
+a report of what became of each.
 
 Shapes: C width, H heads. Sources: BEiT's fine-tuning at other resolutions; timm (patch
 embeddings); FlexiViT (patch sizes).
@@ -33,12 +33,12 @@ PATCHES = "patch_embed.proj.weight"
 
 
 def to_our_names(state_dict: Mapping[str, Tensor]) -> Weights:
-    """A state dict of Hugging Face's BEiT, timm's, or a plain ViT under our names; ours
-    comes back as it is, and is not copied.
+    """A state dict of Hugging Face's BEiT, timm's, or a plain ViT under our names. One
+    that has our names already is returned as it is, without a copy.
 
-    Keys that are nobody's (a segmentation head) keep their names. UserError: as
-    strip_wrappers, from_plain_blocks and refuse_other_parts; a Hugging Face layer
-    without its q, k or v.
+    Unknown keys (a segmentation head) keep their names. UserError: as strip_wrappers,
+    from_plain_blocks and refuse_other_parts; a Hugging Face layer without its q, k or
+    v.
     """
     bare = strip_wrappers(state_dict)
     ours = from_plain_blocks(from_huggingface(bare) if is_huggingface(bare) else bare)
@@ -47,7 +47,8 @@ def to_our_names(state_dict: Mapping[str, Tensor]) -> Weights:
 
 
 def infer_patch_grid(weights: dict[str, Tensor]) -> tuple[int, int] | None:
-    """(height, width) in patches of the model that `weights` are of; None for a model without positions.
+    """(height, width) in patches of the model that `weights` are of; None for a model
+    without positions.
 
     The index of a relative bias tells a grid of any shape. Without it the grid is taken
     to be square; UserError if it cannot be.
@@ -77,7 +78,7 @@ def infer_patch_grid(weights: dict[str, Tensor]) -> tuple[int, int] | None:
 
 
 def add_class_position(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With a position of zeros for the CLS token where only a square of patches has
+    """Add a position of zeros for the CLS token where only a square of patches has
     positions (timm's no_embed_class).
     """
     positions = weights.get("pos_embed")
@@ -93,7 +94,8 @@ def adapt_patch_embed(weight: Tensor, shape: Sequence[int]) -> Tensor:
     timm does it: channels are summed, or repeated and scaled, so that a gray image
     gives the same; patches are resampled as in FlexiViT.
 
-    As it is where timm has no rule: another width, or channels that are neither 1 nor 3.
+    As it is where timm has no rule: another width, or channels that are neither 1 nor
+    3.
     """
     if weight.ndim != 4 or weight.shape[0] != shape[0]:
         return weight
@@ -112,7 +114,9 @@ def lacks_layer_scale(source: dict[str, Tensor], key: str) -> bool:
 
 
 def prepare_source(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """The entries under our names, with a position for the CLS token if the model's shape asks for one."""
+    """The entries under our names, with a position for the CLS token if the model's
+    shape asks for one.
+    """
     source, own = to_our_names(state_dict), model.pos_embed
     same = own is None or "pos_embed" not in source or source["pos_embed"].shape == own.shape
     return source if same else add_class_position(source)
@@ -177,9 +181,9 @@ def load_remapped(model: Any, weights: dict[str, Tensor]) -> tuple[dict[str, Ten
 
 
 def refuse_misfits(weights: dict[str, Tensor], model: Any, remapped: dict[str, Tensor]) -> None:
-    """UserError: blocks, patch embedding or CLS token of `weights`, under our names, did
-    not all go into the model, or did not fill it. Positions may differ, and biases of
-    query and value may start at 0.
+    """UserError: blocks, patch embedding or CLS token of `weights`, under our names,
+    did not all go into the model, or did not fill it. Positions may differ, and biases
+    of query and value may start at 0.
     """
     wanted = model.state_dict()
     for key, value in weights.items():
@@ -210,8 +214,8 @@ def refuse_misfits(weights: dict[str, Tensor], model: Any, remapped: dict[str, T
 
 
 def report_remapping(state_dict: dict[str, Tensor], model: Any, remapped: dict[str, Tensor]) -> list[str]:
-    """What remap_pretrained did, one line each: used, resized, adapted, copied to blocks,
-    left out, new in the model.
+    """What remap_pretrained did, one line each: used, resized, adapted, copied to
+    blocks, left out, new in the model.
     """
     source = prepare_source(state_dict, model)
     wanted = [key for key in model.state_dict() if not key.endswith("relative_position_index")]
@@ -228,7 +232,8 @@ def report_remapping(state_dict: dict[str, Tensor], model: Any, remapped: dict[s
         )
     if PATCHES in remapped and source[PATCHES].shape != remapped[PATCHES].shape:
         lines.append(
-            f"adapted    the patch embedding: {describe_patches(source[PATCHES])} -> {describe_patches(remapped[PATCHES])}"
+            f"adapted    the patch embedding: {describe_patches(source[PATCHES])} -> "
+            f"{describe_patches(remapped[PATCHES])}"
         )
     if copies:
         lines.append(f"copied     the shared relative position bias to {len(copies)} blocks")
@@ -249,7 +254,9 @@ def describe_patches(patches: Tensor) -> str:
 
 
 def summarize_names(names: list[str]) -> str:
-    """`lm_head.weight, lm_head.bias, cls_pt_layers.* (26)`: names of one module together where they are many."""
+    """`lm_head.weight, lm_head.bias, cls_pt_layers.* (26)`: names of one module
+    together where they are many.
+    """
     modules: dict[str, list[str]] = {}
     for name in names:
         modules.setdefault(name.split(".")[0], []).append(name)

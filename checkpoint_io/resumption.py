@@ -1,5 +1,5 @@
-"""The checkpoint that a run goes on from: which one it is, and whether it is of this run.
-Also whether all processes are of one run: their flags and images are compared,
+"""The checkpoint that a run goes on from: which one it is, and whether it is of this
+run. Also whether all processes are of one run: their flags and images are compared,
 differences named.
 """
 
@@ -18,7 +18,8 @@ from errors import UserError
 from runtime import distributed
 from runtime.terminal import log
 
-# Flags that say where and how often, not what is trained; data and seed are compared by themselves.
+# Flags that say where and how often, not what is trained; data and seed are compared by
+# themselves.
 WITHOUT_EFFECT = {
     *"""
     output_dir log_dir device resume auto_resume start_epoch save_ckpt save_ckpt_freq
@@ -40,8 +41,8 @@ OF_A_MACHINE = {"device", "num_workers", "pin_mem", "dist_url", *arguments.OBSOL
 
 
 def find_checkpoint(resume: str, auto_resume: bool, output_dir: str) -> Path | None:
-    """The checkpoint that a run goes on from: `resume`, else with `auto_resume` the newest
-    intact one of `output_dir`.
+    """The checkpoint that a run goes on from: `resume`, else with `auto_resume` the
+    newest intact one of `output_dir`.
 
     Rank 0 chooses for all.
     """
@@ -54,7 +55,9 @@ def find_checkpoint(resume: str, auto_resume: bool, output_dir: str) -> Path | N
 
 
 def find_newest_intact(folder: Path) -> Path | None:
-    """checkpoint.pth; where it is damaged, the other whole one with the most steps behind it, with a warning."""
+    """checkpoint.pth, or where it is damaged, the intact one that is furthest in
+    training, with a warning.
+    """
     latest = folder / LATEST
     if latest.exists() and is_intact(latest):
         return latest
@@ -78,7 +81,9 @@ def find_newest_intact(folder: Path) -> Path | None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether every tensor is as it was written: a checkpoint is a zip file that holds a checksum of each."""
+    """Whether every tensor is as it was written: a checkpoint is a zip file that holds
+    a checksum of each.
+    """
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise UserError(f"{path} is no regular file: remove it")
     try:
@@ -91,7 +96,9 @@ def is_intact(path: Path) -> bool:
 
 
 def read_progress(path: Path) -> tuple[int, int]:
-    """(epoch, step) that a checkpoint goes on with; files can be copied, so their times say nothing."""
+    """(epoch, step) that a checkpoint goes on with. Times of files do not tell, since
+    files can be copied.
+    """
     content = read_checkpoint(path)
     after, done = content.get("next"), content.get("epoch")
     if after is None and isinstance(done, int):  # the published code's: the last epoch that it finished
@@ -101,8 +108,8 @@ def read_progress(path: Path) -> tuple[int, int]:
 
 
 def keep_published(path: Path, folder: Path) -> None:
-    """A checkpoint in a run's folder that is not a run's of this code gets a second name,
-    before the first is overwritten.
+    """Give a checkpoint in the run's folder that this code did not write a second name,
+    before the run overwrites the first.
     """
     if path.resolve().parent != folder.resolve() or path.stem.startswith("checkpoint-published"):
         return
@@ -164,7 +171,9 @@ def check_ranks_agree(flags: Mapping[str, Any]) -> None:
 
 
 def check_ranks_have_the_same_images(data: Mapping[str, Any]) -> None:
-    """UserError on all ranks where they found different images. data: as of check_same_run."""
+    """UserError on all ranks where they found different images. `data`: as in
+    check_same_run.
+    """
     everyone = distributed.gather_objects(dict(data))
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:

@@ -1,5 +1,5 @@
-"""BEiT as timm has it: the published names, which are ours too, with fewer parts, and the
-config.json of its hub.
+"""BEiT as timm has it: the published names, which are ours too, with fewer parts, and
+the config.json of its hub.
 
 Shapes: a table of relative positions is (rows, heads).
 """
@@ -22,13 +22,15 @@ from checkpoint_io.weight_formats import (
 )
 from layers.rel_pos_bias import as_pair
 
-TIMM_ARGS = ("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias",
-             "init_values", "use_abs_pos_emb")  # fmt: skip
+TIMM_ARGS = (
+    *("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads"),
+    *("mlp_ratio", "qkv_bias", "init_values", "use_abs_pos_emb"),
+)
 
 
 def to_timm(weights: Mapping[str, Tensor]) -> ConvertedWeights:
-    """Our state dict -> the state dict of timm's `Beit`. A table shared by all blocks is
-    added to each block's own.
+    """Our state dict -> the state dict of timm's `Beit`. A table shared by all blocks
+    is added to each block's own.
 
     timm has no masked images: the mask token and all that predicts codes stay behind.
     """
@@ -60,7 +62,8 @@ def to_timm(weights: Mapping[str, Tensor]) -> ConvertedWeights:
 def make_timm_config(
     model: Mapping[str, Any], prepared: Preprocessing, names: Sequence[str] | None
 ) -> dict[str, Any]:
-    """config.json in the form of timm's hub; `model_args` are the arguments of timm.models.beit.Beit.
+    """config.json in the form of timm's hub; `model_args` are the arguments of
+    timm.models.beit.Beit.
 
     `model`: the VisionTransformer's arguments. The entry point in `architecture` only
     lends its name: the arguments say all.

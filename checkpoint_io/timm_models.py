@@ -1,4 +1,6 @@
-"""timm's models with the weights that were asked for: timm's own, those of a file, or random ones."""
+"""timm's models with the weights that were asked for: timm's own, those of a file, or
+random ones.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,12 @@ log = logging.getLogger("beit")
 
 
 def create_timm_model(model: str, num_classes: int, input_size: int, weight: str | None, purpose: str) -> Any:
-    """timm's `model` for images of `input_size` pixels, with `num_classes` outputs (0: without
-    a classifier).
+    """timm's `model` for images of `input_size` pixels, with `num_classes` outputs (0:
+    without a classifier).
 
-    `weight`: a path, a URL, None for timm's own weights, "random" for none. `purpose` says
-    in messages what the model is for. UserError: timm cannot build it, or the weights
-    cannot be had or do not fit.
+    `weight`: a path, a URL, None for timm's own weights, "random" for none. `purpose`
+    says in messages what the model is for. UserError: timm cannot build it, or the
+    weights cannot be had or do not fit.
     """
     pick(dict.fromkeys(timm.list_models()), model.split(".")[0], "timm model")
     try:
@@ -60,8 +62,8 @@ def create_timm_model(model: str, num_classes: int, input_size: int, weight: str
 
 
 def strip_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A training run's state dict under the network's own names: DDP's `module.`, DINO's
-    `backbone.`, CLIP's tower.
+    """A training run's state dict under the network's own names: DDP's `module.`,
+    DINO's `backbone.`, CLIP's tower.
     """
     for prefix in ("module.", "backbone."):
         if any(key.startswith(prefix) for key in state):  # beside backbone.* stands DINO's projection head

@@ -11,15 +11,15 @@ from checkpoint_io import downloads, weight_files, weight_formats
 from errors import UserError
 
 
-def depth_of(weights: dict[str, Tensor], part: str) -> int:
+def count_blocks(weights: dict[str, Tensor], part: str) -> int:
     """How many blocks `encoder` or `decoder` has."""
     start = f"{part}.blocks."
     return len({key[len(start) :].split(".")[0] for key in weights if key.startswith(start)})
 
 
 def read_tokenizer(source: str, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict of the tokenizer in a file (path, URL or published name), and the flags
-    it was trained with, {} where they are not known.
+    """The state dict of the tokenizer in a file (path, URL or published name), and the
+    flags it was trained with, {} where they are not known.
 
     Teacher, scaling and loss entries of released files are left out. `origin` names the
     file in messages. UserError: it holds no VQ-KD tokenizer, or one without a codebook.
@@ -54,9 +54,11 @@ def check_codebook(weights: dict[str, Tensor], n_code: int, code_dim: int, sourc
         )
 
 
-def decoder_depth_of(weights: dict[str, Tensor], asked: int | None, source: str) -> int:
-    """Blocks of the decoder in a tokenizer's state dict; UserError when another number was asked for."""
-    depth = depth_of(weights, "decoder")
+def infer_decoder_depth(weights: dict[str, Tensor], asked: int | None, source: str) -> int:
+    """Blocks of the decoder in a tokenizer's state dict; UserError when another number
+    was asked for.
+    """
+    depth = count_blocks(weights, "decoder")
     if asked not in (None, depth):
         raise UserError(
             f"the tokenizer in {source} has a decoder of {depth} blocks: leave `decoder_depth` {asked} out"

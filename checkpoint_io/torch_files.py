@@ -117,7 +117,7 @@ def _load_archive(file: IO[bytes], size: int, objects: Collection[str]) -> Any:
             each == f"{prefix}constants.pkl" or each.startswith(f"{prefix}code/") for each in records
         )
         content = _check_nesting(Interpreter(archive.read(name), read, objects, script).run())
-        return _script_state_dict(content) if script else content
+        return _read_script_state_dict(content) if script else content
 
 
 def _check_records(archive: zipfile.ZipFile, records: Mapping[str, zipfile.ZipInfo], size: int) -> None:
@@ -137,7 +137,9 @@ def _load_stream(file: IO[bytes], size: int, objects: Collection[str]) -> Any:
     left, storages = size, dict[str, bytearray]()
 
     def reserve(key: Any, length: int) -> bytearray:
-        """Memory that is filled below: the storages come after the pickle that names them."""
+        """Memory that is filled below: the storages come after the pickle that names
+        them.
+        """
         nonlocal left
         if key not in storages:
             left -= length
@@ -166,7 +168,7 @@ def _load_stream(file: IO[bytes], size: int, objects: Collection[str]) -> Any:
     return content
 
 
-def _script_state_dict(root: Any) -> dict[str, Tensor]:
+def _read_script_state_dict(root: Any) -> dict[str, Tensor]:
     """The tensors of a TorchScript module and of the modules in it, by name."""
     found: dict[str, Tensor] = {}
     waiting, seen = [("", root)], set[int]()
@@ -192,8 +194,8 @@ def _script_state_dict(root: Any) -> dict[str, Tensor]:
 
 
 def _check_nesting(content: Any) -> Any:
-    """`content`, if it can be walked through: no container holds itself, none is too deep,
-    and there are not too many items.
+    """`content`, if it can be walked through: no container holds itself, none is too
+    deep, and there are not too many items.
 
     A list that stands in two places counts twice. Otherwise ten lists, each with ten
     references to the next, would be small here and too large for any caller that copies

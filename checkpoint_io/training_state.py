@@ -40,8 +40,10 @@ class TrainState:
         return self.epoch, self.samples, self.step
 
 
-def checkpoint_of(state: TrainState, epoch: int, means: list[dict[str, Any]]) -> dict[str, Any]:
-    """`epoch`: the one the checkpoint is of. `means`: of every process, for its part of the epoch."""
+def build_checkpoint(state: TrainState, epoch: int, means: list[dict[str, Any]]) -> dict[str, Any]:
+    """`epoch`: the one the checkpoint is of. `means`: of every process, for its part of
+    the epoch.
+    """
     content = {
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
@@ -58,8 +60,8 @@ def checkpoint_of(state: TrainState, epoch: int, means: list[dict[str, Any]]) ->
 
 
 def load_optimizer(state: TrainState, saved: Any, path: Path) -> None:
-    """The moments of a checkpoint, each in memory of its own, laid out like its parameter.
-    The settings (betas, layer decay, ...) stay this run's.
+    """The moments of a checkpoint, each in memory of its own, laid out like its
+    parameter. The settings (betas, layer decay, ...) stay this run's.
     """
     names = {id(parameter): name for name, parameter in state.model.named_parameters()}
     optimizer = state.optimizer
@@ -75,7 +77,8 @@ def load_optimizer(state: TrainState, saved: Any, path: Path) -> None:
 
 
 def load_progress(state: TrainState, content: dict[str, Any], device: torch.device) -> None:
-    """Where training stands: all of a checkpoint but weights, moments and the stage's part.
+    """Where training stands: all of a checkpoint but weights, moments and the stage's
+    part.
 
     KeyError, TypeError, ValueError, AttributeError or RuntimeError: it is not complete.
     """

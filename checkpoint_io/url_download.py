@@ -1,4 +1,6 @@
-"""Download a file over HTTP: resumed where it broke off, never endlessly, never a part for the whole."""
+"""Download a file over HTTP: resumed where it broke off, never endlessly, never a part
+for the whole.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from checkpoint_io import checksums
-from checkpoint_io.checksums import file_version, is_complete, write_note
+from checkpoint_io.checksums import get_file_version, is_complete, write_note
 from checkpoint_io.urls import SafeRedirects, build_request, refuse_unsafe_url
 from errors import UserError, hide_secrets, printable
 from utils import format_size
@@ -48,9 +50,11 @@ class SlowServer(OSError):
 
 
 def download_file(download: Download, target: pathlib.Path, own: str = "") -> None:
-    """The file at `target`, complete and checked, from the first of the URLs that gives it; or a UserError.
+    """The file at `target`, complete and checked, from the first of the URLs that gives
+    it; or a UserError.
 
-    `own`: in the name of this process's partial file, where several may load the same file at once.
+    `own`: in the name of this process's partial file, where several may load the same
+    file at once.
     """
     part = target.with_name(f"{target.name}{own}.part")
     failures = []
@@ -91,7 +95,8 @@ def download_file(download: Download, target: pathlib.Path, own: str = "") -> No
 
 
 def _fetch_part(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
-    """Write what `url` gives to `part`, after what an earlier call for the same file has left there.
+    """Write what `url` gives to `part`, after what an earlier call for the same file
+    has left there.
 
     OSError or HTTPException: not complete, another call may go on from there.
     UserError: what comes cannot be used.
@@ -114,25 +119,14 @@ def _fetch_part(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
     with _open_in_background(request) as receive:
         reply = receive()
         refuse_unsafe_url(reply.url)  # after redirections
-        if (coding := reply.headers.get("Content-Encoding", "identity").strip().lower()) not in (
-            "",
-            "identity",
-        ):
-            raise UserError(
-                f"{url}: the server sends the file compressed ({coding}), although asked "
-                "not to: it is not used"
-            )
-        if reply.headers.get_content_type() == "text/html":
-            raise UserError(
-                f"{url} gives a web page, such as one to log in on: give the address of the file itself"
-            )
-        now = _reply_version(reply)
+        _refuse_other_content(reply, url)
+        now = _get_reply_version(reply)
         if reply.status == 206:
             total = _parse_total_length(reply, start, int(length or 0))
             if total is None or (version and now not in ("", version)):
                 part.unlink(missing_ok=True)
-                # the rest of another file, or another part than was asked for: once
-                # more, the whole
+                # The rest of another file, or another part than was asked for: ask for
+                # the whole.
                 if start:
                     _fetch_part(url, part, checked_by_hash)
                     return
@@ -149,6 +143,30 @@ def _fetch_part(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
                 f"{format_size(free)} left; make room, or name another folder with TORCH_HOME"
             )
         _write_body(receive, part, start, total)
+    _check_length(part, total)
+    told = total is not None or getattr(reply, "chunked", False) or checked_by_hash
+    if not told and not is_complete(part):
+        raise UserError(
+            f"what came from {url} is incomplete, or no file of weights whose end can be checked: the "
+            "server does not say how long it is; run again, or download it elsewhere and give its path"
+        )
+
+
+def _refuse_other_content(reply: Any, url: str) -> None:
+    """UserError where the reply is not the file itself: compressed, or a web page."""
+    coding = reply.headers.get("Content-Encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise UserError(
+            f"{url}: the server sends the file compressed ({coding}), although asked not to: it is not used"
+        )
+    if reply.headers.get_content_type() == "text/html":
+        raise UserError(
+            f"{url} gives a web page, such as one to log in on: give the address of the file itself"
+        )
+
+
+def _check_length(part: pathlib.Path, total: int | None) -> None:
+    """ConnectionError where less or more came than the `total` that the server gave."""
     size = part.stat().st_size
     if size == 0:
         raise ConnectionError("nothing came: the file is empty")
@@ -156,16 +174,6 @@ def _fetch_part(url: str, part: pathlib.Path, checked_by_hash: bool) -> None:
         if size > total:
             part.unlink()
         raise ConnectionError(f"the connection broke off after {size} of {total} bytes")
-    if (
-        total is None
-        and not getattr(reply, "chunked", False)
-        and not checked_by_hash
-        and not is_complete(part)
-    ):
-        raise UserError(
-            f"what came from {url} is incomplete, or no file of weights whose end can be checked: the "
-            "server does not say how long it is; run again, or download it elsewhere and give its path"
-        )
 
 
 def _write_body(receive: Callable[[], Any], part: pathlib.Path, start: int, total: int | None) -> None:
@@ -193,7 +201,8 @@ def _write_body(receive: Callable[[], Any], part: pathlib.Path, start: int, tota
 
 @contextlib.contextmanager
 def _open_in_background(request: urllib.request.Request) -> Iterator[Callable[[], Any]]:
-    """Gives a function that returns the reply, then piece after piece of its body, b"" at the end.
+    """Gives a function that returns the reply, then piece after piece of its body, b""
+    at the end.
 
     SlowServer where the next of them takes longer than TIMEOUT, whatever the server
     does byte by byte in the meantime.
@@ -231,8 +240,10 @@ def _open_in_background(request: urllib.request.Request) -> Iterator[Callable[[]
                 pieces.get_nowait()
 
 
-def _reply_version(reply: Any) -> str:
-    """What tells one version of a file from another: a strong ETag, else the date, else nothing."""
+def _get_reply_version(reply: Any) -> str:
+    """What tells one version of a file from another: a strong ETag, else the date, else
+    nothing.
+    """
     tag = reply.headers.get("ETag") or "W/"
     return (reply.headers.get("Last-Modified") or "") if tag.startswith("W/") else tag
 
@@ -246,8 +257,8 @@ def _parse_length(text: str | None) -> int | None:
 
 
 def _parse_total_length(reply: Any, start: int, known: int) -> int | None:
-    """The length of the whole file, of which a 206 brings the rest from `start` on; None
-    where it brings anything else.
+    """The length of the whole file, of which a 206 brings the rest from `start` on;
+    None where it brings anything else.
 
     `known`: the length that was told before, or 0.
     """
@@ -269,7 +280,7 @@ def _move_into_cache(part: pathlib.Path, target: pathlib.Path, download: Downloa
     if (prefix := download.sha256_prefix) is None:
         os.replace(part, target)
         return
-    version, digest = file_version(part), checksums.hash_file(part)
+    version, digest = get_file_version(part), checksums.hash_file(part)
     if digest.startswith(prefix.lower()):
         os.replace(part, target)
         write_note(target, version, digest)

@@ -1,4 +1,6 @@
-"""URLs of weights: which are taken, how they are asked for, and where they may redirect to."""
+"""URLs of weights: which are taken, how they are asked for, and where they may redirect
+to.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def split_url(url: str) -> urllib.parse.SplitResult:
 
 
 def refuse_unsafe_url(url: str) -> None:
-    """Only what cannot be altered on its way: https, this machine, or what the user has allowed."""
+    """UserError unless the file cannot be altered on its way: https, this machine, or
+    what the user has allowed.
+    """
     parts = split_url(url)
     if parts.scheme in ("https", "file"):
         return
@@ -43,8 +47,8 @@ def refuse_unsafe_url(url: str) -> None:
 
 
 def hash_address(parts: urllib.parse.SplitResult) -> str:
-    """8 hex digits of host and path, and of a query that may choose the file. A signature
-    does not choose it, and changes.
+    """8 hex digits of host and path, and of a query that may choose the file. A
+    signature does not choose it, and changes.
     """
     signed = any(key.lower().endswith(("sig", "signature")) for key in urllib.parse.parse_qs(parts.query))
     address = f"{parts.netloc.rpartition('@')[2].lower()}{parts.path}" + ("" if signed else f"?{parts.query}")

@@ -1,5 +1,5 @@
-"""What is in a weight file, read without running any code in it: safetensors, torch.save
-(new or old), TorchScript.
+"""What is in a weight file, read without running any code in it: safetensors,
+torch.save (new or old), TorchScript.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ def load_file(path: str | os.PathLike[str], objects: Collection[str] = ()) -> An
         return torch_files.load(path, objects)
     except CodeInFile as error:
         raise UserError(
-            f"{path} holds Python objects ({error.name}), which are not loaded because they can run any code; "
-            "if you trust the file, keep only its tensors: "
+            f"{path} holds Python objects ({error.name}), which are not loaded because they can run any "
+            "code; if you trust the file, keep only its tensors: "
             f"torch.save(torch.load('{path}', weights_only=False)['model'], 'clean.pth')"
         ) from None
     except DamagedFile as error:
-        raise _unreadable(path, str(error)) from None
+        raise _make_unreadable_error(path, str(error)) from None
     except UnsupportedFile as error:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}{permission_hint(error)}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}{suggest_permissions(error)}") from error
     except Exception as error:  # a damaged safetensors file
         why = (str(error).strip().splitlines() or [""])[0][:100]
-        raise _unreadable(path, f"{type(error).__name__}: {why}") from error
+        raise _make_unreadable_error(path, f"{type(error).__name__}: {why}") from error
 
 
 def is_safetensors(path: pathlib.Path) -> bool:
@@ -65,21 +65,25 @@ def is_safetensors(path: pathlib.Path) -> bool:
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
 
 
-def permission_hint(error: OSError) -> str:
+def suggest_permissions(error: OSError) -> str:
     return "; change its permissions" if isinstance(error, PermissionError) else ""
 
 
-def _unreadable(path: pathlib.Path, why: str) -> UserError:
+def _make_unreadable_error(path: pathlib.Path, why: str) -> UserError:
     return UserError(f"{path} is no weight file or an incomplete one ({why}); delete it and get it again")
 
 
 def load_state_dict(path: str | os.PathLike[str], keys: str = "model|module") -> dict[str, torch.Tensor]:
-    """The tensors in a file under the first of `keys` that it has, else `state_dict`, else its top."""
+    """The tensors in a file under the first of `keys` that it has, else `state_dict`,
+    else its top.
+    """
     return extract_weights(load_file(path), str(path), keys)
 
 
 def flags_to_dict(args: Any) -> dict[str, Any]:
-    """The flags in a checkpoint: a dictionary, the argparse Namespace of published files, or {}."""
+    """The flags in a checkpoint: a dictionary, the argparse Namespace of published
+    files, or {}.
+    """
     return (
         dict(args)
         if isinstance(args, Mapping)
@@ -114,8 +118,8 @@ def extract_weights(content: Any, source: str, keys: str = "model|module") -> di
 
 
 def check_all_tensors(state: Mapping[Any, Any], source: str, beside_others: bool) -> None:
-    """UserError: a weight that is no tensor. `beside_others`: plain entries such as epoch
-    may lie beside the weights.
+    """UserError: a weight that is no tensor. `beside_others`: plain entries such as
+    epoch may lie beside the weights.
     """
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) and (not beside_others or "." in str(key)):

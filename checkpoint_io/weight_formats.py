@@ -1,5 +1,5 @@
-"""What the formats of weights have in common: names of ours, what wrappers put in front of
-them, and the blocks of plain ViTs. Pure functions on dictionaries.
+"""What the formats of weights have in common: names of ours, what wrappers put in front
+of them, and the blocks of plain ViTs. Pure functions on dictionaries.
 
 timm kept the published names, which are ours too. Plain ViTs (MAE, DeiT, DINO) have one
 bias for q, k and v. Hugging Face renamed everything and split qkv: huggingface_format.
@@ -22,7 +22,9 @@ Weights = dict[str, Tensor]
 
 
 class ConvertedWeights(NamedTuple):
-    """Weights under other names, the keys that were dropped, and what else was done, in sentences."""
+    """Weights under other names, the keys that were dropped, and what else was done, in
+    sentences.
+    """
 
     weights: Weights
     dropped: list[str]
@@ -30,8 +32,8 @@ class ConvertedWeights(NamedTuple):
 
 
 class Preprocessing(NamedTuple):
-    """What happens to an image before it is classified: shorter side to size / crop_pct,
-    center crop, normalization.
+    """What happens to an image before it is classified: shorter side to size /
+    crop_pct, center crop, normalization.
     """
 
     mean: tuple[float, ...]
@@ -40,7 +42,9 @@ class Preprocessing(NamedTuple):
 
 
 class ExternalConfig(NamedTuple):
-    """What another library's configuration says beside the weights; None where it does not."""
+    """What another library's configuration says beside the weights; None where it does
+    not.
+    """
 
     num_heads: int | None
     img_size: tuple[int, int] | None
@@ -53,9 +57,11 @@ class ExternalConfig(NamedTuple):
 # What torch.compile, FSDP and activation checkpointing put into a name, wherever they
 # wrap; no module is called so.
 INSIDE_NAMES = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# What DDP, Lightning and other people's models put in front of all names, also one inside the other.
+# What DDP, Lightning and other people's models put in front of all names, also one
+# inside the other.
 WRAPPERS = r"(?:(?:module|model|net|encoder|backbone)\.)*"
-# A key that tells where a model begins. A tokenizer comes first: its `encoder.` is a part of it.
+# A key that tells where a model begins. A tokenizer comes first: its `encoder.` is a
+# part of it.
 STARTS = (
     r"(?:tokenizer\.)?quantize\.embedding\.weight",
     r"patch_embed\.proj\.weight",
@@ -65,8 +71,8 @@ STARTS = (
 
 
 def strip_wrappers(state_dict: Mapping[str, Tensor]) -> Weights:
-    """The entries without what wrappers put in front of the names of a ViT or of a VQ-KD
-    tokenizer, and into them.
+    """The entries without what wrappers put in front of the names of a ViT or of a
+    VQ-KD tokenizer, and into them.
 
     Where a file holds two, the outer one is taken. UserError: an entry stands both
     inside and outside of a wrapper.
@@ -125,11 +131,12 @@ OTHER_PARTS = {  # in a name of what our blocks, patch embedding and tokens lack
 
 
 def from_plain_blocks(weights: Mapping[str, Tensor]) -> Weights:
-    """Blocks of plain ViTs as ours: layer scale by our names; of a bias of q, k and v the
-    first and the last third.
+    """Blocks of plain ViTs as ours: layer scale by our names; of a bias of q, k and v
+    the first and the last third.
 
-    A key's bias is dropped, exactly: it adds the same to all scores of a query, which softmax does not see.
-    UserError: such a bias is not of three equal parts, or stands beside those of query and value.
+    A key's bias is dropped, exactly: it adds the same to all scores of a query, which
+    softmax does not see. UserError: such a bias is not of three equal parts, or stands
+    beside those of query and value.
     """
     ours: Weights = {}
     for key, value in weights.items():

@@ -29,10 +29,10 @@ from transforms import default_crop_pct, normalization
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the folders of Hugging Face and timm
 
 
-class Source(NamedTuple):
-    """Weights under our names, the flags of their training ({} where unknown), the names
-    of the classes (of their folders: ImageNet's are WordNet ids), and what another
-    library says of the model.
+class WeightSource(NamedTuple):
+    """Weights under our names, the flags of their training ({} where unknown), the
+    names of the classes (of their folders: ImageNet's are WordNet ids), and what
+    another library says of the model.
     """
 
     weights: dict[str, Tensor]
@@ -50,14 +50,15 @@ def read_weights(
     keys: str = "model|module",
     select: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     origin: str = "`checkpoint`",
-) -> Source:
-    """`checkpoint`: a file, a folder of timm or Hugging Face, a URL or a published name.
-    `expected`: whose names it has, "ours", "timm", "huggingface" or "auto". `ema`: the
-    moving average of the weights instead of the last ones; `keys`: where in the file
-    the weights are; `select`: takes a part of them, under the file's own names. `flag`:
-    for messages.
+) -> WeightSource:
+    """`checkpoint`: a file, a folder of timm or Hugging Face, a URL or a published
+    name. `expected`: whose names it has, "ours", "timm", "huggingface" or "auto".
+    `ema`: the moving average of the weights instead of the last ones; `keys`: where in
+    the file the weights are; `select`: takes a part of them, under the file's own
+    names. `origin`: the parameter that names it, for messages.
 
-    UserError: as downloads.fetch; names of another library; no moving average; another kind of model.
+    UserError: as downloads.fetch; names of another library; no moving average; another
+    kind of model.
     """
     path, config, preprocessor = locate(checkpoint, origin)
     content = weight_files.load_file(path)
@@ -98,12 +99,12 @@ def read_weights(
         weights = to_our_names(found)
     except UserError as error:
         raise UserError(f"{origin} {checkpoint}: {error}") from None
-    flags = {**flags_from_config(external), **flags}
+    flags = {**to_flags(external), **flags}
     weights = add_class_position(add_grid_index(weights, flags.get("input_size")))
-    return Source(weights, flags, to_folder_names(external.classes) or classes, external, library, path)
+    return WeightSource(weights, flags, to_folder_names(external.classes) or classes, external, library, path)
 
 
-def flags_from_config(external: ExternalConfig) -> dict[str, Any]:
+def to_flags(external: ExternalConfig) -> dict[str, Any]:
     """What another library says of its images, as our flags."""
     size, prepared = external.img_size, external.prepared
     flags: dict[str, Any] = {}
@@ -140,15 +141,16 @@ def add_grid_index(weights: dict[str, Tensor], size: Any) -> dict[str, Tensor]:
 
 
 def locate(source: str, origin: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """The weight file, and the config.json and preprocessor_config.json that belong to it
-    ({} where there is none).
+    """The weight file, and the config.json and preprocessor_config.json that belong to
+    it ({} where there is none).
     """
     folder = Path(os.path.expanduser(source))
     if os.path.isdir(folder):  # pathlib's is_dir fails on a URL longer than a file name
         present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
         if not present:
             raise UserError(
-                f"{origin} {source}: a folder without {' or '.join(WEIGHT_FILES)}; name the weight file itself"
+                f"{origin} {source}: a folder without {' or '.join(WEIGHT_FILES)}; name the weight file "
+                "itself"
             )
         path = present[0]
     else:
@@ -174,8 +176,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def to_folder_names(names: list[str] | None) -> list[str] | None:
-    """Class names of another library as those of the folders that our data sets take them
-    from: ImageNet's are WordNet ids.
+    """Class names of another library as those of the folders that our data sets take
+    them from: ImageNet's are WordNet ids.
     """
     if names is None or len(names) != len(synsets()):
         return names
@@ -189,10 +191,10 @@ def save_weights(
     flags: dict[str, Any] | None = None,
     classes: list[str] | None = None,
 ) -> None:
-    """Weights to a .safetensors or .pth file, atomically.
+    """Write weights to a .safetensors or .pth file, atomically.
 
     Flags and the names of the classes lie beside the weights in a .pth, as text in the
-    head of a .safetensors.
+    header of a .safetensors.
     """
     stage = {"stage": {"classes": classes}} if classes else {}
     extra: dict[str, Any] = {} if flags is None else {"args": flags, **stage}

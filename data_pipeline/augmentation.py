@@ -30,7 +30,7 @@ Operations = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
-class Draws:
+class CropParams:
     """What was drawn for an image of `size` (width, height); the crop's place is that in the flipped image."""
 
     size: tuple[int, int]
@@ -49,15 +49,15 @@ class Draws:
         return left, top, left + self.width, top + self.height
 
 
-class Drawn(NamedTuple):
+class SampledImage(NamedTuple):
     """An image and what was drawn for it before it was decoded, perhaps to a smaller size."""
 
     image: Image.Image
-    draws: Draws
+    params: CropParams
 
 
-class Drawing:
-    """Draws as torchvision's ColorJitter, RandomHorizontalFlip, RandomVerticalFlip and
+class CropSampler:
+    """CropParams as torchvision's ColorJitter, RandomHorizontalFlip, RandomVerticalFlip and
     RandomResizedCrop do, in this order.
     """
 
@@ -67,7 +67,7 @@ class Drawing:
         self.jitter = T.ColorJitter(color_jitter, color_jitter, color_jitter) if color_jitter else None
         self.area_range, self.aspect_range, self.vflip = area_range, aspect_range, vflip
 
-    def __call__(self, size: tuple[int, int]) -> Draws:
+    def __call__(self, size: tuple[int, int]) -> CropParams:
         """`size`: width and height of the whole image."""
         operations: Operations = ()
         if self.jitter is not None:
@@ -77,28 +77,28 @@ class Drawing:
         hflip, vflip = torch.rand(1).item() < 0.5, torch.rand(1).item() < self.vflip
         shape_alone = torch.empty((size[1], size[0]), device="meta")
         place = T.RandomResizedCrop.get_params(shape_alone, self.area_range, self.aspect_range)
-        return Draws(size, operations, hflip, vflip, *place)
+        return CropParams(size, operations, hflip, vflip, *place)
 
 
 # ── Exactly, on PIL images ──
 
 
-def exact_crop(image: Image.Image, draws: Draws) -> Image.Image:
+def exact_crop(image: Image.Image, params: CropParams) -> Image.Image:
     """The crop of the jittered and flipped RGB `image`, bit for bit, without jittering what is cut off.
 
     Only contrast looks at other pixels: its pivot is the mean gray of the whole image
     as the operations before it left it.
     """
-    kinds = [kind for kind, _ in draws.operations]
+    kinds = [kind for kind, _ in params.operations]
     before, pivot = 0, 0
     if CONTRAST in kinds:
         before = kinds.index(CONTRAST)
-        image = retouched(image, draws.operations[:before])
+        image = apply_jitter(image, params.operations[:before])
         pivot = mean_gray(image)
-    crop = retouched(image.crop(draws.box()), draws.operations[before:], pivot)
-    if draws.hflip:
+    crop = apply_jitter(image.crop(params.box()), params.operations[before:], pivot)
+    if params.hflip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return crop.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if draws.vflip else crop
+    return crop.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if params.vflip else crop
 
 
 def mean_gray(image: Image.Image) -> int:
@@ -107,7 +107,7 @@ def mean_gray(image: Image.Image) -> int:
     return int(counts @ LEVELS / counts.sum() + 0.5)
 
 
-def retouched(image: Image.Image, operations: Iterable[tuple[int, float]], pivot: int = 0) -> Image.Image:
+def apply_jitter(image: Image.Image, operations: Iterable[tuple[int, float]], pivot: int = 0) -> Image.Image:
     """The operations one after the other, each rounded to uint8 as PIL does.
 
     Brightness and contrast are the same function for every pixel and channel: a table,
@@ -116,43 +116,43 @@ def retouched(image: Image.Image, operations: Iterable[tuple[int, float]], pivot
     table = RAMP
     for kind, factor in operations:
         if kind == SATURATION:
-            image, table = looked_up(image, table), RAMP
+            image, table = apply_lut(image, table), RAMP
             image = ImageEnhance.Color(image).enhance(factor)
         else:
             base = Image.new("L", RAMP.size, pivot if kind == CONTRAST else 0)
             table = Image.blend(base, table, factor)
-    return looked_up(image, table)
+    return apply_lut(image, table)
 
 
-def looked_up(image: Image.Image, table: Image.Image) -> Image.Image:
+def apply_lut(image: Image.Image, table: Image.Image) -> Image.Image:
     return image if table is RAMP else image.point(list(table.tobytes()) * 3)
 
 
 # ── Resizing ──
 
 
-def resized(image: Image.Image, size: int, mode: InterpolationMode) -> torch.Tensor:
+def resize_to_square(image: Image.Image, size: int, mode: InterpolationMode) -> torch.Tensor:
     """(3, size, size) uint8; the aspect ratio is not kept."""
     return _as_tensor(F.resize(image, [size, size], mode)).contiguous()
 
 
-def resized_faster(drawn: Drawn, size: int, mode: InterpolationMode) -> torch.Tensor:
+def resize_fast(drawn: SampledImage, size: int, mode: InterpolationMode) -> torch.Tensor:
     """The same of a crop by torch's vectorized kernels, in a third of the time, within one level.
 
     By PIL where torch has no such mode, and where the image was decoded to a smaller
     size, whose pixels the crop cuts.
     """
-    image, draws = drawn
-    if image.size != draws.size:
-        across, down = image.width / draws.size[0], image.height / draws.size[1]
-        left, top, right, bottom = draws.box()
+    image, params = drawn
+    if image.size != params.size:
+        across, down = image.width / params.size[0], image.height / params.size[1]
+        left, top, right, bottom = params.box()
         box = (left * across, top * down, right * across, bottom * down)
         return _as_tensor(
             image.resize((size, size), Image.Resampling[mode.value.upper()], box=box)
         ).contiguous()
-    crop = image.crop(draws.box())
+    crop = image.crop(params.box())
     if mode not in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):
-        return resized(crop, size, mode)
+        return resize_to_square(crop, size, mode)
     return torch.nn.functional.interpolate(
         _as_tensor(crop)[None], (size, size), mode=mode.value, antialias=True
     )[0]
@@ -167,7 +167,7 @@ def _as_tensor(image: Image.Image) -> torch.Tensor:
 # ── Behind the resize, on tensors ──
 
 
-def sampled_pivot(image: Image.Image, operations: Operations) -> int:
+def estimate_pivot(image: Image.Image, operations: Operations) -> int:
     """The contrast's pivot from one pixel in many; 0 where nothing changes the contrast."""
     kinds = [kind for kind, _ in operations]
     if CONTRAST not in kinds:
@@ -180,22 +180,22 @@ def sampled_pivot(image: Image.Image, operations: Operations) -> int:
     return mean_gray(sample)
 
 
-def jitter_and_flip(image: Tensor, draws: Draws, pivot: int) -> Tensor:
+def jitter_and_flip(image: Tensor, params: CropParams, pivot: int) -> Tensor:
     """One image (3, height, width) uint8 -> the same shape, jittered and flipped as drawn."""
-    if draws.operations:
+    if params.operations:
         x = image.float()
-        for kind, factor in draws.operations:
+        for kind, factor in params.operations:
             blend_(x, gray(x) if kind == SATURATION else pivot if kind == CONTRAST else 0, factor)
         image = x.to(torch.uint8)
-    flipped = [dim for dim, flip in ((-1, draws.hflip), (-2, draws.vflip)) if flip]
+    flipped = [dim for dim, flip in ((-1, params.hflip), (-2, params.vflip)) if flip]
     return image.flip(flipped) if flipped else image
 
 
-def as_numbers(draws: Draws, pivot: int) -> Tensor:
-    """What `jitter_and_flip_all` needs of the draws: (9,) float, three operations, their factors, pivot, flips."""
-    filled = (*draws.operations, *[(BRIGHTNESS, 1.0)] * (3 - len(draws.operations)))
+def pack_params(params: CropParams, pivot: int) -> Tensor:
+    """What `jitter_and_flip_all` needs of the params: (9,) float, three operations, their factors, pivot, flips."""
+    filled = (*params.operations, *[(BRIGHTNESS, 1.0)] * (3 - len(params.operations)))
     kinds, factors = zip(*filled, strict=True)
-    return torch.tensor([*kinds, *factors, pivot, draws.hflip, draws.vflip], dtype=torch.float32)
+    return torch.tensor([*kinds, *factors, pivot, params.hflip, params.vflip], dtype=torch.float32)
 
 
 def jitter_and_flip_all(images: Tensor, numbers: Tensor) -> Tensor:

@@ -9,16 +9,16 @@ import torch
 from PIL import Image
 
 from data_pipeline.augmentation import (
-    Drawing,
-    Drawn,
-    Draws,
-    as_numbers,
+    CropParams,
+    CropSampler,
+    SampledImage,
+    estimate_pivot,
     exact_crop,
     jitter_and_flip,
     jitter_and_flip_all,
-    resized,
-    resized_faster,
-    sampled_pivot,
+    pack_params,
+    resize_fast,
+    resize_to_square,
 )
 from data_pipeline.image_formats import Size, Source, load_image
 from data_pipeline.resizing import interpolation
@@ -42,10 +42,10 @@ class RandomCrop:
 
     def __init__(self, min_crop_scale: float, color_jitter: float, vflip: float) -> None:
         check_ranges(min_crop_scale, color_jitter, vflip)
-        self.draw = Drawing([min_crop_scale, 1.0], ASPECT_RANGE, color_jitter, vflip)
+        self.sample_params = CropSampler([min_crop_scale, 1.0], ASPECT_RANGE, color_jitter, vflip)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        return exact_crop(image, self.draw(image.size))
+        return exact_crop(image, self.sample_params(image.size))
 
 
 class Crops:
@@ -70,48 +70,51 @@ class Crops:
         """Name of a view -> side and interpolation."""
         raise NotImplementedError
 
-    def load(self, source: Source | IO[bytes]) -> Image.Image | Drawn:
+    def load(self, source: Source | IO[bytes]) -> Image.Image | SampledImage:
         """An image for `transform`; raises what load_image raises."""
         if not self.fast:
             return load_image(source)
-        drawn: list[Draws] = []
+        sampled: list[CropParams] = []
 
         def enough(size: Size) -> Size:
-            drawn.append(self.crop.draw(size))
+            sampled.append(self.crop.sample_params(size))
             needed = DECODED_TO_SHOWN * max(side for side, _ in self.sizes().values())
-            shrink = min(drawn[0].width, drawn[0].height) / needed
+            shrink = min(sampled[0].width, sampled[0].height) / needed
             return int(-(-size[0] // shrink)), int(-(-size[1] // shrink))
 
         image = load_image(source, enough)
-        return Drawn(image, drawn[0] if drawn else self.crop.draw(image.size))
+        return SampledImage(image, sampled[0] if sampled else self.crop.sample_params(image.size))
 
-    def transform(self, loaded: Image.Image | Drawn) -> dict[str, torch.Tensor]:
+    def transform(self, loaded: Image.Image | SampledImage) -> dict[str, torch.Tensor]:
         """A sample as it travels: each view (3, S, S) uint8, and what `device_transform` needs to know."""
-        image, draws = loaded if isinstance(loaded, Drawn) else Drawn(loaded, self.crop.draw(loaded.size))
+        if not isinstance(loaded, SampledImage):
+            loaded = SampledImage(loaded, self.crop.sample_params(loaded.size))
+        image, params = loaded
         if not self.fast:
-            crop = exact_crop(image, draws)
+            crop = exact_crop(image, params)
             return {
-                name: resized(crop, side, interpolation(mode)) for name, (side, mode) in self.sizes().items()
+                name: resize_to_square(crop, side, interpolation(mode))
+                for name, (side, mode) in self.sizes().items()
             }
-        pivot, drawn = sampled_pivot(image, draws.operations), Drawn(image, draws)
+        pivot = estimate_pivot(image, params.operations)
         views = {
-            name: resized_faster(drawn, side, interpolation(mode))
+            name: resize_fast(loaded, side, interpolation(mode))
             for name, (side, mode) in self.sizes().items()
         }
         if self.augment_on_device:
-            return views | {"draws": as_numbers(draws, pivot)}
-        return {name: jitter_and_flip(view, draws, pivot) for name, view in views.items()}
+            return views | {"params": pack_params(params, pivot)}
+        return {name: jitter_and_flip(view, params, pivot) for name, view in views.items()}
 
     def device_transform(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of samples, on any device, as the network takes it: views (B, 3, S, S) float in [0, 1]."""
         batch = dict(batch)
-        draws = batch.pop("draws", None)
+        params = batch.pop("params", None)
         for name in self.sizes():
-            images = batch[name] if draws is None else jitter_and_flip_all(batch[name], draws)
+            images = batch[name] if params is None else jitter_and_flip_all(batch[name], params)
             batch[name] = images.contiguous().float() / per_channel((255.0,), images.device)
         return batch
 
-    def __call__(self, image: Image.Image | Drawn) -> dict[str, torch.Tensor]:
+    def __call__(self, image: Image.Image | SampledImage) -> dict[str, torch.Tensor]:
         """One image as the network takes it."""
         batch = {name: value[None] for name, value in self.transform(image).items()}
         return {name: value[0] for name, value in self.device_transform(batch).items()}

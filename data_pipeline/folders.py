@@ -20,7 +20,9 @@ def check_folder(root: str, origin: str) -> None:
 
 
 def list_class_folders(root: str) -> list[str]:
-    """Names of the folders in `root`, sorted; none of those of the system, nor links to `root` or above it."""
+    """Names of the folders in `root`, sorted; none of those of the system, nor links to
+    `root` or above it.
+    """
     above = list_parents(os.path.realpath(root))
     with os.scandir(root) as entries:
         folders = [entry for entry in entries if entry.is_dir() and not _is_system_folder(entry.name)]
@@ -36,11 +38,12 @@ def list_images(
     above: Collection[str] = (),
     others: Set[str] = frozenset(),
 ) -> list[str]:
-    """Sorted paths; what is left out is counted in `left_out`.
+    """Sorted paths of the images in `root` and below it; what is left out is counted in
+    `left_out`.
 
-    Symbolic links to folders are followed, and each folder is read once: links may form
-    a circle. They are not followed to folders above `root`, of `above`, and in `others`
-    or below (real paths, of all classes).
+    Symbolic links to folders are followed, and each folder is read once, as links may
+    form a circle. They are not followed to folders above `root`, to those in `above`,
+    or to those in `others` or below them (real paths, of all classes).
     """
     left_out = Counter() if left_out is None else left_out
     paths: list[str] = []

@@ -1,5 +1,5 @@
-"""Where images are: folders, one folder a class, lists, CIFAR-100, tar shards. Each finder
-gives (image, label) pairs in a fixed order, and the names of the classes.
+"""Where images are: folders, one folder a class, lists, CIFAR-100, tar shards. Each
+finder gives (image, label) pairs in a fixed order, and the names of the classes.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def find_images(root: str, origin: str = "`data_path`") -> tuple[Samples, None]:
 
 
 def find_images_or_file(path: str, origin: str = "`data_path`") -> list[str]:
-    """`path` itself when it is a file, whatever its name ends in, else every image below
-    it, in the order of the paths.
+    """`path` itself when it is a file, whatever its name ends in, else every image
+    below it, in the order of the paths.
     """
     return [path] if os.path.isfile(path) else [str(source) for source, _ in find_images(path, origin)[0]]
 
@@ -50,7 +50,9 @@ def find_images_or_file(path: str, origin: str = "`data_path`") -> list[str]:
 def find_classes_folder(
     root: str, origin: str = "`data_path`", classes: Sequence[str] | None = None
 ) -> tuple[Samples, Sequence[str]]:
-    """root/class/**/image, labeled in the order of the names; `classes`: the names that exist and their order."""
+    """root/class/**/image, labeled in the order of the names; `classes`: the names that
+    exist and their order.
+    """
     check_folder(root, origin)
     found = list_class_folders(root)
     if not found:
@@ -179,7 +181,9 @@ def _parse_index_line(line: str, where: str) -> tuple[str, list[str]]:
 
 
 def find_cifar(root: str, train: bool, download: bool = False) -> tuple[Samples, list[str]]:
-    """CIFAR-100 (torchvision's copy below `root`), images in memory; fetched only when asked, by the first rank."""
+    """CIFAR-100 (torchvision's copy below `root`), images in memory; fetched only when
+    asked, by the first rank.
+    """
     cifar = torchvision.datasets.CIFAR100
     if download:
         try:
@@ -202,8 +206,8 @@ def find_cifar(root: str, train: bool, download: bool = False) -> tuple[Samples,
 def find_shards(
     pattern: str, origin: str = "`data_path`", classes: Sequence[str] | None = None
 ) -> tuple[shards.Members, list[str] | None]:
-    """The images of tar shards and, where they have labels, the classes' names: those in
-    classes.txt, else the numbers.
+    """The images of tar shards and, where they have labels, the classes' names: those
+    in classes.txt, else the numbers.
 
     `classes`: the names that exist and their order; numbers without names are taken to
     be in that order. One rank looks through shards without an index, the others read
@@ -236,7 +240,8 @@ def find_shards(
     unknown = sorted(set(own) - set(classes))
     if unknown:
         raise UserError(
-            f"{origin} {pattern}: class '{unknown[0]}' is no class of the training data (in all {len(unknown)})"
+            f"{origin} {pattern}: class '{unknown[0]}' is no class of the training data "
+            f"(in all {len(unknown)})"
         )
     theirs = np.array([list(classes).index(name) for name in own])
     return members.with_labels(theirs[members.labels]), list(classes)

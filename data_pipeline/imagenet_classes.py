@@ -33,7 +33,7 @@ ROBUST_SETS = {
 
 
 def robust_set(name: str) -> RobustSet:
-    """What --robust_test names: imagenet_a, ImageNet-R, sketch, ..."""
+    """What `robust_test` names: imagenet_a, ImageNet-R, sketch, ..."""
     found = ROBUST_SETS.get(name.lower().replace("_", "-"))
     if found is None:
         raise UserError(f"`robust_test` {name}: give ImageNet-A, ImageNet-R or ImageNet-Sketch")

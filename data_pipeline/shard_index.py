@@ -1,4 +1,5 @@
-"""The index of a tar shard: where its images begin, how long they are, and their labels.
+"""The index of a tar shard: where its images begin, how long they are, and their
+labels.
 
 A shard is read through once for it; then it is kept in a file beside the shard.
 """
@@ -34,7 +35,9 @@ class Index(NamedTuple):
 
 
 def load_index(path: str, extensions: Sequence[str], origin: str = "`data_path`") -> Index:
-    """From the file beside the shard where it fits, else from the shard, which is read through; then it is kept."""
+    """The index in the file beside the shard where it fits; else the shard is read
+    through, and the index is kept.
+    """
     try:
         kept = _read_kept_index(path, extensions)
         if kept is not None:
@@ -74,7 +77,9 @@ def scan(path: str, extensions: Sequence[str]) -> Index:
 def _iterate_samples(
     tar: tarfile.TarFile, extensions: Sequence[str], left_out: Counter[str]
 ) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarInfo | None]]:
-    """(image, label) of each sample that has an image; further images are counted in `left_out`."""
+    """(image, label) of each sample that has an image; further images are counted in
+    `left_out`.
+    """
     key, image, label = None, None, None
     for member in tar:
         folder, name = os.path.split(member.name)
@@ -106,7 +111,7 @@ def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int
 
 
 def keep_index(path: str, extensions: Sequence[str], index: Index) -> None:
-    """Write it beside the shard: whole, or not at all."""
+    """Write the index beside the shard, atomically."""
     temporary = f"{path}{INDEX}.{os.getpid()}.part"
     try:
         with open(temporary, "wb") as file:
@@ -118,7 +123,9 @@ def keep_index(path: str, extensions: Sequence[str], index: Index) -> None:
 
 
 def _read_kept_index(path: str, extensions: Sequence[str]) -> Index | None:
-    """None where there is none, it is another shard's or damaged."""
+    """The index beside the shard; None where there is none, or it is another shard's or
+    damaged.
+    """
     try:
         with open_regular(path + INDEX) as file, np.load(file, allow_pickle=False) as kept:
             index = Index(kept["places"], kept["labels"], kept["left_out"])
@@ -130,8 +137,8 @@ def _read_kept_index(path: str, extensions: Sequence[str]) -> Index | None:
 
 
 def _compute_mark(path: str, index: Index, extensions: Sequence[str]) -> np.ndarray:
-    """What tells whether the index is of this shard as it is now: its length and time of
-    change, the headers of its first, middle and last image, and the index's own
+    """What tells whether the index is of this shard as it is now: its length and time
+    of change, the headers of its first, middle and last image, and the index's own
     content.
     """
     headers = b""

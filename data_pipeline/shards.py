@@ -1,10 +1,11 @@
-"""Tar shards in WebDataset's layout, read at random: which there are, and which images are in them.
+"""Tar shards in WebDataset's layout, read at random: which there are, and which images
+are in them.
 
 A shard is an uncompressed tar file. Its members come in samples: neighbors whose names
 agree up to the first dot of the file name; what follows is the kind (`000012.jpg`,
-`000012.cls`). With the index of a shard (shard_index.py) an image is one read at a known
-offset. So a data set of shards is a map from index to image like a folder, and a run
-over it resumes, and is shared by processes, as exactly (docs/data.md says why).
+`000012.cls`). With the index of a shard (shard_index.py) an image is one read at a
+known offset. So a data set of shards is a map from index to image like a folder, and a
+run over it resumes, and is shared by processes, as exactly (docs/data.md says why).
 """
 
 from __future__ import annotations
@@ -54,15 +55,15 @@ class Member(NamedTuple):
 
 @functools.lru_cache(maxsize=OPEN_FILES)
 def _open_once(path: str) -> io.FileIO:
-    """Kept open: with a file opened for each image, the disk would be asked for the name
-    as often as in a folder.
+    """Open a shard and keep it open: otherwise the disk would be asked for a name as
+    often as in a folder of images.
     """
     return io.FileIO(path)
 
 
 class Members(Sequence[tuple[Member, int | None]]):
-    """(image, label or None) of all shards in their order; arrays, since a list of a
-    million would burden every process.
+    """(image, label or None) of all shards in their order. They are kept in arrays,
+    since a list of a million would burden every process.
     """
 
     def __init__(
@@ -113,9 +114,9 @@ class Members(Sequence[tuple[Member, int | None]]):
 
 
 def find_shards(pattern: str, origin: str) -> list[str]:
-    """The files that `pattern` names: braces (`{000000..000146}`, `{a,b}`), `*`, a folder
-    of .tar files, or several of these with `::` between them (WebDataset's notation).
-    UserError: missing, compressed, remote, named twice.
+    """The files that `pattern` names: braces (`{000000..000146}`, `{a,b}`), `*`, a
+    folder of .tar files, or several of these with `::` between them (WebDataset's
+    notation). UserError: missing, compressed, remote, named twice.
     """
     paths: list[str] = []
     for part in pattern.split("::"):
@@ -174,7 +175,8 @@ def _expand_pattern(part: str, origin: str) -> list[str]:
 
 
 def list_members(paths: Sequence[str], extensions: Sequence[str], origin: str) -> Members:
-    """All images of the shards, with labels if every one has a label. UserError for shards that cannot be used.
+    """All images of the shards, with labels if every one has a label. UserError for
+    shards that cannot be used.
 
     Several at once: reading a shard through is waiting for the disk.
     """

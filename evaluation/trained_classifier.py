@@ -1,5 +1,5 @@
-"""A fine-tuned classifier in a file: its weights, its classes, and whether it is asked to
-work as it was trained.
+"""A fine-tuned classifier in a file: its weights, its classes, and whether it is asked
+to work as it was trained.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from errors import ParameterError, UserError
 from modeling_finetune import VisionTransformer
 from runtime.terminal import log
 
-# What the model is made of, and what its images look like: flags that should be those of the training.
+# What the model is made of, and what its images look like: flags that should be those
+# of the training.
 SHAPING = ("model", "use_mean_pooling", "abs_pos_emb", "rel_pos_bias", "qkv_bias", "layer_scale_init_value")
 SEEING = ("input_size", "imagenet_default_mean_and_std", "crop_pct")
 # What fine-tuning must be told again, because it builds a model of its own: else
@@ -36,8 +37,8 @@ class RunFlags:
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """`flags`: those of its training, {} where the file does not tell; `classes`: names in
-    the order of its logits, or None.
+    """`flags`: those of its training, {} where the file does not tell; `classes`: names
+    in the order of its logits, or None.
     """
 
     source: str
@@ -53,8 +54,9 @@ class TrainedClassifier:
 def select_weights(
     weights: dict[str, Tensor], model_filter_name: str = "", model_prefix: str = ""
 ) -> dict[str, Tensor]:
-    """Only the keys that begin with `model_filter_name`, and of the rest of them only those
-    that begin with `model_prefix`; without these beginnings. UserError: there are none.
+    """Only the keys that begin with `model_filter_name`, and of the rest of them only
+    those that begin with `model_prefix`; without these beginnings. UserError: there are
+    none.
     """
     for parameter, start in (("model_filter_name", model_filter_name), ("model_prefix", model_prefix)):
         chosen = {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
@@ -72,8 +74,8 @@ def read_classifier(
     keys: str = "model|module",
     select: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> TrainedClassifier:
-    """A classifier's file; the parameters are those of weight_source.read_weights. UserError:
-    another kind of file.
+    """A classifier's file; the parameters are those of weight_source.read_weights.
+    UserError: another kind of file.
     """
     read = weight_source.read_weights(source, ema=ema, keys=keys, select=select, origin=origin)
     if "head.bias" not in read.weights:
@@ -83,7 +85,9 @@ def read_classifier(
 
 
 def load_classifier(trained: TrainedClassifier, model: VisionTransformer, ours: RunFlags) -> None:
-    """Every weight of the file into the model, which must be the one that was trained; say what else differs."""
+    """Load every weight of the file into the model, which must be the one that was
+    trained, and warn of other differences.
+    """
     fitting, missing = load_remapped(model, trained.weights)
     unused = find_unused(trained.weights, fitting)
     if missing or unused:
@@ -95,13 +99,15 @@ def load_classifier(trained: TrainedClassifier, model: VisionTransformer, ours: 
     warn_of_other_images(trained, fitting, ours)
     if fitting[PATCHES].shape != trained.weights[PATCHES].shape:
         log.warning(
-            f"warning: {trained.source} was trained on {describe_patches(trained.weights[PATCHES])}: adapted to "
-            f"{describe_patches(fitting[PATCHES])}, and its accuracy may suffer"
+            f"warning: {trained.source} was trained on {describe_patches(trained.weights[PATCHES])}: "
+            f"adapted to {describe_patches(fitting[PATCHES])}, and its accuracy may suffer"
         )
 
 
 def find_unused(weights: Mapping[str, Tensor], fitting: Mapping[str, Tensor]) -> list[str]:
-    """What the model has no place for; a bias table that all blocks share is used when it went into every block."""
+    """The keys that the model lacks. A bias table that all blocks share counts as used
+    when it went into every block.
+    """
     unused = [key for key in weights if key not in fitting and not key.endswith("position_index")]
     if any(key.startswith("blocks.") and key.endswith("relative_position_bias_table") for key in fitting):
         unused = [key for key in unused if not key.endswith("rel_pos_bias.relative_position_bias_table")]
@@ -109,7 +115,9 @@ def find_unused(weights: Mapping[str, Tensor], fitting: Mapping[str, Tensor]) ->
 
 
 def suggest_training_flags(trained: TrainedClassifier, ours: RunFlags) -> str:
-    """The way out of a model that does not fit, as far as the file or its published name tells."""
+    """What to do about a model that does not fit, as far as the file or its published
+    name tells.
+    """
     theirs = ", ".join(other for other, _ in compare_flags(trained.flags, ours, SHAPING))
     entry = published.ENTRIES.get(trained.source)
     if not theirs and entry and entry.model != ours.values["model"]:
@@ -118,7 +126,9 @@ def suggest_training_flags(trained: TrainedClassifier, ours: RunFlags) -> str:
 
 
 def warn_of_other_images(trained: TrainedClassifier, fitting: Mapping[str, Tensor], ours: RunFlags) -> None:
-    """Images of another size or normalization than in training are allowed, with a warning."""
+    """Images of another size or normalization than in training are allowed, with a
+    warning.
+    """
     pairs = compare_flags(trained.flags, ours, SEEING)
     if pairs:
         log.warning(
@@ -137,11 +147,12 @@ def warn_of_other_images(trained: TrainedClassifier, fitting: Mapping[str, Tenso
 def warn_of_other_pretraining(
     weights: Mapping[str, Tensor], flags: Mapping[str, Any], ours: RunFlags, source: str
 ) -> None:
-    """Fine-tuning may use other positions or another normalization than the pretraining,
-    with a warning.
+    """Fine-tuning may use other positions or another normalization than the
+    pretraining, with a warning.
 
-    `flags`: of the pretraining, {} where unknown. The positions are then what the weights
-    hold; a tokenizer's normalization is its `process_type`. `source` names the weights.
+    `flags`: of the pretraining, {} where unknown. The positions are then what the
+    weights hold; a tokenizer's normalization is its `process_type`. `source` names the
+    weights.
     """
     known: dict[str, Any] = {"abs_pos_emb": "pos_embed" in weights}
     known["rel_pos_bias"] = any(key.endswith("relative_position_bias_table") for key in weights)
@@ -151,14 +162,16 @@ def warn_of_other_pretraining(
     pairs = compare_flags(known, ours, KEPT_FROM_PRETRAINING)
     if pairs:
         log.warning(
-            f"warning: {source} was trained with {', '.join(before for before, _ in pairs)} and is fine-tuned "
-            f"with {', '.join(now for _, now in pairs)}: give the flags of its training, unless the change is "
-            "meant"
+            f"warning: {source} was trained with {', '.join(before for before, _ in pairs)} and is "
+            f"fine-tuned with {', '.join(now for _, now in pairs)}: give the flags of its training, unless "
+            "the change is meant"
         )
 
 
 def compare_flags(theirs: Mapping[str, Any], ours: RunFlags, names: Sequence[str]) -> list[tuple[str, str]]:
-    """(as it was trained, as it is now) for each of `names` that the training's flags tell otherwise."""
+    """(as it was trained, as it is now) for each of `names` whose value in training was
+    another one.
+    """
     return [
         (ours.format_flag(name, theirs[name]), ours.format_flag(name, ours.values[name]))
         for name in names
@@ -177,12 +190,15 @@ def refuse_other_classes(trained: TrainedClassifier, classes: Sequence[str], whe
         )
     if trained.classes and list(classes) != trained.classes:
         raise UserError(
-            f"{where} has other classes than {trained.source}: {describe_difference(trained.classes, classes)}"
+            f"{where} has other classes than {trained.source}: "
+            f"{describe_difference(trained.classes, classes)}"
         )
 
 
 def refuse_other_than_imagenet(trained: TrainedClassifier, robust: RobustSet) -> None:
-    """The robustness sets' folders say which of ImageNet-1k's logits are meant."""
+    """UserError unless the classifier tells ImageNet-1k's classes apart: the folders of
+    the robustness sets are classes of these.
+    """
     if trained.nb_classes != len(synsets()) or (trained.classes or synsets()) != synsets():
         what = (
             f"tells {trained.nb_classes} others apart"
@@ -195,7 +211,7 @@ def refuse_other_than_imagenet(trained: TrainedClassifier, robust: RobustSet) ->
 
 
 def describe_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
-    """Where two lists of class names part, in words."""
+    """Where two lists of class names differ first, in words."""
     if len(theirs) != len(ours):
         return f"it has {len(theirs)} classes, here are {len(ours)}"
     number, (one, other) = next(
@@ -205,8 +221,8 @@ def describe_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
 
 
 def refuse_resuming_other_classes(state: Mapping[str, Any], classes: Sequence[str], way_out: str) -> None:
-    """A resumed run must name its classes as before; `state`: of the stage, which in older
-    checkpoints holds no names.
+    """A resumed run must name its classes as before; `state`: of the stage, which in
+    older checkpoints holds no names.
     """
     theirs = state.get("classes") or classes
     if classes and list(theirs) != list(classes):

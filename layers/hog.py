@@ -1,4 +1,6 @@
-"""Histograms of oriented gradients (Dalal and Triggs, 2005), as a target for every patch."""
+"""Histograms of oriented gradients (Dalal and Triggs, 2005), as a target for every
+patch.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ DIM = 3 * 2 * 2 * BINS  # colors x cells x orientations
 
 
 def compute_hog(x: Tensor) -> Tensor:
-    """Images (B, 3, 16 G, 16 G) -> (B, G * G, DIM): the histograms of the 2 x 2 cells of each
-    patch of 16 pixels, one for each color, normalized together.
+    """Images (B, 3, 16 G, 16 G) -> (B, G * G, DIM): the histograms of the 2 x 2 cells
+    of each patch of 16 pixels, one for each color, normalized together.
 
     A gradient is shared between its two nearest bins by their distance.
     """

@@ -31,13 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import arguments
 from data_pipeline.augmentation import (
-    Drawn,
-    as_numbers,
+    SampledImage,
+    estimate_pivot,
     exact_crop,
     jitter_and_flip,
-    resized,
-    resized_faster,
-    sampled_pivot,
+    pack_params,
+    resize_fast,
+    resize_to_square,
 )
 from data_pipeline.crops import ASPECT_RANGE
 from data_pipeline.image_lists import find_images
@@ -91,22 +91,22 @@ def ours(
 
     def steps(file: str, sample: dict[str, Any]) -> Steps:
         image = view.load(file)
-        if not isinstance(image, Drawn):
+        if not isinstance(image, SampledImage):
             yield "decode"
-            crop = exact_crop(image, view.crop.draw(image.size))
+            crop = exact_crop(image, view.crop.sample_params(image.size))
             yield "jitter, flip"
-            sample["image"] = resized(crop, size, MODE)
+            sample["image"] = resize_to_square(crop, size, MODE)
             yield "crop, resize"
         else:
             yield "decode"
-            draws = image.draws
-            sample["image"] = resized_faster(image, size, MODE)
+            params = image.params
+            sample["image"] = resize_fast(image, size, MODE)
             yield "crop, resize"
-            pivot = sampled_pivot(image.image, draws.operations)
+            pivot = estimate_pivot(image.image, params.operations)
             if on_device:
-                sample["draws"] = as_numbers(draws, pivot)
+                sample["params"] = pack_params(params, pivot)
             else:
-                sample["image"] = jitter_and_flip(sample["image"], draws, pivot)
+                sample["image"] = jitter_and_flip(sample["image"], params, pivot)
             yield "jitter, flip"
         sample["mask"] = torch.as_tensor(view.mask_generator(), dtype=torch.bool).flatten()
         yield "mask"

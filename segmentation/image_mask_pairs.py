@@ -158,7 +158,7 @@ class PairView:
         """
         pair, image, mask = loaded
         if mask.size != image.size:
-            mask = _turned(mask, pair.image)
+            mask = _turn(mask, pair.image)
         if mask.size != image.size:
             sizes = (
                 f"{mask.width} x {mask.height} pixels, but its image {pair.image} has "
@@ -172,7 +172,7 @@ class PairView:
 
     def device_transform(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Normalized float images (B, 3, h, w), int64 labels (B, h, w)."""
-        return {**batch, "image": normalized(batch["image"], self.statistics), "label": batch["label"].long()}
+        return {**batch, "image": normalize(batch["image"], self.statistics), "label": batch["label"].long()}
 
 
 class SegmentationFiles(Files):
@@ -268,13 +268,13 @@ class SegmentationFiles(Files):
         return self.pair(index)
 
 
-def normalized(image: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+def normalize(image: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
     """(..., 3, h, w) uint8 -> float, as the network takes it; `statistics`: mean and std."""
     whole, mean, std = (per_channel(values, image.device) for values in ((255.0,), *statistics))
     return (image.float() / whole - mean).div_(std)
 
 
-def _turned(mask: Image.Image, image_path: str) -> Image.Image:
+def _turn(mask: Image.Image, image_path: str) -> Image.Image:
     """The mask of an image that its EXIF block turns by a quarter, upright like the image,
     if it fits the pixels as stored.
     """

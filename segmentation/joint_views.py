@@ -30,7 +30,7 @@ LEVELS = np.arange(256)
 Size = tuple[int, int]  # width, height
 
 
-def fitted(size: Size, base: int, scale: float = 1.0) -> Size:
+def fit_size(size: Size, base: int, scale: float = 1.0) -> Size:
     """The size at which an image fits into (LONGEST * base, base) pixels, times `scale`;
     the aspect ratio is kept.
     """
@@ -46,7 +46,7 @@ class EvaluationView:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB -> (3, height, width) uint8, the shorter side `base`."""
-        size = fitted(image.size, self.base)
+        size = fit_size(image.size, self.base)
         return as_tensor(image if size == image.size else image.resize(size, Image.Resampling.BILINEAR))
 
     def pair(self, image: Image.Image, labels: Image.Image) -> dict[str, Tensor]:
@@ -95,15 +95,15 @@ class TrainingView:
         if random.random() < self.hflip:
             image, labels = (each.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for each in (image, labels))
         if self.photometric:
-            image = distorted(image)
-        image, labels = filled_up(image, self.side, self.fill), filled_up(labels, self.side, IGNORED)
+            image = distort_colors(image)
+        image, labels = pad_to_side(image, self.side, self.fill), pad_to_side(labels, self.side, IGNORED)
         return {"image": as_tensor(image), "label": as_tensor(labels)[0]}
 
     def crop(self, image: Image.Image, labels: Image.Image) -> tuple[Image.Image, Image.Image]:
         """At most side x side pixels of both, resized. PIL resizes the crop's pixels
         alone, with the same result.
         """
-        width, height = fitted(image.size, self.base, random.uniform(*self.scale_range))
+        width, height = fit_size(image.size, self.base, random.uniform(*self.scale_range))
         size = min(self.side, width), min(self.side, height)
         across, down = image.width / width, image.height / height
         for _ in range(1 if size == (width, height) else 1 + REDRAWS):
@@ -123,21 +123,21 @@ def largest_share(labels: Image.Image) -> float:
     return max(counts) / sum(counts) if any(counts) else 2.0
 
 
-def distorted(image: Image.Image) -> Image.Image:
+def distort_colors(image: Image.Image) -> Image.Image:
     """Brightness, contrast, saturation and hue, each varied with probability 1/2; contrast first or last."""
     shift = random.uniform(-BRIGHTNESS, BRIGHTNESS) if chance() else 0.0
     contrast, saturation = (random.uniform(*FACTORS) if chance() else 1.0 for _ in range(2))
     hue = random.uniform(-HUE, HUE) if chance() else 0.0
     first = chance()
-    image = looked_up(image, (LEVELS + shift).clip(0, 255) * (contrast if first else 1.0))
+    image = apply_lut(image, (LEVELS + shift).clip(0, 255) * (contrast if first else 1.0))
     if saturation != 1 or hue != 0:
         turned = (LEVELS + round(hue / 360 * 256)) % 256
         tables = [turned, levels(LEVELS * saturation), LEVELS]
         image = image.convert("HSV").point(np.concatenate(tables).tolist()).convert("RGB")
-    return image if first else looked_up(image, LEVELS * contrast)
+    return image if first else apply_lut(image, LEVELS * contrast)
 
 
-def looked_up(image: Image.Image, values: np.ndarray) -> Image.Image:
+def apply_lut(image: Image.Image, values: np.ndarray) -> Image.Image:
     """Each level of each channel replaced by its entry of `values` (256,)."""
     table = levels(values)
     return image if (table == LEVELS).all() else image.point(table.tolist() * 3)
@@ -151,7 +151,7 @@ def chance() -> bool:
     return random.random() < 0.5
 
 
-def filled_up(image: Image.Image, side: int, value: int | tuple[int, ...]) -> Image.Image:
+def pad_to_side(image: Image.Image, side: int, value: int | tuple[int, ...]) -> Image.Image:
     if image.size == (side, side):
         return image
     filled = Image.new(image.mode, (side, side), value)

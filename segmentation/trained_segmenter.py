@@ -12,7 +12,7 @@ from torch import Tensor
 import modeling_segmentation
 import pretrained
 from checkpoint_io import weight_files, weight_source
-from checkpoint_io.weight_source import Source
+from checkpoint_io.weight_source import WeightSource
 from errors import ParameterError, UserError
 from evaluation.trained_classifier import RunFlags, describe_difference
 from modeling_segmentation import Segmenter
@@ -20,7 +20,8 @@ from runtime.terminal import log
 
 HEADS = ("decode_head.", "auxiliary_head.")
 CLASSIFIER = "decode_head.conv_seg.weight"
-# What a finished model's images must look like: taken from its file where nothing else is
+# What a finished model's images must look like: taken from its file where nothing else
+# is
 # asked for.
 LOOKS_AS_TRAINED = (
     "input_size",
@@ -32,15 +33,15 @@ LOOKS_AS_TRAINED = (
 )
 
 
-def split_parts(content: Source) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_parts(content: WeightSource) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The backbone's weights, under the names of a ViT, and the heads'."""
     heads = {key: value for key, value in content.weights.items() if key.startswith(HEADS)}
     return {key: value for key, value in content.weights.items() if key not in heads}, heads
 
 
-def load_pretrained(model: Segmenter, content: Source, source: str) -> None:
-    """What fits of a pretrained backbone or of a segmentation model, with a report.
-    `source` names it in messages.
+def load_pretrained(model: Segmenter, content: WeightSource, source: str) -> None:
+    """Load what fits of a pretrained backbone or of a segmentation model, with a
+    report. `source` names it in messages.
     """
     backbone, heads = split_parts(content)
     pretrained.load_fitting(model.backbone, backbone, source)
@@ -51,19 +52,20 @@ def load_pretrained(model: Segmenter, content: Source, source: str) -> None:
         log.info(f"heads      used {len(fitting)} of {len(heads)} tensors of the file")
 
 
-def read_segmenter(source: str, origin: str) -> Source:
+def read_segmenter(source: str, origin: str) -> WeightSource:
     """A finished segmentation model's file. UserError: another kind of file."""
     content = weight_source.read_weights(source, origin=origin)
     if CLASSIFIER not in content.weights:
         raise UserError(
-            f"{origin} {source} is {weight_files.describe_kind(content.weights)}: a segmentation model is needed"
+            f"{origin} {source} is {weight_files.describe_kind(content.weights)}: a segmentation model is "
+            "needed"
         )
     return content
 
 
-def find_training_flags(content: Source, ours: RunFlags, given: Collection[str]) -> dict[str, Any]:
-    """The flags of the model's training that a finished model keeps, but those in `given`,
-    which the user has set; says which of them differ from `ours`.
+def find_training_flags(content: WeightSource, ours: RunFlags, given: Collection[str]) -> dict[str, Any]:
+    """The flags of the model's training that a finished model keeps, but those in
+    `given`, which the user has set; says which of them differ from `ours`.
     """
     theirs = {
         name: content.flags[name] for name in LOOKS_AS_TRAINED if name in content.flags and name not in given
@@ -74,8 +76,10 @@ def find_training_flags(content: Source, ours: RunFlags, given: Collection[str])
     return theirs
 
 
-def build_segmenter(content: Source, source: str) -> Segmenter:
-    """The model in a file, by the shapes of its weights; in eval. `source` names it in messages."""
+def build_segmenter(content: WeightSource, source: str) -> Segmenter:
+    """Build the model in a file by the shapes of its weights, in eval mode. `source`
+    names it in messages.
+    """
     backbone, heads = split_parts(content)
     classifier, auxiliary = heads[CLASSIFIER], heads.get("auxiliary_head.conv_seg.weight")
     try:
@@ -106,9 +110,9 @@ def build_segmenter(content: Source, source: str) -> Segmenter:
     return model.eval()
 
 
-def choose_class_names(content: Source, given: list[str], source: str) -> list[str]:
-    """Of the file's classes: its own names, else the `given` ones, else numbers. UserError
-    where these are others.
+def choose_class_names(content: WeightSource, given: list[str], source: str) -> list[str]:
+    """The names of the file's classes: its own, else the `given` ones, else numbers.
+    UserError where the given ones are others.
     """
     count = len(content.weights[CLASSIFIER])
     if given and (len(given) != count or (content.classes and content.classes != given)):

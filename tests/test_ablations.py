@@ -248,4 +248,4 @@ def test_the_decoders_depth_is_the_names_unless_it_is_given():
     small = {"img_size": 32, "n_code": 16, "code_dim": 8}
     assert [len(build(**small, **more).decoder.blocks) for more in ({}, {"decoder_depth": 3})] == [1, 3]
     with pytest.raises(UserError, match="decoder of 0 blocks"):
-        tokenizer_weights.decoder_depth_of({}, 1, "x")
+        tokenizer_weights.infer_decoder_depth({}, 1, "x")

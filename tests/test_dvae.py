@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from golden_values import arrays, close, data, fill_module, images
+from refusals import user_reads
 from tiny_runs import RunsCode
 from torch import nn
 
@@ -115,9 +116,7 @@ def test_fp16_on_a_gpu_under_autocast_is_the_packages(dall_e: types.ModuleType) 
 
 @pytest.mark.parametrize("size", [(100, 112), (112, 100), (4, 4), (0, 8)])
 def test_sides_must_be_multiples_of_8(size: tuple[int, int]) -> None:
-    with pytest.raises(
-        UserError, match=(f"multiples of 8 pixels, not {size[0]} x {size[1]}: --second_input_size")
-    ):
+    with user_reads(f"multiples of 8 pixels, not {size[0]} x {size[1]}: --second_input_size"):
         DallEEncoder(**TINY).get_codebook_indices(torch.rand(1, 3, *size))
 
 

@@ -27,7 +27,7 @@ import run_class_finetuning
 import run_vqkd_training
 import transforms
 from data_pipeline import augmentation, crops, resizing
-from data_pipeline.augmentation import BRIGHTNESS, CONTRAST, SATURATION, Draws
+from data_pipeline.augmentation import BRIGHTNESS, CONTRAST, SATURATION, CropParams
 from data_pipeline.crops import ASPECT_RANGE, RandomCrop
 from data_pipeline.image_formats import load_image
 from data_pipeline.samplers import ResumableSampler, build_loader
@@ -104,12 +104,14 @@ def test_a_crop_is_torchvisions_bit_for_bit(size, jitter, vflip):
 )
 def test_every_order_of_the_jitter_is_exact(order, factors):
     image = scene(120, 90)
-    draws = Draws(image.size, tuple((kind, factors[kind]) for kind in order), True, True, 11, 23, 40, 50)
+    params = CropParams(
+        image.size, tuple((kind, factors[kind]) for kind in order), True, True, 11, 23, 40, 50
+    )
     whole = image
     for kind in order:
         whole = ADJUST[kind](whole, factors[kind])
     expected = F.crop(F.vflip(F.hflip(whole)), 11, 23, 40, 50)
-    assert augmentation.exact_crop(image, draws).tobytes() == expected.tobytes()
+    assert augmentation.exact_crop(image, params).tobytes() == expected.tobytes()
 
 
 def test_the_pivot_is_pils():
@@ -187,16 +189,16 @@ def test_jitter_on_tensors_is_pils_within_rounding(order):
     image = scene(64, 48)
     for factors in ((0.6, 0.7, 0.8), (1.4, 1.3, 1.2), (1.1, 0.8, 1.4)):
         operations = tuple((kind, factors[kind]) for kind in order)
-        draws = Draws(image.size, operations, False, False, 0, 0, 48, 64)
+        params = CropParams(image.size, operations, False, False, 0, 0, 48, 64)
         before = operations[: order.index(CONTRAST)]
-        pivot = augmentation.mean_gray(augmentation.retouched(image, before))
-        ours = augmentation.jitter_and_flip(F.pil_to_tensor(image), draws, pivot)
+        pivot = augmentation.mean_gray(augmentation.apply_jitter(image, before))
+        ours = augmentation.jitter_and_flip(F.pil_to_tensor(image), params, pivot)
         difference = (
-            ours.int() - F.pil_to_tensor(augmentation.retouched(image, operations, pivot)).int()
+            ours.int() - F.pil_to_tensor(augmentation.apply_jitter(image, operations, pivot)).int()
         ).abs()
         assert difference.max() <= 2
         assert difference.float().mean() < 0.01
-        assert abs(augmentation.sampled_pivot(image, operations) - pivot) <= 2
+        assert abs(augmentation.estimate_pivot(image, operations) - pivot) <= 2
 
 
 def test_the_sampled_pivot_of_a_large_image():
@@ -204,7 +206,7 @@ def test_the_sampled_pivot_of_a_large_image():
         image = scene(seed=seed)
         operations = ((BRIGHTNESS, 1.3), (SATURATION, 1.2), (CONTRAST, 0.7))
         whole = ImageEnhance.Color(ImageEnhance.Brightness(image).enhance(1.3)).enhance(1.2)
-        assert abs(augmentation.sampled_pivot(image, operations) - augmentation.mean_gray(whole)) <= 2
+        assert abs(augmentation.estimate_pivot(image, operations) - augmentation.mean_gray(whole)) <= 2
 
 
 # ── Files ──
@@ -254,18 +256,18 @@ def test_large_jpegs_are_decoded_no_larger_than_needed(tmp_path):
     for seed in range(12):
         with seeded(seed):
             drawn = views.load(files["turned_large.jpg"])
-        assert isinstance(drawn, transforms.Drawn)
-        assert drawn.draws.size == (1200, 1600)  # upright
+        assert isinstance(drawn, transforms.SampledImage)
+        assert drawn.params.size == (1200, 1600)  # upright
         shrink = 1200 / drawn.image.width
         assert drawn.image.size == (1200 / shrink, 1600 / shrink)
-        assert min(drawn.draws.width, drawn.draws.height) / shrink >= crops.DECODED_TO_SHOWN * 64
+        assert min(drawn.params.width, drawn.params.height) / shrink >= crops.DECODED_TO_SHOWN * 64
         sizes.add(shrink)
     assert sizes <= {2.0, 4.0, 8.0}
     assert len(sizes) > 1
     with seeded(0):
         small = views.load(files["rgba.png"])
-    assert isinstance(small, transforms.Drawn)
-    assert small.image.size == small.draws.size == (500, 375)
+    assert isinstance(small, transforms.SampledImage)
+    assert small.image.size == small.params.size == (500, 375)
     exact = pretraining(64, None).load(files["turned_large.jpg"])
     assert isinstance(exact, Image.Image)
     assert exact.size == (1200, 1600)
@@ -301,7 +303,7 @@ def test_the_device_augments_as_a_worker_does(tmp_path, jitter, second):
             iter(build_loader(dataset, ResumableSampler(10, 10, 1, 0, 1, seed=0), 0, pin_memory=False))
         )
         assert batch["image"].dtype == torch.uint8
-        assert ("draws" in batch) == on_device
+        assert ("params" in batch) == on_device
         assert ("tokenizer_image" in batch) == (second == 32)  # equal views travel once
         batches.append(dataset.device_transform(to_device(batch, torch.device("cpu"))))
     assert batches[0].keys() == batches[1].keys()

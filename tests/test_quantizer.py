@@ -9,7 +9,7 @@ from many_processes import run_ranks
 from numpy.random import RandomState
 
 from layers.codebook_search import nearest_codes
-from norm_ema_quantizer import NormEMAVectorQuantizer, cosine_kmeans, unit
+from norm_ema_quantizer import NormEMAVectorQuantizer, cosine_kmeans, l2_normalize
 
 SEED = 200
 
@@ -20,7 +20,7 @@ def normal(seed, *shape):
 
 def golden_quantizer():
     quantizer = NormEMAVectorQuantizer(32, 8, beta=1.0, decay=0.99)
-    quantizer.embedding.weight.copy_(unit(normal(SEED, 32, 8)))
+    quantizer.embedding.weight.copy_(l2_normalize(normal(SEED, 32, 8)))
     return quantizer.train()
 
 
@@ -64,10 +64,10 @@ def test_a_batch_that_is_not_finite_leaves_the_codebook_alone():
 
 def near_ties(n_codes):
     """256 directions; the codes are copies of them in all blocks, equal or 2^-10 apart in an entry."""
-    codes = unit(normal(1, 256, 32)).repeat(n_codes // 256, 1)
+    codes = l2_normalize(normal(1, 256, 32)).repeat(n_codes // 256, 1)
     entries = RandomState(2).randint(0, 2, n_codes)
     codes[range(n_codes), entries] += torch.from_numpy(RandomState(3).randint(-1, 2, n_codes)).float() / 1024
-    return unit(normal(4, 1000, 32)), codes
+    return l2_normalize(normal(4, 1000, 32)), codes
 
 
 def test_the_first_of_equally_near_codes_is_taken_in_any_chunk():
@@ -80,7 +80,7 @@ def test_the_first_of_equally_near_codes_is_taken_in_any_chunk():
 
 
 def test_kmeans_with_fewer_features_than_codes_has_no_duplicates():
-    features = unit(normal(1, 20, 8))
+    features = l2_normalize(normal(1, 20, 8))
     codes = cosine_kmeans(torch.cat((features, features)), 64)
     assert codes.shape == (64, 8)
     assert len(torch.unique(codes, dim=0)) == 64
@@ -89,7 +89,7 @@ def test_kmeans_with_fewer_features_than_codes_has_no_duplicates():
 
 def test_kmeans_finds_the_clusters():
     centers = torch.eye(8)
-    features = unit(centers.repeat_interleave(50, dim=0) + 0.05 * normal(2, 400, 8))
+    features = l2_normalize(centers.repeat_interleave(50, dim=0) + 0.05 * normal(2, 400, 8))
     found = cosine_kmeans(features, 8)
     assert (centers @ found.t()).amax(dim=1).min() > 0.7  # all near a center ...
     assert (features @ found.t()).amax(dim=1).mean() > 0.9  # ... and few clusters merged
@@ -111,7 +111,7 @@ def test_warm_up_passes_features_and_then_collects_for_kmeans():
 
 def test_codes_unused_for_an_epoch_are_revived():
     quantizer = NormEMAVectorQuantizer(64, 8).train()
-    crowded = unit(torch.ones(1, 8, 1, 1) + 0.3 * normal(1, 4, 8, 8, 8))
+    crowded = l2_normalize(torch.ones(1, 8, 1, 1) + 0.3 * normal(1, 4, 8, 8, 8))
     quantizer.start_epoch(revive_dead_codes=True)
     quantizer(crowded)
     first = quantizer.usage()["codes_used"]
@@ -138,7 +138,7 @@ def _train_on_a_share(rank, world_size, kmeans):
     torch.manual_seed(rank)  # ranks that draw differently must agree all the same
     quantizer = NormEMAVectorQuantizer(16, 8, kmeans_init=kmeans).train()
     if not kmeans:
-        quantizer.embedding.weight.copy_(unit(normal(9, 16, 8)))
+        quantizer.embedding.weight.copy_(l2_normalize(normal(9, 16, 8)))
     for step in range(3):
         quantizer.start_epoch(revive_dead_codes=True)
         quantizer(normal(step, 4, 8, 4, 4).chunk(world_size)[rank])

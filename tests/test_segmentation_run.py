@@ -335,6 +335,6 @@ def test_published_segmentation_models_open_as_they_were_trained(monkeypatch, tm
 
 def test_nothing_to_score_is_no_number():
     scores = Scores(50.0, 50.0, 50.0, [50.0, math.nan], [50.0, math.nan])
-    table = run_segmentation_finetuning.as_table(scores, ["seen", "unseen"])
+    table = run_segmentation_finetuning.format_table(scores, ["seen", "unseen"])
     assert any("seen" in line for line in table)
     assert not any("unseen" in line for line in table)

@@ -13,7 +13,7 @@ from data_pipeline.image_formats import load_image
 from data_pipeline.samplers import EvalSampler, ResumableSampler, build_loader
 from run_segmentation_finetuning import build_dataset, build_evaluation_view
 from segmentation.image_mask_pairs import find_pairs
-from segmentation.joint_views import IGNORED, TrainingView, distorted, fitted, largest_share
+from segmentation.joint_views import IGNORED, TrainingView, distort_colors, fit_size, largest_share
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_the_crop_is_that_of_the_whole_image_resized():
     labels = Image.fromarray(rng.randint(0, 9, (70, 110), dtype=np.uint8))
     for factor in (0.6, 1.0, 1.7):
         view = TrainingView(48, 64, (factor, factor), max_class_share=1.0)
-        width, height = fitted(pixels.size, 64, factor)
+        width, height = fit_size(pixels.size, 64, factor)
         whole = np.asarray(pixels.resize((width, height), Image.Resampling.BILINEAR)).astype(int)
         mask = np.asarray(labels.resize((width, height), Image.Resampling.NEAREST))
         random.seed(4)
@@ -163,11 +163,11 @@ def test_the_crop_is_that_of_the_whole_image_resized():
 
 
 def test_sizes():
-    assert fitted((683, 512), 512) == (683, 512)
-    assert fitted((512, 683), 256) == (256, 342)
-    assert fitted((3000, 300), 512) == (2048, 205)  # the longer side is at most four times the base
-    assert fitted((300, 3000), 512, 0.5) == (102, 1024)
-    assert fitted((1, 5000), 64) == (1, 256)
+    assert fit_size((683, 512), 512) == (683, 512)
+    assert fit_size((512, 683), 256) == (256, 342)
+    assert fit_size((3000, 300), 512) == (2048, 205)  # the longer side is at most four times the base
+    assert fit_size((300, 3000), 512, 0.5) == (102, 1024)
+    assert fit_size((1, 5000), 64) == (1, 256)
     scales = []
     for seed in range(200):
         random.seed(seed)
@@ -204,18 +204,18 @@ def test_crops_that_one_class_fills_are_drawn_anew():
 def test_colors_vary_as_said():
     image = Image.fromarray(np.full((4, 4, 3), (100, 140, 60), np.uint8))
     random.seed(0)
-    seen = np.array([np.asarray(distorted(image))[0, 0] for _ in range(2000)])
+    seen = np.array([np.asarray(distort_colors(image))[0, 0] for _ in range(2000)])
     unchanged = (seen == (100, 140, 60)).all(1).mean()
     assert 0.03 < unchanged < 0.10  # (1/2) ** 4, and hues that turn by nothing
     gray = Image.fromarray(np.full((4, 4, 3), 100, np.uint8))
     random.seed(0)
-    grays = np.array([np.asarray(distorted(gray))[0, 0] for _ in range(2000)])
+    grays = np.array([np.asarray(distort_colors(gray))[0, 0] for _ in range(2000)])
     assert (grays == grays[:, :1]).all()  # hue and saturation leave gray alone
     assert grays.min() == pytest.approx((100 - 32) * 0.5, abs=2)
     assert grays.max() == pytest.approx((100 + 32) * 1.5, abs=3)
     red = Image.fromarray(np.full((4, 4, 3), (200, 0, 0), np.uint8))
     random.seed(0)
-    hues = np.array([distorted(red).convert("HSV").getpixel((0, 0))[0] for _ in range(1000)])
+    hues = np.array([distort_colors(red).convert("HSV").getpixel((0, 0))[0] for _ in range(1000)])
     degrees = ((hues * 360 / 256) + 180) % 360 - 180
     assert degrees.min() == pytest.approx(-36, abs=2) and degrees.max() == pytest.approx(36, abs=2)
     assert 0.4 < (degrees == 0).mean() < 0.62

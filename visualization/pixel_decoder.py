@@ -131,11 +131,11 @@ def open_reconstructor(source: str, flag: str) -> Reconstructor:
         if key.startswith("tokenizer.")
     }
     tokenizer_weights.require_tokenizer(own, f"{flag} {source}")
-    settings: dict[str, Any] = modeling_vqkd.settings_of(own, {}, f"{flag} {source}")
+    settings: dict[str, Any] = modeling_vqkd.infer_settings(own, {}, f"{flag} {source}")
     teacher_dim = len(own["decode_task_layer.2.bias"])
     tokenizer = modeling_vqkd.create_model(**settings, as_tokenizer=True, decoder_out_dim=teacher_dim)
     depth, dim = (
-        tokenizer_weights.depth_of(weights, "decoder.vit"),
+        tokenizer_weights.count_blocks(weights, "decoder.vit"),
         weights["decoder.to_pixels.weight"].shape[0],
     )
     model = Reconstructor(tokenizer, depth, dim)
