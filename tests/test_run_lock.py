@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from refusals import user_reads
 from tiny_runs import finetuning_flags, photos
 
 import run_class_finetuning
@@ -46,10 +47,7 @@ def test_a_second_run_is_refused_unless_the_first_was_killed(locks, holder, tmp_
         monkeypatch.setattr(
             run_lock.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks"))
         )
-    with pytest.raises(
-        UserError,
-        match=(rf"in use by a run \(process {holder.pid} on \S+, since 20.* " r"another --output_dir"),
-    ):
+    with user_reads(rf"in use by a run \(process {holder.pid} on \S+, since 20.* another --output_dir"):
         run_lock.RunLock(tmp_path)
     holder.kill()  # its child lives on
     holder.wait()
