@@ -1,7 +1,5 @@
 """Who reads which sample of an epoch, and in what order."""
 
-import logging
-
 import pytest
 import torch
 
@@ -15,6 +13,7 @@ from data_pipeline.samplers import (
     build_loader,
 )
 from datasets import ImageFiles
+from errors import name_flags
 from runtime.distributed import Launch
 from transforms import eval_view
 
@@ -36,16 +35,16 @@ def test_evaluation_pins_memory_for_a_run_on_a_gpu_alone(flat, monkeypatch):
         assert build_eval_loader(dataset, settings, Launch(), torch.device(device)).pin_memory is pins
 
 
-def test_workers_are_capped_at_the_cores(flat, caplog, monkeypatch):
+def test_workers_are_capped_at_the_cores(flat, monkeypatch):
     monkeypatch.setattr(samplers.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    monkeypatch.setattr(samplers.log, "propagate", True)
-    caplog.set_level(logging.INFO, "beit")
+    said: list[str] = []
+    monkeypatch.setattr(samplers.log, "info", lambda text, *args: said.append(name_flags(text % args)))
     samplers.cap_at_cores.cache_clear()
     dataset = ImageFiles(find_images(str(flat))[0], eval_view(32))
     for _ in range(2):
         assert build_loader(dataset, EvalSampler(12, 4, 0, 1), 10, True).num_workers == 3
     assert build_loader(dataset, EvalSampler(12, 4, 0, 1), 2, True).num_workers == 2
-    assert caplog.text.count("--num_workers 10: this machine has 3 cores") == 1
+    assert said == ["--num_workers 10: this machine has 3 cores, using 3 workers"]
     samplers.cap_at_cores.cache_clear()
 
 
