@@ -109,8 +109,8 @@ class ImageSource:
         pick(DATA_SETS, self.data_set, "`data_set`")
         if self.data_set == "webdataset" and self.image_folder_class_index_file:
             raise ParameterError(
-                "`image_folder_class_index_file` lists files of a folder; shards say themselves what is "
-                "in them"
+                "`image_folder_class_index_file` lists files of a folder; shards say themselves what is in "
+                "them"
             )
         if train:
             imnet = self.data_set == "IMNET"
@@ -172,8 +172,8 @@ def find_labeled(
     refuse_one_class(names, "`data_path`" if train else "`eval_data_path`")
     if nb_classes not in (0, len(names)) and not own_classes:
         raise ParameterError(
-            f"`nb_classes` {nb_classes}: the data has {len(names)} classes; correct one of them, or "
-            "leave `nb_classes` out to take the number from the data"
+            f"`nb_classes` {nb_classes}: the data has {len(names)} classes; correct one of them, or leave "
+            "`nb_classes` out to take the number from the data"
         )
     return samples, names
 
@@ -215,14 +215,14 @@ def _find_labeled_shards(
     members, names = find_shards(folder, origin, classes)
     if names is None:
         raise UserError(
-            f"{origin} {folder}: these shards have no labels; scripts/make_shards.py --classes writes "
-            "them (as .cls) from one folder a class"
+            f"{origin} {folder}: these shards have no labels; scripts/make_shards.py --classes writes them "
+            "(as .cls) from one folder a class"
         )
     numbers = names == [str(number) for number in range(len(names))]  # no classes.txt
     if train and numbers and len(names) > len(members) and not nb_classes:
         raise UserError(
-            f"{origin} {folder}: a label is {len(names) - 1}, but there are {len(members)} images, and "
-            "no classes.txt names so many classes: write one, give `nb_classes`, or mend the label"
+            f"{origin} {folder}: a label is {len(names) - 1}, but there are {len(members)} images, and no "
+            "classes.txt names so many classes: write one, give `nb_classes`, or mend the label"
         )
     return members, names
 

@@ -52,8 +52,8 @@ class MaskingGenerator:
 
     def __repr__(self) -> str:
         return (
-            f"MaskingGenerator({self.num_masking_patches} of {self.height}x{self.width} patches, "
-            f"blocks of {self.min_num_patches} to {self.max_num_patches})"
+            f"MaskingGenerator({self.num_masking_patches} of {self.height}x{self.width} patches, blocks of "
+            f"{self.min_num_patches} to {self.max_num_patches})"
         )
 
     def __call__(self) -> npt.NDArray[np.int_]:

@@ -111,8 +111,7 @@ class DallEEncoder(nn.Module):
             near = max(round(height / PATCH_SIZE), 1) * PATCH_SIZE
             raise UserError(
                 f"DALL-E's encoder takes images whose sides are multiples of {PATCH_SIZE} pixels, not "
-                f"{height} x {width}: "
-                f"`second_input_size` {near} would do"
+                f"{height} x {width}: `second_input_size` {near} would do"
             )
         half = x.is_cuda and torch.is_autocast_enabled("cuda")
         *trunk, output = self.blocks
@@ -224,6 +223,6 @@ def shape_of(tensor: Tensor) -> str:
 
 def not_an_encoder(source: str, why: str) -> UserError:
     return UserError(
-        f"{source} is not DALL-E's encoder ({why}); `python model_zoo.py {PUBLISHED}` downloads "
-        "OpenAI's encoder.pkl"
+        f"{source} is not DALL-E's encoder ({why}); `python model_zoo.py {PUBLISHED}` downloads OpenAI's "
+        "encoder.pkl"
     )

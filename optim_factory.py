@@ -223,8 +223,8 @@ def build_schedule(options: ScheduleOptions, lr: float, steps_per_epoch: int) ->
         )
     if warmup >= steps:
         logging.getLogger("beit").warning(
-            f"warning: the warm-up ({warmup} steps) is as long as the run ({steps} steps): "
-            "the learning rate only rises; lower `warmup_epochs`"
+            f"warning: the warm-up ({warmup} steps) is as long as the run ({steps} steps): the learning "
+            "rate only rises; lower `warmup_epochs`"
         )
     decay = options.weight_decay
     decay_end = decay if options.weight_decay_end is None else options.weight_decay_end
@@ -243,8 +243,8 @@ def build_poly_schedule(
     """A run that is counted in optimizer steps; `lr` is the peak."""
     if warmup_steps >= max_steps:
         raise ParameterError(
-            f"`warmup_steps` {warmup_steps} is as long as the run of `max_steps` {max_steps}: "
-            "shorten it, or give 0"
+            f"`warmup_steps` {warmup_steps} is as long as the run of `max_steps` {max_steps}: shorten it, "
+            "or give 0"
         )
     return Schedule(
         poly_scheduler(lr, min_lr, max_steps, warmup_steps, poly_power),

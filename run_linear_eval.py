@@ -30,6 +30,50 @@ from runtime.terminal import log
 STATISTICS_IMAGES = 10_000  # training images that give each channel's mean and variance
 
 
+def build(args: arguments.Flags) -> engine.Trainer:
+    """The linear probe that the flags describe, ready for its first step."""
+    # ── Setup ──
+    run = run_state.start_run(get_parser(), args)
+
+    # ── The frozen backbone ──
+    encode, settings = open_backbone(args, run)
+
+    # ── Data: images, or their features ──
+    train, validation, classes = build_data(encode, settings, run)
+    features: Callable[[Tensor], Tensor] = torch.nn.Identity() if args.cached_features else encode
+    validation_loader = run_state.build_eval_loader(validation, run, num_workers=settings.num_workers)
+    data = run_state.build_training_data(train, run, settings.num_workers)
+
+    # ── Model: a classifier for each layer ──
+    heads = LinearHeads(encode.layers, encode.dim, classes).to(run.device)
+    source = {"--finetune": args.finetune, "--features": encode.features}
+    stage = LinearStage(features, run.device, run.precision, validation_loader, source)
+
+    # ── Optimizer ──
+    lr = args.lr * data.sampler.global_batch / 256
+    log.info(f"lr         {lr:.3g} = {args.lr:g} x {data.sampler.global_batch} / 256")
+    optimizer = create_optimizer(args, heads)
+    schedule = build_schedule(arguments.options(ScheduleOptions, args), lr, data.steps_per_epoch)
+    state = run_state.new_state(heads, optimizer, run, f"{encode.layers} linear heads")
+
+    # ── Resume; a new run first measures each channel ──
+    trainer = engine.Trainer(run, stage, data, schedule, state)
+    trainer.resume()
+    if state.step == 0:
+        measure_channels(heads, features, train, settings, run)
+    return trainer
+
+
+@report_user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_flags(argv)
+    if args.mode == "knn":
+        evaluate_knn(args)
+    else:
+        build(args).fit()
+    distributed.stop()
+
+
 def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenBackbone, argparse.Namespace]:
     """The backbone of --finetune, and the flags with the settings of the images (or cached
     features) that it takes.
@@ -121,50 +165,6 @@ def measure_channels(
     heads.standardize_by(
         features(batch["image"]) for batch in evaluation_batches(loader, run.device, "`data_path`")
     )
-
-
-def build(args: arguments.Flags) -> engine.Trainer:
-    """The linear probe that the flags describe, ready for its first step."""
-    # ── Setup ──
-    run = run_state.start_run(get_parser(), args)
-
-    # ── The frozen backbone ──
-    encode, settings = open_backbone(args, run)
-
-    # ── Data: images, or their features ──
-    train, validation, classes = build_data(encode, settings, run)
-    features: Callable[[Tensor], Tensor] = torch.nn.Identity() if args.cached_features else encode
-    validation_loader = run_state.build_eval_loader(validation, run, num_workers=settings.num_workers)
-    data = run_state.build_training_data(train, run, settings.num_workers)
-
-    # ── Model: a classifier for each layer ──
-    heads = LinearHeads(encode.layers, encode.dim, classes).to(run.device)
-    source = {"--finetune": args.finetune, "--features": encode.features}
-    stage = LinearStage(features, run.device, run.precision, validation_loader, source)
-
-    # ── Optimizer ──
-    lr = args.lr * data.sampler.global_batch / 256
-    log.info(f"lr         {lr:.3g} = {args.lr:g} x {data.sampler.global_batch} / 256")
-    optimizer = create_optimizer(args, heads)
-    schedule = build_schedule(arguments.options(ScheduleOptions, args), lr, data.steps_per_epoch)
-    state = run_state.new_state(heads, optimizer, run, f"{encode.layers} linear heads")
-
-    # ── Resume; a new run first measures each channel ──
-    trainer = engine.Trainer(run, stage, data, schedule, state)
-    trainer.resume()
-    if state.step == 0:
-        measure_channels(heads, features, train, settings, run)
-    return trainer
-
-
-@report_user_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_flags(argv)
-    if args.mode == "knn":
-        evaluate_knn(args)
-    else:
-        build(args).fit()
-    distributed.stop()
 
 
 def evaluate_knn(args: arguments.Flags) -> None:

@@ -49,54 +49,6 @@ from visualization import drawing
 from visualization.inputs import read_or_leave_out, save_picture
 
 
-def class_settings(args: argparse.Namespace) -> ClassSettings:
-    folder = args.data_path or args.eval_data_path
-    return ClassSettings(args.class_names, folder, args.nb_classes, args.reduce_zero_label)
-
-
-def build_dataset(
-    args: argparse.Namespace, train: bool, classes: Sequence[str], passes: int = 1
-) -> SegmentationFiles:
-    """The training pairs of --data_path, augmented, `passes` times over; or the validation
-    pairs, of --eval_data_path when it is given, as they are.
-    """
-    elsewhere = not train and args.eval_data_path
-    folder, origin = (
-        (args.eval_data_path, "`eval_data_path`") if elsewhere else (args.data_path, "`data_path`")
-    )
-    pairs = find_pairs(folder, train, origin, warn=True)
-    view = build_training_view(args) if train else build_evaluation_view(args)
-    return SegmentationFiles(
-        pairs, view, classes, mean_and_std(args), args.reduce_zero_label, args.seed, passes
-    )
-
-
-def build_validation_loader(
-    args: argparse.Namespace, run: run_state.Run, dataset: SegmentationFiles
-) -> Loader:
-    return run_state.build_eval_loader(dataset, run, batch_size=1)
-
-
-def collect_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> RunFlags:
-    return RunFlags(vars(args), functools.partial(arguments.format_flag, parser))
-
-
-def build_stage(
-    args: argparse.Namespace, run: run_state.Run, classes: Sequence[str], validation: Loader | None
-) -> SegmentationStage:
-    colors = read_palette(args.palette, len(classes))
-    return SegmentationStage(
-        run.device,
-        run.precision,
-        build_sliding_window(args),
-        classes,
-        colors,
-        mean_and_std(args),
-        validation,
-        args.aux_weight,
-    )
-
-
 def build(args: arguments.Flags) -> engine.Trainer:
     """The run that the flags describe, ready for its first step."""
     # ── Setup ──
@@ -168,7 +120,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
-# ── A finished model ──
+def class_settings(args: argparse.Namespace) -> ClassSettings:
+    folder = args.data_path or args.eval_data_path
+    return ClassSettings(args.class_names, folder, args.nb_classes, args.reduce_zero_label)
+
+
+def build_dataset(
+    args: argparse.Namespace, train: bool, classes: Sequence[str], passes: int = 1
+) -> SegmentationFiles:
+    """The training pairs of --data_path, augmented, `passes` times over; or the validation
+    pairs, of --eval_data_path when it is given, as they are.
+    """
+    elsewhere = not train and args.eval_data_path
+    folder, origin = (
+        (args.eval_data_path, "`eval_data_path`") if elsewhere else (args.data_path, "`data_path`")
+    )
+    pairs = find_pairs(folder, train, origin, warn=True)
+    view = build_training_view(args) if train else build_evaluation_view(args)
+    return SegmentationFiles(
+        pairs, view, classes, mean_and_std(args), args.reduce_zero_label, args.seed, passes
+    )
+
+
+def build_validation_loader(
+    args: argparse.Namespace, run: run_state.Run, dataset: SegmentationFiles
+) -> Loader:
+    return run_state.build_eval_loader(dataset, run, batch_size=1)
+
+
+def collect_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> RunFlags:
+    return RunFlags(vars(args), functools.partial(arguments.format_flag, parser))
+
+
+def build_stage(
+    args: argparse.Namespace, run: run_state.Run, classes: Sequence[str], validation: Loader | None
+) -> SegmentationStage:
+    colors = read_palette(args.palette, len(classes))
+    return SegmentationStage(
+        run.device,
+        run.precision,
+        build_sliding_window(args),
+        classes,
+        colors,
+        mean_and_std(args),
+        validation,
+        args.aux_weight,
+    )
 
 
 def use_trained_model(args: arguments.Flags, given: set[str]) -> None:

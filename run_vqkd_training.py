@@ -37,34 +37,6 @@ from vit_backbone import cast_frozen
 from vqkd_teachers import Teacher, build_teacher
 
 
-def build_frozen_teacher(args: argparse.Namespace) -> Teacher:
-    name = args.teacher_model_type or modeling_vqkd.default_teacher(args.model)
-    teacher = build_teacher(
-        name, args.teacher_weight, args.teacher_input_size, grid=args.input_size // modeling_vqkd.PATCH_SIZE
-    )
-    if args.standardize_teacher != "auto":
-        teacher.standardize = args.standardize_teacher == "on"
-    log.info(f"teacher    {name} at {args.teacher_input_size} px, {teacher.dim} channels")
-    return teacher
-
-
-def build_model(args: argparse.Namespace, teacher: Teacher, weights: str | None = None) -> modeling_vqkd.VQKD:
-    """`weights`: a trained tokenizer's file."""
-    return modeling_vqkd.create_model(
-        args.model,
-        pretrained=weights is not None,
-        pretrained_weight=weights,
-        img_size=args.input_size,
-        n_code=args.codebook_n_emd,
-        code_dim=args.codebook_emd_dim,
-        decay=args.ema_decay,
-        process_type=args.process_type,
-        quantize_kmeans_init=args.quantize_kmeans_init or args.quantizer_warmup_steps > 0,
-        teacher=teacher,
-        decoder_depth=args.decoder_depth,
-    )
-
-
 def build(args: arguments.Flags) -> engine.Trainer:
     """The run that the flags describe, ready for its first step."""
     # ── Setup ──
@@ -117,6 +89,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         build(args).fit()
     distributed.stop()
+
+
+def build_frozen_teacher(args: argparse.Namespace) -> Teacher:
+    name = args.teacher_model_type or modeling_vqkd.default_teacher(args.model)
+    teacher = build_teacher(
+        name, args.teacher_weight, args.teacher_input_size, grid=args.input_size // modeling_vqkd.PATCH_SIZE
+    )
+    if args.standardize_teacher != "auto":
+        teacher.standardize = args.standardize_teacher == "on"
+    log.info(f"teacher    {name} at {args.teacher_input_size} px, {teacher.dim} channels")
+    return teacher
+
+
+def build_model(args: argparse.Namespace, teacher: Teacher, weights: str | None = None) -> modeling_vqkd.VQKD:
+    """`weights`: a trained tokenizer's file."""
+    return modeling_vqkd.create_model(
+        args.model,
+        pretrained=weights is not None,
+        pretrained_weight=weights,
+        img_size=args.input_size,
+        n_code=args.codebook_n_emd,
+        code_dim=args.codebook_emd_dim,
+        decay=args.ema_decay,
+        process_type=args.process_type,
+        quantize_kmeans_init=args.quantize_kmeans_init or args.quantizer_warmup_steps > 0,
+        teacher=teacher,
+        decoder_depth=args.decoder_depth,
+    )
 
 
 def build_dataset(args: argparse.Namespace) -> ImageFiles:

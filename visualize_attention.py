@@ -103,8 +103,8 @@ def check_attention_flags(args: argparse.Namespace) -> None:
 def check_size(size: tuple[int, int]) -> None:
     if size[0] * size[1] > MOST_PIXELS:
         raise UserError(
-            f"--input_size: attention at {size[0]} x {size[1]} pixels does not fit into memory; "
-            "choose a smaller one"
+            f"--input_size: attention at {size[0]} x {size[1]} pixels does not fit into memory; choose a "
+            "smaller one"
         )
 
 

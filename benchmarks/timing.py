@@ -226,8 +226,8 @@ def check_agreement(contest: Contest, losses: Sequence[float]) -> None:
     for contender, loss in zip(contest.contenders, losses, strict=True):
         if not abs(loss - losses[0]) <= contest.tolerance * max(1.0, abs(losses[0])):
             raise RuntimeError(
-                f"{contest.name}: {contender.name} computes {loss:.6f}, ours "
-                f"{losses[0]:.6f}: not the same work"
+                f"{contest.name}: {contender.name} computes {loss:.6f}, ours {losses[0]:.6f}: not the same "
+                "work"
             )
 
 

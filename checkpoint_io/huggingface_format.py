@@ -165,8 +165,8 @@ def make_huggingface_config(
     height, width = model["img_size"]
     if height != width:
         raise UserError(
-            f"Hugging Face's BEiT misplaces the patches of images of {height} x {width} pixels: only "
-            "square ones fit"
+            f"Hugging Face's BEiT misplaces the patches of images of {height} x {width} pixels: only square "
+            "ones fit"
         )
     labels: dict[str, Any] = {}
     if architecture == CLASSIFIER:

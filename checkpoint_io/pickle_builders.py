@@ -143,8 +143,8 @@ def _view_storage(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any)
     ):
         if step <= reach:
             raise UnsupportedFile(
-                f"a tensor of {' x '.join(map(str, size))} whose elements share memory "
-                f"(strides {tuple(stride)}): save it after .contiguous()"
+                f"a tensor of {' x '.join(map(str, size))} whose elements share memory (strides "
+                f"{tuple(stride)}): save it after .contiguous()"
             )
         reach += (length - 1) * step
     whole = torch.frombuffer(storage.content, dtype=dtype)

@@ -134,8 +134,8 @@ class Files(SampleDataset):
         if look_like_12_bits(open_image(number * self.files // count) for number in range(count)):
             log_once(
                 f"warning: images such as {self.name(0)} have 16 bits, but no value above 4095, as of a "
-                "12-bit camera: 65535 is white, so they are seen nearly black; multiply their values by "
-                "16 and save them again"
+                "12-bit camera: 65535 is white, so they are seen nearly black; multiply their values by 16 "
+                "and save them again"
             )
 
 
@@ -209,13 +209,12 @@ class BadFiles:
         if not found_image:
             unread = list(dict.fromkeys(failed))
             raise UserError(
-                f"no image could be read, {len(unread)} files failed: "
-                f"{', '.join(unread[:3])}; check {self.flag}"
+                f"no image could be read, {len(unread)} files failed: {', '.join(unread[:3])}; check "
+                f"{self.flag}"
             )
         count, examples = len(self.failed), ", ".join(list(self.failed)[:3])
         if count >= self.at_least and count > self.limit_share * self.reads:
             raise UserError(
                 f"{count} of this epoch's {self.reads} images cannot be read ({examples}, ...): check "
-                f"{self.flag}, "
-                "and repair or remove these files"
+                f"{self.flag}, and repair or remove these files"
             )

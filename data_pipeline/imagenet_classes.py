@@ -68,14 +68,13 @@ def logits_of(folders: Sequence[str], robust: RobustSet, where: str) -> list[int
     unknown = [folder for folder in folders if folder not in number]
     if unknown:
         raise UserError(
-            f"{where}: class folder '{unknown[0]}' is none of ImageNet-1k's WordNet ids such as n01440764 ("
-            f"{len(unknown)} of {len(folders)} folders are none); give the folder in which "
-            f"{robust.name}'s class folders lie"
+            f"{where}: class folder '{unknown[0]}' is none of ImageNet-1k's WordNet ids such as n01440764 "
+            f"({len(unknown)} of {len(folders)} folders are none); give the folder in which {robust.name}'s "
+            "class folders lie"
         )
     if len(folders) != robust.classes:
         raise UserError(
-            f"{where}: has {len(folders)} class folders and {robust.name} has {robust.classes}; "
-            "complete the folder or correct "
-            "`robust_test`, because accuracies among other classes do not compare"
+            f"{where}: has {len(folders)} class folders and {robust.name} has {robust.classes}; complete "
+            "the folder or correct `robust_test`, because accuracies among other classes do not compare"
         )
     return [number[folder] for folder in folders]

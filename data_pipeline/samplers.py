@@ -58,8 +58,8 @@ class ResumableSampler(Sampler[list[Key]]):
     ) -> None:
         if min(length, batch_size, update_freq, world_size) < 1:
             raise ValueError(
-                f"length {length}, batch {batch_size}, update_freq {update_freq}, world "
-                f"{world_size}: 1 or more"
+                f"length {length}, batch {batch_size}, update_freq {update_freq}, world {world_size}: 1 or "
+                "more"
             )
         ways = world_size * update_freq
         self.shrunk = length < batch_size * ways

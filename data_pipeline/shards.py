@@ -130,8 +130,8 @@ def find_shards(pattern: str, origin: str) -> list[str]:
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"{origin} {pattern}: {missing[0]}{others} of {len(paths)} shards "
-            f"{'are' if others else 'is'} missing"
+            f"{origin} {pattern}: {missing[0]}{others} of {len(paths)} shards {'are' if others else 'is'} "
+            "missing"
         )
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
@@ -187,8 +187,8 @@ def list_members(paths: Sequence[str], extensions: Sequence[str], origin: str) -
     labels = np.concatenate([index.labels for index in indices])
     if len(labels) == 0:
         raise UserError(
-            f"{origin}: no images in these {len(paths)} shards (accepted: {' '.join(extensions)}, "
-            "behind the first dot of a name)"
+            f"{origin}: no images in these {len(paths)} shards (accepted: {' '.join(extensions)}, behind "
+            "the first dot of a name)"
         )
     labeled = labels >= 0
     if labeled.any() and not labeled.all():

@@ -55,9 +55,8 @@ def require_compiler(device: torch.device) -> None:
     """What torch.compile needs beside torch; asked before the first step would fail."""
     if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError(
-            "`compile` on a CPU needs a C++ compiler, and there is no g++ here: install one (apt "
-            "install g++), name another in "
-            "the variable CXX, or leave `compile` out"
+            "`compile` on a CPU needs a C++ compiler, and there is no g++ here: install one (apt install "
+            "g++), name another in the variable CXX, or leave `compile` out"
         )
     if device.type == "cuda" and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         raise UserError(

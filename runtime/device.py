@@ -26,8 +26,8 @@ def pick_device(name: str, local_rank: int = 0, world_size_of_launch: int = 1) -
     number = re.fullmatch("cuda:([0-9]{1,6})", name)
     if name not in ("cpu", "cuda") and not number:
         raise UserError(
-            f"`device` {name[:40]!r}: this code computes on cuda or cpu; use `device` cpu "
-            "where there is no GPU"
+            f"`device` {name[:40]!r}: this code computes on cuda or cpu; use `device` cpu where there is no "
+            "GPU"
         )
     if name == "cpu":
         return torch.device("cpu")
@@ -45,8 +45,8 @@ def pick_device(name: str, local_rank: int = 0, world_size_of_launch: int = 1) -
     local_rank = int(number[1]) if number else local_rank
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible; "
-            "start as many processes as GPUs (--nproc_per_node)"
+            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible; start "
+            "as many processes as GPUs (--nproc_per_node)"
         )
     refuse_gpus_without_kernels(torch.cuda.get_device_capability(local_rank), torch.cuda.get_arch_list())
     torch.cuda.set_device(local_rank)
@@ -101,9 +101,8 @@ def refuse_gpus_without_kernels(capability: tuple[int, int], built_for: Sequence
     if capability[0] * 10 + capability[1] < oldest:
         raise UserError(
             f"this torch ({torch.__version__}) has no kernels for GPUs of compute capability "
-            f"{capability[0]}.{capability[1]} "
-            "(V100: 7.0). Install one that has: "
-            "pip install 'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126"
+            f"{capability[0]}.{capability[1]} (V100: 7.0). Install one that has: pip install 'torch<2.15' "
+            "torchvision --index-url https://download.pytorch.org/whl/cu126"
         )
 
 

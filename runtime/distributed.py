@@ -68,8 +68,8 @@ def read_number(environ: dict[str, str], name: str, default: str = "") -> int:
     text = environ.get(name, default)
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise UserError(
-            f"the environment variable {name} is '{text}' instead of a number: unset it, "
-            "or start with torchrun"
+            f"the environment variable {name} is '{text}' instead of a number: unset it, or start with "
+            "torchrun"
         )
     return int(text)
 
@@ -100,9 +100,8 @@ def start(
         except (ValueError, RuntimeError, OSError) as error:  # DistError is a RuntimeError
             where = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ) if dist_url == "env://" else dist_url
             raise UserError(
-                f"the processes cannot meet at {where} ({str(error).splitlines()[0]}): see "
-                "`dist_url`, or MASTER_ADDR and "
-                "MASTER_PORT"
+                f"the processes cannot meet at {where} ({str(error).splitlines()[0]}): see `dist_url`, or "
+                "MASTER_ADDR and MASTER_PORT"
             ) from None
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
             store = dist.PrefixStore(agree_on_attempt(store, launch, timeout), store)

@@ -61,8 +61,8 @@ def explain_lost_process(error: RuntimeError) -> Exception:
     text = str(error)
     if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
         return UserError(
-            f"[rank {rank()}] another process of this run was lost or did not answer within "
-            "`dist_timeout`; its own message is above or in its log. Start the same line again to go on "
+            f"[rank {rank()}] another process of this run was lost or did not answer within `dist_timeout`; "
+            "its own message is above or in its log. Start the same line again to go on "
             f"({text.splitlines()[0][:160]})"
         )
     if "DataLoader worker" in text:

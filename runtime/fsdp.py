@@ -36,8 +36,8 @@ def check_options(opt: str, compile: bool, model_ema_force_cpu: bool, device: to
 
     if compile:
         raise UserError(
-            "`fsdp` and `compile` do not go together (weights come and go between the compiled "
-            "parts): leave one of them out"
+            "`fsdp` and `compile` do not go together (weights come and go between the compiled parts): "
+            "leave one of them out"
         )
     if opt.lower() not in OPTIMIZERS:
         raise UserError(
@@ -45,8 +45,8 @@ def check_options(opt: str, compile: bool, model_ema_force_cpu: bool, device: to
         )
     if model_ema_force_cpu:
         raise UserError(
-            "`model_ema_force_cpu` has no effect with `fsdp`, which shards the moving "
-            "average too: leave it out"
+            "`model_ema_force_cpu` has no effect with `fsdp`, which shards the moving average too: leave "
+            "it out"
         )
     if device.type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise UserError(

@@ -42,8 +42,8 @@ def solar_cells() -> list[tuple[Path, str, bool]]:
 
     folder = Path(elpv_dataset.__file__).parent / "data"
     print(
-        "photos     elpv-dataset (Buerhop-Lutz et al. 2018; Deitsch et al. 2019), 2,624 photos of "
-        "solar cells."
+        "photos     elpv-dataset (Buerhop-Lutz et al. 2018; Deitsch et al. 2019), 2,624 photos of solar "
+        "cells."
     )
     print("           license of the images: CC BY-NC-SA 4.0 (non-commercial use, share alike)")
     with open(folder / "labels.csv", encoding="utf-8") as file:
@@ -68,8 +68,8 @@ def own_images(root: str) -> list[tuple[Path, str, bool]]:
     labeled = len(classes) >= 2 and all(folders.values())
     if len(paths) > MOST_IMAGES:
         print(
-            f"photos     {len(paths)} images in the folder; the demo takes {MOST_IMAGES} of them, "
-            "evenly spread"
+            f"photos     {len(paths)} images in the folder; the demo takes {MOST_IMAGES} of them, evenly "
+            "spread"
         )
         paths = [paths[number * len(paths) // MOST_IMAGES] for number in range(MOST_IMAGES)]
     photos, seen = [], dict.fromkeys([*classes, "images"], 0)

@@ -79,8 +79,8 @@ def fetch() -> np.ndarray:
     ):
         pages = [np.array(page) for page in ImageSequence.Iterator(image)]
     print(
-        "images     ndev-sampledata (BSD-3-Clause): a scratch assay, one field, 10 frames, cells "
-        "and nuclei labeled"
+        "images     ndev-sampledata (BSD-3-Clause): a scratch assay, one field, 10 frames, cells and "
+        "nuclei labeled"
     )
     return np.stack(pages).reshape(4, 10, *pages[0].shape)
 

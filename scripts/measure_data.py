@@ -182,8 +182,8 @@ def main() -> None:
     times = measure(files, ways, args.rounds)
     steps = list(times["plain"])
     print(
-        f"{len(files)} images, {args.rounds} rounds, ms an image on one core (median; ratio: median "
-        "of each round's)"
+        f"{len(files)} images, {args.rounds} rounds, ms an image on one core (median; ratio: median of each "
+        "round's)"
     )
     print("| | " + " | ".join(steps) + " | plain / this |\n|---|" + "---|" * (len(steps) + 1))
     for name, of in times.items():

@@ -50,8 +50,8 @@ def find_classes(settings: ClassSettings, pairs: Sequence[Pair]) -> list[str]:
             where = f"the {len(pairs)} masks, such as {pairs[0].mask}"
     if len(names) < 2:
         raise UserError(
-            f"{where}: 2 classes at least are needed, here are {len(names)}; label {IGNORED} is "
-            "ignored, and so is 0 with `reduce_zero_label`"
+            f"{where}: 2 classes at least are needed, here are {len(names)}; label {IGNORED} is ignored, "
+            "and so is 0 with `reduce_zero_label`"
         )
     if len(names) > MOST_CLASSES - settings.reduce_zero_label:
         raise UserError(
@@ -84,8 +84,8 @@ def read_class_list(settings: ClassSettings) -> tuple[list[str], str]:
         )
     if not settings.reduce_zero_label:
         raise UserError(
-            f"{listed}: its first class is label 1, and 0 is none of them: add `reduce_zero_label`, "
-            "or name the classes from label 0 on with `class_names`"
+            f"{listed}: its first class is label 1, and 0 is none of them: add `reduce_zero_label`, or name "
+            "the classes from label 0 on with `class_names`"
         )
     return names, listed
 

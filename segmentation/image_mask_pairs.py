@@ -68,14 +68,14 @@ def find_pairs(folder: str, train: bool, origin: str = "`data_path`", warn: bool
     if without:
         expected = f"{os.path.join(mask_folder, without[0])}.png (or {' '.join(ENDINGS[1:])})"
         raise UserError(
-            f"{images[without[0]]}: has no mask, {expected} is expected; {len(without)} "
-            f"of {len(images)} have none"
+            f"{images[without[0]]}: has no mask, {expected} is expected; {len(without)} of {len(images)} "
+            "have none"
         )
     unused = [masks[stem] for stem in masks if stem not in images]
     if unused and warn:
         log.warning(
-            f"warning: {origin} {folder}: masks without an image are not used: {unused[0]} "
-            f"(in all {len(unused)})"
+            f"warning: {origin} {folder}: masks without an image are not used: {unused[0]} (in all "
+            f"{len(unused)})"
         )
     return [Pair(images[stem], masks[stem]) for stem in images]
 
@@ -83,8 +83,8 @@ def find_pairs(folder: str, train: bool, origin: str = "`data_path`", warn: bool
 def _split_of(folder: str, train: bool, origin: str) -> tuple[str, ...]:
     """The name of the split's folders; none where the pairs lie in images/ and annotations/ themselves."""
     layout = (
-        "images/ and annotations/, each with training/ and validation/ or train/ and val/, or "
-        "with the pairs themselves"
+        "images/ and annotations/, each with training/ and validation/ or train/ and val/, or with the "
+        "pairs themselves"
     )
     if not folder:
         raise UserError(f"{origin} is missing: name a folder that holds {layout}")
@@ -161,8 +161,8 @@ class PairView:
             mask = _turn(mask, pair.image)
         if mask.size != image.size:
             sizes = (
-                f"{mask.width} x {mask.height} pixels, but its image {pair.image} has "
-                f"{image.width} x {image.height}"
+                f"{mask.width} x {mask.height} pixels, but its image {pair.image} has {image.width} x "
+                f"{image.height}"
             )
             raise UserError(f"{pair.mask}: {sizes}; a mask has a pixel for each of its image")
         return self.view.pair(image, self.labels_of(mask, pair.mask))
@@ -257,8 +257,8 @@ class SegmentationFiles(Files):
             else f"{IGNORED} is ignored"
         )
         raise UserError(
-            f"{self.files} masks, such as {self.pair(0).mask}: {what}; {ignored}: write black and "
-            "white masks (0 and 255) as numbers of classes"
+            f"{self.files} masks, such as {self.pair(0).mask}: {what}; {ignored}: write black and white "
+            "masks (0 and 255) as numbers of classes"
         )
 
     def name(self, index: int) -> str:

@@ -38,8 +38,8 @@ def numbers_in(mask: Image.Image, path: str) -> np.ndarray:
     """(height, width) whole numbers. UserError when the mask holds something else, such as colors."""
     if mask.mode not in NUMBERED:
         raise UserError(
-            f"{path}: its pixels are {mask.mode}, not numbers of classes; a mask is expected to be "
-            "gray (8 or 16 bits) or to have a palette"
+            f"{path}: its pixels are {mask.mode}, not numbers of classes; a mask is expected to be gray (8 "
+            "or 16 bits) or to have a palette"
         )
     numbers = np.asarray(mask)
     return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
