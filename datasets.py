@@ -89,11 +89,11 @@ class ImageFiles(Files):
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Training images in `data_path`, validation images in `eval_data_path`, '' where there
-    are none.
+    """Training images in `data_path`, validation images in `eval_data_path`, '' where
+    there are none.
 
-    `data_set`: image_folder (folders), IMNET (train/ and, without `eval_data_path`, val/
-    below `data_path`), CIFAR (CIFAR-100, fetched with `download`), webdataset (tar
+    `data_set`: image_folder (folders), IMNET (train/ and, without `eval_data_path`,
+    val/ below `data_path`), CIFAR (CIFAR-100, fetched with `download`), webdataset (tar
     shards). `image_folder_class_index_file`: JSON lines that list the training images
     (image_lists.read_class_index).
     """
@@ -105,7 +105,9 @@ class ImageSource:
     download: bool = False
 
     def folder(self, train: bool) -> tuple[str, str]:
-        """(folder of the split, the parameter that says so); the folder is '' where none does."""
+        """(folder of the split, the parameter that says so); the folder is '' where
+        none does.
+        """
         pick(DATA_SETS, self.data_set, "`data_set`")
         if self.data_set == "webdataset" and self.image_folder_class_index_file:
             raise ParameterError(
@@ -136,8 +138,8 @@ def find_unlabeled(source: ImageSource, train: bool) -> Samples:
 
 
 def find_held_out(source: ImageSource) -> Samples:
-    """The images of `eval_data_path` without their labels, however nested and whatever else
-    `data_set` says, but for shards.
+    """The images of `eval_data_path` without their labels, however nested and whatever
+    else `data_set` says, but for shards.
     """
     find = find_shards if source.data_set == "webdataset" else find_images
     return without_labels(find(source.eval_data_path, "`eval_data_path`")[0])
@@ -156,13 +158,13 @@ def find_labeled(
     own_classes: bool = False,
     classes: Sequence[str] | None = None,
 ) -> tuple[Samples, Sequence[str]]:
-    """The images of a split with their labels, and the names of the classes, of which there
-    must be `nb_classes` unless that is 0.
+    """The images of a split with their labels, and the names of the classes, of which
+    there must be `nb_classes` unless that is 0.
 
     The validation split takes its label numbers from the training split's class names;
     with `own_classes` from its own folders (ImageNet-A and -R: 200 of the model's 1000,
-    so that `nb_classes` is not compared). `classes`: the names and order that a finished
-    model was trained with, so that the training split need not be there.
+    so that `nb_classes` is not compared). `classes`: the names and order that a
+    finished model was trained with, so that the training split need not be there.
     """
     samples: Samples
     if source.data_set == "webdataset":
@@ -204,7 +206,9 @@ def _find_labeled_files(
 def _find_labeled_shards(
     source: ImageSource, train: bool, nb_classes: int, own_classes: bool, classes: Sequence[str] | None
 ) -> tuple[shards.Members, Sequence[str]]:
-    """As for folders; the validation shards take their names from the training shards'."""
+    """As for folders; the validation shards take their names from the training
+    shards'.
+    """
     folder, origin = source.folder(train)
     if not folder:
         raise ParameterError(
@@ -247,7 +251,9 @@ def build_labeled_dataset(
 
 
 def build_knn_datasets(folder: str, view: View, seed: int) -> tuple[ImageFiles, ImageFiles, int]:
-    """Labeled images: those of train/ and those of val/ in `folder`, and the number of classes."""
+    """Labeled images: those of train/ and those of val/ in `folder`, and the number of
+    classes.
+    """
     origin = "`knn_data_path`"
     if not all(os.path.isdir(os.path.join(folder, split)) for split in ("train", "val")):
         raise UserError(

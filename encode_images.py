@@ -1,6 +1,7 @@
 """Images to visual tokens.
 
-python encode_images.py --tokenizer_weight vqkd.pth --data_path photos --output_dir codes
+python encode_images.py --tokenizer_weight vqkd.pth --data_path photos --output_dir
+codes
 
 Every process encodes its share of the sorted files and writes it to files of its own;
 the first process then joins them in order. Memory does not grow with the number of
@@ -187,7 +188,9 @@ def encode_share(
     launch: Launch,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, list[str], list[str]]]:
-    """Batch by batch: codes (images, N) of this rank's readable images, their names, the failures."""
+    """Batch by batch: codes (images, N) of this rank's readable images, their names,
+    the failures.
+    """
     start, stop = (len(files) * rank // launch.world_size for rank in (launch.rank, launch.rank + 1))
     if start == stop:
         return

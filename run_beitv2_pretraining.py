@@ -1,4 +1,6 @@
-"""Pretrain a vision transformer by masked image modeling, BEiT or BEiT v2 (README: recipes)."""
+"""Pretrain a vision transformer by masked image modeling, BEiT or BEiT v2 (README:
+recipes).
+"""
 
 from __future__ import annotations
 
@@ -137,8 +139,8 @@ def build_model(
 
 
 def build_data(args: argparse.Namespace) -> tuple[ImageFiles, ImageFiles | None]:
-    """Unlabeled images with the two views and a mask of a grid x grid patch grid: those to
-    train on, and those of --eval_data_path.
+    """Unlabeled images with the two views and a mask of a grid x grid patch grid: those
+    to train on, and those of --eval_data_path.
     """
     source = image_source(args)
     views = build_pretraining_views(args)

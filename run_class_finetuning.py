@@ -1,4 +1,6 @@
-"""Fine-tune a pretrained vision transformer for classification, or evaluate one (README: recipes)."""
+"""Fine-tune a pretrained vision transformer for classification, or evaluate one
+(README: recipes).
+"""
 
 from __future__ import annotations
 
@@ -168,7 +170,9 @@ def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
 
 
 def evaluate(args: arguments.Flags) -> None:
-    """--eval: accuracy of --resume (or --finetune) on the validation images; needs no training images."""
+    """--eval: accuracy of --resume (or --finetune) on the validation images; needs no
+    training images.
+    """
     parser = get_parser()
     run = run_state.start_run(parser, args, trains=False)
     warn_of_input_size(args)

@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenBackbone, argparse.Namespace]:
-    """The backbone of --finetune, and the flags with the settings of the images (or cached
-    features) that it takes.
+    """The backbone of --finetune, and the flags with the settings of the images (or
+    cached features) that it takes.
     """
     content = weight_source.read_weights(args.finetune, origin="`finetune`")
     model, flags = pretrained.open_backbone(
@@ -103,8 +103,8 @@ def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenB
 
 
 def build_dataset(settings: argparse.Namespace, train: bool, augment: bool = True) -> tuple[ImageFiles, int]:
-    """Training images, cropped at random where `augment` says so, or validation images; and
-    the number of classes.
+    """Training images, cropped at random where `augment` says so, or validation images;
+    and the number of classes.
     """
     return build_labeled_dataset(
         image_source(settings),
@@ -136,7 +136,9 @@ def cache_features(
 def build_data(
     encode: FrozenBackbone, settings: argparse.Namespace, run: run_state.Run
 ) -> tuple[Any, Any, int]:
-    """Training and validation images, or their features (CachedFeatures), and the number of classes."""
+    """Training and validation images, or their features (CachedFeatures), and the
+    number of classes.
+    """
     cache = settings.cached_features
     train, classes = build_dataset(settings, train=True, augment=not cache)
     validation, _ = build_dataset(settings, train=False)

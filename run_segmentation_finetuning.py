@@ -1,5 +1,5 @@
-"""Fine-tune a pretrained vision transformer for semantic segmentation; evaluate one; label
-images (docs/segmentation.md).
+"""Fine-tune a pretrained vision transformer for semantic segmentation; evaluate one;
+label images (docs/segmentation.md).
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def class_settings(args: argparse.Namespace) -> ClassSettings:
 def build_dataset(
     args: argparse.Namespace, train: bool, classes: Sequence[str], passes: int = 1
 ) -> SegmentationFiles:
-    """The training pairs of --data_path, augmented, `passes` times over; or the validation
-    pairs, of --eval_data_path when it is given, as they are.
+    """The training pairs of --data_path, augmented, `passes` times over; or the
+    validation pairs, of --eval_data_path when it is given, as they are.
     """
     elsewhere = not train and args.eval_data_path
     folder, origin = (
@@ -169,8 +169,8 @@ def build_stage(
 
 
 def use_trained_model(args: arguments.Flags, given: set[str]) -> None:
-    """--eval or --predict with --resume (or --finetune): the model is built from its file,
-    and looks as in its training.
+    """--eval or --predict with --resume (or --finetune): the model is built from its
+    file, and looks as in its training.
     """
     parser = get_parser()
     run = run_state.start_run(parser, args, trains=False)
@@ -228,7 +228,8 @@ def format_table(scores: Scores, classes: Sequence[str]) -> list[str]:
 def label_images(
     args: argparse.Namespace, run: run_state.Run, model: nn.Module, stage: SegmentationStage
 ) -> None:
-    """--predict: beside each other in output_dir/predictions, under the image's name, labels and overlay as PNG.
+    """--predict: beside each other in output_dir/predictions, under the image's name,
+    labels and overlay as PNG.
 
     The numbers are those of the masks that the model was trained on: with
     --reduce_zero_label the first class is 1.
@@ -259,7 +260,9 @@ def label_images(
 
 
 def save_labels(labels: Tensor, first: int, colors: Tensor, path: Path) -> None:
-    """Classes (h, w), the first one as number `first`, as a PNG whose palette shows them in color."""
+    """Classes (h, w), the first one as number `first`, as a PNG whose palette shows
+    them in color.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray((labels + first).numpy().astype(np.uint8), mode="P")
     picture.putpalette([0] * 3 * first + (colors * 255).round().byte().flatten().tolist())

@@ -126,8 +126,8 @@ def build_dataset(args: argparse.Namespace) -> ImageFiles:
 
 
 def build_held_out_dataset(args: argparse.Namespace) -> ImageFiles | None:
-    """Images in [0, 1], center crops: --eval_data_path, or the data set's own split; None
-    without either.
+    """Images in [0, 1], center crops: --eval_data_path, or the data set's own split;
+    None without either.
     """
     if args.data_set in ("image_folder", "webdataset") and not args.eval_data_path:
         return None
@@ -136,7 +136,9 @@ def build_held_out_dataset(args: argparse.Namespace) -> ImageFiles | None:
 
 
 def held_out_data(args: argparse.Namespace, run: run_state.Run) -> tuple[ImageFiles | None, Loader | None]:
-    """The held-out images and their loader, or nothing where there are none or nobody wants them."""
+    """The held-out images and their loader, or nothing where there are none or nobody
+    wants them.
+    """
     held_out = None if args.disable_eval else build_held_out_dataset(args)
     return held_out, None if held_out is None else run_state.build_eval_loader(held_out, run)
 
@@ -148,8 +150,8 @@ def scaled_lr(args: argparse.Namespace, data: run_state.TrainingData) -> float:
 
 
 def build_pixel_decoder(args: arguments.Flags) -> engine.Trainer:
-    """--train_pixel_decoder: a decoder from the codes of the frozen --tokenizer_weight to
-    pixels. There is no teacher.
+    """--train_pixel_decoder: a decoder from the codes of the frozen --tokenizer_weight
+    to pixels. There is no teacher.
     """
     run = run_state.start_run(get_pixel_decoder_parser(), args)
 
@@ -192,7 +194,9 @@ def build_pixel_decoder(args: arguments.Flags) -> engine.Trainer:
 
 
 def evaluate(args: arguments.Flags) -> None:
-    """--eval: loss and codebook usage of --resume on held-out images; needs no training images."""
+    """--eval: loss and codebook usage of --resume on held-out images; needs no training
+    images.
+    """
     run = run_state.start_run(get_parser(), args, trains=False)
     held_out = build_held_out_dataset(args)
     if held_out is None:

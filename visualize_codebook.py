@@ -132,7 +132,9 @@ class Sample:
 
 
 def sample_images(codes: np.ndarray, chosen: list[int], n_codes: int, most: int, seed: int) -> list[Sample]:
-    """Up to `most` images for each chosen code, in one pass over the codes (images, N)."""
+    """Up to `most` images for each chosen code, in one pass over the codes (images,
+    N).
+    """
     rng = np.random.default_rng(seed)
     row_of = np.full(n_codes, -1)
     row_of[chosen] = np.arange(len(chosen))

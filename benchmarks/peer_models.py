@@ -1,4 +1,6 @@
-"""BEiT of other libraries with our weights: timm's in this process, transformers' in its own."""
+"""BEiT of other libraries with our weights: timm's in this process, transformers' in
+its own.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Settings(NamedTuple):
 
 
 def constructor_args(model: Trunk) -> dict[str, Any]:
-    """Arguments of VisionTransformer for a model with a bias table per block and mean pooling."""
+    """Arguments of VisionTransformer for a model with a bias table per block and mean
+    pooling.
+    """
     block = model.blocks[0]
     return {
         "img_size": model.patch_embed.img_size, "patch_size": model.patch_size, "in_chans": 3,
@@ -49,7 +53,9 @@ def constructor_args(model: Trunk) -> dict[str, Any]:
 
 
 def timm_model(model: VisionTransformer) -> Any:
-    """timm's Beit with our weights; of size base it is timm's beitv2_base_patch16_224."""
+    """timm's Beit with our weights; of size base it is timm's
+    beitv2_base_patch16_224.
+    """
     from timm.models.beit import Beit
 
     settings = constructor_args(model)

@@ -69,7 +69,9 @@ MODERN = [
 
 
 def is_huggingface(keys: Iterable[str]) -> bool:
-    """Whether these are keys of a Hugging Face BEiT, with `beit.` in front or without."""
+    """Whether these are keys of a Hugging Face BEiT, with `beit.` in front or
+    without.
+    """
     return any(key.removeprefix("beit.") == "embeddings.patch_embeddings.projection.weight" for key in keys)
 
 

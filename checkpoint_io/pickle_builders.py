@@ -45,7 +45,9 @@ KINDS_OF_TENSOR = {  # part of the name of the function that would build it -> w
 
 
 class UnsupportedFile(Exception):
-    """A file that is not read. The message ends a sentence that begins with its name."""
+    """A file that is not read. The message ends a sentence that begins with its
+    name.
+    """
 
 
 class DamagedFile(UnsupportedFile):
@@ -83,7 +85,9 @@ class Dtype:
 
 
 class Storage(NamedTuple):
-    """The memory behind tensors. `dtype` is None where each tensor on it has its own."""
+    """The memory behind tensors. `dtype` is None where each tensor on it has its
+    own.
+    """
 
     content: bytearray
     dtype: torch.dtype | None
@@ -167,7 +171,9 @@ def _rebuild_from_type(function: Any, kind: Any, arguments: Any, *rest: Any) -> 
 
 
 def check_key(item: Any) -> Any:
-    """Only plain keys: the hash of deeply nested tuples would overflow Python's stack."""
+    """Only plain keys: the hash of deeply nested tuples would overflow Python's
+    stack.
+    """
     if not isinstance(item, (str, bytes, int, float, type(None), torch.dtype)):
         raise UnsupportedFile(f"it holds a dictionary or set with a {type(item).__name__} as a key")
     return item
@@ -197,7 +203,9 @@ def _encode_bytes(text: str, encoding: str = "latin1") -> bytes:
 
 
 def _build_numpy_dtype(code: Any, *rest: Any) -> Dtype:
-    """The dtype of numbers only. `code`: a letter for the kind, then the bytes of each."""
+    """The dtype of numbers only. `code`: a letter for the kind, then the bytes of
+    each.
+    """
     if not isinstance(code, str) or len(code) != 2 or code[0] not in "biufc" or code[1] not in "1248":
         raise CodeInFile(f"a numpy dtype {code if isinstance(code, str) else type(code).__name__}")
     return Dtype(code)

@@ -46,7 +46,9 @@ class Download(NamedTuple):
 
 
 class SlowServer(OSError):
-    """A server that sends nothing, or so little that waiting for the rest has no end."""
+    """A server that sends nothing, or so little that waiting for the rest has no
+    end.
+    """
 
 
 def download_file(download: Download, target: pathlib.Path, own: str = "") -> None:

@@ -94,7 +94,9 @@ def flags_to_dict(args: Any) -> dict[str, Any]:
 
 
 def extract_weights(content: Any, source: str, keys: str = "model|module") -> dict[str, torch.Tensor]:
-    """As load_state_dict, of a file that is read already; `source` is for the message."""
+    """As load_state_dict, of a file that is read already; `source` is for the
+    message.
+    """
     found, inside = content, []
     if isinstance(content, Mapping):
         inside = [key for key in (*keys.split("|"), "state_dict") if isinstance(content.get(key), Mapping)]

@@ -30,7 +30,9 @@ Samples = Sequence[tuple[str | np.ndarray | shards.Member, int | None]]
 
 
 def find_images(root: str, origin: str = "`data_path`") -> tuple[Samples, None]:
-    """Every image below `root`, however nested, unlabeled, in the order of the paths."""
+    """Every image below `root`, however nested, unlabeled, in the order of the
+    paths.
+    """
     check_folder(root, origin)
     left_out: Counter[str] = Counter()
     samples: Samples = [(path, None) for path in list_images(root, left_out)]

@@ -45,7 +45,9 @@ class Member(NamedTuple):
         return io.BytesIO(content)
 
     def __str__(self) -> str:
-        """shard/name, for messages: the name is read from the header before the image."""
+        """shard/name, for messages: the name is read from the header before the
+        image.
+        """
         try:
             header = os.pread(_open_once(self.shard).fileno(), BLOCK, self.offset - BLOCK)
             return f"{self.shard}/{tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name}"

@@ -29,7 +29,9 @@ KEPT_FROM_PRETRAINING = ("abs_pos_emb", "rel_pos_bias", "imagenet_default_mean_a
 
 @dataclass(frozen=True)
 class RunFlags:
-    """The flags of this run by name, and how a command line asks for the value of one."""
+    """The flags of this run by name, and how a command line asks for the value of
+    one.
+    """
 
     values: Mapping[str, Any]
     format_flag: Callable[[str, Any], str]

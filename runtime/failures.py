@@ -26,8 +26,8 @@ def explain_errors(*folders: str) -> Iterator[None]:
     before = threading.excepthook
 
     def hide_repeated(thread: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread passes its error to the next writer, so it arrives below as
-        well: it needs no traceback of its own.
+        """TensorBoard's thread passes its error to the next writer, so it arrives below
+        as well: it needs no traceback of its own.
         """
         of_tensorboard = type(thread.thread).__module__.startswith("tensorboard")
         if not (isinstance(thread.exc_value, OSError) and of_tensorboard):

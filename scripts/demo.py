@@ -1,4 +1,5 @@
-"""The demo: runs the entry scripts as a user would, then shows what came out (scripts/demo.sh calls this).
+"""The demo: runs the entry scripts as a user would, then shows what came out
+(scripts/demo.sh calls this).
 
 Stages: photos -> VQ-KD tokenizer -> BEiT v2 pretraining -> fine-tuning, pretrained and
 from scratch, with all labels and with 10 % of them. Writes demo_output/: the data, each
@@ -57,7 +58,9 @@ def log_of(stage: str) -> list[dict[str, Any]]:
 
 
 def prepare(photos: list[tuple[Path, str, bool]]) -> dict[str, dict[str, int]]:
-    """Shrunken copies in demo_output/data/{train,val}/class; how many there are of each."""
+    """Shrunken copies in demo_output/data/{train,val}/class; how many there are of
+    each.
+    """
     counts: dict[str, dict[str, int]] = {"train": {}, "val": {}}
     for number, (source, label, validate) in enumerate(photos):
         split = "val" if validate else "train"
@@ -105,7 +108,9 @@ def pretrain(images: int) -> float:
 
 
 def finetune(name: str, images: int, pretrained: bool, few: bool) -> float:
-    """`few`: with a tenth of the labels. Each case has the learning rate that suits it."""
+    """`few`: with a tenth of the labels. Each case has the learning rate that suits
+    it.
+    """
     batch, steps = (BATCH_FEW, STEPS["finetune_10pct"]) if few else (BATCH, STEPS["finetune"])
     epochs = epochs_for(steps, images // 10 if few else images, batch)
     start = {"finetune": OUT / "pretrain/checkpoint.pth"} if pretrained else {}

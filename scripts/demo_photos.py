@@ -1,4 +1,6 @@
-"""The photos of the demo: those of solar cells that come with a package, or the user's own."""
+"""The photos of the demo: those of solar cells that come with a package, or the user's
+own.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def shrink(source: str | Path, target: Path) -> bool:
 
 
 def solar_cells() -> list[tuple[Path, str, bool]]:
-    """(photo, class, for validation?) of the PyPI package elpv-dataset: mono/poly x ok/defect."""
+    """(photo, class, for validation?) of the PyPI package elpv-dataset: mono/poly x
+    ok/defect.
+    """
     import elpv_dataset
 
     folder = Path(elpv_dataset.__file__).parent / "data"
@@ -56,8 +60,8 @@ def solar_cells() -> list[tuple[Path, str, bool]]:
 
 
 def own_images(root: str) -> list[tuple[Path, str, bool]]:
-    """The user's folder; sub-folders of images are classes when there are two or more. The
-    photos of val/ validate where there are train/ and val/, else every fifth.
+    """The user's folder; sub-folders of images are classes when there are two or more.
+    The photos of val/ validate where there are train/ and val/, else every fifth.
     """
     splits = [Path(root, split) for split in ("train", "val")]
     roots = splits if all(split.is_dir() for split in splits) else [Path(root)]

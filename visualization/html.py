@@ -1,4 +1,6 @@
-"""HTML pages of one file: pictures are embedded, and nothing is loaded from elsewhere."""
+"""HTML pages of one file: pictures are embedded, and nothing is loaded from
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +69,8 @@ def table(rows: Iterable[tuple[str, str]]) -> str:
 def section(title: str, *parts: str, anchor: str, color: Iterable[float] | None = None) -> str:
     """A heading and the parts under it.
 
-    `anchor`: the name of the section in links; `color`: RGB in [0, 1], shown as a swatch
-    before the title.
+    `anchor`: the name of the section in links; `color`: RGB in [0, 1], shown as a
+    swatch before the title.
     """
     swatch = ""
     if color is not None:
