@@ -187,8 +187,8 @@ class Variant:
     @property
     def name(self) -> str:
         """The published one."""
-        width = SIZES[self.size].embed_dim
-        return f"vqkd_encoder_{self.size}_decoder_{self.decoder_depth}x{width}x{self.decoder_heads}_{self.teacher}"
+        decoder = f"{self.decoder_depth}x{SIZES[self.size].embed_dim}x{self.decoder_heads}"
+        return f"vqkd_encoder_{self.size}_decoder_{decoder}_{self.teacher}"
 
     @property
     def encoder_shape(self) -> tuple[int, int]:

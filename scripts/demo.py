@@ -35,15 +35,17 @@ BATCH, BATCH_FEW = 64, 32
 STEPS = {"vqkd": 300, "pretrain": 650, "finetune": 280, "finetune_10pct": 120}
 
 SIZE = ["--input_size", "128", "--vflip", "0.5", "--num_workers", "2", "--device", "cpu"]
-VQKD = """--model vqkd_encoder_demo_decoder_1x128x4_hog --teacher_model_type efficientnet_lite0 --teacher_input_size 128
-    --codebook_n_emd 256 --codebook_emd_dim 16 --quantizer_warmup_steps 80 --revive_dead_codes
-    --lr 2e-3 --opt_betas 0.9 0.99 --weight_decay 1e-4 --clip_grad 3.0 --min_crop_scale 0.35"""
-PRETRAIN = """--model beit_demo_patch16_128_8k_vocab_cls_pt --tokenizer_model vqkd_encoder_demo_decoder_1x128x4_hog
-    --second_input_size 128 --codebook_size 256 --codebook_dim 16 --num_mask_patches 26 --min_mask_patches_per_block 4
-    --early_layers 4 --head_layers 1 --drop_path 0 --lr 1.5e-3 --opt_betas 0.9 0.98 --clip_grad 3.0 --min_crop_scale 0.35
-    --color_jitter 0"""
-FINETUNE = """--model beit_demo_patch16_128 --data_set image_folder --aa none --color_jitter 0 --reprob 0
-    --min_crop_scale 0.5 --clip_grad 3.0 --no_save_ckpt"""
+VQKD = """--model vqkd_encoder_demo_decoder_1x128x4_hog --teacher_model_type efficientnet_lite0
+    --teacher_input_size 128 --codebook_n_emd 256 --codebook_emd_dim 16 --quantizer_warmup_steps 80
+    --revive_dead_codes --lr 2e-3 --opt_betas 0.9 0.99 --weight_decay 1e-4 --clip_grad 3.0
+    --min_crop_scale 0.35"""
+PRETRAIN = """--model beit_demo_patch16_128_8k_vocab_cls_pt
+    --tokenizer_model vqkd_encoder_demo_decoder_1x128x4_hog --second_input_size 128 --codebook_size 256
+    --codebook_dim 16 --num_mask_patches 26 --min_mask_patches_per_block 4 --early_layers 4
+    --head_layers 1 --drop_path 0 --lr 1.5e-3 --opt_betas 0.9 0.98 --clip_grad 3.0
+    --min_crop_scale 0.35 --color_jitter 0"""
+FINETUNE = """--model beit_demo_patch16_128 --data_set image_folder --aa none --color_jitter 0
+    --reprob 0 --min_crop_scale 0.5 --clip_grad 3.0 --no_save_ckpt"""
 PRETRAINED, SCRATCH = "--layer_decay 0.8", "--layer_decay 1.0"
 
 
