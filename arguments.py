@@ -1,7 +1,7 @@
-"""What command-line flags are made of: the parser, the types of their values, and what a
-parsed command line can be asked. The flags themselves are declared in flags/, a module a
-stage. Published names and defaults are kept (docs/deviations.md lists the exceptions);
-flags that lost their meaning are accepted and say so.
+"""What command-line flags are made of: the parser, the types of their values, and what
+a parsed command line can be asked. The flags themselves are declared in flags/, a
+module a stage. Published names and defaults are kept (docs/deviations.md lists the
+exceptions); flags that lost their meaning are accepted and say so.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ T = TypeVar("T", bound=Any)  # a dataclass
 
 
 class Flags(argparse.Namespace):
-    """Parsed flags; read-only once `freeze` was called, so that what is logged is what ran."""
+    """Parsed flags; read-only once `freeze` was called, so that what is logged is what
+    ran.
+    """
 
     def freeze(self) -> Flags:
         self.__dict__["_frozen"] = True
@@ -64,7 +66,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def new_parser(description: str, example: str) -> argparse.ArgumentParser:
-    """`example`: the flags of a command line that a newcomer can copy, on two lines at most."""
+    """`example`: the flags of a command line that a newcomer can copy, on two lines at
+    most.
+    """
     return ArgumentParser(
         usage="python %(prog)s " + example.replace("\n", " \\\n           "),
         description=description,
@@ -74,7 +78,9 @@ def new_parser(description: str, example: str) -> argparse.ArgumentParser:
 
 
 def words_of(argv: Sequence[str] | None) -> list[str]:
-    """A blank behind a line's closing backslash reaches a script as an argument of its own; nobody means one."""
+    """A blank behind a line's closing backslash reaches a script as an argument of its
+    own; nobody means one.
+    """
     return [word for word in (sys.argv[1:] if argv is None else argv) if not word or word.strip()]
 
 
@@ -108,7 +114,9 @@ def warn_of_obsolete_flags(parser: argparse.ArgumentParser, args: argparse.Names
 
 
 def format_flag(parser: argparse.ArgumentParser, name: str, value: Any) -> str:
-    """How a command line asks for this value of a flag: --input_size 224, --use_cls, no --abs_pos_emb."""
+    """How a command line asks for this value of a flag: --input_size 224, --use_cls, no
+    --abs_pos_emb.
+    """
     if isinstance(value, (list, tuple)):
         return f"--{name} {('x' if name == 'input_size' else ' ').join(map(str, value))}"
     if not isinstance(value, bool):
@@ -124,8 +132,8 @@ def format_flag(parser: argparse.ArgumentParser, name: str, value: Any) -> str:
 def warn_of_idle_flags(
     parser: argparse.ArgumentParser, args: argparse.Namespace, idle: dict[str, str]
 ) -> None:
-    """`idle`: name of a flag -> why it does nothing beside the other flags. One warning a
-    reason, of what was set.
+    """`idle`: name of a flag -> why it does nothing beside the other flags. One warning
+    a reason, of what was set.
     """
     by_reason: dict[str, list[str]] = {}
     for name in changed_flags(parser, args):
@@ -146,8 +154,8 @@ def true_or_false(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Number:
-    """The type of a numeric flag: a finite number from `low` to `high`; `above`, `below`:
-    without that end itself.
+    """The type of a numeric flag: a finite number from `low` to `high`; `above`,
+    `below`: without that end itself.
     """
 
     kind: type[int] | type[float]
@@ -203,7 +211,9 @@ def image_size(text: str) -> int | tuple[int, int]:
 
 
 def expand_home(text: str) -> str:
-    """The type of a flag for a path (or several, joined by ::): the shell leaves ~ as it is behind a `=`."""
+    """The type of a flag for a path (or several, joined by ::): the shell leaves ~ as
+    it is behind a `=`.
+    """
     parts = [os.path.expanduser(part) for part in text.split("::")]
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"{shorten(text)} holds a NUL character, which no path can")
@@ -228,7 +238,7 @@ def add_obsolete(group: Any, *names: str, **settings: Any) -> None:
 
 
 def options(kind: type[T], args: argparse.Namespace) -> T:
-    """The flags that bear the names of a dataclass's fields, as such an object; what is no
-    flag of this command keeps the field's default.
+    """The flags that bear the names of a dataclass's fields, as such an object; what is
+    no flag of this command keeps the field's default.
     """
     return kind(**{field.name: vars(args)[field.name] for field in fields(kind) if field.name in vars(args)})

@@ -112,7 +112,9 @@ def time_through_loader(contest: Contest, args: argparse.Namespace, run: Run) ->
 
 
 def describe_machine(run: Run, side: int) -> tuple[dict[str, Any], float]:
-    """What was measured on, and its speed in FLOP/s: that of a (side x side) matrix product."""
+    """What was measured on, and its speed in FLOP/s: that of a (side x side) matrix
+    product.
+    """
     dtype = run.precision.dtype or torch.float32
     speed = matmul_speed(run.device, dtype, side)
     device = f"{processor_name()}, {torch.get_num_threads()} threads"
@@ -139,7 +141,9 @@ def processor_name() -> str:
 
 
 def measure(contest: Contest, args: argparse.Namespace, run: Run, matmul: float) -> dict[str, Any]:
-    """Hold the contest and log its table; the same as plain data. `matmul`: this machine's FLOP/s."""
+    """Hold the contest and log its table; the same as plain data. `matmul`: this
+    machine's FLOP/s.
+    """
     rows = hold(contest, args.rounds, args.warmup, matmul)
     log.info("")
     log.info(f"{contest.name}: {contest.images} images a step, {args.rounds} rounds")

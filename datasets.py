@@ -89,11 +89,11 @@ class ImageFiles(Files):
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Training images in `data_path`, validation images in `eval_data_path`, '' where there
-    are none.
+    """Training images in `data_path`, validation images in `eval_data_path`, '' where
+    there are none.
 
-    `data_set`: image_folder (folders), IMNET (train/ and, without `eval_data_path`, val/
-    below `data_path`), CIFAR (CIFAR-100, fetched with `download`), webdataset (tar
+    `data_set`: image_folder (folders), IMNET (train/ and, without `eval_data_path`,
+    val/ below `data_path`), CIFAR (CIFAR-100, fetched with `download`), webdataset (tar
     shards). `image_folder_class_index_file`: JSON lines that list the training images
     (image_lists.read_class_index).
     """
@@ -105,12 +105,14 @@ class ImageSource:
     download: bool = False
 
     def folder(self, train: bool) -> tuple[str, str]:
-        """(folder of the split, the parameter that says so); the folder is '' where none does."""
+        """(folder of the split, the parameter that says so); the folder is '' where
+        none does.
+        """
         pick(DATA_SETS, self.data_set, "`data_set`")
         if self.data_set == "webdataset" and self.image_folder_class_index_file:
             raise ParameterError(
-                "`image_folder_class_index_file` lists files of a folder; shards say themselves what is "
-                "in them"
+                "`image_folder_class_index_file` lists files of a folder; shards say themselves what is in "
+                "them"
             )
         if train:
             imnet = self.data_set == "IMNET"
@@ -136,8 +138,8 @@ def find_unlabeled(source: ImageSource, train: bool) -> Samples:
 
 
 def find_held_out(source: ImageSource) -> Samples:
-    """The images of `eval_data_path` without their labels, however nested and whatever else
-    `data_set` says, but for shards.
+    """The images of `eval_data_path` without their labels, however nested and whatever
+    else `data_set` says, but for shards.
     """
     find = find_shards if source.data_set == "webdataset" else find_images
     return without_labels(find(source.eval_data_path, "`eval_data_path`")[0])
@@ -156,13 +158,13 @@ def find_labeled(
     own_classes: bool = False,
     classes: Sequence[str] | None = None,
 ) -> tuple[Samples, Sequence[str]]:
-    """The images of a split with their labels, and the names of the classes, of which there
-    must be `nb_classes` unless that is 0.
+    """The images of a split with their labels, and the names of the classes, of which
+    there must be `nb_classes` unless that is 0.
 
     The validation split takes its label numbers from the training split's class names;
     with `own_classes` from its own folders (ImageNet-A and -R: 200 of the model's 1000,
-    so that `nb_classes` is not compared). `classes`: the names and order that a finished
-    model was trained with, so that the training split need not be there.
+    so that `nb_classes` is not compared). `classes`: the names and order that a
+    finished model was trained with, so that the training split need not be there.
     """
     samples: Samples
     if source.data_set == "webdataset":
@@ -172,8 +174,8 @@ def find_labeled(
     refuse_one_class(names, "`data_path`" if train else "`eval_data_path`")
     if nb_classes not in (0, len(names)) and not own_classes:
         raise ParameterError(
-            f"`nb_classes` {nb_classes}: the data has {len(names)} classes; correct one of them, or "
-            "leave `nb_classes` out to take the number from the data"
+            f"`nb_classes` {nb_classes}: the data has {len(names)} classes; correct one of them, or leave "
+            "`nb_classes` out to take the number from the data"
         )
     return samples, names
 
@@ -204,7 +206,9 @@ def _find_labeled_files(
 def _find_labeled_shards(
     source: ImageSource, train: bool, nb_classes: int, own_classes: bool, classes: Sequence[str] | None
 ) -> tuple[shards.Members, Sequence[str]]:
-    """As for folders; the validation shards take their names from the training shards'."""
+    """As for folders; the validation shards take their names from the training
+    shards'.
+    """
     folder, origin = source.folder(train)
     if not folder:
         raise ParameterError(
@@ -215,14 +219,14 @@ def _find_labeled_shards(
     members, names = find_shards(folder, origin, classes)
     if names is None:
         raise UserError(
-            f"{origin} {folder}: these shards have no labels; scripts/make_shards.py --classes writes "
-            "them (as .cls) from one folder a class"
+            f"{origin} {folder}: these shards have no labels; scripts/make_shards.py --classes writes them "
+            "(as .cls) from one folder a class"
         )
     numbers = names == [str(number) for number in range(len(names))]  # no classes.txt
     if train and numbers and len(names) > len(members) and not nb_classes:
         raise UserError(
-            f"{origin} {folder}: a label is {len(names) - 1}, but there are {len(members)} images, and "
-            "no classes.txt names so many classes: write one, give `nb_classes`, or mend the label"
+            f"{origin} {folder}: a label is {len(names) - 1}, but there are {len(members)} images, and no "
+            "classes.txt names so many classes: write one, give `nb_classes`, or mend the label"
         )
     return members, names
 
@@ -247,7 +251,9 @@ def build_labeled_dataset(
 
 
 def build_knn_datasets(folder: str, view: View, seed: int) -> tuple[ImageFiles, ImageFiles, int]:
-    """Labeled images: those of train/ and those of val/ in `folder`, and the number of classes."""
+    """Labeled images: those of train/ and those of val/ in `folder`, and the number of
+    classes.
+    """
     origin = "`knn_data_path`"
     if not all(os.path.isdir(os.path.join(folder, split)) for split in ("train", "val")):
         raise UserError(

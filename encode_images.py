@@ -1,6 +1,7 @@
 """Images to visual tokens.
 
-python encode_images.py --tokenizer_weight vqkd.pth --data_path photos --output_dir codes
+python encode_images.py --tokenizer_weight vqkd.pth --data_path photos --output_dir
+codes
 
 Every process encodes its share of the sorted files and writes it to files of its own;
 the first process then joins them in order. Memory does not grow with the number of
@@ -145,8 +146,8 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     size, grid = model.encoder.patch_embed.img_size[0], model.encoder.patch_embed.patch_shape
     if args.input_size not in (None, size):
         raise UserError(
-            f"--input_size {args.input_size}: this tokenizer was trained on {size} pixels "
-            "and encodes no others"
+            f"--input_size {args.input_size}: this tokenizer was trained on {size} pixels and encodes no "
+            "others"
         )
     return Tokenizer(model, args.tokenizer_weight, model.quantize.num_tokens, size, grid)
 
@@ -187,7 +188,9 @@ def encode_share(
     launch: Launch,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, list[str], list[str]]]:
-    """Batch by batch: codes (images, N) of this rank's readable images, their names, the failures."""
+    """Batch by batch: codes (images, N) of this rank's readable images, their names,
+    the failures.
+    """
     start, stop = (len(files) * rank // launch.world_size for rank in (launch.rank, launch.rank + 1))
     if start == stop:
         return
@@ -208,8 +211,8 @@ def encode_share(
         done, now = done + len(readable), time.monotonic()
         if now - reported > SECONDS_BETWEEN_LINES:
             log.info(
-                f"encoded    {done} of this process's {len(dataset)} images, "
-                f"{done / (now - started):.0f} images/s"
+                f"encoded    {done} of this process's {len(dataset)} images, {done / (now - started):.0f} "
+                "images/s"
             )
             reported = now
 
@@ -248,9 +251,8 @@ def join_shares(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, vi
         named = ", ".join(itertools.islice(parts.lines("skipped"), NAMED))
         log.warning(f"skipped    {about['skipped']} files that cannot be read, all in skipped.txt: {named}")
     log.info(
-        f"codes      {about['images']} images in {parts.folder}/codes.{args.format}, "
-        f"{about['codes_used']} of {parts.n_codes} codes used, perplexity "
-        f"{about['perplexity']:.1f}"
+        f"codes      {about['images']} images in {parts.folder}/codes.{args.format}, {about['codes_used']} "
+        f"of {parts.n_codes} codes used, perplexity {about['perplexity']:.1f}"
     )
 
 

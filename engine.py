@@ -1,4 +1,5 @@
-"""The one training loop. A stage says what a step computes; how a step is taken is written here, once.
+"""The one training loop. A stage says what a step computes; how a step is taken is
+written here, once.
 
 Precision, accumulation, clipping, schedule, the check for non-finite steps, moving
 averages, progress, log.txt, TensorBoard, pictures and checkpoints are the same for
@@ -45,7 +46,9 @@ class Stage:
         self.device, self.precision = device, precision
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """One micro-batch -> (loss (), scalars for the log, the same names every time). Runs under autocast."""
+        """One micro-batch -> (loss (), scalars for the log, the same names every time).
+        Runs under autocast.
+        """
         raise NotImplementedError
 
     def start_epoch(self, epoch: int) -> None:
@@ -55,16 +58,20 @@ class Stage:
         """`step` counts the optimizer steps of the whole run."""
 
     def end_epoch(self) -> dict[str, float]:
-        """More entries for the epoch's line in log.txt, without the `train_` in front."""
+        """More entries for the epoch's line in log.txt, without the `train_` in
+        front.
+        """
         return {}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Entries for log.txt, with their `test_` in front; {} where there is nothing to evaluate on."""
+        """Entries for log.txt, with their `test_` in front; {} where there is nothing
+        to evaluate on.
+        """
         return {}
 
     def extra_metrics(self, model: nn.Module, epoch: int) -> dict[str, float]:
-        """More entries like those of `evaluate`, from an evaluation with a frequency of its
-        own; {} where none is due after `epoch`.
+        """More entries like those of `evaluate`, from an evaluation with a frequency of
+        its own; {} where none is due after `epoch`.
         """
         return {}
 
@@ -73,7 +80,9 @@ class Stage:
         return None
 
     def pictures(self, model: nn.Module) -> dict[str, Tensor]:
-        """Name -> image (3, height, width) in [0, 1], for TensorBoard and output_dir/pictures."""
+        """Name -> image (3, height, width) in [0, 1], for TensorBoard and
+        output_dir/pictures.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,14 +114,14 @@ class Trainer:
         resume(self.state, self.stage, self.run, self.data.steps_per_epoch)
 
     def compile(self, *networks: Any) -> None:
-        """--compile: the model, and the frozen `networks` beside it. After resuming: weights
-        are loaded and averages begun.
+        """--compile: the model, and the frozen `networks` beside it. After resuming:
+        weights are loaded and averages begun.
         """
         compile_networks(self.run, self.data, self.state.model, *networks)
 
     def fit(self) -> None:
-        """Train from where the state stands to the last epoch, or until a signal asks to
-        stop; both are a success.
+        """Train from where the state stands to the last epoch, or until a signal asks
+        to stop; both are a success.
         """
         run, state, options = self.run, self.state, self.run.options
         self.epochs = self.count_epochs() if self.schedule.in_steps else cast(int, options.epochs)
@@ -153,7 +162,9 @@ class Trainer:
         distributed.barrier()
 
     def count_epochs(self) -> int:
-        """How many epochs a run that is counted in steps has, done ones included; the last may be cut."""
+        """How many epochs a run that is counted in steps has, done ones included; the
+        last may be cut.
+        """
         into_epoch = self.state.samples // self.data.sampler.global_batch
         left = len(self.schedule.lr) - self.state.step
         return self.state.epoch + math.ceil((into_epoch + left) / self.data.steps_per_epoch)
@@ -166,13 +177,14 @@ class Trainer:
             self.bad_files.start_epoch(images)
             train = self.train_one_epoch() | stage.end_epoch()
             state.epoch, state.samples = epoch + 1, 0
-            # Evaluation starts data processes: no other thread may run while they are forked.
+            # Evaluation starts data processes: no other thread may run while they are
+            # forked.
             self.run.saver.wait()
             test = evaluate(state, stage) if self.is_due(epoch, options.eval_freq) else {}
             with fsdp.gather_model(state.model) as model:
                 test |= stage.extra_metrics(model, epoch)
-            # The line in log.txt first: a run killed between the two repeats the epoch, and
-            # then replaces the line.
+            # The line in log.txt first: a run killed between the two repeats the epoch,
+            # and then replaces the line.
             self.reporter.epoch(epoch, train, test)
             self.save(epoch, self.checkpoint_names(epoch, test))
             if options.image_freq and (epoch == 0 or self.is_due(epoch, options.image_freq)):
@@ -199,7 +211,9 @@ class Trainer:
         save(self.state, self.stage, self.run, epoch, names)
 
     def train_one_epoch(self) -> dict[str, float]:
-        """The rest of the epoch in which the state stands; returns the epoch's means over all ranks."""
+        """The rest of the epoch in which the state stands; returns the epoch's means
+        over all ranks.
+        """
         state, data, schedule, options = self.state, self.data, self.schedule, self.run.options
         state.runner.train()
         if state.samples == 0:
@@ -265,7 +279,9 @@ def refuse_a_run_without_a_step(state: TrainState, first_step: int) -> None:
 
 
 def evaluate(state: TrainState, stage: Stage) -> dict[str, float]:
-    """The stage's evaluation of the weights, and of their moving average where there is one."""
+    """The stage's evaluation of the weights, and of their moving average where there is
+    one.
+    """
     with fsdp.gather_model(state.model) as model:
         test = stage.evaluate(model)
     if state.ema is not None and test:
@@ -280,7 +296,9 @@ def evaluate(state: TrainState, stage: Stage) -> dict[str, float]:
 
 
 def current_lr(state: TrainState) -> float:
-    """The highest of the groups' rates: the one the schedule gives, before layer-wise decay."""
+    """The highest of the groups' rates: the one the schedule gives, before layer-wise
+    decay.
+    """
     return max(group["lr"] for group in state.optimizer.param_groups)
 
 
@@ -291,9 +309,11 @@ def accumulate_gradients(
     run: Run,
     device_transform: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> dict[str, Tensor]:
-    """Forward and backward of each micro-batch; the ranks exchange gradients at the last one. Means of the logs.
+    """Forward and backward of each micro-batch; the ranks exchange gradients at the
+    last one. Means of the logs.
 
-    `device_transform`: what makes of a batch, on the device, what the network takes (View).
+    `device_transform`: what makes of a batch, on the device, what the network takes
+    (View).
     """
     # What a step draws (drop path, mixup) depends on the run's seed, the step and the
     # rank alone: a resumed run draws the same.
@@ -318,15 +338,15 @@ def accumulate_gradients(
 
 
 def take_step(state: TrainState, clip_grad: float | None) -> Tensor:
-    """Clip and update; a step whose gradients are not finite leaves weights and optimizer
-    as they are. Returns the norm.
+    """Clip and update; a step whose gradients are not finite leaves weights and
+    optimizer as they are. Returns the norm.
     """
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)
     if optimizer.defaults.get("fused") and not scaler.is_enabled() and not fsdp.is_sharded(state.model):
         norm = nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
-        # The fused kernels read both on the device: whether to skip the step, and by what
-        # to divide the gradients.
+        # The fused kernels read both on the device: whether to skip the step, and by
+        # what to divide the gradients.
         optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         optimizer.grad_scale = ((norm + 1e-6) / clip_grad).clamp(min=1) if clip_grad else None  # type: ignore[attr-defined]
         optimizer.step()

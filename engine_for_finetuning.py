@@ -1,4 +1,6 @@
-"""Fine-tuning for classification: one step, and an evaluation that counts every image exactly once."""
+"""Fine-tuning for classification: one step, and an evaluation that counts every image
+exactly once.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from runtime.metrics import accuracy, top_k_correct
 
 
 class FinetuningStage(Stage):
-    """Cross-entropy with label smoothing, or with mixed images and labels (mixup, cutmix).
+    """Cross-entropy with label smoothing, or with mixed images and labels (mixup,
+    cutmix).
 
     `classes`: the names behind the labels; a checkpoint keeps them, so that other
     images are labeled the same way.
@@ -59,8 +62,8 @@ class FinetuningStage(Stage):
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> tuple[dict[str, float], Confusion]:
-        """Top-1 and top-5 accuracy in percent, balanced accuracy (mean over classes) and
-        loss on the validation images, and which classes were taken for which. {}
+        """Top-1 and top-5 accuracy in percent, balanced accuracy (mean over classes)
+        and loss on the validation images, and which classes were taken for which. {}
         without validation images.
         """
         confusion = Confusion(self.device)
@@ -102,7 +105,9 @@ class FinetuningStage(Stage):
 
 
 class SomeLogits(nn.Module):
-    """A classifier that chooses among some of its classes only, in the order of `indices`."""
+    """A classifier that chooses among some of its classes only, in the order of
+    `indices`.
+    """
 
     def __init__(self, model: nn.Module, indices: Sequence[int]) -> None:
         super().__init__()
@@ -115,7 +120,8 @@ class SomeLogits(nn.Module):
 
 
 class WithMirrorImage(nn.Module):
-    """A classifier that sees each image and its mirror image and answers with the mean of both probabilities.
+    """A classifier that sees each image and its mirror image and answers with the mean
+    of both probabilities.
 
     Of the probabilities, not of the logits: each view has one vote of equal weight,
     whereas one with large logits would outvote the other; and the mean is a
@@ -127,8 +133,8 @@ class WithMirrorImage(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, height, width) -> logarithm of the mean probabilities (B, classes), which
-        is its own log-softmax.
+        """(B, 3, height, width) -> logarithm of the mean probabilities (B, classes),
+        which is its own log-softmax.
         """
         views = [self.model(view).float().log_softmax(dim=1) for view in (images, images.flip(-1))]
         return torch.logaddexp(*views) - math.log(2)

@@ -25,8 +25,8 @@ from runtime.metrics import accuracy, top_k_correct
 
 
 class FrozenBackbone:
-    """Images (B, 3, height, width) -> pooled outputs of every layer (B, L, D), or of one
-    (from 1), (B, D). Never trained.
+    """Images (B, 3, height, width) -> pooled outputs of every layer (B, L, D), or of
+    one (from 1), (B, D). Never trained.
     """
 
     def __init__(self, model: Any, features: str, precision: Precision, layer: int | None = None) -> None:
@@ -44,7 +44,8 @@ class FrozenBackbone:
 
 
 class LinearHeads(nn.Module):
-    """Features (B, L, D) -> logits (L, B, classes). All that is trained, and all that a checkpoint holds.
+    """Features (B, L, D) -> logits (L, B, classes). All that is trained, and all that a
+    checkpoint holds.
 
     Before its classifier each channel of each layer is brought to mean 0 and variance 1
     (as by MAE's batch norm without parameters), by statistics of the training images
@@ -71,7 +72,9 @@ class LinearHeads(nn.Module):
 
     @torch.no_grad()
     def standardize_by(self, features: Iterable[Tensor]) -> None:
-        """Take mean and variance from this and the other ranks' features, batches of (B, L, D)."""
+        """Take mean and variance from this and the other ranks' features, batches of
+        (B, L, D).
+        """
         sums = torch.zeros(2, *self.mean.shape, dtype=torch.float64)
         count = torch.zeros(1, dtype=torch.float64)
         for batch in features:
@@ -97,7 +100,9 @@ class CachedFeatures(SampleDataset):
         return len(self.features)
 
     def digest(self, root: str) -> str:
-        """Of the labels alone, in no order: who computed a feature depends on the number of processes."""
+        """Of the labels alone, in no order: who computed a feature depends on the
+        number of processes.
+        """
         return digest([bytes(str(self.features.labels.bincount().tolist()), "ascii")])
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
@@ -110,7 +115,8 @@ class LinearStage(Stage):
     """Cross-entropy of every layer's classifier. `encode` makes features of images: the
     backbone, or nothing if cached.
 
-    `source` says whose features these are (file, pooling): a run goes on with the same ones only.
+    `source` says whose features these are (file, pooling): a run goes on with the same
+    ones only.
     """
 
     def __init__(
@@ -126,7 +132,9 @@ class LinearStage(Stage):
         self.validation, self.source = validation, source
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum over the layers: no classifier's gradient depends on how many others there are."""
+        """The sum over the layers: no classifier's gradient depends on how many others
+        there are.
+        """
         logits, labels = model(self.encode(batch["image"])).float(), batch["label"]
         losses = torch.stack([F.cross_entropy(layer_logits, labels) for layer_logits in logits])
         return losses.sum(), {
@@ -136,10 +144,11 @@ class LinearStage(Stage):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Top-1 accuracy of each layer in percent; `test_layer` (from 1) is the best one,
-        of which the other figures are.
+        """Top-1 accuracy of each layer in percent; `test_layer` (from 1) is the best
+        one, of which the other figures are.
 
-        The best layer is chosen on the validation images themselves, as in BEiT v1's paper.
+        The best layer is chosen on the validation images themselves, as in BEiT v1's
+        paper.
         """
         model.eval()
         layers = len(model.heads)  # type: ignore[arg-type]

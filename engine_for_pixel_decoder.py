@@ -1,4 +1,6 @@
-"""What tokens keep: one step of training a pixel decoder on the codes of a frozen tokenizer, and its PSNR."""
+"""What tokens keep: one step of training a pixel decoder on the codes of a frozen
+tokenizer, and its PSNR.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from visualization import drawing
 class PixelDecoderStage(Stage):
     """Draw each image from its codes; mean absolute error.
 
-    PSNR (dB, the mean over images) stands beside that of an image's mean color, which takes no token to tell.
+    PSNR (dB, the mean over images) stands beside that of an image's mean color, which
+    takes no token to tell.
     """
 
     def __init__(
@@ -56,7 +59,9 @@ class PixelDecoderStage(Stage):
 
 
 def compare(drawn: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Images (B, 3, height, width) in [0, 1] -> (loss (), means over the batch of the measures)."""
+    """Images (B, 3, height, width) in [0, 1] -> (loss (), means over the batch of the
+    measures).
+    """
     loss = F.l1_loss(drawn, images)
     mean_color = images.mean(dim=(2, 3), keepdim=True)
     return loss, {

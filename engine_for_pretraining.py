@@ -1,4 +1,5 @@
-"""Masked image modeling: one step of BEiT and BEiT v2, what a patch must predict, and the ablations of that.
+"""Masked image modeling: one step of BEiT and BEiT v2, what a patch must predict, and
+the ablations of that.
 
 Above 300 lines, so that the step, its loss and its targets are in one file.
 
@@ -67,7 +68,9 @@ class PretrainingStage(Stage):
         self.task = f"{target.name} of {which}"
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of the branches' losses over the predicted patches (BEiT v2, section 3.2)."""
+        """Sum of the branches' losses over the predicted patches (BEiT v2, section
+        3.2).
+        """
         target = self.target.encode(batch, masked_only=not self.predict_all)
 
         def criterion(hidden: Tensor, head: nn.Linear) -> PatchLoss:
@@ -91,8 +94,8 @@ class PretrainingStage(Stage):
         return loss, logs
 
     def accuracies(self, correct: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
-        """`mlm_acc` is of the masked patches whatever is predicted, so that runs compare;
-        `all_acc` of all patches.
+        """`mlm_acc` is of the masked patches whatever is predicted, so that runs
+        compare; `all_acc` of all patches.
         """
         if correct is None:
             return {}
@@ -109,7 +112,9 @@ class PretrainingStage(Stage):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Loss and accuracy on held-out images (--eval_data_path), each with one fixed crop and mask."""
+        """Loss and accuracy on held-out images (--eval_data_path), each with one fixed
+        crop and mask.
+        """
         if self.held_out is None:
             return {}
         batches = evaluation_batches(self.held_out, self.device)
@@ -120,8 +125,8 @@ class PretrainingStage(Stage):
 
     @torch.no_grad()
     def extra_metrics(self, model: Any, epoch: int) -> dict[str, float]:
-        """k-NN accuracy of the student's last layer (--knn_freq): of its CLS token where
-        that is trained, else of the mean.
+        """k-NN accuracy of the student's last layer (--knn_freq): of its CLS token
+        where that is trained, else of the mean.
         """
         probe, features = self.knn_probe, "cls" if hasattr(model, "cls_pt_layers") else "mean"
         if probe is None or not probe.due(epoch):
@@ -186,7 +191,9 @@ class PretrainingStage(Stage):
 
 
 def suffix(index: int, branches: list[PatchLoss]) -> str:
-    """Published names: `mlm_acc` for one branch, `mlm_acc_1` and `mlm_acc_2` for main and CLS branch."""
+    """Published names: `mlm_acc` for one branch, `mlm_acc_1` and `mlm_acc_2` for main
+    and CLS branch.
+    """
     return f"_{index + 1}" if len(branches) > 1 else ""
 
 
@@ -203,20 +210,24 @@ class PatchLoss(NamedTuple):
 
 
 class Target:
-    """What a patch must predict: its code (BEiT, BEiT v2) or, the ablation of BEiT's table 4, its pixels."""
+    """What a patch must predict: its code (BEiT, BEiT v2) or, the ablation of BEiT's
+    table 4, its pixels.
+    """
 
     name: str  # for the log and for pictures
     width: int  # V
 
     def encode(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
-        """A batch on the device (its mask on the host) -> the targets of every patch, (B *
-        N, ...), images one after the other, row-major; or of the masked patches alone
-        (M, ...).
+        """A batch on the device (its mask on the host) -> the targets of every patch,
+        (B * N, ...), images one after the other, row-major; or of the masked patches
+        alone (M, ...).
         """
         raise NotImplementedError
 
     def loss(self, hidden: Tensor, head: nn.Linear, target: Tensor) -> PatchLoss:
-        """Of the normalized tokens (P, C) or (B, N, C), the prediction head, and the targets of those P patches."""
+        """Of the normalized tokens (P, C) or (B, N, C), the prediction head, and the
+        targets of those P patches.
+        """
         raise NotImplementedError
 
     def networks(self) -> list[Any]:
@@ -240,8 +251,8 @@ class Target:
     def pictures(
         self, target: Tensor, predicted: Tensor, grid: tuple[int, int], size: Sequence[int]
     ) -> list[Tensor]:
-        """One image's targets (N, ...), and the same with the predictions in their places,
-        as pictures of `size`.
+        """One image's targets (N, ...), and the same with the predictions in their
+        places, as pictures of `size`.
         """
         raise NotImplementedError
 
@@ -284,8 +295,8 @@ class Tokens(Target):
         self.code_counts.zero_()
 
     def end_epoch(self) -> dict[str, float]:
-        """`majority_code_share`: the accuracy of always predicting the most frequent code,
-        the baseline of `mlm_acc`.
+        """`majority_code_share`: the accuracy of always predicting the most frequent
+        code, the baseline of `mlm_acc`.
         """
         counts = self.code_counts.clone()
         distributed.all_reduce_sum(counts)
@@ -308,8 +319,8 @@ class Tokens(Target):
 
 
 class Pixels(Target):
-    """The patch's pixels as the network would see them, normalized by mean and std: mean
-    squared error, no tokenizer.
+    """The patch's pixels as the network would see them, normalized by mean and std:
+    mean squared error, no tokenizer.
 
     The V = 3 * patch_size ** 2 values of a patch are in the order of the patch
     embedding's weights: channel, row, column.
@@ -335,7 +346,9 @@ class Pixels(Target):
     def pictures(
         self, target: Tensor, predicted: Tensor, grid: tuple[int, int], size: Sequence[int]
     ) -> list[Tensor]:
-        """The image with the predicted patches pasted into it; its targets are the image itself."""
+        """The image with the predicted patches pasted into it; its targets are the
+        image itself.
+        """
         side = self.patch_size
         image = rearrange(
             predicted, "(h w) (c row col) -> c (h row) (w col)", h=grid[0], c=3, row=side, col=side

@@ -1,5 +1,5 @@
-"""Semantic segmentation: one step, and an evaluation in which every labeled pixel of every
-image counts exactly once.
+"""Semantic segmentation: one step, and an evaluation in which every labeled pixel of
+every image counts exactly once.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PICTURES = 4
 
 
 class Scores(NamedTuple):
-    """Of a confusion matrix, in percent; a class that is neither there nor predicted has
-    no IoU (NaN) and is in no mean.
+    """Of a confusion matrix, in percent; a class that is neither there nor predicted
+    has no IoU (NaN) and is in no mean.
     """
 
     miou: float
@@ -47,7 +47,8 @@ def scores_of(matrix: Tensor) -> Scores:
 
 
 class SegmentationStage(Stage):
-    """Cross-entropy of every labeled pixel, of the decode head and, with a weight, of the auxiliary head.
+    """Cross-entropy of every labeled pixel, of the decode head and, with a weight, of
+    the auxiliary head.
 
     `classes`: a checkpoint keeps them. `colors` (K, 3) and `statistics` (mean, std) of
     the images: for pictures.
@@ -91,7 +92,9 @@ class SegmentationStage(Stage):
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Scores:
-        """mIoU, mAcc and aAcc on the validation images of all ranks, at the size of their masks."""
+        """mIoU, mAcc and aAcc on the validation images of all ranks, at the size of
+        their masks.
+        """
         assert self.validation is not None
         model.eval()
         classes = len(self.classes)
@@ -136,7 +139,9 @@ class SegmentationStage(Stage):
 
 
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labeled pixels of logits (B, K, H, W) against labels (B, H, W); 0 where none is labeled."""
+    """Mean over the labeled pixels of logits (B, K, H, W) against labels (B, H, W); 0
+    where none is labeled.
+    """
     total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
 

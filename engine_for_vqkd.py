@@ -1,4 +1,6 @@
-"""VQ-KD: one step of training the visual tokenizer, and what keeps its codebook in use."""
+"""VQ-KD: one step of training the visual tokenizer, and what keeps its codebook in
+use.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ CALIBRATION_IMAGES = 512
 
 
 class TokenizerStage(Stage):
-    """Reconstruct the teacher's features from quantized codes (BEiT v2, section 3.1)."""
+    """Reconstruct the teacher's features from quantized codes (BEiT v2, section
+    3.1).
+    """
 
     def __init__(
         self,
@@ -54,7 +58,9 @@ class TokenizerStage(Stage):
         self.model.quantize.start_epoch(self.revive_dead_codes)
 
     def end_epoch(self) -> dict[str, float]:
-        """Usage of the codebook in this epoch; a warning that says what to change when under half of it is used."""
+        """Usage of the codebook in this epoch; a warning that says what to change when
+        under half of it is used.
+        """
         quantizer = self.model.quantize
         usage = quantizer.usage()
         if quantizer.ready and not quantizer.warming_up and usage["codes_used"] < quantizer.num_tokens / 2:
@@ -126,7 +132,9 @@ class TokenizerStage(Stage):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Features waiting for k-means and codes waiting for revival: a run killed in between goes on the same."""
+        """Features waiting for k-means and codes waiting for revival: a run killed in
+        between goes on the same.
+        """
         quantizer = self.model.quantize
         return {"collected": list(quantizer.collected), "dead": quantizer.dead}
 

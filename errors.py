@@ -1,5 +1,5 @@
-"""The one exception that carries a sentence to the user, raised in every layer, and what
-may be in a text for the user.
+"""The one exception that carries a sentence to the user, raised in every layer, and
+what may be in a text for the user.
 
 A mistake of the user (a flag, a file, a folder) ends a run with one clear sentence that
 names the flag or file and the way out. A mistake of ours keeps its traceback. Names of
@@ -37,8 +37,8 @@ LONG_WORD, LONG_LINE = re.compile(rf"\S{{{LONGEST_WORD},}}"), re.compile(rf"(?s)
 
 
 def hide_secrets(text: str) -> str:
-    """`text` with no more of its URLs than scheme, host, port and path: the rest may be a
-    password or a signature.
+    """`text` with no more of its URLs than scheme, host, port and path: the rest may be
+    a password or a signature.
     """
 
     def shorten(url: re.Match[str]) -> str:
@@ -96,14 +96,16 @@ class ParameterError(UserError, ValueError):
 
 
 def name_flags(text: str) -> str:
-    """Library code names its parameters, `batch_size`; whoever typed a command line reads
-    the flag, --batch_size, which has the same name.
+    """Library code names its parameters, `batch_size`; whoever typed a command line
+    reads the flag, --batch_size, which has the same name.
     """
     return PARAMETER.sub(r"--\1", text)
 
 
 def pick(table: Mapping[str, T], name: str, what: str) -> T:
-    """`table[name]`, or a UserError that calls the thing by its kind (`what`) and offers the nearest names."""
+    """`table[name]`, or a UserError that calls the thing by its kind (`what`) and
+    offers the nearest names.
+    """
     if name in table:
         return table[name]
     near = difflib.get_close_matches(name, table, n=3, cutoff=0.5) or sorted(table)[:8]
@@ -133,8 +135,8 @@ def notify_other_processes(message: str) -> None:
 
 
 def report_user_errors(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of every script's `main`: a UserError becomes one line on stderr and exit
-    status 2, and the traceback of any other error shows no secrets and no control
+    """Decorator of every script's `main`: a UserError becomes one line on stderr and
+    exit status 2, and the traceback of any other error shows no secrets and no control
     characters.
     """
 

@@ -149,14 +149,14 @@ def write_unchanged(source: WeightSource, args: argparse.Namespace) -> str:
     held = summarize_names(list(source.weights))
     if args.to != "safetensors":
         raise UserError(
-            f"--to {args.to}: {args.to} has no such model as {args.checkpoint} ({held}); "
-            "only --to safetensors"
+            f"--to {args.to}: {args.to} has no such model as {args.checkpoint} ({held}); only --to "
+            "safetensors"
         )
     given = [name for name in arguments.changed_flags(get_parser(), args) if name in TRANSFORMER_FLAGS]
     if given:
         raise UserError(
-            f"--{given[0]} concerns classifiers and pretrained transformers; {args.checkpoint} is "
-            "neither: leave it out"
+            f"--{given[0]} concerns classifiers and pretrained transformers; {args.checkpoint} is neither: "
+            "leave it out"
         )
     weight_source.save_weights(Path(args.output), source.weights, checkpoints.to_plain_data(source.flags))
     size = checkpoints.count_bytes(source.weights) / 2**20

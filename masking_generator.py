@@ -1,4 +1,5 @@
-"""Blockwise masking (BEiT v1, algorithm 1): rectangles are masked until the budget of patches is used up.
+"""Blockwise masking (BEiT v1, algorithm 1): rectangles are masked until the budget of
+patches is used up.
 
 Beside it, the ablation that masks single patches.
 """
@@ -15,7 +16,8 @@ TRIES_PER_BLOCK = 10
 
 
 class MaskingGenerator:
-    """Calling it gives an (H, W) int array, 1 = masked, with exactly `num_masking_patches` ones.
+    """Calling it gives an (H, W) int array, 1 = masked, with exactly
+    `num_masking_patches` ones.
 
     Args:
         input_size: the patch grid, H = W or (H, W), in patches. num_masking_patches:
@@ -52,8 +54,8 @@ class MaskingGenerator:
 
     def __repr__(self) -> str:
         return (
-            f"MaskingGenerator({self.num_masking_patches} of {self.height}x{self.width} patches, "
-            f"blocks of {self.min_num_patches} to {self.max_num_patches})"
+            f"MaskingGenerator({self.num_masking_patches} of {self.height}x{self.width} patches, blocks of "
+            f"{self.min_num_patches} to {self.max_num_patches})"
         )
 
     def __call__(self) -> npt.NDArray[np.int_]:
@@ -64,13 +66,16 @@ class MaskingGenerator:
             if added == 0:
                 break
             left -= added
-        # A block never exceeds what is left, so cells may be missing at the end but are never too many.
+        # A block never exceeds what is left, so cells may be missing at the end but are
+        # never too many.
         if left > 0:
             mask_cells(mask, left)
         return mask
 
     def _mask_block(self, mask: npt.NDArray[np.int_], most: int) -> int:
-        """Mask one rectangle that adds 1 to `most` cells, in place; the number added, 0 when no try fitted."""
+        """Mask one rectangle that adds 1 to `most` cells, in place; the number added, 0
+        when no try fitted.
+        """
         for _ in range(TRIES_PER_BLOCK):
             # `most` may be the smaller of the two: uniform takes them in either order.
             area = random.uniform(self.min_num_patches, most)
@@ -88,8 +93,8 @@ class MaskingGenerator:
 
 
 class RandomMaskingGenerator(MaskingGenerator):
-    """Single patches, each as likely as any other (BEiT's ablation of blockwise masking).
-    What describes blocks is not used.
+    """Single patches, each as likely as any other (BEiT's ablation of blockwise
+    masking). What describes blocks is not used.
     """
 
     def __repr__(self) -> str:

@@ -22,8 +22,8 @@ from utils import format_size
 
 PURPOSES = {
     "tokenizer": (
-        "gives BEiT v2 pretraining its targets: --tokenizer_model NAME --tokenizer_weight "
-        "NAME; usage of the codebook"
+        "gives BEiT v2 pretraining its targets: --tokenizer_model NAME --tokenizer_weight NAME; usage of "
+        "the codebook"
     ),
     "tokenizer-v1": "gives BEiT v1 pretraining its targets: --tokenizer_model dall-e --tokenizer_weight NAME",
     "pretrained": "without labels: to fine-tune (--finetune NAME), probe, or pretrain on (--resume NAME)",

@@ -1,6 +1,8 @@
-"""The visual tokenizer of BEiT v1: the encoder of DALL-E's discrete VAE (Ramesh et al., 2021), frozen.
+"""The visual tokenizer of BEiT v1: the encoder of DALL-E's discrete VAE (Ramesh et al.,
+2021), frozen.
 
-Shapes: B batch, H x W pixels, h x w = H/8 x W/8 grid of N tokens, C width (n_hid x 1, 2, 4, 8), K codes.
+Shapes: B batch, H x W pixels, h x w = H/8 x W/8 grid of N tokens, C width (n_hid x 1,
+2, 4, 8), K codes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ PUBLISHED = "dall_e_encoder"  # in published.ENTRIES
 
 
 class Conv(nn.Module):
-    """Convolution of stride 1 that keeps the size, in the precision of its input; its keys are `w` and `b`."""
+    """Convolution of stride 1 that keeps the size, in the precision of its input; its
+    keys are `w` and `b`.
+    """
 
     def __init__(self, n_in: int, n_out: int, kernel: int) -> None:
         super().__init__()
@@ -38,7 +42,9 @@ class Conv(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Bottleneck residual block; `gain` keeps the sum over all blocks in range, for there is no normalization."""
+    """Bottleneck residual block; `gain` keeps the sum over all blocks in range, for
+    there is no normalization.
+    """
 
     def __init__(self, n_in: int, n_out: int, gain: float) -> None:
         super().__init__()
@@ -67,12 +73,15 @@ def group(n_in: int, n_out: int, blocks: int, pooled: bool) -> nn.Sequential:
 
 
 def map_pixels(x: Tensor) -> Tensor:
-    """[0, 1] -> [0.1, 0.9], away from the ends, where the dVAE's logit-Laplace likelihood has no value."""
+    """[0, 1] -> [0.1, 0.9], away from the ends, where the dVAE's logit-Laplace
+    likelihood has no value.
+    """
     return 0.8 * x + 0.1
 
 
 class DallEEncoder(nn.Module):
-    """Images -> logits over K codes for every 8 x 8 pixels. Frozen: no gradients, always in eval mode.
+    """Images -> logits over K codes for every 8 x 8 pixels. Frozen: no gradients,
+    always in eval mode.
 
     Precision: fp32, as OpenAI's own code on a CPU; the last convolution always. On a
     GPU that code computes all the others in fp16; here they are so under autocast only,
@@ -111,8 +120,7 @@ class DallEEncoder(nn.Module):
             near = max(round(height / PATCH_SIZE), 1) * PATCH_SIZE
             raise UserError(
                 f"DALL-E's encoder takes images whose sides are multiples of {PATCH_SIZE} pixels, not "
-                f"{height} x {width}: "
-                f"`second_input_size` {near} would do"
+                f"{height} x {width}: `second_input_size` {near} would do"
             )
         half = x.is_cuda and torch.is_autocast_enabled("cuda")
         *trunk, output = self.blocks
@@ -124,7 +132,8 @@ class DallEEncoder(nn.Module):
 
     @torch.no_grad()
     def get_codebook_indices(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> token of every 8 x 8 pixels, row by row (B, N) int64.
+        """Images (B, 3, H, W) in [0, 1] -> token of every 8 x 8 pixels, row by row (B,
+        N) int64.
 
         With a mask (B, N): those of its M patches alone, (M,).
         """
@@ -155,7 +164,8 @@ CLASSES = (
 
 
 def load_dall_e_encoder(path: str | None = None) -> DallEEncoder:
-    """The tokenizer in `path`: a file, a URL or a name (see downloads.fetch); None is OpenAI's, downloaded once.
+    """The tokenizer in `path`: a file, a URL or a name (see downloads.fetch); None is
+    OpenAI's, downloaded once.
 
     Reads OpenAI's encoder.pkl (a pickled module) without running code from it, and
     state dicts, bare or under `model` or `state_dict`, in any floating-point type.
@@ -169,7 +179,8 @@ def load_dall_e_encoder(path: str | None = None) -> DallEEncoder:
     with torch.device("meta"):  # shapes only: the weights are in the file
         model = DallEEncoder(*sizes_in(state, source))
     check_dvae_weights(model, state, source)
-    # Copied: the file may be mapped into memory, and whoever moves it later must not change the tokens.
+    # Copied: the file may be mapped into memory, and whoever moves it later must not
+    # change the tokens.
     model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state.items()}, assign=True)
     return model
 
@@ -224,6 +235,6 @@ def shape_of(tensor: Tensor) -> str:
 
 def not_an_encoder(source: str, why: str) -> UserError:
     return UserError(
-        f"{source} is not DALL-E's encoder ({why}); `python model_zoo.py {PUBLISHED}` downloads "
-        "OpenAI's encoder.pkl"
+        f"{source} is not DALL-E's encoder ({why}); `python model_zoo.py {PUBLISHED}` downloads OpenAI's "
+        "encoder.pkl"
     )

@@ -29,8 +29,8 @@ __all__ = [
 
 
 class VisionTransformer(Trunk):
-    """ViT with a linear head. Mean pooling norms the mean of the patch tokens (`fc_norm`);
-    CLS pooling norms all (`norm`).
+    """ViT with a linear head. Mean pooling norms the mean of the patch tokens
+    (`fc_norm`); CLS pooling norms all (`norm`).
 
     Args:
         num_classes: 0 for features alone, without a head.
@@ -67,9 +67,11 @@ class VisionTransformer(Trunk):
         return_all_tokens: bool = False,
         subset: TokenSubset | None = None,
     ) -> Tensor:
-        """Pooled features (B, C); or the normalized patch tokens (B, N, C); or all tokens (B, T, C).
+        """Pooled features (B, C); or the normalized patch tokens (B, N, C); or all
+        tokens (B, T, C).
 
-        `subset`: only those of all tokens, (B, R, C); the last block computes no others.
+        `subset`: only those of all tokens, (B, R, C); the last block computes no
+        others.
         """
         tokens, bias = self.embed(x), self.shared_bias()
         for block in self.blocks[:-1]:
@@ -87,7 +89,9 @@ class VisionTransformer(Trunk):
     def forward(
         self, x: Tensor, return_patch_tokens: bool = False, return_all_tokens: bool = False
     ) -> Tensor:
-        """Images (B, in_chans, height, width) -> logits (B, num_classes), or the head of each token asked for."""
+        """Images (B, in_chans, height, width) -> logits (B, num_classes), or the head
+        of each token asked for.
+        """
         return self.head(self.forward_features(x, return_patch_tokens, return_all_tokens))
 
     def get_intermediate_layers(self, x: Tensor) -> list[Tensor]:

@@ -22,7 +22,8 @@ Criterion = Callable[[Tensor, nn.Linear], Any]
 
 
 class MaskedPatches(NamedTuple):
-    """The M masked patches of a batch, and the tokens that the last block of each branch computes.
+    """The M masked patches of a batch, and the tokens that the last block of each
+    branch computes.
 
     Only masked patches reach the heads, so the last blocks compute no other outputs
     (`subset`), but for CLS in front of them where the other branch needs it
@@ -35,7 +36,9 @@ class MaskedPatches(NamedTuple):
     subset_with_cls: TokenSubset | None
 
     def gather(self, tokens: Tensor) -> Tensor:
-        """The masked patches (M, C) of all tokens (B, T, C), or of a subset, which ends with the masked patches."""
+        """The masked patches (M, C) of all tokens (B, T, C), or of a subset, which ends
+        with the masked patches.
+        """
         if self.subset is not None:  # so every image has equally many
             per_image = len(self.flat_index) // len(tokens)
             if tokens.shape[1] <= per_image + 1:
@@ -95,7 +98,9 @@ class VisionTransformerForMaskedImageModeling(Trunk):
     compiled_methods: tuple[str, ...] = ("encode",)
 
     def locate_masked(self, x: Tensor, bool_masked_pos: Tensor | None) -> tuple[Tensor | None, MaskedPatches]:
-        """The mask on the images' device, and where in the tokens the masked patches are."""
+        """The mask on the images' device, and where in the tokens the masked patches
+        are.
+        """
         if bool_masked_pos is None:
             return None, MaskedPatches(torch.zeros(0, dtype=torch.int64, device=x.device), None, None)
         mask = bool_masked_pos.flatten(1).to(torch.bool)
@@ -106,7 +111,9 @@ class VisionTransformerForMaskedImageModeling(Trunk):
         return mask.to(x.device, non_blocking=True), masked
 
     def encode(self, x: Tensor, mask: Tensor | None, subset: TokenSubset | None = None) -> Tensor:
-        """Images -> tokens after the last block, (B, T, C) or only the subset (B, R, C)."""
+        """Images -> tokens after the last block, (B, T, C) or only the subset (B, R,
+        C).
+        """
         tokens, bias = self.embed(x, mask), self.shared_bias()
         for block in self.blocks[:-1]:
             tokens = block(tokens, bias)
@@ -130,7 +137,8 @@ class VisionTransformerForMaskedImageModeling(Trunk):
 
 
 class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImageModeling):
-    """BEiT v2, section 3.2: the last layer's CLS token must carry what the early layers' patch tokens lack.
+    """BEiT v2, section 3.2: the last layer's CLS token must carry what the early
+    layers' patch tokens lack.
 
     [last CLS; patch tokens of block `early_layers`] passes `head_layers` more blocks,
     whose patch tokens predict the visual tokens a second time. forward returns the pair
@@ -148,7 +156,8 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
             )
         self.early_layers, self.shared_lm_head = early_layers, shared_lm_head
         rates = drop_path_ramp(self.drop_path_rate, max(depth, early_layers + head_layers))
-        # These blocks keep PyTorch's default initialization, rescaled: the released weights were trained so.
+        # These blocks keep PyTorch's default initialization, rescaled: the released
+        # weights were trained so.
         self.cls_pt_layers = nn.ModuleList(
             self.make_block(drop_path=rates[early_layers + i]) for i in range(head_layers)
         )
@@ -198,7 +207,9 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
     def aggregate_into_cls(
         self, last: Tensor, early: Tensor, bias: Tensor | None, subset: TokenSubset | None = None
     ) -> Tensor:
-        """[last CLS; early patches] through the head's layers: (B, T, C), or only the subset (B, R, C)."""
+        """[last CLS; early patches] through the head's layers: (B, T, C), or only the
+        subset (B, R, C).
+        """
         bridged = torch.cat((last[:, :1], early), dim=1)
         for block in self.cls_pt_layers[:-1]:
             bridged = block(bridged, bias)

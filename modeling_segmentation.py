@@ -1,4 +1,5 @@
-"""Semantic segmentation: the ViT as a backbone of four maps, and heads that give every pixel a class.
+"""Semantic segmentation: the ViT as a backbone of four maps, and heads that give every
+pixel a class.
 
 Shapes: B batch, C width, K classes, h x w patches of an image of H x W pixels. Sources:
 BEiT (Bao et al. 2022, section 3.2 and appendix), UPerNet (Xiao et al. 2018), SETR-PUP
@@ -14,84 +15,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from errors import UserError, pick
+from layers.conv_module import AveragePool, BatchNorm, ConvModule, resize
 from layers.init_weights import init_linear_and_norm, rescale_outputs
 from layers.rel_pos_bias import at_least, has_free_size
-from runtime import distributed
 from vit_backbone import SIZES, Trunk
 
 POOL_SCALES = (1, 2, 3, 6)
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm over the images of all processes, on any device (torch's own SyncBatchNorm is for GPUs alone)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> the same"""
-        if not self.training or distributed.world_size() == 1:
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            z = x.float()
-            count = all_reduce(z.new_tensor(z.numel() / z.shape[1]))
-            mean = all_reduce(z.sum(dim=(0, 2, 3))) / count
-            centered = z - mean[:, None, None]
-            var = all_reduce(centered.square().sum(dim=(0, 2, 3))) / count
-            self.remember(mean.detach(), var.detach(), count)
-            scale = self.weight * (var + self.eps).rsqrt()
-            return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-    def remember(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        """Running statistics as torch keeps them: the variance without bias."""
-        self.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
-        self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
-        self.running_var.lerp_(var * count / (count - 1).clamp(min=1), self.momentum)  # type: ignore[union-attr, arg-type]
-
-
-class AveragePool(nn.AdaptiveAvgPool2d):
-    """To `output_size` squares of a map of any size; torch's own compares sizes, which no export can."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, output_size, output_size)"""
-        if not has_free_size(x.shape[-2:]):
-            return super().forward(x)
-        rows, columns = (self.averages(side).to(x) for side in x.shape[-2:])
-        maps = x.flatten(0, 1)  # matmul would compare sizes, bmm does not
-        count = maps.shape[0]
-        pooled = torch.bmm(torch.bmm(rows.expand(count, -1, -1), maps), columns.T.expand(count, -1, -1))
-        return pooled.unflatten(0, x.shape[:2])
-
-    def averages(self, side: int) -> Tensor:
-        """(output_size, side): each row is the mean of one of as many parts of a side, which may overlap by one."""
-        count: Any = self.output_size
-        part, position = torch.arange(count)[:, None], torch.arange(side)
-        first, end = part * side // count, -((part + 1) * -side // count)
-        inside = (position >= first) & (position < end)
-        return inside / (end - first)
-
-
-class ConvModule(nn.Module):
-    """Convolution without bias, batch norm, ReLU; the size stays."""
-
-    def __init__(self, in_channels: int, channels: int, kernel_size: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
-        self.bn = BatchNorm(channels)
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
-
-
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, C, h, w) -> (B, C, *size), bilinear."""
-    same = not has_free_size((*x.shape[-2:], *size)) and x.shape[-2:] == tuple(size)
-    return x if same else F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-
-
 class Head(nn.Module):
-    """What every head ends with: dropout of whole channels and a 1 x 1 convolution to the classes."""
+    """What every head ends with: dropout of whole channels and a 1 x 1 convolution to
+    the classes.
+    """
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -105,7 +42,9 @@ class Head(nn.Module):
 
 
 def set_head_dropout(model: nn.Module, share: float) -> None:
-    """`share` of the channels that each head's last convolution does not see in training."""
+    """`share` of the channels that each head's last convolution does not see in
+    training.
+    """
     for head in (module for module in model.modules() if isinstance(module, Head)):
         head.dropout.p = share
 
@@ -133,7 +72,9 @@ class UPerHead(Head):
         self.fpn_bottleneck = ConvModule(len(in_channels) * channels, channels, 3)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps (B, in_channels[i], h_i, w_i), finest first -> logits (B, K, h_0, w_0)."""
+        """Maps (B, in_channels[i], h_i, w_i), finest first -> logits (B, K, h_0,
+        w_0).
+        """
         *fine, coarsest = maps
         pooled = [resize(pool(coarsest), coarsest.shape[-2:]) for pool in self.psp_modules]
         pyramid = [lateral(x) for lateral, x in zip(self.lateral_convs, fine, strict=True)]
@@ -147,7 +88,9 @@ class UPerHead(Head):
 
 
 class FCNHead(Head):
-    """One convolution: the auxiliary head, which gives the middle of the network a loss of its own."""
+    """One convolution: the auxiliary head, which gives the middle of the network a loss
+    of its own.
+    """
 
     def __init__(self, in_channels: int, channels: int, num_classes: int) -> None:
         super().__init__(channels, num_classes)
@@ -159,7 +102,9 @@ class FCNHead(Head):
 
 
 class SETRPUPHead(Head):
-    """SETR-PUP, the task layer of BEiT v1's paper: progressive upsampling, 16 times in four stages."""
+    """SETR-PUP, the task layer of BEiT v1's paper: progressive upsampling, 16 times in
+    four stages.
+    """
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, stages: int = 4) -> None:
         super().__init__(channels, num_classes)
@@ -221,7 +166,9 @@ class SegmentationBackbone(Trunk):
 
 
 class Segmenter(nn.Module):
-    """Backbone, head and, where there is one, auxiliary head on the third map. Takes images of any size."""
+    """Backbone, head and, where there is one, auxiliary head on the third map. Takes
+    images of any size.
+    """
 
     def __init__(
         self, backbone: SegmentationBackbone, decode_head: Head, auxiliary_head: FCNHead | None = None
@@ -230,8 +177,8 @@ class Segmenter(nn.Module):
         self.backbone, self.decode_head, self.auxiliary_head = backbone, decode_head, auxiliary_head
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
-        """Images (B, 3, H, W) -> logits (B, K, H, W); in training beside them those of the
-        auxiliary head, or None.
+        """Images (B, 3, H, W) -> logits (B, K, H, W); in training beside them those of
+        the auxiliary head, or None.
         """
         patch = self.backbone.patch_size
         # two for the max-pool
@@ -273,7 +220,9 @@ MODELS = {
 def create_model(
     name: str, num_classes: int, img_size: int | tuple[int, int] = 512, **kwargs: Any
 ) -> Segmenter:
-    """`kwargs`: of vit_backbone.Trunk. `img_size`: of the position tables; images may have any other."""
+    """`kwargs`: of vit_backbone.Trunk. `img_size`: of the position tables; images may
+    have any other.
+    """
     head, size = pick(MODELS, name, "segmentation model")
     width = SIZES[size].embed_dim
     settings = {"img_size": img_size, "patch_size": 16, **SIZES[size]._asdict(), **kwargs}
@@ -285,7 +234,9 @@ def create_model(
 def assemble(
     head: str, backbone: dict[str, Any], num_classes: int, channels: int, aux_channels: int
 ) -> Segmenter:
-    """`backbone`: of vit_backbone.Trunk; `channels`: of the decode head; `aux_channels` 0: no other head."""
+    """`backbone`: of vit_backbone.Trunk; `channels`: of the decode head; `aux_channels`
+    0: no other head.
+    """
     pyramid, depth = head == "upernet", backbone["depth"]
     outputs = [depth // 3, depth // 2, 2 * depth // 3, depth] if pyramid else [depth]  # blocks, from 1
     try:

@@ -1,4 +1,5 @@
-"""VQ-KD: the visual tokenizer of BEiT v2 (section 3.1), trained to reconstruct a frozen teacher's features.
+"""VQ-KD: the visual tokenizer of BEiT v2 (section 3.1), trained to reconstruct a frozen
+teacher's features.
 
 Shapes: B batch, h x w grid of N patches, C width, K codes, D code dim, F teacher dim.
 """
@@ -6,7 +7,6 @@ Shapes: B batch, h x w grid of N patches, C width, K codes, D code dim, F teache
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoint_io.tokenizer_weights import check_codebook, count_blocks, infer_decoder_depth, read_tokenizer
+from checkpoint_io.tokenizer_weights import (
+    check_codebook,
+    count_blocks,
+    infer_decoder_depth,
+    load_tokenizer_weights,
+    read_tokenizer,
+)
 from errors import UserError, pick
 from layers.init_weights import init_linear_and_norm
 from layers.rel_pos_bias import grid_of
@@ -34,15 +40,19 @@ INPUT_MEAN_STD = {
 
 
 class VQKD(nn.Module):
-    """Encoder -> unit codes of dim D -> quantizer -> decoder -> the teacher's feature of every patch.
+    """Encoder -> unit codes of dim D -> quantizer -> decoder -> the teacher's feature
+    of every patch.
 
     Args:
-        encoder_config, decoder_config: arguments of VisionTransformer. The decoder's image
-            is the grid of codes (img_size = grid side, patch_size 1, in_chans = embed_dim).
+        encoder_config, decoder_config: arguments of VisionTransformer. The decoder's
+        image
+            is the grid of codes (img_size = grid side, patch_size 1, in_chans =
+            embed_dim).
         n_embed, embed_dim: K and D. decoder_out_dim: F.
-        teacher: frozen module with `targets(x) -> (B, N, F)`, which `forward` asks where it
-            is given no targets. It is no part of this module: neither parameters nor state
-            dict hold it, and `.to()` does not move it.
+        teacher: frozen module with `targets(x) -> (B, N, F)`, which `forward` asks
+        where it
+            is given no targets. It is no part of this module: neither parameters nor
+            state dict hold it, and `.to()` does not move it.
     """
 
     input_mean: Tensor
@@ -89,7 +99,8 @@ class VQKD(nn.Module):
         return (x - self.input_mean) / self.input_std
 
     def features(self, x: Tensor, subset: TokenSubset | None = None) -> Tensor:
-        """Pre-processed images -> code vectors before normalization (B, N, D), fp32 also under autocast.
+        """Pre-processed images -> code vectors before normalization (B, N, D), fp32
+        also under autocast.
 
         `subset`: of these patches alone, (B, R, D).
         """
@@ -98,7 +109,9 @@ class VQKD(nn.Module):
             return self.encode_task_layer(tokens.float())
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pre-processed images -> (z_q (B, D, h, w), indices (B * N,), commitment loss ())."""
+        """Pre-processed images -> (z_q (B, D, h, w), indices (B * N,), commitment loss
+        ()).
+        """
         height, width = self.encoder.patch_embed.patch_shape
         z = rearrange(self.features(x), "b (h w) d -> b d h w", h=height, w=width)
         z_q, loss, indices = self.quantize(z)
@@ -106,9 +119,11 @@ class VQKD(nn.Module):
 
     @torch.no_grad()
     def get_codebook_indices(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
-        """Images (B, 3, height, width) in [0, 1] -> code of every patch (B, N) int64. Writes no state.
+        """Images (B, 3, height, width) in [0, 1] -> code of every patch (B, N) int64.
+        Writes no state.
 
-        With a mask (B, N), best on the host: the codes of its M patches alone, (M,), in row-major order.
+        With a mask (B, N), best on the host: the codes of its M patches alone, (M,), in
+        row-major order.
         """
         subset = None if bool_masked_pos is None else masked_subset(bool_masked_pos, x.device, with_cls=False)
         features = F.normalize(self.features(self.pre_process(x), subset), dim=-1)
@@ -172,8 +187,8 @@ class Variant:
     @property
     def name(self) -> str:
         """The published one."""
-        width = SIZES[self.size].embed_dim
-        return f"vqkd_encoder_{self.size}_decoder_{self.decoder_depth}x{width}x{self.decoder_heads}_{self.teacher}"
+        decoder = f"{self.decoder_depth}x{SIZES[self.size].embed_dim}x{self.decoder_heads}"
+        return f"vqkd_encoder_{self.size}_decoder_{decoder}_{self.teacher}"
 
     @property
     def encoder_shape(self) -> tuple[int, int]:
@@ -195,8 +210,8 @@ class Variant:
         decoder_depth: int | None = None,
         **options: Any,
     ) -> VQKD:
-        """A tokenizer to train, or with as_tokenizer a frozen one in eval mode: with the
-        weights of `pretrained_weight` if `pretrained`.
+        """A tokenizer to train, or with as_tokenizer a frozen one in eval mode: with
+        the weights of `pretrained_weight` if `pretrained`.
 
         Args:
             img_size: default: the row's.
@@ -227,7 +242,7 @@ class Variant:
             **{"quantize_kmeans_init": not frozen, **options},
         )
         if weights is not None:
-            load_tokenizer_weights(model, weights, source)
+            load_tokenizer_weights(model, weights, infer_settings(weights, {}, source), source)
         return model.eval().requires_grad_(False) if frozen else model
 
 
@@ -251,7 +266,8 @@ def create_model(name: str, **options: Any) -> VQKD:
 
 
 def open_tokenizer(source: str, flag: str = "`tokenizer_weight`") -> tuple[VQKD, dict[str, Any]]:
-    """The frozen tokenizer in a file (path, URL or published name), built from what the file says of itself.
+    """The frozen tokenizer in a file (path, URL or published name), built from what the
+    file says of itself.
 
     Returns it and the flags it was trained with ({} for published files). `flag` names
     the source in messages.
@@ -262,7 +278,9 @@ def open_tokenizer(source: str, flag: str = "`tokenizer_weight`") -> tuple[VQKD,
 
 
 def infer_settings(weights: dict[str, Tensor], flags: dict[str, Any], source: str) -> dict[str, Any]:
-    """The arguments of create_model for the tokenizer whose weights these are. `source` is for messages."""
+    """The arguments of create_model for the tokenizer whose weights these are. `source`
+    is for messages.
+    """
     codebook, positions = weights["quantize.embedding.weight"], weights["encoder.pos_embed"]
     shape = (positions.shape[-1], count_blocks(weights, "encoder"))
     fitting = [name for name, variant in MODELS.items() if variant.encoder_shape == shape]
@@ -274,26 +292,3 @@ def infer_settings(weights: dict[str, Tensor], flags: dict[str, Any], source: st
     side = grid_of(positions.shape[1] - 1) * PATCH_SIZE
     codes = {"n_code": codebook.shape[0], "code_dim": codebook.shape[1]}
     return {"name": name, "img_size": side, **codes, "decoder_depth": count_blocks(weights, "decoder")}
-
-
-def load_tokenizer_weights(model: VQKD, weights: dict[str, Tensor], source: str) -> None:
-    wanted = model.state_dict()
-    for key in weights:
-        unused = re.match(r"(encoder|decoder)\.(head\.|fc_norm\.|.*relative_position_index$)", key)
-        if key.startswith(("encoder.", "decoder.")) and key not in wanted and not unused:
-            raise UserError(
-                f"{source} is of another architecture, which no tokenizer here computes: it holds {key}"
-            )
-    missing = [key for key in wanted if key not in weights and not key.startswith("target_")]
-    misfits = [key for key, value in weights.items() if key in wanted and wanted[key].shape != value.shape]
-    if missing or misfits:
-        own = infer_settings(weights, {}, source)
-        side, fitting = own["img_size"], own["name"]
-        reason = f"it is a {fitting}, or of that size"
-        positions = "encoder.pos_embed"
-        if positions in misfits and weights[positions].shape[-1] == wanted[positions].shape[-1]:
-            reason = f"it was trained on {side}-pixel images: `second_input_size` {side}"
-        raise UserError(
-            f"{source} does not fit `tokenizer_model` ({(misfits + missing)[0]} differs): {reason}"
-        )
-    model.load_state_dict(weights, strict=False)

@@ -1,7 +1,9 @@
-"""Vector quantizer on the unit sphere whose codebook follows its codes' features by exponential moving average.
+"""Vector quantizer on the unit sphere whose codebook follows its codes' features by
+exponential moving average.
 
-VQ-KD (BEiT v2, section 3.1). Shapes: B batch, h x w grid, M = B * h * w features, K codes, D code dim.
-Every rank holds the same codebook at every step: counts, sums and k-means see the features of all ranks.
+VQ-KD (BEiT v2, section 3.1). Shapes: B batch, h x w grid, M = B * h * w features, K
+codes, D code dim. Every rank holds the same codebook at every step: counts, sums and
+k-means see the features of all ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 
 class Codebook(nn.Module):
-    """The codes and, for the state dict alone, the published companions `cluster_size` and `embed_avg`."""
+    """The codes and, for the state dict alone, the published companions `cluster_size`
+    and `embed_avg`.
+    """
 
     weight: Tensor
     cluster_size: Tensor
@@ -49,8 +53,10 @@ class NormEMAVectorQuantizer(nn.Module):
         n_embed, embedding_dim: K and D.
         beta: weight of the commitment loss.
         decay: of the codes' moving average and of the usage statistic.
-        eps: kept for the published signature; the codes need no smoothing since they are unit vectors.
-        statistic_code_usage: keep `cluster_size`, the usage of each code since the last `start_epoch`.
+        eps: kept for the published signature; the codes need no smoothing since they
+        are unit vectors.
+        statistic_code_usage: keep `cluster_size`, the usage of each code since the last
+        `start_epoch`.
         kmeans_init: initialize the codebook by cosine k-means on the first features.
     """
 
@@ -110,13 +116,17 @@ class NormEMAVectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, features: Tensor) -> Tensor:
-        """Unit features (M, D) -> index of the most similar code (M,), always in fp32."""
+        """Unit features (M, D) -> index of the most similar code (M,), always in
+        fp32.
+        """
         with torch.autocast(features.device.type, enabled=False):
             return nearest_codes(features.float(), self.embedding.weight.float())
 
     @torch.no_grad()
     def update(self, features: Tensor, indices: Tensor) -> None:
-        """Move used codes toward the mean direction of their features; unused codes keep theirs."""
+        """Move used codes toward the mean direction of their features; unused codes
+        keep theirs.
+        """
         counts, sums = count_and_sum(features, indices, self.num_tokens)
         distributed.all_reduce_sum(counts, sums)
         used = counts > 0
@@ -132,7 +142,9 @@ class NormEMAVectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, features: Tensor) -> None:
-        """Cosine k-means on the features of all ranks, the same everywhere; may wait for more batches."""
+        """Cosine k-means on the features of all ranks, the same everywhere; may wait
+        for more batches.
+        """
         self.collected.append(distributed.all_gather_rows(features))
         gathered = torch.cat(self.collected)
         if len(gathered) < self.gather_for_kmeans:
@@ -146,14 +158,18 @@ class NormEMAVectorQuantizer(nn.Module):
         self.ready, self.collected = True, []
 
     def start_epoch(self, revive_dead_codes: bool = False) -> None:
-        """Usage is counted anew each epoch; codes that the last epoch never used may be placed on live features."""
+        """Usage is counted anew each epoch; codes that the last epoch never used may be
+        placed on live features.
+        """
         if revive_dead_codes and self.ready and bool(self.cluster_size.any()):
             self.dead = self.cluster_size == 0
         self.cluster_size.zero_()
 
     @torch.no_grad()
     def revive(self, features: Tensor) -> None:
-        """Put each dead code on the feature, among all ranks' in this batch, that the live codes serve worst."""
+        """Put each dead code on the feature, among all ranks' in this batch, that the
+        live codes serve worst.
+        """
         dead, self.dead = self.dead, None
         if dead is None or not bool(dead.any()):
             return
@@ -167,7 +183,9 @@ class NormEMAVectorQuantizer(nn.Module):
         self.embedding.weight.copy_(distributed.broadcast(weight))
 
     def usage(self) -> dict[str, float]:
-        """Codes used since start_epoch, and the perplexity exp(entropy) of their use. Synchronizes the device."""
+        """Codes used since start_epoch, and the perplexity exp(entropy) of their use.
+        Synchronizes the device.
+        """
         used = int((self.cluster_size > 0).sum())
         return {
             "codes_used": used,
@@ -177,8 +195,8 @@ class NormEMAVectorQuantizer(nn.Module):
 
 
 def perplexity(counts: Tensor) -> float:
-    """exp(entropy) of how often each code (K,) is used: so many codes, used equally, are
-    as hard to guess. 0 without any.
+    """exp(entropy) of how often each code (K,) is used: so many codes, used equally,
+    are as hard to guess. 0 without any.
     """
     total = counts.sum()
     shares = counts / total.clamp(min=1e-12)
@@ -186,8 +204,8 @@ def perplexity(counts: Tensor) -> float:
 
 
 def count_and_sum(features: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
-    """Features (M, D) by code: counts (K,) and sums (K, D), without a one-hot matrix and
-    without a synchronization.
+    """Features (M, D) by code: counts (K,) and sums (K, D), without a one-hot matrix
+    and without a synchronization.
     """
     counts = features.new_zeros(n_codes).index_add_(0, indices, features.new_ones(len(indices)))
     sums = features.new_zeros(n_codes, features.shape[1]).index_add_(0, indices, features)

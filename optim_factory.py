@@ -30,7 +30,9 @@ def get_num_layer_for_vit(name: str, num_max_layer: int) -> int:
 
 
 class LayerDecayValueAssigner:
-    """Learning-rate factor per layer; `values` runs from the embeddings (0) to the head (last)."""
+    """Learning-rate factor per layer; `values` runs from the embeddings (0) to the head
+    (last).
+    """
 
     def __init__(self, values: Sequence[float]) -> None:
         self.values = list(values)
@@ -54,7 +56,8 @@ def get_parameter_groups(
     get_num_layer: Callable[[str], int] | None = None,
     get_layer_scale: Callable[[int], float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups `[layer_i_]{decay,no_decay}` in the order in which the parameters first meet them.
+    """Groups `[layer_i_]{decay,no_decay}` in the order in which the parameters first
+    meet them.
 
     No weight decay for 1-d parameters, biases and the names in `skip_list`. Each group
     carries `weight_decay` and `lr_scale`; the training loop multiplies the scheduled
@@ -149,8 +152,8 @@ def cosine_scheduler(
     start_warmup_value: float = 0,
     warmup_steps: int = -1,
 ) -> np.ndarray:
-    """One value per optimizer step: linear warm-up that includes its endpoint, then half a
-    cosine to `final_value`.
+    """One value per optimizer step: linear warm-up that includes its endpoint, then
+    half a cosine to `final_value`.
 
     warmup_steps > 0 replaces warmup_epochs * niter_per_ep. A warm-up longer than the
     run is cut at the run's end.
@@ -223,8 +226,8 @@ def build_schedule(options: ScheduleOptions, lr: float, steps_per_epoch: int) ->
         )
     if warmup >= steps:
         logging.getLogger("beit").warning(
-            f"warning: the warm-up ({warmup} steps) is as long as the run ({steps} steps): "
-            "the learning rate only rises; lower `warmup_epochs`"
+            f"warning: the warm-up ({warmup} steps) is as long as the run ({steps} steps): the learning "
+            "rate only rises; lower `warmup_epochs`"
         )
     decay = options.weight_decay
     decay_end = decay if options.weight_decay_end is None else options.weight_decay_end
@@ -243,8 +246,8 @@ def build_poly_schedule(
     """A run that is counted in optimizer steps; `lr` is the peak."""
     if warmup_steps >= max_steps:
         raise ParameterError(
-            f"`warmup_steps` {warmup_steps} is as long as the run of `max_steps` {max_steps}: "
-            "shorten it, or give 0"
+            f"`warmup_steps` {warmup_steps} is as long as the run of `max_steps` {max_steps}: shorten it, "
+            "or give 0"
         )
     return Schedule(
         poly_scheduler(lr, min_lr, max_steps, warmup_steps, poly_power),

@@ -73,14 +73,14 @@ def infer_architecture(
     rows = [size for size in SIZES.values() if (size.embed_dim, size.depth) == (width, len(blocks))]
     if tables and num_heads not in (None, tables[0].shape[1]):
         raise UserError(
-            f"`num_heads` {num_heads}: the file's position tables are of {tables[0].shape[1]} heads; "
-            "leave it out"
+            f"`num_heads` {num_heads}: the file's position tables are of {tables[0].shape[1]} heads; leave "
+            "it out"
         )
     heads = num_heads or (tables[0].shape[1] if tables else rows[0].num_heads if rows else None)
     if heads is None or width % heads:
         raise UserError(
-            f"how many heads the {width} channels of each layer are cut into is not known: `num_heads` "
-            "says it"
+            f"how many heads the {width} channels of each layer are cut into is not known: `num_heads` says "
+            "it"
         )
     hidden = len(mlp)
     ratio, grid = hidden / width, remapping.infer_patch_grid(weights)

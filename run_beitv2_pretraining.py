@@ -1,4 +1,6 @@
-"""Pretrain a vision transformer by masked image modeling, BEiT or BEiT v2 (README: recipes)."""
+"""Pretrain a vision transformer by masked image modeling, BEiT or BEiT v2 (README:
+recipes).
+"""
 
 from __future__ import annotations
 
@@ -32,6 +34,56 @@ from runtime import distributed
 from runtime.terminal import log
 from transforms import eval_view
 from vit_backbone import cast_frozen
+
+
+def build(args: arguments.Flags) -> engine.Trainer:
+    """The run that the flags describe, ready for its first step."""
+    # ── Setup ──
+    parser = get_parser()
+    run = run_state.start_run(parser, args)
+    arguments.warn_of_idle_flags(parser, args, idle_flags(args))
+
+    # ── What is predicted: the codes of a frozen tokenizer, or pixels. First, as its file may be wrong ──
+    target = build_target(args, run)
+
+    # ── Data: two views of one crop, and a mask ──
+    dataset, held_out = build_data(args)
+    held_out_loader = None if held_out is None else run_state.build_eval_loader(held_out, run)
+    knn_probe = build_knn_probe(args, run)
+    data = run_state.build_training_data(dataset, run)
+
+    # ── The student ──
+    model = build_model(args, target.width)
+    run_state.move_to_device(run, model)
+    stage = PretrainingStage(
+        target,
+        run.device,
+        run.precision,
+        dataset,
+        mean_and_std(args),
+        held_out_loader,
+        predict_all=predicts_all(args),
+        nothing_masked=args.no_mask,
+        knn_probe=knn_probe,
+    )
+    log.info(f"target     {stage.task}")
+
+    # ── Optimizer ──
+    optimizer = create_optimizer(args, model)
+    schedule = build_schedule(arguments.options(ScheduleOptions, args), args.lr, data.steps_per_epoch)
+    state = run_state.new_state(model, optimizer, run, args.model)
+
+    # ── Resume ──
+    trainer = engine.Trainer(run, stage, data, schedule, state)
+    trainer.resume()
+    trainer.compile(*target.networks())
+    return trainer
+
+
+@report_user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    build(parse_flags(argv)).fit()
+    distributed.stop()
 
 
 def build_target(args: argparse.Namespace, run: run_state.Run) -> Target:
@@ -87,8 +139,8 @@ def build_model(
 
 
 def build_data(args: argparse.Namespace) -> tuple[ImageFiles, ImageFiles | None]:
-    """Unlabeled images with the two views and a mask of a grid x grid patch grid: those to
-    train on, and those of --eval_data_path.
+    """Unlabeled images with the two views and a mask of a grid x grid patch grid: those
+    to train on, and those of --eval_data_path.
     """
     source = image_source(args)
     views = build_pretraining_views(args)
@@ -111,56 +163,6 @@ def build_knn_probe(args: argparse.Namespace, run: run_state.Run) -> knn.Probe |
     return knn.Probe(
         train_loader, validation_loader, classes, args.knn_freq, args.knn_temperature, args.knn_standardize
     )
-
-
-def build(args: arguments.Flags) -> engine.Trainer:
-    """The run that the flags describe, ready for its first step."""
-    # ── Setup ──
-    parser = get_parser()
-    run = run_state.start_run(parser, args)
-    arguments.warn_of_idle_flags(parser, args, idle_flags(args))
-
-    # ── What is predicted: the codes of a frozen tokenizer, or pixels. First, as its file may be wrong ──
-    target = build_target(args, run)
-
-    # ── Data: two views of one crop, and a mask ──
-    dataset, held_out = build_data(args)
-    held_out_loader = None if held_out is None else run_state.build_eval_loader(held_out, run)
-    knn_probe = build_knn_probe(args, run)
-    data = run_state.build_training_data(dataset, run)
-
-    # ── The student ──
-    model = build_model(args, target.width)
-    run_state.move_to_device(run, model)
-    stage = PretrainingStage(
-        target,
-        run.device,
-        run.precision,
-        dataset,
-        mean_and_std(args),
-        held_out_loader,
-        predict_all=predicts_all(args),
-        nothing_masked=args.no_mask,
-        knn_probe=knn_probe,
-    )
-    log.info(f"target     {stage.task}")
-
-    # ── Optimizer ──
-    optimizer = create_optimizer(args, model)
-    schedule = build_schedule(arguments.options(ScheduleOptions, args), args.lr, data.steps_per_epoch)
-    state = run_state.new_state(model, optimizer, run, args.model)
-
-    # ── Resume ──
-    trainer = engine.Trainer(run, stage, data, schedule, state)
-    trainer.resume()
-    trainer.compile(*target.networks())
-    return trainer
-
-
-@report_user_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    build(parse_flags(argv)).fit()
-    distributed.stop()
 
 
 if __name__ == "__main__":

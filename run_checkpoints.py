@@ -24,8 +24,8 @@ class Stateful(Protocol):
 def save(state: TrainState, stage: Stateful, run: Run, epoch: int, names: list[str]) -> None:
     """Write a checkpoint on rank 0 under each of `names`, in the background.
 
-    `state` says where to go on, `epoch` which epoch the checkpoint is of. All ranks call
-    it: what is sharded they gather together.
+    `state` says where to go on, `epoch` which epoch the checkpoint is of. All ranks
+    call it: what is sharded they gather together.
     """
     output_dir = run.output_dir
     if output_dir is None or not run.options.save_ckpt:
@@ -48,8 +48,8 @@ def save(state: TrainState, stage: Stateful, run: Run, epoch: int, names: list[s
 
 
 def resume(state: TrainState, stage: Stateful, run: Run, steps_per_epoch: int) -> None:
-    """Go on from --resume, or from output_dir/checkpoint.pth, if there is one; all ranks
-    from the same position.
+    """Go on from --resume, or from output_dir/checkpoint.pth, if there is one; all
+    ranks from the same position.
     """
     options = run.options
     path = resumption.find_checkpoint(options.resume, options.auto_resume, options.output_dir)
@@ -64,8 +64,8 @@ def resume(state: TrainState, stage: Stateful, run: Run, steps_per_epoch: int) -
 
 
 def restore(state: TrainState, stage: Stateful, run: Run, path: Path, steps_per_epoch: int) -> None:
-    """Undo `save`. Optimizer settings (betas, layer decay, ...) are this run's flags, its
-    moments are the checkpoint's.
+    """Undo `save`. Optimizer settings (betas, layer decay, ...) are this run's flags,
+    its moments are the checkpoint's.
     """
     content = checkpoints.read_checkpoint(path)
     resumption.check_same_run(content, run.flags, run.data, path)

@@ -1,4 +1,6 @@
-"""Fine-tune a pretrained vision transformer for classification, or evaluate one (README: recipes)."""
+"""Fine-tune a pretrained vision transformer for classification, or evaluate one
+(README: recipes).
+"""
 
 from __future__ import annotations
 
@@ -34,6 +36,68 @@ from optim_factory import (
 )
 from runtime import distributed
 from runtime.terminal import log
+
+
+def build(args: arguments.Flags) -> engine.Trainer:
+    """The run that the flags describe, ready for its first step."""
+    parser = get_parser()
+
+    # ── Setup ──
+    run = run_state.start_run(parser, args)
+    warn_of_input_size(args)
+
+    # ── Pretrained weights ──
+    weights = read_pretrained(args)
+
+    # ── Data ──
+    dataset, nb_classes = build_dataset(args, train=True)
+    validation = None if args.disable_eval_during_finetuning else build_dataset(args, train=False)[0]
+    validation_loader = None if validation is None else run_state.build_eval_loader(validation, run)
+    data = run_state.build_training_data(dataset, run)
+
+    # ── Model ──
+    model = build_model(args, nb_classes)
+    if weights is not None:  # what fits is used; what does not is named
+        pretrained.load_fitting(model, weights.weights, f"--finetune {args.finetune}")
+        trained_classifier.warn_of_other_pretraining(
+            weights.weights, weights.flags, collect_flags(parser, args), f"`finetune` {args.finetune}"
+        )
+    ema = None
+    if args.model_ema:
+        kept_on = torch.device("cpu") if args.model_ema_force_cpu else None  # None: where the model is
+        ema = ModelEmaV3(model, decay=args.model_ema_decay, device=kept_on, foreach=kept_on is None)
+    run_state.move_to_device(run, model, ema)
+    mixup = build_mixup(args, nb_classes)
+    stage = FinetuningStage(
+        run.device, run.precision, validation_loader, mixup, args.smoothing, dataset.classes
+    )
+
+    # ── Optimizer: deeper layers learn slower ──
+    layers = LayerDecayValueAssigner(layer_decay_values(args.layer_decay, model.get_num_layers()))
+    skipped = set(model.no_weight_decay())
+    if args.disable_weight_decay_on_rel_pos_bias:
+        skipped |= {
+            name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")
+        }
+    optimizer = create_optimizer(args, model, layers.get_layer_id, layers.get_scale, skip_list=skipped)
+    schedule = build_schedule(arguments.options(ScheduleOptions, args), args.lr, data.steps_per_epoch)
+    state = run_state.new_state(model, optimizer, run, args.model, ema)
+
+    # ── Resume ──
+    trainer = engine.Trainer(run, stage, data, schedule, state)
+    trainer.resume()
+    trainer.compile()
+    return trainer
+
+
+@report_user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_flags(argv)
+    if args.eval:
+        evaluate(args)
+    else:
+        build(args).fit()
+    distributed.stop()
 
 
 def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.VisionTransformer:
@@ -105,70 +169,10 @@ def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
     )
 
 
-def build(args: arguments.Flags) -> engine.Trainer:
-    """The run that the flags describe, ready for its first step."""
-    parser = get_parser()
-
-    # ── Setup ──
-    run = run_state.start_run(parser, args)
-    warn_of_input_size(args)
-
-    # ── Pretrained weights ──
-    weights = read_pretrained(args)
-
-    # ── Data ──
-    dataset, nb_classes = build_dataset(args, train=True)
-    validation = None if args.disable_eval_during_finetuning else build_dataset(args, train=False)[0]
-    validation_loader = None if validation is None else run_state.build_eval_loader(validation, run)
-    data = run_state.build_training_data(dataset, run)
-
-    # ── Model ──
-    model = build_model(args, nb_classes)
-    if weights is not None:  # what fits is used; what does not is named
-        pretrained.load_fitting(model, weights.weights, f"--finetune {args.finetune}")
-        trained_classifier.warn_of_other_pretraining(
-            weights.weights, weights.flags, collect_flags(parser, args), f"`finetune` {args.finetune}"
-        )
-    ema = None
-    if args.model_ema:
-        kept_on = torch.device("cpu") if args.model_ema_force_cpu else None  # None: where the model is
-        ema = ModelEmaV3(model, decay=args.model_ema_decay, device=kept_on, foreach=kept_on is None)
-    run_state.move_to_device(run, model, ema)
-    mixup = build_mixup(args, nb_classes)
-    stage = FinetuningStage(
-        run.device, run.precision, validation_loader, mixup, args.smoothing, dataset.classes
-    )
-
-    # ── Optimizer: deeper layers learn slower ──
-    layers = LayerDecayValueAssigner(layer_decay_values(args.layer_decay, model.get_num_layers()))
-    skipped = set(model.no_weight_decay())
-    if args.disable_weight_decay_on_rel_pos_bias:
-        skipped |= {
-            name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")
-        }
-    optimizer = create_optimizer(args, model, layers.get_layer_id, layers.get_scale, skip_list=skipped)
-    schedule = build_schedule(arguments.options(ScheduleOptions, args), args.lr, data.steps_per_epoch)
-    state = run_state.new_state(model, optimizer, run, args.model, ema)
-
-    # ── Resume ──
-    trainer = engine.Trainer(run, stage, data, schedule, state)
-    trainer.resume()
-    trainer.compile()
-    return trainer
-
-
-@report_user_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_flags(argv)
-    if args.eval:
-        evaluate(args)
-    else:
-        build(args).fit()
-    distributed.stop()
-
-
 def evaluate(args: arguments.Flags) -> None:
-    """--eval: accuracy of --resume (or --finetune) on the validation images; needs no training images."""
+    """--eval: accuracy of --resume (or --finetune) on the validation images; needs no
+    training images.
+    """
     parser = get_parser()
     run = run_state.start_run(parser, args, trains=False)
     warn_of_input_size(args)

@@ -30,99 +30,6 @@ from runtime.terminal import log
 STATISTICS_IMAGES = 10_000  # training images that give each channel's mean and variance
 
 
-def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenBackbone, argparse.Namespace]:
-    """The backbone of --finetune, and the flags with the settings of the images (or cached
-    features) that it takes.
-    """
-    content = weight_source.read_weights(args.finetune, origin="`finetune`")
-    model, flags = pretrained.open_backbone(
-        args.finetune, args.input_size, args.num_heads, "--finetune", content
-    )
-    depth = len(model.blocks)
-    if args.knn_layer is not None and args.knn_layer > depth:
-        raise UserError(f"--knn_layer {args.knn_layer}: the backbone has {depth} blocks, 1 to {depth}")
-    features = args.features
-    if features == "auto":
-        without_cls_head = "mean" if args.mode == "knn" else "cls_mean"
-        features = "cls" if pretrained.has_cls_head(content.weights) else without_cls_head
-    layer = (args.knn_layer or depth) if args.mode == "knn" else None
-    encode = FrozenBackbone(model.to(run.device), features, run.precision, layer)
-    imagenet = pretrained.uses_imagenet_statistics(flags, args.imagenet_default_mean_and_std, args.finetune)
-    what = f"layer {layer}" if layer else f"{depth} layers"
-    statistics = "ImageNet's mean and std" if imagenet else "mean and std 0.5"
-    log.info(f"features   {features} of {what}, {encode.dim} numbers each; images normalized by {statistics}")
-    images = {"input_size": model.patch_embed.img_size, "imagenet_default_mean_and_std": imagenet}
-    no_augmentation = {"aa": "none", "reprob": 0.0, "remode": "pixel", "recount": 1}  # but crop and flip
-    # then there are no images to read in the background
-    in_memory = {"num_workers": 0} if args.cached_features else {}
-    return encode, argparse.Namespace(**{**args.plain(), **images, **no_augmentation, **in_memory})
-
-
-def build_dataset(settings: argparse.Namespace, train: bool, augment: bool = True) -> tuple[ImageFiles, int]:
-    """Training images, cropped at random where `augment` says so, or validation images; and
-    the number of classes.
-    """
-    return build_labeled_dataset(
-        image_source(settings),
-        build_finetuning_view(settings) if train and augment else build_eval_view(settings),
-        train,
-        settings.nb_classes,
-        settings.label_fraction,
-        settings.seed,
-    )
-
-
-def extract(dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str) -> knn.Features:
-    """Features of this rank's share of the data set, each image once over all ranks."""
-    loader = run_state.build_eval_loader(dataset, run)
-    return knn.extract(evaluation_batches(loader, run.device, flag), encode)
-
-
-def cache_features(
-    dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str
-) -> CachedFeatures:
-    """Features of all images, in every process."""
-    size = len(dataset) * encode.layers * encode.dim * 4 / 2**30
-    log.info(
-        f"features   of {len(dataset):,} images of {flag}, computed once: {size:.2f} GiB in each process"
-    )
-    return CachedFeatures(knn.gather_features(extract(dataset, encode, run, flag), run.device))
-
-
-def build_data(
-    encode: FrozenBackbone, settings: argparse.Namespace, run: run_state.Run
-) -> tuple[Any, Any, int]:
-    """Training and validation images, or their features (CachedFeatures), and the number of classes."""
-    cache = settings.cached_features
-    train, classes = build_dataset(settings, train=True, augment=not cache)
-    validation, _ = build_dataset(settings, train=False)
-    if not cache:
-        return train, validation, classes
-    return (
-        cache_features(train, encode, run, "--data_path"),
-        cache_features(validation, encode, run, "--eval_data_path"),
-        classes,
-    )
-
-
-def measure_channels(
-    heads: LinearHeads,
-    features: Callable[[Tensor], Tensor],
-    train: Any,
-    settings: argparse.Namespace,
-    run: run_state.Run,
-) -> None:
-    """Mean and variance of each channel over evenly spread training images in center
-    crops; `train`: as of build_data.
-    """
-    plain = train if settings.cached_features else build_dataset(settings, train=True, augment=False)[0]
-    every = -(-len(plain) // STATISTICS_IMAGES)
-    loader = run_state.build_eval_loader(plain, run, num_workers=settings.num_workers, every=every)
-    heads.standardize_by(
-        features(batch["image"]) for batch in evaluation_batches(loader, run.device, "`data_path`")
-    )
-
-
 def build(args: arguments.Flags) -> engine.Trainer:
     """The linear probe that the flags describe, ready for its first step."""
     # ── Setup ──
@@ -165,6 +72,101 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         build(args).fit()
     distributed.stop()
+
+
+def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenBackbone, argparse.Namespace]:
+    """The backbone of --finetune, and the flags with the settings of the images (or
+    cached features) that it takes.
+    """
+    content = weight_source.read_weights(args.finetune, origin="`finetune`")
+    model, flags = pretrained.open_backbone(
+        args.finetune, args.input_size, args.num_heads, "--finetune", content
+    )
+    depth = len(model.blocks)
+    if args.knn_layer is not None and args.knn_layer > depth:
+        raise UserError(f"--knn_layer {args.knn_layer}: the backbone has {depth} blocks, 1 to {depth}")
+    features = args.features
+    if features == "auto":
+        without_cls_head = "mean" if args.mode == "knn" else "cls_mean"
+        features = "cls" if pretrained.has_cls_head(content.weights) else without_cls_head
+    layer = (args.knn_layer or depth) if args.mode == "knn" else None
+    encode = FrozenBackbone(model.to(run.device), features, run.precision, layer)
+    imagenet = pretrained.uses_imagenet_statistics(flags, args.imagenet_default_mean_and_std, args.finetune)
+    what = f"layer {layer}" if layer else f"{depth} layers"
+    statistics = "ImageNet's mean and std" if imagenet else "mean and std 0.5"
+    log.info(f"features   {features} of {what}, {encode.dim} numbers each; images normalized by {statistics}")
+    images = {"input_size": model.patch_embed.img_size, "imagenet_default_mean_and_std": imagenet}
+    no_augmentation = {"aa": "none", "reprob": 0.0, "remode": "pixel", "recount": 1}  # but crop and flip
+    # then there are no images to read in the background
+    in_memory = {"num_workers": 0} if args.cached_features else {}
+    return encode, argparse.Namespace(**{**args.plain(), **images, **no_augmentation, **in_memory})
+
+
+def build_dataset(settings: argparse.Namespace, train: bool, augment: bool = True) -> tuple[ImageFiles, int]:
+    """Training images, cropped at random where `augment` says so, or validation images;
+    and the number of classes.
+    """
+    return build_labeled_dataset(
+        image_source(settings),
+        build_finetuning_view(settings) if train and augment else build_eval_view(settings),
+        train,
+        settings.nb_classes,
+        settings.label_fraction,
+        settings.seed,
+    )
+
+
+def extract(dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str) -> knn.Features:
+    """Features of this rank's share of the data set, each image once over all ranks."""
+    loader = run_state.build_eval_loader(dataset, run)
+    return knn.extract(evaluation_batches(loader, run.device, flag), encode)
+
+
+def cache_features(
+    dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str
+) -> CachedFeatures:
+    """Features of all images, in every process."""
+    size = len(dataset) * encode.layers * encode.dim * 4 / 2**30
+    log.info(
+        f"features   of {len(dataset):,} images of {flag}, computed once: {size:.2f} GiB in each process"
+    )
+    return CachedFeatures(knn.gather_features(extract(dataset, encode, run, flag), run.device))
+
+
+def build_data(
+    encode: FrozenBackbone, settings: argparse.Namespace, run: run_state.Run
+) -> tuple[Any, Any, int]:
+    """Training and validation images, or their features (CachedFeatures), and the
+    number of classes.
+    """
+    cache = settings.cached_features
+    train, classes = build_dataset(settings, train=True, augment=not cache)
+    validation, _ = build_dataset(settings, train=False)
+    if not cache:
+        return train, validation, classes
+    return (
+        cache_features(train, encode, run, "--data_path"),
+        cache_features(validation, encode, run, "--eval_data_path"),
+        classes,
+    )
+
+
+def measure_channels(
+    heads: LinearHeads,
+    features: Callable[[Tensor], Tensor],
+    train: Any,
+    settings: argparse.Namespace,
+    run: run_state.Run,
+) -> None:
+    """Mean and variance of each channel over evenly spread training images in center
+    crops; `train`: as of build_data.
+    """
+    plain = train if settings.cached_features else build_dataset(settings, train=True, augment=False)[0]
+    every = -(-len(plain) // STATISTICS_IMAGES)
+    loader = run_state.build_eval_loader(plain, run, num_workers=settings.num_workers, every=every)
+    heads.standardize_by(
+        features(batch["image"]) for batch in evaluation_batches(loader, run.device, "`data_path`")
+    )
 
 
 def evaluate_knn(args: arguments.Flags) -> None:

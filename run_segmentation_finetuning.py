@@ -1,5 +1,5 @@
-"""Fine-tune a pretrained vision transformer for semantic segmentation; evaluate one; label
-images (docs/segmentation.md).
+"""Fine-tune a pretrained vision transformer for semantic segmentation; evaluate one;
+label images (docs/segmentation.md).
 """
 
 from __future__ import annotations
@@ -47,54 +47,6 @@ from segmentation.image_mask_pairs import SegmentationFiles, find_pairs, normali
 from segmentation.sliding_window import predict
 from visualization import drawing
 from visualization.inputs import read_or_leave_out, save_picture
-
-
-def class_settings(args: argparse.Namespace) -> ClassSettings:
-    folder = args.data_path or args.eval_data_path
-    return ClassSettings(args.class_names, folder, args.nb_classes, args.reduce_zero_label)
-
-
-def build_dataset(
-    args: argparse.Namespace, train: bool, classes: Sequence[str], passes: int = 1
-) -> SegmentationFiles:
-    """The training pairs of --data_path, augmented, `passes` times over; or the validation
-    pairs, of --eval_data_path when it is given, as they are.
-    """
-    elsewhere = not train and args.eval_data_path
-    folder, origin = (
-        (args.eval_data_path, "`eval_data_path`") if elsewhere else (args.data_path, "`data_path`")
-    )
-    pairs = find_pairs(folder, train, origin, warn=True)
-    view = build_training_view(args) if train else build_evaluation_view(args)
-    return SegmentationFiles(
-        pairs, view, classes, mean_and_std(args), args.reduce_zero_label, args.seed, passes
-    )
-
-
-def build_validation_loader(
-    args: argparse.Namespace, run: run_state.Run, dataset: SegmentationFiles
-) -> Loader:
-    return run_state.build_eval_loader(dataset, run, batch_size=1)
-
-
-def collect_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> RunFlags:
-    return RunFlags(vars(args), functools.partial(arguments.format_flag, parser))
-
-
-def build_stage(
-    args: argparse.Namespace, run: run_state.Run, classes: Sequence[str], validation: Loader | None
-) -> SegmentationStage:
-    colors = read_palette(args.palette, len(classes))
-    return SegmentationStage(
-        run.device,
-        run.precision,
-        build_sliding_window(args),
-        classes,
-        colors,
-        mean_and_std(args),
-        validation,
-        args.aux_weight,
-    )
 
 
 def build(args: arguments.Flags) -> engine.Trainer:
@@ -168,12 +120,57 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
-# ── A finished model ──
+def class_settings(args: argparse.Namespace) -> ClassSettings:
+    folder = args.data_path or args.eval_data_path
+    return ClassSettings(args.class_names, folder, args.nb_classes, args.reduce_zero_label)
+
+
+def build_dataset(
+    args: argparse.Namespace, train: bool, classes: Sequence[str], passes: int = 1
+) -> SegmentationFiles:
+    """The training pairs of --data_path, augmented, `passes` times over; or the
+    validation pairs, of --eval_data_path when it is given, as they are.
+    """
+    elsewhere = not train and args.eval_data_path
+    folder, origin = (
+        (args.eval_data_path, "`eval_data_path`") if elsewhere else (args.data_path, "`data_path`")
+    )
+    pairs = find_pairs(folder, train, origin, warn=True)
+    view = build_training_view(args) if train else build_evaluation_view(args)
+    return SegmentationFiles(
+        pairs, view, classes, mean_and_std(args), args.reduce_zero_label, args.seed, passes
+    )
+
+
+def build_validation_loader(
+    args: argparse.Namespace, run: run_state.Run, dataset: SegmentationFiles
+) -> Loader:
+    return run_state.build_eval_loader(dataset, run, batch_size=1)
+
+
+def collect_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> RunFlags:
+    return RunFlags(vars(args), functools.partial(arguments.format_flag, parser))
+
+
+def build_stage(
+    args: argparse.Namespace, run: run_state.Run, classes: Sequence[str], validation: Loader | None
+) -> SegmentationStage:
+    colors = read_palette(args.palette, len(classes))
+    return SegmentationStage(
+        run.device,
+        run.precision,
+        build_sliding_window(args),
+        classes,
+        colors,
+        mean_and_std(args),
+        validation,
+        args.aux_weight,
+    )
 
 
 def use_trained_model(args: arguments.Flags, given: set[str]) -> None:
-    """--eval or --predict with --resume (or --finetune): the model is built from its file,
-    and looks as in its training.
+    """--eval or --predict with --resume (or --finetune): the model is built from its
+    file, and looks as in its training.
     """
     parser = get_parser()
     run = run_state.start_run(parser, args, trains=False)
@@ -231,7 +228,8 @@ def format_table(scores: Scores, classes: Sequence[str]) -> list[str]:
 def label_images(
     args: argparse.Namespace, run: run_state.Run, model: nn.Module, stage: SegmentationStage
 ) -> None:
-    """--predict: beside each other in output_dir/predictions, under the image's name, labels and overlay as PNG.
+    """--predict: beside each other in output_dir/predictions, under the image's name,
+    labels and overlay as PNG.
 
     The numbers are those of the masks that the model was trained on: with
     --reduce_zero_label the first class is 1.
@@ -262,7 +260,9 @@ def label_images(
 
 
 def save_labels(labels: Tensor, first: int, colors: Tensor, path: Path) -> None:
-    """Classes (h, w), the first one as number `first`, as a PNG whose palette shows them in color."""
+    """Classes (h, w), the first one as number `first`, as a PNG whose palette shows
+    them in color.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray((labels + first).numpy().astype(np.uint8), mode="P")
     picture.putpalette([0] * 3 * first + (colors * 255).round().byte().flatten().tolist())

@@ -1,5 +1,5 @@
-"""What a run is: its options, where it computes, the data it reads; and how it is set up,
-saved and resumed.
+"""What a run is: its options, where it computes, the data it reads; and how it is set
+up, saved and resumed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ from vit_backbone import Block, recompute_blocks
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the loop must know of the flags: those of the same names, with their meanings."""
+    """What the loop must know of the flags: those of the same names, with their
+    meanings.
+    """
 
     # what it writes, and how often
     output_dir: str = ""
@@ -102,8 +104,8 @@ class Run:
 
 
 def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bool = True) -> Run:
-    """Join the other processes, choose device and precision, seed, log what was asked for,
-    and open the output folder.
+    """Join the other processes, choose device and precision, seed, log what was asked
+    for, and open the output folder.
 
     trains: the run writes checkpoints, so no other run may write to the same folder.
     """
@@ -143,7 +145,9 @@ def log_setup(run: Run, changed_flags: dict[str, Any]) -> None:
 
 
 def open_output(output_dir: str, trains: bool) -> RunLock | None:
-    """Make the folder; on rank 0 of a run that trains, lock it and remove what a killed run left half-written."""
+    """Make the folder; on rank 0 of a run that trains, lock it and remove what a killed
+    run left half-written.
+    """
     if not output_dir:
         return None
     folder = Path(output_dir)
@@ -224,8 +228,8 @@ def build_eval_loader(
     num_workers: int | None = None,
     every: int = 1,
 ) -> Loader:
-    """This rank's share of images to evaluate on; `every`: only each such image. Without
-    `batch_size` and `num_workers`, those of the run.
+    """This rank's share of images to evaluate on; `every`: only each such image.
+    Without `batch_size` and `num_workers`, those of the run.
     """
     options = run.options
     workers = options.num_workers if num_workers is None else num_workers
@@ -234,8 +238,8 @@ def build_eval_loader(
 
 
 def compile_networks(run: Run, data: TrainingData, *networks: Any) -> None:
-    """--compile, for the model and the frozen networks beside it. Before the first step:
-    weights are loaded, averages begun.
+    """--compile, for the model and the frozen networks beside it. Before the first
+    step: weights are loaded, averages begun.
     """
     if run.options.compile:
         count = compilation.compile_networks(data.sampler.batch_size, *networks)
@@ -243,8 +247,8 @@ def compile_networks(run: Run, data: TrainingData, *networks: Any) -> None:
 
 
 def move_to_device(run: Run, model: nn.Module, ema: ModelEmaV3 | None = None) -> None:
-    """The model, and its average where it is not kept elsewhere, to this process's device:
-    whole, or (--fsdp) its share.
+    """The model, and its average where it is not kept elsewhere, to this process's
+    device: whole, or (--fsdp) its share.
 
     Before the optimizer, which must be given the parameters that are there then.
     """

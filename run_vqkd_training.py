@@ -37,34 +37,6 @@ from vit_backbone import cast_frozen
 from vqkd_teachers import Teacher, build_teacher
 
 
-def build_frozen_teacher(args: argparse.Namespace) -> Teacher:
-    name = args.teacher_model_type or modeling_vqkd.default_teacher(args.model)
-    teacher = build_teacher(
-        name, args.teacher_weight, args.teacher_input_size, grid=args.input_size // modeling_vqkd.PATCH_SIZE
-    )
-    if args.standardize_teacher != "auto":
-        teacher.standardize = args.standardize_teacher == "on"
-    log.info(f"teacher    {name} at {args.teacher_input_size} px, {teacher.dim} channels")
-    return teacher
-
-
-def build_model(args: argparse.Namespace, teacher: Teacher, weights: str | None = None) -> modeling_vqkd.VQKD:
-    """`weights`: a trained tokenizer's file."""
-    return modeling_vqkd.create_model(
-        args.model,
-        pretrained=weights is not None,
-        pretrained_weight=weights,
-        img_size=args.input_size,
-        n_code=args.codebook_n_emd,
-        code_dim=args.codebook_emd_dim,
-        decay=args.ema_decay,
-        process_type=args.process_type,
-        quantize_kmeans_init=args.quantize_kmeans_init or args.quantizer_warmup_steps > 0,
-        teacher=teacher,
-        decoder_depth=args.decoder_depth,
-    )
-
-
 def build(args: arguments.Flags) -> engine.Trainer:
     """The run that the flags describe, ready for its first step."""
     # ── Setup ──
@@ -119,6 +91,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
+def build_frozen_teacher(args: argparse.Namespace) -> Teacher:
+    name = args.teacher_model_type or modeling_vqkd.default_teacher(args.model)
+    teacher = build_teacher(
+        name, args.teacher_weight, args.teacher_input_size, grid=args.input_size // modeling_vqkd.PATCH_SIZE
+    )
+    if args.standardize_teacher != "auto":
+        teacher.standardize = args.standardize_teacher == "on"
+    log.info(f"teacher    {name} at {args.teacher_input_size} px, {teacher.dim} channels")
+    return teacher
+
+
+def build_model(args: argparse.Namespace, teacher: Teacher, weights: str | None = None) -> modeling_vqkd.VQKD:
+    """`weights`: a trained tokenizer's file."""
+    return modeling_vqkd.create_model(
+        args.model,
+        pretrained=weights is not None,
+        pretrained_weight=weights,
+        img_size=args.input_size,
+        n_code=args.codebook_n_emd,
+        code_dim=args.codebook_emd_dim,
+        decay=args.ema_decay,
+        process_type=args.process_type,
+        quantize_kmeans_init=args.quantize_kmeans_init or args.quantizer_warmup_steps > 0,
+        teacher=teacher,
+        decoder_depth=args.decoder_depth,
+    )
+
+
 def build_dataset(args: argparse.Namespace) -> ImageFiles:
     """Training images in [0, 1], randomly cropped and flipped."""
     images = find_unlabeled(image_source(args), train=True)
@@ -126,8 +126,8 @@ def build_dataset(args: argparse.Namespace) -> ImageFiles:
 
 
 def build_held_out_dataset(args: argparse.Namespace) -> ImageFiles | None:
-    """Images in [0, 1], center crops: --eval_data_path, or the data set's own split; None
-    without either.
+    """Images in [0, 1], center crops: --eval_data_path, or the data set's own split;
+    None without either.
     """
     if args.data_set in ("image_folder", "webdataset") and not args.eval_data_path:
         return None
@@ -136,7 +136,9 @@ def build_held_out_dataset(args: argparse.Namespace) -> ImageFiles | None:
 
 
 def held_out_data(args: argparse.Namespace, run: run_state.Run) -> tuple[ImageFiles | None, Loader | None]:
-    """The held-out images and their loader, or nothing where there are none or nobody wants them."""
+    """The held-out images and their loader, or nothing where there are none or nobody
+    wants them.
+    """
     held_out = None if args.disable_eval else build_held_out_dataset(args)
     return held_out, None if held_out is None else run_state.build_eval_loader(held_out, run)
 
@@ -148,8 +150,8 @@ def scaled_lr(args: argparse.Namespace, data: run_state.TrainingData) -> float:
 
 
 def build_pixel_decoder(args: arguments.Flags) -> engine.Trainer:
-    """--train_pixel_decoder: a decoder from the codes of the frozen --tokenizer_weight to
-    pixels. There is no teacher.
+    """--train_pixel_decoder: a decoder from the codes of the frozen --tokenizer_weight
+    to pixels. There is no teacher.
     """
     run = run_state.start_run(get_pixel_decoder_parser(), args)
 
@@ -192,7 +194,9 @@ def build_pixel_decoder(args: arguments.Flags) -> engine.Trainer:
 
 
 def evaluate(args: arguments.Flags) -> None:
-    """--eval: loss and codebook usage of --resume on held-out images; needs no training images."""
+    """--eval: loss and codebook usage of --resume on held-out images; needs no training
+    images.
+    """
     run = run_state.start_run(get_parser(), args, trains=False)
     held_out = build_held_out_dataset(args)
     if held_out is None:

@@ -33,13 +33,15 @@ SMALL = 32
 
 
 def normalization(imagenet: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) that --imagenet_default_mean_and_std chooses: ImageNet's, or 0.5 and 0.5 (the recipes)."""
+    """(mean, std) that --imagenet_default_mean_and_std chooses: ImageNet's, or 0.5 and
+    0.5 (the recipes).
+    """
     return (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (HALF_MEAN, HALF_STD)
 
 
 class ImageOnly:
-    """The view that is finished before the device: {"image": (3, S, S) float}, as `steps`
-    make it of a PIL image.
+    """The view that is finished before the device: {"image": (3, S, S) float}, as
+    `steps` make it of a PIL image.
     """
 
     def __init__(self, steps: T.Compose) -> None:
@@ -111,8 +113,8 @@ class PretrainingViews(Crops):
 
 
 class TokenizerViews(Crops):
-    """A random crop for tokenizer training: {"image": (3, S, S) float in [0, 1]}; models
-    normalize for themselves.
+    """A random crop for tokenizer training: {"image": (3, S, S) float in [0, 1]};
+    models normalize for themselves.
     """
 
     def __init__(
@@ -147,7 +149,8 @@ def eval_view(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> ImageOnly:
-    """The center of the image, {"image": (3, size, size)}: shorter side to size / crop_pct, then a center crop.
+    """The center of the image, {"image": (3, size, size)}: shorter side to size /
+    crop_pct, then a center crop.
 
     `size` (height, width): the image is made to cover that rectangle / crop_pct.
     `crop_pct` None: 0.875, and 1.0 from 384 pixels up and for CIFAR's 32 and below.
@@ -191,7 +194,8 @@ def finetuning_view(
     hflip: float = 0.5,
     vflip: float = 0.0,
 ) -> ImageOnly:
-    """timm's augmentation for training a classifier: {"image": (3, size, size) normalized float}.
+    """timm's augmentation for training a classifier: {"image": (3, size, size)
+    normalized float}.
 
     `size`: side or (height, width). `aa`: timm's policy string; '' or 'none' switches
     it off, and only then `color_jitter` acts. Random erasing: `reprob`, `remode`
@@ -225,7 +229,8 @@ def finetuning_view(
         ) from None
     _keep_posterize_in_range(augment)
     if np.max(size) <= SMALL:
-        # Resize only acts on images that are not of this size already; then shift by up to 4 pixels.
+        # Resize only acts on images that are not of this size already; then shift by up
+        # to 4 pixels.
         shift = [Resize(size, InterpolationMode.BICUBIC), T.RandomCrop(size, padding=4)]
         first = T.Compose([*shift, T.RandomHorizontalFlip(hflip), T.RandomVerticalFlip(vflip)])
     return ImageOnly(T.Compose([first, augment, last]))
@@ -236,8 +241,8 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 def _keep_posterize_in_range(augment: T.Compose) -> None:
-    """At full strength timm posterizes to 0 bits: a black image in older Pillow releases,
-    an exception in newer ones.
+    """At full strength timm posterizes to 0 bits: a black image in older Pillow
+    releases, an exception in newer ones.
 
     The default policy draws it for one image in a few hundred.
     """

@@ -103,13 +103,15 @@ def check_attention_flags(args: argparse.Namespace) -> None:
 def check_size(size: tuple[int, int]) -> None:
     if size[0] * size[1] > MOST_PIXELS:
         raise UserError(
-            f"--input_size: attention at {size[0]} x {size[1]} pixels does not fit into memory; "
-            "choose a smaller one"
+            f"--input_size: attention at {size[0]} x {size[1]} pixels does not fit into memory; choose a "
+            "smaller one"
         )
 
 
 def query_token(query: str, grid: tuple[int, int] | None) -> int:
-    """Token number of `cls` or `row,column`; without a grid only the form is checked."""
+    """Token number of `cls` or `row,column`; without a grid only the form is
+    checked.
+    """
     if query == "cls":
         return 0
     try:
@@ -135,7 +137,9 @@ def blocks_to_show(layer: int | None, depth: int) -> list[int]:
 
 
 def whole_image_size(image: Image.Image, shorter: int, patch: int) -> tuple[int, int]:
-    """(height, width) in the image's aspect ratio, to the nearest patch, of which one is `shorter`."""
+    """(height, width) in the image's aspect ratio, to the nearest patch, of which one
+    is `shorter`.
+    """
     scale = shorter / min(image.size)
     height, width = (
         max(shorter, round(side * scale / patch) * patch) for side in (image.height, image.width)
@@ -162,7 +166,9 @@ def resize_model(model: VisionTransformer, size: tuple[int, int]) -> VisionTrans
 def compute_attention(
     model: VisionTransformer, image: Tensor, blocks: list[int], tokens: list[int]
 ) -> Tensor:
-    """The attention of Q tokens to every patch, without CLS: (L, H, Q, h, w) on the CPU."""
+    """The attention of Q tokens to every patch, without CLS: (L, H, Q, h, w) on the
+    CPU.
+    """
     maps = [model.attention_maps(image[None], block)[0][:, tokens, 1:].cpu() for block in blocks]
     return torch.stack(maps).unflatten(-1, model.patch_embed.patch_shape)
 
@@ -171,7 +177,9 @@ def compute_attention(
 
 
 def mark_queries(image: Tensor, tokens: Sequence[int], grid: Sequence[int]) -> Tensor:
-    """Draw a frame around the patch of every token but CLS; the image may be enlarged."""
+    """Draw a frame around the patch of every token but CLS; the image may be
+    enlarged.
+    """
     patch = image.shape[1] // grid[0], image.shape[2] // grid[1]
     for index in (token - 1 for token in tokens if token > 0):
         image = drawing.draw_frame(image, index // grid[1] * patch[0], index % grid[1] * patch[1], *patch)

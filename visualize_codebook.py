@@ -86,8 +86,8 @@ def count_codes(encoded: EncodedFolder) -> np.ndarray:
     for _, block in iterate_blocks(encoded.codes):
         if block.min() < 0 or block.max() >= len(counts):
             raise UserError(
-                f"{encoded.folder}/codes.npy: has codes beyond the {len(counts)} of about.json; "
-                "encode the images again"
+                f"{encoded.folder}/codes.npy: has codes beyond the {len(counts)} of about.json; encode the "
+                "images again"
             )
         counts += np.bincount(block.ravel(), minlength=len(counts))
     return counts
@@ -132,7 +132,9 @@ class Sample:
 
 
 def sample_images(codes: np.ndarray, chosen: list[int], n_codes: int, most: int, seed: int) -> list[Sample]:
-    """Up to `most` images for each chosen code, in one pass over the codes (images, N)."""
+    """Up to `most` images for each chosen code, in one pass over the codes (images,
+    N).
+    """
     rng = np.random.default_rng(seed)
     row_of = np.full(n_codes, -1)
     row_of[chosen] = np.arange(len(chosen))
@@ -264,10 +266,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Codebook",
         summarize(encoded, counts, root),
         html.paragraph(
-            f"{how} Each picture is a patch, framed in red, in the {args.context} x {args.context} "
-            "patches around it; gray lies outside the image. The patches of a code are drawn at "
-            "random, from different images as far as there are any. The square before a code is "
-            "its color in the token maps of encode_images.py."
+            f"{how} Each picture is a patch, framed in red, in the {args.context} x {args.context} patches "
+            "around it; gray lies outside the image. The patches of a code are drawn at random, from "
+            "different images as far as there are any. The square before a code is its color in the token "
+            "maps of encode_images.py."
         ),
         *sections(args, encoded, counts, chosen, root),
     )

@@ -1,6 +1,7 @@
 """What tokens keep of an image.
 
-python visualize_reconstruction.py --checkpoint out/pixels/checkpoint.pth --image photo.jpg
+python visualize_reconstruction.py --checkpoint out/pixels/checkpoint.pth --image
+photo.jpg
 """
 
 from __future__ import annotations

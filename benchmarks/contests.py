@@ -71,7 +71,9 @@ def tolerance(run: Run) -> float | None:
 
 
 def variant(table: dict[str, Any], size: str, ending: str = "") -> str:
-    """The model of that size in a stage's table, or the base one if there is none of that size."""
+    """The model of that size in a stage's table, or the base one if there is none of
+    that size.
+    """
     rows = {name: row.size for name, row in table.items() if name.endswith(ending)}
     return next((name for wanted in (size, "base") for name, row in rows.items() if row == wanted), "")
 
@@ -119,7 +121,9 @@ def pretraining(workload: Workload, run: Run) -> Iterator[Contest]:
 
 
 def vqkd(workload: Workload, run: Run) -> Iterator[Contest]:
-    """Training the tokenizer: encoder, quantizer with its moving average, decoder, frozen teacher."""
+    """Training the tokenizer: encoder, quantizer with its moving average, decoder,
+    frozen teacher.
+    """
     name = variant(modeling_vqkd.MODELS, workload.model)
     size = modeling_vqkd.MODELS[name].img_size
     weights = None if workload.teacher == "hog" else "random"
@@ -218,7 +222,9 @@ def finetuning(workload: Workload, run: Run) -> Iterator[Contest]:
 
 
 def quantizer(workload: Workload, run: Run) -> Iterator[Contest]:
-    """Lookup in 8192 codes of dim 32 and the update of the codebook, without a network."""
+    """Lookup in 8192 codes of dim 32 and the update of the codebook, without a
+    network.
+    """
     images = 8 * workload.batch_size
     ours = NormEMAVectorQuantizer(8192, 32).to(run.device).train()
     plain = PlainQuantizer(ours).train()

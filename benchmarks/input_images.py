@@ -42,7 +42,9 @@ def random_batch(batch_size: int, size: int, device: torch.device) -> dict[str, 
 
 
 def write_photos(folder: Path, count: int) -> list[str]:
-    """Write JPEG files about as large as ImageNet's (100 kB): coarse shapes with fine noise."""
+    """Write JPEG files about as large as ImageNet's (100 kB): coarse shapes with fine
+    noise.
+    """
     width, height = PHOTO
     paths = []
     for index in range(count):

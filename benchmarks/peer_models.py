@@ -1,4 +1,6 @@
-"""BEiT of other libraries with our weights: timm's in this process, transformers' in its own."""
+"""BEiT of other libraries with our weights: timm's in this process, transformers' in
+its own.
+"""
 
 from __future__ import annotations
 
@@ -37,19 +39,32 @@ class Settings(NamedTuple):
 
 
 def constructor_args(model: Trunk) -> dict[str, Any]:
-    """Arguments of VisionTransformer for a model with a bias table per block and mean pooling."""
+    """Arguments of VisionTransformer for a model with a bias table per block and mean
+    pooling.
+    """
     block = model.blocks[0]
     return {
-        "img_size": model.patch_embed.img_size, "patch_size": model.patch_size, "in_chans": 3,
-        "num_classes": getattr(model, "num_classes", 0), "embed_dim": model.embed_dim, "depth": len(model.blocks),
-        "num_heads": block.attn.num_heads, "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim, "qkv_bias": True,
-        "init_values": 0.1, "use_abs_pos_emb": False, "use_rel_pos_bias": True, "use_shared_rel_pos_bias": False,
+        "img_size": model.patch_embed.img_size,
+        "patch_size": model.patch_size,
+        "in_chans": 3,
+        "num_classes": getattr(model, "num_classes", 0),
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+        "qkv_bias": True,
+        "init_values": 0.1,
+        "use_abs_pos_emb": False,
+        "use_rel_pos_bias": True,
+        "use_shared_rel_pos_bias": False,
         "use_mean_pooling": True,
-    }  # fmt: skip
+    }
 
 
 def timm_model(model: VisionTransformer) -> Any:
-    """timm's Beit with our weights; of size base it is timm's beitv2_base_patch16_224."""
+    """timm's Beit with our weights; of size base it is timm's
+    beitv2_base_patch16_224.
+    """
     from timm.models.beit import Beit
 
     settings = constructor_args(model)

@@ -1,4 +1,5 @@
-"""The textbook way, with which benchmark.py compares ours: every formula as in the papers.
+"""The textbook way, with which benchmark.py compares ours: every formula as in the
+papers.
 
 Explicit softmax(q k^T + bias) v, every token through every block, distances and a
 one-hot matrix in the quantizer, one PIL operation after the other for the views. The
@@ -100,7 +101,9 @@ class PlainPretraining(nn.Module):
         self.model: Any = copy.deepcopy(model)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Images, mask (B, N) -> logits of the masked patches (M, K) by the main and by the CLS branch"""
+        """Images, mask (B, N) -> logits of the masked patches (M, K) by the main and by
+        the CLS branch
+        """
         model = self.model
         tokens, shared = embed(model, x, mask), None
         if model.rel_pos_bias is not None:
@@ -196,7 +199,8 @@ class PlainVQKD(nn.Module):
 
 
 class PlainViews:
-    """PIL image -> the tensors of transforms.PretrainingViews, from the same random draws.
+    """PIL image -> the tensors of transforms.PretrainingViews, from the same random
+    draws.
 
     Each view is cropped and resized by itself.
     """

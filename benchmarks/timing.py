@@ -25,7 +25,8 @@ Work = Callable[[dict[str, Any], Mark], Tensor]
 
 
 class Clock:
-    """Splits one step into phases: `mark(name)` names what the time since the last mark was spent on.
+    """Splits one step into phases: `mark(name)` names what the time since the last mark
+    was spent on.
 
     On a GPU the marks are events that are read after the step, so that measuring does
     not delay it.
@@ -68,7 +69,9 @@ class Turn(NamedTuple):
 
 
 class Contender:
-    """One way to do a piece of work. It shares nothing that it changes (weights, moments)."""
+    """One way to do a piece of work. It shares nothing that it changes (weights,
+    moments).
+    """
 
     name: str
 
@@ -76,7 +79,9 @@ class Contender:
         raise NotImplementedError
 
     def peak(self, batch: dict[str, Any]) -> int:
-        """Bytes of tensors at the worst moment of a step, with what is kept between steps."""
+        """Bytes of tensors at the worst moment of a step, with what is kept between
+        steps.
+        """
         raise NotImplementedError
 
     def close(self) -> None:
@@ -131,7 +136,9 @@ def peak_growth(device: torch.device, work: Callable[[], Any]) -> int:
 
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Silence file descriptor 2, to which the profiler's libraries write lines of their own."""
+    """Silence file descriptor 2, to which the profiler's libraries write lines of their
+    own.
+    """
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -144,7 +151,9 @@ def silent_stderr() -> Iterator[None]:
 
 
 def bytes_of(*modules: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Of weights, buffers and the optimizer's moments. Gradients do not outlive a step."""
+    """Of weights, buffers and the optimizer's moments. Gradients do not outlive a
+    step.
+    """
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     states = optimizer.state.values() if optimizer is not None else ()
     tensors += [value for state in states for value in state.values() if isinstance(value, Tensor)]
@@ -184,7 +193,8 @@ class Row:
 
 
 def hold(contest: Contest, rounds: int, warmup: int, matmul_flops: float) -> list[Row]:
-    """Warm up, take `rounds` turns A B C A B C ..., then measure each contender's peak memory.
+    """Warm up, take `rounds` turns A B C A B C ..., then measure each contender's peak
+    memory.
 
     `matmul_flops`: FLOP/s of this machine in a large matrix product of the same dtype.
     RuntimeError if the first loss of a contender differs from ours.
@@ -226,8 +236,8 @@ def check_agreement(contest: Contest, losses: Sequence[float]) -> None:
     for contender, loss in zip(contest.contenders, losses, strict=True):
         if not abs(loss - losses[0]) <= contest.tolerance * max(1.0, abs(losses[0])):
             raise RuntimeError(
-                f"{contest.name}: {contender.name} computes {loss:.6f}, ours "
-                f"{losses[0]:.6f}: not the same work"
+                f"{contest.name}: {contender.name} computes {loss:.6f}, ours {losses[0]:.6f}: not the same "
+                "work"
             )
 
 

@@ -1,4 +1,6 @@
-"""Training steps for benchmark.py: that of our training loop, and one as textbooks write it."""
+"""Training steps for benchmark.py: that of our training loop, and one as textbooks
+write it.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ class Workload:
 
 
 class Ours(Stage):
-    """The step of our training loop on one of our stages, which marks the ends of its phases.
+    """The step of our training loop on one of our stages, which marks the ends of its
+    phases.
 
     `compiled`: the model runs through torch.compile.
     """
@@ -73,7 +76,8 @@ class Ours(Stage):
         return loss
 
     def flops(self, batch: dict[str, Any]) -> int:
-        """Of all matrix products and convolutions in forward, backward and the frozen networks.
+        """Of all matrix products and convolutions in forward, backward and the frozen
+        networks.
 
         The optimizer does not step.
         """
@@ -94,7 +98,8 @@ def textbook(
     fused: bool = False,
     beside: nn.Module | None = None,
 ) -> Local:
-    """A training step as textbooks write it, with AdamW in torch's default form or fused, as ours.
+    """A training step as textbooks write it, with AdamW in torch's default form or
+    fused, as ours.
 
     `beside`: a frozen network whose memory counts too.
     """
@@ -133,7 +138,8 @@ def inference(name: str, model: nn.Module, run: Run) -> Local:
 
 
 def randomize_zeros(model: nn.Module) -> None:
-    """Give random values to what initialization leaves at (nearly) zero: biases, tables, the classifier.
+    """Give random values to what initialization leaves at (nearly) zero: biases,
+    tables, the classifier.
 
     A mistake in how they are used must show in the loss. Bias tables get larger values,
     because small ones (0.02) hardly change a softmax.
@@ -144,7 +150,9 @@ def randomize_zeros(model: nn.Module) -> None:
 
 
 class MarkedTokens(Tokens):
-    """Codes of a frozen tokenizer, as the target; marks the time when they are computed."""
+    """Codes of a frozen tokenizer, as the target; marks the time when they are
+    computed.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -1,4 +1,5 @@
-"""transformers' BeitForImageClassification, which takes its turns on command in its own process.
+"""transformers' BeitForImageClassification, which takes its turns on command in its own
+process.
 
 transformers looks for a package named `datasets` and would find our module of that
 name. This file is therefore run in another folder with `python -P`, and loads timing.py

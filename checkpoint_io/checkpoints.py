@@ -131,8 +131,8 @@ def check_finite(content: dict[str, Any], folder: Path) -> None:
                     else "there is no good checkpoint yet"
                 )
                 raise UserError(
-                    f"{part}.{name} is not finite any more, so this state is not saved: {kept}. Lower "
-                    "`lr`, set `clip_grad` 3.0, lengthen `warmup_epochs`, or try `amp_dtype` fp32"
+                    f"{part}.{name} is not finite any more, so this state is not saved: {kept}. Lower `lr`, "
+                    "set `clip_grad` 3.0, lengthen `warmup_epochs`, or try `amp_dtype` fp32"
                 )
 
 
@@ -258,8 +258,8 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path:
     for key in own.keys() & weights.keys():  # load_state_dict would round, or make numbers of switches
         if weights[key].is_floating_point() != own[key].is_floating_point():
             raise UserError(
-                f"{path}: {key} is of {weights[key].dtype}, where {own[key].dtype} is needed; take "
-                "another checkpoint"
+                f"{path}: {key} is of {weights[key].dtype}, where {own[key].dtype} is needed; take another "
+                "checkpoint"
             )
     try:
         model.load_state_dict(fsdp.shard_weights(weights, model))

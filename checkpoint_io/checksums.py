@@ -1,4 +1,6 @@
-"""Whether a file is the one that was asked for, by its hash, and whether it is whole."""
+"""Whether a file is the one that was asked for, by its hash, and whether it is
+whole.
+"""
 
 from __future__ import annotations
 

@@ -86,8 +86,8 @@ def _plan_download(source: str, sha256_prefix: str | None) -> Download:
     query = urllib.parse.parse_qs(parts.query)
     if "sv" in query and "sig" not in query:
         raise UserError(
-            f"the URL {source} was cut at its first '&', and every flag after it was lost: the shell "
-            "takes an unquoted '&' for the end of the command; put the whole URL in quotes"
+            f"the URL {source} was cut at its first '&', and every flag after it was lost: the shell takes "
+            "an unquoted '&' for the end of the command; put the whole URL in quotes"
         )
     name = re.split(r"[/\\]", urllib.parse.unquote(parts.path))[-1]
     name = "".join("_" if c in ':*?"<>|' or not c.isprintable() else c for c in name)

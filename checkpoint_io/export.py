@@ -39,7 +39,9 @@ class ExportableModel(NamedTuple):
 
     @property
     def predicts_pixels(self) -> bool:
-        """Pretrained with `target` pixels, BEiT's ablation: such a head gives no codes."""
+        """Pretrained with `target` pixels, BEiT's ablation: such a head gives no
+        codes.
+        """
         return self.flags.get("target") == "pixels"
 
 

@@ -69,7 +69,9 @@ MODERN = [
 
 
 def is_huggingface(keys: Iterable[str]) -> bool:
-    """Whether these are keys of a Hugging Face BEiT, with `beit.` in front or without."""
+    """Whether these are keys of a Hugging Face BEiT, with `beit.` in front or
+    without.
+    """
     return any(key.removeprefix("beit.") == "embeddings.patch_embeddings.projection.weight" for key in keys)
 
 
@@ -165,8 +167,8 @@ def make_huggingface_config(
     height, width = model["img_size"]
     if height != width:
         raise UserError(
-            f"Hugging Face's BEiT misplaces the patches of images of {height} x {width} pixels: only "
-            "square ones fit"
+            f"Hugging Face's BEiT misplaces the patches of images of {height} x {width} pixels: only square "
+            "ones fit"
         )
     labels: dict[str, Any] = {}
     if architecture == CLASSIFIER:

@@ -21,7 +21,8 @@ STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
+    "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
 }  # fmt: skip
 DTYPES = {
     f"torch.{name}": getattr(torch, name)
@@ -45,7 +46,9 @@ KINDS_OF_TENSOR = {  # part of the name of the function that would build it -> w
 
 
 class UnsupportedFile(Exception):
-    """A file that is not read. The message ends a sentence that begins with its name."""
+    """A file that is not read. The message ends a sentence that begins with its
+    name.
+    """
 
 
 class DamagedFile(UnsupportedFile):
@@ -83,7 +86,9 @@ class Dtype:
 
 
 class Storage(NamedTuple):
-    """The memory behind tensors. `dtype` is None where each tensor on it has its own."""
+    """The memory behind tensors. `dtype` is None where each tensor on it has its
+    own.
+    """
 
     content: bytearray
     dtype: torch.dtype | None
@@ -143,8 +148,8 @@ def _view_storage(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any)
     ):
         if step <= reach:
             raise UnsupportedFile(
-                f"a tensor of {' x '.join(map(str, size))} whose elements share memory "
-                f"(strides {tuple(stride)}): save it after .contiguous()"
+                f"a tensor of {' x '.join(map(str, size))} whose elements share memory (strides "
+                f"{tuple(stride)}): save it after .contiguous()"
             )
         reach += (length - 1) * step
     whole = torch.frombuffer(storage.content, dtype=dtype)
@@ -167,7 +172,9 @@ def _rebuild_from_type(function: Any, kind: Any, arguments: Any, *rest: Any) -> 
 
 
 def check_key(item: Any) -> Any:
-    """Only plain keys: the hash of deeply nested tuples would overflow Python's stack."""
+    """Only plain keys: the hash of deeply nested tuples would overflow Python's
+    stack.
+    """
     if not isinstance(item, (str, bytes, int, float, type(None), torch.dtype)):
         raise UnsupportedFile(f"it holds a dictionary or set with a {type(item).__name__} as a key")
     return item
@@ -197,7 +204,9 @@ def _encode_bytes(text: str, encoding: str = "latin1") -> bytes:
 
 
 def _build_numpy_dtype(code: Any, *rest: Any) -> Dtype:
-    """The dtype of numbers only. `code`: a letter for the kind, then the bytes of each."""
+    """The dtype of numbers only. `code`: a letter for the kind, then the bytes of
+    each.
+    """
     if not isinstance(code, str) or len(code) != 2 or code[0] not in "biufc" or code[1] not in "1248":
         raise CodeInFile(f"a numpy dtype {code if isinstance(code, str) else type(code).__name__}")
     return Dtype(code)

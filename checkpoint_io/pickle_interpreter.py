@@ -76,8 +76,8 @@ class Interpreter:
                 return self.stack.pop()
             elif name == "PERSID":
                 raise UnsupportedFile(
-                    "it was saved with pickle_protocol=0, which writes storages as text: "
-                    "save it again without that"
+                    "it was saved with pickle_protocol=0, which writes storages as text: save it again "
+                    "without that"
                 )
             elif name not in ("PROTO", "FRAME"):
                 raise UnsupportedFile(f"its pickle has the step {name}, which no checkpoint needs")

@@ -46,8 +46,8 @@ def create_timm_model(model: str, num_classes: int, input_size: int, weight: str
             timm.models.load_pretrained(network, num_classes=num_classes, filter_fn=convert)
         except Exception as error:  # of any of the libraries through which timm downloads
             raise UserError(
-                f"timm's weights of {model} cannot be had ({summarize_error(error)}); "
-                "`teacher_weight` takes a file or URL that holds them"
+                f"timm's weights of {model} cannot be had ({summarize_error(error)}); `teacher_weight` "
+                "takes a file or URL that holds them"
             ) from error
     elif weight != "random":
         state = strip_prefixes(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint_io import downloads, weight_files, weight_formats
 from errors import UserError
@@ -64,3 +65,28 @@ def infer_decoder_depth(weights: dict[str, Tensor], asked: int | None, source: s
             f"the tokenizer in {source} has a decoder of {depth} blocks: leave `decoder_depth` {asked} out"
         )
     return depth
+
+
+def load_tokenizer_weights(
+    model: nn.Module, weights: dict[str, Tensor], settings: dict[str, Any], source: str
+) -> None:
+    """`settings`: the tokenizer that these weights are of, for the message when `model` is another."""
+    wanted = model.state_dict()
+    for key in weights:
+        unused = re.match(r"(encoder|decoder)\.(head\.|fc_norm\.|.*relative_position_index$)", key)
+        if key.startswith(("encoder.", "decoder.")) and key not in wanted and not unused:
+            raise UserError(
+                f"{source} is of another architecture, which no tokenizer here computes: it holds {key}"
+            )
+    missing = [key for key in wanted if key not in weights and not key.startswith("target_")]
+    misfits = [key for key, value in weights.items() if key in wanted and wanted[key].shape != value.shape]
+    if missing or misfits:
+        side, fitting = settings["img_size"], settings["name"]
+        reason = f"it is a {fitting}, or of that size"
+        positions = "encoder.pos_embed"
+        if positions in misfits and weights[positions].shape[-1] == wanted[positions].shape[-1]:
+            reason = f"it was trained on {side}-pixel images: `second_input_size` {side}"
+        raise UserError(
+            f"{source} does not fit `tokenizer_model` ({(misfits + missing)[0]} differs): {reason}"
+        )
+    model.load_state_dict(weights, strict=False)

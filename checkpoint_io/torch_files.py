@@ -76,8 +76,8 @@ def load(path: Path, objects: Collection[str] = ()) -> Any:
             raise DamagedFile(f"{type(error).__name__}: {why}") from None
     if start[:1] == b"\x80":
         raise UnsupportedFile(
-            "it is a pickle that torch.save did not write, and is not opened: "
-            "save its weights with torch.save"
+            "it is a pickle that torch.save did not write, and is not opened: save its weights with "
+            "torch.save"
         )
     raise DamagedFile("it is empty" if not start else "it begins as no such file does")
 
@@ -184,8 +184,8 @@ def _read_script_state_dict(root: Any) -> dict[str, Tensor]:
     if not found:
         raise UnsupportedFile(
             "a TorchScript archive whose tensors only its own code could name, and that code is not run: "
-            "where you trust it, save its weights with "
-            "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
+            "where you trust it, save its weights with torch.save(torch.jit.load(FILE).state_dict(), "
+            "'weights.pth')"
         )
     return found
 

@@ -1,4 +1,6 @@
-"""All that changes while a network trains, and with it all that a checkpoint must hold."""
+"""All that changes while a network trains, and with it all that a checkpoint must
+hold.
+"""
 
 from __future__ import annotations
 

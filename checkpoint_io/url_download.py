@@ -46,7 +46,9 @@ class Download(NamedTuple):
 
 
 class SlowServer(OSError):
-    """A server that sends nothing, or so little that waiting for the rest has no end."""
+    """A server that sends nothing, or so little that waiting for the rest has no
+    end.
+    """
 
 
 def download_file(download: Download, target: pathlib.Path, own: str = "") -> None:
@@ -89,8 +91,8 @@ def download_file(download: Download, target: pathlib.Path, own: str = "") -> No
                 break  # no progress: asking again would not help
         failures.append(f"{url} ({' '.join(str(reason).split()) or type(reason).__name__})")
     raise UserError(
-        f"cannot download {', nor '.join(map(hide_secrets, failures))}; download it elsewhere, put it "
-        f"at {target} and run again"
+        f"cannot download {', nor '.join(map(hide_secrets, failures))}; download it elsewhere, put it at "
+        f"{target} and run again"
     )
 
 

@@ -25,8 +25,8 @@ def split_url(url: str) -> urllib.parse.SplitResult:
             raise ValueError
     except ValueError:  # of urlsplit and of `port`; what they say may hold a part of a password
         raise UserError(
-            f"{url} is no URL that can be read: https://host/path is one; in a user's name or "
-            "password write / as %2F, ? as %3F, # as %23, @ as %40"
+            f"{url} is no URL that can be read: https://host/path is one; in a user's name or password "
+            "write / as %2F, ? as %3F, # as %23, @ as %40"
         ) from None
     return parts
 
@@ -78,8 +78,8 @@ class SafeRedirects(urllib.request.HTTPRedirectHandler):
         parts = split_url(newurl)
         if req.type == "https" and parts.scheme != "https":
             raise UserError(
-                f"{req.full_url} redirects to {newurl}, which can be tampered with on its "
-                "way: it is not followed"
+                f"{req.full_url} redirects to {newurl}, which can be tampered with on its way: it is not "
+                "followed"
             )
         newurl = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         new = super().redirect_request(req, fp, code, msg, headers, newurl)

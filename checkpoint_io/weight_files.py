@@ -44,8 +44,8 @@ def load_file(path: str | os.PathLike[str], objects: Collection[str] = ()) -> An
     except CodeInFile as error:
         raise UserError(
             f"{path} holds Python objects ({error.name}), which are not loaded because they can run any "
-            "code; if you trust the file, keep only its tensors: "
-            f"torch.save(torch.load('{path}', weights_only=False)['model'], 'clean.pth')"
+            f"code; if you trust the file, keep only its tensors: torch.save(torch.load('{path}', "
+            "weights_only=False)['model'], 'clean.pth')"
         ) from None
     except DamagedFile as error:
         raise _make_unreadable_error(path, str(error)) from None
@@ -94,7 +94,9 @@ def flags_to_dict(args: Any) -> dict[str, Any]:
 
 
 def extract_weights(content: Any, source: str, keys: str = "model|module") -> dict[str, torch.Tensor]:
-    """As load_state_dict, of a file that is read already; `source` is for the message."""
+    """As load_state_dict, of a file that is read already; `source` is for the
+    message.
+    """
     found, inside = content, []
     if isinstance(content, Mapping):
         inside = [key for key in (*keys.split("|"), "state_dict") if isinstance(content.get(key), Mapping)]
@@ -124,9 +126,8 @@ def check_all_tensors(state: Mapping[Any, Any], source: str, beside_others: bool
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) and (not beside_others or "." in str(key)):
             raise UserError(
-                f"{source}: {key} is no tensor but of type {type(value).__name__}, so the file is "
-                "damaged or no weight file; "
-                "remove that entry if the weight is not needed, or get the file again"
+                f"{source}: {key} is no tensor but of type {type(value).__name__}, so the file is damaged "
+                "or no weight file; remove that entry if the weight is not needed, or get the file again"
             )
 
 

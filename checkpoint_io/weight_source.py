@@ -66,8 +66,7 @@ def read_weights(
     if ema and not isinstance(beside.get("model_ema"), dict):
         raise UserError(
             f"{origin} {checkpoint} holds no moving average of the weights (model_ema), which "
-            "run_class_finetuning keeps with "
-            "`model_ema`: ask for the weights themselves"
+            "run_class_finetuning keeps with `model_ema`: ask for the weights themselves"
         )
     found = weight_files.extract_weights(content, checkpoint, "model_ema" if ema else keys)
     try:

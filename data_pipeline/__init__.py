@@ -1,1 +1,3 @@
-"""How images are found and read: folders, shards, formats, samplers, augmentation, ImageNet's classes."""
+"""How images are found and read: folders, shards, formats, samplers, augmentation,
+ImageNet's classes.
+"""

@@ -31,7 +31,9 @@ Operations = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class CropParams:
-    """What was drawn for an image of `size` (width, height); the crop's place is that in the flipped image."""
+    """What was drawn for an image of `size` (width, height); the crop's place is that
+    in the flipped image.
+    """
 
     size: tuple[int, int]
     operations: Operations  # of the jitter, in their order, each with its factor
@@ -50,15 +52,17 @@ class CropParams:
 
 
 class SampledImage(NamedTuple):
-    """An image and what was drawn for it before it was decoded, perhaps to a smaller size."""
+    """An image and what was drawn for it before it was decoded, perhaps to a smaller
+    size.
+    """
 
     image: Image.Image
     params: CropParams
 
 
 class CropSampler:
-    """CropParams as torchvision's ColorJitter, RandomHorizontalFlip, RandomVerticalFlip and
-    RandomResizedCrop do, in this order.
+    """CropParams as torchvision's ColorJitter, RandomHorizontalFlip, RandomVerticalFlip
+    and RandomResizedCrop do, in this order.
     """
 
     def __init__(
@@ -84,7 +88,8 @@ class CropSampler:
 
 
 def exact_crop(image: Image.Image, params: CropParams) -> Image.Image:
-    """The crop of the jittered and flipped RGB `image`, bit for bit, without jittering what is cut off.
+    """The crop of the jittered and flipped RGB `image`, bit for bit, without jittering
+    what is cut off.
 
     Only contrast looks at other pixels: its pivot is the mean gray of the whole image
     as the operations before it left it.
@@ -137,7 +142,8 @@ def resize_to_square(image: Image.Image, size: int, mode: InterpolationMode) -> 
 
 
 def resize_fast(drawn: SampledImage, size: int, mode: InterpolationMode) -> torch.Tensor:
-    """The same of a crop by torch's vectorized kernels, in a third of the time, within one level.
+    """The same of a crop by torch's vectorized kernels, in a third of the time, within
+    one level.
 
     By PIL where torch has no such mode, and where the image was decoded to a smaller
     size, whose pixels the crop cuts.
@@ -168,7 +174,9 @@ def _as_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def estimate_pivot(image: Image.Image, operations: Operations) -> int:
-    """The contrast's pivot from one pixel in many; 0 where nothing changes the contrast."""
+    """The contrast's pivot from one pixel in many; 0 where nothing changes the
+    contrast.
+    """
     kinds = [kind for kind, _ in operations]
     if CONTRAST not in kinds:
         return 0
@@ -181,7 +189,9 @@ def estimate_pivot(image: Image.Image, operations: Operations) -> int:
 
 
 def jitter_and_flip(image: Tensor, params: CropParams, pivot: int) -> Tensor:
-    """One image (3, height, width) uint8 -> the same shape, jittered and flipped as drawn."""
+    """One image (3, height, width) uint8 -> the same shape, jittered and flipped as
+    drawn.
+    """
     if params.operations:
         x = image.float()
         for kind, factor in params.operations:
@@ -192,7 +202,9 @@ def jitter_and_flip(image: Tensor, params: CropParams, pivot: int) -> Tensor:
 
 
 def pack_params(params: CropParams, pivot: int) -> Tensor:
-    """What `jitter_and_flip_all` needs of the params: (9,) float, three operations, their factors, pivot, flips."""
+    """What `jitter_and_flip_all` needs of the params: (9,) float, three operations,
+    their factors, pivot, flips.
+    """
     filled = (*params.operations, *[(BRIGHTNESS, 1.0)] * (3 - len(params.operations)))
     kinds, factors = zip(*filled, strict=True)
     return torch.tensor([*kinds, *factors, pivot, params.hflip, params.vflip], dtype=torch.float32)
@@ -213,7 +225,9 @@ def jitter_and_flip_all(images: Tensor, numbers: Tensor) -> Tensor:
 
 
 def blend_(x: Tensor, base: Tensor | int, factor: Tensor | float) -> None:
-    """PIL's Image.blend, in place: away from `base` by `factor`, clipped and cut to whole numbers."""
+    """PIL's Image.blend, in place: away from `base` by `factor`, clipped and cut to
+    whole numbers.
+    """
     if isinstance(base, Tensor) or base != 0:
         x.sub_(base).mul_(factor).add_(base)
     else:

@@ -51,8 +51,8 @@ class RandomCrop:
 class Crops:
     """Views that are one random crop, resized to some sizes.
 
-    `data_pipeline` exact: as torchvision's transforms on PIL images, bit for bit. fast: a
-    JPEG is decoded no larger than the resize needs, resized by torch, and jittered
+    `data_pipeline` exact: as torchvision's transforms on PIL images, bit for bit. fast:
+    a JPEG is decoded no larger than the resize needs, resized by torch, and jittered
     behind the resize; with `augment_on_device` the jitter and the flips are left to
     `device_transform`, with the same result.
     """
@@ -86,7 +86,9 @@ class Crops:
         return SampledImage(image, sampled[0] if sampled else self.crop.sample_params(image.size))
 
     def transform(self, loaded: Image.Image | SampledImage) -> dict[str, torch.Tensor]:
-        """A sample as it travels: each view (3, S, S) uint8, and what `device_transform` needs to know."""
+        """A sample as it travels: each view (3, S, S) uint8, and what
+        `device_transform` needs to know.
+        """
         if not isinstance(loaded, SampledImage):
             loaded = SampledImage(loaded, self.crop.sample_params(loaded.size))
         image, params = loaded
@@ -106,7 +108,9 @@ class Crops:
         return {name: jitter_and_flip(view, params, pivot) for name, view in views.items()}
 
     def device_transform(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of samples, on any device, as the network takes it: views (B, 3, S, S) float in [0, 1]."""
+        """A batch of samples, on any device, as the network takes it: views (B, 3, S,
+        S) float in [0, 1].
+        """
         batch = dict(batch)
         params = batch.pop("params", None)
         for name in self.sizes():
@@ -122,8 +126,8 @@ class Crops:
 
 @functools.cache
 def per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """(C, 1, 1) on the device. Divided by as a tensor: GPUs multiply by the reciprocal of
-    a number, which rounds otherwise.
+    """(C, 1, 1) on the device. Divided by as a tensor: GPUs multiply by the reciprocal
+    of a number, which rounds otherwise.
     """
     return torch.tensor(values, device=device).view(-1, 1, 1)
 

@@ -1,4 +1,5 @@
-"""Samples made of files: what becomes of one that does not decode, and of a batch of them.
+"""Samples made of files: what becomes of one that does not decode, and of a batch of
+them.
 
 The way of an image, from its path in a list to the tensor that the network takes:
 
@@ -43,8 +44,8 @@ class View(Protocol):
     """
 
     def load(self, source: Any) -> Any:
-        """Decode what `Files.open` gives; whatever this raises means that the file does not
-        decode.
+        """Decode what `Files.open` gives; whatever this raises means that the file does
+        not decode.
         """
 
     def transform(self, loaded: Any) -> dict[str, Tensor]:
@@ -65,8 +66,8 @@ class SampleDataset(Dataset[dict[str, Any]]):
         raise NotImplementedError
 
     def digest(self, root: str) -> str:
-        """A digest of what the data set consists of, which does not depend on the folder
-        `root` in which it lies: a resumed run must find the same one.
+        """A digest of what the data set consists of, which does not depend on the
+        folder `root` in which it lies: a resumed run must find the same one.
         """
         raise NotImplementedError
 
@@ -92,7 +93,9 @@ class Files(SampleDataset):
         return digest(self.identities(), root)
 
     def identities(self) -> Iterator[bytes]:
-        """What tells each file, in their order, and then the labels if there are any."""
+        """What tells each file, in their order, and then the labels if there are
+        any.
+        """
         return (os.fsencode(self.name(index)) for index in range(self.files))
 
     def name(self, index: int) -> str:
@@ -127,20 +130,23 @@ class Files(SampleDataset):
         return {"failed": failed}
 
     def warn_of_12_bits(self, open_image: Callable[[int], Any], looked_at: int = 16) -> None:
-        """One line where some evenly spread images look like a 12-bit camera's in 16-bit
-        files: they are nearly black. `open_image`: index -> what image_formats opens.
+        """One line where some evenly spread images look like a 12-bit camera's in
+        16-bit files: they are nearly black. `open_image`: index -> what image_formats
+        opens.
         """
         count = min(looked_at, self.files) if is_main() else 0
         if look_like_12_bits(open_image(number * self.files // count) for number in range(count)):
             log_once(
                 f"warning: images such as {self.name(0)} have 16 bits, but no value above 4095, as of a "
-                "12-bit camera: 65535 is white, so they are seen nearly black; multiply their values by "
-                "16 and save them again"
+                "12-bit camera: 65535 is white, so they are seen nearly black; multiply their values by 16 "
+                "and save them again"
             )
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacked tensors, `failed` as one flat list; only {"failed": [...]} when some sample found no image."""
+    """Stacked tensors, `failed` as one flat list; only {"failed": [...]} when some
+    sample found no image.
+    """
     failed = [text for sample in samples for text in sample["failed"]]
     if any("image" not in sample for sample in samples):
         return {"failed": failed}
@@ -149,7 +155,9 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def collate_readable(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of those samples alone that found their image; only {"failed": [...]} when none did."""
+    """Of those samples alone that found their image; only {"failed": [...]} when none
+    did.
+    """
     failed = [text for sample in samples for text in sample["failed"]]
     return {
         **collate([sample for sample in samples if "image" in sample] or [{"failed": []}]),
@@ -172,9 +180,11 @@ def reason_of(error: Exception) -> str:
 
 
 class BadFiles:
-    """What is done about the files that did not decode: name each once, stop when they are too many.
+    """What is done about the files that did not decode: name each once, stop when they
+    are too many.
 
-    `flag` is the data folder's flag, and `instead` what is done without them, for the messages.
+    `flag` is the data folder's flag, and `instead` what is done without them, for the
+    messages.
     """
 
     def __init__(
@@ -196,7 +206,8 @@ class BadFiles:
         """A batch's `failed`, and whether the batch has an `image`; UserError when the
         data cannot be trained on.
 
-        A file is counted once an epoch: behind a bad file its neighbors' replacement may try it again.
+        A file is counted once an epoch: behind a bad file its neighbors' replacement
+        may try it again.
         """
         self.failed.update(dict.fromkeys(failed))
         for text in dict.fromkeys(failed):
@@ -209,13 +220,12 @@ class BadFiles:
         if not found_image:
             unread = list(dict.fromkeys(failed))
             raise UserError(
-                f"no image could be read, {len(unread)} files failed: "
-                f"{', '.join(unread[:3])}; check {self.flag}"
+                f"no image could be read, {len(unread)} files failed: {', '.join(unread[:3])}; check "
+                f"{self.flag}"
             )
         count, examples = len(self.failed), ", ".join(list(self.failed)[:3])
         if count >= self.at_least and count > self.limit_share * self.reads:
             raise UserError(
                 f"{count} of this epoch's {self.reads} images cannot be read ({examples}, ...): check "
-                f"{self.flag}, "
-                "and repair or remove these files"
+                f"{self.flag}, and repair or remove these files"
             )

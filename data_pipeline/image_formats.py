@@ -1,4 +1,5 @@
-"""Opening an image file: which formats are decoded, whatever the file is called, and from regular files alone.
+"""Opening an image file: which formats are decoded, whatever the file is called, and
+from regular files alone.
 
 Pillow by itself decodes some formats by starting another program (EPS by Ghostscript),
 and others by plugins that few ever test. Here one table says what is decoded, and what
@@ -43,7 +44,9 @@ OTHERS = (  # what a file is instead, by its first bytes
 
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
-    """A file to read; OSError for what is none: a pipe would be waited for, a device read for ever."""
+    """A file to read; OSError for what is none: a pipe would be waited for, a device
+    read for ever.
+    """
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(number).st_mode
     if not stat.S_ISREG(mode):
@@ -54,8 +57,8 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
 
 @contextlib.contextmanager
 def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[ImageFile.ImageFile]:
-    """As Image.open, for the formats above: the pixels are to be loaded inside the block.
-    UnidentifiedImageError with what the file is instead.
+    """As Image.open, for the formats above: the pixels are to be loaded inside the
+    block. UnidentifiedImageError with what the file is instead.
     """
     with (
         open_regular(source)
@@ -71,8 +74,8 @@ def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[ImageFile
 
 
 def is_16_bit(image: Image.Image) -> bool:
-    """Unsigned gray of which 65535 is white. Pillow calls it I where it has scaled a PPM
-    to that range, or is older.
+    """Unsigned gray of which 65535 is white. Pillow calls it I where it has scaled a
+    PPM to that range, or is older.
     """
     return image.mode.startswith("I;16") or (
         image.mode == "I" and getattr(image, "format", None) in ("PNG", "PPM")
@@ -80,7 +83,9 @@ def is_16_bit(image: Image.Image) -> bool:
 
 
 def look_like_12_bits(sources: Iterable[Any]) -> bool:
-    """Whether some of these are 16-bit files, and none of those has a pixel above 4095, 6 % of white."""
+    """Whether some of these are 16-bit files, and none of those has a pixel above 4095,
+    6 % of white.
+    """
     brightest = []
     for source in sources:
         # what cannot be read is named when it is needed
@@ -107,7 +112,8 @@ Size = tuple[int, int]  # width, height
 
 
 def load_image(source: Source | IO[bytes], enough: Callable[[Size], Size] | None = None) -> Image.Image:
-    """RGB, upright (EXIF), 8 bits; raises whatever PIL raises for what it cannot decode.
+    """RGB, upright (EXIF), 8 bits; raises whatever PIL raises for what it cannot
+    decode.
 
     `enough`: told the size of a JPEG before it is decoded, says which size is large
     enough; it may then be decoded to a half, a quarter or an eighth of its size, but to
@@ -145,7 +151,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             f"its pixels are {kind} numbers, and nothing says which is white; convert it to 8 or 16 bits"
         )
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        # What lies under transparent pixels is arbitrary: show them on white, as a page would.
+        # What lies under transparent pixels is arbitrary: show them on white, as a page
+        # would.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     # PIL would copy an image that is RGB already

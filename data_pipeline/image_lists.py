@@ -30,7 +30,9 @@ Samples = Sequence[tuple[str | np.ndarray | shards.Member, int | None]]
 
 
 def find_images(root: str, origin: str = "`data_path`") -> tuple[Samples, None]:
-    """Every image below `root`, however nested, unlabeled, in the order of the paths."""
+    """Every image below `root`, however nested, unlabeled, in the order of the
+    paths.
+    """
     check_folder(root, origin)
     left_out: Counter[str] = Counter()
     samples: Samples = [(path, None) for path in list_images(root, left_out)]
@@ -63,8 +65,8 @@ def find_classes_folder(
     unknown = sorted(set(found) - set(classes)) if classes else []
     if unknown:
         raise UserError(
-            f"{origin} {root}: class folder '{unknown[0]}' is no class of the training data "
-            f"(in all {len(unknown)})"
+            f"{origin} {root}: class folder '{unknown[0]}' is no class of the training data (in all "
+            f"{len(unknown)})"
         )
     names = classes or found
     samples: list[tuple[str | np.ndarray | shards.Member, int | None]] = []
@@ -73,8 +75,8 @@ def find_classes_folder(
     if len(others) < len(found):
         twice = [name for name in found if list(folders.values()).count(folders[name]) > 1][:2]
         raise UserError(
-            f"{origin} {root}: class folders '{twice[0]}' and '{twice[1]}' are the same folder; remove "
-            "one of the links"
+            f"{origin} {root}: class folders '{twice[0]}' and '{twice[1]}' are the same folder; remove one "
+            "of the links"
         )
     above = list_parents(os.path.realpath(root)).union(*(map(str, PurePath(path).parents) for path in others))
     with os.scandir(root) as entries:
@@ -99,8 +101,8 @@ def _refuse_splits(found: Sequence[str], root: str, origin: str, classes: Sequen
         train = next((name for name in found if name.lower().startswith("train")), found[0])
         rest = next((name for name in found if name != train), "val")
         raise UserError(
-            f"{origin} {root}: its folders are {', '.join(found)}: splits, not classes; give "
-            f"`data_path` {os.path.join(root, train)} `eval_data_path` {os.path.join(root, rest)}"
+            f"{origin} {root}: its folders are {', '.join(found)}: splits, not classes; give `data_path` "
+            f"{os.path.join(root, train)} `eval_data_path` {os.path.join(root, rest)}"
         )
     if len(found) < 2 and not classes:
         raise UserError(
@@ -122,8 +124,8 @@ def read_class_index(file: str, root: str, origin: str = "`data_path`") -> tuple
                     name, paths = _parse_index_line(line, f"{where}, line {number}")
                     if name in files:
                         raise UserError(
-                            f"{where}, line {number}: class '{name}' was listed before; "
-                            "give each class one line"
+                            f"{where}, line {number}: class '{name}' was listed before; give each class one "
+                            "line"
                         )
                     files[name] = paths
     except (OSError, UnicodeDecodeError) as error:
@@ -140,21 +142,20 @@ def read_class_index(file: str, root: str, origin: str = "`data_path`") -> tuple
             full = os.path.normpath(os.path.join(base, name if of_class > of_root else "", path))
             if not full.startswith(base.rstrip(os.sep) + os.sep):
                 raise UserError(
-                    f"{where}: '{path}' of class '{name}' lies outside {origin} {root}; "
-                    "give paths relative to it"
+                    f"{where}: '{path}' of class '{name}' lies outside {origin} {root}; give paths relative "
+                    "to it"
                 )
             samples.append((full, label))
     first = samples[0][0]
     if not (of_root or of_class):
         raise UserError(
-            f"{where}: there is no {first}; its paths are relative to {origin} {root}, or to the "
-            "class's folder in it"
+            f"{where}: there is no {first}; its paths are relative to {origin} {root}, or to the class's "
+            "folder in it"
         )
     if of_root == of_class:
         raise UserError(
-            f"{where}: {first} is there, and the same path in the class's folder: write the paths "
-            f"relative to {origin} {root}, "
-            "such as class/file"
+            f"{where}: {first} is there, and the same path in the class's folder: write the paths relative "
+            f"to {origin} {root}, such as class/file"
         )
     return samples, sorted(files)
 
@@ -221,10 +222,9 @@ def find_shards(
         barrier()
     if members.left_out:
         log_once(
-            f"left out   of {origin} {pattern}: {members.left_out:,} images, since a name ends at its "
-            "first dot (x.2021.jpg is "
-            "the 2021.jpg of sample x) and a sample has one image; scripts/make_shards.py writes "
-            "names without further dots"
+            f"left out   of {origin} {pattern}: {members.left_out:,} images, since a name ends at its first "
+            "dot (x.2021.jpg is the 2021.jpg of sample x) and a sample has one image; "
+            "scripts/make_shards.py writes names without further dots"
         )
     if members.labels is None:
         return members, None
@@ -240,8 +240,8 @@ def find_shards(
     unknown = sorted(set(own) - set(classes))
     if unknown:
         raise UserError(
-            f"{origin} {pattern}: class '{unknown[0]}' is no class of the training data "
-            f"(in all {len(unknown)})"
+            f"{origin} {pattern}: class '{unknown[0]}' is no class of the training data (in all "
+            f"{len(unknown)})"
         )
     theirs = np.array([list(classes).index(name) for name in own])
     return members.with_labels(theirs[members.labels]), list(classes)

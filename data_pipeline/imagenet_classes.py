@@ -17,7 +17,9 @@ from errors import UserError
 
 
 class RobustSet(NamedTuple):
-    """A set of other images of ImageNet's classes, in one folder a class, named by its WordNet id."""
+    """A set of other images of ImageNet's classes, in one folder a class, named by its
+    WordNet id.
+    """
 
     name: str
     classes: int
@@ -46,12 +48,16 @@ def _info() -> ImageNetInfo:
 
 
 def synsets() -> list[str]:
-    """The 1000 WordNet ids (n01440764, ...) in the order of a classifier's logits, which is theirs as text."""
+    """The 1000 WordNet ids (n01440764, ...) in the order of a classifier's logits,
+    which is theirs as text.
+    """
     return list(_info().label_names())
 
 
 def in_words(name: str) -> str:
-    """The first of WordNet's words for an id of ImageNet-1k or -21k (n01440764: tench); any other name as it is."""
+    """The first of WordNet's words for an id of ImageNet-1k or -21k (n01440764: tench);
+    any other name as it is.
+    """
     if not re.fullmatch(r"n\d{8}", name):
         return name
     try:
@@ -61,21 +67,20 @@ def in_words(name: str) -> str:
 
 
 def logits_of(folders: Sequence[str], robust: RobustSet, where: str) -> list[int]:
-    """Which of the 1000 logits the class folders of a test set stand for, in the folders'
-    order. `where`: flag and folder.
+    """Which of the 1000 logits the class folders of a test set stand for, in the
+    folders' order. `where`: flag and folder.
     """
     number = {synset: index for index, synset in enumerate(synsets())}
     unknown = [folder for folder in folders if folder not in number]
     if unknown:
         raise UserError(
-            f"{where}: class folder '{unknown[0]}' is none of ImageNet-1k's WordNet ids such as n01440764 ("
-            f"{len(unknown)} of {len(folders)} folders are none); give the folder in which "
-            f"{robust.name}'s class folders lie"
+            f"{where}: class folder '{unknown[0]}' is none of ImageNet-1k's WordNet ids such as n01440764 "
+            f"({len(unknown)} of {len(folders)} folders are none); give the folder in which {robust.name}'s "
+            "class folders lie"
         )
     if len(folders) != robust.classes:
         raise UserError(
-            f"{where}: has {len(folders)} class folders and {robust.name} has {robust.classes}; "
-            "complete the folder or correct "
-            "`robust_test`, because accuracies among other classes do not compare"
+            f"{where}: has {len(folders)} class folders and {robust.name} has {robust.classes}; complete "
+            "the folder or correct `robust_test`, because accuracies among other classes do not compare"
         )
     return [number[folder] for folder in folders]

@@ -17,15 +17,17 @@ MODES = {
 
 
 def interpolation(name: str) -> InterpolationMode:
-    """The mode of that name; `random` draws bilinear or bicubic anew at each call. UserError for other names."""
+    """The mode of that name; `random` draws bilinear or bicubic anew at each call.
+    UserError for other names.
+    """
     if name == "random":
         return MODES[random.choice(("bilinear", "bicubic"))]
     return pick(MODES, name, "interpolation")
 
 
 def cut_to_length(image: Image.Image, most: int = 64) -> Image.Image:
-    """The middle of an image that is more than `most` times as long as wide: of a line of
-    pixels, resized as a whole, a center crop would need gigabytes to show a few. All
+    """The middle of an image that is more than `most` times as long as wide: of a line
+    of pixels, resized as a whole, a center crop would need gigabytes to show a few. All
     others as they are. Nothing moves: as much is cut off at either end.
     """
     sides = []
@@ -46,7 +48,9 @@ class Resize(T.Resize):
 
 
 class ResizeToCover:
-    """Keeps the aspect ratio; the smallest image that a rectangle (height, width) lies in, in pixels."""
+    """Keeps the aspect ratio; the smallest image that a rectangle (height, width) lies
+    in, in pixels.
+    """
 
     def __init__(self, size: tuple[int, int], mode: InterpolationMode) -> None:
         self.size, self.mode = size, mode

@@ -30,7 +30,8 @@ SHARDS_AT_ONCE = 16
 
 
 class ResumableSampler(Sampler[list[Key]]):
-    """Batches of keys (epoch, index) for one rank, a pure function of (seed, epoch, samples done).
+    """Batches of keys (epoch, index) for one rank, a pure function of (seed, epoch,
+    samples done).
 
     An epoch's global order is cut into optimizer steps of world_size * update_freq *
     batch_size samples (the incomplete last one is dropped), a step into update_freq
@@ -58,8 +59,8 @@ class ResumableSampler(Sampler[list[Key]]):
     ) -> None:
         if min(length, batch_size, update_freq, world_size) < 1:
             raise ValueError(
-                f"length {length}, batch {batch_size}, update_freq {update_freq}, world "
-                f"{world_size}: 1 or more"
+                f"length {length}, batch {batch_size}, update_freq {update_freq}, world {world_size}: 1 or "
+                "more"
             )
         ways = world_size * update_freq
         self.shrunk = length < batch_size * ways
@@ -71,11 +72,15 @@ class ResumableSampler(Sampler[list[Key]]):
         self.set_position(0, 0)
 
     def set_position(self, epoch: int, samples_done: int = 0) -> None:
-        """The next iteration is this epoch's, without its first `samples_done` samples (over all ranks)."""
+        """The next iteration is this epoch's, without its first `samples_done` samples
+        (over all ranks).
+        """
         self.epoch, self.samples_done = epoch, samples_done
 
     def order(self) -> torch.Tensor:
-        """This epoch's global order of all indices, int64; when shrunk, wrapped around to one whole step."""
+        """This epoch's global order of all indices, int64; when shrunk, wrapped around
+        to one whole step.
+        """
         if self.shuffle:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
             order = shuffled_by_shards(self.shard_sizes or [self.length], generator)
@@ -104,8 +109,8 @@ class ResumableSampler(Sampler[list[Key]]):
 
 
 def shuffled_by_shards(sizes: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-    """All indices below sum(sizes), int64: the shards shuffled, and SHARDS_AT_ONCE of them
-    at a time image by image. Up to so many shards it is randperm.
+    """All indices below sum(sizes), int64: the shards shuffled, and SHARDS_AT_ONCE of
+    them at a time image by image. Up to so many shards it is randperm.
     """
     if len(sizes) <= SHARDS_AT_ONCE:
         return torch.randperm(sum(sizes), generator=generator)
@@ -116,7 +121,8 @@ def shuffled_by_shards(sizes: Sequence[int], generator: torch.Generator) -> torc
 
 
 class EvalSampler(Sampler[list[Key]]):
-    """Batches of keys (0, index): every index once over all ranks. No padding: ranks may differ by one.
+    """Batches of keys (0, index): every index once over all ranks. No padding: ranks
+    may differ by one.
 
     `every`: only each such index.
     """
@@ -134,8 +140,8 @@ class EvalSampler(Sampler[list[Key]]):
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """How batches are read: `batch_size` samples each, by `num_workers` processes (0: by
-    the one that asks), with `pin_mem` into page-locked memory if they go to a GPU.
+    """How batches are read: `batch_size` samples each, by `num_workers` processes (0:
+    by the one that asks), with `pin_mem` into page-locked memory if they go to a GPU.
     """
 
     batch_size: int
@@ -166,7 +172,8 @@ def build_loader(
     persistent: bool = False,
     collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] = collate,
 ) -> Loader:
-    """The batches of `batch_sampler`, read by at most as many workers as this machine has cores.
+    """The batches of `batch_sampler`, read by at most as many workers as this machine
+    has cores.
 
     `persistent`: the workers live until `close`, over all epochs.
     """
@@ -205,7 +212,9 @@ def ended_by_errors(iterator: Any) -> Iterator[dict[str, Any]]:
 
 
 def close(loader: DataLoader[Any]) -> None:
-    """End persistent workers now: at the interpreter's exit each would be waited for in vain."""
+    """End persistent workers now: at the interpreter's exit each would be waited for in
+    vain.
+    """
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None:
         iterator._shutdown_workers()

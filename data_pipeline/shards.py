@@ -45,7 +45,9 @@ class Member(NamedTuple):
         return io.BytesIO(content)
 
     def __str__(self) -> str:
-        """shard/name, for messages: the name is read from the header before the image."""
+        """shard/name, for messages: the name is read from the header before the
+        image.
+        """
         try:
             header = os.pread(_open_once(self.shard).fileno(), BLOCK, self.offset - BLOCK)
             return f"{self.shard}/{tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name}"
@@ -130,8 +132,8 @@ def find_shards(pattern: str, origin: str) -> list[str]:
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"{origin} {pattern}: {missing[0]}{others} of {len(paths)} shards "
-            f"{'are' if others else 'is'} missing"
+            f"{origin} {pattern}: {missing[0]}{others} of {len(paths)} shards {'are' if others else 'is'} "
+            "missing"
         )
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
@@ -187,8 +189,8 @@ def list_members(paths: Sequence[str], extensions: Sequence[str], origin: str) -
     labels = np.concatenate([index.labels for index in indices])
     if len(labels) == 0:
         raise UserError(
-            f"{origin}: no images in these {len(paths)} shards (accepted: {' '.join(extensions)}, "
-            "behind the first dot of a name)"
+            f"{origin}: no images in these {len(paths)} shards (accepted: {' '.join(extensions)}, behind "
+            "the first dot of a name)"
         )
     labeled = labels >= 0
     if labeled.any() and not labeled.all():

@@ -1,7 +1,8 @@
-"""Which class is taken for which: counts of (true class, predicted class), over all ranks,
-and the classes that do worst.
+"""Which class is taken for which: counts of (true class, predicted class), over all
+ranks, and the classes that do worst.
 
-A full matrix of ImageNet-21k's classes would be 4 GB; here memory grows with the pairs that occur.
+A full matrix of ImageNet-21k's classes would be 4 GB; here memory grows with the pairs
+that occur.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ LOW_BITS = (1 << 32) - 1
 
 
 class Confusion:
-    """Counts of pairs of class numbers, whole numbers throughout; on the labels' device,
-    without synchronizing it at every `add`.
+    """Counts of pairs of class numbers, whole numbers throughout; on the labels'
+    device, without synchronizing it at every `add`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +34,9 @@ class Confusion:
         self.waiting = 0
 
     def add(self, labels: Tensor, predictions: Tensor) -> None:
-        """Class numbers from 0 up, integers of one shape (images (B,), pixels (B, height, width), ...)."""
+        """Class numbers from 0 up, integers of one shape (images (B,), pixels (B,
+        height, width), ...).
+        """
         keys = labels.reshape(-1).long() << 32 | predictions.reshape(-1).long()
         self.pending.append(keys)
         self.waiting += len(keys)
@@ -51,19 +54,23 @@ class Confusion:
         self.counts = torch.zeros_like(self.keys).index_add_(0, where, counts)
 
     def sum_over_ranks(self) -> None:
-        """Every rank's counts, on every rank; a rank that added nothing takes part all the same."""
+        """Every rank's counts, on every rank; a rank that added nothing takes part all
+        the same.
+        """
         self._count()
         self._set(distributed.all_gather_rows(self.keys), distributed.all_gather_rows(self.counts))
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(true classes, predicted classes, counts), each (pairs,) int64, sorted by true,
-        then by predicted class.
+        """(true classes, predicted classes, counts), each (pairs,) int64, sorted by
+        true, then by predicted class.
         """
         self._count()
         return self.keys >> 32, self.keys & LOW_BITS, self.counts
 
     def by_class(self) -> tuple[Tensor, Tensor]:
-        """(correct, total) of each class that occurs, int64, in the order of the class numbers."""
+        """(correct, total) of each class that occurs, int64, in the order of the class
+        numbers.
+        """
         labels, predictions, counts = self.pairs()
         seen, row = labels.unique(return_inverse=True)
         total = torch.zeros_like(seen).index_add_(0, row, counts)
@@ -82,8 +89,8 @@ class Confusion:
 
 @dataclass(frozen=True)
 class WorstClass:
-    """One class: how many of its images were recognized, and which wrong answer was given
-    most often (None: none was).
+    """One class: how many of its images were recognized, and which wrong answer was
+    given most often (None: none was).
     """
 
     label: int
@@ -101,7 +108,9 @@ class WorstClass:
 
 
 def describe_worst(worst: Sequence[WorstClass], classes: Sequence[str]) -> list[dict[str, Any]]:
-    """As plain data with the classes' names; recall and share are percent of the class's images."""
+    """As plain data with the classes' names; recall and share are percent of the
+    class's images.
+    """
 
     def name_of(label: int) -> dict[str, str]:
         return {"class": classes[label], "name": in_words(classes[label])}

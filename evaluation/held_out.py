@@ -43,8 +43,8 @@ def evaluation_batches(
         bad_files.add(left_out, found_image=read > 0)
         named = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
         log.warning(
-            f"warning: {len(left_out)} of {read + len(left_out)} images of {origin} cannot be read and "
-            f"do not count: {named}"
+            f"warning: {len(left_out)} of {read + len(left_out)} images of {origin} cannot be read and do "
+            f"not count: {named}"
         )
 
 

@@ -1,4 +1,5 @@
-"""k nearest neighbors on frozen features (weighted as in Wu et al. 2018, instance discrimination, and DINO).
+"""k nearest neighbors on frozen features (weighted as in Wu et al. 2018, instance
+discrimination, and DINO).
 
 What a backbone has learned, without training anything on top: a validation image gets
 the class that its nearest training images vote for. Shapes: N training images, B a
@@ -23,16 +24,16 @@ SIMILARITIES = 2**27  # computed at a time: 512 MiB
 
 
 def pool(tokens: Tensor, features: str) -> Tensor:
-    """Tokens (B, T, C) -> `cls`: the CLS token (B, C); `mean`: of the patch tokens (B, C);
-    `cls_mean`: both (B, 2C).
+    """Tokens (B, T, C) -> `cls`: the CLS token (B, C); `mean`: of the patch tokens (B,
+    C); `cls_mean`: both (B, 2C).
     """
     parts = {"cls": lambda: tokens[:, 0], "mean": lambda: tokens[:, 1:].mean(dim=1)}
     return torch.cat([parts[part]() for part in features.split("_")], dim=-1)
 
 
 def channel_std(mean: Tensor, var: Tensor) -> Tensor:
-    """Standard deviations (..., C) to divide by. Below a millionth of the largest channel
-    is rounding: it stays small.
+    """Standard deviations (..., C) to divide by. Below a millionth of the largest
+    channel is rounding: it stays small.
     """
     std = var.clamp_min(0).sqrt()
     least = 1e-6 * (mean.abs() + std).amax(dim=-1, keepdim=True)
@@ -44,7 +45,9 @@ def channel_std(mean: Tensor, var: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Features:
-    """Of n images, in main memory: values (n, ...), labels (n,) and indices into the data set (n,), both int64."""
+    """Of n images, in main memory: values (n, ...), labels (n,) and indices into the
+    data set (n,), both int64.
+    """
 
     values: Tensor
     labels: Tensor
@@ -56,7 +59,9 @@ class Features:
 
 @torch.no_grad()
 def extract(batches: Iterable[dict[str, Any]], encode: Callable[[Tensor], Tensor]) -> Features:
-    """`encode` of every image of this rank's batches, (B, ...) each, in single precision."""
+    """`encode` of every image of this rank's batches, (B, ...) each, in single
+    precision.
+    """
     parts = [(encode(b["image"]).float().cpu(), b["label"].cpu(), b["index"].cpu()) for b in batches]
     if not parts:  # fewer images than ranks
         none = torch.zeros(0, dtype=torch.int64)
@@ -66,8 +71,8 @@ def extract(batches: Iterable[dict[str, Any]], encode: Callable[[Tensor], Tensor
 
 
 def gather_features(own: Features, device: torch.device, rows: int = 4096) -> Features:
-    """The features of all ranks on every rank, in the order of the data set. `rows` pass
-    through `device` at a time.
+    """The features of all ranks on every rank, in the order of the data set. `rows`
+    pass through `device` at a time.
     """
     # a rank may be without an image
     shape = max(distributed.gather_objects(tuple(own.values.shape[1:])), key=len)
@@ -94,7 +99,8 @@ def knn_accuracies(
     temperature: float = 0.07,
     standardize: bool = False,
 ) -> dict[str, float]:
-    """Accuracy in percent: {"knn10_acc1": ..., "knn10_acc5": ..., ...} and "knn_images".
+    """Accuracy in percent: {"knn10_acc1": ..., "knn10_acc5": ..., ...} and
+    "knn_images".
 
     `train`: of all ranks, values (N, C); `own`: this rank's share of the validation
     images, each image on one rank. The k neighbors of highest cosine similarity vote
@@ -129,7 +135,8 @@ def knn_accuracies(
 
 
 def rank_labels(votes: Tensor, labels: Tensor) -> Tensor:
-    """Place of each label (B,) among the votes (B, classes), from 0; of equal votes the lower class comes first.
+    """Place of each label (B,) among the votes (B, classes), from 0; of equal votes the
+    lower class comes first.
 
     A class without a vote is last, also where fewer than five classes were voted for.
     """
@@ -144,7 +151,9 @@ def rank_labels(votes: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Probe:
-    """What --knn_freq evaluates on: this rank's share of labeled images, every so many epochs."""
+    """What --knn_freq evaluates on: this rank's share of labeled images, every so many
+    epochs.
+    """
 
     train: Loader
     validation: Loader

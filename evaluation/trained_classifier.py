@@ -29,7 +29,9 @@ KEPT_FROM_PRETRAINING = ("abs_pos_emb", "rel_pos_bias", "imagenet_default_mean_a
 
 @dataclass(frozen=True)
 class RunFlags:
-    """The flags of this run by name, and how a command line asks for the value of one."""
+    """The flags of this run by name, and how a command line asks for the value of
+    one.
+    """
 
     values: Mapping[str, Any]
     format_flag: Callable[[str, Any], str]
@@ -93,8 +95,8 @@ def load_classifier(trained: TrainedClassifier, model: VisionTransformer, ours: 
     if missing or unused:
         what = f"it lacks {missing[0]}" if missing else f"it also holds {unused[0]}"
         raise UserError(
-            f"{trained.source} is not the model that `model` and the flags around it describe: {what}"
-            f"{suggest_training_flags(trained, ours)}"
+            f"{trained.source} is not the model that `model` and the flags around it describe: "
+            f"{what}{suggest_training_flags(trained, ours)}"
         )
     warn_of_other_images(trained, fitting, ours)
     if fitting[PATCHES].shape != trained.weights[PATCHES].shape:
@@ -228,6 +230,6 @@ def refuse_resuming_other_classes(state: Mapping[str, Any], classes: Sequence[st
     if classes and list(theirs) != list(classes):
         raise UserError(
             "the checkpoint to resume was trained on other classes: "
-            f"{describe_difference(theirs, classes)}; give {way_out}, or start anew from these weights "
-            "with `finetune` and another `output_dir`"
+            f"{describe_difference(theirs, classes)}; give {way_out}, or start anew from these weights with "
+            "`finetune` and another `output_dir`"
         )

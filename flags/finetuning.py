@@ -1,4 +1,6 @@
-"""Flags of fine-tuning for classification: what they are, and which cannot go together."""
+"""Flags of fine-tuning for classification: what they are, and which cannot go
+together.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Flags of images and of the backbone that sees them, and the values that the library takes for them."""
+"""Flags of images and of the backbone that sees them, and the values that the library
+takes for them.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +140,9 @@ def add_label_flags(group: Any) -> None:
 
 
 def add_opened_model_flags(parser: argparse.ArgumentParser) -> None:
-    """What a file of weights may leave open, for the scripts that build the model from it."""
+    """What a file of weights may leave open, for the scripts that build the model from
+    it.
+    """
     parser.add_argument(
         "--input_size", type=image_size, default=None, help="side, or height x width; default: the model's"
     )
@@ -161,7 +165,9 @@ def add_shown_image_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
-    """One view of an image in all scripts that look at it, so that its tokens are the same in each."""
+    """One view of an image in all scripts that look at it, so that its tokens are the
+    same in each.
+    """
     parser.add_argument(
         "--crop_pct",
         type=crop_share,
@@ -185,7 +191,9 @@ def image_source(args: argparse.Namespace) -> ImageSource:
 
 
 def loader_settings(args: argparse.Namespace, batch_size: int | None = None) -> LoaderSettings:
-    """`batch_size`: where it is not --batch_size, such as 1 where images differ in size."""
+    """`batch_size`: where it is not --batch_size, such as 1 where images differ in
+    size.
+    """
     return LoaderSettings(batch_size or args.batch_size, args.num_workers, args.pin_mem)
 
 

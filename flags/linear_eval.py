@@ -1,4 +1,6 @@
-"""Flags of the linear probe and of k-NN: what they are, and which cannot go together."""
+"""Flags of the linear probe and of k-NN: what they are, and which cannot go
+together.
+"""
 
 from __future__ import annotations
 

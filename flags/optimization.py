@@ -44,7 +44,9 @@ def add_optimizer_flags(
 def add_poly_optimizer_flags(
     parser: argparse.ArgumentParser, lr: float, weight_decay: float, max_steps: int
 ) -> None:
-    """For the stage that is counted in optimizer steps and whose learning rate falls along a polynomial."""
+    """For the stage that is counted in optimizer steps and whose learning rate falls
+    along a polynomial.
+    """
     g = add_optimizer(parser, lr, weight_decay, "of the heads; deeper layers by --layer_decay", batch_size=2)
     g.add_argument(
         "--max_steps", type=Number(int, 1, 10**7), default=max_steps, help="optimizer steps of the whole run"

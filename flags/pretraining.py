@@ -226,12 +226,16 @@ def predicts_all(args: argparse.Namespace) -> bool:
 
 
 def tokenizer_stride(args: argparse.Namespace) -> int | None:
-    """Pixels of the tokenizer's view for each patch; None where there is no tokenizer."""
+    """Pixels of the tokenizer's view for each patch; None where there is no
+    tokenizer.
+    """
     return None if args.target == "pixels" else pick(STRIDES, args.tokenizer_model, "tokenizer")
 
 
 def idle_flags(args: argparse.Namespace) -> dict[str, str]:
-    """Flag -> why it does nothing beside the others (for arguments.warn_of_idle_flags)."""
+    """Flag -> why it does nothing beside the others (for
+    arguments.warn_of_idle_flags).
+    """
     idle: dict[str, str] = {}
     if not has_cls_head(args):
         idle |= dict.fromkeys(
@@ -255,7 +259,9 @@ def idle_flags(args: argparse.Namespace) -> dict[str, str]:
 
 
 def build_pretraining_views(args: argparse.Namespace) -> PretrainingViews:
-    """The student's view, the tokenizer's view of the same crop, if there is a tokenizer, and the mask."""
+    """The student's view, the tokenizer's view of the same crop, if there is a
+    tokenizer, and the mask.
+    """
     grid, stride = student_grid(args), tokenizer_stride(args)
     return PretrainingViews(
         args.input_size,

@@ -1,4 +1,6 @@
-"""Flags of a run and of a step: where it writes, how it resumes, on what it computes."""
+"""Flags of a run and of a step: where it writes, how it resumes, on what it
+computes.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
 
 
 def add_step_flags(parser: argparse.ArgumentParser, can_shard: bool = False) -> None:
-    """How a step is computed, not what; for the stages that train a ViT. `can_shard`: with --fsdp."""
+    """How a step is computed, not what; for the stages that train a ViT. `can_shard`:
+    with --fsdp.
+    """
     g = parser.add_argument_group("memory and speed")
     g.add_argument(
         "--grad_checkpointing",

@@ -205,7 +205,9 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_batch_norm(args: argparse.Namespace, world_size: int) -> None:
-    """UPerNet norms a map that is pooled to one cell an image: one image alone has no variance."""
+    """UPerNet norms a map that is pooled to one cell an image: one image alone has no
+    variance.
+    """
     if args.model.startswith("upernet") and args.batch_size * world_size == 1:
         raise UserError(
             "--batch_size 1: batch norm needs two images at once; use 2, several processes, or a setr_pup "

@@ -197,7 +197,9 @@ def evaluates_only(args: argparse.Namespace) -> bool:
 
 
 def check_warmup(args: argparse.Namespace, steps: int, images_per_step: int) -> None:
-    """The codebook must be there, and have been trained for a while, before the run ends."""
+    """The codebook must be there, and have been trained for a while, before the run
+    ends.
+    """
     tokens_per_step = images_per_step * (args.input_size // modeling_vqkd.PATCH_SIZE) ** 2
     collecting = math.ceil(FEATURES_PER_CODE * args.codebook_n_emd / tokens_per_step)
     if args.quantizer_warmup_steps > 0 and args.quantizer_warmup_steps + collecting >= steps:

@@ -1,1 +1,3 @@
-"""Building blocks below the networks: relative position bias, the fused cross-entropy, what suits CPUs."""
+"""Building blocks below the networks: relative position bias, the fused cross-entropy,
+what suits CPUs.
+"""

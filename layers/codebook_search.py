@@ -1,4 +1,6 @@
-"""The code that is most similar to a feature. Shapes: M features, K codes, D code dim."""
+"""The code that is most similar to a feature. Shapes: M features, K codes, D code
+dim.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ ROWS_IN_CACHE = 256  # on a CPU so few that they stay in its cache: 256 x 8192 i
 
 
 def nearest_codes(features: Tensor, codes: Tensor) -> Tensor:
-    """Unit features (M, D), unit codes (K, D) -> index of the most similar code (M,), in
-    chunks of bounded memory.
+    """Unit features (M, D), unit codes (K, D) -> index of the most similar code (M,),
+    in chunks of bounded memory.
     """
     if is_exported():  # the number of chunks would be a constant
         return (features @ codes.t()).argmax(dim=1)

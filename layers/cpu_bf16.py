@@ -25,7 +25,9 @@ OUTPUTS_IN_CACHE = 512  # gradients of weights are transposed by so many outputs
 
 
 def swap_in(model: nn.Module) -> None:
-    """Exchange, in place, the layers of a model that is about to be trained on a CPU."""
+    """Exchange, in place, the layers of a model that is about to be trained on a
+    CPU.
+    """
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = CpuLinear
@@ -50,8 +52,8 @@ class CpuLinear(nn.Linear):
 
 
 class CpuPatchConv(nn.Conv2d):
-    """A convolution of patches that do not overlap, as a matrix product: its own backward
-    pass takes 4 times as long.
+    """A convolution of patches that do not overlap, as a matrix product: its own
+    backward pass takes 4 times as long.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,7 +103,8 @@ class LinearOnCpu(torch.autograd.Function):
 
 
 def weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
-    """Of a linear layer, from its output's gradient (M, out) and its input (M, in): (out, in).
+    """Of a linear layer, from its output's gradient (M, out) and its input (M, in):
+    (out, in).
 
     In bf16 on a CPU from a transposed copy of the narrower factor: given a transposed
     view, oneDNN is up to 1.4 times as slow, most of all with a wide one.

@@ -1,4 +1,6 @@
-"""The feature maps of a network of timm, and which sizes of images give a map of a certain grid."""
+"""The feature maps of a network of timm, and which sizes of images give a map of a
+certain grid.
+"""
 
 from __future__ import annotations
 

@@ -8,12 +8,16 @@ from torch import Tensor, nn
 
 
 def truncated_normal_(tensor: Tensor, std: float, cut: float) -> None:
-    """Normal(0, std) redrawn beyond +-cut (an absolute bound, not a multiple of std)."""
+    """Normal(0, std) redrawn beyond +-cut (an absolute bound, not a multiple of
+    std).
+    """
     nn.init.trunc_normal_(tensor, std=std, a=-cut, b=cut)
 
 
 def init_linear_and_norm(module: nn.Module, std: float, cut: float) -> None:
-    """Weights of linear layers truncated normal, biases zero, norms 1 and 0. For nn.Module.apply."""
+    """Weights of linear layers truncated normal, biases zero, norms 1 and 0. For
+    nn.Module.apply.
+    """
     if isinstance(module, nn.Linear):
         truncated_normal_(module.weight, std, cut)
         if module.bias is not None:

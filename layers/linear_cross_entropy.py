@@ -1,4 +1,5 @@
-"""Cross-entropy of a linear layer over thousands of classes, without keeping its logits.
+"""Cross-entropy of a linear layer over thousands of classes, without keeping its
+logits.
 
 Shapes: P rows, C width, K classes.
 """
@@ -21,7 +22,8 @@ FP16_ROWS = 4096  # the gradients of so many rows can be summed in fp16, which e
 
 
 def linear_cross_entropy(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """hidden (P, C), labels (P,) -> loss () and predictions (P,), the classes of the largest logits.
+    """hidden (P, C), labels (P,) -> loss () and predictions (P,), the classes of the
+    largest logits.
 
     The loss equals F.cross_entropy(head(hidden).float(), labels), under autocast too,
     but no (P, K) values are kept for the backward pass.
@@ -33,10 +35,10 @@ def linear_cross_entropy(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tup
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """softmax(logits) - one_hot(labels) is the logits' gradient, but for a factor that the
-    backward pass brings (the mean, the loss scale). It is computed in the forward pass,
-    in the logits' place, and only the gradients of hidden, weight and bias that follow
-    from it are kept.
+    """softmax(logits) - one_hot(labels) is the logits' gradient, but for a factor that
+    the backward pass brings (the mean, the loss scale). It is computed in the forward
+    pass, in the logits' place, and only the gradients of hidden, weight and bias that
+    follow from it are kept.
     """
 
     @staticmethod

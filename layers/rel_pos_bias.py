@@ -1,8 +1,9 @@
 """Where a token stands: relative position bias, absolute positions, and what becomes of
 both on another grid of patches.
 
-Shapes: grid (height, width) in patches, T = 1 + height * width tokens with CLS in front, H heads, C width.
-Sources: Swin (relative position bias); BEiT's fine-tuning at other resolutions (geometric spacing).
+Shapes: grid (height, width) in patches, T = 1 + height * width tokens with CLS in
+front, H heads, C width. Sources: Swin (relative position bias); BEiT's fine-tuning at
+other resolutions (geometric spacing).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 
 def is_exported() -> bool:
-    """Whether torch.export or torch.jit.trace records this call: then no size of a batch
-    or an image may become a constant.
+    """Whether torch.export or torch.jit.trace records this call: then no size of a
+    batch or an image may become a constant.
     """
     # torch 2.6 lacks the first
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -29,15 +30,17 @@ def is_exported() -> bool:
 
 
 def has_free_size(sides: Sequence[int]) -> bool:
-    """Whether this call is recorded for images of any size: whether one of these sides may
-    be another when it is played.
+    """Whether this call is recorded for images of any size: whether one of these sides
+    may be another when it is played.
     """
     sizes_hidden = torch.jit.is_tracing() or torch.compiler.is_dynamo_compiling()
     return is_exported() and (sizes_hidden or any(isinstance(side, torch.SymInt) for side in sides))
 
 
 def at_least(size: Any, least: int) -> Any:
-    """max(size, least) of a size, which while a call is recorded is a symbol or a tensor."""
+    """max(size, least) of a size, which while a call is recorded is a symbol or a
+    tensor.
+    """
     return size.clamp(min=least) if isinstance(size, Tensor) else torch.sym_max(size, least)
 
 
@@ -82,7 +85,9 @@ def add_relative_position_bias(module: Any, grid: tuple[int, int], num_heads: in
 
 
 def relative_position_bias(module: Any, grid: PositionGrid | None = None) -> Tensor:
-    """(H, T, T) from the table of `module`, on its own grid or stretched to another one."""
+    """(H, T, T) from the table of `module`, on its own grid or stretched to another
+    one.
+    """
     table = module.relative_position_bias_table
     if grid is None:
         return gather_bias(table, module.relative_position_index)
@@ -99,8 +104,8 @@ def gather_bias(table: Tensor, index: Tensor) -> Tensor:
 
 
 class PositionGrid(NamedTuple):
-    """A grid that a model was not built for, and the row of its bias table for each pair
-    of tokens, on the model's device.
+    """A grid that a model was not built for, and the row of its bias table for each
+    pair of tokens, on the model's device.
 
     `stretch`: in an export, where the grid may be any, the matrices that bring the
     model's tables to it, for rows and columns.
@@ -114,8 +119,8 @@ class PositionGrid(NamedTuple):
 def resize_rel_pos_bias_table(
     table: Tensor, dst_grid: int | tuple[int, int], src_grid: tuple[int, int] | None = None
 ) -> Tensor:
-    """Bias table (rows, H) of one grid -> table of another, (height, width) or a square's
-    side; the three CLS rows are kept.
+    """Bias table (rows, H) of one grid -> table of another, (height, width) or a
+    square's side; the three CLS rows are kept.
 
     `src_grid` None: the table is a square grid's. Source distances are spaced
     geometrically (1, 1+q, 1+q+q^2, ...) so that the farthest one meets the target's:
@@ -156,8 +161,8 @@ def stretch_table(table: Tensor, src_grid: tuple[int, int], down: Tensor, across
 
 @functools.lru_cache(maxsize=64)
 def stretching(src: int, dst: int) -> np.ndarray:
-    """Matrix (2 dst - 1, 2 src - 1) that takes an axis of a bias table from `src` patches
-    to `dst`: the spline is linear in the values that it goes through.
+    """Matrix (2 dst - 1, 2 src - 1) that takes an axis of a bias table from `src`
+    patches to `dst`: the spline is linear in the values that it goes through.
     """
     if src == dst:
         return np.eye(2 * dst - 1)
@@ -219,8 +224,8 @@ def _unit_coordinates(reach: int) -> np.ndarray:
 
 
 def _geometric_coordinates(steps: int, reach: int) -> np.ndarray:
-    """Symmetric coordinates with `steps` distances each side; the ratio is bisected until
-    the farthest meets `reach`.
+    """Symmetric coordinates with `steps` distances each side; the ratio is bisected
+    until the farthest meets `reach`.
     """
     if steps == reach:  # this axis keeps its length
         return _unit_coordinates(steps)
@@ -238,8 +243,8 @@ def _geometric_coordinates(steps: int, reach: int) -> np.ndarray:
 def resize_pos_embed(
     pos_embed: Tensor, grid: tuple[int, int], src_grid: tuple[int, int] | None = None
 ) -> Tensor:
-    """Absolute positions (1, 1 + h*w, C) -> (1, 1 + height*width, C), patches bicubic, CLS
-    kept. `src_grid` None: square.
+    """Absolute positions (1, 1 + h*w, C) -> (1, 1 + height*width, C), patches bicubic,
+    CLS kept. `src_grid` None: square.
     """
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
     height, width = src_grid or as_pair(grid_of(patches.shape[1]))

@@ -15,9 +15,11 @@ from layers.rel_pos_bias import (
 
 
 class TokenSubset(NamedTuple):
-    """The R tokens of each image whose outputs are needed: the last block computes no others.
+    """The R tokens of each image whose outputs are needed: the last block computes no
+    others.
 
-    Keys and values still come from all tokens, so these outputs are exactly those of the whole block.
+    Keys and values still come from all tokens, so these outputs are exactly those of
+    the whole block.
     """
 
     flat_index: Tensor  # (B * R,) int64, among the B * T tokens
@@ -34,8 +36,8 @@ class TokenSubset(NamedTuple):
 
 
 def masked_subset(mask: Tensor, device: torch.device, with_cls: bool) -> TokenSubset | None:
-    """The masked patches of each image, after its CLS token if asked for, from a mask (B,
-    N) best held on the host.
+    """The masked patches of each image, after its CLS token if asked for, from a mask
+    (B, N) best held on the host.
 
     None where the images have different numbers of them, or none at all, and in an
     export, where that is not known.

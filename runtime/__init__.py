@@ -1,1 +1,3 @@
-"""Where a run computes: processes, devices, signals, sharded weights, compilation, meters and loggers."""
+"""Where a run computes: processes, devices, signals, sharded weights, compilation,
+meters and loggers.
+"""

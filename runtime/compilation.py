@@ -1,4 +1,5 @@
-"""--compile: torch.compile for the parts of the networks that take the time, in place, so
+"""--compile: torch.compile for the parts of the networks that take the time, in place,
+so
   that checkpoints keep their names.
 
 A class says which of its methods are worth compiling (`compiled_methods`). They are
@@ -55,9 +56,8 @@ def require_compiler(device: torch.device) -> None:
     """What torch.compile needs beside torch; asked before the first step would fail."""
     if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError(
-            "`compile` on a CPU needs a C++ compiler, and there is no g++ here: install one (apt "
-            "install g++), name another in "
-            "the variable CXX, or leave `compile` out"
+            "`compile` on a CPU needs a C++ compiler, and there is no g++ here: install one (apt install "
+            "g++), name another in the variable CXX, or leave `compile` out"
         )
     if device.type == "cuda" and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         raise UserError(

@@ -1,4 +1,6 @@
-"""On what this process computes and in which precision, and batches on their way there."""
+"""On what this process computes and in which precision, and batches on their way
+there.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,15 @@ from errors import UserError
 
 
 def pick_device(name: str, local_rank: int = 0, world_size_of_launch: int = 1) -> torch.device:
-    """`cuda` means this process's own GPU; without one it falls back to the CPU and says
-    so. `cuda:1`: that GPU, for a single process. UserError for any other device (mps,
-    xpu, meta), and for a GPU that is not there.
+    """`cuda` means this process's own GPU; without one it falls back to the CPU and
+    says so. `cuda:1`: that GPU, for a single process. UserError for any other device
+    (mps, xpu, meta), and for a GPU that is not there.
     """
     number = re.fullmatch("cuda:([0-9]{1,6})", name)
     if name not in ("cpu", "cuda") and not number:
         raise UserError(
-            f"`device` {name[:40]!r}: this code computes on cuda or cpu; use `device` cpu "
-            "where there is no GPU"
+            f"`device` {name[:40]!r}: this code computes on cuda or cpu; use `device` cpu where there is no "
+            "GPU"
         )
     if name == "cpu":
         return torch.device("cpu")
@@ -45,8 +47,8 @@ def pick_device(name: str, local_rank: int = 0, world_size_of_launch: int = 1) -
     local_rank = int(number[1]) if number else local_rank
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible; "
-            "start as many processes as GPUs (--nproc_per_node)"
+            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} visible; start "
+            "as many processes as GPUs (--nproc_per_node)"
         )
     refuse_gpus_without_kernels(torch.cuda.get_device_capability(local_rank), torch.cuda.get_arch_list())
     torch.cuda.set_device(local_rank)
@@ -70,7 +72,9 @@ class Precision:
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """--amp_dtype; auto takes bf16 only where the device computes in it, not where it is emulated."""
+    """--amp_dtype; auto takes bf16 only where the device computes in it, not where it
+    is emulated.
+    """
     if name == "auto":
         if device.type == "cuda":
             name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
@@ -92,8 +96,8 @@ def cpu_has(flag: str) -> bool:
 
 
 def refuse_gpus_without_kernels(capability: tuple[int, int], built_for: Sequence[str]) -> None:
-    """A torch built for newer GPUs alone fails at the first kernel, obscurely: from 2.15
-    on no wheel runs on a V100.
+    """A torch built for newer GPUs alone fails at the first kernel, obscurely: from
+    2.15 on no wheel runs on a V100.
     """
     oldest = min(
         (int(arch.split("_")[1].rstrip("af")) for arch in built_for if arch.startswith("sm_")), default=0
@@ -101,16 +105,15 @@ def refuse_gpus_without_kernels(capability: tuple[int, int], built_for: Sequence
     if capability[0] * 10 + capability[1] < oldest:
         raise UserError(
             f"this torch ({torch.__version__}) has no kernels for GPUs of compute capability "
-            f"{capability[0]}.{capability[1]} "
-            "(V100: 7.0). Install one that has: "
-            "pip install 'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126"
+            f"{capability[0]}.{capability[1]} (V100: 7.0). Install one that has: pip install 'torch<2.15' "
+            "torchvision --index-url https://download.pytorch.org/whl/cu126"
         )
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what torch frees on the CPU: asking the kernel anew for every
-    large tensor took a third of a training step of a small model (page faults). Only
-    glibc has the call; elsewhere nothing happens.
+    """Let the C library keep what torch frees on the CPU: asking the kernel anew for
+    every large tensor took a third of a training step of a small model (page faults).
+    Only glibc has the call; elsewhere nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
@@ -119,7 +122,8 @@ def keep_freed_memory() -> None:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Tensors move, but for the mask: its positions are listed on the host, which spares a synchronization.
+    """Tensors move, but for the mask: its positions are listed on the host, which
+    spares a synchronization.
 
     A GPU copies on a stream of its own, beside the kernels of the step before that are
     still running: the loop asks for a step's batches as soon as it has enqueued the

@@ -1,5 +1,5 @@
-"""One process or many: the same code. Which rank this process is, how the processes meet,
-and what they exchange.
+"""One process or many: the same code. Which rank this process is, how the processes
+meet, and what they exchange.
 
 Every helper is right at world size 1 and without a process group.
 """
@@ -30,7 +30,9 @@ from runtime.terminal import set_up_logging
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher said of this process. `launcher` is None for a plain `python script.py`."""
+    """What the launcher said of this process. `launcher` is None for a plain `python
+    script.py`.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -68,8 +70,8 @@ def read_number(environ: dict[str, str], name: str, default: str = "") -> int:
     text = environ.get(name, default)
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise UserError(
-            f"the environment variable {name} is '{text}' instead of a number: unset it, "
-            "or start with torchrun"
+            f"the environment variable {name} is '{text}' instead of a number: unset it, or start with "
+            "torchrun"
         )
     return int(text)
 
@@ -77,9 +79,11 @@ def read_number(environ: dict[str, str], name: str, default: str = "") -> int:
 def start(
     device: str = "cuda", dist_url: str = "env://", dist_on_itp: bool = False, timeout_minutes: float = 30.0
 ) -> tuple[Launch, torch.device]:
-    """Join the process group if a launcher started several processes; say which device this process computes on.
+    """Join the process group if a launcher started several processes; say which device
+    this process computes on.
 
-    Returns the launch (also when there is one process) and the torch device, `cuda:local_rank` for GPUs.
+    Returns the launch (also when there is one process) and the torch device,
+    `cuda:local_rank` for GPUs.
     """
     launch = read_launch(dict(os.environ), dist_on_itp)
     set_up_logging(launch.rank)
@@ -100,9 +104,8 @@ def start(
         except (ValueError, RuntimeError, OSError) as error:  # DistError is a RuntimeError
             where = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ) if dist_url == "env://" else dist_url
             raise UserError(
-                f"the processes cannot meet at {where} ({str(error).splitlines()[0]}): see "
-                "`dist_url`, or MASTER_ADDR and "
-                "MASTER_PORT"
+                f"the processes cannot meet at {where} ({str(error).splitlines()[0]}): see `dist_url`, or "
+                "MASTER_ADDR and MASTER_PORT"
             ) from None
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
             store = dist.PrefixStore(agree_on_attempt(store, launch, timeout), store)
@@ -120,8 +123,8 @@ def start(
 
 
 class SetUp:
-    """While the processes set up, the failure of one ends the others at once and with its
-    message, wherever they wait for it.
+    """While the processes set up, the failure of one ends the others at once and with
+    its message, wherever they wait for it.
 
     A thread looks into the store for the message. It ends before the steps begin
     (`end`): data processes are forked then.
@@ -173,7 +176,8 @@ def end_set_up() -> None:
 
 
 def agree_on_attempt(store: dist.Store, launch: Launch, timeout: datetime.timedelta) -> str:
-    """A name for this start of the run that all its processes know and no earlier start had.
+    """A name for this start of the run that all its processes know and no earlier start
+    had.
 
     torchrun keeps one store over its restarts, so a quick process would read the
     address that a slow one left there in its earlier life. Each process therefore says
@@ -207,7 +211,9 @@ def agree_on_attempt(store: dist.Store, launch: Launch, timeout: datetime.timede
 
 
 def first_slurm_host() -> str:
-    """Where rank 0 runs. srun tells the nodes in a compressed form, which scontrol expands."""
+    """Where rank 0 runs. srun tells the nodes in a compressed form, which scontrol
+    expands.
+    """
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
     try:
         listing = subprocess.run(
@@ -223,7 +229,9 @@ def first_slurm_host() -> str:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one. After success only: a failing rank must not wait for the others."""
+    """Leave the process group, if there is one. After success only: a failing rank must
+    not wait for the others.
+    """
     if dist.is_available() and dist.is_initialized():
         end_set_up()
         # gloo's thread may still be freeing the last collective, for which it needs the
@@ -265,7 +273,9 @@ def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
 
 
 def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(n, ...) on each rank -> (sum of n, ...) in rank order on every rank; the ranks may hold different n."""
+    """(n, ...) on each rank -> (sum of n, ...) in rank order on every rank; the ranks
+    may hold different n.
+    """
     if world_size() == 1:
         return tensor
     counts = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(world_size())]

@@ -26,8 +26,8 @@ def explain_errors(*folders: str) -> Iterator[None]:
     before = threading.excepthook
 
     def hide_repeated(thread: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread passes its error to the next writer, so it arrives below as
-        well: it needs no traceback of its own.
+        """TensorBoard's thread passes its error to the next writer, so it arrives below
+        as well: it needs no traceback of its own.
         """
         of_tensorboard = type(thread.thread).__module__.startswith("tensorboard")
         if not (isinstance(thread.exc_value, OSError) and of_tensorboard):
@@ -61,8 +61,8 @@ def explain_lost_process(error: RuntimeError) -> Exception:
     text = str(error)
     if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
         return UserError(
-            f"[rank {rank()}] another process of this run was lost or did not answer within "
-            "`dist_timeout`; its own message is above or in its log. Start the same line again to go on "
+            f"[rank {rank()}] another process of this run was lost or did not answer within `dist_timeout`; "
+            "its own message is above or in its log. Start the same line again to go on "
             f"({text.splitlines()[0][:160]})"
         )
     if "DataLoader worker" in text:

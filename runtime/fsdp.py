@@ -25,8 +25,8 @@ from errors import UserError
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "momentum")  # number by number; others need norms of whole tensors
 
-# Sharded model -> the same without weights (on the meta device), for `gather_model` to fill:
-# sharded modules cannot be copied.
+# Sharded model -> the same without weights (on the meta device), for `gather_model` to
+# fill: sharded modules cannot be copied.
 WITHOUT_WEIGHTS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
@@ -36,8 +36,8 @@ def check_options(opt: str, compile: bool, model_ema_force_cpu: bool, device: to
 
     if compile:
         raise UserError(
-            "`fsdp` and `compile` do not go together (weights come and go between the compiled "
-            "parts): leave one of them out"
+            "`fsdp` and `compile` do not go together (weights come and go between the compiled parts): "
+            "leave one of them out"
         )
     if opt.lower() not in OPTIMIZERS:
         raise UserError(
@@ -45,8 +45,8 @@ def check_options(opt: str, compile: bool, model_ema_force_cpu: bool, device: to
         )
     if model_ema_force_cpu:
         raise UserError(
-            "`model_ema_force_cpu` has no effect with `fsdp`, which shards the moving "
-            "average too: leave it out"
+            "`model_ema_force_cpu` has no effect with `fsdp`, which shards the moving average too: leave "
+            "it out"
         )
     if device.type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise UserError(
@@ -76,7 +76,8 @@ def shard(model: nn.Module, device: torch.device, unit: type[nn.Module]) -> None
         # divide
         if device.type == "cpu":
             sharded.set_force_sum_reduction_for_comms(True)
-    # Autocast would keep its low-precision copy of every block's weights to the end of the forward pass.
+    # Autocast would keep its low-precision copy of every block's weights to the end of
+    # the forward pass.
     torch.set_autocast_cache_enabled(False)
 
 
@@ -86,7 +87,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def gather_model(model: nn.Module) -> Iterator[nn.Module]:
-    """To look at the model: itself, or (sharded) a whole plain copy that lasts as long as the context.
+    """To look at the model: itself, or (sharded) a whole plain copy that lasts as long
+    as the context.
 
     All processes must enter; inside, none needs the others.
     """
@@ -110,12 +112,15 @@ def is_shard(value: Any) -> bool:
 
 
 def gather_full(tensor: Any) -> Tensor:
-    """A shard -> the whole tensor, on every process; all must ask together. Any other tensor -> itself."""
+    """A shard -> the whole tensor, on every process; all must ask together. Any other
+    tensor -> itself.
+    """
     return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
 def shard_of(value: Any, like: Any) -> Any:
-    """A whole tensor -> this process's shard of it, laid out as `like`; without communication.
+    """A whole tensor -> this process's shard of it, laid out as `like`; without
+    communication.
 
     The value itself where `like` is no shard, or not of the value's shape.
     """
@@ -132,7 +137,9 @@ def shard_of(value: Any, like: Any) -> Any:
 
 
 def own_rows(rows: int, processes: int, rank: int) -> slice:
-    """Which rows a process holds: equally many each, but for the last ones, which may have fewer, or none."""
+    """Which rows a process holds: equally many each, but for the last ones, which may
+    have fewer, or none.
+    """
     each = -(-rows // processes)
     return slice(rank * each, (rank + 1) * each)
 

@@ -27,9 +27,11 @@ except ImportError:  # Windows
 
 
 class RunningMeans:
-    """Means of scalar tensors by name; adding them never reads them back, so it never synchronizes the device.
+    """Means of scalar tensors by name; adding them never reads them back, so it never
+    synchronizes the device.
 
-    The names must be the same at every `add`. Values that are not finite are left out of their mean.
+    The names must be the same at every `add`. Values that are not finite are left out
+    of their mean.
     """
 
     def __init__(self) -> None:
@@ -37,7 +39,9 @@ class RunningMeans:
         self.sums: Tensor | None = None  # (2, names): sums and counts
 
     def add(self, values: dict[str, Tensor], weight: float = 1.0) -> None:
-        """`weight`: how many images (or patches) the values are the mean of, where batches differ in size."""
+        """`weight`: how many images (or patches) the values are the mean of, where
+        batches differ in size.
+        """
         row = torch.stack([value.detach().float() for value in values.values()])
         fine = torch.isfinite(row)
         new = weight * torch.stack((torch.where(fine, row, 0.0), fine.float())).double()
@@ -52,7 +56,8 @@ class RunningMeans:
         """
         names, sums = self.names, torch.zeros(0) if self.sums is None else self.sums.clone()
         if over_all_ranks and distributed.world_size() > 1:
-            # Through the host: a rank without a batch knows neither the names nor the device.
+            # Through the host: a rank without a batch knows neither the names nor the
+            # device.
             everyone = distributed.gather_objects((names, sums.tolist()))
             names = next((theirs for theirs, _ in everyone if theirs), [])
             sums = sum(
@@ -73,21 +78,25 @@ class RunningMeans:
 
 
 def top_k_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """How many of labels (B,) are among the k highest logits (B, classes): a scalar tensor."""
+    """How many of labels (B,) are among the k highest logits (B, classes): a scalar
+    tensor.
+    """
     k = min(k, logits.shape[1])
     return (logits.topk(k, dim=1).indices == labels[:, None]).sum()
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Share of rows whose highest logit is the target; targets are indices (M,) or probabilities (M, classes)."""
+    """Share of rows whose highest logit is the target; targets are indices (M,) or
+    probabilities (M, classes).
+    """
     if targets.ndim == 2:
         targets = targets.argmax(dim=1)
     return (logits.argmax(dim=1) == targets).float().mean()
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair of images (B, 3, height, width) in [0, 1]:
-    (B,), in dB; equal ones have 100.
+    """Peak signal-to-noise ratio of each pair of images (B, 3, height, width) in [0,
+    1]: (B,), in dB; equal ones have 100.
     """
     error = (images.float() - others.float()).square().mean(dim=(1, 2, 3))
     return -10 * error.clamp(min=1e-10).log10()
@@ -133,7 +142,9 @@ class Reporter:
         return self.writer is not None or self.output_dir is not None
 
     def start_epoch(self, epoch: int, done: int, steps_per_epoch: int, step: int) -> None:
-        """done: steps of this epoch that were taken before. step: those of the whole run."""
+        """done: steps of this epoch that were taken before. step: those of the whole
+        run.
+        """
         self.title, self.steps_per_epoch = f"epoch {epoch + 1}/{self.epochs}", steps_per_epoch
         self.steps_before_epoch = step - done
         self.bar.reset(steps_per_epoch)
@@ -149,7 +160,9 @@ class Reporter:
         return group
 
     def step(self, means: dict[str, float], lr: float, step: int, steps_left: int) -> None:
-        """One progress report: the epoch's means so far, and the speed since the last report."""
+        """One progress report: the epoch's means so far, and the speed since the last
+        report.
+        """
         seconds, steps = max(time.monotonic() - self.last_report, 1e-9), max(step - self.last_step, 1)
         speed = steps * self.images_per_step / seconds
         text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())

@@ -1,4 +1,6 @@
-"""One run in one output_dir: a lock file that says who has it, and that no killed run leaves behind for good."""
+"""One run in one output_dir: a lock file that says who has it, and that no killed run
+leaves behind for good.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ NOT_OFFERED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # by
 
 
 class RunLock:
-    """output_dir/run.lock, held from here to `release` or to the end of the process, however it ends.
+    """output_dir/run.lock, held from here to `release` or to the end of the process,
+    however it ends.
 
     The kernel's lock (fcntl) is the truth on this machine: it ends with the process,
     and processes started by it do not share it. Where there is none, and for other
@@ -81,7 +84,9 @@ class RunLock:
         return UserError(f"`output_dir` {self.path.parent} is in use by a run ({who}): {way_out}")
 
     def sign(self) -> None:
-        """Say who holds it. Apart from taking it: a full disk must not hinder the removal of what fills it."""
+        """Say who holds it. Apart from taking it: a full disk must not hinder the
+        removal of what fills it.
+        """
         assert self.handle is not None
         os.ftruncate(self.handle, 0)
         text = json.dumps(self.me | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n"
@@ -126,7 +131,9 @@ def read_holder(handle: int) -> dict[str, Any]:
 
 
 def boot_id() -> str:
-    """Which start of which machine this is, in a container too; "" where Linux does not tell."""
+    """Which start of which machine this is, in a container too; "" where Linux does not
+    tell.
+    """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -134,7 +141,9 @@ def boot_id() -> str:
 
 
 def started(pid: Any) -> str | None:
-    """When a process started, as a mark that no other process of its number has; None: there is no such process."""
+    """When a process started, as a mark that no other process of its number has; None:
+    there is no such process.
+    """
     try:
         state, *numbers = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
         return None if state == "Z" else numbers[18]

@@ -1,5 +1,5 @@
-"""Being asked to stop: SIGTERM, SIGUSR1, SIGHUP or Ctrl-C let the step finish; all ranks
-stop after the same step.
+"""Being asked to stop: SIGTERM, SIGUSR1, SIGHUP or Ctrl-C let the step finish; all
+ranks stop after the same step.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class StopSignal:
         self.before: dict[int, Any] = {}
         self.flag: torch.Tensor | None = None
         self.question: Any = None
-        # The GPUs' own group would put the question in line behind the gradients; the host's group does not.
+        # The GPUs' own group would put the question in line behind the gradients; the
+        # host's group does not.
         self.group: Any = dist.new_group(backend="gloo") if distributed.world_size() > 1 else None
 
     def __enter__(self) -> StopSignal:

@@ -60,8 +60,8 @@ class SkippedSteps:
             )
 
     def give_up(self, step: int) -> None:
-        """End the run. The last good state is in the checkpoint; what is needed to look at
-        the last batch is written beside it.
+        """End the run. The last good state is in the checkpoint; what is needed to look
+        at the last batch is written beside it.
         """
         kept = "there is no `output_dir`, so nothing was kept"
         if self.last_good is not None:
@@ -78,7 +78,9 @@ class SkippedSteps:
 
 
 def describe_batch(batch: dict[str, Any]) -> dict[str, Any]:
-    """Which samples these are (dataset[epoch, index] gives them again), and statistics of each tensor."""
+    """Which samples these are (dataset[epoch, index] gives them again), and statistics
+    of each tensor.
+    """
     described: dict[str, Any] = {"indices": batch["index"].tolist()}
     for name, value in batch.items():
         if isinstance(value, Tensor) and name != "index":

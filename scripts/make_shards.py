@@ -1,4 +1,5 @@
-"""Pack a folder of images into tar shards of WebDataset's layout, for --data_set webdataset (docs/data.md).
+"""Pack a folder of images into tar shards of WebDataset's layout, for --data_set
+webdataset (docs/data.md).
 
     python scripts/make_shards.py FOLDER OUT --images_per_shard 8720 [--classes]
 
@@ -80,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_empty(out: Path) -> None:
-    """Make the folder; refuse one that has shards, which might be read together with the new ones."""
+    """Make the folder; refuse one that has shards, which might be read together with
+    the new ones.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -109,7 +112,9 @@ def read_image_bytes(source: str) -> bytes:
 
 
 def write_shard(path: Path, samples: Any) -> None:
-    """`samples`: (index in the whole order, path, label or None). The shard appears when it is whole."""
+    """`samples`: (index in the whole order, path, label or None). The shard appears
+    when it is whole.
+    """
     temporary = path.with_name(f".{path.name}.part")
     try:
         with open(temporary, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:

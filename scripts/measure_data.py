@@ -1,7 +1,8 @@
-"""What a sample of pretraining costs on one CPU core, step by step, and how far the pixels
-of the pipelines differ.
+"""What a sample of pretraining costs on one CPU core, step by step, and how far the
+pixels of the pipelines differ.
 
-    python scripts/measure_data.py folder_of_images [--input_size 224] [--rounds 20] [--no_jitter]
+    python scripts/measure_data.py folder_of_images [--input_size 224] [--rounds 20]
+    [--no_jitter]
 
 Three ways of making two views and a mask take turns within each round: `plain`
 (torchvision's loader and transforms, one after the other, each view resized and turned
@@ -86,7 +87,9 @@ def plain(size: int, jitter: float) -> Callable[[str, dict[str, Any]], Steps]:
 def ours(
     size: int, jitter: float, pipeline: str, on_device: bool = False
 ) -> Callable[[str, dict[str, Any]], Steps]:
-    """The same steps as PretrainingViews.load and .transform, which are timed as a whole too."""
+    """The same steps as PretrainingViews.load and .transform, which are timed as a
+    whole too.
+    """
     view = views(size, jitter, pipeline, on_device)
 
     def steps(file: str, sample: dict[str, Any]) -> Steps:
@@ -182,8 +185,8 @@ def main() -> None:
     times = measure(files, ways, args.rounds)
     steps = list(times["plain"])
     print(
-        f"{len(files)} images, {args.rounds} rounds, ms an image on one core (median; ratio: median "
-        "of each round's)"
+        f"{len(files)} images, {args.rounds} rounds, ms an image on one core (median; ratio: median of each "
+        "round's)"
     )
     print("| | " + " | ".join(steps) + " | plain / this |\n|---|" + "---|" * (len(steps) + 1))
     for name, of in times.items():

@@ -1,4 +1,6 @@
-"""What the demos share: an entry script run as a user would run it, and the log that it writes."""
+"""What the demos share: an entry script run as a user would run it, and the log that it
+writes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_entry(stage: str, script: str, flags: str, *more: str) -> float:
-    """One entry script in a process of its own; its seconds. The demo stops if it fails."""
+    """One entry script in a process of its own; its seconds. The demo stops if it
+    fails.
+    """
     command = [sys.executable, str(ROOT / script), *shlex.split(flags), *more]
     print("\n" + printable(f"[{stage}] $ python {shlex.join([script, *command[2:]])}"), flush=True)
     started = time.monotonic()

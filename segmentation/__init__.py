@@ -1,1 +1,3 @@
-"""Segmentation's data and evaluation: pairs of image and mask, joint views, sliding window."""
+"""Segmentation's data and evaluation: pairs of image and mask, joint views, sliding
+window.
+"""

@@ -1,4 +1,6 @@
-"""Which classes the masks of a data set have, what they are called, and their colors."""
+"""Which classes the masks of a data set have, what they are called, and their
+colors.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ ADE_NAMES = "objectInfo150.txt"
 @dataclass(frozen=True)
 class ClassSettings:
     """Where the names of the classes are from: the file `class_names`, one a line; else
-    ADE20K's list in `folder`; else there are `nb_classes`, or with 0 as many as the masks
-    have. `reduce_zero_label`: label 0 is ignored, and 1 is the first class.
+    ADE20K's list in `folder`; else there are `nb_classes`, or with 0 as many as the
+    masks have. `reduce_zero_label`: label 0 is ignored, and 1 is the first class.
     """
 
     class_names: str | None = None
@@ -34,9 +36,9 @@ class ClassSettings:
 
 
 def find_classes(settings: ClassSettings, pairs: Sequence[Pair]) -> list[str]:
-    """The names of the classes, "class 0", ... where there is no list of them; their number
-    is then that of the masks of `pairs`, unless the settings give it. All ranks call it:
-    they share the looking.
+    """The names of the classes, "class 0", ... where there is no list of them; their
+    number is then that of the masks of `pairs`, unless the settings give it. All ranks
+    call it: they share the looking.
     """
     names, where = read_class_list(settings)
     if names and settings.nb_classes not in (0, len(names)):
@@ -50,8 +52,8 @@ def find_classes(settings: ClassSettings, pairs: Sequence[Pair]) -> list[str]:
             where = f"the {len(pairs)} masks, such as {pairs[0].mask}"
     if len(names) < 2:
         raise UserError(
-            f"{where}: 2 classes at least are needed, here are {len(names)}; label {IGNORED} is "
-            "ignored, and so is 0 with `reduce_zero_label`"
+            f"{where}: 2 classes at least are needed, here are {len(names)}; label {IGNORED} is ignored, "
+            "and so is 0 with `reduce_zero_label`"
         )
     if len(names) > MOST_CLASSES - settings.reduce_zero_label:
         raise UserError(
@@ -84,15 +86,15 @@ def read_class_list(settings: ClassSettings) -> tuple[list[str], str]:
         )
     if not settings.reduce_zero_label:
         raise UserError(
-            f"{listed}: its first class is label 1, and 0 is none of them: add `reduce_zero_label`, "
-            "or name the classes from label 0 on with `class_names`"
+            f"{listed}: its first class is label 1, and 0 is none of them: add `reduce_zero_label`, or name "
+            "the classes from label 0 on with `class_names`"
         )
     return names, listed
 
 
 def read_palette(file: str | None, n_classes: int) -> Tensor:
-    """The classes' colors (n_classes, 3), float in [0, 1]: those of the file, "r g b" on a
-    line, each 0 to 255; without a file, colors that are easy to tell apart.
+    """The classes' colors (n_classes, 3), float in [0, 1]: those of the file, "r g b"
+    on a line, each 0 to 255; without a file, colors that are easy to tell apart.
     """
     if not file:
         return distinct_colors(n_classes)
@@ -130,8 +132,9 @@ def _highest_label(pairs: Sequence[Pair], reduce_zero_label: bool) -> int:
 
 
 def look_through(pairs: Sequence[Pair], look: Callable[[Image.Image, str], int]) -> int:
-    """The highest that `look` gives for a mask and its path, over all ranks, which share
-    the masks; -1 without any that decodes. A rank's UserError is raised on all of them.
+    """The highest that `look` gives for a mask and its path, over all ranks, which
+    share the masks; -1 without any that decodes. A rank's UserError is raised on all of
+    them.
     """
 
     def one(pair: Pair) -> int:

@@ -68,23 +68,25 @@ def find_pairs(folder: str, train: bool, origin: str = "`data_path`", warn: bool
     if without:
         expected = f"{os.path.join(mask_folder, without[0])}.png (or {' '.join(ENDINGS[1:])})"
         raise UserError(
-            f"{images[without[0]]}: has no mask, {expected} is expected; {len(without)} "
-            f"of {len(images)} have none"
+            f"{images[without[0]]}: has no mask, {expected} is expected; {len(without)} of {len(images)} "
+            "have none"
         )
     unused = [masks[stem] for stem in masks if stem not in images]
     if unused and warn:
         log.warning(
-            f"warning: {origin} {folder}: masks without an image are not used: {unused[0]} "
-            f"(in all {len(unused)})"
+            f"warning: {origin} {folder}: masks without an image are not used: {unused[0]} (in all "
+            f"{len(unused)})"
         )
     return [Pair(images[stem], masks[stem]) for stem in images]
 
 
 def _split_of(folder: str, train: bool, origin: str) -> tuple[str, ...]:
-    """The name of the split's folders; none where the pairs lie in images/ and annotations/ themselves."""
+    """The name of the split's folders; none where the pairs lie in images/ and
+    annotations/ themselves.
+    """
     layout = (
-        "images/ and annotations/, each with training/ and validation/ or train/ and val/, or "
-        "with the pairs themselves"
+        "images/ and annotations/, each with training/ and validation/ or train/ and val/, or with the "
+        "pairs themselves"
     )
     if not folder:
         raise UserError(f"{origin} is missing: name a folder that holds {layout}")
@@ -128,8 +130,8 @@ def _by_stem(paths: Sequence[str], root: str) -> dict[str, str]:
 
 
 class PairView:
-    """The view (data_pipeline/files.py) of an image together with its mask: `view` resizes
-    and crops both alike.
+    """The view (data_pipeline/files.py) of an image together with its mask: `view`
+    resizes and crops both alike.
 
     `statistics`: mean and std of the channels, by which the device normalizes.
     """
@@ -153,16 +155,16 @@ class PairView:
             raise ValueError(f"its mask {source.mask}: {reason_of(error)}") from None
 
     def transform(self, loaded: tuple[Pair, Image.Image, Image.Image]) -> dict[str, Tensor]:
-        """UserError for a mask that does not fit its image, or holds something else than
-        classes.
+        """UserError for a mask that does not fit its image, or holds something else
+        than classes.
         """
         pair, image, mask = loaded
         if mask.size != image.size:
             mask = _turn(mask, pair.image)
         if mask.size != image.size:
             sizes = (
-                f"{mask.width} x {mask.height} pixels, but its image {pair.image} has "
-                f"{image.width} x {image.height}"
+                f"{mask.width} x {mask.height} pixels, but its image {pair.image} has {image.width} x "
+                f"{image.height}"
             )
             raise UserError(f"{pair.mask}: {sizes}; a mask has a pixel for each of its image")
         return self.view.pair(image, self.labels_of(mask, pair.mask))
@@ -176,8 +178,8 @@ class PairView:
 
 
 class SegmentationFiles(Files):
-    """Images with their masks; keys and undecodable files as samplers.Files says, an image
-    and its mask replaced together.
+    """Images with their masks; keys and undecodable files as samplers.Files says, an
+    image and its mask replaced together.
 
     A sample: {"image": (3, h, w) uint8, "label": (h, w) uint8, class or 255 (ignored),
     "index": int, "failed": [...]}. In training both are one crop; in evaluation the
@@ -200,7 +202,8 @@ class SegmentationFiles(Files):
         super().__init__(
             len(pairs), PairView(view, len(classes), statistics, reduce_zero_label), seed, passes
         )
-        # One array of bytes: the reference counts of many strings would copy them into every worker process.
+        # One array of bytes: the reference counts of many strings would copy them into
+        # every worker process.
         self.paths = np.array([[os.fsencode(path) for path in pair] for pair in pairs])
         self.classes = list(classes)
         self.warn_of_12_bits(self.name)
@@ -210,9 +213,9 @@ class SegmentationFiles(Files):
         return Pair(*map(os.fsdecode, self.paths[index % self.files]))
 
     def check_masks(self) -> None:
-        """UserError for the first mask that holds something else than these classes, and
-        where no pixel is labeled, before hours are spent. Sizes, and files that do not
-        decode, are left to the reading.
+        """UserError for the first mask that holds something else than these classes,
+        and where no pixel is labeled, before hours are spent. Sizes, and files that do
+        not decode, are left to the reading.
         """
         if self._look_for_classes([self.pair(index) for index in range(self.files)], set()) == 0:
             self._refuse("not one pixel is labeled")
@@ -237,7 +240,9 @@ class SegmentationFiles(Files):
             )
 
     def _look_for_classes(self, pairs: Sequence[Pair], occur: set[int]) -> int:
-        """Adds those in this rank's share of the masks to `occur`; the most in a mask, -1 where none decodes."""
+        """Adds those in this rank's share of the masks to `occur`; the most in a mask,
+        -1 where none decodes.
+        """
 
         def look(mask: Image.Image, path: str) -> int:
             classes = self._classes_in(mask, path)
@@ -257,8 +262,8 @@ class SegmentationFiles(Files):
             else f"{IGNORED} is ignored"
         )
         raise UserError(
-            f"{self.files} masks, such as {self.pair(0).mask}: {what}; {ignored}: write black and "
-            "white masks (0 and 255) as numbers of classes"
+            f"{self.files} masks, such as {self.pair(0).mask}: {what}; {ignored}: write black and white "
+            "masks (0 and 255) as numbers of classes"
         )
 
     def name(self, index: int) -> str:
@@ -269,14 +274,16 @@ class SegmentationFiles(Files):
 
 
 def normalize(image: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
-    """(..., 3, h, w) uint8 -> float, as the network takes it; `statistics`: mean and std."""
+    """(..., 3, h, w) uint8 -> float, as the network takes it; `statistics`: mean and
+    std.
+    """
     whole, mean, std = (per_channel(values, image.device) for values in ((255.0,), *statistics))
     return (image.float() / whole - mean).div_(std)
 
 
 def _turn(mask: Image.Image, image_path: str) -> Image.Image:
-    """The mask of an image that its EXIF block turns by a quarter, upright like the image,
-    if it fits the pixels as stored.
+    """The mask of an image that its EXIF block turns by a quarter, upright like the
+    image, if it fits the pixels as stored.
     """
     with open_image(image_path) as stored:
         orientation = 1

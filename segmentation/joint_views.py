@@ -31,15 +31,17 @@ Size = tuple[int, int]  # width, height
 
 
 def fit_size(size: Size, base: int, scale: float = 1.0) -> Size:
-    """The size at which an image fits into (LONGEST * base, base) pixels, times `scale`;
-    the aspect ratio is kept.
+    """The size at which an image fits into (LONGEST * base, base) pixels, times
+    `scale`; the aspect ratio is kept.
     """
     factor = scale * min(base / min(size), LONGEST * base / max(size))
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
 class EvaluationView:
-    """The whole image, at the size that the network looks at; labels stay as they are in the file."""
+    """The whole image, at the size that the network looks at; labels stay as they are
+    in the file.
+    """
 
     def __init__(self, base: int) -> None:
         self.base = base
@@ -54,7 +56,8 @@ class EvaluationView:
 
 
 class TrainingView:
-    """A random crop of `side` x `side` pixels of the image at a random size, perhaps mirrored, in varied colors.
+    """A random crop of `side` x `side` pixels of the image at a random size, perhaps
+    mirrored, in varied colors.
 
     An image smaller than the crop is filled up at its right and at its bottom with the
     color `fill`, its labels with IGNORED. A crop of whose labeled pixels one class has
@@ -118,13 +121,17 @@ class TrainingView:
 
 
 def largest_share(labels: Image.Image) -> float:
-    """The share of the labeled pixels that the most frequent class has; above 1 where nothing is labeled."""
+    """The share of the labeled pixels that the most frequent class has; above 1 where
+    nothing is labeled.
+    """
     counts = labels.histogram()[:IGNORED]
     return max(counts) / sum(counts) if any(counts) else 2.0
 
 
 def distort_colors(image: Image.Image) -> Image.Image:
-    """Brightness, contrast, saturation and hue, each varied with probability 1/2; contrast first or last."""
+    """Brightness, contrast, saturation and hue, each varied with probability 1/2;
+    contrast first or last.
+    """
     shift = random.uniform(-BRIGHTNESS, BRIGHTNESS) if chance() else 0.0
     contrast, saturation = (random.uniform(*FACTORS) if chance() else 1.0 for _ in range(2))
     hue = random.uniform(-HUE, HUE) if chance() else 0.0

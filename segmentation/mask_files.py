@@ -1,4 +1,6 @@
-"""What is in the file of a mask: each pixel's class, as the number of a gray value or of a palette's entry."""
+"""What is in the file of a mask: each pixel's class, as the number of a gray value or
+of a palette's entry.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Pair(NamedTuple):
 
 
 def read_mask(path: str) -> Image.Image:
-    """The mask with the numbers that are in the file; raises whatever PIL raises for what it cannot decode."""
+    """The mask with the numbers that are in the file; raises whatever PIL raises for
+    what it cannot decode.
+    """
     with open_image(path) as mask:
         packed = mask.tile[0][3] if mask.format == "PNG" and mask.tile else None
         mask.load()
@@ -35,11 +39,13 @@ def read_mask(path: str) -> Image.Image:
 
 
 def numbers_in(mask: Image.Image, path: str) -> np.ndarray:
-    """(height, width) whole numbers. UserError when the mask holds something else, such as colors."""
+    """(height, width) whole numbers. UserError when the mask holds something else, such
+    as colors.
+    """
     if mask.mode not in NUMBERED:
         raise UserError(
-            f"{path}: its pixels are {mask.mode}, not numbers of classes; a mask is expected to be "
-            "gray (8 or 16 bits) or to have a palette"
+            f"{path}: its pixels are {mask.mode}, not numbers of classes; a mask is expected to be gray (8 "
+            "or 16 bits) or to have a palette"
         )
     numbers = np.asarray(mask)
     return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
@@ -76,7 +82,9 @@ def _refuse(path: str, label: int, classes: int, reduce_zero_label: bool) -> Non
 
 
 def highest_label(mask: Image.Image, path: str, reduce_zero_label: bool) -> int:
-    """Of those that are not ignored, as `labels_in` numbers them; -1 where there is none."""
+    """Of those that are not ignored, as `labels_in` numbers them; -1 where there is
+    none.
+    """
     numbers = numbers_in(mask, path)
     labeled = numbers[numbers != IGNORED]
     return int(labeled.max()) - reduce_zero_label if labeled.size else -1

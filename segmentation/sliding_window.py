@@ -1,4 +1,5 @@
-"""What class each pixel of an image of any size is: windows that slide over it, several scales, mirror images.
+"""What class each pixel of an image of any size is: windows that slide over it, several
+scales, mirror images.
 
 Shapes: image (3, h, w) as the network takes it, K classes, scores (K, h, w) logits or
 probabilities. However large the file, at most the scores of the image at the network's
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_segmentation import resize
+from layers.conv_module import resize
 from runtime.device import Precision
 
 STRIP = 1 << 22  # scores of one strip of the finished picture: 16 MiB
@@ -23,7 +24,9 @@ STRIP = 1 << 22  # scores of one strip of the finished picture: 16 MiB
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """How an image is looked at. `window` None: as a whole. `batch`: windows that the network sees at once."""
+    """How an image is looked at. `window` None: as a whole. `batch`: windows that the
+    network sees at once.
+    """
 
     window: int | None = 512
     stride: int = 341
@@ -36,7 +39,9 @@ class SlidingWindow:
 def predict(
     model: nn.Module, image: Tensor, size: tuple[int, int], how: SlidingWindow, precision: Precision
 ) -> Tensor:
-    """Classes (height, width) int64 of an image (3, h, w); `size` is the picture's own, (height, width)."""
+    """Classes (height, width) int64 of an image (3, h, w); `size` is the picture's own,
+    (height, width).
+    """
 
     def scores_of(batch: Tensor) -> Tensor:
         with precision.autocast():
@@ -64,7 +69,9 @@ def scores(network: Callable[[Tensor], Tensor], image: Tensor, how: SlidingWindo
 
 
 def slide(network: Callable[[Tensor], Tensor], image: Tensor, how: SlidingWindow) -> Tensor:
-    """Logits (1, K, h, w) of an image (1, 3, h, w): where windows overlap, their mean."""
+    """Logits (1, K, h, w) of an image (1, 3, h, w): where windows overlap, their
+    mean.
+    """
     height, width = image.shape[2:]
     if how.window is None:
         return network(image)
@@ -83,7 +90,9 @@ def slide(network: Callable[[Tensor], Tensor], image: Tensor, how: SlidingWindow
 
 
 def starts(side: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along one side: every `stride` pixels, the last one flush with the end."""
+    """Where windows begin along one side: every `stride` pixels, the last one flush
+    with the end.
+    """
     last = side - window
     return [*range(0, last, stride), last]
 
@@ -103,7 +112,9 @@ def classes_at(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def strip(scores: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
-    """Rows `top` to `bottom` of scores (K, h, w) resized bilinearly to `size`: (K, rows, width)."""
+    """Rows `top` to `bottom` of scores (K, h, w) resized bilinearly to `size`: (K,
+    rows, width).
+    """
     h, (height, width) = scores.shape[1], size
     y = ((torch.arange(top, bottom, device=scores.device) + 0.5) * (h / height) - 0.5).clamp(min=0)
     above = y.long().clamp(max=h - 1)

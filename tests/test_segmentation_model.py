@@ -9,8 +9,9 @@ from torch import nn
 
 import modeling_segmentation
 from errors import UserError
+from layers.conv_module import BatchNorm, ConvModule
 from layers.rel_pos_bias import relative_position_index, resize_rel_pos_bias_table
-from modeling_segmentation import BatchNorm, ConvModule, FCNHead, SegmentationBackbone, UPerHead, create_model
+from modeling_segmentation import FCNHead, SegmentationBackbone, UPerHead, create_model
 from vit_backbone import SIZES, Trunk
 
 SEED = 600

@@ -138,8 +138,8 @@ def join_parts(parts: Parts, form: str, about: dict[str, Any]) -> dict[str, Any]
     """Write the finished folder from all shares; `form`: npy or jsonl.
 
     Returns `about` with the counts added. The codes of an earlier run are removed first
-    and those of this run appear last, so that a folder with codes is complete and of one
-    run. UserError if no image could be read; then the files of an earlier run stay.
+    and those of this run appear last, so that a folder with codes is complete and of
+    one run. UserError if no image could be read; then the files of an earlier run stay.
     """
     counted = parts.usage() | {"skipped": sum(1 for _ in parts.lines("skipped"))}
     if not counted["images"]:
@@ -185,7 +185,9 @@ class EncodedFolder:
     codes: np.ndarray
 
     def names(self, images: Iterable[int]) -> dict[int, str]:
-        """The names of these images, by number; the list of all is not kept in memory."""
+        """The names of these images, by number; the list of all is not kept in
+        memory.
+        """
         wanted, path = set(images), self.folder / "files.txt"
         try:
             with open_text(path, "r") as file:
@@ -202,8 +204,8 @@ class EncodedFolder:
 def read_codes(folder: str, flag: str) -> EncodedFolder:
     """Open a finished folder.
 
-    UserError if it holds no codes.npy, or one that does not fit about.json; `flag` names
-    the folder in messages.
+    UserError if it holds no codes.npy, or one that does not fit about.json; `flag`
+    names the folder in messages.
     """
     path = Path(folder)
     if not (path / "codes.npy").exists():
@@ -231,8 +233,9 @@ def read_codes(folder: str, flag: str) -> EncodedFolder:
 
 
 def draw_token_maps(parts: Parts, view: ImageOnly, root: str, count: int) -> None:
-    """Draw the first `count` images, whose names are relative to the folder `root`, above
-    their token maps: SHEET of them in a picture token_maps-N.png beside the codes.
+    """Draw the first `count` images, whose names are relative to the folder `root`,
+    above their token maps: SHEET of them in a picture token_maps-N.png beside the
+    codes.
     """
     for old in parts.folder.glob("token_maps-*.png"):
         old.unlink()

@@ -1,4 +1,6 @@
-"""Pictures of masks, tokens and attention. Images are float tensors (3, height, width) in [0, 1]."""
+"""Pictures of masks, tokens and attention. Images are float tensors (3, height, width)
+in [0, 1].
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def denormalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
 
 def masked_image(image: Tensor, mask: Tensor) -> Tensor:
-    """Gray where `mask` (h, w) is True; every mask cell covers a rectangle of the image."""
+    """Gray where `mask` (h, w) is True; every mask cell covers a rectangle of the
+    image.
+    """
     cover = stretch(mask.float()[None], image.shape[-2:])
     return image * (1 - cover) + MASK_GRAY * cover
 
@@ -76,7 +80,9 @@ def distinct_colors(n: int) -> Tensor:
 
 
 def token_map(codes: Tensor, n_codes: int, size: Sequence[int]) -> Tensor:
-    """Codes (h, w) int64 -> picture of `size`, one color a code; gray for negative codes."""
+    """Codes (h, w) int64 -> picture of `size`, one color a code; gray for negative
+    codes.
+    """
     colors = code_colors(n_codes)[codes.clamp(min=0)]
     colors[codes < 0] = MASK_GRAY
     return stretch(colors.permute(2, 0, 1), size)
@@ -90,7 +96,8 @@ def draw_reconstructions(
     captions: Sequence[Sequence[str]] | None = None,
     a_row: int = 8,
 ) -> Tensor:
-    """Images, token maps of their codes (B, h, w), and what a decoder drew from the codes.
+    """Images, token maps of their codes (B, h, w), and what a decoder drew from the
+    codes.
 
     `captions`: three texts for each image, one for each of the three; the pictures are
     enlarged to make room for them. `a_row`: images in a row.
@@ -125,7 +132,9 @@ def gallery(pictures: Sequence[Tensor], columns: int) -> Tensor:
 
 
 def join_along(pictures: Sequence[Tensor], dim: int) -> Tensor:
-    """Concatenate (3, height, width) along dimension 1 or 2, padded to the largest, with gaps."""
+    """Concatenate (3, height, width) along dimension 1 or 2, padded to the largest,
+    with gaps.
+    """
     other = 3 - dim
     longest = max(picture.shape[other] for picture in pictures)
     pieces: list[Tensor] = []
@@ -151,7 +160,9 @@ def enlarge(image: Tensor, shorter: int = 160) -> Tensor:
 
 
 def add_caption(picture: Tensor, text: str) -> Tensor:
-    """The picture under a line of text; a text that is too long is cut in the middle."""
+    """The picture under a line of text; a text that is too long is cut in the
+    middle.
+    """
     font, width = ImageFont.load_default(CAPTION - 4), picture.shape[2]
     text = printable(text)
     shown, kept = text, len(text)
@@ -180,7 +191,9 @@ def draw_frame(
 
 
 def heat_overlay(image: Tensor, heat: Tensor) -> Tensor:
-    """Attention (h, w) over the image: dark blue where it is low, yellow where it is high."""
+    """Attention (h, w) over the image: dark blue where it is low, yellow where it is
+    high.
+    """
     heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
     smooth = F.interpolate(
         heat[None, None].float(), size=image.shape[-2:], mode="bilinear", align_corners=False
@@ -191,7 +204,8 @@ def heat_overlay(image: Tensor, heat: Tensor) -> Tensor:
 
 
 def keep_most(weights: Tensor, share: float) -> Tensor:
-    """The fewest cells that hold at least `share` of the sum: (h, w) bool, True for kept.
+    """The fewest cells that hold at least `share` of the sum: (h, w) bool, True for
+    kept.
 
     `weights`: (h, w), not negative.
     """

@@ -1,4 +1,6 @@
-"""HTML pages of one file: pictures are embedded, and nothing is loaded from elsewhere."""
+"""HTML pages of one file: pictures are embedded, and nothing is loaded from
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2rem 0 0; }
 p { margin: .3rem 0; max-width: 48rem; }
 table { border-collapse: collapse; margin: 1rem 0; }
-th { text-align: left; font-weight: normal; opacity: .75; padding: .1rem 1.5rem .1rem 0; vertical-align: top; }
+th { text-align: left; font-weight: normal; opacity: .75; vertical-align: top; }
+th { padding: .1rem 1.5rem .1rem 0; }
 td { overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; }
 .pictures { display: flex; flex-wrap: wrap; gap: 6px; margin: .5rem 0; }
-.swatch { display: inline-block; width: 1em; height: 1em; vertical-align: -.12em; margin-right: .3em; border: 1px solid #8888; }
+.swatch { display: inline-block; width: 1em; height: 1em; vertical-align: -.12em; }
+.swatch { margin-right: .3em; border: 1px solid #8888; }
 """
 
 
@@ -67,8 +71,8 @@ def table(rows: Iterable[tuple[str, str]]) -> str:
 def section(title: str, *parts: str, anchor: str, color: Iterable[float] | None = None) -> str:
     """A heading and the parts under it.
 
-    `anchor`: the name of the section in links; `color`: RGB in [0, 1], shown as a swatch
-    before the title.
+    `anchor`: the name of the section in links; `color`: RGB in [0, 1], shown as a
+    swatch before the title.
     """
     swatch = ""
     if color is not None:

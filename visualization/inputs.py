@@ -1,4 +1,6 @@
-"""Which images the visualizing scripts show, and the files that they write pictures to."""
+"""Which images the visualizing scripts show, and the files that they write pictures
+to.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A small decoder from the codes of a frozen tokenizer to pixels, which shows what tokens keep.
+"""A small decoder from the codes of a frozen tokenizer to pixels, which shows what
+tokens keep.
 
 It has no part in training BEiT v2. Its loss does not reach the tokenizer, so that it
 draws what the codes hold and nothing else.
@@ -72,7 +73,9 @@ def count_heads(dim: int) -> int:
 
 
 class Reconstructor(nn.Module):
-    """A frozen tokenizer (image -> codes) and a trained decoder (codes -> pixels) in one file."""
+    """A frozen tokenizer (image -> codes) and a trained decoder (codes -> pixels) in
+    one file.
+    """
 
     def __init__(self, tokenizer: VQKD, depth: int, dim: int) -> None:
         super().__init__()
@@ -102,7 +105,9 @@ class Reconstructor(nn.Module):
         return self.tokenizer.get_codebook_indices(images).view(-1, *self.grid)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w) -> images (B, 3, height, width) in [0, 1], from the codes' vectors alone."""
+        """Codes (B, h, w) -> images (B, 3, height, width) in [0, 1], from the codes'
+        vectors alone.
+        """
         vectors = F.embedding(codes, self.tokenizer.quantize.embedding.weight)
         return self.decoder(rearrange(vectors, "b h w d -> b d h w"))
 
@@ -114,7 +119,8 @@ class Reconstructor(nn.Module):
 
 
 def open_reconstructor(source: str, flag: str) -> Reconstructor:
-    """The model in a file of `run_vqkd_training.py --train_pixel_decoder`, in eval mode.
+    """The model in a file of `run_vqkd_training.py --train_pixel_decoder`, in eval
+    mode.
 
     `source`: a path or a URL, which `flag` names in messages. UserError: the file holds
     no pixel decoder.

@@ -153,7 +153,9 @@ def layout_case(draw: random.Random, shared: Path, folder: Path) -> Case:
 
 
 def beside_case(draw: random.Random, shared: Path, folder: Path) -> Case:
-    """Files that lie beside weights or images: configuration, names, colors, an old log."""
+    """Files that lie beside weights or images: configuration, names, colors, an old
+    log.
+    """
     out = folder / "out"
     out.mkdir()
     content = draw.choice(

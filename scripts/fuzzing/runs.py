@@ -111,7 +111,9 @@ def valid_runs(shared: Path, out: Path) -> dict[str, list[Any]]:
 
 
 def fake_programs(folder: Path) -> Path:
-    """A folder for PATH: programs that image libraries are known to call, which leave the canary."""
+    """A folder for PATH: programs that image libraries are known to call, which leave
+    the canary.
+    """
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
     for name in ("gs", "gswin64c", "inkscape", "convert", "magick", "dot", "xv", "display"):

@@ -174,7 +174,9 @@ class Hostile:
 
 
 def hostile_pickle(draw: random.Random, path: Path) -> tuple[str, bool]:
-    """Calls that would write the canary, in the new format, the old one and a bare pickle."""
+    """Calls that would write the canary, in the new format, the old one and a bare
+    pickle.
+    """
     canary = str(path.parent / CANARY)
     calls = [(os.system, (f"touch {canary}",)), (exec, (f"open({canary!r}, 'w')",)), (open, (canary, "w"))]
     call = draw.choice(calls)
