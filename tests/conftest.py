@@ -1,4 +1,6 @@
-"""One thread a test process: the suite runs in parallel processes, and tiny models gain nothing from more."""
+"""One thread a test process: the suite runs in parallel processes, and tiny models gain
+nothing from more.
+"""
 
 import logging
 import os
@@ -28,8 +30,8 @@ def _seeded():
 
 @pytest.fixture(autouse=True)
 def _logger_as_it_was():
-    """A `main` sets up the project's logger; without this, what a later test captures of
-    it depends on the order of tests.
+    """A `main` sets up the project's logger; without this, what a later test captures
+    of it depends on the order of tests.
     """
     log = logging.getLogger("beit")
     before = log.handlers[:], log.level, log.propagate
@@ -40,7 +42,9 @@ def _logger_as_it_was():
 
 @pytest.fixture(autouse=True)
 def _signals_as_they_were():
-    """A `main` that trains handles signals to its process's end; here the process is pytest's."""
+    """A `main` that trains handles signals to its process's end; here the process is
+    pytest's.
+    """
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
     yield
     for number, handler in before.items():
@@ -49,7 +53,9 @@ def _signals_as_they_were():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Sixteen photos of two classes; read-only, as all of these: the tests of a module share them."""
+    """Sixteen photos of two classes; read-only, as all of these: the tests of a module
+    share them.
+    """
     return tiny_runs.photos(tmp_path_factory.mktemp("photos"))
 
 

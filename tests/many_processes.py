@@ -1,4 +1,6 @@
-"""Scripts in processes of their own, and a function on several gloo ranks of this machine."""
+"""Scripts in processes of their own, and a function on several gloo ranks of this
+machine.
+"""
 
 import os
 import signal
@@ -26,7 +28,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(command: list[str], **more: str) -> subprocess.Popen[str]:
-    """A command in the repository's folder, both outputs in one pipe; `more` goes into its environment."""
+    """A command in the repository's folder, both outputs in one pipe; `more` goes into
+    its environment.
+    """
     return subprocess.Popen(
         command, cwd=ROOT, env=environment(**more), text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -73,8 +77,8 @@ def _rank(rank, function, world_size, port, folder, args):
 
 
 def run_ranks(function, world_size, *args):
-    """[function(rank, world_size, *args) for each rank], each in a process of its own; the
-    results travel as files of torch.save.
+    """[function(rank, world_size, *args) for each rank], each in a process of its own;
+    the results travel as files of torch.save.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (function, world_size, free_port(), folder, args), nprocs=world_size)

@@ -1,4 +1,6 @@
-"""Weight files that are packed, damaged or programmed by hand, and how they are refused."""
+"""Weight files that are packed, damaged or programmed by hand, and how they are
+refused.
+"""
 
 import time
 import zipfile
@@ -22,7 +24,9 @@ def repack(path, change=lambda name, content: content, **how):
 
 
 def with_pickle(path, program):
-    """A file of torch.save whose pickle is `program`, with one storage of 4 floats beside it."""
+    """A file of torch.save whose pickle is `program`, with one storage of 4 floats
+    beside it.
+    """
     torch.save({"w": torch.zeros(4)}, path)
     repack(path, lambda name, content: program if name.endswith("data.pkl") else content)
     return path

@@ -63,7 +63,9 @@ def dry_run(name: str, *flags: str, **environment: str) -> SimpleNamespace:
 
 
 def expect(run: SimpleNamespace, **values: object) -> None:
-    """Each flag is written out in the recipe (a changed default must not change it) and has this value."""
+    """Each flag is written out in the recipe (a changed default must not change it) and
+    has this value.
+    """
     for name, value in values.items():
         assert f"--{name}" in run.flags, name
         assert getattr(run.args, name) == value, name

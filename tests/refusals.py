@@ -23,7 +23,9 @@ def refused(main, flags: list[str], capsys) -> str:
 
 @contextlib.contextmanager
 def user_reads(sentence: str) -> Iterator[None]:
-    """A UserError is raised whose message, as `main` prints it, has a match for `sentence`."""
+    """A UserError is raised whose message, as `main` prints it, has a match for
+    `sentence`.
+    """
     with pytest.raises(UserError) as caught:
         yield
     message = name_flags(str(caught.value))

@@ -9,7 +9,9 @@ FOLDERS = sorted(path.parent for path in ROOT.glob("*/__init__.py"))
 
 
 def library_files() -> list[Path]:
-    """The modules at the root and in the folders beside them, without tests and scripts."""
+    """The modules at the root and in the folders beside them, without tests and
+    scripts.
+    """
     files = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in folder.glob("*.py"))]
     return sorted(path for path in files if path.name != "__init__.py")
 

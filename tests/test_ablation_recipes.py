@@ -38,7 +38,8 @@ ABLATIONS_V2 = {
 }
 
 
-# Ablations of v2's tokenizer. name: what differs from vqkd/base_3x768x12_clip, what pretraining with it needs
+# Ablations of v2's tokenizer. name: what differs from vqkd/base_3x768x12_clip, what
+# pretraining with it needs
 ABLATIONS_VQKD = {
     "v2_codebook_size_1024": ({"codebook_n_emd": 1024}, {"codebook_size": 1024}),
     "v2_codebook_dim_16": ({"codebook_emd_dim": 16}, {"codebook_dim": 16}),
@@ -50,7 +51,9 @@ ABLATIONS_VQKD = {
 
 
 def ablation(name: str, recipe: str) -> tuple[SimpleNamespace, dict[str, object]]:
-    """What the ablation would run, and the flags in which that differs from the recipe."""
+    """What the ablation would run, and the flags in which that differs from the
+    recipe.
+    """
     base, run = dry_run(recipe), dry_run(f"ablations/{name}")
     assert (run.entry, run.launcher) == (base.entry, base.launcher)
     return run, {key: value for key, value in vars(run.args).items() if value != getattr(base.args, key)}
@@ -79,7 +82,9 @@ def test_ablations_of_v1_change_one_thing(name):
 
 @pytest.mark.parametrize("name", [name for name in ABLATIONS_V1 if "positions" in name])
 def test_fine_tuning_keeps_the_positions_of_an_ablation(name):
-    """With the flags that the head names, and with no others, nothing of the pretraining is dropped."""
+    """With the flags that the head names, and with no others, nothing of the
+    pretraining is dropped.
+    """
     pretraining = dry_run(f"ablations/{name}").args
     words = said_of(name, "Fine-tune with the same positions").split()
     args = arguments.parse(run_class_finetuning.get_parser(), ["--data_path", "/data", *words])

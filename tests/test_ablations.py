@@ -155,8 +155,7 @@ def test_impossible_combinations_are_refused(flags, message, capsys):
         ),
         (
             ["--target", "pixels"],
-            "--codebook_dim, --codebook_size, --second_input_size, "
-            "--tokenizer_model, --tokenizer_weight "
+            "--codebook_dim, --codebook_size, --second_input_size, --tokenizer_model, --tokenizer_weight "
             "do nothing here: --target pixels has no tokenizer",
         ),
         (

@@ -1,4 +1,6 @@
-"""Published command lines parse word for word, and every flag of theirs has its published default."""
+"""Published command lines parse word for word, and every flag of theirs has its
+published default.
+"""
 
 import argparse
 import importlib
@@ -27,7 +29,8 @@ SCRIPTS = {
     "run_beitv2_pretraining": run_beitv2_pretraining,
     "run_class_finetuning": run_class_finetuning,
 }
-# Defaults that differ from the published ones, each with its reason in docs/deviations.md.
+# Defaults that differ from the published ones, each with its reason in
+# docs/deviations.md.
 DEVIATING = {
     ("run_beitv2_pretraining", "--num_mask_patches"),  # scaled to the grid: 75 of 196
     ("run_beitv2_pretraining", "--min_mask_patches_per_block"),  # the same: 16 on 14 x 14
@@ -41,9 +44,23 @@ DEVIATING = {
 
 ENTRIES = {path.name for path in ROOT.glob("run_*_*.py")}  # their parsers are made in flags/
 NO_PATHS = {  # texts that name something else
-    "model", "opt", "dist_url", "device", "train_interpolation", "second_interpolation", "tokenizer_model", "aa", "teacher",
-    "teacher_model_type", "model_key", "model_prefix", "model_filter_name", "robust_test", "query", "names",
-}  # fmt: skip
+    "model",
+    "opt",
+    "dist_url",
+    "device",
+    "train_interpolation",
+    "second_interpolation",
+    "tokenizer_model",
+    "aa",
+    "teacher",
+    "teacher_model_type",
+    "model_key",
+    "model_prefix",
+    "model_filter_name",
+    "robust_test",
+    "query",
+    "names",
+}
 
 
 def parsers():
@@ -173,8 +190,8 @@ def test_what_a_refused_number_is_told(script, words, message, capsys):
 
 def test_numbers_of_published_lines_are_taken():
     words = (
-        "--data_path x --warmup_steps -1 --drop_path 0 --layer_decay 1.0 --clip_grad 3.0 --opt_betas "
-        "0.9 0.98 --local_rank -1"
+        "--data_path x --warmup_steps -1 --drop_path 0 --layer_decay 1.0 --clip_grad 3.0 --opt_betas 0.9 "
+        "0.98 --local_rank -1"
     )
     args = arguments.parse(run_class_finetuning.get_parser(), words.split())
     assert (args.warmup_steps, args.drop_path, args.layer_decay, args.local_rank) == (-1, 0.0, 1.0, -1)
@@ -342,7 +359,9 @@ def test_a_device_that_is_not_supported_or_not_there_is_refused(name):
 
 
 def test_one_place_asks_whether_there_is_a_gpu():
-    """All else goes by the device of the run, which may be the CPU of a machine that has one."""
+    """All else goes by the device of the run, which may be the CPU of a machine that
+    has one.
+    """
     asking = {
         path.name: count for path in library_files() if (count := path.read_text().count("cuda.is_available"))
     }

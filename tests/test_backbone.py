@@ -1,4 +1,6 @@
-"""Attention paths agree, every variant builds, initialization is as in the paper, and timm's models stay timm's."""
+"""Attention paths agree, every variant builds, initialization is as in the paper, and
+timm's models stay timm's.
+"""
 
 import inspect
 import math

@@ -160,7 +160,8 @@ def test_ratios_are_of_one_round():
         def peak(self, batch):
             return self.bytes_held
 
-    # the machine is ten times slower in the second round; the ratio of medians would be 1
+    # the machine is ten times slower in the second round; the ratio of medians would be
+    # 1
     contest = Contest(
         "x", [Fixed("ours", [99, 1, 9, 3], 100), Fixed("plain", [99, 3, 19, 3], 250)], {}, 4, flops=4000
     )
@@ -228,7 +229,9 @@ def test_the_report(tmp_path, amp_dtype):
 
 @pytest.mark.slow
 def test_counted_flops_are_those_of_the_formula():
-    """Of the classifier: 3 times the forward's products, less the gradient of the image."""
+    """Of the classifier: 3 times the forward's products, less the gradient of the
+    image.
+    """
     run = Run(RunOptions(), Launch(), CPU, choose_precision("fp32", CPU))
     workload = Workload("demo", batch_size=2)
     contest = next(c for c in finetuning(workload, run) if c.name.endswith("step"))

@@ -32,8 +32,8 @@ STAGES = {
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Traced and differentiated as ever, but not translated to C++, which takes minutes:
-    breaks and recompilations show.
+    """Traced and differentiated as ever, but not translated to C++, which takes
+    minutes: breaks and recompilations show.
     """
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     torch._dynamo.reset()
@@ -46,9 +46,18 @@ def graphs(monkeypatch):
 def student(**settings):
     torch.manual_seed(0)
     model = modeling_pretrain.create_model(
-        STUDENT, img_size=64, vocab_size=16, drop_path_rate=0.3, drop_rate=0.1, attn_drop_rate=0.1, init_values=0.1,
-        use_shared_rel_pos_bias=True, early_layers=4, head_layers=1, **settings,
-    )  # fmt: skip
+        STUDENT,
+        img_size=64,
+        vocab_size=16,
+        drop_path_rate=0.3,
+        drop_rate=0.1,
+        attn_drop_rate=0.1,
+        init_values=0.1,
+        use_shared_rel_pos_bias=True,
+        early_layers=4,
+        head_layers=1,
+        **settings,
+    )
     mask = torch.zeros(4, 16, dtype=torch.bool)
     mask[:, :6] = True
     return model.train(), (torch.randn(4, 3, 64, 64), mask)

@@ -1,5 +1,5 @@
-"""Weight files that are damaged, odd or endless: refused by name within seconds; and which
-checkpoint a run goes on from.
+"""Weight files that are damaged, odd or endless: refused by name within seconds; and
+which checkpoint a run goes on from.
 """
 
 import io

@@ -1,4 +1,6 @@
-"""Reading images: what a sample depends on, broken files, and the data sets of the stages."""
+"""Reading images: what a sample depends on, broken files, and the data sets of the
+stages.
+"""
 
 import json
 import pickle

@@ -1,4 +1,6 @@
-"""The demo's own parts: splits, class folders, and one run on a small unlabeled folder."""
+"""The demo's own parts: splits, class folders, and one run on a small unlabeled
+folder.
+"""
 
 import itertools
 import json

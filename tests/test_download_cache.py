@@ -1,4 +1,6 @@
-"""Downloads: where files lie, resumed and checked, mirrors, and what is told when there is none."""
+"""Downloads: where files lie, resumed and checked, mirrors, and what is told when there
+is none.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,7 @@ def server() -> Iterator[Server]:
         server.shutdown()
 
 
-# -------------------------------------------------------------------------------------------------------------
-#   fetching
+# ── fetching ──
 def test_download_once_under_the_name_without_query(server: Server, hub: pathlib.Path) -> None:
     path = downloads.fetch(f"{server.url}some/weights-{HASH}.pth?sv=1&sig=abc%3D")
     assert path == hub / f"weights-{HASH}.pth"

@@ -40,8 +40,8 @@ WHOLE = answer(OK, "Content-Length: 1000", 'ETag: "1"', body=BODY)
 
 
 class Script:
-    """A server that gives one prepared answer (bytes, or a function of the connection) a
-    request, the last for ever.
+    """A server that gives one prepared answer (bytes, or a function of the connection)
+    a request, the last for ever.
     """
 
     def __init__(self) -> None:

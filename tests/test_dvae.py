@@ -1,4 +1,6 @@
-"""BEiT v1's tokenizer: the golden values, OpenAI's own package, its pickled files read without running code."""
+"""BEiT v1's tokenizer: the golden values, OpenAI's own package, its pickled files read
+without running code.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,7 @@ def saved(content: Any, path: pathlib.Path, new_format: bool = True) -> str:
     return str(path)
 
 
-# --------------------------------------------------------------------------------------------------------------
-#   numbers
+# ── numbers ──
 def test_golden_values() -> None:
     model, golden = DallEEncoder(**TINY), arrays("dalle_tiny")
     assert_keys(model, "dalle_encoder_tiny")
@@ -125,8 +126,7 @@ def test_bytes_are_not_taken_for_images() -> None:
         DallEEncoder(**TINY).get_codebook_indices(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
-# ----------------------------------------------------------------------------------------------------------------
-#   files
+# ── files ──
 @pytest.mark.parametrize("new_format", [True, False])
 def test_the_packages_pickled_encoder(
     tmp_path: pathlib.Path, dall_e: types.ModuleType, new_format: bool

@@ -27,7 +27,9 @@ from visualization import code_files, drawing
 
 @pytest.fixture
 def broken(tmp_path):
-    """Photos among which the first, one in the middle, two in a row and the last cannot be read."""
+    """Photos among which the first, one in the middle, two in a row and the last cannot
+    be read.
+    """
     folder = photos(tmp_path / "broken", per_class=5)
     for name in ("a/0.jpg", "a/3.jpg", "b/1.jpg", "b/2.jpg", "b/4.jpg"):
         content = (folder / name).read_bytes()

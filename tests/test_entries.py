@@ -1,5 +1,5 @@
-"""The three scripts, as main([...]), on tiny data: what they write, that they learn, and
-that they resume exactly.
+"""The three scripts, as main([...]), on tiny data: what they write, that they learn,
+and that they resume exactly.
 """
 
 import math
@@ -77,7 +77,9 @@ def test_what_a_run_leaves_behind(name, data, tokenizer_weight, tmp_path):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_seeded_loss_curves_guard_refactors(name, data, tokenizer_weight, tmp_path):
-    """Update tests/golden/loss_curves.json only when a change of the numbers is meant, and say so in the commit."""
+    """Update tests/golden/loss_curves.json only when a change of the numbers is meant,
+    and say so in the commit.
+    """
     if not torch.__version__.startswith(CURVES["torch"]):
         pytest.skip(f"random numbers differ between versions of torch; the curves are of {CURVES['torch']}")
     main, flags = stage(name, data, tokenizer_weight, tmp_path, "--epochs", "3")
@@ -109,7 +111,9 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
 def test_accumulation_equals_the_large_batch(name, data, tokenizer_weight, tmp_path):
-    """Two micro-batches of 4 and one batch of 8 see the same samples and take the same steps."""
+    """Two micro-batches of 4 and one batch of 8 see the same samples and take the same
+    steps.
+    """
     more = ["--epochs", "1", "--warmup_epochs", "0", "--drop_path", "0"]
     more += ["--mixup", "0", "--cutmix", "0"] if name == "finetune" else []
     main, small = stage(name, data, tokenizer_weight, tmp_path / "small", *more, "--update_freq", "2")
@@ -121,7 +125,9 @@ def test_accumulation_equals_the_large_batch(name, data, tokenizer_weight, tmp_p
 
 
 def test_the_tokenizer_trains_with_accumulation_too(data, tmp_path):
-    """Its codebook moves at every micro-batch, so the curve is not that of one large batch."""
+    """Its codebook moves at every micro-batch, so the curve is not that of one large
+    batch.
+    """
     run_vqkd_training.main(vqkd_flags(data, tmp_path, "--update_freq", "2"))
     lines = log_lines(tmp_path)
     assert lines[-1]["train_rec_loss"] < lines[0]["train_rec_loss"]
@@ -165,9 +171,17 @@ def test_tokenizer_pretraining_and_fine_tuning_fit_together(data, tmp_path, caps
     for source in ("pt", "ft"):
         target = tmp_path / f"{source}.png"
         visualize_attention.main(
-            ["--checkpoint", str(tmp_path / source / "checkpoint.pth"), "--image", str(photo), "--output", str(target),
-             "--query", "1,1"]
-        )  # fmt: skip
+            [
+                "--checkpoint",
+                str(tmp_path / source / "checkpoint.pth"),
+                "--image",
+                str(photo),
+                "--output",
+                str(target),
+                "--query",
+                "1,1",
+            ]
+        )
         assert target.stat().st_size > 500
 
 
@@ -210,7 +224,8 @@ def test_ten_steps_not_finite_end_the_run_and_change_nothing(
     captured = capsys.readouterr()
     assert "10 steps in a row, up to step 13" in captured.err
     assert "step 4 was skipped" in captured.out
-    # epochs 2 and 3 ended with all their steps skipped: weights and optimizer are those of epoch 1
+    # epochs 2 and 3 ended with all their steps skipped: weights and optimizer are those
+    # of epoch 1
     good, last = checkpoint(tmp_path / "good.pth"), checkpoint(out / "checkpoint.pth")
     assert all(torch.equal(good["model"][key], last["model"][key]) for key in good["model"])
     state = good["optimizer"]["state"][0], last["optimizer"]["state"][0]

@@ -16,7 +16,9 @@ from engine_for_finetuning import SomeLogits, WithMirrorImage
 
 
 def noise(folder: Path, names: list[str]) -> Path:
-    """folder/name/0.png: 40 x 40 pixels of other noise each; one odd-sided gradient makes left and right differ."""
+    """folder/name/0.png: 40 x 40 pixels of other noise each; one odd-sided gradient
+    makes left and right differ.
+    """
     for number, name in enumerate(names):
         pixels = np.random.RandomState(number).rand(5, 5, 3) * np.linspace(60, 255, 5)[None, :, None]
         (folder / name).mkdir(parents=True)
@@ -154,7 +156,9 @@ def test_robustness_folders_and_models_that_are_not_imagenets(weights, imagenet_
 
 
 class Table(torch.nn.Module):
-    """Logits by hand: the mean of the left half for class 0, of the right half for class 1, of all for class 2."""
+    """Logits by hand: the mean of the left half for class 0, of the right half for
+    class 1, of all for class 2.
+    """
 
     def forward(self, images):
         left, right = images[..., :2].mean((1, 2, 3)), images[..., 2:].mean((1, 2, 3))
@@ -170,7 +174,8 @@ def test_mean_probability_of_an_image_and_its_mirror_image():
     torch.testing.assert_close(answer[0].exp(), expected)
     torch.testing.assert_close(answer[0].softmax(0), expected)
     torch.testing.assert_close(answer, WithMirrorImage(Table())(images.flip(-1)))
-    # The mean logits would call all three equally likely; two of the 200 classes: chosen before the softmax.
+    # The mean logits would call all three equally likely; two of the 200 classes:
+    # chosen before the softmax.
     torch.testing.assert_close(
         WithMirrorImage(SomeLogits(Table(), [2, 0]))(images)[0].exp().sum(), torch.tensor(1.0)
     )

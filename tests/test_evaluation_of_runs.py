@@ -1,4 +1,6 @@
-"""Evaluation of a model that we trained: as in its training, and told where it is not."""
+"""Evaluation of a model that we trained: as in its training, and told where it is
+not.
+"""
 
 import functools
 from pathlib import Path
@@ -17,7 +19,9 @@ from evaluation import trained_classifier
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Three classes of stripes; the folder of a run with a moving average, and its training images."""
+    """Three classes of stripes; the folder of a run with a moving average, and its
+    training images.
+    """
     folder = tmp_path_factory.mktemp("trained")
     data = photos(folder / "data", per_class=4, classes="abc")
     flags = finetuning_flags(data, folder / "run", "--epochs", "1", "--model_ema", "--model_ema_decay", "0.5")
@@ -125,13 +129,15 @@ def test_nothing_is_told_about_a_model_used_as_it_was_trained(trained, tmp_path,
     evaluate(trained, trained / "data", tmp_path, "--dist_eval")
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "warning" in line] == [
-        "warning: --dist_eval does nothing: evaluation is always shared by all processes, and every "
-        "image counts once"
+        "warning: --dist_eval does nothing: evaluation is always shared by all processes, and every image "
+        "counts once"
     ]
 
 
 def test_published_weights_by_name_without_their_flags(trained, tmp_path, capsys, monkeypatch):
-    """A demo-sized model of 32-pixel images under a published name, where a download would lie."""
+    """A demo-sized model of 32-pixel images under a published name, where a download
+    would lie.
+    """
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     name = "beitv2_base_patch16_224_pt1k_ft1k"
     (tmp_path / "checkpoints").mkdir()

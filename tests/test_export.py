@@ -169,7 +169,9 @@ def jobs_in(folder: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def huggingface(tmp_path_factory):
-    """Every job's folder, our model, what transformers computed, and what it said while loading."""
+    """Every job's folder, our model, what transformers computed, and what it said while
+    loading.
+    """
     folder = tmp_path_factory.mktemp("huggingface")
     jobs = jobs_in(folder)
     plain = [{key: value for key, value in job.items() if key != "model"} for job in jobs.values()]
@@ -237,7 +239,9 @@ def test_transformers_sees_the_image_as_our_evaluation_does(huggingface, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*CLASSIFIERS, "codes", "tokens", "features"])
 def test_weights_come_back_from_hugging_face_bit_for_bit(case, huggingface, tmp_path):
-    """From our own folder, from one that transformers saved, and from the names that its modules have now."""
+    """From our own folder, from one that transformers saved, and from the names that
+    its modules have now.
+    """
     job = huggingface[case]
     mine = job["model"].state_dict()
     lost = {"codes": ("cls_pt",), "tokens": ("cls_pt", "lm_head", "mask_token"), "features": ("head",)}.get(

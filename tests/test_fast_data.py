@@ -1,5 +1,5 @@
-"""The pipelines of the data: exact is torchvision's bit for bit, fast is near it, and the
-device augments as a worker does.
+"""The pipelines of the data: exact is torchvision's bit for bit, fast is near it, and
+the device augments as a worker does.
 """
 
 import itertools
@@ -43,7 +43,9 @@ ADJUST = {BRIGHTNESS: F.adjust_brightness, CONTRAST: F.adjust_contrast, SATURATI
 
 
 def scene(width=500, height=375, seed=0) -> Image.Image:
-    """Like a photo: smooth shades, hard edges, saturated and clipped places, some noise."""
+    """Like a photo: smooth shades, hard edges, saturated and clipped places, some
+    noise.
+    """
     rng = np.random.RandomState(seed)
     shades = Image.fromarray(rng.randint(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
         (width, height), Image.Resampling.BICUBIC
@@ -144,8 +146,8 @@ def test_exact_views_are_the_published_steps(second):
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (90, 70), (33, 32)])
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "lanczos", "random"])
 def test_fast_shows_the_same_crop(size, mode):
-    """The scene is harder than photos, which differ by half a level (docs/performance.md):
-    much of it is clipped.
+    """The scene is harder than photos, which differ by half a level
+    (docs/performance.md): much of it is clipped.
     """
     image, means, crops = scene(*size), [], []
     for seed in range(10):

@@ -1,4 +1,6 @@
-"""The shell files of fine-tuning, linear probes and segmentation give the published settings."""
+"""The shell files of fine-tuning, linear probes and segmentation give the published
+settings.
+"""
 
 import re
 

@@ -1,5 +1,5 @@
-"""--fsdp: two gloo processes that hold a half each end where DDP and one process end, and
-write the same checkpoints.
+"""--fsdp: two gloo processes that hold a half each end where DDP and one process end,
+and write the same checkpoints.
 """
 
 import json
@@ -49,8 +49,8 @@ CPU = torch.device("cpu")
 
 
 def lines_of(folder: Path) -> dict[str, tuple[str, list[str]]]:
-    """Name of a run -> script and flags of two processes. 16 images, 9 to evaluate on: one
-    rank has a batch more.
+    """Name of a run -> script and flags of two processes. 16 images, 9 to evaluate on:
+    one rank has a batch more.
     """
     train, uneven, codes = folder / "photos/train", folder / "photos/val", folder / "tokenizer.pth"
     looking = ["--eval_data_path", str(uneven), "--knn_freq", "1", "--knn_data_path", str(folder / "photos")]
@@ -116,8 +116,8 @@ def all_runs(rank, world_size, folder):
 
 @pytest.fixture(scope="module")
 def both_ranks(tmp_path_factory):
-    """Where the runs are, and what `trained` returned on each rank: processes are started
-    once, which takes the most time.
+    """Where the runs are, and what `trained` returned on each rank: processes are
+    started once, which takes the most time.
     """
     folder = tmp_path_factory.mktemp("fsdp")
     photos(folder / "photos/train")
@@ -146,9 +146,9 @@ def assert_near(one: Path, two: Path, tolerance: float) -> None:
 
 
 def assert_same_moments(one: dict, two: dict) -> None:
-    """What the gradients of half precision add up to. Not the weights: Adam's first step
-    is the gradient's sign times --lr, and a gradient that one sum rounds to 0 is not 0
-    in the other's order.
+    """What the gradients of half precision add up to. Not the weights: Adam's first
+    step is the gradient's sign times --lr, and a gradient that one sum rounds to 0 is
+    not 0 in the other's order.
     """
     first, second = one["optimizer"]["state"], two["optimizer"]["state"]
     assert first.keys() == second.keys()
@@ -171,8 +171,8 @@ def assert_same_curves(one: Path, two: Path) -> None:
 @on_cpu
 @pytest.mark.parametrize("run", ["pretrained", "tuned"])
 def test_shares_end_where_whole_copies_end(run, runs):
-    """Clipping, layer decay, accumulation, recomputed blocks, moving average; evaluation,
-    k-NN and pictures between.
+    """Clipping, layer decay, accumulation, recomputed blocks, moving average;
+    evaluation, k-NN and pictures between.
     """
     assert_same_curves(runs / run, runs / f"{run}_ddp")
     assert_near(runs / run, runs / f"{run}_ddp", 2e-6)
@@ -240,7 +240,9 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(runs):
 
 
 def vit():
-    """With 5 rows in the head, 1 in the tokens, and a parameter that never gets a gradient."""
+    """With 5 rows in the head, 1 in the tokens, and a parameter that never gets a
+    gradient.
+    """
     model = modeling_finetune.VisionTransformer(
         img_size=32,
         patch_size=16,
@@ -315,7 +317,9 @@ def held(tensor):
 
 
 def passed_on(rank, world_size, folder, name, other):
-    """What one file holds, into a state of other weights and from there into the other file."""
+    """What one file holds, into a state of other weights and from there into the other
+    file.
+    """
     state, run = started(rank, world_size, folder, seed=1)
     run_checkpoints.restore(state, MeanSquare(run.device, run.precision), run, folder / name, 1)
     run_checkpoints.save(state, MeanSquare(run.device, run.precision), run, 0, [other])

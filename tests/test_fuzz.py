@@ -1,4 +1,6 @@
-"""scripts/fuzz.py in its short form. The long one: python scripts/fuzz.py --cases 1000."""
+"""scripts/fuzz.py in its short form. The long one: python scripts/fuzz.py --cases
+1000.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,6 @@
-"""The models reproduce the published implementation: names, shapes, logits, losses, gradients."""
+"""The models reproduce the published implementation: names, shapes, logits, losses,
+gradients.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Which images there are: folders, class folders, class index files, and shares of them."""
+"""Which images there are: folders, class folders, class index files, and shares of
+them.
+"""
 
 import json
 import os
@@ -98,8 +100,16 @@ def test_links_do_not_label_images_of_other_classes(tmp_path, caplog, monkeypatc
     root = tmp_path / "data"
     write_classes(root, {"a": 2, "b": 2, "b/deep": 1, "c": 1})
     write_image(tmp_path / "elsewhere" / "x.jpg")
-    for link, target in (("a/up", ".."), ("a/higher", "../.."), ("a/other", "../b"), ("a/inside", "../b/deep"), ("a/me", "."),
-                         ("a/more", "../../elsewhere"), ("me", "."), ("up", "..")):  # fmt: skip
+    for link, target in (
+        ("a/up", ".."),
+        ("a/higher", "../.."),
+        ("a/other", "../b"),
+        ("a/inside", "../b/deep"),
+        ("a/me", "."),
+        ("a/more", "../../elsewhere"),
+        ("me", "."),
+        ("up", ".."),
+    ):
         (root / link).symlink_to(target)
     samples, classes = find_classes_folder(str(root))
     assert classes == ["a", "b", "c"]

@@ -1,4 +1,6 @@
-"""k-NN on frozen features: against a plain computation, over ranks, and while a model pretrains."""
+"""k-NN on frozen features: against a plain computation, over ranks, and while a model
+pretrains.
+"""
 
 import json
 import re
@@ -29,7 +31,9 @@ def some_features(n, seed, dim=12):
 
 
 def by_hand(train, queries, k, temperature, standardize):
-    """The definition, in double precision, one query at a time; (top-1, top-5) in percent."""
+    """The definition, in double precision, one query at a time; (top-1, top-5) in
+    percent.
+    """
     bank, asked = train.values.double().numpy(), queries.values.double().numpy()
     if standardize:
         mean, std = bank.mean(0), bank.std(0)

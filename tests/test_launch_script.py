@@ -1,4 +1,6 @@
-"""scripts/launch.sh: the user's flags and folders, GPUs and machines, and what it refuses."""
+"""scripts/launch.sh: the user's flags and folders, GPUs and machines, and what it
+refuses.
+"""
 
 import os
 import re

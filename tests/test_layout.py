@@ -1,5 +1,5 @@
-"""Imports go from a layer to the layers below it (docs/design.md), no two modules import each
-other, and names of tests are short.
+"""Imports go from a layer to the layers below it (docs/design.md), no two modules
+import each other, and names of tests are short.
 """
 
 import ast
@@ -9,8 +9,11 @@ from source_files import FOLDERS, ROOT, library_files, module_name
 # from top to bottom: names of folders and of modules at the root; `*` stands for the
 # end of a name
 LAYERS = (
-    ("commands", "run_vqkd_training run_beitv2_pretraining run_class_finetuning " "run_segmentation_finetuning run_linear_eval "
-     "encode_images visualize_* export_checkpoint model_zoo benchmark"),
+    (
+        "commands",
+        "run_vqkd_training run_beitv2_pretraining run_class_finetuning run_segmentation_finetuning "
+        "run_linear_eval encode_images visualize_* export_checkpoint model_zoo benchmark",
+    ),
     ("flags", "flags"),
     ("benchmarks", "benchmarks"),
     ("engines", "engine* run_state run_checkpoints"),
@@ -23,7 +26,7 @@ LAYERS = (
     ("runtime", "runtime"),
     ("layers", "layers"),
     ("shared", "arguments optim_factory utils errors"),
-)  # fmt: skip
+)
 
 
 def layer_of(module: str) -> int:
@@ -35,7 +38,9 @@ def layer_of(module: str) -> int:
 
 
 def imported(text: str) -> set[str]:
-    """Modules that this source imports, as `layers.rel_pos_bias` whichever way it is written."""
+    """Modules that this source imports, as `layers.rel_pos_bias` whichever way it is
+    written.
+    """
     found: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):

@@ -1,4 +1,6 @@
-"""An image that does not decode counts in no figure: 12 validation images of which 5 are cut short are a 1, b 6."""
+"""An image that does not decode counts in no figure: 12 validation images of which 5
+are cut short are a 1, b 6.
+"""
 
 import json
 

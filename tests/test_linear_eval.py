@@ -121,7 +121,9 @@ def test_heads_see_channels_of_mean_0_and_variance_1():
 
 
 def test_layers_do_not_disturb_each_other(data, weights, tmp_path, monkeypatch):
-    """The first layer's classifier ends the same whether the others are there or not."""
+    """The first layer's classifier ends the same whether the others are there or
+    not.
+    """
     run_linear_eval.main(flags(data, weights, tmp_path / "all", "--cached_features"))
     original = engine_for_linear_eval.FrozenBackbone.__call__
     monkeypatch.setattr(

@@ -1,4 +1,6 @@
-"""Blockwise masks: the published statistics (golden), the exact count, odd arguments."""
+"""Blockwise masks: the published statistics (golden), the exact count, odd
+arguments.
+"""
 
 import random
 
@@ -37,7 +39,8 @@ def test_masks_have_the_published_statistics(masks):
     golden = {name: value.numpy() for name, value in arrays("masking").items()}
     assert (masks.sum(axis=(1, 2)) == 75).all()
     assert set(np.unique(masks)) == {0, 1}
-    # Sampling noise of 4,000 masks is about sqrt(10) times that of the golden README's 40,000.
+    # Sampling noise of 4,000 masks is about sqrt(10) times that of the golden README's
+    # 40,000.
     assert np.abs(masks.mean(axis=0) - golden["prob"]).max() < 0.035
     histogram = np.bincount([components(m) for m in masks], minlength=len(golden["components"])) / MASKS
     assert np.abs(histogram - golden["components"]).sum() / 2 < 0.025

@@ -1,4 +1,6 @@
-"""What others wrote (names of files and classes, URLs, servers' answers) in what is printed, logged and kept."""
+"""What others wrote (names of files and classes, URLs, servers' answers) in what is
+printed, logged and kept.
+"""
 
 import base64
 import http.server
@@ -157,7 +159,10 @@ def test_the_logger_of_a_data_process_escapes(caplog: pytest.LogCaptureFixture) 
 
 
 def test_any_terminal_and_any_length_of_a_name_will_do(tmp_path: Path) -> None:
-    code = "import errors\n@errors.report_user_errors\ndef main():\n    print('é')\n    open('k' * 10**6)\nmain()"
+    code = (
+        "import errors\n@errors.report_user_errors\n"
+        "def main():\n    print('é')\n    open('k' * 10**6)\nmain()"
+    )
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (2, "\\xe9\n")

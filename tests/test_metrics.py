@@ -74,7 +74,7 @@ for name in ("resource", "fcntl", "pwd", "grp", "termios"):
     sys.modules[name] = None
 for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "SIGALRM", "SIGQUIT", "SIGPIPE"):
     delattr(signal, name)
-for name in ("sched_getaffinity", "getuid", "geteuid", "fork", "killpg", "getpgid", "O_NONBLOCK", "O_NOFOLLOW"):
+for name in "sched_getaffinity getuid geteuid fork killpg getpgid O_NONBLOCK O_NOFOLLOW".split():
     delattr(os, name)
 for name in sys.argv[1:]:
     __import__(name)

@@ -1,4 +1,6 @@
-"""The table of published models: names, files, builders, results, and what is on this disk."""
+"""The table of published models: names, files, builders, results, and what is on this
+disk.
+"""
 
 from __future__ import annotations
 

@@ -41,7 +41,9 @@ def flags(data: Path, codes: Path, out: Path, *more: str) -> list[str]:
 
 
 def four_photos(folder: Path) -> Path:
-    """Half dark, half light, the border in four directions: images that four tokens can tell apart."""
+    """Half dark, half light, the border in four directions: images that four tokens can
+    tell apart.
+    """
     folder.mkdir()
     for number in range(4):
         image = torch.full((32, 32, 3), 40, dtype=torch.uint8)
@@ -121,7 +123,9 @@ def test_resumption_is_exact(data, tokenizer_weight, tmp_path, monkeypatch):
 
 
 def test_the_checkpoint_alone_is_enough(data, tmp_path, capsys):
-    """Also where the tokenizer scales images in another way: that is in no tokenizer's weights."""
+    """Also where the tokenizer scales images in another way: that is in no tokenizer's
+    weights.
+    """
     tokenizer_file = tmp_path / "vqkd/checkpoint.pth"
     run_vqkd_training.main(vqkd_flags(data, tmp_path / "vqkd", "--process_type", "imagenet_norm"))
     run_vqkd_training.main(flags(data, tokenizer_file, tmp_path / "pixels", "--image_freq", "1"))

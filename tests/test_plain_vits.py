@@ -1,5 +1,5 @@
-"""Weights of plain ViTs of other libraries, and of models inside others: our model computes what
-theirs does, or refuses them.
+"""Weights of plain ViTs of other libraries, and of models inside others: our model
+computes what theirs does, or refuses them.
 """
 
 import pytest
@@ -63,7 +63,9 @@ def last_cls(model):
     ],
 )
 def test_logits_of_a_plain_vit_are_those_of_its_own_library(settings, init_values):
-    """Its bias of q, k and v, its layer scale or that it has none, and positions of the patches alone."""
+    """Its bias of q, k and v, its layer scale or that it has none, and positions of the
+    patches alone.
+    """
     theirs = plain_vit(**settings)
     model = ours(init_values=init_values, use_mean_pooling="fc_norm" in settings)
     pretrained.load_fitting(model, theirs.state_dict(), "x.pth")

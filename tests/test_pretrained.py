@@ -1,5 +1,5 @@
-"""What of a weight file a model takes: grids of any shape, shared and own bias, prefixes,
-and a report of all of it.
+"""What of a weight file a model takes: grids of any shape, shared and own bias,
+prefixes, and a report of all of it.
 """
 
 import re
@@ -26,9 +26,13 @@ ROOT = Path(__file__).parent.parent
 
 def shared(size=64):
     model = modeling_pretrain.VisionTransformerForMaskedImageModelingCLS(
-        **(TINY | {"img_size": size}), vocab_size=8, use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1,
+        **(TINY | {"img_size": size}),
+        vocab_size=8,
+        use_abs_pos_emb=False,
+        use_shared_rel_pos_bias=True,
+        init_values=0.1,
         early_layers=3,
-    )  # fmt: skip
+    )
     return fill(model, 4).eval()
 
 
@@ -46,7 +50,9 @@ def test_a_grid_without_an_index_is_taken_as_square_or_refused():
 
 
 def test_a_bias_of_rows_alone_stays_so_on_a_grid_not_square():
-    """Stretching the columns of a 5 x 5 grid to 9 must not touch the rows, and keeps their order."""
+    """Stretching the columns of a 5 x 5 grid to 9 must not touch the rows, and keeps
+    their order.
+    """
     height = width = 5
     dy = torch.arange(-(height - 1), height).float()
     table = torch.cat(
@@ -80,7 +86,9 @@ def test_weights_go_to_another_grid_and_give_finite_logits(size):
 
 
 def test_rows_and_columns_are_told_apart():
-    """A 4 x 6 model's tables have as many rows as a 6 x 4 model's: they must be resized all the same."""
+    """A 4 x 6 model's tables have as many rows as a 6 x 4 model's: they must be resized
+    all the same.
+    """
     wide, tall = vit((64, 96)), vit((96, 64))
     key = "blocks.0.attn.relative_position_bias_table"
     assert wide.state_dict()[key].shape == tall.state_dict()[key].shape
@@ -179,7 +187,9 @@ def test_hugging_faces_file_is_fine_tuned_from_directly():
 
 
 def test_a_grid_that_only_looks_square_keeps_its_positions(tmp_path):
-    """4 x 16 patches are 64, as are 8 x 8: the model itself, and the flags in its file, say which."""
+    """4 x 16 patches are 64, as are 8 x 8: the model itself, and the flags in its file,
+    say which.
+    """
     source = vit((64, 256), use_abs_pos_emb=True, use_rel_pos_bias=False)
     assert torch.equal(remap_pretrained(source.state_dict(), source)["pos_embed"], source.pos_embed)
     torch.save({"model": source.state_dict(), "args": {"input_size": [64, 256]}}, tmp_path / "w.pth")

@@ -63,7 +63,9 @@ def test_a_batch_that_is_not_finite_leaves_the_codebook_alone():
 
 
 def near_ties(n_codes):
-    """256 directions; the codes are copies of them in all blocks, equal or 2^-10 apart in an entry."""
+    """256 directions; the codes are copies of them in all blocks, equal or 2^-10 apart
+    in an entry.
+    """
     codes = l2_normalize(normal(1, 256, 32)).repeat(n_codes // 256, 1)
     entries = RandomState(2).randint(0, 2, n_codes)
     codes[range(n_codes), entries] += torch.from_numpy(RandomState(3).randint(-1, 2, n_codes)).float() / 1024
@@ -71,7 +73,9 @@ def near_ties(n_codes):
 
 
 def test_the_first_of_equally_near_codes_is_taken_in_any_chunk():
-    """Entries are multiples of 2^-10, so that all sums are exact in fp32 and ties are ties."""
+    """Entries are multiples of 2^-10, so that all sums are exact in fp32 and ties are
+    ties.
+    """
     features, codes = ((1024 * x).round() / 1024 for x in near_ties(1024))
     features[27], features[40, 5], features[-1] = 0, float("nan"), float("nan")
     similarity = features @ codes.t()

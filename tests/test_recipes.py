@@ -1,5 +1,5 @@
-"""The shell files in scripts/ give the published settings: what they would run is parsed
-and compared with the tables here.
+"""The shell files in scripts/ give the published settings: what they would run is
+parsed and compared with the tables here.
 """
 
 import re
@@ -27,7 +27,8 @@ VQKD = {
 }
 
 
-# name: size, epochs, GPUs, batch of each, early_layers, layer_scale_init_value, drop_path, betas
+# name: size, epochs, GPUs, batch of each, early_layers, layer_scale_init_value,
+# drop_path, betas
 PRETRAINING = {
     "pretrain/base_300e": ("base", 300, 16, 128, 9, 0.1, 0.0, [0.9, 0.98]),
     "pretrain/base_1600e": ("base", 1600, 16, 128, 9, 0.1, 0.1, [0.9, 0.999]),

@@ -1,5 +1,5 @@
-"""Every recipe really starts: its own command line, with small data, models and weights at
-its end, trains one epoch.
+"""Every recipe really starts: its own command line, with small data, models and weights
+at its end, trains one epoch.
 """
 
 import pytest

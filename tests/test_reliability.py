@@ -1,4 +1,6 @@
-"""What docs/reliability.md promises of files, folders and numbers, each fault caused for real."""
+"""What docs/reliability.md promises of files, folders and numbers, each fault caused
+for real.
+"""
 
 import argparse
 import contextlib

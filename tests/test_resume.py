@@ -107,7 +107,9 @@ def test_a_resumed_state_that_does_not_fit_is_refused_by_name(fault, finished, d
 
 
 def test_resumed_moments_are_laid_out_like_their_parameters(finished, data, tmp_path):
-    """One tensor twice, and transposed: the fused kernels take each for a row of numbers of its own."""
+    """One tensor twice, and transposed: the fused kernels take each for a row of
+    numbers of its own.
+    """
     content = checkpoint(finished / "checkpoint-step5.pth")
     for moments in content["optimizer"]["state"].values():
         backwards = torch.rand(moments["exp_avg"].shape[::-1])
@@ -285,7 +287,9 @@ def test_the_log_is_that_of_the_undisturbed_run(step, finished, data, tmp_path):
 
 
 def test_a_published_checkpoint_goes_on_after_its_epoch(finished, data, tmp_path, capsys):
-    """microsoft/unilm's utils.save_model: model, optimizer, epoch, scaler, args (a Namespace)."""
+    """microsoft/unilm's utils.save_model: model, optimizer, epoch, scaler, args (a
+    Namespace).
+    """
     ours = checkpoint(finished / "checkpoint-step4.pth")
     optimizer = ours["optimizer"]
     for moments in optimizer["state"].values():

@@ -26,8 +26,7 @@ from segmentation.joint_views import IGNORED
 from segmentation.mask_files import read_mask
 
 
-# --------------------------------------------------------------------------------------------------------------
-#   masks
+# ── masks ──
 def gray_png_of_few_bits(labels, bits):
     """PIL writes no such file."""
     import struct
@@ -162,11 +161,12 @@ def test_the_user_reads_the_sentence_alone(tmp_path, capsys, workers, train):
     assert err.count("\n") == 1 and "Traceback" not in err and "UserError" not in err
 
 
-# ---------------------------------------------------------------------------------------------------
-#   images on their side
+# ── images on their side ──
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_masks_of_images_that_exif_turns(tmp_path, orientation):
-    """Drawn on what is shown, or, if the sizes say so, on the pixels as they are stored."""
+    """Drawn on what is shown, or, if the sizes say so, on the pixels as they are
+    stored.
+    """
     from PIL import ImageOps
 
     labels = scene()

@@ -1,4 +1,6 @@
-"""Segmentation models: published values and names, images of any size, batch norm over processes."""
+"""Segmentation models: published values and names, images of any size, batch norm over
+processes.
+"""
 
 import pytest
 import torch
@@ -79,8 +81,8 @@ def test_every_variant_builds(name):
 
 @pytest.mark.parametrize("head", ["upernet", "setr_pup"])
 def test_images_of_any_size(head):
-    """Logits of the image's size; a side that is no multiple of the patch is padded, and
-    the padding is cut off again.
+    """Logits of the image's size; a side that is no multiple of the patch is padded,
+    and the padding is cut off again.
     """
     torch.manual_seed(0)
     model = create_model(f"{head}_beit_demo_patch16", 5, img_size=64, **BEIT)

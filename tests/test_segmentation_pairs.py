@@ -1,4 +1,6 @@
-"""Pairs of images and masks: found, read and checked; names and colors of their classes."""
+"""Pairs of images and masks: found, read and checked; names and colors of their
+classes.
+"""
 
 import logging
 from argparse import Namespace
@@ -23,8 +25,7 @@ def palette(args, n_classes):
     return read_palette(args.palette, n_classes)
 
 
-# ----------------------------------------------------------------------------------------------------
-#   where pairs are
+# ── where pairs are ──
 def relative(pairs, root):
     return [tuple(str(Path(path).relative_to(root)) for path in pair) for pair in pairs]
 
@@ -107,8 +108,7 @@ def test_incomplete_and_ambiguous_pairs(tmp_path, caplog, monkeypatch):
     assert "annotations/train/b.png (in all 2)" in caplog.text
 
 
-# ------------------------------------------------------------------------------------------------------------
-#   classes
+# ── classes ──
 def test_names_come_from_the_list_then_ade_then_the_masks(pair_folder, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(terminal.log, "propagate", True)
     caplog.set_level(logging.INFO, "beit")

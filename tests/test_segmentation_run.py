@@ -104,7 +104,9 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(stop_after, data, 
 
 @pytest.mark.slow
 def test_two_processes_train_and_evaluate_as_one(data, tmp_path):
-    """Batch norm sees the images of both; every image is evaluated once (three images, so one rank has two)."""
+    """Batch norm sees the images of both; every image is evaluated once (three images,
+    so one rank has two).
+    """
     # Every pixel labeled: a loss is the mean over its own rank's pixels.
     more = [*EXACT, "--nb_classes", "4", "--scale_range", "1", "2"]
     one = segmentation_flags(data, tmp_path / "one", *more, "--batch_size", "4")
@@ -125,8 +127,8 @@ def test_two_processes_train_and_evaluate_as_one(data, tmp_path):
 
 
 def test_evaluation_is_that_of_a_confusion_matrix(trained, data, tmp_path):
-    """--eval from the checkpoint's file alone; against labels and predictions counted by
-    hand at the masks' size.
+    """--eval from the checkpoint's file alone; against labels and predictions counted
+    by hand at the masks' size.
     """
     more = [
         *as_flags(resume=trained / "checkpoint-best.pth", device="cpu", amp_dtype="fp32", num_workers=0),
@@ -178,7 +180,9 @@ def test_it_starts_from_pretraining_and_from_segmentation_models(trained, data, 
 
 
 def test_a_released_checkpoint_loads_strictly(tmp_path):
-    """mmseg's file: `state_dict` with the backbone's, the decode head's and the auxiliary head's names."""
+    """mmseg's file: `state_dict` with the backbone's, the decode head's and the
+    auxiliary head's names.
+    """
     torch.manual_seed(0)
     model = modeling_segmentation.create_model(
         "upernet_beit_demo_patch16",

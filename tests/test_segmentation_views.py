@@ -16,8 +16,7 @@ from segmentation.image_mask_pairs import find_pairs
 from segmentation.joint_views import IGNORED, TrainingView, distort_colors, fit_size, largest_share
 
 
-# ------------------------------------------------------------------------------------------------------------
-#   samples
+# ── samples ──
 def same(one, other):
     return torch.equal(one["image"], other["image"]) and torch.equal(one["label"], other["label"])
 
@@ -98,10 +97,11 @@ def test_evaluation_keeps_the_masks_and_finish_normalizes(pair_folder):
     assert finished["index"].tolist() == [0, 1] and finished["failed"] == []
 
 
-# --------------------------------------------------------------------------------------------------------------
-#   views
+# ── views ──
 def agreement(image, label, margin=2):
-    """The share of labeled pixels, `margin` away from borders of labels, whose color is that of their label."""
+    """The share of labeled pixels, `margin` away from borders of labels, whose color is
+    that of their label.
+    """
     image, label = image.permute(1, 2, 0).numpy().astype(int), label.numpy()
     inside = label != IGNORED
     for down in range(-margin, margin + 1):

@@ -1,4 +1,6 @@
-"""Windows over an image, several views, and the labels of a picture of any size, against the plain way."""
+"""Windows over an image, several views, and the labels of a picture of any size,
+against the plain way.
+"""
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ FP32 = Precision("cpu", None)
 
 
 class Local(nn.Module):
-    """Each pixel's logits depend on its 5 x 5 neighborhood, and on where in the window it lies."""
+    """Each pixel's logits depend on its 5 x 5 neighborhood, and on where in the window
+    it lies.
+    """
 
     def __init__(self, classes: int = 4) -> None:
         super().__init__()

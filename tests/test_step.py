@@ -40,7 +40,9 @@ def head_and_inputs(patches=50, width=48, codes=256):
 
 
 def learned(way, head, hidden, target, dtype, scale=1.0):
-    """(loss, answers, gradients of hidden, weight and bias divided by the scale of the loss)"""
+    """(loss, answers, gradients of hidden, weight and bias divided by the scale of the
+    loss)
+    """
     head, hidden = copy.deepcopy(head), hidden.clone().requires_grad_()
     with autocast(dtype):
         loss, answers = way(hidden, head, target)
@@ -69,8 +71,8 @@ def test_cross_entropy_of_the_head_in_fp32(rows):
 
 @pytest.mark.parametrize(("dtype", "scale", "near"), [(BF16, 1.0, 0.01), (torch.float16, 2.0**14, 0.002)])
 def test_cross_entropy_of_the_head_in_low_precision(dtype, scale, near, rows, monkeypatch):
-    """As close to fp32 as the plain way is, also with a scaled loss and more patches than
-    fp16 may sum up at once.
+    """As close to fp32 as the plain way is, also with a scaled loss and more patches
+    than fp16 may sum up at once.
     """
     monkeypatch.setattr(fused, "FP16_ROWS", 20)
     exact = learned(plainly, *head_and_inputs(), None)
@@ -137,7 +139,9 @@ def test_our_linear_layer_is_torchs(dtype, monkeypatch):
 
 
 def test_layers_swapped_in_for_a_cpu_learn_as_the_plain_ones():
-    """In bf16: gradients differ in the order of sums alone. In fp32, and in evaluation, nothing differs."""
+    """In bf16: gradients differ in the order of sums alone. In fp32, and in evaluation,
+    nothing differs.
+    """
     torch.manual_seed(0)
     plain = modeling_finetune.create_model(
         "beit_demo_patch16_128", img_size=48, num_classes=5, use_rel_pos_bias=True

@@ -1,5 +1,5 @@
-"""Runs that are killed or asked to stop, by one process or several: docs/reliability.md, each
-fault caused for real.
+"""Runs that are killed or asked to stop, by one process or several:
+docs/reliability.md, each fault caused for real.
 """
 
 import os
@@ -45,7 +45,9 @@ def test_killed_runs_resume_bit_for_bit():
 
 
 def test_the_name_to_go_on_from_is_given_last(tmp_path, monkeypatch):
-    """Else a run killed in between would go on behind a best checkpoint that was never written."""
+    """Else a run killed in between would go on behind a best checkpoint that was never
+    written.
+    """
     given, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda old, new: (replace(old, new), given.append(Path(new).name)))
     saver = checkpoints.Saver()
@@ -184,7 +186,9 @@ def test_a_lost_process_takes_the_others_down_with_a_message(data, tokenizer_wei
 
 @pytest.fixture
 def two_hosts():
-    """Two network namespaces joined by a cable: hosts of their own as far as sockets can tell."""
+    """Two network namespaces joined by a cable: hosts of their own as far as sockets
+    can tell.
+    """
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
     names = [f"beit{os.getpid()}a", f"beit{os.getpid()}b"]
@@ -224,7 +228,9 @@ def test_two_hosts_follow_the_curve_of_one_with_two_processes(two_hosts, data, t
 
 
 def ranks_with(flags, *more):
-    """Two processes of pretraining, started by hand, each with its own further flags."""
+    """Two processes of pretraining, started by hand, each with its own further
+    flags.
+    """
     port, processes = str(free_port()), []
     for rank, own in enumerate(more):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
@@ -274,9 +280,14 @@ def test_a_closed_terminal_saves_and_ends_with_success(data, tokenizer_weight, t
         data, tmp_path, tokenizer_weight, "--print_freq", "1", "--epochs", "400", "--num_workers", "1"
     )
     process = subprocess.Popen(
-        [sys.executable, "run_beitv2_pretraining.py", *flags], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "run_beitv2_pretraining.py", *flags],
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
     os.close(theirs)
     text = b""
     while b"epoch 2/400" not in text:

@@ -1,4 +1,6 @@
-"""Weight files from strangers: read as torch.load reads them, or refused by name; nothing in them runs."""
+"""Weight files from strangers: read as torch.load reads them, or refused by name;
+nothing in them runs.
+"""
 
 import ast
 import os
@@ -44,13 +46,30 @@ def test_the_same_as_torch_reads(tmp_path, new_format):
     content = {
         "model": OrderedDict(
             {str(dtype): torch.randint(0, 2, (3, 2)).to(dtype) for dtype in dtypes},
-            transposed=base.t(), part=base[2:5, 1:4], scalar=torch.tensor(3.5), empty=torch.empty(0, 7),
-            parameter=torch.nn.Parameter(base.clone()), whole=base, bf16=base.bfloat16(),
+            transposed=base.t(),
+            part=base[2:5, 1:4],
+            scalar=torch.tensor(3.5),
+            empty=torch.empty(0, 7),
+            parameter=torch.nn.Parameter(base.clone()),
+            whole=base,
+            bf16=base.bfloat16(),
         ),
-        "optimizer": {"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": [{"betas": (0.9, 0.98), "params": [0]}]},
-        "epoch": 3, "note": "ü", "raw": b"\x00\xff", "none": None, "set": {1, 2}, "big": 10**30, "size": base.shape,
-        "count": Counter("aab"), "default": defaultdict(list, {"k": [1]}), "dtype": torch.float16, "on": [True, 0.1],
-    }  # fmt: skip
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(7.0)}},
+            "param_groups": [{"betas": (0.9, 0.98), "params": [0]}],
+        },
+        "epoch": 3,
+        "note": "ü",
+        "raw": b"\x00\xff",
+        "none": None,
+        "set": {1, 2},
+        "big": 10**30,
+        "size": base.shape,
+        "count": Counter("aab"),
+        "default": defaultdict(list, {"k": [1]}),
+        "dtype": torch.float16,
+        "on": [True, 0.1],
+    }
     torch.save(content, tmp_path / "f.pth", _use_new_zipfile_serialization=new_format)
     wanted = torch.load(tmp_path / "f.pth", weights_only=False)
     got = torch_files.load(tmp_path / "f.pth")
@@ -129,7 +148,9 @@ def test_a_torchscript_archive_is_read_as_tensors_and_never_run(tmp_path):
 
 
 def test_a_torchscript_archive_with_its_own_state_is_refused(tmp_path):
-    """Hand-made: as torch.jit.save writes a module with __setstate__, its state is no dictionary of attributes."""
+    """Hand-made: as torch.jit.save writes a module with __setstate__, its state is no
+    dictionary of attributes.
+    """
     torch.jit.script(torch.nn.Linear(3, 2)).save(tmp_path / "script.pt")
     program = b"\x80\x02c__torch__.Evil\nEvil\n)\x81X\x05\x00\x00\x00/tmp/\x88\x86b."
     repack(tmp_path / "script.pt", lambda name, content: program if name.endswith("/data.pkl") else content)
@@ -177,8 +198,17 @@ def test_of_numpy_numbers_alone(tmp_path, what):
 
 def test_torch_load_is_called_nowhere():
     """benchmarks/worker.py reads what benchmark.py wrote a moment before."""
-    banned = {("torch", "load"), ("jit", "load"), ("pickle", "load"), ("pickle", "loads"), ("pickle", "Unpickler"),
-              ("joblib", "load"), ("dill", "load"), ("hub", "load"), ("hub", "load_state_dict_from_url")}  # fmt: skip
+    banned = {
+        ("torch", "load"),
+        ("jit", "load"),
+        ("pickle", "load"),
+        ("pickle", "loads"),
+        ("pickle", "Unpickler"),
+        ("joblib", "load"),
+        ("dill", "load"),
+        ("hub", "load"),
+        ("hub", "load_state_dict_from_url"),
+    }
     for path in all_files():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, (ast.Name, ast.Attribute)):
@@ -238,9 +268,9 @@ def test_the_program_of_a_tensor_is_one(tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"size": (5,)}, {"size": (2,), "stride": (4,)}, {"size": (2,), "offset": 3}, {"size": (-1,)}, {"stride": (-1,)},
-        {"offset": -1}, {"elements": 10**12}, {"elements": -1}, {"key": b"1"}, {"key": b"../../version"}, {"size": (2**61,)},
-        {"stride": (1, 1)}, {"size": (4,) * 70, "stride": (1,) * 70},
+        {"size": (5,)}, {"size": (2,), "stride": (4,)}, {"size": (2,), "offset": 3}, {"size": (-1,)},
+        {"stride": (-1,)}, {"offset": -1}, {"elements": 10**12}, {"elements": -1}, {"key": b"1"},
+        {"key": b"../../version"}, {"size": (2**61,)}, {"stride": (1, 1)}, {"size": (4,) * 70, "stride": (1,) * 70},
         {"storage": b"QInt8Storage"}, {"storage": b"DoubleStorage"},
     ],
 )  # fmt: skip

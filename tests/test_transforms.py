@@ -49,8 +49,7 @@ def denormalized(image, mean=HALF_MEAN, std=HALF_STD):
     return image * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
 
 
-# -------------------------------------------------------------------------------------------------------
-#   decoding
+# ── decoding ──
 def save(tmp_path, image, name, **options):
     image.save(tmp_path / name, **options)
     return str(tmp_path / name)
@@ -79,8 +78,15 @@ def test_deep_ppm_is_scaled_by_its_own_maximum(tmp_path):
     assert np.abs(loaded - values.astype(float) * 0.255).max() <= 0.51
 
 
-@pytest.mark.parametrize("values", [np.linspace(0, 1, 25, dtype=np.float32), np.full(25, 1.001, dtype=np.float32),
-                                    np.arange(25, dtype=np.int32), np.arange(25, dtype=np.int32) * 4000])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.linspace(0, 1, 25, dtype=np.float32),
+        np.full(25, 1.001, dtype=np.float32),
+        np.arange(25, dtype=np.int32),
+        np.arange(25, dtype=np.int32) * 4000,
+    ],
+)
 def test_numbers_without_a_white_are_refused(values, tmp_path):
     Image.fromarray(values.reshape(5, 5)).save(tmp_path / "x.tif")
     with pytest.raises(ValueError, match="nothing says which is white; convert it to 8 or 16 bits"):
@@ -156,7 +162,9 @@ def test_exif_rotation(tmp_path):
 
 
 def test_broken_exif_is_no_broken_picture(tmp_path, monkeypatch):
-    """Pillow turns the image and then writes the EXIF block anew, which fails for some cameras' blocks."""
+    """Pillow turns the image and then writes the EXIF block anew, which fails for some
+    cameras' blocks.
+    """
     exif = Image.Exif()
     exif[0x0112] = 6
     path = save(tmp_path, photo(), "exif.jpg", exif=exif)
@@ -164,8 +172,7 @@ def test_broken_exif_is_no_broken_picture(tmp_path, monkeypatch):
     assert load_image(path).size == (70, 90)
 
 
-# -------------------------------------------------------------------------------------------------
-#   training views
+# ── training views ──
 def test_pretraining_views():
     with seeded(0):
         sample = pretraining()(photo())
@@ -182,7 +189,9 @@ def test_pretraining_views():
 
 @pytest.mark.parametrize("second_mode", ["bicubic", "lanczos"])
 def test_both_views_show_one_crop(second_mode):
-    """The tokenizer's view is the network's view at half the size, whatever flip, jitter and crop were drawn."""
+    """The tokenizer's view is the network's view at half the size, whatever flip,
+    jitter and crop were drawn.
+    """
     for seed in range(8):
         with seeded(seed):
             sample = pretraining(second_mode=second_mode)(photo())
@@ -271,8 +280,7 @@ def test_tokenizer_views_stay_in_unit_range():
     assert image.max() <= 1
 
 
-# ------------------------------------------------------------------------------------
-#   evaluation and fine-tuning
+# ── evaluation and fine-tuning ──
 def test_eval_view_is_the_published_geometry():
     image = photo(120, 80)
     expected = F.to_tensor(F.center_crop(F.resize(image, 64, interpolation("bicubic")), [56, 56]))
@@ -304,7 +312,9 @@ def test_finetuning_view(size):
 
 
 def test_small_images_are_shifted_not_cropped():
-    """At CIFAR's size a view is the padded image moved by up to 4 pixels, so most pixels are the image's own."""
+    """At CIFAR's size a view is the padded image moved by up to 4 pixels, so most
+    pixels are the image's own.
+    """
     image = photo(32, 32)
     view = finetuning_view(32, (0, 0, 0), (1, 1, 1), aa="none", color_jitter=0, reprob=0, hflip=0)
     padded = torch.nn.functional.pad(F.to_tensor(image), (4, 4, 4, 4))
@@ -341,7 +351,9 @@ def test_finetuning_flags_act():
     "aa", ["rand-m9-mstd0.5-inc1", "rand-m10-n6-mstd0-inc1", "v0", "original", "3a", "augmix-m10-w3"]
 )
 def test_no_policy_stumbles_at_full_strength(aa):
-    """timm's posterize asks Pillow for 0 bits at magnitude 10, which newer releases refuse."""
+    """timm's posterize asks Pillow for 0 bits at magnitude 10, which newer releases
+    refuse.
+    """
     random.seed(0)
     view = finetuning_view(32, HALF_MEAN, HALF_STD, aa=aa)
     for _ in range(150):

@@ -1,5 +1,5 @@
-"""Attention maps: the right rows of the right matrix at any size, the patches that hold a
-share of it, and their figure.
+"""Attention maps: the right rows of the right matrix at any size, the patches that hold
+a share of it, and their figure.
 """
 
 import numpy as np
@@ -131,8 +131,8 @@ def test_queries_are_counted_row_by_row():
     ("token", "box"), [(7, (62, 14, 129, 33)), (1, (0, 0, 65, 17)), (15, (126, 62, 191, 79))]
 )
 def test_the_frame_is_around_the_query(token, box):
-    """3 x 5 patches of 64 x 16 pixels; the line is 2 wide, outside the patch where there
-    is room. CLS has no frame.
+    """3 x 5 patches of 64 x 16 pixels; the line is 2 wide, outside the patch where
+    there is room. CLS has no frame.
     """
     picture = visualize_attention.mark_queries(torch.zeros(3, 192, 80), [0, token], (3, 5))
     red = (picture == torch.tensor(RED).view(3, 1, 1)).all(0).nonzero()
@@ -352,8 +352,8 @@ def test_every_accepted_ending_can_be_written(ending, tmp_path):
 
 
 def test_the_view_is_that_of_evaluation_unless_told(weights, tmp_path):
-    """A red border of 3 pixels around 64: gone in the middle 87.5 %, there with --crop_pct
-    1 and in whole images.
+    """A red border of 3 pixels around 64: gone in the middle 87.5 %, there with
+    --crop_pct 1 and in whole images.
     """
     pixels = np.full((64, 64, 3), (255, 0, 0), dtype=np.uint8)
     pixels[3:-3, 3:-3] = (0, 0, 255)

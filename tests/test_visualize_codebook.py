@@ -129,7 +129,9 @@ def test_codes_are_chosen_by_use():
 
 
 def test_every_image_is_as_likely_to_be_shown(monkeypatch):
-    """Over blocks of 4 images: 11 images have the code, 3 of them are drawn, each in 3 of 11 cases."""
+    """Over blocks of 4 images: 11 images have the code, 3 of them are drawn, each in 3
+    of 11 cases.
+    """
     monkeypatch.setattr(visualize_codebook, "BLOCK", 4)
     codes = np.zeros((13, 6), dtype=np.uint16)
     codes[:11, 0], codes[5, :] = 2, 2  # an image full of the code counts once

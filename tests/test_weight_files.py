@@ -19,8 +19,7 @@ from checkpoint_io.pickle_builders import PickledObject
 from errors import UserError
 
 
-# --------------------------------------------------------------------------------------------------------------
-#   reading
+# ── reading ──
 @pytest.mark.parametrize("new_format", [True, False])
 def test_pickled_code_is_refused_and_not_run(tmp_path: pathlib.Path, new_format: bool) -> None:
     trace, path = tmp_path / "trace", tmp_path / "bad.pth"

@@ -25,7 +25,9 @@ def pixel_flags(data, out, *more):
 
 
 def spy_on_steps(monkeypatch):
-    """What the stage's steps saw and gave: [(stage, batch, outputs of the model, loss, logs)], detached."""
+    """What the stage's steps saw and gave: [(stage, batch, outputs of the model, loss,
+    logs)], detached.
+    """
     original, seen = PretrainingStage.step, []
 
     def spied(self, model, batch):

@@ -1,4 +1,6 @@
-"""Tiny data, a tiny tokenizer and flags with which every entry runs in a second or two."""
+"""Tiny data, a tiny tokenizer and flags with which every entry runs in a second or
+two.
+"""
 
 import itertools
 import json
@@ -18,7 +20,9 @@ import modeling_vqkd
 
 
 def as_flags(**values: object) -> list[str]:
-    """The words of a command line: as_flags(lr=1, no_mask=True) is ["--lr", "1", "--no_mask"]."""
+    """The words of a command line: as_flags(lr=1, no_mask=True) is ["--lr", "1",
+    "--no_mask"].
+    """
     words: list[str] = []
     for name, value in values.items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -31,7 +35,9 @@ TOKENIZER = "vqkd_encoder_demo_decoder_1x128x4_hog"
 
 
 def photos(folder: Path, per_class: int = 8, classes: str = "ab", size: int = 40) -> Path:
-    """class/number.jpg: each class its own orientation of stripes, each photo its own phase."""
+    """class/number.jpg: each class its own orientation of stripes, each photo its own
+    phase.
+    """
     for number, name in enumerate(classes):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(per_class):
@@ -43,8 +49,8 @@ def photos(folder: Path, per_class: int = 8, classes: str = "ab", size: int = 40
 
 
 def labeled_pixels(folder: Path, images: int = 6, classes: int = 3, size: tuple[int, int] = (40, 56)) -> Path:
-    """ADE20K's layout: noise around one color a class, and masks of rectangles; label 0 is
-    nobody's, classes count from 1.
+    """ADE20K's layout: noise around one color a class, and masks of rectangles; label 0
+    is nobody's, classes count from 1.
     """
     for split, count in (("training", images), ("validation", 3)):
         for kind in ("images", "annotations"):
@@ -71,8 +77,8 @@ def tokenizer(path: Path) -> Path:
 
 
 def student(path: Path, name: str = STUDENT, **flags: object) -> Path:
-    """A pretraining checkpoint of random weights for 32-pixel images; `flags` are those it
-    says it was trained with.
+    """A pretraining checkpoint of random weights for 32-pixel images; `flags` are those
+    it says it was trained with.
     """
     torch.manual_seed(2)
     more = {"early_layers": 4, "head_layers": 1, "use_abs_pos_emb": False, "use_shared_rel_pos_bias": True}
@@ -126,7 +132,9 @@ def spoil_loss(
 
 
 def kill_after(steps, monkeypatch):
-    """End the run like Ctrl-C once `steps` optimizer steps, and what follows them, are done."""
+    """End the run like Ctrl-C once `steps` optimizer steps, and what follows them, are
+    done.
+    """
     original, taken = engine.accumulate_gradients, []
 
     def counted(*args):
