@@ -236,22 +236,22 @@ class Trainer:
                 self.bad_files.add(batch["failed"], found_image="image" in batch)
             self.train_one_step(micro_batches)
             if state.step % options.print_freq == 0 or step_in_epoch + 1 == steps:
-                self.skipped.check()
+                self.skipped.raise_if_stuck()
                 left = len(schedule.lr) - schedule_step - 1
-                self.reporter.step(state.means.read(), current_lr(state), state.step, left)
+                self.reporter.step(state.means.compute(), current_lr(state), state.step, left)
             if options.save_ckpt_steps and state.step % options.save_ckpt_steps == 0:
-                self.skipped.check()
+                self.skipped.raise_if_stuck()
                 more = [checkpoints.format_step_name(state.step)] if options.keep_ckpts > 0 else []
                 self.save(state.epoch, [checkpoints.LATEST, *more])
             if self.stop_signal.requested():
-                self.skipped.check()
+                self.skipped.raise_if_stuck()
                 self.save(state.epoch, [checkpoints.LATEST])
                 raise Stopped(self.stop_signal.received or "a signal to another process")
             self.run.saver.raise_error()
         now = {"lr": current_lr(state)}
         if state.scaler.is_enabled():
             now["loss_scale"] = state.scaler.get_scale()
-        return state.means.read(over_all_ranks=True) | now
+        return state.means.compute(over_all_ranks=True) | now
 
     def train_one_step(self, micro_batches: list[dict[str, Any]]) -> None:
         """Forward, backward, update: nothing here waits for the device."""

@@ -111,7 +111,7 @@ class TokenizerStage(Stage):
             counts.index_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))
         distributed.all_reduce_sum(counts)
         self.held_out_counts = counts
-        results = {f"test_{name}": value for name, value in means.read(over_all_ranks=True).items()}
+        results = {f"test_{name}": value for name, value in means.compute(over_all_ranks=True).items()}
         return results | {"test_codes_used": int((counts > 0).sum())}
 
     @torch.no_grad()

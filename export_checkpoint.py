@@ -91,7 +91,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if args.architecture != "auto" and args.to != "huggingface":
         raise UserError(
@@ -202,7 +202,7 @@ def summarize_classes(names: list[str] | None) -> str:
 @report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
-    check(args)
+    check_flags(args)
     terminal.set_up_logging(0)
     source = weight_source.read_weights(args.checkpoint, args.source_format, args.ema)
     whole = any(key.startswith(("quantize.", "decode_head.")) for key in source.weights)

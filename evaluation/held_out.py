@@ -65,7 +65,7 @@ def average_steps(
         with precision.autocast():
             loss, logs = step(model, batch)
         means.add({"loss": loss} | logs, weight=weight(batch))
-    return {f"test_{name}": value for name, value in means.read(over_all_ranks=True).items()}
+    return {f"test_{name}": value for name, value in means.compute(over_all_ranks=True).items()}
 
 
 def pick_samples(dataset: SampleDataset, count: int) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ class RunningMeans:
         else:
             self.sums += new
 
-    def read(self, over_all_ranks: bool = False) -> dict[str, float]:
+    def compute(self, over_all_ranks: bool = False) -> dict[str, float]:
         """Name -> mean, with one synchronization for all of them. A rank that added
         nothing takes part all the same.
         """

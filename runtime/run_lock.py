@@ -47,7 +47,7 @@ class RunLock:
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                self.check(handle)
+                self.require_free(handle)
             except BaseException:
                 os.close(handle)
                 raise
@@ -58,7 +58,7 @@ class RunLock:
         self.handle = handle
         atexit.register(self.release)
 
-    def check(self, handle: int) -> None:
+    def require_free(self, handle: int) -> None:
         locked = lock(handle)
         holder = read_holder(handle)
         here = holder.get("boot") == self.me["boot"] and holder.get("host") == self.me["host"]

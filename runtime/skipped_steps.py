@@ -40,7 +40,7 @@ class SkippedSteps:
         value = loss if self.state.scaler.is_enabled() else norm + loss
         self.pending.append((self.state.step, ~torch.isfinite(value)))
 
-    def check(self) -> None:
+    def raise_if_stuck(self) -> None:
         """UserError after ten in a row, or when fp16 finds no scale that works."""
         if not self.pending:
             return

@@ -167,7 +167,7 @@ class PairView:
                 f"{image.height}"
             )
             raise UserError(f"{pair.mask}: {sizes}; a mask has a pixel for each of its image")
-        return self.view.pair(image, self.labels_of(mask, pair.mask))
+        return self.view.transform_pair(image, self.labels_of(mask, pair.mask))
 
     def labels_of(self, mask: Image.Image, path: str) -> Image.Image:
         return labels_in(mask, path, self.n_classes, self.reduce_zero_label)

@@ -51,7 +51,7 @@ class EvaluationView:
         size = fit_size(image.size, self.base)
         return as_tensor(image if size == image.size else image.resize(size, Image.Resampling.BILINEAR))
 
-    def pair(self, image: Image.Image, labels: Image.Image) -> dict[str, Tensor]:
+    def transform_pair(self, image: Image.Image, labels: Image.Image) -> dict[str, Tensor]:
         return {"image": self(image), "label": as_tensor(labels)[0]}
 
 
@@ -93,7 +93,7 @@ class TrainingView:
         )
         self.hflip, self.photometric, self.fill = hflip, photometric, fill
 
-    def pair(self, image: Image.Image, labels: Image.Image) -> dict[str, Tensor]:
+    def transform_pair(self, image: Image.Image, labels: Image.Image) -> dict[str, Tensor]:
         image, labels = self.crop(image, labels)
         if random.random() < self.hflip:
             image, labels = (each.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for each in (image, labels))

@@ -1,10 +1,10 @@
 """Imports go from a layer to the layers below it (docs/design.md), no two modules
-import each other, and names of tests are short.
+import each other, names of tests are short, and modules too, but for a reason.
 """
 
 import ast
 
-from source_files import FOLDERS, ROOT, library_files, module_name
+from source_files import FOLDERS, ROOT, all_files, library_files, module_name
 
 # from top to bottom: names of folders and of modules at the root; `*` stands for the
 # end of a name
@@ -84,3 +84,10 @@ def test_names_of_tests_are_short():
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     }
     assert sorted(name for name in names if len(name) > 60) == []
+
+
+def test_a_module_has_300_lines_or_says_why_not():
+    for path in all_files():
+        text = path.read_text()
+        reason = "Above 300 lines" in (ast.get_docstring(ast.parse(text)) or "")
+        assert (len(text.splitlines()) > 300) == reason, path

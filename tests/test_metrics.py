@@ -26,21 +26,21 @@ def test_weighted_means_leave_out_what_is_not_finite():
     means = RunningMeans()
     means.add({"a": torch.tensor(1.0), "b": torch.tensor(float("nan"))}, weight=3)
     means.add({"a": torch.tensor(5.0), "b": torch.tensor(2.0)}, weight=1)
-    assert means.read() == {"a": 2.0, "b": 2.0}
-    assert RunningMeans().read() == {}
+    assert means.compute() == {"a": 2.0, "b": 2.0}
+    assert RunningMeans().compute() == {}
 
 
 def test_a_mean_of_nothing_finite_is_nan():
     means = RunningMeans()
     means.add({"a": torch.tensor(float("inf"))})
-    assert math.isnan(means.read()["a"])
+    assert math.isnan(means.compute()["a"])
 
 
 def _share(rank, world_size):
     means = RunningMeans()
     if rank == 1:
         means.add({"a": torch.tensor(3.0)})
-    return {name: torch.tensor(value) for name, value in means.read(over_all_ranks=True).items()}
+    return {name: torch.tensor(value) for name, value in means.compute(over_all_ranks=True).items()}
 
 
 @pytest.mark.slow

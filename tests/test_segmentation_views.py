@@ -120,7 +120,7 @@ def test_masks_follow_their_images(size):
     flipped, padded = 0, 0
     for seed in range(40):
         random.seed(seed)
-        sample = view.pair(colored(labels), Image.fromarray(labels))
+        sample = view.transform_pair(colored(labels), Image.fromarray(labels))
         assert agreement(sample["image"], sample["label"]) == 1
         unlabeled = sample["label"] == IGNORED
         assert (sample["image"].permute(1, 2, 0)[unlabeled] == 128).all()
@@ -128,7 +128,7 @@ def test_masks_follow_their_images(size):
         assert not unlabeled[:rows, :columns].any()  # filled up at the right and the bottom alone
         padded += bool(unlabeled.any())
         random.seed(seed)
-        still = TrainingView(96, 80, photometric=False, max_class_share=1.0, hflip=0.0).pair(
+        still = TrainingView(96, 80, photometric=False, max_class_share=1.0, hflip=0.0).transform_pair(
             colored(labels), Image.fromarray(labels)
         )
         if not torch.equal(still["label"], sample["label"]):

@@ -270,7 +270,8 @@ def test_the_program_of_a_tensor_is_one(tmp_path):
     [
         {"size": (5,)}, {"size": (2,), "stride": (4,)}, {"size": (2,), "offset": 3}, {"size": (-1,)},
         {"stride": (-1,)}, {"offset": -1}, {"elements": 10**12}, {"elements": -1}, {"key": b"1"},
-        {"key": b"../../version"}, {"size": (2**61,)}, {"stride": (1, 1)}, {"size": (4,) * 70, "stride": (1,) * 70},
+        {"key": b"../../version"}, {"size": (2**61,)}, {"stride": (1, 1)},
+        {"size": (4,) * 70, "stride": (1,) * 70},
         {"storage": b"QInt8Storage"}, {"storage": b"DoubleStorage"},
     ],
 )  # fmt: skip
