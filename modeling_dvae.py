@@ -145,9 +145,8 @@ class DallEEncoder(nn.Module):
 
 # ── reading its file ──
 # Every class that OpenAI's encoder.pkl names, and its decoder.pkl, which is taken for
-#     it so easily that it is read too, to
-# be named. Also torch's own layers: they are read in the form they have in the file,
-#     whichever version of torch wrote it.
+# it so easily that it is read too, to be named. Also torch's own layers: they are read
+# in the form they have in the file, whichever version of torch wrote it.
 CLASSES = (
     "dall_e.encoder.Encoder",
     "dall_e.encoder.EncoderBlock",

@@ -45,14 +45,12 @@ class VQKD(nn.Module):
 
     Args:
         encoder_config, decoder_config: arguments of VisionTransformer. The decoder's
-        image
-            is the grid of codes (img_size = grid side, patch_size 1, in_chans =
+            image is the grid of codes (img_size = grid side, patch_size 1, in_chans =
             embed_dim).
         n_embed, embed_dim: K and D. decoder_out_dim: F.
         teacher: frozen module with `targets(x) -> (B, N, F)`, which `forward` asks
-        where it
-            is given no targets. It is no part of this module: neither parameters nor
-            state dict hold it, and `.to()` does not move it.
+            where it is given no targets. It is no part of this module: neither
+            parameters nor state dict hold it, and `.to()` does not move it.
     """
 
     input_mean: Tensor
