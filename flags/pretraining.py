@@ -61,9 +61,7 @@ def get_parser() -> argparse.ArgumentParser:
 def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("masked image modeling")
     g.add_argument(
-        "--model",
-        default="beit_base_patch16_224_8k_vocab",
-        help="beit_<size>_patch16_<pixels>_8k_vocab; ..._cls_pt: BEiT v2's CLS head (docs/pretraining.md)",
+        "--model", default="beit_base_patch16_224_8k_vocab", help="..._cls_pt adds the CLS head of BEiT v2"
     )
     g.add_argument(
         "--num_mask_patches",
@@ -72,16 +70,13 @@ def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
         help="masked patches; default: 75 of 196, scaled to the grid",
     )
     g.add_argument(
-        "--max_mask_patches_per_block",
-        type=not_negative,
-        default=None,
-        help="largest area of one masked rectangle in patches; default: no limit but --num_mask_patches",
+        "--max_mask_patches_per_block", type=not_negative, default=None, help="largest area of a rectangle"
     )
     g.add_argument(
         "--min_mask_patches_per_block",
         type=not_negative,
         default=None,
-        help="smallest area of one masked rectangle in patches; default: 16 of 14 x 14, scaled to the grid",
+        help="smallest area of a masked rectangle in patches; default: 16 of 14 x 14, scaled to the grid",
     )
     g.add_argument(
         "--mask_type", default="block", choices=("block", "random"), help="rectangles, or single patches"
@@ -120,10 +115,7 @@ def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
         help="name of a VQ-KD tokenizer (docs/tokenizer.md), or dall-e: BEiT v1's dVAE",
     )
     g.add_argument(
-        "--tokenizer_weight",
-        type=expand_home,
-        default=None,
-        help=f"{WEIGHTS}; default: the published weights of --tokenizer_model",
+        "--tokenizer_weight", type=expand_home, default=None, help=f"{WEIGHTS}; default: the published file"
     )
     g.add_argument(
         "--second_input_size",
@@ -132,17 +124,9 @@ def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
         help=("side of the tokenizer's view; default: what gives the model's grid, 224 (dall-e: 112)"),
     )
     g.add_argument("--second_interpolation", default="bicubic", help="how the tokenizer's view is resized")
+    g.add_argument("--codebook_size", type=large_count, default=8192, help="the tokenizer's --codebook_n_emd")
     g.add_argument(
-        "--codebook_size",
-        type=large_count,
-        default=8192,
-        help="number of the tokenizer's codes: its --codebook_n_emd",
-    )
-    g.add_argument(
-        "--codebook_dim",
-        type=large_count,
-        default=32,
-        help="their dimension: its --codebook_emd_dim; dall-e has none",
+        "--codebook_dim", type=large_count, default=32, help="its --codebook_emd_dim; not of dall-e"
     )
 
 
