@@ -90,7 +90,7 @@ def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
         "--codebook_n_emd",
         type=large_count,
         default=8192,
-        help="number of codes; 256 to 1024 for thousands of images",
+        help="number of codes; 1024 for tens of thousands of images, 256 for thousands",
     )
     g.add_argument("--codebook_emd_dim", type=large_count, default=32, help="dimension of a code")
     g.add_argument("--ema_decay", type=below_one, default=0.99, help="decay of the codebook's moving average")
