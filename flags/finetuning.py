@@ -32,8 +32,8 @@ from flags.run import add_run_flags, add_step_flags
 from layers.rel_pos_bias import as_pair
 from runtime.terminal import log
 
-EXAMPLE = """--data_set image_folder --data_path photos/train --eval_data_path photos/val
---model beit_small_patch16_224 --finetune pretrained/checkpoint.pth --output_dir finetuned"""
+EXAMPLE = """--data_set image_folder --data_path photos/train --output_dir ft
+--eval_data_path photos/val --model beit_small_patch16_224 --finetune pretrained/checkpoint.pth"""
 WORST_CLASSES = 10
 
 
