@@ -37,9 +37,7 @@ from vit_backbone import Block, recompute_blocks
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the loop must know of the flags: those of the same names, with their
-    meanings.
-    """
+    """What the loop must know of the flags, under their names."""
 
     # what it writes, and how often
     output_dir: str = ""
@@ -87,8 +85,8 @@ class Run:
     device: torch.device
     precision: Precision
     flags: dict[str, Any] = field(default_factory=dict)  # all of the command line, as plain data
-    # how many images, and a digest of their names: for checkpoints
-    data: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # for flags.json
+    data: dict[str, Any] = field(default_factory=dict)  # for checkpoints: images, digest of their names
     lock: RunLock | None = None  # of rank 0, while it trains
     saver: checkpoints.Saver = field(default_factory=checkpoints.Saver)
     started: float = field(default_factory=time.monotonic)
@@ -101,6 +99,11 @@ class Run:
     def is_sharded(self) -> bool:
         """--fsdp, and more processes than one."""
         return self.options.fsdp and self.launch.world_size > 1
+
+    def write_flags(self) -> None:
+        """output_dir/flags.json, which --config reads back to the same run."""
+        if self.output_dir is not None and self.config:
+            checkpoints.write_json(self.output_dir, "flags.json", self.config)
 
 
 def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bool = True) -> Run:
@@ -120,7 +123,7 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     precision = choose_precision(options.amp_dtype, device)
     flags = checkpoints.to_plain_data(args.plain())
     lock = open_output(options.output_dir, trains)
-    run = Run(options, launch, device, precision, flags, lock=lock)
+    run = Run(options, launch, device, precision, flags, args.to_config(given_only=not trains), lock=lock)
     resumption.check_ranks_agree(flags)
     check_start_epoch(options)
     if run.is_sharded:
@@ -130,6 +133,8 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     log_setup(run, arguments.changed_flags(parser, args))
     arguments.warn_of_obsolete_flags(parser, args)
     torch.autograd.set_detect_anomaly(options.detect_anomaly)
+    if not trains and not (Path(options.output_dir) / checkpoints.LATEST).exists():
+        run.write_flags()  # beside a checkpoint lie those of its training
     return run
 
 
@@ -228,8 +233,8 @@ def build_eval_loader(
     num_workers: int | None = None,
     every: int = 1,
 ) -> Loader:
-    """This rank's share of images to evaluate on; `every`: only each such image.
-    Without `batch_size` and `num_workers`, those of the run.
+    """This rank's share of images; `every`: only each such one. Without `batch_size`
+    and `num_workers`, those of the run.
     """
     options = run.options
     workers = options.num_workers if num_workers is None else num_workers
