@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -125,7 +126,7 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     lock = open_output(options.output_dir, trains)
     run = Run(options, launch, device, precision, flags, args.to_config(given_only=not trains), lock=lock)
     resumption.check_ranks_agree(flags)
-    check_start_epoch(options)
+    resumption.check_start_epoch(options.start_epoch, options.epochs)
     if run.is_sharded:
         fsdp.check_options(options.opt, options.compile, options.model_ema_force_cpu, device)
     seed_all(options.seed, device)  # the same on every rank: all build the same model
@@ -173,15 +174,6 @@ def open_output(output_dir: str, trains: bool) -> RunLock | None:
     return lock
 
 
-def check_start_epoch(options: RunOptions) -> None:
-    epochs = options.epochs
-    if epochs is not None and options.start_epoch >= epochs:
-        raise UserError(
-            f"`start_epoch` {options.start_epoch} leaves nothing to do: give 0 up to {epochs - 1}, the last "
-            "epoch, or raise `epochs`"
-        )
-
-
 @dataclass(frozen=True)
 class TrainingData:
     """The loader and what the loop must know of it."""
@@ -194,8 +186,12 @@ class TrainingData:
         return self.sampler.steps_per_epoch
 
 
-def build_training_data(dataset: SampleDataset, run: Run, num_workers: int | None = None) -> TrainingData:
-    """`num_workers`: 0 for what is in memory already; default: --num_workers."""
+def build_training_data(
+    dataset: SampleDataset, run: Run, num_workers: int | None = None, labels: np.ndarray | None = None
+) -> TrainingData:
+    """`num_workers`: 0 for what is in memory already; default: --num_workers. `labels`:
+    an epoch has their classes equally often.
+    """
     options, launch = run.options, run.launch
     workers = options.num_workers if num_workers is None else num_workers
     sampler = ResumableSampler(
@@ -206,6 +202,7 @@ def build_training_data(dataset: SampleDataset, run: Run, num_workers: int | Non
         launch.world_size,
         options.seed,
         shard_sizes=dataset.shard_sizes,
+        labels=labels,
     )
     loader = build_loader(
         dataset, sampler, workers, options.pin_mem and run.device.type == "cuda", persistent=True
