@@ -85,7 +85,7 @@ def is_intact(path: Path) -> bool:
     a checksum of each.
     """
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path} is no regular file: remove it")
+        raise UserError(f"{path} is not a regular file: remove it")
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None

@@ -25,10 +25,10 @@ from runtime.distributed import Launch
 from runtime.terminal import log
 from utils import derive_seed
 
-# an epoch mixes the images of so many shards at a time, so that these stay in the
+# an epoch mixes the images of this many shards at a time, so that these stay in the
 # system's file cache
 SHARDS_AT_ONCE = 16
-# an image that comes again within an epoch is augmented as in an epoch so much later,
+# an image that comes again within an epoch is augmented as in an epoch this much later,
 # which no run reaches
 AGAIN = 10**6
 
@@ -45,11 +45,11 @@ class ResumableSampler(Sampler[list[Key]]):
     step covers them all (`shrunk`), and the order wraps around to give every rank the
     same number.
 
-    `shard_sizes`: indices follow each other in files of so many images. Then the order
-    of the files is shuffled, and the images of SHARDS_AT_ONCE files at a time, so that
-    the reading moves through the files rather than about in all of them.
+    `shard_sizes`: indices follow each other in files of this many images. Then the
+    order of the files is shuffled, and the images of SHARDS_AT_ONCE files at a time, so
+    that the reading moves through the files rather than about in all of them.
 
-    `labels` (one an index): an epoch has all classes equally often (balanced_order),
+    `labels`, one an index: an epoch has all classes equally often (balanced_order),
     whatever lies in which file.
     """
 
@@ -142,7 +142,7 @@ def balanced_order(labels: torch.Tensor, generator: torch.Generator) -> torch.Te
 
 def shuffled_by_shards(sizes: Sequence[int], generator: torch.Generator) -> torch.Tensor:
     """All indices below sum(sizes), int64: the shards shuffled, and SHARDS_AT_ONCE of
-    them at a time image by image. Up to so many shards it is randperm.
+    them at a time image by image. With at most that many shards it is randperm.
     """
     if len(sizes) <= SHARDS_AT_ONCE:
         return torch.randperm(sum(sizes), generator=generator)
@@ -156,7 +156,7 @@ class EvalSampler(Sampler[list[Key]]):
     """Batches of keys (0, index): every index once over all ranks. No padding: ranks
     may differ by one.
 
-    `every`: only each such index.
+    `every`: only every n-th index.
     """
 
     def __init__(self, length: int, batch_size: int, rank: int, world_size: int, every: int = 1) -> None:

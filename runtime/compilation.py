@@ -1,4 +1,4 @@
-"""--compile: torch.compile for the parts of the networks that take the time, in place,
+"""`compile`: torch.compile for the parts of the networks that take the time, in place,
 so that checkpoints keep their names.
 
 A class says which of its methods are worth compiling (`compiled_methods`). They are
