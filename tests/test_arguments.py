@@ -55,6 +55,7 @@ NO_PATHS = {  # texts that name something else
     "teacher",
     "teacher_model_type",
     "model_key",
+    "checkpoint_key",
     "model_prefix",
     "model_filter_name",
     "robust_test",
@@ -124,7 +125,8 @@ def test_every_flag_is_a_number_within_bounds_a_path_or_a_name():
             for value in (
                 [action.default] if not isinstance(action.default, (list, tuple)) else action.default
             ):
-                if value is not None and not isinstance(value, tuple):
+                known = value not in (None, argparse.SUPPRESS)  # a second name has the first one's
+                if known and not isinstance(value, tuple):
                     assert action.type(str(value)) == value, name
         elif action.dest in NO_PATHS:
             kinds["name"] += 1
