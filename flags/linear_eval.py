@@ -164,10 +164,10 @@ def add_published_flags(parser: argparse.ArgumentParser) -> None:
         g.add_argument(*names, action=Published, **settings)
 
     same: Any = argparse.SUPPRESS  # the default is the other name's
-    add("--batch_size_per_gpu", dest="batch_size", type=large_count, default=same, help="--batch_size")
-    add("--optimizer", dest="opt", choices=("adamw", "sgd"), default=same, help="--opt")
-    add("--val_freq", dest="eval_freq", type=positive, default=same, help="--eval_freq")
-    add("--num_labels", dest="nb_classes", type=Number(int, 0, 2**20), default=same, help="--nb_classes")
+    add("--batch_size_per_gpu", dest="batch_size", type=large_count, default=same, help="as --batch_size")
+    add("--optimizer", dest="opt", choices=("adamw", "sgd"), default=same, help="as --opt")
+    add("--val_freq", dest="eval_freq", type=positive, default=same, help="as --eval_freq")
+    add("--num_labels", dest="nb_classes", type=Number(int, 0, 2**20), default=same, help="as --nb_classes")
     add("--base_lr", type=not_negative_number, default=1e-3, help="for a total batch of 256; --lr: as it is")
     add("--checkpoint_key", default="model|module", help="where the weights are in the file, the first hit")
     add("--amp_forward", type=true_or_false, default=True, help="False: --amp_dtype fp32")
