@@ -149,6 +149,25 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
         choices=("batch", "pair", "elem"),
         help="what shares one draw of mixup and cutmix: a batch, two images, or each image has its own",
     )
+    g = parser.add_argument_group("imbalanced classes (docs/fine-tuning.md)")
+    g.add_argument(
+        "--class_weights",
+        default="none",
+        choices=("none", "balanced"),
+        help="balanced: a class's images weigh in the loss in inverse proportion to their number",
+    )
+    g.add_argument(
+        "--balanced_sampler",
+        action="store_true",
+        help="an epoch has as many images as before, of each class equally many",
+    )
+    g.add_argument(
+        "--best_metric",
+        default="acc1",
+        choices=("acc1", "balanced_acc", "f1"),
+        help="what checkpoint-best.pth has the highest of on the validation images: accuracy, its mean "
+        "over the classes, or macro F1",
+    )
     g = parser.add_argument_group("evaluation and checkpoints")
     g.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and stop")
     g.add_argument(
@@ -190,6 +209,11 @@ def check_flags(args: argparse.Namespace) -> None:
             f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}"
         )
     check_evaluation(args)
+    if args.class_weights == "balanced" and args.balanced_sampler:
+        raise UserError(
+            "--class_weights balanced and --balanced_sampler both make up for rare classes, together twice: "
+            "give one of them"
+        )
     shares = args.cutmix_minmax
     if shares is not None and not (len(shares) == 2 and shares[0] <= shares[1]):
         raise UserError(
@@ -222,6 +246,14 @@ def check_evaluation(args: argparse.Namespace) -> None:
                 f"--robust_test {args.robust_test}: give the folder of {robust.name}'s class folders as "
                 "--eval_data_path (and not --data_set CIFAR)"
             )
+
+
+def idle_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Flag -> why it does nothing beside the others."""
+    if args.eval:
+        return dict.fromkeys(("class_weights", "balanced_sampler", "best_metric"), "--eval trains nothing")
+    unmeasured = "--disable_eval_during_finetuning measures nothing"
+    return {"best_metric": unmeasured} if args.disable_eval_during_finetuning else {}
 
 
 def warn_of_input_size(args: argparse.Namespace) -> None:

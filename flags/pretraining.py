@@ -22,6 +22,7 @@ from arguments import (
 )
 from data_pipeline.crops import PretrainingViews
 from errors import UserError, pick
+from flags.beit_v1 import add_v1_flags, translate_v1_flags
 from flags.images import add_data_flags, add_pipeline_flags, add_vit_flags, mean_and_std
 from flags.linear_eval import add_knn_flags
 from flags.optimization import add_optimizer_flags
@@ -55,6 +56,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_knn_monitor_flags(parser)
     add_step_flags(parser, can_shard=True)
     add_run_flags(parser, save_ckpt_freq=20)
+    add_v1_flags(parser)
     return parser
 
 
@@ -150,7 +152,7 @@ def add_knn_monitor_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse_flags(argv: Sequence[str] | None) -> Flags:
     """A UserError for flags that cannot go together."""
-    args = parse(get_parser(), argv)
+    args = translate_v1_flags(parse(get_parser(), argv))
     check_flags(args)
     return args
 
