@@ -101,7 +101,7 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
         "--num_heads",
         type=small_count,
         default=None,
-        help="for files of an unknown size without position bias",
+        help="heads of a model of unknown size without relative position bias",
     )
     g.add_argument(
         "--features",

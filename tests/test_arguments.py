@@ -136,6 +136,17 @@ def test_every_flag_is_a_number_within_bounds_a_path_or_a_name():
     assert min(kinds.values()) > 15, kinds
 
 
+def test_every_flag_of_the_commands_has_help():
+    commands = {path.stem for path in (*ROOT.glob("*.py"), ROOT / "scripts/make_shards.py")}
+    silent = [
+        (script, action.option_strings)
+        for script, parser in PARSERS.items()
+        for action in parser._actions
+        if script in commands and not action.help
+    ]
+    assert silent == []
+
+
 def test_numbers_that_are_not_finite_or_out_of_range_are_refused(capsys):
     """No flag of any script takes one of these, and each names itself."""
     tried = 0
