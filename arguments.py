@@ -32,7 +32,7 @@ OBSOLETE = {
 # What flags for weights take. Everywhere downloads.fetch reads it; of teachers and
 # pixel decoders nothing was published.
 FILE_OR_URL = "path or URL (in quotes)"
-WEIGHTS = "path, URL (in quotes) or published name"
+WEIGHTS = "path, URL (in quotes), published name or id of Hugging Face's hub"
 
 
 T = TypeVar("T", bound=Any)  # a dataclass
@@ -51,6 +51,10 @@ class Flags(argparse.Namespace):
         if self.__dict__.get("_frozen"):
             raise AttributeError(f"flags are read-only: derive a local value instead of setting {name}")
         super().__setattr__(name, value)
+
+    def replace(self, changes: dict[str, Any]) -> Flags:
+        """A read-only copy with other values."""
+        return Flags(**{**vars(self), **changes, "_frozen": False}).freeze()
 
     def plain(self) -> dict[str, Any]:
         """For checkpoints and logs."""
