@@ -95,7 +95,7 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
         action=Published,
         type=expand_home,
         required=True,
-        help=f"the frozen backbone: {WEIGHTS}",
+        help=f"the frozen backbone: {WEIGHTS}, or timm:<name> for any network of timm",
     )
     g.add_argument(
         "--num_heads",
@@ -108,7 +108,7 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         choices=("auto", "cls", "mean", "cls_mean"),
         help="CLS token, mean of the patch tokens, or both in a row; auto: cls for files of BEiT v2's "
-        "pretraining, else cls_mean (--linear) or mean (--knn)",
+        "pretraining, what timm pools for timm:<name>, else cls_mean (--linear) or mean (--knn)",
     )
     add_label_flags(g)
     g.add_argument(
@@ -121,6 +121,13 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
         help="compute features once, from center crops, not random ones: fast, not the published way",
     )
     g = parser.add_argument_group("k-NN")
+    g.add_argument(
+        "--compare",
+        type=expand_home,
+        nargs="+",
+        default=[],
+        help="other backbones, as in --finetune, on the same images: a row each of one table",
+    )
     g.add_argument(
         "--knn_k", type=positive, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbors"
     )
@@ -233,7 +240,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             raise UserError(
                 "--cached_features acts with --linear: --knn computes each feature once in any case"
             )
-        if args.mode == "linear" and name.startswith("knn_"):
+        if args.mode == "linear" and name.startswith(("knn_", "compare")):
             raise UserError(f"--{name} acts with --knn alone: add --knn, or leave it out")
     if args.data_set == "image_folder" and not args.eval_data_path:
         raise UserError(
