@@ -20,13 +20,15 @@ import pretrained
 import run_state
 from checkpoint_io import checkpoints, weight_source
 from data_pipeline import imagenet_classes
-from datasets import ImageFiles, build_labeled_dataset
+from data_pipeline.image_lists import Samples
+from datasets import ImageFiles, build_labeled_dataset, find_labeled
 from engine_for_finetuning import FinetuningStage, SomeLogits, WithMirrorImage
 from errors import report_user_errors
 from evaluation import trained_classifier
 from evaluation.confusion import describe_worst, format_worst
 from flags.finetuning import get_parser, parse_flags, warn_of_input_size
 from flags.images import build_eval_view, build_finetuning_view, image_source
+from flags.pixel_format import resolve_pixel_flags
 from optim_factory import (
     LayerDecayValueAssigner,
     ScheduleOptions,
@@ -48,6 +50,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
 
     # ── Pretrained weights ──
     weights = read_pretrained(args)
+    args = resolve_pixels(args, run, weights)
 
     # ── Data ──
     dataset, nb_classes = build_dataset(args, train=True)
@@ -104,6 +107,7 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.
     return modeling_finetune.create_model(
         args.model,
         img_size=args.input_size,
+        in_chans=args.in_chans,
         num_classes=nb_classes,
         qkv_bias=args.qkv_bias,
         drop_rate=args.drop,
@@ -115,6 +119,20 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.
         use_mean_pooling=args.use_mean_pooling,
         init_scale=args.init_scale,
     )
+
+
+def resolve_pixels(
+    args: arguments.Flags, run: run_state.Run, weights: weight_source.WeightSource | None
+) -> arguments.Flags:
+    """Numbers for --image_range and --mean_std auto: those of --finetune, else of the
+    training images.
+    """
+
+    def find() -> Samples:
+        return find_labeled(image_source(args), train=True, nb_classes=args.nb_classes)[0]
+
+    theirs = {} if weights is None else weights.flags
+    return resolve_pixel_flags(args, run, find, theirs, f"--finetune {args.finetune}")
 
 
 def read_pretrained(args: argparse.Namespace) -> weight_source.WeightSource | None:
@@ -183,6 +201,7 @@ def evaluate(args: arguments.Flags) -> None:
         args.model_key,
         build_selection(args),
     )
+    args = resolve_pixel_flags(args, run, None, trained.flags, trained.source)
     where = (
         f"--eval_data_path {args.eval_data_path}" if args.eval_data_path else f"--data_path {args.data_path}"
     )

@@ -16,13 +16,16 @@ import engine
 import pretrained
 import run_state
 from checkpoint_io import checkpoints, weight_source
-from datasets import ImageFiles, build_labeled_dataset
+from checkpoint_io.weight_source import WeightSource
+from data_pipeline.image_lists import Samples
+from datasets import ImageFiles, build_labeled_dataset, find_labeled
 from engine_for_linear_eval import CachedFeatures, FrozenBackbone, LinearHeads, LinearStage
 from errors import UserError, report_user_errors
 from evaluation import knn
 from evaluation.held_out import evaluation_batches
 from flags.images import build_eval_view, build_finetuning_view, image_source
 from flags.linear_eval import get_parser, idle_flags, parse_flags
+from flags.pixel_format import resolve_pixel_flags, take_pixel_flags
 from optim_factory import ScheduleOptions, build_schedule, create_optimizer
 from runtime import distributed
 from runtime.terminal import log
@@ -74,13 +77,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
-def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenBackbone, argparse.Namespace]:
+def resolve_pixels(args: arguments.Flags, run: run_state.Run, content: WeightSource) -> arguments.Flags:
+    """Numbers for --image_range and --mean_std auto: the backbone's, else of the
+    training images.
+    """
+
+    def find() -> Samples:
+        return find_labeled(image_source(args), train=True, nb_classes=args.nb_classes)[0]
+
+    return resolve_pixel_flags(args, run, find, content.flags, args.finetune)
+
+
+def open_backbone(args: arguments.Flags, run: run_state.Run) -> tuple[FrozenBackbone, argparse.Namespace]:
     """The backbone of --finetune, and the flags with the settings of the images (or
     cached features) that it takes.
     """
     content = weight_source.read_weights(args.finetune, origin="`finetune`")
+    args = resolve_pixels(take_pixel_flags(args, content.flags), run, content)
     model, flags = pretrained.open_backbone(
-        args.finetune, args.input_size, args.num_heads, "--finetune", content
+        args.finetune, args.input_size, args.num_heads, "--finetune", content, args.in_chans
     )
     depth = len(model.blocks)
     if args.knn_layer is not None and args.knn_layer > depth:
@@ -94,6 +109,8 @@ def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenB
     imagenet = pretrained.uses_imagenet_statistics(flags, args.imagenet_default_mean_and_std, args.finetune)
     what = f"layer {layer}" if layer else f"{depth} layers"
     statistics = "ImageNet's mean and std" if imagenet else "mean and std 0.5"
+    if args.mean_std is not None:
+        statistics = "mean and std of their own"
     log.info(f"features   {features} of {what}, {encode.dim} numbers each; images normalized by {statistics}")
     images = {"input_size": model.patch_embed.img_size, "imagenet_default_mean_and_std": imagenet}
     no_augmentation = {"aa": "none", "reprob": 0.0, "remode": "pixel", "recount": 1}  # but crop and flip

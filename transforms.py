@@ -1,4 +1,5 @@
-"""Reading an image, and views of it: PIL RGB in, dictionaries of tensors out.
+"""Reading an image, and views of it: images (PIL RGB, or of other channels and depths
+float tensors, pixel_format.py) in, dictionaries of tensors out.
 
 Random views draw from the global generators, which the data set seeds per sample
 (utils.seeded). Crops travel to the device as uint8 (`transform`) and become floats
@@ -7,22 +8,24 @@ there (`device_transform`): a quarter of the bytes in each queue between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
-from data_pipeline.augmentation import (
-    SampledImage,
-)
+from data_pipeline.augmentation import CropSampler, SampledImage
 from data_pipeline.crops import ASPECT_RANGE, Crops, RandomCrop, check_ranges, per_channel
-from data_pipeline.image_formats import Source, load_image
-from data_pipeline.resizing import MODES, Resize, ResizeToCover
+from data_pipeline.float_images import FloatCrop, FloatJitter
+from data_pipeline.image_formats import Source
+from data_pipeline.pixel_format import RGB8, PixelFormat, load
+from data_pipeline.resizing import MODES, Resize, ResizeToCover, interpolation
 from errors import ParameterError, pick
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -39,33 +42,51 @@ def normalization(imagenet: bool) -> tuple[tuple[float, ...], tuple[float, ...]]
     return (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (HALF_MEAN, HALF_STD)
 
 
+def normalization_of(
+    flags: Mapping[str, Any], imagenet: bool = False
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of each channel by `mean_std` (half, imagenet, or the numbers) of a
+    run's flags, else by `imagenet_default_mean_and_std`; `imagenet` where they tell
+    neither.
+    """
+    chosen, in_chans = flags.get("mean_std"), flags.get("in_chans") or 3
+    if chosen and len(chosen) > 1:
+        return tuple(chosen[: len(chosen) // 2]), tuple(chosen[len(chosen) // 2 :])
+    if chosen:
+        imagenet = chosen[0] == "imagenet"
+    else:
+        imagenet = flags.get("imagenet_default_mean_and_std", imagenet)
+    return normalization(True) if imagenet else ((HALF_MEAN[0],) * in_chans, (HALF_STD[0],) * in_chans)
+
+
 class ImageOnly:
-    """The view that is finished before the device: {"image": (3, S, S) float}, as
-    `steps` make it of a PIL image.
+    """The view that is finished before the device: {"image": (in_chans, S, S) float},
+    as `steps` make it of an image.
     """
 
-    def __init__(self, steps: T.Compose) -> None:
-        self.steps = steps
+    def __init__(self, steps: T.Compose, pixels: PixelFormat = RGB8) -> None:
+        self.steps, self.pixels = steps, pixels
 
-    def load(self, source: Source | IO[bytes]) -> Image.Image:
-        return load_image(source)
+    def load(self, source: Source | IO[bytes]) -> Image.Image | torch.Tensor:
+        return load(source, self.pixels)
 
-    def transform(self, loaded: Image.Image) -> dict[str, torch.Tensor]:
+    def transform(self, loaded: Image.Image | torch.Tensor) -> dict[str, torch.Tensor]:
         return {"image": self.steps(loaded)}
 
     def device_transform(self, batch: dict[str, Any]) -> dict[str, Any]:
         return batch
 
-    def __call__(self, image: Image.Image) -> dict[str, torch.Tensor]:
+    def __call__(self, image: Image.Image | torch.Tensor) -> dict[str, torch.Tensor]:
         return self.transform(image)
 
 
 class PretrainingViews(Crops):
     """Two sizes of one random crop, and a mask.
 
-    Gives {"image": (3, S, S) normalized float, for the network; "tokenizer_image": (3,
-    S2, S2) float in [0, 1], for the tokenizer, only with a `second_size`; "mask":
-    (H*W,) bool, row-major, True = masked}. `mask_generator()` gives the (H, W) mask.
+    Gives {"image": (in_chans, S, S) normalized float, for the network;
+    "tokenizer_image": (in_chans, S2, S2) float in [0, 1], for the tokenizer, only with
+    a `second_size`; "mask": (H*W,) bool, row-major, True = masked}. `mask_generator()`
+    gives the (H, W) mask.
     """
 
     def __init__(
@@ -82,10 +103,12 @@ class PretrainingViews(Crops):
         vflip: float = 0.0,
         data_pipeline: str = "exact",
         augment_on_device: bool = False,
+        pixels: PixelFormat = RGB8,
     ) -> None:
         _check_interpolation("train_interpolation", train_interpolation)
         _check_interpolation("second_interpolation", second_interpolation)
-        super().__init__(RandomCrop(min_crop_scale, color_jitter, vflip), data_pipeline, augment_on_device)
+        crop = RandomCrop(min_crop_scale, color_jitter, vflip, saturation=pixels.in_chans == 3)
+        super().__init__(crop, data_pipeline, augment_on_device, pixels)
         self.first = input_size, train_interpolation
         self.second = second_size, second_interpolation
         self.mean, self.std = tuple(mean), tuple(std)
@@ -97,7 +120,7 @@ class PretrainingViews(Crops):
             return {"image": self.first}
         return {"image": self.first, "tokenizer_image": (second_size, second_interpolation)}
 
-    def transform(self, loaded: Image.Image | SampledImage) -> dict[str, torch.Tensor]:
+    def transform(self, loaded: Image.Image | SampledImage | torch.Tensor) -> dict[str, torch.Tensor]:
         views = super().transform(loaded)
         return views | {"mask": torch.as_tensor(self.mask_generator(), dtype=torch.bool).flatten()}
 
@@ -113,8 +136,8 @@ class PretrainingViews(Crops):
 
 
 class TokenizerViews(Crops):
-    """A random crop for tokenizer training: {"image": (3, S, S) float in [0, 1]};
-    models normalize for themselves.
+    """A random crop for tokenizer training: {"image": (in_chans, S, S) float in [0,
+    1]}; models normalize for themselves.
     """
 
     def __init__(
@@ -126,9 +149,11 @@ class TokenizerViews(Crops):
         vflip: float = 0.0,
         data_pipeline: str = "exact",
         augment_on_device: bool = False,
+        pixels: PixelFormat = RGB8,
     ) -> None:
         _check_interpolation("train_interpolation", train_interpolation)
-        super().__init__(RandomCrop(min_crop_scale, color_jitter, vflip), data_pipeline, augment_on_device)
+        crop = RandomCrop(min_crop_scale, color_jitter, vflip, saturation=pixels.in_chans == 3)
+        super().__init__(crop, data_pipeline, augment_on_device, pixels)
         self.size, self.mode = size, train_interpolation
 
     def sizes(self) -> dict[str, tuple[int, str]]:
@@ -148,8 +173,9 @@ def eval_view(
     interpolation: str = "bicubic",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    pixels: PixelFormat = RGB8,
 ) -> ImageOnly:
-    """The center of the image, {"image": (3, size, size)}: shorter side to size /
+    """The center of the image, {"image": (in_chans, size, size)}: shorter side to size /
     crop_pct, then a center crop.
 
     `size` (height, width): the image is made to cover that rectangle / crop_pct.
@@ -167,10 +193,10 @@ def eval_view(
         resize: Any = Resize(int(size / crop_pct), mode)
     else:
         resize = ResizeToCover((int(size[0] / crop_pct), int(size[1] / crop_pct)), mode)
-    steps = [resize, T.CenterCrop(size), T.ToTensor()]
+    steps = [resize, T.CenterCrop(size), *([T.ToTensor()] if pixels.is_rgb8 else [])]
     if mean is not None and std is not None:
         steps.append(T.Normalize(mean, std))
-    return ImageOnly(T.Compose(steps))
+    return ImageOnly(T.Compose(steps), pixels)
 
 
 def describe_eval_view(view: ImageOnly) -> str:
@@ -193,13 +219,16 @@ def finetuning_view(
     min_crop_scale: float = 0.08,
     hflip: float = 0.5,
     vflip: float = 0.0,
+    pixels: PixelFormat = RGB8,
 ) -> ImageOnly:
-    """timm's augmentation for training a classifier: {"image": (3, size, size)
+    """timm's augmentation for training a classifier: {"image": (in_chans, size, size)
     normalized float}.
 
     `size`: side or (height, width). `aa`: timm's policy string; '' or 'none' switches
     it off, and only then `color_jitter` acts. Random erasing: `reprob`, `remode`
     (const, rand, pixel), `recount`. Up to 32 pixels: a crop of the image padded by 4.
+    Policies are of 8-bit RGB: other `pixels` have `color_jitter` alone, brightness and
+    contrast.
     """
     check_ranges(min_crop_scale, color_jitter, vflip)
     _check_interpolation("train_interpolation", train_interpolation)
@@ -233,7 +262,14 @@ def finetuning_view(
         # to 4 pixels.
         shift = [Resize(size, InterpolationMode.BICUBIC), T.RandomCrop(size, padding=4)]
         first = T.Compose([*shift, T.RandomHorizontalFlip(hflip), T.RandomVerticalFlip(vflip)])
-    return ImageOnly(T.Compose([first, augment, last]))
+    elif not pixels.is_rgb8:
+        sampler = CropSampler([min_crop_scale, 1.0], ASPECT_RANGE, color_jitter=0, vflip=vflip)
+        mode = functools.partial(interpolation, train_interpolation)
+        first = FloatCrop(sampler, (size, size) if isinstance(size, int) else size, mode)
+    if not pixels.is_rgb8:
+        augment = FloatJitter(color_jitter, saturation=pixels.in_chans == 3)
+        last = T.Compose([step for step in last.transforms if isinstance(step, (T.Normalize, RandomErasing))])
+    return ImageOnly(T.Compose([first, augment, last]), pixels)
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:

@@ -21,10 +21,11 @@ from runtime.terminal import log
 # What the model is made of, and what its images look like: flags that should be those
 # of the training.
 SHAPING = ("model", "use_mean_pooling", "abs_pos_emb", "rel_pos_bias", "qkv_bias", "layer_scale_init_value")
-SEEING = ("input_size", "imagenet_default_mean_and_std", "crop_pct")
+PIXELS = ("image_range", "mean_std")
+SEEING = ("input_size", "imagenet_default_mean_and_std", "crop_pct", *PIXELS)
 # What fine-tuning must be told again, because it builds a model of its own: else
 # positions are dropped or start anew.
-KEPT_FROM_PRETRAINING = ("abs_pos_emb", "rel_pos_bias", "imagenet_default_mean_and_std")
+KEPT_FROM_PRETRAINING = ("abs_pos_emb", "rel_pos_bias", "imagenet_default_mean_and_std", *PIXELS)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,9 @@ from arguments import (
 )
 from data_pipeline.samplers import LoaderSettings
 from datasets import ImageSource
-from transforms import ImageOnly, eval_view, finetuning_view, normalization
+from flags.pixel_format import add_pixel_flags, image_endings, pixel_format
+from runtime.terminal import log_once
+from transforms import ImageOnly, eval_view, finetuning_view, normalization_of
 
 
 def add_data_flags(
@@ -32,8 +34,11 @@ def add_data_flags(
     color_jitter: float,
     needs_training_data: bool = True,
     any_shape: bool = False,
+    in_chans: int | None = 3,
 ) -> None:
-    """`any_shape`: the stage also takes images that are not square."""
+    """`any_shape`: the stage also takes images that are not square. `in_chans`: as in
+    add_pixel_flags.
+    """
     g = parser.add_argument_group("data")
     g.add_argument(
         "--data_path",
@@ -87,6 +92,7 @@ def add_data_flags(
         action="store_true",
         help="normalize by ImageNet's statistics, not 0.5/0.5",
     )
+    add_pixel_flags(g, in_chans)
 
 
 def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
@@ -187,6 +193,7 @@ def image_source(args: argparse.Namespace) -> ImageSource:
         args.data_set,
         args.image_folder_class_index_file,
         args.download,
+        image_endings(args),
     )
 
 
@@ -198,10 +205,16 @@ def loader_settings(args: argparse.Namespace, batch_size: int | None = None) -> 
 
 
 def mean_and_std(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return normalization(args.imagenet_default_mean_and_std)
+    return normalization_of(vars(args))
 
 
 def build_finetuning_view(args: argparse.Namespace) -> ImageOnly:
+    pixels = pixel_format(args)
+    if not pixels.is_rgb8 and args.aa not in ("", "none", None):
+        log_once(
+            f"augment    `aa` {args.aa} is of 8-bit RGB: here brightness and contrast vary by `color_jitter` "
+            f"{args.color_jitter:g}"
+        )
     return finetuning_view(
         args.input_size,
         *mean_and_std(args),
@@ -213,10 +226,11 @@ def build_finetuning_view(args: argparse.Namespace) -> ImageOnly:
         train_interpolation=args.train_interpolation,
         min_crop_scale=args.min_crop_scale,
         vflip=args.vflip,
+        pixels=pixels,
     )
 
 
 def build_eval_view(args: argparse.Namespace) -> ImageOnly:
     """The center of an image, as a classifier is evaluated on it."""
     mean, std = mean_and_std(args)
-    return eval_view(args.input_size, args.crop_pct, mean=mean, std=std)
+    return eval_view(args.input_size, args.crop_pct, mean=mean, std=std, pixels=pixel_format(args))

@@ -16,6 +16,7 @@ from arguments import (
     crop_share,
     expand_home,
     new_parser,
+    not_negative,
     parse,
     positive,
     small_count,
@@ -23,6 +24,7 @@ from arguments import (
 from errors import UserError
 from flags.images import add_data_flags, add_label_flags
 from flags.optimization import add_optimizer_flags
+from flags.pixel_format import check_pixel_flags
 from flags.run import add_run_flags
 
 EXAMPLE = """--knn --finetune pretrained/checkpoint.pth --data_set image_folder
@@ -40,7 +42,7 @@ TRAINING_FLAGS = """
 def get_parser() -> argparse.ArgumentParser:
     parser = new_parser("BEiT linear probe and k-NN on frozen features", EXAMPLE)
     add_linear_eval_flags(parser)
-    add_data_flags(parser, data_set="IMNET", color_jitter=0.0, any_shape=True)
+    add_data_flags(parser, data_set="IMNET", color_jitter=0.0, any_shape=True, in_chans=None)
     add_optimizer_flags(
         parser,
         lr=1e-3,
@@ -121,6 +123,24 @@ def add_knn_flags(group: Any) -> None:
     )
 
 
+def add_knn_monitor_flags(parser: argparse.ArgumentParser) -> None:
+    """k-NN accuracy while a model pretrains (evaluation/knn.py)."""
+    g = parser.add_argument_group("k-NN during pretraining")
+    g.add_argument(
+        "--knn_freq",
+        type=not_negative,
+        default=0,
+        help="epochs between k-NN evaluations of the student; 0: none",
+    )
+    g.add_argument(
+        "--knn_data_path",
+        type=expand_home,
+        default="",
+        help="labeled images for it: train/class/image and val/class/image",
+    )
+    add_knn_flags(g)
+
+
 def parse_flags(argv: Sequence[str] | None) -> Flags:
     """A UserError for flags that cannot go together."""
     parser = get_parser()
@@ -130,6 +150,7 @@ def parse_flags(argv: Sequence[str] | None) -> Flags:
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    check_pixel_flags(args)
     changed = changed_flags(parser, args)
     center = "--knn" if args.mode == "knn" else "--cached_features" if args.cached_features else ""
     for name in changed:
