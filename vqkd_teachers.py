@@ -273,20 +273,21 @@ def build_teacher(
     """A frozen teacher: `clip`, `dino`, `hog`, `efficientnet_lite0`, or `timm:<name>`
     for a ViT or CNN of timm.
 
-    weight: path or URL of its weights (OpenAI's CLIP file or the bare state dict of its
-    visual tower, DINO's files, timm's); None gets those that timm or the package
-    publishes; "random" is for tests and baselines (the same in every process).
-    input_size: pixels to which images are resized for it. grid: side of the student's
-    grid, by default input_size // 16. in_chans: of the images. channels: those that it
-    sees, by default all; all teachers but hog see three. UserError: unknown name,
-    weights that do not fit or cannot be had, a grid it cannot give.
+    Args:
+        weight: path or URL of its weights (OpenAI's CLIP file or the bare state dict of
+            its visual tower, DINO's files, timm's); None gets those that timm or the
+            package publishes; "random" is for tests and baselines (the same in every
+            process).
+        input_size: pixels to which images are resized for it.
+        grid: side of the student's grid, by default input_size // 16.
+        in_chans: of the images. channels: those that it sees, by default all.
+
+    UserError: no such name, weights that do not fit or cannot be had, another grid.
     """
     seen = in_chans if channels is None else len(channels)
     if seen != 3 and name != "hog":
-        raise ParameterError(
-            f"the teacher {name} sees RGB, `in_chans` is {in_chans}: `teacher_channels` 0 1 2 (of gray "
-            "images 0 0 0) names its channels; hog sees any number"
-        )
+        spelled = "`teacher_channels` 0 1 2, or 0 0 0 of gray images, names three of the `in_chans`"
+        raise ParameterError(f"the teacher {name} sees RGB: {spelled}; hog sees any number")
     spec = TeacherSpec(name, weight, input_size, input_size // 16 if grid is None else grid, seen)
     if spec.grid < 1:
         raise UserError(f"`teacher_input_size` {input_size} is less than one patch of 16 px")
@@ -294,6 +295,5 @@ def build_teacher(
     # random weights agree on all ranks; the student's are drawn as without teacher
     with utils.seeded("teacher", name):
         teacher = build(spec)
-    if channels is not None:
-        teacher.channels = torch.tensor(channels)
+    teacher.channels = None if channels is None else torch.tensor(channels)
     return teacher.requires_grad_(False).eval()

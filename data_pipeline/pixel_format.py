@@ -122,7 +122,7 @@ def measure_pixels(
     sources: Sequence[Source | IO[bytes]], in_chans: int, image_range: tuple[float, float] | None, auto: bool
 ) -> PixelStatistics:
     """Statistics of evenly thinned pixels of the files; `auto`: the range too, of which
-    0.1 % of the pixels may lie below and 0.1 % above. UserError where none can be read.
+    0.1% of the pixels may lie below and 0.1% above. UserError where none can be read.
     """
     samples: list[Tensor] = []
     dtypes: list[np.dtype] = []

@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from data_pipeline.float_images import resize_float
-from errors import pick
+from errors import ParameterError, pick
 
 MODES = {
     name: InterpolationMode(name) for name in ("bicubic", "bilinear", "lanczos", "nearest", "box", "hamming")
@@ -79,3 +79,8 @@ class ResizeToCover:
         if isinstance(image, Image.Image):
             return F.resize(image, sides, self.mode)
         return resize_float(image, sides, self.mode)
+
+
+def check_interpolation(parameter: str, name: str) -> None:
+    if name not in MODES and name != "random":
+        raise ParameterError(f"`{parameter}` {name}: use {', '.join(MODES)} or random")

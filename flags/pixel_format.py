@@ -148,7 +148,7 @@ def take_pixel_flags(args: Flags, theirs: Mapping[str, Any]) -> Flags:
     taken["in_chans"] = taken["in_chans"] or 3
     if args.imagenet_default_mean_and_std:
         taken["mean_std"] = args.mean_std
-    args = Flags(**{**vars(args), **taken, "_frozen": False}).freeze()
+    args = args.replace(**taken)
     check_pixel_flags(args)
     return args
 
@@ -193,7 +193,7 @@ def resolve_pixel_flags(
             found["image_range"], origin["image_range"] = list(measured.image_range or ()), of_sample
         if "mean_std" in asked and "mean_std" not in found:
             found["mean_std"], origin["mean_std"] = [*measured.mean, *measured.std], of_sample
-    args = Flags(**{**vars(args), **found, "_frozen": False}).freeze()
+    args = args.replace(**found)
     run.flags.update(checkpoints.to_plain_data({name: getattr(args, name) for name in PIXEL_FLAGS}))
     log_pixels(args, origin)
     if warning:

@@ -15,11 +15,12 @@ from tiny_channels import four_channels
 
 from data_pipeline.array_files import read_array
 from data_pipeline.augmentation import BRIGHTNESS, CONTRAST, SATURATION, CropSampler
+from data_pipeline.crops import PretrainingViews, TokenizerViews
 from data_pipeline.float_images import jitter_float
 from data_pipeline.pixel_format import PixelFormat, load_pixels, measure_pixels
 from datasets import ImageSource, find_unlabeled
 from errors import UserError
-from transforms import PretrainingViews, TokenizerViews, eval_view, finetuning_view, normalization_of
+from transforms import eval_view, finetuning_view, normalization_of
 from utils import seeded
 
 RNG = np.random.RandomState(0)

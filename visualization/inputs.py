@@ -43,8 +43,8 @@ def check_shown(sources: Sequence[str], flag: str) -> None:
 def find_shown(sources: Sequence[str], count: int, flag: str, pixels: PixelFormat = RGB8) -> list[str]:
     """The files among `sources`, and `count` files of each folder, evenly spread.
 
-    UserError for what does not exist, and for a file
-    named by itself that is no image; `flag` names the source in its message.
+    UserError for what does not exist, and for a file named by itself that is not an
+    image; `flag` names the source in its message.
     """
     chosen: list[str] = []
     for source in sources:
