@@ -143,7 +143,7 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     model, _ = modeling_vqkd.open_tokenizer(args.tokenizer_weight)
     size, grid = model.encoder.patch_embed.img_size[0], model.encoder.patch_embed.patch_shape
     if args.input_size not in (None, size):
-        raise UserError(f"--input_size {args.input_size}: this tokenizer encodes images of {size} pixels")
+        raise UserError(f"--input_size {args.input_size}: this tokenizer was trained on {size} pixels alone")
     return Tokenizer(model, args.tokenizer_weight, model.quantize.num_tokens, size, grid, model.pixels)
 
 
@@ -217,7 +217,7 @@ def root_of(data_path: str) -> str:
     return os.path.abspath(data_path if os.path.isdir(data_path) else os.path.dirname(data_path))
 
 
-def files_to_encode(data_path: str, pixels: PixelFormat) -> list[str]:
+def files_to_encode(data_path: str, pixels: PixelFormat = RGB8) -> list[str]:
     files = find_images_or_file(data_path, endings=endings_of(pixels))
     fine = [path for path in files if len(path.splitlines()) == 1]
     if len(fine) < len(files):  # files.txt has a line for each
