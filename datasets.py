@@ -9,17 +9,18 @@ data_pipeline/files.py follows an image from its path to the device.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from data_pipeline import shards
 from data_pipeline.files import Files, View
 from data_pipeline.folders import list_class_folders, refuse_one_class
-from data_pipeline.image_formats import Source
+from data_pipeline.image_formats import EXTENSIONS, Source
 from data_pipeline.image_lists import (
     Samples,
     find_cifar,
@@ -84,6 +85,19 @@ class ImageFiles(Files):
         return {**super().sample(index, loaded), **label}
 
 
+def open_evenly(samples: Samples, count: int) -> list[Source | IO[bytes]]:
+    """Up to `count` of the images, evenly spread, as data_pipeline.pixel_format reads
+    them.
+    """
+    taken = min(count, len(samples))
+    opened: list[Source | IO[bytes]] = []
+    for number in range(taken):
+        source = samples[number * len(samples) // taken][0]
+        with contextlib.suppress(OSError):  # of a shard, which is told when the image is needed
+            opened.append(source.read() if isinstance(source, shards.Member) else source)
+    return opened
+
+
 # ── Where the images of a run are ──
 
 
@@ -103,6 +117,7 @@ class ImageSource:
     data_set: str = "image_folder"
     image_folder_class_index_file: str | None = None
     download: bool = False
+    endings: tuple[str, ...] = EXTENSIONS  # of the names of images
 
     def folder(self, train: bool) -> tuple[str, str]:
         """(folder of the split, the parameter that says so); the folder is '' where
@@ -129,11 +144,11 @@ def find_unlabeled(source: ImageSource, train: bool) -> Samples:
     if source.data_set == "CIFAR":
         samples = find_cifar(source.data_path, train, source.download)[0]
     elif source.data_set == "webdataset":
-        samples = find_shards(folder, origin)[0]
+        samples = find_shards(folder, origin, endings=source.endings)[0]
     elif train and source.image_folder_class_index_file:
         samples = read_class_index(source.image_folder_class_index_file, folder, origin)[0]
     else:
-        samples = find_images(folder, origin)[0]
+        samples = find_images(folder, origin, source.endings)[0]
     return without_labels(samples)
 
 
@@ -142,7 +157,7 @@ def find_held_out(source: ImageSource) -> Samples:
     else `data_set` says, except for shards.
     """
     find = find_shards if source.data_set == "webdataset" else find_images
-    return without_labels(find(source.eval_data_path, "`eval_data_path`")[0])
+    return without_labels(find(source.eval_data_path, "`eval_data_path`", endings=source.endings)[0])
 
 
 def without_labels(samples: Samples) -> Samples:
@@ -184,23 +199,25 @@ def _find_labeled_files(
     source: ImageSource, train: bool, own_classes: bool, classes: Sequence[str] | None
 ) -> tuple[Samples, Sequence[str]]:
     folder, origin = source.folder(train)
-    index = source.image_folder_class_index_file
+    index, endings = source.image_folder_class_index_file, source.endings
     if source.data_set == "CIFAR":
         return find_cifar(source.data_path, train, source.download)
     if train:
-        return read_class_index(index, folder, origin) if index else find_classes_folder(folder, origin)
+        if index:
+            return read_class_index(index, folder, origin)
+        return find_classes_folder(folder, origin, endings=endings)
     if not folder:
         raise ParameterError(
             "`eval_data_path` is missing: name the validation folder, or `disable_eval_during_finetuning`"
         )
     if own_classes or classes or not source.data_path:  # absent when only evaluating a finished model
-        return find_classes_folder(folder, origin, classes)
+        return find_classes_folder(folder, origin, classes, endings)
     training_folder, training_origin = source.folder(train=True)
     if index:
         classes = read_class_index(index, training_folder, training_origin)[1]
     elif os.path.isdir(training_folder):
         classes = list_class_folders(training_folder)
-    return find_classes_folder(folder, origin, classes)
+    return find_classes_folder(folder, origin, classes, endings)
 
 
 def _find_labeled_shards(
@@ -215,8 +232,8 @@ def _find_labeled_shards(
             "`eval_data_path` is missing: name the validation shards, or `disable_eval_during_finetuning`"
         )
     if not train and classes is None and not own_classes and source.data_path:
-        classes = find_shards(*source.folder(train=True))[1]
-    members, names = find_shards(folder, origin, classes)
+        classes = find_shards(*source.folder(train=True), endings=source.endings)[1]
+    members, names = find_shards(folder, origin, classes, source.endings)
     if names is None:
         raise UserError(
             f"{origin} {folder}: these shards have no labels; scripts/make_shards.py --classes writes them "
@@ -250,7 +267,9 @@ def build_labeled_dataset(
     return ImageFiles(samples, view, seed, names), len(names)
 
 
-def build_knn_datasets(folder: str, view: View, seed: int) -> tuple[ImageFiles, ImageFiles, int]:
+def build_knn_datasets(
+    folder: str, view: View, seed: int, endings: tuple[str, ...] = EXTENSIONS
+) -> tuple[ImageFiles, ImageFiles, int]:
     """Labeled images: those of train/ and those of val/ in `folder`, and the number of
     classes.
     """
@@ -259,8 +278,8 @@ def build_knn_datasets(folder: str, view: View, seed: int) -> tuple[ImageFiles, 
         raise UserError(
             f"{origin} {folder}: a folder that holds train/ and val/, each with class folders, is expected"
         )
-    train, classes = find_classes_folder(os.path.join(folder, "train"), origin)
-    validation, _ = find_classes_folder(os.path.join(folder, "val"), origin, classes)
+    train, classes = find_classes_folder(os.path.join(folder, "train"), origin, endings=endings)
+    validation, _ = find_classes_folder(os.path.join(folder, "val"), origin, classes, endings)
     refuse_one_class(classes, origin)
     return (
         ImageFiles(train, view, seed, classes),

@@ -24,6 +24,7 @@ import modeling_dvae
 import modeling_vqkd
 from checkpoint_io import checkpoints
 from data_pipeline.image_lists import Samples, find_images_or_file
+from data_pipeline.pixel_format import RGB8, PixelFormat, endings_of
 from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles
 from errors import UserError, report_user_errors
@@ -122,6 +123,7 @@ class Tokenizer:
     n_codes: int
     input_size: int
     grid: tuple[int, int]
+    pixels: PixelFormat = RGB8  # of the images that it encodes
 
 
 def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
@@ -137,17 +139,12 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
             dvae, args.tokenizer_weight or modeling_dvae.PUBLISHED, dvae.vocab_size, size, (side, side)
         )
     if not args.tokenizer_weight:
-        raise UserError(
-            "--tokenizer_weight is missing: the checkpoint of VQ-KD training, or a published name"
-        )
+        raise UserError("--tokenizer_weight is missing: a checkpoint of VQ-KD training, or a published name")
     model, _ = modeling_vqkd.open_tokenizer(args.tokenizer_weight)
     size, grid = model.encoder.patch_embed.img_size[0], model.encoder.patch_embed.patch_shape
     if args.input_size not in (None, size):
-        raise UserError(
-            f"--input_size {args.input_size}: this tokenizer was trained on {size} pixels and encodes no "
-            "others"
-        )
-    return Tokenizer(model, args.tokenizer_weight, model.quantize.num_tokens, size, grid)
+        raise UserError(f"--input_size {args.input_size}: this tokenizer was trained on {size} pixels alone")
+    return Tokenizer(model, args.tokenizer_weight, model.quantize.num_tokens, size, grid, model.pixels)
 
 
 class EveryImage(ImageFiles):
@@ -167,7 +164,7 @@ class EveryImage(ImageFiles):
             return {**sample, "readable": True}
         index = key[1] if isinstance(key, tuple) else key
         return {
-            "image": torch.zeros(3, self.size, self.size),
+            "image": torch.zeros(self.view.pixels.in_chans, self.size, self.size),
             "index": index,
             "failed": sample["failed"],
             "readable": False,
@@ -220,8 +217,8 @@ def root_of(data_path: str) -> str:
     return os.path.abspath(data_path if os.path.isdir(data_path) else os.path.dirname(data_path))
 
 
-def files_to_encode(data_path: str) -> list[str]:
-    files = find_images_or_file(data_path)
+def files_to_encode(data_path: str, pixels: PixelFormat = RGB8) -> list[str]:
+    files = find_images_or_file(data_path, endings=endings_of(pixels))
     fine = [path for path in files if len(path.splitlines()) == 1]
     if len(fine) < len(files):  # files.txt has a line for each
         log.warning(f"left out   {len(files) - len(fine)} files with a line break in their name")
@@ -239,6 +236,8 @@ def join_shares(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, vi
         "input_size": tokenizer.input_size,
         "crop_pct": args.crop_pct,
         "view": describe_eval_view(view),
+        "in_chans": view.pixels.in_chans,
+        "image_range": view.pixels.image_range,
         "amp_dtype": args.amp_dtype,
     }
     try:
@@ -260,9 +259,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ── Setup ──
     launch, device = distributed.start(args.device, timeout_minutes=MINUTES_TO_WAIT)
-    files = files_to_encode(args.data_path)
     tokenizer = load_tokenizer(args)
-    view = eval_view(tokenizer.input_size, args.crop_pct)
+    files = files_to_encode(args.data_path, tokenizer.pixels)
+    view = eval_view(tokenizer.input_size, args.crop_pct, pixels=tokenizer.pixels)
     rows, columns = tokenizer.grid
     log.info(f"tokenizer  {tokenizer.source}: {tokenizer.n_codes} codes, {rows} x {columns} patches")
     log.info(f"images     {len(files)}: {describe_eval_view(view)}")

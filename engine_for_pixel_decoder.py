@@ -59,7 +59,7 @@ class PixelDecoderStage(Stage):
 
 
 def compare(drawn: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Images (B, 3, height, width) in [0, 1] -> (loss (), means over the batch of the
+    """Images (B, C, height, width) in [0, 1] -> (loss (), means over the batch of the
     measures).
     """
     loss = F.l1_loss(drawn, images)

@@ -175,7 +175,7 @@ class PretrainingStage(Stage):
         for image, mask, target, predicted_targets in zip(
             batch["image"], batch["mask"], *per_image, strict=True
         ):
-            shown = drawing.denormalize(image, *self.mean_std)
+            shown = drawing.as_rgb(drawing.denormalize(image, *self.mean_std))
             seen = drawing.masked_image(shown, mask.view(grid))
             own = self.target.pictures(target, predicted_targets, grid, image.shape[-2:])
             rows.append(drawing.side_by_side([shown, seen, *own]))
@@ -268,19 +268,26 @@ class Target:
 
 
 class Tokens(Target):
-    """The frozen tokenizer's code of each patch, by cross-entropy over the K codes."""
+    """The frozen tokenizer's code of each patch, by cross-entropy over the K codes.
+
+    `channels`: those of the images that the tokenizer sees; None: all.
+    """
 
     name = "tokens"
 
-    def __init__(self, tokenizer: Any, n_codes: int, device: torch.device) -> None:
+    def __init__(
+        self, tokenizer: Any, n_codes: int, device: torch.device, channels: Sequence[int] | None = None
+    ) -> None:
         self.tokenizer, self.width = tokenizer, n_codes
+        self.channels = None if channels is None else torch.tensor(channels, device=device)
         self.code_counts = torch.zeros(n_codes, device=device)  # of this epoch's targets
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
-        return self.tokenizer.get_codebook_indices(
-            batch["tokenizer_image"], batch["mask"] if masked_only else None
-        ).flatten()
+        images = batch["tokenizer_image"]
+        if self.channels is not None:
+            images = images.index_select(1, self.channels)
+        return self.tokenizer.get_codebook_indices(images, batch["mask"] if masked_only else None).flatten()
 
     def networks(self) -> list[Any]:
         return [self.tokenizer]
@@ -328,15 +335,17 @@ class Pixels(Target):
     """The patch's pixels as the network would see them, normalized by mean and std:
     mean squared error, no tokenizer.
 
-    The V = 3 * patch_size ** 2 values of a patch are in the order of the patch
+    The V = in_chans * patch_size ** 2 values of a patch are in the order of the patch
     embedding's weights: channel, row, column.
     """
 
     name = "pixels"
 
-    def __init__(self, patch_size: int, mean_std: tuple[Sequence[float], Sequence[float]]) -> None:
-        self.patch_size, self.mean_std = patch_size, mean_std
-        self.width = 3 * patch_size**2
+    def __init__(
+        self, patch_size: int, mean_std: tuple[Sequence[float], Sequence[float]], in_chans: int = 3
+    ) -> None:
+        self.patch_size, self.mean_std, self.in_chans = patch_size, mean_std, in_chans
+        self.width = in_chans * patch_size**2
 
     def encode(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
         side = self.patch_size
@@ -357,6 +366,11 @@ class Pixels(Target):
         """
         side = self.patch_size
         image = rearrange(
-            predicted, "(h w) (c row col) -> c (h row) (w col)", h=grid[0], c=3, row=side, col=side
+            predicted,
+            "(h w) (c row col) -> c (h row) (w col)",
+            h=grid[0],
+            c=self.in_chans,
+            row=side,
+            col=side,
         )
-        return [drawing.denormalize(image, *self.mean_std)]
+        return [drawing.as_rgb(drawing.denormalize(image, *self.mean_std))]

@@ -127,7 +127,7 @@ class SegmentationStage(Stage):
         for sample in pick_samples(dataset, PICTURES):
             image, labels = sample["image"].to(self.device), sample["label"]
             predicted = predict(model, image, tuple(labels.shape), self.how, self.precision)
-            picture = drawing.denormalize(sample["image"], *self.statistics)
+            picture = drawing.as_rgb(drawing.denormalize(sample["image"], *self.statistics))
             rows.append(drawing.segmentation_row(picture, [labels, predicted.cpu()], self.colors))
         return {"segmentation": drawing.stack_rows(rows)} if rows else {}
 

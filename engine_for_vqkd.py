@@ -125,7 +125,7 @@ class TokenizerStage(Stage):
             codes = model.get_codebook_indices(torch.stack(images).to(self.device)).cpu()
         grid, n_codes = model.encoder.patch_embed.patch_shape, model.quantize.num_tokens
         maps = [drawing.token_map(c.view(grid), n_codes, images[0].shape[-2:]) for c in codes]
-        rows = [drawing.side_by_side(images), drawing.side_by_side(maps)]
+        rows = [drawing.side_by_side([drawing.as_rgb(image) for image in images]), drawing.side_by_side(maps)]
         return {
             "tokens": drawing.stack_rows(rows),
             "codebook_usage": drawing.usage_histogram(model.quantize.cluster_size),

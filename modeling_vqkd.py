@@ -1,5 +1,5 @@
 """VQ-KD: the visual tokenizer of BEiT v2 (section 3.1), trained to reconstruct a frozen
-teacher's features.
+teacher's features. Above 300 lines, so that the whole tokenizer is in one file.
 
 Shapes: B batch, h x w grid of N patches, C width, K codes, D code dim, F teacher dim.
 """
@@ -7,7 +7,7 @@ Shapes: B batch, h x w grid of N patches, C width, K codes, D code dim, F teache
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,18 @@ from checkpoint_io.tokenizer_weights import (
     check_codebook,
     count_blocks,
     infer_decoder_depth,
+    infer_in_chans,
     load_tokenizer_weights,
     read_tokenizer,
 )
-from errors import UserError, pick
+from data_pipeline.pixel_format import PixelFormat
+from errors import ParameterError, UserError, pick
 from layers.init_weights import init_linear_and_norm
 from layers.rel_pos_bias import grid_of
 from layers.token_subset import TokenSubset, masked_subset, select_masked
 from modeling_finetune import VisionTransformer
 from norm_ema_quantizer import NormEMAVectorQuantizer
-from transforms import IMAGENET_MEAN, IMAGENET_STD
+from transforms import IMAGENET_MEAN, IMAGENET_STD, normalization_of
 from vit_backbone import SIZES
 from vqkd_teachers import TEACHER_DIMS
 
@@ -51,12 +53,15 @@ class VQKD(nn.Module):
         teacher: frozen module with `targets(x) -> (B, N, F)`, which `forward` asks
             where it is given no targets. It is not part of this module: neither
             parameters nor state dict hold it, and `.to()` does not move it.
+        mean_std: mean and std of each channel, by which images are normalized, in place
+            of what `process_type` says.
     """
 
     input_mean: Tensor
     input_std: Tensor
     target_mean: Tensor
     target_std: Tensor
+    image_range: Sequence[float] | None = None  # of the images it was trained on; None: by the files' type
 
     def __init__(
         self,
@@ -69,6 +74,7 @@ class VQKD(nn.Module):
         quantize_kmeans_init: bool = True,
         decoder_out_dim: int = 512,
         teacher: Any = None,
+        mean_std: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         decoder_config = {**decoder_config, "in_chans": embed_dim}
@@ -81,14 +87,21 @@ class VQKD(nn.Module):
         )
         self.encode_task_layer = task_layer(self.encoder.embed_dim, embed_dim)
         self.decode_task_layer = task_layer(self.decoder.embed_dim, decoder_out_dim)
-        mean, std = pick(INPUT_MEAN_STD, process_type, "`process_type`")
-        self.register_buffer("input_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("input_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        in_chans = self.encoder.patch_embed.proj.in_channels
+        mean, std = mean_std or input_mean_std(process_type, in_chans)
+        self.register_buffer("input_mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("input_std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.teacher_targets: Callable[[Tensor], Tensor] | None = None if teacher is None else teacher.targets
         self.standardize = teacher is not None and teacher.standardize
         if self.standardize:
             self.register_buffer("target_mean", torch.zeros(decoder_out_dim))
             self.register_buffer("target_std", torch.ones(decoder_out_dim))
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """Of the images that it encodes."""
+        in_chans = self.encoder.patch_embed.proj.in_channels
+        return PixelFormat.of_flags({"in_chans": in_chans, "image_range": self.image_range})
 
     # ── encoding ──
 
@@ -165,6 +178,18 @@ class VQKD(nn.Module):
         return names | {f"decoder.{name}" for name in self.decoder.no_weight_decay()}
 
 
+def input_mean_std(process_type: str, in_chans: int) -> tuple[Sequence[float], Sequence[float]]:
+    mean, std = pick(INPUT_MEAN_STD, process_type, "`process_type`")
+    if in_chans == 3:
+        return mean, std
+    if process_type != "default":
+        raise ParameterError(
+            f"`process_type` {process_type} is of RGB, `in_chans` is {in_chans}: leave it out, or give "
+            "`mean_std`"
+        )
+    return mean[:1] * in_chans, std[:1] * in_chans
+
+
 def task_layer(width: int, out: int) -> nn.Sequential:
     layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, out))
     return layer.apply(functools.partial(init_linear_and_norm, std=0.02, cut=2.0))
@@ -208,6 +233,7 @@ class TokenizerVariant:
         teacher: Any = None,
         decoder_out_dim: int | None = None,
         decoder_depth: int | None = None,
+        in_chans: int | None = None,
         **options: Any,
     ) -> VQKD:
         """A tokenizer to train, or with as_tokenizer a frozen one in eval mode: with
@@ -216,9 +242,10 @@ class TokenizerVariant:
         Args:
             img_size: default: the row's.
             decoder_depth: blocks of the decoder; default: the weights', else the row's.
+            in_chans: channels of the images; default: the weights', else 3.
             options: more arguments of VQKD.
         """
-        frozen, weights = as_tokenizer or as_tokenzer, None
+        frozen, weights, flags = as_tokenizer or as_tokenzer, None, dict[str, Any]()
         source = str(pretrained_weight or self.name)
         if pretrained:
             weights, flags = read_tokenizer(source, f"`tokenizer_weight` {source}")
@@ -226,11 +253,15 @@ class TokenizerVariant:
             decoder_out_dim = len(weights["decode_task_layer.2.bias"])  # whoever the teacher was
             decoder_depth = infer_decoder_depth(weights, decoder_depth, source)
             options.setdefault("process_type", flags.get("process_type", "default"))
+            in_chans = infer_in_chans(weights, in_chans, source)
+            if flags.get("mean_std"):
+                options.setdefault("mean_std", normalization_of(flags))
         if decoder_out_dim is None:
             decoder_out_dim = TEACHER_DIMS[self.teacher] if teacher is None else teacher.dim
         width, depth = self.encoder_shape
         grid, own = (img_size or self.img_size) // PATCH_SIZE, {"num_classes": 0, "embed_dim": width}
         encoder = {"img_size": grid * PATCH_SIZE, "patch_size": PATCH_SIZE, "depth": depth, **own}
+        encoder["in_chans"] = in_chans or 3
         decoder = {"img_size": grid, "patch_size": 1, "depth": decoder_depth or self.decoder_depth, **own}
         model = VQKD(
             encoder | {"num_heads": SIZES[self.size].num_heads},
@@ -243,6 +274,7 @@ class TokenizerVariant:
         )
         if weights is not None:
             load_tokenizer_weights(model, weights, infer_settings(weights, {}, source), source)
+            model.image_range = flags.get("image_range")
         return model.eval().requires_grad_(False) if frozen else model
 
 
@@ -291,4 +323,5 @@ def infer_settings(weights: dict[str, Tensor], flags: dict[str, Any], source: st
         )
     side = grid_of(positions.shape[1] - 1) * PATCH_SIZE
     codes = {"n_code": codebook.shape[0], "code_dim": codebook.shape[1]}
-    return {"name": name, "img_size": side, **codes, "decoder_depth": count_blocks(weights, "decoder")}
+    parts = {"decoder_depth": count_blocks(weights, "decoder"), "in_chans": infer_in_chans(weights)}
+    return {"name": name, "img_size": side, **codes, **parts}

@@ -21,7 +21,7 @@ from errors import ParameterError, UserError
 from layers.rel_pos_bias import as_pair
 from modeling_finetune import VisionTransformer
 from runtime.terminal import log
-from transforms import default_crop_pct, normalization
+from transforms import default_crop_pct, normalization_of
 from vit_backbone import SIZES, Trunk, Variant
 
 
@@ -109,6 +109,7 @@ def open_backbone(
     num_heads: int | None = None,
     origin: str = "`checkpoint`",
     content: WeightSource | None = None,
+    in_chans: int | None = None,
 ) -> tuple[VisionTransformer, dict[str, Any]]:
     """The transformer in a file (path, URL or published name) of pretraining or
     fine-tuning, in eval, without its heads.
@@ -116,14 +117,16 @@ def open_backbone(
     Returns it and the flags it was trained with ({} for published files). `input_size`:
     side or (height, width) in pixels to use it at, the position tables are resized;
     default: its own. `origin`: the parameter that names the source, for messages.
-    `content`: of the file, where it has been read already.
+    `content`: of the file, where it has been read already. `in_chans`: of the images;
+    default: as it was trained, 3 where that is not known.
     """
     weights, flags, *_ = content or weight_source.read_weights(source, origin=origin)
     try:
         settings = infer_architecture(weights, flags, num_heads)
     except UserError as error:
         raise UserError(f"{origin} {source}: {error}") from None
-    settings["in_chans"] = 3  # as the images have, whatever the file's had
+    if in_chans or flags.get("in_chans") or settings["in_chans"] in (1, 3):
+        settings["in_chans"] = in_chans or flags.get("in_chans") or 3  # as the images have, not the file
     if input_size is not None:
         settings["img_size"] = input_size
     try:
@@ -281,5 +284,5 @@ def infer_preprocessing(source: WeightSource, settings: dict[str, Any], imagenet
     """
     if source.external.prepared is not None:
         return source.external.prepared
-    mean, std = normalization(source.flags.get("imagenet_default_mean_and_std", imagenet))
+    mean, std = normalization_of({"in_chans": settings["in_chans"], **source.flags}, imagenet)
     return Preprocessing(mean, std, source.flags.get("crop_pct") or default_crop_pct(settings["img_size"]))

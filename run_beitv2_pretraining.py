@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -15,11 +16,13 @@ import modeling_dvae
 import modeling_pretrain
 import modeling_vqkd
 import run_state
+from checkpoint_io.tokenizer_weights import read_tokenizer
 from datasets import ImageFiles, build_knn_datasets, find_held_out, find_unlabeled
 from engine_for_pretraining import Pixels, PretrainingStage, Target, Tokens
 from errors import UserError, report_user_errors
 from evaluation import knn
 from flags.images import image_source, mean_and_std
+from flags.pixel_format import AUTO, image_endings, pixel_format, resolve_pixel_flags, warn_of_other_range
 from flags.pretraining import (
     build_pretraining_views,
     get_parser,
@@ -27,6 +30,7 @@ from flags.pretraining import (
     parse_flags,
     predicts_all,
     student_grid,
+    tokenizer_channels,
     uses_dall_e,
 )
 from optim_factory import ScheduleOptions, build_schedule, create_optimizer
@@ -42,6 +46,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
     parser = get_parser()
     run = run_state.start_run(parser, args)
     arguments.warn_of_idle_flags(parser, args, idle_flags(args))
+    args = resolve_pixels(args, run)
 
     # ── What is predicted: the codes of a frozen tokenizer, or pixels. First, as its file may be wrong ──
     target = build_target(args, run)
@@ -90,17 +95,32 @@ def build_target(args: argparse.Namespace, run: run_state.Run) -> Target:
     """What the patches predict: the codes of a frozen tokenizer, or their pixels."""
     if args.target == "pixels":
         patch_size = modeling_pretrain.MODELS[args.model].patch_size
-        return Pixels(patch_size, mean_and_std(args))
+        return Pixels(patch_size, mean_and_std(args), args.in_chans)
     tokenizer = build_tokenizer(args).to(run.device)
     if isinstance(tokenizer, modeling_vqkd.VQKD):
         cast_frozen(tokenizer.encoder, run.precision.dtype)
+        warn_of_other_range(tokenizer.image_range, args.image_range, f"the tokenizer {args.tokenizer_weight}")
     dim = "" if uses_dall_e(args) else f" of dim {args.codebook_dim}"
     log.info(f"tokenizer  {args.tokenizer_model}, {args.codebook_size} codes{dim}")
-    return Tokens(tokenizer, args.codebook_size, run.device)
+    return Tokens(tokenizer, args.codebook_size, run.device, args.teacher_channels)
+
+
+def resolve_pixels(args: arguments.Flags, run: run_state.Run) -> arguments.Flags:
+    """Numbers for --image_range and --mean_std auto; a tokenizer says which range its
+    images had.
+    """
+    theirs: dict[str, Any] = {}
+    if args.target == "tokens" and not uses_dall_e(args) and args.image_range == AUTO:
+        source = args.tokenizer_weight or args.tokenizer_model
+        flags = read_tokenizer(source, f"`tokenizer_weight` {source}")[1]
+        theirs = {"in_chans": args.in_chans, "image_range": flags.get("image_range")}
+    return resolve_pixel_flags(
+        args, run, lambda: find_unlabeled(image_source(args), train=True), theirs, "the tokenizer"
+    )
 
 
 def build_tokenizer(args: argparse.Namespace) -> nn.Module:
-    """Frozen, with `get_codebook_indices` (B, 3, height, width) in [0, 1] -> (B, N)."""
+    """Frozen, with `get_codebook_indices` (B, C, height, width) in [0, 1] -> (B, N)."""
     if uses_dall_e(args):
         encoder = modeling_dvae.load_dall_e_encoder(args.tokenizer_weight)
         if encoder.vocab_size != args.codebook_size:
@@ -117,6 +137,7 @@ def build_tokenizer(args: argparse.Namespace) -> nn.Module:
         img_size=student_grid(args) * modeling_vqkd.PATCH_SIZE,
         n_code=args.codebook_size,
         code_dim=args.codebook_dim,
+        in_chans=tokenizer_channels(args),
     )
 
 
@@ -127,6 +148,7 @@ def build_model(
     return modeling_pretrain.create_model(
         args.model,
         img_size=args.input_size,
+        in_chans=args.in_chans,
         vocab_size=values,
         drop_path_rate=args.drop_path,
         init_values=args.layer_scale_init_value,
@@ -155,8 +177,8 @@ def build_knn_probe(args: argparse.Namespace, run: run_state.Run) -> knn.Probe |
     if not args.knn_freq:
         return None
     mean, std = mean_and_std(args)
-    view = eval_view(args.input_size, mean=mean, std=std)
-    train, validation, classes = build_knn_datasets(args.knn_data_path, view, args.seed)
+    view = eval_view(args.input_size, mean=mean, std=std, pixels=pixel_format(args))
+    train, validation, classes = build_knn_datasets(args.knn_data_path, view, args.seed, image_endings(args))
     train_loader, validation_loader = (
         run_state.build_eval_loader(split, run) for split in (train, validation)
     )

@@ -22,8 +22,8 @@ import pretrained
 import run_state
 from checkpoint_io import checkpoints, weight_source
 from data_pipeline import imagenet_classes
-from data_pipeline.image_lists import find_images_or_file
-from datasets import ImageFiles, build_labeled_dataset
+from data_pipeline.image_lists import Samples, find_images_or_file
+from datasets import ImageFiles, build_labeled_dataset, find_labeled
 from engine_for_finetuning import FinetuningStage, SomeLogits, WithMirrorImage, balanced_class_weights
 from errors import UserError, report_user_errors
 from evaluation import predictions, trained_classifier
@@ -31,6 +31,7 @@ from evaluation.confusion import describe_worst, format_worst
 from evaluation.run_flags import RunFlags
 from flags.finetuning import get_parser, idle_flags, parse_flags, warn_of_input_size
 from flags.images import build_eval_view, build_finetuning_view, image_source
+from flags.pixel_format import resolve_pixel_flags
 from optim_factory import (
     LayerDecayValueAssigner,
     ScheduleOptions,
@@ -53,6 +54,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
 
     # ── Pretrained weights ──
     weights = read_pretrained(args)
+    args = resolve_pixels(args, run, weights)
 
     # ── Data ──
     dataset, nb_classes = build_dataset(args, train=True)
@@ -120,6 +122,7 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.
     return modeling_finetune.create_model(
         args.model,
         img_size=args.input_size,
+        in_chans=args.in_chans,
         num_classes=nb_classes,
         qkv_bias=args.qkv_bias,
         drop_rate=args.drop,
@@ -131,6 +134,20 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> modeling_finetune.
         use_mean_pooling=args.use_mean_pooling,
         init_scale=args.init_scale,
     )
+
+
+def resolve_pixels(
+    args: arguments.Flags, run: run_state.Run, weights: weight_source.WeightSource | None
+) -> arguments.Flags:
+    """Numbers for --image_range and --mean_std auto: those of --finetune, else of the
+    training images.
+    """
+
+    def find() -> Samples:
+        return find_labeled(image_source(args), train=True, nb_classes=args.nb_classes)[0]
+
+    theirs = {} if weights is None else weights.flags
+    return resolve_pixel_flags(args, run, find, theirs, f"--finetune {args.finetune}")
 
 
 def read_pretrained(args: argparse.Namespace) -> weight_source.WeightSource | None:
@@ -200,6 +217,7 @@ def use_trained_model(args: arguments.Flags, given: set[str]) -> None:
         build_selection(args),
     )
     args = args.replace(**trained_classifier.look_as_trained(trained, collect_flags(parser, args), given))
+    args = resolve_pixel_flags(args, run, None, trained.flags, trained.source)
     if "model" in given:
         warn_of_input_size(args)
     model: nn.Module = trained_classifier.build_classifier(trained, collect_flags(parser, args), given)

@@ -23,6 +23,7 @@ import engine
 import modeling_segmentation
 import run_state
 from checkpoint_io import checkpoints, weight_source
+from checkpoint_io.weight_source import WeightSource
 from data_pipeline.image_lists import find_images_or_file
 from data_pipeline.samplers import Loader
 from engine_for_segmentation import Scores, SegmentationStage
@@ -30,6 +31,7 @@ from errors import UserError, report_user_errors
 from evaluation.run_flags import RunFlags, take_training_flags
 from evaluation.trained_classifier import warn_of_other_pretraining
 from flags.images import mean_and_std
+from flags.pixel_format import image_endings, pixel_format, resolve_pixel_flags
 from flags.segmentation import (
     TRAINING_FLAGS,
     build_evaluation_view,
@@ -45,6 +47,8 @@ from runtime.terminal import log
 from segmentation import trained_segmenter
 from segmentation.classes import ClassSettings, find_classes, read_class_list, read_palette
 from segmentation.image_mask_pairs import SegmentationFiles, find_pairs, normalize
+from segmentation.joint_views import size_of
+from segmentation.mask_files import Pair
 from segmentation.sliding_window import predict
 from visualization import drawing
 from visualization.inputs import read_or_leave_out, save_picture
@@ -58,7 +62,8 @@ def build(args: arguments.Flags) -> engine.Trainer:
     start = weight_source.read_weights(args.finetune, origin="`finetune`") if args.finetune else None
 
     # ── Data ──
-    pairs = find_pairs(args.data_path, train=True)
+    pairs = find_pairs(args.data_path, train=True, image_endings=image_endings(args))
+    args = resolve_pixels(args, run, pairs, start)
     classes = find_classes(class_settings(args), pairs)
     log.info(f"classes    {len(classes)}: {', '.join(classes[:6])}{' ...' if len(classes) > 6 else ''}")
     check_batch_norm(args, run.launch.world_size)
@@ -79,6 +84,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
         args.model,
         len(classes),
         args.input_size,
+        in_chans=args.in_chans,
         drop_path_rate=args.drop_path,
         init_values=args.layer_scale_init_value,
         use_abs_pos_emb=args.abs_pos_emb,
@@ -121,6 +127,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
+def resolve_pixels(
+    args: arguments.Flags, run: run_state.Run, pairs: Sequence[Pair], start: WeightSource | None
+) -> arguments.Flags:
+    """Numbers for --image_range and --mean_std auto: those of --finetune, else of the
+    training images.
+    """
+    images, theirs = [(pair.image, None) for pair in pairs], {} if start is None else start.flags
+    return resolve_pixel_flags(args, run, lambda: images, theirs, f"--finetune {args.finetune}")
+
+
 def class_settings(args: argparse.Namespace) -> ClassSettings:
     folder = args.data_path or args.eval_data_path
     return ClassSettings(args.class_names, folder, args.nb_classes, args.reduce_zero_label)
@@ -136,10 +152,17 @@ def build_dataset(
     folder, origin = (
         (args.eval_data_path, "`eval_data_path`") if elsewhere else (args.data_path, "`data_path`")
     )
-    pairs = find_pairs(folder, train, origin, warn=True)
+    pairs = find_pairs(folder, train, origin, warn=True, image_endings=image_endings(args))
     view = build_training_view(args) if train else build_evaluation_view(args)
     return SegmentationFiles(
-        pairs, view, classes, mean_and_std(args), args.reduce_zero_label, args.seed, passes
+        pairs,
+        view,
+        classes,
+        mean_and_std(args),
+        args.reduce_zero_label,
+        args.seed,
+        passes,
+        pixel_format(args),
     )
 
 
@@ -182,6 +205,7 @@ def use_trained_model(args: arguments.Flags, given: set[str]) -> None:
     content = trained_segmenter.read_segmenter(source, origin)
     looks = trained_segmenter.LOOKS_AS_TRAINED
     args = args.replace(**take_training_flags(content.flags, looks, collect_flags(parser, args), given))
+    args = resolve_pixel_flags(args, run, None, content.flags, f"{origin} {source}")
     model = trained_segmenter.build_segmenter(content, f"{origin} {source}").to(run.device)
     names = read_class_list(class_settings(args))[0]
     classes = trained_segmenter.choose_class_names(content, names, f"{origin} {source}")
@@ -237,21 +261,24 @@ def label_images(
     """
     out, first = Path(args.output_dir) / "predictions", int(args.reduce_zero_label)
     paths = [
-        Path(path) for path in find_images_or_file(args.predict, "--predict") if out not in Path(path).parents
+        Path(path)
+        for path in find_images_or_file(args.predict, "--predict", image_endings(args))
+        if out not in Path(path).parents
     ]
     root = Path(args.predict) if os.path.isdir(args.predict) else Path(args.predict).parent
     stems = Counter(path.with_suffix("") for path in paths)
     view, done = build_evaluation_view(args), 0
     for path in paths[run.launch.rank :: run.launch.world_size]:
-        picture = read_or_leave_out(str(path))
+        picture = read_or_leave_out(str(path), pixel_format(args))
         if picture is None:
             continue
-        image = normalize(view(picture).to(run.device), stage.statistics)
-        labels = predict(model, image, (picture.height, picture.width), stage.how, run.precision).cpu()
+        image, size = normalize(view(picture).to(run.device), stage.statistics), size_of(picture)
+        labels = predict(model, image, (size[1], size[0]), stage.how, run.precision).cpu()
         name = path.relative_to(root)  # with its ending only where another image has the same name without
         name = name if stems[path.with_suffix("")] > 1 else name.with_suffix("")
         save_labels(labels, first, stage.colors, out / f"{name}_labels.png")
-        overlay = drawing.label_overlay(to_tensor(picture), labels, stage.colors)
+        shown = drawing.as_rgb(picture if isinstance(picture, Tensor) else to_tensor(picture))
+        overlay = drawing.label_overlay(shown, labels, stage.colors)
         save_picture(overlay, str(out / f"{name}_overlay.png"), "--output_dir")
         done += 1
     done = sum(distributed.gather_objects(done))

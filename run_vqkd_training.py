@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -17,7 +18,8 @@ from datasets import ImageFiles, find_unlabeled
 from engine_for_pixel_decoder import PixelDecoderStage
 from engine_for_vqkd import TokenizerStage
 from errors import UserError, report_user_errors
-from flags.images import image_source
+from flags.images import image_source, mean_and_std
+from flags.pixel_format import pixel_format, resolve_pixel_flags
 from flags.vqkd import (
     build_tokenizer_views,
     check_warmup,
@@ -39,6 +41,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
     """The run that the flags describe, ready for its first step."""
     # ── Setup ──
     run = run_state.start_run(get_parser(), args)
+    args = resolve_pixels(args, run)
 
     # ── Data ──
     dataset = build_dataset(args)
@@ -89,10 +92,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
+def resolve_pixels(args: arguments.Flags, run: run_state.Run, **weights: Any) -> arguments.Flags:
+    """Numbers for --image_range and --mean_std auto; `weights`: as of
+    resolve_pixel_flags.
+    """
+    return resolve_pixel_flags(args, run, lambda: find_unlabeled(image_source(args), train=True), **weights)
+
+
 def build_frozen_teacher(args: argparse.Namespace) -> Teacher:
     name = args.teacher_model_type or modeling_vqkd.default_teacher(args.model)
     teacher = build_teacher(
-        name, args.teacher_weight, args.teacher_input_size, grid=args.input_size // modeling_vqkd.PATCH_SIZE
+        name,
+        args.teacher_weight,
+        args.teacher_input_size,
+        grid=args.input_size // modeling_vqkd.PATCH_SIZE,
+        in_chans=args.in_chans,
+        channels=args.teacher_channels,
     )
     if args.standardize_teacher != "auto":
         teacher.standardize = args.standardize_teacher == "on"
@@ -114,6 +129,8 @@ def build_model(args: argparse.Namespace, teacher: Teacher, weights: str | None 
         quantize_kmeans_init=args.quantize_kmeans_init or args.quantizer_warmup_steps > 0,
         teacher=teacher,
         decoder_depth=args.decoder_depth,
+        in_chans=args.in_chans,
+        mean_std=None if args.mean_std is None else mean_and_std(args),
     )
 
 
@@ -130,7 +147,7 @@ def build_held_out_dataset(args: argparse.Namespace) -> ImageFiles | None:
     if args.data_set in ("image_folder", "webdataset") and not args.eval_data_path:
         return None
     images = find_unlabeled(image_source(args), train=False)
-    return ImageFiles(images, eval_view(args.input_size), args.seed)
+    return ImageFiles(images, eval_view(args.input_size, pixels=pixel_format(args)), args.seed)
 
 
 def held_out_data(args: argparse.Namespace, run: run_state.Run) -> tuple[ImageFiles | None, Loader | None]:
@@ -154,7 +171,9 @@ def build_pixel_decoder(args: arguments.Flags) -> engine.Trainer:
     run = run_state.start_run(get_pixel_decoder_parser(), args)
 
     # ── Tokenizer, decoder ──
-    tokenizer, _ = modeling_vqkd.open_tokenizer(args.tokenizer_weight)
+    tokenizer, theirs = modeling_vqkd.open_tokenizer(args.tokenizer_weight)
+    args = resolve_pixels(args, run, weights_flags=theirs, weights="the tokenizer")
+    refuse_other_pixels(args, tokenizer)
     codebook = tokenizer.quantize.embedding.weight.clone()
     model = pixel_decoder.Reconstructor(tokenizer, args.pixel_decoder_depth, args.pixel_decoder_dim)
     if args.input_size != model.image_size:
@@ -191,11 +210,20 @@ def build_pixel_decoder(args: arguments.Flags) -> engine.Trainer:
     return trainer
 
 
+def refuse_other_pixels(args: argparse.Namespace, tokenizer: modeling_vqkd.VQKD) -> None:
+    theirs, ours = tokenizer.pixels, pixel_format(args)
+    if theirs != ours:
+        low_high = " ".join(f"{value:g}" for value in theirs.image_range or ())
+        flags = f"--in_chans {theirs.in_chans}" + (f" --image_range {low_high}" if low_high else "")
+        raise UserError(f"the tokenizer in {args.tokenizer_weight} encodes other images: give {flags}")
+
+
 def evaluate(args: arguments.Flags) -> None:
     """--eval: loss and codebook usage of --resume on held-out images; needs no training
     images.
     """
     run = run_state.start_run(get_parser(), args, trains=False)
+    args = resolve_pixel_flags(args, run, None)
     held_out = build_held_out_dataset(args)
     if held_out is None:
         raise UserError("--eval needs held-out images: --eval_data_path")

@@ -1,4 +1,5 @@
-"""Reading an image, and views of it: PIL RGB in, dictionaries of tensors out.
+"""Reading an image, and views of it: images (PIL RGB, or of other channels and depths
+float tensors, pixel_format.py) in, dictionaries of tensors out.
 
 Random views draw from the global generators, which the data set seeds per sample
 (utils.seeded). Crops travel to the device as uint8 (`transform`) and become floats
@@ -7,19 +8,24 @@ there (`device_transform`): a quarter of the bytes in each queue between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
+from data_pipeline.augmentation import CropSampler
 from data_pipeline.crops import ASPECT_RANGE, check_ranges
-from data_pipeline.image_formats import Source, load_image
-from data_pipeline.resizing import MODES, Resize, ResizeToCover, check_interpolation
+from data_pipeline.float_images import FloatCrop, FloatJitter
+from data_pipeline.image_formats import Source
+from data_pipeline.pixel_format import RGB8, PixelFormat, load
+from data_pipeline.resizing import MODES, Resize, ResizeToCover, check_interpolation, interpolation
 from errors import ParameterError, pick
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -36,24 +42,41 @@ def normalization(imagenet: bool) -> tuple[tuple[float, ...], tuple[float, ...]]
     return (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (HALF_MEAN, HALF_STD)
 
 
+def normalization_of(
+    flags: Mapping[str, Any], imagenet: bool = False
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of each channel by `mean_std` (half, imagenet, or the numbers) of a
+    run's flags, else by `imagenet_default_mean_and_std`; `imagenet` where they tell
+    neither.
+    """
+    chosen, in_chans = flags.get("mean_std"), flags.get("in_chans") or 3
+    if chosen and len(chosen) > 1:
+        return tuple(chosen[: len(chosen) // 2]), tuple(chosen[len(chosen) // 2 :])
+    if chosen:
+        imagenet = chosen[0] == "imagenet"
+    else:
+        imagenet = flags.get("imagenet_default_mean_and_std", imagenet)
+    return normalization(True) if imagenet else ((HALF_MEAN[0],) * in_chans, (HALF_STD[0],) * in_chans)
+
+
 class ImageOnly:
-    """The view that is finished before the device: {"image": (3, S, S) float}, as
-    `steps` make it of a PIL image.
+    """The view that is finished before the device: {"image": (in_chans, S, S) float},
+    as `steps` make it of an image.
     """
 
-    def __init__(self, steps: T.Compose) -> None:
-        self.steps = steps
+    def __init__(self, steps: T.Compose, pixels: PixelFormat = RGB8) -> None:
+        self.steps, self.pixels = steps, pixels
 
-    def load(self, source: Source | IO[bytes]) -> Image.Image:
-        return load_image(source)
+    def load(self, source: Source | IO[bytes]) -> Image.Image | torch.Tensor:
+        return load(source, self.pixels)
 
-    def transform(self, loaded: Image.Image) -> dict[str, torch.Tensor]:
+    def transform(self, loaded: Image.Image | torch.Tensor) -> dict[str, torch.Tensor]:
         return {"image": self.steps(loaded)}
 
     def device_transform(self, batch: dict[str, Any]) -> dict[str, Any]:
         return batch
 
-    def __call__(self, image: Image.Image) -> dict[str, torch.Tensor]:
+    def __call__(self, image: Image.Image | torch.Tensor) -> dict[str, torch.Tensor]:
         return self.transform(image)
 
 
@@ -70,8 +93,9 @@ def eval_view(
     interpolation: str = "bicubic",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    pixels: PixelFormat = RGB8,
 ) -> ImageOnly:
-    """The center of the image, {"image": (3, size, size)}: shorter side to size /
+    """The center of the image, {"image": (in_chans, size, size)}: shorter side to size /
     crop_pct, then a center crop.
 
     `size` (height, width): the image is made to cover that rectangle / crop_pct.
@@ -89,10 +113,10 @@ def eval_view(
         resize: Any = Resize(int(size / crop_pct), mode)
     else:
         resize = ResizeToCover((int(size[0] / crop_pct), int(size[1] / crop_pct)), mode)
-    steps = [resize, T.CenterCrop(size), T.ToTensor()]
+    steps = [resize, T.CenterCrop(size), *([T.ToTensor()] if pixels.is_rgb8 else [])]
     if mean is not None and std is not None:
         steps.append(T.Normalize(mean, std))
-    return ImageOnly(T.Compose(steps))
+    return ImageOnly(T.Compose(steps), pixels)
 
 
 def describe_eval_view(view: ImageOnly) -> str:
@@ -115,13 +139,16 @@ def finetuning_view(
     min_crop_scale: float = 0.08,
     hflip: float = 0.5,
     vflip: float = 0.0,
+    pixels: PixelFormat = RGB8,
 ) -> ImageOnly:
-    """timm's augmentation for training a classifier: {"image": (3, size, size)
+    """timm's augmentation for training a classifier: {"image": (in_chans, size, size)
     normalized float}.
 
     `size`: side or (height, width). `aa`: timm's policy string; '' or 'none' switches
     it off, and only then `color_jitter` acts. Random erasing: `reprob`, `remode`
     (const, rand, pixel), `recount`. Up to 32 pixels: a crop of the image padded by 4.
+    Policies are of 8-bit RGB: other `pixels` have `color_jitter` alone, brightness and
+    contrast.
     """
     check_ranges(min_crop_scale, color_jitter, vflip)
     check_interpolation("train_interpolation", train_interpolation)
@@ -155,7 +182,14 @@ def finetuning_view(
         # to 4 pixels.
         shift = [Resize(size, InterpolationMode.BICUBIC), T.RandomCrop(size, padding=4)]
         first = T.Compose([*shift, T.RandomHorizontalFlip(hflip), T.RandomVerticalFlip(vflip)])
-    return ImageOnly(T.Compose([first, augment, last]))
+    elif not pixels.is_rgb8:
+        sampler = CropSampler([min_crop_scale, 1.0], ASPECT_RANGE, color_jitter=0, vflip=vflip)
+        mode = functools.partial(interpolation, train_interpolation)
+        first = FloatCrop(sampler, (size, size) if isinstance(size, int) else size, mode)
+    if not pixels.is_rgb8:
+        augment = FloatJitter(color_jitter, saturation=pixels.in_chans == 3)
+        last = T.Compose([step for step in last.transforms if isinstance(step, (T.Normalize, RandomErasing))])
+    return ImageOnly(T.Compose([first, augment, last]), pixels)
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:

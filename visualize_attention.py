@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import functional as F
 
 import arguments
 import modeling_finetune
 import pretrained
+from data_pipeline.pixel_format import PixelFormat
 from errors import UserError, report_user_errors
 from flags.images import add_opened_model_flags, add_shown_image_flags, add_view_flags
 from layers.rel_pos_bias import as_pair
@@ -27,7 +29,7 @@ from modeling_finetune import VisionTransformer
 from runtime import terminal
 from runtime.device import pick_device
 from runtime.terminal import log
-from transforms import eval_view, normalization
+from transforms import eval_view, normalization_of
 from visualization import drawing, inputs
 
 # Attention takes T x T numbers in every block and H x T x T in one of them: about 4 GB
@@ -136,14 +138,13 @@ def blocks_to_show(layer: int | None, depth: int) -> list[int]:
 # ── At the size of an image ──
 
 
-def whole_image_size(image: Image.Image, shorter: int, patch: int) -> tuple[int, int]:
+def whole_image_size(image: Image.Image | Tensor, shorter: int, patch: int) -> tuple[int, int]:
     """(height, width) in the image's aspect ratio, to the nearest patch, of which one
     is `shorter`.
     """
-    scale = shorter / min(image.size)
-    height, width = (
-        max(shorter, round(side * scale / patch) * patch) for side in (image.height, image.width)
-    )
+    sides = F.get_image_size(image)  # width, height
+    scale = shorter / min(sides)
+    width, height = (max(shorter, round(side * scale / patch) * patch) for side in sides)
     check_size((height, width))
     return height, width
 
@@ -247,30 +248,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     check_attention_flags(args)
     terminal.set_up_logging(0)
-    paths = inputs.find_shown(args.image, args.count, "--image")
+    inputs.check_shown(args.image, "--image")
     inputs.prepare_output(args.output, inputs.PICTURES, "--output")
     device = pick_device(args.device)
     model, flags = pretrained.open_backbone(args.checkpoint, args.input_size, args.num_heads)
+    pixels = PixelFormat.of_flags(flags | {"in_chans": model.patch_embed.proj.in_channels})
+    paths = inputs.find_shown(args.image, args.count, "--image", pixels)
     own = resized = model.to(device)
     blocks_to_show(args.layer, len(model.blocks))
-    mean, std = normalization(
-        pretrained.uses_imagenet_statistics(flags, args.imagenet_default_mean_and_std, args.checkpoint)
-    )
+    imagenet = pretrained.uses_imagenet_statistics(flags, args.imagenet_default_mean_and_std, args.checkpoint)
+    mean, std = normalization_of(flags | {"in_chans": pixels.in_chans}, imagenet)
     rows = []
-    for path, picture in inputs.read_shown(paths):
+    for path, picture in inputs.read_shown(paths, pixels):
         size = own.patch_embed.img_size
         if args.keep_aspect:
             size = whole_image_size(picture, min(size), own.patch_size)
         if resized.patch_embed.img_size != size:
             resized = resize_model(own, size)
         crop_pct = 1.0 if args.keep_aspect else args.crop_pct
-        image = eval_view(size, crop_pct, mean=mean, std=std)(picture)["image"]
-        rows += draw_image(
-            Path(path).name, image.to(device), resized, drawing.denormalize(image, mean, std), args
-        )
+        image = eval_view(size, crop_pct, mean=mean, std=std, pixels=pixels)(picture)["image"]
+        shown = drawing.as_rgb(drawing.denormalize(image, mean, std))
+        rows += draw_image(Path(path).name, image.to(device), resized, shown, args)
     inputs.save_picture(drawing.stack_rows(rows), args.output, "--output")
-    shown = "every block, mean over heads" if args.layer is None else f"block {args.layer}"
-    log.info(f"{args.output}: {len(rows)} rows, {shown}, query {' '.join(args.query)}")
+    which = "every block, mean over heads" if args.layer is None else f"block {args.layer}"
+    log.info(f"{args.output}: {len(rows)} rows, {which}, query {' '.join(args.query)}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import arguments
+from data_pipeline.pixel_format import PixelFormat
 from errors import UserError, report_user_errors
 from runtime import terminal
 from runtime.terminal import log
@@ -214,7 +215,7 @@ def sections(
 ) -> Iterator[str]:
     """HTML of each chosen code: how often it occurs, and patches that have it."""
     about = encoded.about
-    view = eval_view(about["input_size"], about["crop_pct"])
+    view = eval_view(about["input_size"], about["crop_pct"], pixels=PixelFormat.of_flags(about))
     patch, columns = about["input_size"] // about["grid"][0], about["grid"][1]
     samples = sample_images(encoded.codes, chosen, len(counts), args.examples, args.seed)
     examples = {
@@ -227,12 +228,13 @@ def sections(
     for code, sample in zip(chosen, samples, strict=True):
         shown = []
         for image, index in examples[code]:
-            opened = None if image in broken else inputs.read_or_leave_out(os.path.join(root, names[image]))
+            path = os.path.join(root, names[image])
+            opened = None if image in broken else inputs.read_or_leave_out(path, view.pixels)
             if opened is None:
                 broken.add(image)
                 continue
             row, column = divmod(index, columns)
-            picture = cut_out(view(opened)["image"], row, column, patch, args.context)
+            picture = cut_out(drawing.as_rgb(view(opened)["image"]), row, column, patch, args.context)
             shown.append(html.picture(picture, f"code {code}: patch {row},{column} of {names[image]}"))
         text = (
             f"{counts[code]:,} patches, {counts[code] / counts.sum():.2%} of all, in {sample.found:,} images."

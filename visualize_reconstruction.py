@@ -46,13 +46,14 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     terminal.set_up_logging(0)
-    found = inputs.find_shown(args.image, args.count, "--image")
+    inputs.check_shown(args.image, "--image")
     inputs.prepare_output(args.output, inputs.PICTURES, "--output")
     device = pick_device(args.device)
     model = open_reconstructor(args.checkpoint, "--checkpoint").to(device)
-    view = eval_view(model.image_size, args.crop_pct)
+    found = inputs.find_shown(args.image, args.count, "--image", model.pixels)
+    view = eval_view(model.image_size, args.crop_pct, pixels=model.pixels)
     paths, images, codes, drawn = [], [], [], []
-    for path, picture in inputs.read_shown(found):
+    for path, picture in inputs.read_shown(found, model.pixels):
         paths.append(path)
         images.append(view(picture)["image"])
         codes.append(model.encode(images[-1][None].to(device)))

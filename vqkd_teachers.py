@@ -23,15 +23,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import utils
 from checkpoint_io import downloads, weight_files
 from checkpoint_io.timm_models import create_timm_model, load_every_tensor, summarize_error
-from errors import UserError, pick
+from errors import ParameterError, UserError, pick
 from layers import hog
-from layers.feature_maps import (
-    CANNOT_RUN,
-    compute_feature_maps,
-    find_matching_sizes,
-    measure_map_shapes,
-)
+from layers.feature_maps import CANNOT_RUN, compute_feature_maps, find_matching_sizes, measure_map_shapes
 
+RGB_0, RGB_1 = (0.0,) * 3, (1.0,) * 3
 # of timm:<name>: ask the teacher
 TEACHER_DIMS = {"clip": 512, "dino": 768, "hog": 108, "efficientnet_lite0": 112}
 
@@ -42,25 +38,27 @@ class Teacher(nn.Module):
     """
 
     dim: int
+    channels: torch.Tensor | None  # those of the images that it sees, int64; None: all
     standardize = False  # whether VQ-KD should standardize each channel: after a ReLU all cosines are high
 
-    def __init__(
-        self, input_size: int, mean: Sequence[float] = (0.0,) * 3, std: Sequence[float] = (1.0,) * 3
-    ) -> None:
+    def __init__(self, input_size: int, mean: Sequence[float] = RGB_0, std: Sequence[float] = RGB_1) -> None:
         super().__init__()
         self.input_size = input_size
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("channels", None, persistent=False)
 
     compiled_methods = ("features",)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) in the teacher's own normalization -> (B, N, D)."""
+        """(B, C, S, S) in the teacher's own normalization -> (B, N, D)."""
         raise NotImplementedError
 
     @torch.no_grad()
     def targets(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [0, 1], of any size -> (B, N, D) in fp32."""
+        """(B, in_chans, H, W) in [0, 1], of any size -> (B, N, D) in fp32."""
+        if self.channels is not None:
+            x = x.index_select(1, self.channels)
         size = (self.input_size, self.input_size)
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
@@ -80,6 +78,7 @@ class TeacherSpec:
     weight: str | None
     input_size: int
     grid: int
+    in_chans: int = 3  # that it sees
 
     def mismatch(self, gives: str, sizes: str) -> UserError:
         advice = (
@@ -222,13 +221,15 @@ def build_efficientnet_lite0(spec: TeacherSpec) -> Teacher:
     return teacher
 
 
-# -----------------------------------------------------------------------------------------------------------
+# ── no weights ──
 class Hog(Teacher):
     """Histograms of gradient orientations, see layers/hog.py. The input is resized to
     16 pixels per patch whatever `teacher_input_size`.
     """
 
-    dim = hog.DIM
+    def __init__(self, input_size: int, in_chans: int = 3) -> None:
+        super().__init__(input_size, (0.0,) * in_chans, (1.0,) * in_chans)
+        self.dim = in_chans * hog.DIM_PER_CHANNEL
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         return hog.compute_hog(x)
@@ -237,7 +238,7 @@ class Hog(Teacher):
 def build_hog(spec: TeacherSpec) -> Teacher:
     if spec.weight not in (None, "random"):
         raise UserError(f"the teacher hog has no weights: leave out `teacher_weight` {spec.weight}")
-    return Hog(16 * spec.grid)
+    return Hog(16 * spec.grid, spec.in_chans)
 
 
 # ── the one table ──
@@ -262,7 +263,12 @@ def find_teacher(name: str) -> Callable[[TeacherSpec], Teacher]:
 
 
 def build_teacher(
-    name: str, weight: str | None = None, input_size: int = 224, grid: int | None = None
+    name: str,
+    weight: str | None = None,
+    input_size: int = 224,
+    grid: int | None = None,
+    in_chans: int = 3,
+    channels: Sequence[int] | None = None,
 ) -> Teacher:
     """A frozen teacher: `clip`, `dino`, `hog`, `efficientnet_lite0`, or `timm:<name>`
     for a ViT or CNN of timm.
@@ -274,15 +280,20 @@ def build_teacher(
             process).
         input_size: pixels to which images are resized for it.
         grid: side of the student's grid, by default input_size // 16.
+        in_chans: of the images. channels: those that it sees, by default all.
 
-    UserError: unknown name, weights that do not fit or cannot be had, a grid it cannot
-    give.
+    UserError: no such name, weights that do not fit or cannot be had, another grid.
     """
-    spec = TeacherSpec(name, weight, input_size, input_size // 16 if grid is None else grid)
+    seen = in_chans if channels is None else len(channels)
+    if seen != 3 and name != "hog":
+        spelled = "`teacher_channels` 0 1 2, or 0 0 0 of gray images, names three of the `in_chans`"
+        raise ParameterError(f"the teacher {name} sees RGB: {spelled}; hog sees any number")
+    spec = TeacherSpec(name, weight, input_size, input_size // 16 if grid is None else grid, seen)
     if spec.grid < 1:
         raise UserError(f"`teacher_input_size` {input_size} is less than one patch of 16 px")
     build = find_teacher(name)
     # random weights agree on all ranks; the student's are drawn as without teacher
     with utils.seeded("teacher", name):
         teacher = build(spec)
+    teacher.channels = None if channels is None else torch.tensor(channels)
     return teacher.requires_grad_(False).eval()

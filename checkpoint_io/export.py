@@ -65,8 +65,6 @@ def write_ours(model: ExportableModel, path: Path) -> ExportedFiles:
     }
     weight_source.save_weights(path, model.weights, checkpoints.to_plain_data(flags), model.classes)
     notes = [] if model.name else ["no `model` builds it: vit_backbone.SIZES has no row of this size"]
-    if model.prepared[:2] not in (normalization(True), normalization(False)):
-        notes.append("our scripts know no such mean and std: they will use 0.5, or ImageNet's with the flag")
     by = f"`finetune` {path} (run_class_finetuning), `checkpoint` {path} (visualize_attention)"
     return ExportedFiles([path], ConvertedWeights(model.weights, [], notes), [by])
 
@@ -80,7 +78,10 @@ def make_training_flags(model: ExportableModel) -> dict[str, Any]:
         "abs_pos_emb": s["use_abs_pos_emb"],
         "layer_scale_init_value": s["init_values"],
         "imagenet_default_mean_and_std": model.prepared[:2] == normalization(True),
+        "in_chans": s["in_chans"],
     }
+    if model.prepared[:2] not in (normalization(True), normalization(False)):
+        flags["mean_std"] = [*model.prepared.mean, *model.prepared.std]
     if model.vocab_size:
         return flags | {"codebook_size": model.vocab_size}
     head = {

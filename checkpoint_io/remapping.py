@@ -193,6 +193,11 @@ def refuse_misfits(weights: dict[str, Tensor], model: Any, remapped: dict[str, T
         if key in remapped or not backbone or key.endswith(INDEX):
             continue
         if key in wanted:
+            if key == PATCHES and value.shape[0] == wanted[key].shape[0]:
+                raise UserError(
+                    f"it is of images of {value.shape[1]} channels, the model of {wanted[key].shape[1]}, and "
+                    f"there is no rule between them: give `in_chans` {value.shape[1]}"
+                )
             shapes = [" x ".join(map(str, tensor.shape)) for tensor in (value, wanted[key])]
             raise UserError(
                 f"{key} is {shapes[0]} in it and {shapes[1]} in the model: name the `model` that it is of"

@@ -67,6 +67,19 @@ def infer_decoder_depth(weights: dict[str, Tensor], asked: int | None, source: s
     return depth
 
 
+def infer_in_chans(weights: dict[str, Tensor], asked: int | None = None, source: str = "") -> int:
+    """Channels of the images that a tokenizer encodes; UserError when another number
+    was asked for.
+    """
+    channels = weights["encoder.patch_embed.proj.weight"].shape[1]
+    if asked not in (None, channels):
+        raise UserError(
+            f"the tokenizer in {source} encodes images of {channels} channels, not {asked}: train one with "
+            f"`in_chans` {asked}, or name its channels in the images with `teacher_channels`"
+        )
+    return channels
+
+
 def load_tokenizer_weights(
     model: nn.Module, weights: dict[str, Tensor], settings: dict[str, Any], source: str
 ) -> None:

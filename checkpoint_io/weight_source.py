@@ -111,6 +111,8 @@ def to_flags(external: ExternalConfig) -> dict[str, Any]:
         flags["input_size"] = size[0] if size[0] == size[1] else size
     if prepared is not None:
         flags["imagenet_default_mean_and_std"] = prepared[:2] == normalization(True)
+        if len(prepared.mean) != 3:
+            flags |= {"in_chans": len(prepared.mean), "mean_std": [*prepared.mean, *prepared.std]}
         flags["crop_pct"] = to_crop_flag(prepared.crop_pct, size or 224)
     return flags
 

@@ -66,22 +66,34 @@ class CropSampler:
     """
 
     def __init__(
-        self, area_range: list[float], aspect_range: list[float], color_jitter: float, vflip: float
+        self,
+        area_range: list[float],
+        aspect_range: list[float],
+        color_jitter: float,
+        vflip: float,
+        saturation: bool = True,
     ) -> None:
-        self.jitter = T.ColorJitter(color_jitter, color_jitter, color_jitter) if color_jitter else None
+        self.jitter = build_jitter(color_jitter, saturation) if color_jitter else None
         self.area_range, self.aspect_range, self.vflip = area_range, aspect_range, vflip
 
     def __call__(self, size: tuple[int, int]) -> CropParams:
         """`size`: width and height of the whole image."""
-        operations: Operations = ()
-        if self.jitter is not None:
-            ranges = (self.jitter.brightness, self.jitter.contrast, self.jitter.saturation)
-            order, *factors, _ = T.ColorJitter.get_params(*ranges, None)
-            operations = tuple((kind, factors[kind]) for kind in order.tolist() if kind != HUE)
+        operations = () if self.jitter is None else draw_operations(self.jitter)
         hflip, vflip = torch.rand(1).item() < 0.5, torch.rand(1).item() < self.vflip
         shape_alone = torch.empty((size[1], size[0]), device="meta")
         place = T.RandomResizedCrop.get_params(shape_alone, self.area_range, self.aspect_range)
         return CropParams(size, operations, hflip, vflip, *place)
+
+
+def build_jitter(strength: float, saturation: bool = True) -> T.ColorJitter:
+    """Of brightness, contrast and, in images that have it, saturation."""
+    return T.ColorJitter(strength, strength, strength if saturation else 0)
+
+
+def draw_operations(jitter: T.ColorJitter) -> Operations:
+    order, *factors, _ = T.ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, None)
+    kinds = (kind for kind in order.tolist() if kind != HUE and factors[kind] is not None)
+    return tuple((kind, factors[kind]) for kind in kinds)
 
 
 # ── Exactly, on PIL images ──

@@ -8,6 +8,7 @@ from typing import IO, Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from data_pipeline.augmentation import (
     CropParams,
@@ -21,7 +22,9 @@ from data_pipeline.augmentation import (
     resize_fast,
     resize_to_square,
 )
+from data_pipeline.float_images import crop_float, resize_float
 from data_pipeline.image_formats import Size, Source, load_image
+from data_pipeline.pixel_format import RGB8, PixelFormat, load
 from data_pipeline.resizing import check_interpolation, interpolation
 from errors import ParameterError, pick
 
@@ -41,9 +44,11 @@ class RandomCrop:
     views of one image share.
     """
 
-    def __init__(self, min_crop_scale: float, color_jitter: float, vflip: float) -> None:
+    def __init__(
+        self, min_crop_scale: float, color_jitter: float, vflip: float, saturation: bool = True
+    ) -> None:
         check_ranges(min_crop_scale, color_jitter, vflip)
-        self.sample_params = CropSampler([min_crop_scale, 1.0], ASPECT_RANGE, color_jitter, vflip)
+        self.sample_params = CropSampler([min_crop_scale, 1.0], ASPECT_RANGE, color_jitter, vflip, saturation)
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return exact_crop(image, self.sample_params(image.size))
@@ -55,26 +60,39 @@ class Crops:
     `data_pipeline` exact: as torchvision's transforms on PIL images, bit for bit. fast:
     a JPEG is decoded no larger than the resize needs, resized by torch, and jittered
     after the resize; with `augment_on_device` the jitter and the flips are left to
-    `device_transform`, with the same result.
+    `device_transform`, with the same result. `pixels` other than 8-bit RGB travel as
+    floats, and know no fast way.
     """
 
-    def __init__(self, crop: RandomCrop, data_pipeline: str, augment_on_device: bool) -> None:
+    def __init__(
+        self,
+        crop: RandomCrop,
+        data_pipeline: str,
+        augment_on_device: bool,
+        pixels: PixelFormat = RGB8,
+    ) -> None:
         pick(PIPELINES, data_pipeline, "`data_pipeline`")
         if augment_on_device and data_pipeline != "fast":
             raise ParameterError(
                 "`augment_on_device` jitters colors after the resize, which `data_pipeline` exact does "
                 "not: add `data_pipeline` fast, or leave it out"
             )
+        if data_pipeline == "fast" and not pixels.is_rgb8:
+            raise ParameterError(
+                "`data_pipeline` fast is a way for 8-bit RGB: leave it out beside `in_chans` and "
+                "`image_range`"
+            )
         self.crop, self.fast, self.augment_on_device = crop, data_pipeline == "fast", augment_on_device
+        self.pixels = pixels
 
     def sizes(self) -> dict[str, tuple[int, str]]:
         """Name of a view -> side and interpolation."""
         raise NotImplementedError
 
-    def load(self, source: Source | IO[bytes]) -> Image.Image | SampledImage:
-        """An image for `transform`; raises what load_image raises."""
+    def load(self, source: Source | IO[bytes]) -> Image.Image | SampledImage | Tensor:
+        """An image for `transform`; raises what load_image and load_pixels raise."""
         if not self.fast:
-            return load_image(source)
+            return load(source, self.pixels)
         sampled: list[CropParams] = []
 
         def enough(size: Size) -> Size:
@@ -86,10 +104,16 @@ class Crops:
         image = load_image(source, enough)
         return SampledImage(image, sampled[0] if sampled else self.crop.sample_params(image.size))
 
-    def transform(self, loaded: Image.Image | SampledImage) -> dict[str, torch.Tensor]:
-        """A sample as it travels: each view (3, S, S) uint8, and what
-        `device_transform` needs to know.
+    def transform(self, loaded: Image.Image | SampledImage | Tensor) -> dict[str, torch.Tensor]:
+        """A sample as it travels: each view (3, S, S) uint8, or (in_chans, S, S) float,
+        and what `device_transform` needs to know.
         """
+        if isinstance(loaded, Tensor):
+            floats = crop_float(loaded, self.crop.sample_params((loaded.shape[-1], loaded.shape[-2])))
+            return {
+                name: resize_float(floats, (side, side), interpolation(mode))
+                for name, (side, mode) in self.sizes().items()
+            }
         if not isinstance(loaded, SampledImage):
             loaded = SampledImage(loaded, self.crop.sample_params(loaded.size))
         image, params = loaded
@@ -109,17 +133,19 @@ class Crops:
         return {name: jitter_and_flip(view, params, pivot) for name, view in views.items()}
 
     def device_transform(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of samples, on any device, as the network takes it: views (B, 3, S,
-        S) float in [0, 1].
+        """A batch of samples, on any device, as the network takes it: views (B,
+        in_chans, S, S) float in [0, 1].
         """
         batch = dict(batch)
+        if not self.pixels.is_rgb8:
+            return batch
         params = batch.pop("params", None)
         for name in self.sizes():
             images = batch[name] if params is None else jitter_and_flip_all(batch[name], params)
             batch[name] = images.contiguous().float() / per_channel((255.0,), images.device)
         return batch
 
-    def __call__(self, image: Image.Image | SampledImage) -> dict[str, torch.Tensor]:
+    def __call__(self, image: Image.Image | SampledImage | Tensor) -> dict[str, torch.Tensor]:
         """One image as the network takes it."""
         batch = {name: value[None] for name, value in self.transform(image).items()}
         return {name: value[0] for name, value in self.device_transform(batch).items()}
@@ -147,9 +173,10 @@ def check_ranges(min_crop_scale: float, color_jitter: float, vflip: float) -> No
 class PretrainingViews(Crops):
     """Two sizes of one random crop, and a mask.
 
-    Gives {"image": (3, S, S) normalized float, for the network; "tokenizer_image": (3,
-    S2, S2) float in [0, 1], for the tokenizer, only with a `second_size`; "mask":
-    (H*W,) bool, row-major, True = masked}. `mask_generator()` gives the (H, W) mask.
+    Gives {"image": (in_chans, S, S) normalized float, for the network;
+    "tokenizer_image": (in_chans, S2, S2) float in [0, 1], for the tokenizer, only with
+    a `second_size`; "mask": (H*W,) bool, row-major, True = masked}. `mask_generator()`
+    gives the (H, W) mask.
     """
 
     def __init__(
@@ -166,10 +193,12 @@ class PretrainingViews(Crops):
         vflip: float = 0.0,
         data_pipeline: str = "exact",
         augment_on_device: bool = False,
+        pixels: PixelFormat = RGB8,
     ) -> None:
         check_interpolation("train_interpolation", train_interpolation)
         check_interpolation("second_interpolation", second_interpolation)
-        super().__init__(RandomCrop(min_crop_scale, color_jitter, vflip), data_pipeline, augment_on_device)
+        crop = RandomCrop(min_crop_scale, color_jitter, vflip, saturation=pixels.in_chans == 3)
+        super().__init__(crop, data_pipeline, augment_on_device, pixels)
         self.first = input_size, train_interpolation
         self.second = second_size, second_interpolation
         self.mean, self.std = tuple(mean), tuple(std)
@@ -181,7 +210,7 @@ class PretrainingViews(Crops):
             return {"image": self.first}
         return {"image": self.first, "tokenizer_image": (second_size, second_interpolation)}
 
-    def transform(self, loaded: Image.Image | SampledImage) -> dict[str, torch.Tensor]:
+    def transform(self, loaded: Image.Image | SampledImage | Tensor) -> dict[str, torch.Tensor]:
         views = super().transform(loaded)
         return views | {"mask": torch.as_tensor(self.mask_generator(), dtype=torch.bool).flatten()}
 
@@ -197,8 +226,8 @@ class PretrainingViews(Crops):
 
 
 class TokenizerViews(Crops):
-    """A random crop for tokenizer training: {"image": (3, S, S) float in [0, 1]};
-    models normalize for themselves.
+    """A random crop for tokenizer training: {"image": (in_chans, S, S) float in [0,
+    1]}; models normalize for themselves.
     """
 
     def __init__(
@@ -210,9 +239,11 @@ class TokenizerViews(Crops):
         vflip: float = 0.0,
         data_pipeline: str = "exact",
         augment_on_device: bool = False,
+        pixels: PixelFormat = RGB8,
     ) -> None:
         check_interpolation("train_interpolation", train_interpolation)
-        super().__init__(RandomCrop(min_crop_scale, color_jitter, vflip), data_pipeline, augment_on_device)
+        crop = RandomCrop(min_crop_scale, color_jitter, vflip, saturation=pixels.in_chans == 3)
+        super().__init__(crop, data_pipeline, augment_on_device, pixels)
         self.size, self.mode = size, train_interpolation
 
     def sizes(self) -> dict[str, tuple[int, str]]:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from data_pipeline.image_formats import look_like_12_bits
+from data_pipeline.pixel_format import PixelFormat
 from errors import UserError
 from runtime.distributed import is_main
 from runtime.terminal import log, log_once
@@ -42,6 +43,8 @@ class View(Protocol):
     Random views draw from the global generators of Python, NumPy and torch, which the
     data set seeds for each sample.
     """
+
+    pixels: PixelFormat  # how files are read
 
     def load(self, source: Any) -> Any:
         """Decode what `Files.open` gives; whatever this raises means that the file does
@@ -134,12 +137,11 @@ class Files(SampleDataset):
         16-bit files: they are nearly black. `open_image`: index -> what image_formats
         opens.
         """
-        count = min(looked_at, self.files) if is_main() else 0
+        count = min(looked_at, self.files) if is_main() and self.view.pixels.is_rgb8 else 0
         if look_like_12_bits(open_image(number * self.files // count) for number in range(count)):
             log_once(
                 f"warning: images such as {self.name(0)} have 16 bits, but no value above 4095, as of a "
-                "12-bit camera: 65535 is white, so they are seen nearly black; multiply their values by 16 "
-                "and save them again"
+                "12-bit camera: 65535 is white, so they are seen nearly black; give `image_range` 0 4095"
             )
 
 

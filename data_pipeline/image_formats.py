@@ -130,7 +130,7 @@ def load_image(source: Source | IO[bytes], enough: Callable[[Size], Size] | None
         if may_turn:
             with contextlib.suppress(Exception):  # a broken EXIF block does not make a broken picture
                 ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        return convert_to_rgb(image)
 
 
 def _reduce(image: Image.Image, enough: Callable[[Size], Size], may_turn: bool) -> None:
@@ -141,14 +141,16 @@ def _reduce(image: Image.Image, enough: Callable[[Size], Size], may_turn: bool) 
     image.draft(None, (height, width) if turned else (width, height))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of 8 bits, transparency on white. ValueError for numbers without a white."""
     if is_16_bit(image):  # PIL would clip these at 255 instead of scaling
         gray = np.rint(np.asarray(image, dtype=np.float32) * (255 / 65535)).astype(np.uint8)
         return Image.fromarray(gray).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "floating-point" if image.mode == "F" else "signed or 32-bit integer"
         raise ValueError(
-            f"its pixels are {kind} numbers, and nothing says which is white; convert it to 8 or 16 bits"
+            f"its pixels are {kind} numbers, and nothing says which is white; give `image_range` LOW HIGH or "
+            "auto, or convert it to 8 or 16 bits"
         )
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         # What lies under transparent pixels is arbitrary: show them on white, as a page

@@ -22,35 +22,47 @@ from runtime.distributed import barrier, is_main
 from runtime.terminal import log_once
 from utils import derive_seed
 
-ACCEPTED = f"accepted: {' '.join(EXTENSIONS)}"
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 
 # image (file, pixels, member of a tar), label
 Samples = Sequence[tuple[str | np.ndarray | shards.Member, int | None]]
 
 
-def find_images(root: str, origin: str = "`data_path`") -> tuple[Samples, None]:
+def find_images(
+    root: str, origin: str = "`data_path`", endings: tuple[str, ...] = EXTENSIONS
+) -> tuple[Samples, None]:
     """Every image below `root`, however nested, unlabeled, in the order of the
     paths.
     """
     check_folder(root, origin)
     left_out: Counter[str] = Counter()
-    samples: Samples = [(path, None) for path in list_images(root, left_out)]
-    report_left_out(left_out, f"{origin} {root}")
+    samples: Samples = [(path, None) for path in list_images(root, left_out, endings)]
+    report_left_out(left_out, f"{origin} {root}", endings)
     if not samples:
-        raise UserError(f"{origin} {root}: no images in this folder or below it ({ACCEPTED})")
+        raise UserError(f"{origin} {root}: no images in this folder or below it ({describe(endings)})")
     return samples, None
 
 
-def find_images_or_file(path: str, origin: str = "`data_path`") -> list[str]:
+def describe(endings: Sequence[str]) -> str:
+    return f"accepted: {' '.join(endings)}"
+
+
+def find_images_or_file(
+    path: str, origin: str = "`data_path`", endings: tuple[str, ...] = EXTENSIONS
+) -> list[str]:
     """`path` itself when it is a file, whatever its name ends in, else every image
     below it, in the order of the paths.
     """
-    return [path] if os.path.isfile(path) else [str(source) for source, _ in find_images(path, origin)[0]]
+    if os.path.isfile(path):
+        return [path]
+    return [str(source) for source, _ in find_images(path, origin, endings)[0]]
 
 
 def find_classes_folder(
-    root: str, origin: str = "`data_path`", classes: Sequence[str] | None = None
+    root: str,
+    origin: str = "`data_path`",
+    classes: Sequence[str] | None = None,
+    endings: tuple[str, ...] = EXTENSIONS,
 ) -> tuple[Samples, Sequence[str]]:
     """root/class/**/image, labeled in the order of the names; `classes`: the names that
     exist and their order.
@@ -80,18 +92,19 @@ def find_classes_folder(
         )
     above = list_parents(os.path.realpath(root)).union(*(map(str, PurePath(path).parents) for path in others))
     with os.scandir(root) as entries:
-        loose = sum(entry.is_file() and entry.name.lower().endswith(EXTENSIONS) for entry in entries)
+        loose = sum(entry.is_file() and entry.name.lower().endswith(endings) for entry in entries)
     left_out = Counter({"beside the class folders": loose})
     for label, name in enumerate(names):
-        paths = list_images(os.path.join(root, name), left_out, above=above, others=others)
+        paths = list_images(os.path.join(root, name), left_out, endings, above, others)
         if not paths and classes is None:  # a validation split need not have every class
             raise UserError(
-                f"{origin} {root}: class folder '{name}' has no images ({ACCEPTED}); fill or remove it"
+                f"{origin} {root}: class folder '{name}' has no images ({describe(endings)}); fill or remove "
+                "it"
             )
         samples += [(path, label) for path in paths]
-    report_left_out(left_out, f"{origin} {root}")
+    report_left_out(left_out, f"{origin} {root}", endings)
     if not samples:
-        raise UserError(f"{origin} {root}: no images in its class folders ({ACCEPTED})")
+        raise UserError(f"{origin} {root}: no images in its class folders ({describe(endings)})")
     return samples, names
 
 
@@ -207,7 +220,10 @@ def find_cifar(root: str, train: bool, download: bool = False) -> tuple[Samples,
 
 
 def find_shards(
-    pattern: str, origin: str = "`data_path`", classes: Sequence[str] | None = None
+    pattern: str,
+    origin: str = "`data_path`",
+    classes: Sequence[str] | None = None,
+    endings: tuple[str, ...] = EXTENSIONS,
 ) -> tuple[shards.Members, list[str] | None]:
     """The images of tar shards and, where they have labels, the classes' names: those
     in classes.txt, else the numbers.
@@ -219,7 +235,7 @@ def find_shards(
     paths = shards.find_shards(pattern, origin)
     if not is_main():
         barrier()
-    members = shards.list_members(paths, EXTENSIONS, origin)
+    members = shards.list_members(paths, endings, origin)
     if is_main():
         barrier()
     if members.left_out:

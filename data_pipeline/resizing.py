@@ -1,14 +1,19 @@
-"""Resizing PIL images: interpolation by name, and images that are very long."""
+"""Resizing images: interpolation by name, and images that are very long. Images are
+PIL's, or float tensors (C, height, width).
+"""
 
 from __future__ import annotations
 
 import random
+from typing import TypeVar
 
 from PIL import Image
+from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from data_pipeline.float_images import resize_float
 from errors import ParameterError, pick
 
 MODES = {
@@ -25,26 +30,37 @@ def interpolation(name: str) -> InterpolationMode:
     return pick(MODES, name, "interpolation")
 
 
-def cut_to_length(image: Image.Image, most: int = 64) -> Image.Image:
+AnyImage = Image.Image | Tensor
+ImageT = TypeVar("ImageT", Image.Image, Tensor)
+
+
+def cut_to_length(image: ImageT, most: int = 64) -> ImageT:
     """The middle of an image that is more than `most` times as long as wide: of a line
     of pixels, resized as a whole, a center crop would need gigabytes to show a few. All
     others as they are. Nothing moves: as much is cut off at either end.
     """
-    sides = []
-    for side in image.size:
-        longest = max(most * min(image.size), 1)
+    sides, whole = [], F.get_image_size(image)  # width, height
+    for side in whole:
+        longest = max(most * min(whole), 1)
         sides.append(side if side <= longest else longest + (side - longest) % 2)
-    if tuple(sides) == image.size:
+    if sides == whole:
         return image
-    left, top = (image.width - sides[0]) // 2, (image.height - sides[1]) // 2
-    return image.crop((left, top, left + sides[0], top + sides[1]))
+    left, top = (whole[0] - sides[0]) // 2, (whole[1] - sides[1]) // 2
+    return F.crop(image, top, left, sides[1], sides[0])
 
 
 class Resize(T.Resize):
     """torchvision's, of the middle of an image that is very long."""
 
-    def forward(self, image: Image.Image) -> Image.Image:
-        return super().forward(cut_to_length(image))
+    def forward(self, image: ImageT) -> ImageT:
+        image = cut_to_length(image)
+        if isinstance(image, Image.Image):
+            return super().forward(image)
+        if not isinstance(self.size, int):
+            return resize_float(image, self.size, self.interpolation)
+        shorter = min(image.shape[-2:])
+        sides = [int(self.size * side / shorter) for side in image.shape[-2:]]
+        return resize_float(image, sides, self.interpolation)
 
 
 class ResizeToCover:
@@ -55,14 +71,14 @@ class ResizeToCover:
     def __init__(self, size: tuple[int, int], mode: InterpolationMode) -> None:
         self.size, self.mode = size, mode
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def __call__(self, image: ImageT) -> ImageT:
         image = cut_to_length(image)
-        scale = max(self.size[0] / image.height, self.size[1] / image.width)
-        sides = (
-            max(self.size[0], round(image.height * scale)),
-            max(self.size[1], round(image.width * scale)),
-        )
-        return F.resize(image, list(sides), self.mode)
+        width, height = F.get_image_size(image)
+        scale = max(self.size[0] / height, self.size[1] / width)
+        sides = [max(self.size[0], round(height * scale)), max(self.size[1], round(width * scale))]
+        if isinstance(image, Image.Image):
+            return F.resize(image, sides, self.mode)
+        return resize_float(image, sides, self.mode)
 
 
 def check_interpolation(parameter: str, name: str) -> None:

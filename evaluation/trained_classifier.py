@@ -31,10 +31,11 @@ ARGUMENTS = {
     "layer_scale_init_value": "init_values",
 }
 SHAPING = ("model", *ARGUMENTS)
-SEEING = ("input_size", "imagenet_default_mean_and_std", "crop_pct")
+PIXELS = ("image_range", "mean_std")
+SEEING = ("input_size", "imagenet_default_mean_and_std", "crop_pct", "in_chans", *PIXELS)
 # What fine-tuning must be told again, because it builds a model of its own: else
 # positions are dropped or start anew.
-KEPT_FROM_PRETRAINING = ("abs_pos_emb", "rel_pos_bias", "imagenet_default_mean_and_std")
+KEPT_FROM_PRETRAINING = ("abs_pos_emb", "rel_pos_bias", "imagenet_default_mean_and_std", *PIXELS)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def build_classifier(trained: TrainedClassifier, ours: RunFlags, given: Collecti
     user says otherwise (flags in `given`) as `ours` say, which is refused unless every
     weight fits.
     """
-    settings = trained.settings | {"num_classes": trained.nb_classes, "in_chans": 3}
+    settings = trained.settings | {"num_classes": trained.nb_classes, "in_chans": ours.values["in_chans"]}
     settings["img_size"] = ours.values["input_size"]
     if "model" in given:
         variant = MODELS[ours.values["model"]]

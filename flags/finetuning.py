@@ -27,6 +27,7 @@ from errors import UserError, pick
 from flags.augmentation import add_augmentation_flags
 from flags.images import add_data_flags, add_label_flags, add_vit_flags
 from flags.optimization import add_optimizer_flags
+from flags.pixel_format import check_pixel_flags
 from flags.run import add_run_flags, add_step_flags
 from layers.rel_pos_bias import as_pair
 from runtime.terminal import log
@@ -190,6 +191,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(
             f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}"
         )
+    check_pixel_flags(args)
     check_evaluation(args)
     if args.class_weights == "balanced" and args.balanced_sampler:
         raise UserError(

@@ -24,7 +24,9 @@ from arguments import (
 )
 from data_pipeline.samplers import LoaderSettings
 from datasets import ImageSource
-from transforms import ImageOnly, eval_view, finetuning_view, normalization
+from flags.pixel_format import add_pixel_flags, image_endings, pixel_format
+from runtime.terminal import log_once
+from transforms import ImageOnly, eval_view, finetuning_view, normalization_of
 
 
 def add_data_flags(
@@ -33,8 +35,11 @@ def add_data_flags(
     color_jitter: float,
     needs_training_data: bool = True,
     any_shape: bool = False,
+    in_chans: int | None = 3,
 ) -> None:
-    """`any_shape`: the stage also takes images that are not square."""
+    """`any_shape`: the stage also takes images that are not square. `in_chans`: as in
+    add_pixel_flags.
+    """
     g = parser.add_argument_group("data")
     g.add_argument(
         "--data_path",
@@ -90,6 +95,7 @@ def add_data_flags(
         action="store_true",
         help="normalize by ImageNet's mean and standard deviation, not 0.5 and 0.5",
     )
+    add_pixel_flags(g, in_chans)
 
 
 def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
@@ -198,6 +204,7 @@ def image_source(args: argparse.Namespace) -> ImageSource:
         args.data_set,
         args.image_folder_class_index_file,
         args.download,
+        image_endings(args),
     )
 
 
@@ -209,7 +216,7 @@ def loader_settings(args: argparse.Namespace, batch_size: int | None = None) -> 
 
 
 def mean_and_std(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return normalization(args.imagenet_default_mean_and_std)
+    return normalization_of(vars(args))
 
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std of the channels
@@ -217,6 +224,12 @@ Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std of the chan
 
 def build_finetuning_view(args: argparse.Namespace, statistics: Statistics | None = None) -> ImageOnly:
     """`statistics`: default, those of the flags."""
+    pixels = pixel_format(args)
+    if not pixels.is_rgb8 and args.aa not in ("", "none", None):
+        log_once(
+            f"augment    `aa` {args.aa} is of 8-bit RGB: here brightness and contrast vary by `color_jitter` "
+            f"{args.color_jitter:g}"
+        )
     return finetuning_view(
         args.input_size,
         *(statistics or mean_and_std(args)),
@@ -228,6 +241,7 @@ def build_finetuning_view(args: argparse.Namespace, statistics: Statistics | Non
         train_interpolation=args.train_interpolation,
         min_crop_scale=args.min_crop_scale,
         vflip=args.vflip,
+        pixels=pixels,
     )
 
 
@@ -238,4 +252,4 @@ def build_eval_view(
     those of the flags.
     """
     mean, std = statistics or mean_and_std(args)
-    return eval_view(args.input_size, args.crop_pct, interpolation, mean, std)
+    return eval_view(args.input_size, args.crop_pct, interpolation, mean, std, pixels=pixel_format(args))

@@ -18,6 +18,7 @@ from arguments import (
     expand_home,
     large_count,
     new_parser,
+    not_negative,
     not_negative_number,
     parse,
     positive,
@@ -27,6 +28,7 @@ from arguments import (
 from errors import UserError
 from flags.images import add_data_flags, add_label_flags
 from flags.optimization import add_optimizer_flags
+from flags.pixel_format import check_pixel_flags
 from flags.run import add_run_flags
 
 EXAMPLE = """--knn --finetune pretrained/checkpoint.pth --data_set image_folder
@@ -55,7 +57,7 @@ FROM_THE_FILE = ("rel_pos_bias", "abs_pos_emb", "layer_scale_init_value", "patch
 def get_parser() -> argparse.ArgumentParser:
     parser = new_parser("BEiT linear probe and k-NN on frozen features", EXAMPLE)
     add_linear_eval_flags(parser)
-    add_data_flags(parser, data_set="IMNET", color_jitter=0.0, any_shape=True)
+    add_data_flags(parser, data_set="IMNET", color_jitter=0.0, any_shape=True, in_chans=None)
     add_optimizer_flags(
         parser,
         lr=1e-3,
@@ -207,6 +209,24 @@ def add_knn_flags(group: Any) -> None:
     )
 
 
+def add_knn_monitor_flags(parser: argparse.ArgumentParser) -> None:
+    """k-NN accuracy while a model pretrains (evaluation/knn.py)."""
+    g = parser.add_argument_group("k-NN during pretraining")
+    g.add_argument(
+        "--knn_freq",
+        type=not_negative,
+        default=0,
+        help="epochs between k-NN evaluations of the student; 0: none",
+    )
+    g.add_argument(
+        "--knn_data_path",
+        type=expand_home,
+        default="",
+        help="labeled images for it: train/class/image and val/class/image",
+    )
+    add_knn_flags(g)
+
+
 def parse_flags(argv: Sequence[str] | None) -> Flags:
     """A UserError for flags that cannot go together."""
     args = parse(get_parser(), argv)
@@ -228,6 +248,7 @@ def get_parser_for(args: Flags) -> argparse.ArgumentParser:
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    check_pixel_flags(args)
     check_protocol(args)
     changed = changed_flags(parser, args)
     center = "--knn" if args.mode == "knn" else "--cached_features" if args.cached_features else ""

@@ -24,8 +24,9 @@ from data_pipeline.crops import PretrainingViews
 from errors import UserError, pick
 from flags.beit_v1 import add_v1_flags, translate_v1_flags
 from flags.images import add_data_flags, add_pipeline_flags, add_vit_flags, mean_and_std
-from flags.linear_eval import add_knn_flags
+from flags.linear_eval import add_knn_monitor_flags
 from flags.optimization import add_optimizer_flags
+from flags.pixel_format import add_teacher_channels, check_pixel_flags, pixel_format
 from flags.run import add_run_flags, add_step_flags
 from masking_generator import MASK_TYPES, MaskingGenerator, scaled_mask_count, scaled_min_block
 from vit_backbone import SIZES
@@ -36,6 +37,10 @@ DALL_E = ("dall-e", "dall_e")
 # pixels of the tokenizer's view for each patch
 STRIDES = dict.fromkeys(modeling_vqkd.MODELS, modeling_vqkd.PATCH_SIZE) | dict.fromkeys(
     DALL_E, modeling_dvae.PATCH_SIZE
+)
+OF_THE_TOKENIZER = (
+    *("tokenizer_model", "tokenizer_weight", "second_input_size", "second_interpolation"),
+    *("codebook_size", "codebook_dim", "teacher_channels"),
 )
 
 
@@ -130,24 +135,7 @@ def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--codebook_dim", type=large_count, default=32, help="its --codebook_emd_dim; not of dall-e"
     )
-
-
-def add_knn_monitor_flags(parser: argparse.ArgumentParser) -> None:
-    """k-NN accuracy while a model pretrains (evaluation/knn.py)."""
-    g = parser.add_argument_group("k-NN during pretraining")
-    g.add_argument(
-        "--knn_freq",
-        type=not_negative,
-        default=0,
-        help="epochs between k-NN evaluations of the student; 0: none",
-    )
-    g.add_argument(
-        "--knn_data_path",
-        type=expand_home,
-        default="",
-        help="labeled images for it: train/class/image and val/class/image",
-    )
-    add_knn_flags(g)
+    add_teacher_channels(g, of="the tokenizer")
 
 
 def parse_flags(argv: Sequence[str] | None) -> Flags:
@@ -171,6 +159,8 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     grid = student_grid(args)
     check_tokenizer_view(args, grid)
+    check_pixel_flags(args)
+    check_tokenizer_channels(args)
     check_masks(args, grid)
     if has_cls_head(args):
         check_cls_head(args, SIZES[variant.size].depth)
@@ -188,6 +178,17 @@ def check_tokenizer_view(args: argparse.Namespace, grid: int) -> None:
             f"--second_input_size {args.second_input_size} gives the tokenizer another grid than the "
             f"model's {grid} x {grid}: use {grid * stride}, or leave it out"
         )
+
+
+def check_tokenizer_channels(args: argparse.Namespace) -> None:
+    if args.target == "tokens" and uses_dall_e(args) and tokenizer_channels(args) != 3:
+        spelled = "--teacher_channels 0 1 2, or of gray images 0 0 0, names its channels"
+        raise UserError(f"{args.tokenizer_model} reads RGB, of --in_chans {args.in_chans}: {spelled}")
+
+
+def tokenizer_channels(args: argparse.Namespace) -> int:
+    """How many channels the tokenizer sees."""
+    return len(args.teacher_channels or range(args.in_chans))
 
 
 def check_masks(args: argparse.Namespace, grid: int) -> None:
@@ -239,9 +240,7 @@ def tokenizer_stride(args: argparse.Namespace) -> int | None:
 
 
 def idle_flags(args: argparse.Namespace) -> dict[str, str]:
-    """Flag -> why it does nothing beside the others (for
-    arguments.warn_of_idle_flags).
-    """
+    """Flag -> why it does nothing beside the others."""
     idle: dict[str, str] = {}
     if not has_cls_head(args):
         idle |= dict.fromkeys(
@@ -255,8 +254,7 @@ def idle_flags(args: argparse.Namespace) -> dict[str, str]:
     if args.no_mask:
         idle["mask_type"] = "--no_mask masks nothing"
     if args.target == "pixels":
-        names = ("tokenizer_model", "tokenizer_weight", "second_input_size", "second_interpolation")
-        idle |= dict.fromkeys((*names, "codebook_size", "codebook_dim"), "--target pixels has no tokenizer")
+        idle |= dict.fromkeys(OF_THE_TOKENIZER, "--target pixels has no tokenizer")
     elif uses_dall_e(args):
         idle["codebook_dim"] = f"the codes of {args.tokenizer_model} have no dimension"
     if not args.knn_freq:
@@ -281,6 +279,7 @@ def build_pretraining_views(args: argparse.Namespace) -> PretrainingViews:
         args.vflip,
         args.data_pipeline,
         args.augment_on_device,
+        pixel_format(args),
     )
 
 

@@ -26,6 +26,7 @@ from arguments import (
 from errors import UserError, pick
 from flags.images import add_vit_flags, mean_and_std
 from flags.optimization import add_poly_optimizer_flags
+from flags.pixel_format import add_pixel_flags, check_pixel_flags
 from flags.run import add_run_flags, add_step_flags
 from segmentation.joint_views import EvaluationView, TrainingView
 from segmentation.sliding_window import SlidingWindow
@@ -141,6 +142,7 @@ def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="normalize by ImageNet's mean and standard deviation, not 0.5 and 0.5",
     )
+    add_pixel_flags(g)
     g = parser.add_argument_group("evaluation and prediction")
     g.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and stop")
     g.add_argument(
@@ -182,6 +184,7 @@ def parse_flags(argv: Sequence[str] | None) -> Flags:
 
 def check_flags(args: argparse.Namespace) -> None:
     pick(modeling_segmentation.MODELS, args.model, "segmentation model")
+    check_pixel_flags(args)
     if args.input_size % 16:
         raise UserError(f"--input_size {args.input_size} is not a multiple of the patch size 16")
     if (args.eval or args.predict) and not (args.resume or args.finetune):
@@ -200,7 +203,7 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if args.predict and not os.path.exists(args.predict):
         raise UserError(f"--predict {args.predict}: no such file or folder")
-    build_training_view(args)  # it checks its flags
+    build_training_view(args, fill=(0.5,) * args.in_chans)  # it checks its flags
     build_sliding_window(args)
 
 
@@ -230,8 +233,8 @@ def build_sliding_window(args: argparse.Namespace) -> SlidingWindow:
     return SlidingWindow(window, stride, args.eval_scales, args.tta_flip)
 
 
-def build_training_view(args: argparse.Namespace) -> TrainingView:
-    mean, _ = mean_and_std(args)
+def build_training_view(args: argparse.Namespace, fill: tuple[float, ...] | None = None) -> TrainingView:
+    """`fill`: what lies beyond an image, in [0, 1]; default: the mean."""
     return TrainingView(
         args.input_size,
         args.base_size or args.input_size,
@@ -239,7 +242,7 @@ def build_training_view(args: argparse.Namespace) -> TrainingView:
         args.max_class_share,
         args.hflip,
         args.photometric,
-        fill=tuple(round(255 * value) for value in mean),
+        fill=fill or mean_and_std(args)[0],
     )
 
 

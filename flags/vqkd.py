@@ -26,6 +26,7 @@ from data_pipeline.crops import TokenizerViews
 from errors import UserError
 from flags.images import add_data_flags, add_pipeline_flags
 from flags.optimization import add_optimizer_flags
+from flags.pixel_format import add_teacher_channels, check_pixel_flags, pixel_format
 from flags.run import add_run_flags, add_step_flags
 from norm_ema_quantizer import FEATURES_PER_CODE
 from visualization import pixel_decoder
@@ -48,6 +49,7 @@ NOT_FOR_THE_PIXEL_DECODER = (
     "teacher_model_type",
     "teacher_weight",
     "teacher_input_size",
+    "teacher_channels",
     "standardize_teacher",
     "decoder_depth",
     "eval",
@@ -133,6 +135,7 @@ def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
         default=224,
         help="side of the teacher's view; it must give the tokenizer's grid of patches",
     )
+    add_teacher_channels(g, of="the teacher")
     g.add_argument(
         "--standardize_teacher",
         default="auto",
@@ -187,6 +190,12 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if idle:
         word = "with" if args.train_pixel_decoder else "without"
         raise UserError(f"--{idle[0]} has no effect {word} --train_pixel_decoder: leave it out")
+    check_pixel_flags(args)
+    if args.mean_std is not None and args.process_type != "default":
+        raise UserError(
+            f"--mean_std and --process_type {args.process_type} both say how images are normalized: leave "
+            "one out"
+        )
     if args.train_pixel_decoder:
         if args.pixel_decoder_dim % pixel_decoder.HEAD_DIM:
             raise UserError(
@@ -234,4 +243,5 @@ def build_tokenizer_views(args: argparse.Namespace) -> TokenizerViews:
         args.vflip,
         args.data_pipeline,
         args.augment_on_device,
+        pixel_format(args),
     )

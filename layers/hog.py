@@ -13,12 +13,14 @@ from torch.nn import functional as F
 
 BINS = 9  # unsigned orientations; bin b is centered at 20 b degrees (0: a vertical edge)
 CELL = 8  # pixels on a side
-DIM = 3 * 2 * 2 * BINS  # colors x cells x orientations
+DIM_PER_CHANNEL = 2 * 2 * BINS  # cells x orientations
+DIM = 3 * DIM_PER_CHANNEL  # of colors
 
 
 def compute_hog(x: Tensor) -> Tensor:
-    """Images (B, 3, 16 G, 16 G) -> (B, G * G, DIM): the histograms of the 2 x 2 cells
-    of each patch of 16 pixels, one for each color, normalized together.
+    """Images (B, C, 16 G, 16 G) -> (B, G * G, C * DIM_PER_CHANNEL): the histograms of
+    the 2 x 2 cells of each patch of 16 pixels, one for each channel, normalized
+    together.
 
     A gradient is shared between its two nearest bins by their distance.
     """

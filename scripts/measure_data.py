@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
 from torchvision.datasets.folder import pil_loader
@@ -94,13 +95,13 @@ def ours(
 
     def steps(file: str, sample: dict[str, Any]) -> Steps:
         image = view.load(file)
-        if not isinstance(image, SampledImage):
+        if isinstance(image, Image.Image):
             yield "decode"
             crop = exact_crop(image, view.crop.sample_params(image.size))
             yield "jitter, flip"
             sample["image"] = resize_to_square(crop, size, MODE)
             yield "crop, resize"
-        else:
+        elif isinstance(image, SampledImage):
             yield "decode"
             params = image.params
             sample["image"] = resize_fast(image, size, MODE)

@@ -20,12 +20,13 @@ from torch import Tensor
 from data_pipeline.crops import per_channel
 from data_pipeline.files import Files, reason_of
 from data_pipeline.folders import check_folder, list_images, report_left_out
-from data_pipeline.image_formats import EXTENSIONS, load_image, open_image
+from data_pipeline.image_formats import EXTENSIONS, open_image
+from data_pipeline.pixel_format import RGB8, PixelFormat, load
 from errors import UserError
 from runtime import distributed
 from runtime.terminal import log
 from segmentation.classes import look_through
-from segmentation.joint_views import EvaluationView, TrainingView
+from segmentation.joint_views import EvaluationView, TrainingView, size_of
 from segmentation.mask_files import ENDINGS, IGNORED, Pair, labels_in, read_mask
 
 SPLITS = {True: ("training", "train"), False: ("validation", "val")}  # by `train`
@@ -42,7 +43,13 @@ TURNS = {  # orientations that exchange width and height -> what makes the pictu
 # ── Where the pairs are ──
 
 
-def find_pairs(folder: str, train: bool, origin: str = "`data_path`", warn: bool = False) -> list[Pair]:
+def find_pairs(
+    folder: str,
+    train: bool,
+    origin: str = "`data_path`",
+    warn: bool = False,
+    image_endings: tuple[str, ...] = EXTENSIONS,
+) -> list[Pair]:
     """The pairs of a split, however nested, in the order of the images' paths.
 
     The split is looked for in images/: training/ or train/, validation/ or val/.
@@ -57,7 +64,7 @@ def find_pairs(folder: str, train: bool, origin: str = "`data_path`", warn: bool
     if not os.path.isdir(mask_folder):
         raise UserError(f"{origin} {folder}: there is {image_folder}, but no {mask_folder} with the masks")
     found = []
-    for each, endings in ((image_folder, EXTENSIONS), (mask_folder, ENDINGS)):
+    for each, endings in ((image_folder, image_endings), (mask_folder, ENDINGS)):
         left_out: Counter[str] = Counter()
         found.append(_by_stem(list_images(each, left_out, endings), each))
         report_left_out(left_out, each, endings)
@@ -142,38 +149,39 @@ class PairView:
         n_classes: int,
         statistics: tuple[tuple[float, ...], tuple[float, ...]],
         reduce_zero_label: bool = False,
+        pixels: PixelFormat = RGB8,
     ) -> None:
         self.view, self.n_classes, self.statistics = view, n_classes, statistics
-        self.reduce_zero_label = reduce_zero_label
+        self.reduce_zero_label, self.pixels = reduce_zero_label, pixels
 
-    def load(self, source: Pair) -> tuple[Pair, Image.Image, Image.Image]:
-        """The files, RGB, and the mask with the numbers that are in its file."""
-        image = load_image(source.image)
+    def load(self, source: Pair) -> tuple[Pair, Image.Image | Tensor, Image.Image]:
+        """The files, the image, and the mask with the numbers that are in its file."""
+        image = load(source.image, self.pixels)
         try:
             return source, image, read_mask(source.mask)
         except Exception as error:
             raise ValueError(f"its mask {source.mask}: {reason_of(error)}") from None
 
-    def transform(self, loaded: tuple[Pair, Image.Image, Image.Image]) -> dict[str, Tensor]:
+    def transform(self, loaded: tuple[Pair, Image.Image | Tensor, Image.Image]) -> dict[str, Tensor]:
         """UserError for a mask that does not fit its image, or holds something else
         than classes.
         """
-        pair, image, mask = loaded
-        if mask.size != image.size:
+        (pair, image, mask), size = loaded, size_of(loaded[1])
+        if mask.size != size and self.pixels.is_rgb8:
             mask = _turn(mask, pair.image)
-        if mask.size != image.size:
-            sizes = (
-                f"{mask.width} x {mask.height} pixels, but its image {pair.image} has {image.width} x "
-                f"{image.height}"
+        if mask.size != size:
+            own, wanted = (f"{width} x {height}" for width, height in (mask.size, size))
+            raise UserError(
+                f"{pair.mask}: {own} pixels, but its image {pair.image} has {wanted}; a mask has a pixel for "
+                "each of its image"
             )
-            raise UserError(f"{pair.mask}: {sizes}; a mask has a pixel for each of its image")
         return self.view.transform_pair(image, self.labels_of(mask, pair.mask))
 
     def labels_of(self, mask: Image.Image, path: str) -> Image.Image:
         return labels_in(mask, path, self.n_classes, self.reduce_zero_label)
 
     def device_transform(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Normalized float images (B, 3, h, w), int64 labels (B, h, w)."""
+        """Normalized float images (B, C, h, w), int64 labels (B, h, w)."""
         return {**batch, "image": normalize(batch["image"], self.statistics), "label": batch["label"].long()}
 
 
@@ -181,7 +189,7 @@ class SegmentationFiles(Files):
     """Images with their masks; keys and undecodable files as samplers.Files says, an
     image and its mask replaced together.
 
-    A sample: {"image": (3, h, w) uint8, "label": (h, w) uint8, class or 255 (ignored),
+    A sample: {"image": (C, h, w) uint8 or float, "label": (h, w) uint8, class or 255 (ignored),
     "index": int, "failed": [...]}. In training both are one crop; in evaluation the
     image is resized for the network and the label has the file's size. UserError for a
     mask that does not fit its image or holds something else than classes.
@@ -198,10 +206,10 @@ class SegmentationFiles(Files):
         reduce_zero_label: bool = False,
         seed: int = 0,
         passes: int = 1,
+        pixels: PixelFormat = RGB8,
     ) -> None:
-        super().__init__(
-            len(pairs), PairView(view, len(classes), statistics, reduce_zero_label), seed, passes
-        )
+        pair_view = PairView(view, len(classes), statistics, reduce_zero_label, pixels)
+        super().__init__(len(pairs), pair_view, seed, passes)
         # One array of bytes: the reference counts of many strings would copy them into
         # every worker process.
         self.paths = np.array([[os.fsencode(path) for path in pair] for pair in pairs])
@@ -274,10 +282,9 @@ class SegmentationFiles(Files):
 
 
 def normalize(image: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
-    """(..., 3, h, w) uint8 -> float, as the network takes it; `statistics`: mean and
-    std.
-    """
-    whole, mean, std = (per_channel(values, image.device) for values in ((255.0,), *statistics))
+    """(..., C, h, w) uint8, or float in [0, 1] -> float; `statistics`: mean and std."""
+    one = 1.0 if image.is_floating_point() else 255.0
+    whole, mean, std = (per_channel(values, image.device) for values in ((one,), *statistics))
     return (image.float() / whole - mean).div_(std)
 
 

@@ -1,8 +1,10 @@
 """Views of an image and its mask together: both are resized, cropped and flipped alike,
 colors vary in the image alone.
 
-Images are PIL RGB, labels PIL "L" (the class of each pixel, IGNORED: none), of one
-size. What comes back is uint8: {"image": (3, height, width), "label": (height, width)}.
+Images are PIL RGB, or of other channels and depths float tensors (C, height, width) in
+[0, 1] (data_pipeline/pixel_format.py); labels PIL "L" (the class of each pixel, IGNORED: none), of one
+size. What comes back is {"image": (C, height, width), uint8 or float, "label":
+(height, width) uint8}.
 Random views draw from Python's global generator, which the data set seeds per sample
 (samplers.Files).
 """
@@ -17,6 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as F
 
+from data_pipeline.float_images import Box, pad_float, resize_float
+from data_pipeline.resizing import AnyImage
 from errors import ParameterError
 from segmentation.mask_files import IGNORED
 
@@ -46,12 +50,14 @@ class EvaluationView:
     def __init__(self, base: int) -> None:
         self.base = base
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """RGB -> (3, height, width) uint8, the shorter side `base`."""
-        size = fit_size(image.size, self.base)
-        return as_tensor(image if size == image.size else image.resize(size, Image.Resampling.BILINEAR))
+    def __call__(self, image: AnyImage) -> Tensor:
+        """RGB -> (3, height, width) uint8, or floats -> floats, the shorter side
+        `base`.
+        """
+        size = fit_size(size_of(image), self.base)
+        return as_tensor(image if size == size_of(image) else resize(image, size))
 
-    def transform_pair(self, image: Image.Image, labels: Image.Image) -> dict[str, Tensor]:
+    def transform_pair(self, image: AnyImage, labels: Image.Image) -> dict[str, Tensor]:
         return {"image": self(image), "label": as_tensor(labels)[0]}
 
 
@@ -60,7 +66,7 @@ class TrainingView:
     mirrored, in varied colors.
 
     An image smaller than the crop is filled up at its right and at its bottom with the
-    color `fill`, its labels with IGNORED. A crop of whose labeled pixels one class has
+    color `fill` (in [0, 1]), its labels with IGNORED. A crop of whose labeled pixels one class has
     more than `max_class_share` is drawn anew, up to REDRAWS times.
     """
 
@@ -72,7 +78,7 @@ class TrainingView:
         max_class_share: float = 0.75,
         hflip: float = 0.5,
         photometric: bool = True,
-        fill: tuple[int, ...] = (128, 128, 128),
+        fill: tuple[float, ...] = (0.5, 0.5, 0.5),
     ) -> None:
         smallest, largest = scale_range
         if not 0 < smallest <= largest:
@@ -93,31 +99,48 @@ class TrainingView:
         )
         self.hflip, self.photometric, self.fill = hflip, photometric, fill
 
-    def transform_pair(self, image: Image.Image, labels: Image.Image) -> dict[str, Tensor]:
+    def transform_pair(self, image: AnyImage, labels: Image.Image) -> dict[str, Tensor]:
         image, labels = self.crop(image, labels)
         if random.random() < self.hflip:
-            image, labels = (each.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for each in (image, labels))
+            image, labels = F.hflip(image), F.hflip(labels)
         if self.photometric:
             image = distort_colors(image)
-        image, labels = pad_to_side(image, self.side, self.fill), pad_to_side(labels, self.side, IGNORED)
+        labels = pad_to_side(labels, self.side, IGNORED)
+        if isinstance(image, Tensor):
+            image = pad_float(image, self.side, self.fill)
+        else:
+            image = pad_to_side(image, self.side, tuple(round(255 * value) for value in self.fill))
         return {"image": as_tensor(image), "label": as_tensor(labels)[0]}
 
-    def crop(self, image: Image.Image, labels: Image.Image) -> tuple[Image.Image, Image.Image]:
+    def crop(self, image: AnyImage, labels: Image.Image) -> tuple[AnyImage, Image.Image]:
         """At most side x side pixels of both, resized. PIL resizes the crop's pixels
         alone, with the same result.
         """
-        width, height = fit_size(image.size, self.base, random.uniform(*self.scale_range))
+        whole = size_of(image)
+        width, height = fit_size(whole, self.base, random.uniform(*self.scale_range))
         size = min(self.side, width), min(self.side, height)
-        across, down = image.width / width, image.height / height
+        across, down = whole[0] / width, whole[1] / height
         for _ in range(1 if size == (width, height) else 1 + REDRAWS):
             left, top = random.randint(0, width - size[0]), random.randint(0, height - size[1])
-            right = min((left + size[0]) * across, image.width)  # rounding may take it beyond
-            bottom = min((top + size[1]) * down, image.height)
+            right = min((left + size[0]) * across, whole[0])  # rounding may take it beyond
+            bottom = min((top + size[1]) * down, whole[1])
             box = left * across, top * down, right, bottom
             cropped = labels.resize(size, Image.Resampling.NEAREST, box)
             if largest_share(cropped) <= self.max_class_share:
                 break
-        return image.resize(size, Image.Resampling.BILINEAR, box), cropped
+        return resize(image, size, box), cropped
+
+
+def size_of(image: AnyImage) -> Size:
+    width, height = F.get_image_size(image)
+    return width, height
+
+
+def resize(image: AnyImage, size: Size, box: Box | None = None) -> AnyImage:
+    """`box` of the image, or all of it, bilinear."""
+    if isinstance(image, Image.Image):
+        return image.resize(size, Image.Resampling.BILINEAR, box)
+    return resize_float(image, (size[1], size[0]), F.InterpolationMode.BILINEAR, box)
 
 
 def largest_share(labels: Image.Image) -> float:
@@ -128,14 +151,19 @@ def largest_share(labels: Image.Image) -> float:
     return max(counts) / sum(counts) if any(counts) else 2.0
 
 
-def distort_colors(image: Image.Image) -> Image.Image:
-    """Brightness, contrast, saturation and hue, each varied with probability 1/2;
-    contrast first or last.
+def distort_colors(image: AnyImage) -> AnyImage:
+    """Brightness, contrast, saturation and hue (of floats that are not RGB the first
+    two), each varied with probability 1/2; contrast first or last.
     """
     shift = random.uniform(-BRIGHTNESS, BRIGHTNESS) if chance() else 0.0
     contrast, saturation = (random.uniform(*FACTORS) if chance() else 1.0 for _ in range(2))
     hue = random.uniform(-HUE, HUE) if chance() else 0.0
     first = chance()
+    if isinstance(image, Tensor):
+        image = (image + shift / 255).clamp(0, 1) * (contrast if first else 1.0)
+        if len(image) == 3:
+            image = F.adjust_hue(F.adjust_saturation(image.clamp(0, 1), saturation), hue / 360)
+        return (image if first else image * contrast).clamp(0, 1)
     image = apply_lut(image, (LEVELS + shift).clip(0, 255) * (contrast if first else 1.0))
     if saturation != 1 or hue != 0:
         turned = (LEVELS + round(hue / 360 * 256)) % 256
@@ -166,6 +194,6 @@ def pad_to_side(image: Image.Image, side: int, value: int | tuple[int, ...]) -> 
     return filled
 
 
-def as_tensor(image: Image.Image) -> Tensor:
-    """(channels, height, width) uint8."""
-    return F.pil_to_tensor(image).contiguous()
+def as_tensor(image: AnyImage) -> Tensor:
+    """(channels, height, width), PIL's as uint8."""
+    return image.contiguous() if isinstance(image, Tensor) else F.pil_to_tensor(image).contiguous()

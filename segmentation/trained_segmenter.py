@@ -26,6 +26,9 @@ LOOKS_AS_TRAINED = (
     "stride",
     "whole_image",
     "imagenet_default_mean_and_std",
+    "in_chans",
+    "image_range",
+    "mean_std",
     "reduce_zero_label",
 )
 
@@ -70,8 +73,6 @@ def build_segmenter(content: WeightSource, source: str) -> Segmenter:
         settings = pretrained.infer_architecture(content.weights, content.flags)
     except UserError as error:
         raise UserError(f"{source} has no backbone that could be used: {error}") from None
-    if settings["in_chans"] != 3:
-        raise UserError(f"{source} is of images with {settings['in_chans']} channels: here they have 3")
     del settings["num_classes"], settings["use_mean_pooling"]
     model = modeling_segmentation.assemble(
         "upernet" if any(key.startswith("decode_head.psp_modules.") for key in heads) else "setr_pup",

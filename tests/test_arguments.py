@@ -56,6 +56,8 @@ NO_PATHS = {  # texts that name something else
     "teacher_model_type",
     "model_key",
     "checkpoint_key",
+    "image_range",  # numbers, or a word
+    "mean_std",
     "model_prefix",
     "model_filter_name",
     "robust_test",

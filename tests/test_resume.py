@@ -19,6 +19,7 @@ from checkpoint_io.optimizer_state import check_saved_state
 from data_pipeline.image_lists import find_classes_folder
 from datasets import ImageFiles
 from errors import UserError
+from transforms import eval_view
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +234,7 @@ def test_other_images_or_another_seed_are_refused_unless_allowed(finished, data,
 def test_moved_images_are_the_same_unless_names_or_labels_change(data, tmp_path):
     def digest(folder):
         samples, classes = find_classes_folder(str(folder))
-        return ImageFiles(samples, None, classes=classes).digest(str(folder))
+        return ImageFiles(samples, eval_view(32), classes=classes).digest(str(folder))
 
     moved = shutil.copytree(data, tmp_path / "elsewhere/photos")
     assert digest(moved) == digest(data)

@@ -81,7 +81,7 @@ def test_deep_ppm_is_scaled_by_its_own_maximum(tmp_path):
 )
 def test_numbers_without_a_white_are_refused(values, tmp_path):
     Image.fromarray(values.reshape(5, 5)).save(tmp_path / "x.tif")
-    with pytest.raises(ValueError, match="nothing says which is white; convert it to 8 or 16 bits"):
+    with pytest.raises(ValueError, match="nothing says which is white; give `image_range`"):
         load_image(str(tmp_path / "x.tif"))
 
 

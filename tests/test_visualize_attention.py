@@ -283,12 +283,12 @@ def test_a_broken_image_of_a_folder_is_named_and_left_out(mixed, weights, tmp_pa
 
 
 def test_whatever_a_decoder_raises_leaves_one_image_out(mixed, monkeypatch):
-    def load(path):
+    def load(path, pixels):
         if path.endswith("2.jpg"):
             raise SyntaxError("broken PNG file")  # as PIL does
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr(inputs, "load_image", load)
+    monkeypatch.setattr(inputs, "load", load)
     shown = [path[-5:] for path, _ in inputs.read_shown(inputs.find_shown([str(mixed)], 9, "--image"))]
     assert shown == ["0.jpg", "1.jpg", "3.jpg", "4.jpg", "5.jpg"]
     with pytest.raises(inputs.UserError, match=r"2\.jpg: cannot be read \(broken PNG file\)"):

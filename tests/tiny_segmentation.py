@@ -30,6 +30,9 @@ def segmentation_args(root, **changed):
         "hflip": 0.5,
         "photometric": True,
         "imagenet_default_mean_and_std": False,
+        "in_chans": 3,
+        "image_range": None,
+        "mean_std": None,
         "seed": 0,
     }
     return Namespace(**{**flags, **changed})

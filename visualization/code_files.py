@@ -242,13 +242,13 @@ def draw_token_maps(parts: Parts, view: ImageOnly, root: str, count: int) -> Non
     readable = (
         (name, codes, picture)
         for name, codes in parts.images()
-        if (picture := inputs.read_or_leave_out(os.path.join(root, name))) is not None
+        if (picture := inputs.read_or_leave_out(os.path.join(root, name), view.pixels)) is not None
     )
     shown = itertools.islice(readable, count)
     for number in itertools.count():
         images, maps = [], []
         for name, codes, picture in itertools.islice(shown, SHEET):
-            image = drawing.enlarge(view(picture)["image"])
+            image = drawing.enlarge(drawing.as_rgb(view(picture)["image"]))
             grid = torch.from_numpy(codes.astype(np.int64))
             images.append(drawing.add_caption(image, name))
             maps.append(drawing.token_map(grid, parts.n_codes, image.shape[1:]))

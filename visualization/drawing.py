@@ -22,11 +22,18 @@ RED = (0.9, 0.1, 0.1)
 
 
 def denormalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Undo the input normalization: (..., 3, height, width) -> the same in [0, 1]."""
-    shape = (3, 1, 1)
+    """Undo the input normalization: (..., C, height, width) -> the same in [0, 1]."""
+    shape = (-1, 1, 1)
     return (image * torch.tensor(std).view(shape).to(image) + torch.tensor(mean).view(shape).to(image)).clamp(
         0, 1
     )
+
+
+def as_rgb(image: Tensor) -> Tensor:
+    """What pictures show of an image (C, height, width): its first three channels, or
+    the first one in gray where there are fewer.
+    """
+    return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
 
 
 def masked_image(image: Tensor, mask: Tensor) -> Tensor:
@@ -102,6 +109,7 @@ def draw_reconstructions(
     `captions`: three texts for each image, one for each of the three; the pictures are
     enlarged to make room for them. `a_row`: images in a row.
     """
+    images, drawn = [as_rgb(image) for image in images], [as_rgb(image) for image in drawn]
     if captions is not None:
         images, drawn = [enlarge(image) for image in images], [enlarge(image) for image in drawn]
     kinds = [images, [token_map(c.cpu(), n_codes, images[0].shape[-2:]) for c in codes], drawn]

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import save_image
 
-from data_pipeline.image_formats import load_image
+from data_pipeline.array_files import ARRAY_EXTENSIONS, read_array
 from data_pipeline.image_lists import find_images_or_file
+from data_pipeline.pixel_format import RGB8, PixelFormat, endings_of, load
 from errors import UserError
 from runtime.terminal import log
 
@@ -24,20 +25,35 @@ PAGES = (".html", ".htm")
 # ── Images to show ──
 
 
-def find_shown(sources: Sequence[str], count: int, flag: str) -> list[str]:
+def check_shown(sources: Sequence[str], flag: str) -> None:
+    """UserError for what does not exist, and for a file named by itself that is neither
+    an image nor an array: to be called before a model is opened, which says how pixels
+    are read.
+    """
+    for source in sources:
+        if not os.path.exists(source):
+            raise UserError(f"{flag} {source}: no such file or folder")
+        for path in find_images_or_file(source, flag, ARRAY_EXTENSIONS)[: os.path.isfile(source)]:
+            try:
+                read_array(path, in_chans=3)
+            except Exception as error:  # decoders raise nearly anything for broken files
+                raise UserError(f"{flag} {source}: cannot be read ({error})") from None
+
+
+def find_shown(sources: Sequence[str], count: int, flag: str, pixels: PixelFormat = RGB8) -> list[str]:
     """The files among `sources`, and `count` files of each folder, evenly spread.
 
-    To be called before other work. UserError for what does not exist, and for a file
-    named by itself that is not an image; `flag` names the source in its message.
+    UserError for what does not exist, and for a file named by itself that is not an
+    image; `flag` names the source in its message.
     """
     chosen: list[str] = []
     for source in sources:
         if not os.path.exists(source):
             raise UserError(f"{flag} {source}: no such file or folder")
-        paths = find_images_or_file(source, flag)
+        paths = find_images_or_file(source, flag, endings_of(pixels))
         if not os.path.isdir(source):
             try:
-                load_image(source)
+                load(source, pixels)
             except Exception as error:  # PIL raises nearly anything for broken files
                 raise UserError(f"{flag} {source}: cannot be read ({error})") from None
         taken = min(count, len(paths))
@@ -45,23 +61,25 @@ def find_shown(sources: Sequence[str], count: int, flag: str) -> list[str]:
     return chosen
 
 
-def read_or_leave_out(path: str) -> Image.Image | None:
+def read_or_leave_out(path: str, pixels: PixelFormat = RGB8) -> Image.Image | Tensor | None:
     """The image, or None and a warning that names the file if it does not decode."""
     try:
-        return load_image(path)
+        return load(path, pixels)
     except Exception as error:  # PIL raises nearly anything for broken files
         log.warning(f"cannot read {path} ({error}): left out")
         return None
 
 
-def read_shown(paths: Sequence[str]) -> Iterator[tuple[str, Image.Image]]:
+def read_shown(
+    paths: Sequence[str], pixels: PixelFormat = RGB8
+) -> Iterator[tuple[str, Image.Image | Tensor]]:
     """(path, image) of those that can be read; the others are named in the log.
 
     UserError at the end if there was none.
     """
     shown = 0
     for path in paths:
-        image = read_or_leave_out(path)
+        image = read_or_leave_out(path, pixels)
         if image is not None:
             shown += 1
             yield path, image

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import modeling_vqkd
 from checkpoint_io import downloads, tokenizer_weights, weight_files, weight_formats
+from data_pipeline.pixel_format import PixelFormat
 from errors import UserError
 from layers.init_weights import truncated_normal_
 from modeling_finetune import VisionTransformer
@@ -41,7 +42,9 @@ class PixelDecoder(nn.Module):
     ValueError: `dim` is not a multiple of 32.
     """
 
-    def __init__(self, grid: tuple[int, int], code_dim: int, depth: int, dim: int) -> None:
+    def __init__(
+        self, grid: tuple[int, int], code_dim: int, depth: int, dim: int, out_chans: int = 3
+    ) -> None:
         super().__init__()
         self.vit = VisionTransformer(
             img_size=grid,
@@ -54,13 +57,13 @@ class PixelDecoder(nn.Module):
         )
         self.grid = grid
         self.to_pixels = nn.ConvTranspose2d(
-            dim, 3, 2 * PATCH_SIZE, stride=PATCH_SIZE, padding=PATCH_SIZE // 2
+            dim, out_chans, 2 * PATCH_SIZE, stride=PATCH_SIZE, padding=PATCH_SIZE // 2
         )
         truncated_normal_(self.to_pixels.weight, std=0.02, cut=2.0)
         self.to_pixels.bias.data.zero_()
 
     def forward(self, z: Tensor) -> Tensor:
-        """Code vectors (B, D, h, w) -> images (B, 3, h * P, w * P) in [0, 1], fp32."""
+        """Code vectors (B, D, h, w) -> images (B, C, h * P, w * P) in [0, 1], fp32."""
         tokens = self.vit.forward_features(z, return_patch_tokens=True)  # (B, N, C)
         height, _ = self.grid
         return torch.sigmoid(self.to_pixels(rearrange(tokens, "b (h w) c -> b c h w", h=height)).float())
@@ -85,7 +88,8 @@ class Reconstructor(nn.Module):
         for name in ("input_mean", "input_std"):
             tokenizer.register_buffer(name, getattr(tokenizer, name), persistent=True)
         self.grid: tuple[int, int] = tokenizer.encoder.patch_embed.patch_shape
-        self.decoder = PixelDecoder(self.grid, tokenizer.quantize.codebook_dim, depth, dim)
+        code_dim, in_chans = tokenizer.quantize.codebook_dim, tokenizer.pixels.in_chans
+        self.decoder = PixelDecoder(self.grid, code_dim, depth, dim, in_chans)
 
     def train(self, mode: bool = True) -> Reconstructor:
         super().train(mode)
@@ -97,15 +101,20 @@ class Reconstructor(nn.Module):
         return PATCH_SIZE * self.grid[0]
 
     @property
+    def pixels(self) -> PixelFormat:
+        """Of the images that it encodes and draws."""
+        return self.tokenizer.pixels
+
+    @property
     def n_codes(self) -> int:
         return self.tokenizer.quantize.num_tokens
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) in [0, 1] -> codes (B, h, w) int64."""
+        """Images (B, C, height, width) in [0, 1] -> codes (B, h, w) int64."""
         return self.tokenizer.get_codebook_indices(images).view(-1, *self.grid)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w) -> images (B, 3, height, width) in [0, 1], from the codes'
+        """Codes (B, h, w) -> images (B, C, height, width) in [0, 1], from the codes'
         vectors alone.
         """
         vectors = F.embedding(codes, self.tokenizer.quantize.embedding.weight)
@@ -125,8 +134,8 @@ def open_reconstructor(source: str, flag: str) -> Reconstructor:
     `source`: a path or a URL, which `flag` names in messages. UserError: the file holds
     no pixel decoder.
     """
-    found = weight_files.extract_weights(weight_files.load_file(downloads.fetch(source)), source)
-    weights = weight_formats.strip_wrappers(found)
+    content = weight_files.load_file(downloads.fetch(source))
+    weights = weight_formats.strip_wrappers(weight_files.extract_weights(content, source))
     if "decoder.to_pixels.weight" not in weights:
         raise UserError(
             f"{flag} {source} holds no pixel decoder: run_vqkd_training.py --train_pixel_decoder trains one"
@@ -144,6 +153,8 @@ def open_reconstructor(source: str, flag: str) -> Reconstructor:
         tokenizer_weights.count_blocks(weights, "decoder.vit"),
         weights["decoder.to_pixels.weight"].shape[0],
     )
+    flags = weight_files.flags_to_dict(content.get("args") if isinstance(content, dict) else None)
+    tokenizer.image_range = flags.get("image_range")
     model = Reconstructor(tokenizer, depth, dim)
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)

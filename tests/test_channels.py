@@ -1,0 +1,337 @@
+"""Runs on images that are not 8-bit RGB, from the tokenizer to every use of the
+weights.
+"""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from refusals import refused
+from test_pixel_format import write_png_16
+from tiny_channels import four_channel_pairs, four_channels, gray_12_bits
+from tiny_runs import (
+    as_flags,
+    assert_same_weights,
+    checkpoint,
+    finetuning_flags,
+    kill_after,
+    pretraining_flags,
+    segmentation_flags,
+    vqkd_flags,
+)
+from torch.nn import functional as F
+
+import encode_images
+import export_checkpoint
+import modeling_finetune
+import run_beitv2_pretraining
+import run_class_finetuning
+import run_linear_eval
+import run_segmentation_finetuning
+import run_vqkd_training
+import visualize_attention
+import visualize_codebook
+import visualize_reconstruction
+from errors import ParameterError
+from layers.hog import compute_hog
+from pretrained import open_backbone
+from vqkd_teachers import build_teacher
+
+FOUR = [*as_flags(in_chans=4), "--image_range", "0", "4095"]
+GRAY = as_flags(in_chans=1, image_range="auto", mean_std="auto")
+PICTURES = as_flags(image_freq=1)
+
+
+@pytest.fixture(scope="module")
+def gray(tmp_path_factory):
+    return gray_12_bits(tmp_path_factory.mktemp("gray"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return four_channels(tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(scope="module")
+def gray_tokenizer(gray, tmp_path_factory):
+    out = tmp_path_factory.mktemp("gray_vqkd")
+    run_vqkd_training.main(vqkd_flags(gray, out, *GRAY, *PICTURES, *as_flags(eval_data_path=gray)))
+    return out / "checkpoint.pth"
+
+
+@pytest.fixture(scope="module")
+def four_tokenizer(four, tmp_path_factory):
+    out = tmp_path_factory.mktemp("four_vqkd")
+    run_vqkd_training.main(vqkd_flags(four, out, *FOUR, *PICTURES, *as_flags(mean_std="auto")))
+    return out / "checkpoint.pth"
+
+
+@pytest.fixture(scope="module")
+def four_student(four, four_tokenizer, tmp_path_factory):
+    out = tmp_path_factory.mktemp("four_student")
+    more = [*FOUR, *PICTURES, *as_flags(mean_std="auto", knn_freq=1, knn_data_path=split(four, out))]
+    run_beitv2_pretraining.main(pretraining_flags(four, out, four_tokenizer, *more))
+    return out / "checkpoint.pth"
+
+
+def split(folder, out):
+    """train/ and val/, both of all images."""
+    for name in ("train", "val"):
+        (out / "knn").mkdir(exist_ok=True)
+        (out / "knn" / name).symlink_to(folder)
+    return out / "knn"
+
+
+def stored_flags(path):
+    return {name: checkpoint(path)["args"][name] for name in ("in_chans", "image_range", "mean_std")}
+
+
+# ── the tokenizer and pretraining ──
+
+
+def test_12_bit_gray_finds_its_range_and_keeps_it(gray_tokenizer, gray, tmp_path, capsys):
+    flags = stored_flags(gray_tokenizer)
+    low, high = flags["image_range"]
+    values = np.stack([np.asarray(Image.open(path)) for path in sorted(gray.glob("*/*.png"))])
+    assert (low, high) == pytest.approx(tuple(np.percentile(values, (0.1, 99.9))), rel=1e-5)
+    assert len(flags["mean_std"]) == 2
+    weights = checkpoint(gray_tokenizer)["model"]
+    assert weights["encoder.patch_embed.proj.weight"].shape[1] == 1
+    assert weights["decode_task_layer.2.bias"].shape == (36,)  # HOG of one channel
+    # the student takes the range of its tokenizer
+    run_beitv2_pretraining.main(pretraining_flags(gray, tmp_path, gray_tokenizer, *GRAY, *PICTURES))
+    assert stored_flags(tmp_path / "checkpoint.pth")["image_range"] == flags["image_range"]
+    out = capsys.readouterr().out
+    assert re.search(
+        rf"pixels     1 channel, range {low:g} to {high:g} \(of the tokenizer\), mean \S+, std \S+ \(of 16",
+        out,
+    )
+
+
+def test_resumption_is_exact_and_measures_nothing_again(gray, gray_tokenizer, tmp_path, monkeypatch, capsys):
+    flags = [*GRAY, *as_flags(save_ckpt_steps=1)]
+    run_beitv2_pretraining.main(pretraining_flags(gray, tmp_path / "whole", gray_tokenizer, *flags))
+    with monkeypatch.context() as patched:
+        kill_after(3, patched)
+        with pytest.raises(KeyboardInterrupt):
+            run_beitv2_pretraining.main(pretraining_flags(gray, tmp_path / "cut", gray_tokenizer, *flags))
+    capsys.readouterr()
+    run_beitv2_pretraining.main(pretraining_flags(gray, tmp_path / "cut", gray_tokenizer, *flags))
+    out = capsys.readouterr().out
+    assert "mean" in out and "(of the checkpoint)" in out and "changed" not in out
+    assert_same_weights(tmp_path / "whole" / "checkpoint.pth", tmp_path / "cut" / "checkpoint.pth")
+    kept = stored_flags(tmp_path / "cut" / "checkpoint.pth")
+    assert kept == stored_flags(tmp_path / "whole" / "checkpoint.pth")
+
+
+def test_four_channels_pretrain(four_student):
+    content = checkpoint(four_student)
+    assert content["model"]["patch_embed.proj.weight"].shape[1] == 4
+    assert content["data"]["images"] == 16  # .npy and .tif
+    assert len(content["args"]["mean_std"]) == 8
+    assert (four_student.parent / "pictures").is_dir()
+
+
+def test_an_rgb_tokenizer_sees_the_channels_it_is_told(four, tokenizer_weight, tmp_path, capsys):
+    flags = pretraining_flags(four, tmp_path, tokenizer_weight, *FOUR)
+    assert "encodes images of 3 channels, not 4" in refused(run_beitv2_pretraining.main, flags, capsys)
+    run_beitv2_pretraining.main([*flags, "--teacher_channels", "2", "1", "0"])
+    assert "was trained with no --image_range, this run has --image_range 0 4095" in capsys.readouterr().out
+
+
+def test_pixels_are_a_target_of_any_channels(four, tmp_path):
+    more = [*FOUR, *PICTURES, *as_flags(target="pixels", epochs=1)]
+    flags = pretraining_flags(four, tmp_path, tmp_path / "none")
+    run_beitv2_pretraining.main([*flags, *more])
+    assert checkpoint(tmp_path / "checkpoint.pth")["model"]["lm_head.bias"].shape == (4 * 16 * 16,)
+
+
+def test_hog_is_of_each_channel():
+    x = torch.rand(2, 5, 32, 32)
+    third = compute_hog(x).unflatten(-1, (5, 36))[:, :, 2]
+    assert torch.allclose(F.normalize(third, dim=-1), compute_hog(x[:, 2:3]), atol=1e-5)
+    assert build_teacher("hog", grid=2, in_chans=5).targets(x).shape == (2, 4, 5 * 36)
+
+
+def test_a_teacher_of_rgb_sees_three_channels():
+    x = torch.rand(2, 4, 32, 32)
+    name = "timm:vit_tiny_patch16_224"
+    with pytest.raises(ParameterError, match="`teacher_channels` 0 1 2"):
+        build_teacher(name, "random", 32, in_chans=4)
+    chosen = build_teacher(name, "random", 32, in_chans=4, channels=[3, 0, 0])
+    plain = build_teacher(name, "random", 32)
+    assert torch.equal(chosen.targets(x), plain.targets(x[:, [3, 0, 0]]))
+
+
+# ── uses of the weights ──
+
+
+def test_fine_tuning_and_its_evaluation(four, four_student, tmp_path, capsys):
+    flags = finetuning_flags(four, tmp_path, *as_flags(finetune=four_student, in_chans=4))
+    run_class_finetuning.main([*flags, *as_flags(image_range="auto", mean_std="auto")])
+    out = capsys.readouterr().out
+    assert "--aa rand-m9-mstd0.5-inc1 is of 8-bit RGB" in out
+    kept = stored_flags(tmp_path / "checkpoint.pth")
+    assert kept == stored_flags(four_student)  # auto: as the pretrained weights
+    capsys.readouterr()
+    ranges = as_flags(in_chans=4, image_range="auto", mean_std="auto", eval=True)
+    run_class_finetuning.main([*flags, *ranges, *as_flags(resume=tmp_path / "checkpoint.pth")])
+    out = capsys.readouterr().out
+    assert "acc1" in out and "may suffer" not in out
+    flags = finetuning_flags(four, "", *as_flags(finetune=four_student))
+    assert "give --in_chans 4" in refused(run_class_finetuning.main, flags, capsys)
+
+
+@pytest.mark.parametrize("mode", ["--knn", "--cached_features"])
+def test_a_probe_reads_images_as_its_backbone_did(mode, four, four_student, tmp_path, capsys):
+    flags = as_flags(finetune=four_student, data_set="image_folder", data_path=four, eval_data_path=four)
+    more = ["--knn_k", "1"] if mode == "--knn" else as_flags(epochs=1, image_freq=0)
+    fixed = as_flags(device="cpu", amp_dtype="fp32", num_workers=0, batch_size=4, output_dir=tmp_path)
+    run_linear_eval.main([*flags, *more, *fixed, mode])
+    out = capsys.readouterr().out
+    assert "pixels     4 channels, range 0 to 4095" in out
+    if mode == "--knn":  # each image finds itself
+        assert json.loads((tmp_path / "knn.json").read_text())["knn1_acc1"] == 100
+
+
+def test_segmentation_of_four_channels(four_student, tmp_path, capsys):
+    pairs = four_channel_pairs(tmp_path / "pairs")
+    more = [*FOUR, *PICTURES, *as_flags(finetune=four_student, mean_std="auto")]
+    flags = [flag if flag != "3" else "2" for flag in segmentation_flags(pairs, tmp_path / "out")]
+    flags[flags.index("--steps_per_epoch") + 1] = "3"
+    run_segmentation_finetuning.main([*flags, *more])
+    assert (
+        stored_flags(tmp_path / "out" / "checkpoint.pth")["mean_std"]
+        == stored_flags(four_student)["mean_std"]
+    )
+    run_segmentation_finetuning.main(
+        as_flags(
+            predict=pairs / "images" / "validation",
+            resume=tmp_path / "out" / "checkpoint.pth",
+            output_dir=tmp_path / "labels",
+            device="cpu",
+        )
+    )
+    assert "as trained" in capsys.readouterr().out
+    names = sorted(path.name for path in (tmp_path / "labels" / "predictions").glob("*_labels.png"))
+    assert names == ["0_labels.png", "1_labels.png", "2_labels.png"]
+    assert Image.open(tmp_path / "labels" / "predictions" / "0_overlay.png").size == (56, 40)
+
+
+def test_codes_and_pictures_of_four_channels(four, four_tokenizer, four_student, tmp_path, capsys):
+    codes = tmp_path / "codes"
+    fixed = as_flags(device="cpu", num_workers=0)
+    flags = as_flags(tokenizer_weight=four_tokenizer, data_path=four, output_dir=codes, maps=2)
+    encode_images.main([*flags, *fixed])
+    assert np.load(codes / "codes.npy").shape == (16, 4)
+    about = json.loads((codes / "about.json").read_text())
+    assert (about["in_chans"], about["image_range"]) == (4, [0, 4095])
+    visualize_codebook.main(as_flags(encoded=codes, output=tmp_path / "page.html"))
+    picture = tmp_path / "attention.png"
+    visualize_attention.main(
+        as_flags(checkpoint=four_student, image=four / "a", count=2, output=picture, device="cpu")
+    )
+    assert picture.exists() and (tmp_path / "page.html").exists()
+
+
+def test_pixels_of_four_channels_are_drawn_from_codes(four, four_tokenizer, tmp_path, capsys):
+    flags = as_flags(data_path=four, output_dir=tmp_path / "out", train_pixel_decoder=True, epochs=1)
+    fixed = as_flags(input_size=32, device="cpu", amp_dtype="fp32", num_workers=0, batch_size=4)
+    flags += as_flags(tokenizer_weight=four_tokenizer, pixel_decoder_dim=32)
+    message = refused(run_vqkd_training.main, [*flags, *fixed, "--in_chans", "4"], capsys)
+    assert "give --in_chans 4 --image_range 0 4095" in message
+    run_vqkd_training.main([*flags, *fixed, *FOUR, *PICTURES])
+    saved, picture = tmp_path / "out" / "checkpoint.pth", tmp_path / "drawn.png"
+    assert checkpoint(saved)["model"]["decoder.to_pixels.bias"].shape == (4,)
+    visualize_reconstruction.main(as_flags(checkpoint=saved, image=four / "a", output=picture, device="cpu"))
+    assert picture.exists()
+
+
+# ── weights of other channels ──
+
+
+def test_rgb_weights_go_to_four_channels_as_timm_does_it(tmp_path):
+    name = "beit_base_patch16_224"
+    options = {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 1, "num_classes": 0}
+    torch.save(timm.create_model(name, **options).state_dict(), tmp_path / "rgb.pth")
+    theirs = timm.create_model(
+        name,
+        **options,
+        in_chans=4,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "rgb.pth")},
+    )
+    ours, _ = open_backbone(str(tmp_path / "rgb.pth"), num_heads=2, in_chans=4)
+    x = torch.rand(2, 4, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(ours.patch_embed.proj.weight, theirs.patch_embed.proj.weight)
+        assert torch.allclose(ours.forward_features(x), theirs.eval()(x), atol=1e-5)
+
+
+def test_export_to_timm_keeps_channels_and_statistics(four, four_student, tmp_path):
+    export_checkpoint.main(as_flags(checkpoint=four_student, to="timm", output=tmp_path / "timm"))
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    statistics = stored_flags(four_student)["mean_std"]
+    assert theirs.pretrained_cfg["input_size"] == (4, 32, 32)
+    assert [*theirs.pretrained_cfg["mean"], *theirs.pretrained_cfg["std"]] == pytest.approx(statistics)
+    ours, _ = open_backbone(str(four_student))
+    x = torch.rand(2, 4, 32, 32)
+    with torch.no_grad():
+        own = ours.get_intermediate_layers(x)[-1]
+        other = theirs.forward_intermediates(x, return_prefix_tokens=True, intermediates_only=True)[-1]
+    tokens = other[0].flatten(2).transpose(1, 2)
+    assert torch.allclose(own[:, 1:], tokens, atol=1e-5)
+    # and back
+    again, flags = open_backbone(str(tmp_path / "timm"))
+    assert again.patch_embed.proj.in_channels == 4
+    assert flags["mean_std"] == pytest.approx(statistics)
+
+
+def test_16_bit_colors_keep_their_depth(tmp_path):
+    rng = np.random.RandomState(0)
+    for index in range(4):
+        write_png_16(tmp_path / f"{index}.png", rng.randint(0, 2**16, (40, 40, 3)).astype(np.uint16))
+    flags = vqkd_flags(tmp_path, "", "--image_range", "0", "65535", *as_flags(epochs=1))
+    dataset = run_vqkd_training.build_dataset(run_vqkd_training.parse_flags(flags))
+    assert len(dataset[0]["image"].unique()) > 2900  # of 3 * 32 * 32
+
+
+# ── refusals ──
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--image_range 4095 0", "--image_range 4095.0 0.0: give two numbers, black and then white"),
+        ("--image_range 7", "--image_range 7.0: give two numbers"),
+        ("--image_range white", "'white' is neither a number nor auto"),
+        ("--mean_std half 0.5", "--mean_std half 0.5: give one word, or numbers"),
+        ("--mean_std 0.5 0.5", "--in_chans 3 needs 6 numbers"),
+        ("--mean_std 0.5 0.5 0.5 1 0 1", "standard deviations above 0"),
+        ("--mean_std auto --imagenet_default_mean_and_std", "both say how images are normalized"),
+        ("--in_chans 4 --imagenet_default_mean_and_std", "ImageNet's mean and std are of 3 channels"),
+        ("--in_chans 4 --mean_std imagenet", "ImageNet's mean and std are of 3 channels"),
+        ("--in_chans 4 --teacher_channels 0 1 4", "--teacher_channels 4: --in_chans 4 are channels 0 to 3"),
+        (
+            "--in_chans 4 --teacher_channels 0 1 2 --data_pipeline fast",
+            "--data_pipeline fast is a way for 8-bit RGB",
+        ),
+        ("--in_chans 4 --tokenizer_model dall-e", "dall-e reads RGB, of --in_chans 4"),
+        ("--in_chans 2", "no image of a sample of 16 could be read"),
+    ],
+)
+def test_flags_of_pixels_are_checked(flags, message, four, tokenizer_weight, capsys):
+    given = pretraining_flags(four, "", tokenizer_weight)
+    if "dall-e" in flags:
+        start = given.index("--second_input_size")
+        given = given[:start] + given[start + 2 :]
+    assert message in refused(run_beitv2_pretraining.main, [*given, *flags.split()], capsys)
+
+
+def test_a_model_without_flags_of_pixels_is_as_ever():
+    model = modeling_finetune.create_model("beit_demo_patch16_128", img_size=32)
+    assert model.patch_embed.proj.in_channels == 3
