@@ -1,6 +1,4 @@
-"""Fine-tune a pretrained vision transformer for semantic segmentation; evaluate one;
-label images (docs/segmentation.md).
-"""
+"""Semantic segmentation: fine-tune, evaluate, label images (docs/segmentation.md)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from arguments import (
     WEIGHTS,
     Flags,
     Number,
-    above_zero,
     changed_flags,
     crop_share,
     expand_home,
@@ -27,6 +26,7 @@ from arguments import (
 )
 from errors import UserError
 from flags.images import add_data_flags, add_label_flags
+from flags.knn import add_knn_flags
 from flags.optimization import add_optimizer_flags
 from flags.pixel_format import check_pixel_flags
 from flags.run import add_run_flags
@@ -195,17 +195,6 @@ def add_published_flags(parser: argparse.ArgumentParser) -> None:
         const=True,
         default=False,
         help="normalize by ImageNet's statistics, not 0.5/0.5",
-    )
-
-
-def add_knn_flags(group: Any) -> None:
-    group.add_argument(
-        "--knn_temperature", type=above_zero, default=0.07, help="a neighbor's vote is exp(similarity / this)"
-    )
-    group.add_argument(
-        "--knn_standardize",
-        action="store_true",
-        help="channels to mean 0 and std 1 over the training images before they are compared",
     )
 
 
