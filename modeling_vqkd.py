@@ -23,6 +23,7 @@ from checkpoint_io.tokenizer_weights import (
     load_tokenizer_weights,
     read_tokenizer,
 )
+from checkpoint_io.weight_formats import infer_trunk_parts
 from errors import UserError, pick
 from layers.init_weights import init_linear_and_norm
 from layers.rel_pos_bias import grid_of
@@ -208,6 +209,7 @@ class Variant:
         teacher: Any = None,
         decoder_out_dim: int | None = None,
         decoder_depth: int | None = None,
+        encoder_parts: dict[str, Any] | None = None,
         **options: Any,
     ) -> VQKD:
         """A tokenizer to train, or with as_tokenizer a frozen one in eval mode: with
@@ -216,6 +218,8 @@ class Variant:
         Args:
             img_size: default: the row's.
             decoder_depth: blocks of the decoder; default: the weights', else the row's.
+            encoder_parts: as infer_trunk_parts, of weights that the encoder will take; default: the file's,
+                else absolute positions alone.
             options: more arguments of VQKD.
         """
         frozen, weights = as_tokenizer or as_tokenzer, None
@@ -225,12 +229,14 @@ class Variant:
             check_codebook(weights, n_code, code_dim, source)
             decoder_out_dim = len(weights["decode_task_layer.2.bias"])  # whoever the teacher was
             decoder_depth = infer_decoder_depth(weights, decoder_depth, source)
+            encoder_parts = infer_trunk_parts(weights, prefix="encoder.")
             options.setdefault("process_type", flags.get("process_type", "default"))
         if decoder_out_dim is None:
             decoder_out_dim = TEACHER_DIMS[self.teacher] if teacher is None else teacher.dim
         width, depth = self.encoder_shape
         grid, own = (img_size or self.img_size) // PATCH_SIZE, {"num_classes": 0, "embed_dim": width}
         encoder = {"img_size": grid * PATCH_SIZE, "patch_size": PATCH_SIZE, "depth": depth, **own}
+        encoder |= {**(encoder_parts or {}), "use_abs_pos_emb": True}  # by which its file tells its grid
         decoder = {"img_size": grid, "patch_size": 1, "depth": decoder_depth or self.decoder_depth, **own}
         model = VQKD(
             encoder | {"num_heads": SIZES[self.size].num_heads},

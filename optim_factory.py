@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,18 @@ class LayerDecayValueAssigner:
         return get_num_layer_for_vit(name, len(self.values))
 
 
+def decayed_layers(
+    decay: float, depth: int, trunk: str = ""
+) -> tuple[Callable[[str], int] | None, Callable[[int], float] | None]:
+    """`get_num_layer` and `get_layer_scale` of get_parameter_groups for a model with
+    `depth` blocks, whose trunk's parameters are called `trunk`...; None for a decay of 1.
+    """
+    if decay == 1:
+        return None, None
+    layers = LayerDecayValueAssigner(layer_decay_values(decay, depth))
+    return lambda name: layers.get_layer_id(name.removeprefix(trunk)), layers.get_scale
+
+
 def layer_decay_values(decay: float, depth: int) -> list[float]:
     """decay ** (L + 1 - layer) for the layers 0 .. L + 1 of a model with L blocks."""
     return [decay ** (depth + 1 - layer) for layer in range(depth + 2)]
@@ -55,13 +67,15 @@ def get_parameter_groups(
     skip_list: Iterable[str] = (),
     get_num_layer: Callable[[str], int] | None = None,
     get_layer_scale: Callable[[int], float] | None = None,
+    frozen_at_first: Container[str] = (),
 ) -> list[dict[str, Any]]:
-    """Groups `[layer_i_]{decay,no_decay}` in the order in which the parameters first
-    meet them.
+    """Groups `[frozen_][layer_i_]{decay,no_decay}` in the order in which the parameters
+    first meet them.
 
     No weight decay for 1-d parameters, biases and the names in `skip_list`. Each group
     carries `weight_decay` and `lr_scale`; the training loop multiplies the scheduled
-    rate by the latter.
+    rate by the latter. `frozen_at_first`: the names of parameters that do not learn in
+    the schedule's first `freeze_steps`.
     """
     skipped = set(skip_list)
     groups: dict[str, dict[str, Any]] = {}
@@ -73,6 +87,8 @@ def get_parameter_groups(
         layer = get_num_layer(name) if get_num_layer is not None else None
         if layer is not None:
             group = f"layer_{layer}_{group}"
+        if name in frozen_at_first:
+            group = f"frozen_{group}"
         if group not in groups:
             scale = 1.0 if layer is None or get_layer_scale is None else get_layer_scale(layer)
             groups[group] = {"name": group, "weight_decay": decay, "params": [], "lr_scale": scale}
@@ -87,6 +103,7 @@ def create_optimizer(
     get_layer_scale: Callable[[int], float] | None = None,
     filter_bias_and_bn: bool = True,
     skip_list: Iterable[str] | None = None,
+    frozen_at_first: Container[str] = (),
 ) -> torch.optim.Optimizer:
     """The optimizer named by args.opt over the model's parameter groups.
 
@@ -99,7 +116,9 @@ def create_optimizer(
     if skip_list is None:
         skip_list = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     if filter_bias_and_bn:
-        groups = get_parameter_groups(model, args.weight_decay, skip_list, get_num_layer, get_layer_scale)
+        groups = get_parameter_groups(
+            model, args.weight_decay, skip_list, get_num_layer, get_layer_scale, frozen_at_first
+        )
     else:
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups = [{"name": "all", "params": trainable, "lr_scale": 1.0, "weight_decay": args.weight_decay}]
@@ -191,12 +210,14 @@ class Schedule:
     lr: np.ndarray
     weight_decay: np.ndarray
     in_steps: bool = False
+    freeze_steps: int = 0  # the first ones, in which groups named "frozen_..." do not learn
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the groups' values for optimizer step `step` of the run."""
         step = min(step, len(self.lr) - 1)
         for group in optimizer.param_groups:
-            group["lr"] = float(self.lr[step]) * group["lr_scale"]
+            frozen = step < self.freeze_steps and group["name"].startswith("frozen_")
+            group["lr"] = 0.0 if frozen else float(self.lr[step]) * group["lr_scale"]
             if not group["name"].endswith("no_decay"):
                 group["weight_decay"] = float(self.weight_decay[step])
 
@@ -211,6 +232,7 @@ class ScheduleOptions:
     warmup_steps: int  # above 0: replaces warmup_epochs
     weight_decay: float
     weight_decay_end: float | None  # None: the weight decay is constant
+    freeze_epochs: int = 0
 
 
 def build_schedule(options: ScheduleOptions, lr: float, steps_per_epoch: int) -> Schedule:
@@ -237,6 +259,7 @@ def build_schedule(options: ScheduleOptions, lr: float, steps_per_epoch: int) ->
             lr, options.min_lr, *shape, warmup_epochs=options.warmup_epochs, warmup_steps=options.warmup_steps
         ),
         cosine_scheduler(decay, decay_end, *shape),
+        freeze_steps=options.freeze_epochs * steps_per_epoch,
     )
 
 

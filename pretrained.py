@@ -15,7 +15,7 @@ import modeling_pretrain
 from checkpoint_io import remapping, weight_files, weight_source
 from checkpoint_io.export import ExportableModel
 from checkpoint_io.remapping import summarize_names, to_our_names
-from checkpoint_io.weight_formats import INDEX, SHARED_TABLE, TABLE, Preprocessing
+from checkpoint_io.weight_formats import INDEX, TABLE, Preprocessing, infer_trunk_parts
 from checkpoint_io.weight_source import WeightSource
 from errors import ParameterError, UserError
 from layers.rel_pos_bias import as_pair
@@ -95,10 +95,7 @@ def infer_architecture(
         "num_heads": heads,
         "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,  # Block rounds down
         "qkv_bias": "blocks.0.attn.q_bias" in weights,
-        "init_values": 0.1 if "blocks.0.gamma_1" in weights else 0,
-        "use_abs_pos_emb": "pos_embed" in weights,
-        "use_rel_pos_bias": "blocks.0.attn.relative_position_bias_table" in weights,
-        "use_shared_rel_pos_bias": SHARED_TABLE in weights,
+        **infer_trunk_parts(weights),
         "use_mean_pooling": "fc_norm.weight" in weights,
     }
 

@@ -11,6 +11,7 @@ import torch
 
 import arguments
 import engine
+import initialization
 import modeling_vqkd
 import run_state
 from checkpoint_io import checkpoints
@@ -28,7 +29,8 @@ from flags.vqkd import (
     get_pixel_decoder_parser,
     parse_flags,
 )
-from optim_factory import ScheduleOptions, build_schedule, create_optimizer
+from initialization import InitialWeights
+from optim_factory import ScheduleOptions, build_schedule, create_optimizer, decayed_layers
 from runtime import distributed
 from runtime.terminal import log
 from transforms import eval_view
@@ -41,6 +43,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
     """The run that the flags describe, ready for its first step."""
     # ── Setup ──
     run = run_state.start_run(get_parser(), args)
+    initial = initialization.read_initial_weights(args.init_from)
 
     # ── Data ──
     dataset = build_dataset(args)
@@ -50,7 +53,12 @@ def build(args: arguments.Flags) -> engine.Trainer:
 
     # ── Teacher, tokenizer ──
     teacher = build_frozen_teacher(args).to(run.device)
-    model = build_model(args, teacher).to(run.device)
+    model = build_model(args, teacher, initial=initial)
+    old: set[str] = set()
+    if initial is not None:
+        old = {f"encoder.{name}" for name in initial.load(model.encoder)}
+        initial.warn_of_other_normalization(*modeling_vqkd.INPUT_MEAN_STD[args.process_type], "process_type")
+    model.to(run.device)
     stage = TokenizerStage(
         model,
         teacher,
@@ -63,7 +71,9 @@ def build(args: arguments.Flags) -> engine.Trainer:
     )
 
     # ── Optimizer: the learning rate grows with the total batch ──
-    optimizer = create_optimizer(args, model)
+    layers = decayed_layers(args.layer_decay, model.encoder.get_num_layers(), trunk="encoder.")
+    frozen = initialization.list_frozen(model, old, args.freeze_epochs)
+    optimizer = create_optimizer(args, model, *layers, frozen_at_first=frozen)
     schedule = build_schedule(
         arguments.options(ScheduleOptions, args), scaled_lr(args, data), data.steps_per_epoch
     )
@@ -102,8 +112,13 @@ def build_frozen_teacher(args: argparse.Namespace) -> Teacher:
     return teacher
 
 
-def build_model(args: argparse.Namespace, teacher: Teacher, weights: str | None = None) -> modeling_vqkd.VQKD:
-    """`weights`: a trained tokenizer's file."""
+def build_model(
+    args: argparse.Namespace,
+    teacher: Teacher,
+    weights: str | None = None,
+    initial: InitialWeights | None = None,
+) -> modeling_vqkd.VQKD:
+    """`weights`: a trained tokenizer's file; `initial`: those that its encoder starts from."""
     return modeling_vqkd.create_model(
         args.model,
         pretrained=weights is not None,
@@ -116,6 +131,7 @@ def build_model(args: argparse.Namespace, teacher: Teacher, weights: str | None 
         quantize_kmeans_init=args.quantize_kmeans_init or args.quantizer_warmup_steps > 0,
         teacher=teacher,
         decoder_depth=args.decoder_depth,
+        encoder_parts=None if initial is None else initial.parts,
     )
 
 

@@ -34,7 +34,7 @@ WITHOUT_EFFECT = {
 PATHS = {
     *"""
     output_dir log_dir data_path eval_data_path knn_data_path image_folder_class_index_file resume
-    finetune tokenizer_weight teacher_weight
+    finetune init_from tokenizer_weight teacher_weight
     """.split()
 }
 OF_A_MACHINE = {"device", "num_workers", "pin_mem", "dist_url", *arguments.OBSOLETE}

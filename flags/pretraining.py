@@ -22,6 +22,7 @@ from arguments import (
 )
 from errors import UserError, pick
 from flags.images import add_data_flags, add_pipeline_flags, add_vit_flags, mean_and_std
+from flags.initialization import add_initialization_flags, check_initialization_flags
 from flags.linear_eval import add_knn_flags
 from flags.optimization import add_optimizer_flags
 from flags.run import add_run_flags, add_step_flags
@@ -41,6 +42,7 @@ STRIDES = dict.fromkeys(modeling_vqkd.MODELS, modeling_vqkd.PATCH_SIZE) | dict.f
 def get_parser() -> argparse.ArgumentParser:
     parser = new_parser("BEiT v2 pretraining", EXAMPLE)
     add_pretraining_flags(parser)
+    add_initialization_flags(parser, "the model")
     add_vit_flags(parser)
     add_data_flags(parser, data_set="image_folder", color_jitter=0.4)
     add_pipeline_flags(parser)
@@ -163,6 +165,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(
             f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}"
         )
+    check_initialization_flags(args)
     grid = student_grid(args)
     check_tokenizer_view(args, grid)
     check_masks(args, grid)

@@ -19,7 +19,7 @@ LAYERS = (
     ("engines", "engine* run_state run_checkpoints"),
     ("segmentation", "segmentation"),
     ("evaluation", "evaluation visualization"),
-    ("networks", "vit_backbone modeling_* norm_ema_quantizer vqkd_teachers pretrained"),
+    ("networks", "vit_backbone modeling_* norm_ema_quantizer vqkd_teachers pretrained initialization"),
     ("weights", "checkpoint_io"),
     ("images", "datasets transforms masking_generator"),
     ("data", "data_pipeline"),
