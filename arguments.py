@@ -86,6 +86,9 @@ def words_of(argv: Sequence[str] | None) -> list[str]:
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Flags:
     args = parser.parse_args(words_of(argv), namespace=Flags())
+    if getattr(args, "cooldown_from", ""):  # is for one schedule alone
+        parser.set_defaults(schedule="wsd")
+        args = parser.parse_args(words_of(argv), namespace=Flags())
     betas, opt = getattr(args, "opt_betas", None), getattr(args, "opt", "").lower()
     if betas and len(betas) != 2 and not (len(betas) == 3 and ("adan" in opt or "ademamix" in opt)):
         parser.error(f"--opt_betas takes two numbers for {args.opt}, such as 0.9 0.999")

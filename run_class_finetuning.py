@@ -29,13 +29,12 @@ from flags.finetuning import get_parser, parse_flags, warn_of_input_size
 from flags.images import build_eval_view, build_finetuning_view, image_source
 from optim_factory import (
     LayerDecayValueAssigner,
-    ScheduleOptions,
-    build_schedule,
     create_optimizer,
     layer_decay_values,
 )
 from runtime import distributed
 from runtime.terminal import log
+from schedules import ScheduleOptions, build_schedule
 
 
 def build(args: arguments.Flags) -> engine.Trainer:

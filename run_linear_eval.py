@@ -23,9 +23,10 @@ from evaluation import knn
 from evaluation.held_out import evaluation_batches
 from flags.images import build_eval_view, build_finetuning_view, image_source
 from flags.linear_eval import get_parser, idle_flags, parse_flags
-from optim_factory import ScheduleOptions, build_schedule, create_optimizer
+from optim_factory import create_optimizer
 from runtime import distributed
 from runtime.terminal import log
+from schedules import ScheduleOptions, build_schedule
 
 STATISTICS_IMAGES = 10_000  # training images that give each channel's mean and variance
 

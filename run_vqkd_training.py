@@ -30,9 +30,10 @@ from flags.vqkd import (
     parse_flags,
 )
 from initialization import InitialWeights
-from optim_factory import ScheduleOptions, build_schedule, create_optimizer, decayed_layers
+from optim_factory import create_optimizer, decayed_layers
 from runtime import distributed
 from runtime.terminal import log
+from schedules import ScheduleOptions, build_schedule
 from transforms import eval_view
 from visualization import pixel_decoder
 from vit_backbone import cast_frozen

@@ -27,7 +27,7 @@ from arguments import (
 from data_pipeline import imagenet_classes
 from errors import UserError, pick
 from flags.images import add_data_flags, add_label_flags, add_vit_flags
-from flags.optimization import add_optimizer_flags
+from flags.optimization import add_optimizer_flags, check_schedule
 from flags.run import add_run_flags, add_step_flags
 from layers.rel_pos_bias import as_pair
 from runtime.terminal import log
@@ -158,6 +158,7 @@ def check_flags(args: argparse.Namespace) -> None:
             f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}"
         )
     check_evaluation(args)
+    check_schedule(args)
     shares = args.cutmix_minmax
     if shares is not None and not (len(shares) == 2 and shares[0] <= shares[1]):
         raise UserError(

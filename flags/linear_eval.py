@@ -22,7 +22,7 @@ from arguments import (
 )
 from errors import UserError
 from flags.images import add_data_flags, add_label_flags
-from flags.optimization import add_optimizer_flags
+from flags.optimization import add_optimizer_flags, check_schedule
 from flags.run import add_run_flags
 
 EXAMPLE = """--knn --finetune pretrained/checkpoint.pth --data_set image_folder
@@ -33,7 +33,7 @@ TRAINING_FLAGS = """
     update_freq epochs opt opt_eps opt_betas momentum clip_grad weight_decay
     weight_decay_end lr min_lr warmup_epochs warmup_steps start_epoch resume save_ckpt_freq
     save_ckpt_steps keep_ckpts detect_anomaly print_freq eval_freq image_freq log_dir
-    allow_changed_run
+    allow_changed_run schedule cooldown_epochs cooldown_from
 """.split()
 
 
@@ -131,6 +131,7 @@ def parse_flags(argv: Sequence[str] | None) -> Flags:
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     changed = changed_flags(parser, args)
+    check_schedule(args)
     center = "--knn" if args.mode == "knn" else "--cached_features" if args.cached_features else ""
     for name in changed:
         if center and name in CROPS:

@@ -24,7 +24,7 @@ from errors import UserError, pick
 from flags.images import add_data_flags, add_pipeline_flags, add_vit_flags, mean_and_std
 from flags.initialization import add_initialization_flags, check_initialization_flags
 from flags.linear_eval import add_knn_flags
-from flags.optimization import add_optimizer_flags
+from flags.optimization import add_optimizer_flags, check_schedule
 from flags.run import add_run_flags, add_step_flags
 from masking_generator import MASK_TYPES, MaskingGenerator, scaled_mask_count, scaled_min_block
 from transforms import PretrainingViews
@@ -166,6 +166,7 @@ def check_flags(args: argparse.Namespace) -> None:
             f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}"
         )
     check_initialization_flags(args)
+    check_schedule(args)
     grid = student_grid(args)
     check_tokenizer_view(args, grid)
     check_masks(args, grid)

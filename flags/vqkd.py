@@ -25,7 +25,7 @@ from arguments import (
 from errors import UserError
 from flags.images import add_data_flags, add_pipeline_flags
 from flags.initialization import add_initialization_flags, check_initialization_flags
-from flags.optimization import add_optimizer_flags
+from flags.optimization import add_optimizer_flags, check_schedule
 from flags.run import add_run_flags, add_step_flags
 from norm_ema_quantizer import FEATURES_PER_CODE
 from transforms import TokenizerViews
@@ -173,6 +173,7 @@ def parse_flags(argv: Sequence[str] | None) -> Flags:
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     without_effect = NOT_FOR_THE_PIXEL_DECODER if args.train_pixel_decoder else ONLY_FOR_THE_PIXEL_DECODER
+    check_schedule(args)
     idle = [name for name in changed_flags(parser, args) if name in without_effect]
     if idle:
         word = "with" if args.train_pixel_decoder else "without"
