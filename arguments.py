@@ -52,6 +52,10 @@ class Flags(argparse.Namespace):
             raise AttributeError(f"flags are read-only: derive a local value instead of setting {name}")
         super().__setattr__(name, value)
 
+    def replace(self, **changes: Any) -> Flags:
+        """A copy with some values changed, read-only too."""
+        return Flags(**{**self.plain(), **changes}).freeze()
+
     def plain(self) -> dict[str, Any]:
         """For checkpoints and logs."""
         return {key: value for key, value in sorted(vars(self).items()) if not key.startswith("_")}
@@ -78,7 +82,7 @@ def new_parser(description: str, example: str) -> argparse.ArgumentParser:
 
 
 def words_of(argv: Sequence[str] | None) -> list[str]:
-    """A blank behind a line's closing backslash reaches a script as an argument of its
+    """A blank after a line's closing backslash reaches a script as an argument of its
     own; nobody means one.
     """
     return [word for word in (sys.argv[1:] if argv is None else argv) if not word or word.strip()]
@@ -215,7 +219,7 @@ def image_size(text: str) -> int | tuple[int, int]:
 
 def expand_home(text: str) -> str:
     """The type of a flag for a path (or several, joined by ::): the shell leaves ~ as
-    it is behind a `=`.
+    it is after a `=`.
     """
     parts = [os.path.expanduser(part) for part in text.split("::")]
     if "\0" in text:

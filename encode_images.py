@@ -1,7 +1,4 @@
-"""Images to visual tokens.
-
-python encode_images.py --tokenizer_weight vqkd.pth --data_path photos --output_dir
-codes
+"""Images to visual tokens (docs/visualization.md).
 
 Every process encodes its share of the sorted files and writes it to files of its own;
 the first process then joins them in order. Memory does not grow with the number of
@@ -60,7 +57,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--tokenizer_weight",
         type=arguments.expand_home,
         default=None,
-        help=f"{arguments.WEIGHTS}; needed but for dall-e: default OpenAI's",
+        help=f"{arguments.WEIGHTS}; needed except for dall-e: default OpenAI's",
     )
     parser.add_argument(
         "--data_path",

@@ -1,5 +1,4 @@
-"""Weights for timm and Hugging Face, or from them: python export_checkpoint.py
---checkpoint ft.pth --to timm --output out
+"""Weights for timm and Hugging Face, or from them.
 
 Sources are our checkpoints, published weights, and the models of both libraries;
 docs/export.md has examples.

@@ -1,5 +1,5 @@
 """Fine-tune a pretrained vision transformer for classification, or evaluate one
-(README: recipes).
+(docs/fine-tuning.md).
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenB
     no_augmentation = {"aa": "none", "reprob": 0.0, "remode": "pixel", "recount": 1}  # but crop and flip
     # then there are no images to read in the background
     in_memory = {"num_workers": 0} if args.cached_features else {}
-    return encode, argparse.Namespace(**{**args.plain(), **images, **no_augmentation, **in_memory})
+    return encode, args.replace(**images, **no_augmentation, **in_memory)
 
 
 def build_dataset(settings: argparse.Namespace, train: bool, augment: bool = True) -> tuple[ImageFiles, int]:

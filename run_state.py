@@ -1,5 +1,5 @@
-"""What a run is: its options, where it computes, the data it reads; and how it is set
-up, saved and resumed.
+"""A run: its options, where it computes, the data it reads, and how its model is
+wrapped. How it is saved and resumed: run_checkpoints.py.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class RunOptions:
     model_ema_force_cpu: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """Where and how this process computes."""
 
@@ -100,7 +100,7 @@ class Run:
 
     @property
     def is_sharded(self) -> bool:
-        """--fsdp, and more processes than one."""
+        """`fsdp`, and more processes than one."""
         return self.options.fsdp and self.launch.world_size > 1
 
 
@@ -191,7 +191,7 @@ class TrainingData:
 
 
 def build_training_data(dataset: SampleDataset, run: Run, num_workers: int | None = None) -> TrainingData:
-    """`num_workers`: 0 for what is in memory already; default: --num_workers."""
+    """`num_workers`: 0 for what is in memory already; default: `num_workers`."""
     options, launch = run.options, run.launch
     workers = options.num_workers if num_workers is None else num_workers
     sampler = ResumableSampler(
@@ -229,7 +229,7 @@ def build_eval_loader(
     num_workers: int | None = None,
     every: int = 1,
 ) -> Loader:
-    """This rank's share of images to evaluate on; `every`: only each such image.
+    """This rank's share of images to evaluate on; `every`: only every n-th image.
     Without `batch_size` and `num_workers`, those of the run.
     """
     options = run.options
@@ -239,7 +239,7 @@ def build_eval_loader(
 
 
 def compile_networks(run: Run, data: TrainingData, *networks: Any) -> None:
-    """--compile, for the model and the frozen networks beside it. Before the first
+    """`compile`, for the model and the frozen networks beside it. Before the first
     step: weights are loaded, averages begun.
     """
     if run.options.compile:
@@ -249,7 +249,7 @@ def compile_networks(run: Run, data: TrainingData, *networks: Any) -> None:
 
 def move_to_device(run: Run, model: nn.Module, ema: ModelEmaV3 | None = None) -> None:
     """The model, and its average where it is not kept elsewhere, to this process's
-    device: whole, or (--fsdp) its share.
+    device: whole, or (`fsdp`) its share.
 
     Before the optimizer, which must be given the parameters that are there then.
     """

@@ -85,7 +85,7 @@ def is_intact(path: Path) -> bool:
     a checksum of each.
     """
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path} is no regular file: remove it")
+        raise UserError(f"{path} is not a regular file: remove it")
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
@@ -159,7 +159,7 @@ def check_can_cool_down(content: Mapping[str, Any], path: Any) -> None:
     """
     if "optimizer" not in content or "next" not in content:
         raise UserError(
-            f"`cooldown_from` {path} holds weights alone: name a checkpoint of a run of `schedule` wsd"
+            f"`cooldown_from` {path} holds only weights: name a checkpoint of a run of `schedule` wsd"
         )
     flags, after = content.get("args", {}), content["next"]
     if flags.get("schedule") != "wsd":

@@ -24,7 +24,7 @@ from runtime.distributed import Launch
 from runtime.terminal import log
 from utils import derive_seed
 
-# an epoch mixes the images of so many shards at a time, so that these stay in the
+# an epoch mixes the images of this many shards at a time, so that these stay in the
 # system's file cache
 SHARDS_AT_ONCE = 16
 
@@ -41,9 +41,9 @@ class ResumableSampler(Sampler[list[Key]]):
     step covers them all (`shrunk`), and the order wraps around to give every rank the
     same number.
 
-    `shard_sizes`: indices follow each other in files of so many images. Then the order
-    of the files is shuffled, and the images of SHARDS_AT_ONCE files at a time, so that
-    the reading moves through the files rather than about in all of them.
+    `shard_sizes`: indices follow each other in files of this many images. Then the
+    order of the files is shuffled, and the images of SHARDS_AT_ONCE files at a time, so
+    that the reading moves through the files rather than about in all of them.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class ResumableSampler(Sampler[list[Key]]):
 
 def shuffled_by_shards(sizes: Sequence[int], generator: torch.Generator) -> torch.Tensor:
     """All indices below sum(sizes), int64: the shards shuffled, and SHARDS_AT_ONCE of
-    them at a time image by image. Up to so many shards it is randperm.
+    them at a time image by image. With at most that many shards it is randperm.
     """
     if len(sizes) <= SHARDS_AT_ONCE:
         return torch.randperm(sum(sizes), generator=generator)
@@ -124,7 +124,7 @@ class EvalSampler(Sampler[list[Key]]):
     """Batches of keys (0, index): every index once over all ranks. No padding: ranks
     may differ by one.
 
-    `every`: only each such index.
+    `every`: only every n-th index.
     """
 
     def __init__(self, length: int, batch_size: int, rank: int, world_size: int, every: int = 1) -> None:

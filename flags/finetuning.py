@@ -137,7 +137,7 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
         "--worst_classes",
         type=not_negative,
         default=WORST_CLASSES,
-        help="--eval: show so many classes of lowest recall and what they are taken for; 0: none",
+        help="--eval: show this many classes of lowest recall and what they are taken for; 0: none",
     )
     add_switch(g, "save_ckpt", "no_save_ckpt", True, "write checkpoints")
     add_obsolete(g, "--enable_deepspeed", action="store_true")

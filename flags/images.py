@@ -98,7 +98,7 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
         "--data_pipeline",
         default="exact",
         choices=("exact", "fast"),
-        help="exact: torchvision's transforms, bit for bit; fast: colors jittered behind the resize, and "
+        help="exact: torchvision's transforms, bit for bit; fast: colors jittered after the resize, and "
         "large JPEGs decoded at a reduced size (docs/performance.md: times, and how far pixels differ)",
     )
     g.add_argument(

@@ -20,6 +20,7 @@ from arguments import (
     pixels,
     true_or_false,
 )
+from data_pipeline.crops import PretrainingViews
 from errors import UserError, pick
 from flags.images import add_data_flags, add_pipeline_flags, add_vit_flags, mean_and_std
 from flags.initialization import add_initialization_flags, check_initialization_flags
@@ -27,7 +28,6 @@ from flags.linear_eval import add_knn_flags
 from flags.optimization import add_optimizer_flags, check_schedule
 from flags.run import add_run_flags, add_step_flags
 from masking_generator import MASK_TYPES, MaskingGenerator, scaled_mask_count, scaled_min_block
-from transforms import PretrainingViews
 from vit_backbone import SIZES
 
 EXAMPLE = """--data_path photos --output_dir pretrained --model beit_small_patch16_224_8k_vocab_cls_pt

@@ -51,7 +51,7 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
         "--save_ckpt_freq",
         type=positive,
         default=save_ckpt_freq,
-        help="keep a checkpoint every so many epochs",
+        help="keep a checkpoint every N epochs",
     )
     g.add_argument(
         "--save_ckpt_steps",

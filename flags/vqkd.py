@@ -22,13 +22,13 @@ from arguments import (
     pixels,
     small_count,
 )
+from data_pipeline.crops import TokenizerViews
 from errors import UserError
 from flags.images import add_data_flags, add_pipeline_flags
 from flags.initialization import add_initialization_flags, check_initialization_flags
 from flags.optimization import add_optimizer_flags, check_schedule
 from flags.run import add_run_flags, add_step_flags
 from norm_ema_quantizer import FEATURES_PER_CODE
-from transforms import TokenizerViews
 from visualization import pixel_decoder
 from vqkd_teachers import find_teacher
 

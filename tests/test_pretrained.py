@@ -119,7 +119,7 @@ def test_weights_of_another_size_are_refused():
     with pytest.raises(
         UserError,
         match=(
-            r"--finetune x.pth is no file of ours \(it holds layer1.conv.weight\): none "
+            r"--finetune x.pth is not a file of ours \(it holds layer1.conv.weight\): none "
             r"of its weights fits"
         ),
     ):

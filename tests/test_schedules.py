@@ -177,7 +177,7 @@ def test_a_branch_from_something_else_is_refused(trunk, data, tokenizer_weight, 
         return refused(main, flags, capsys)
 
     longer = ["--epochs", "3"]
-    assert "holds weights alone" in says(student(tmp_path / "pt.pth"), *longer)
+    assert "holds only weights" in says(student(tmp_path / "pt.pth"), *longer)
     assert "--epochs end at step 8, and the cool-down starts at step 8" in says(trunk / "checkpoint.pth")
     assert "holds a run that is not cooling down" in says(trunk / "checkpoint-step4.pth", *longer, out=trunk)
     content = checkpoint(trunk / "checkpoint.pth")
