@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import pretrained
 from checkpoint_io import weight_source
-from checkpoint_io.weight_formats import infer_trunk_parts
+from checkpoint_io.weight_formats import NORM_EPS, infer_trunk_parts
 from checkpoint_io.weight_source import WeightSource
 from errors import ParameterError, UserError
 from runtime.terminal import log
@@ -37,9 +38,10 @@ class InitialWeights:
         """As infer_trunk_parts."""
         return infer_trunk_parts(self.content.weights)
 
-    def extend(self, positions: dict[str, bool]) -> dict[str, bool]:
-        """`positions`, options of a trunk (`use_abs_pos_emb`, `use_shared_rel_pos_bias`),
-        and those of the weights. A bias of each block takes the place of a shared one.
+    def extend(self, positions: dict[str, bool]) -> dict[str, Any]:
+        """Options of a trunk: `positions` (`use_abs_pos_emb`, `use_shared_rel_pos_bias`)
+        and those of the weights, and the `norm_eps` of these. A bias of each block takes
+        the place of a shared one.
 
         ParameterError: the weights have a relative position bias where none is wanted.
         """
@@ -52,6 +54,7 @@ class InitialWeights:
                 "something else: leave out `disable_rel_pos_bias`"
             )
         return {
+            "norm_eps": theirs["norm_eps"],
             "use_abs_pos_emb": positions["use_abs_pos_emb"] or theirs["use_abs_pos_emb"],
             "use_rel_pos_bias": each,
             "use_shared_rel_pos_bias": shared or (wanted and not each),
@@ -102,6 +105,9 @@ def read_initial_weights(source: str) -> InitialWeights | None:
     if not source:
         return None
     content = weight_source.read_weights(source, origin="`init_from`")
+    eps = content.external.norm_eps
+    if eps not in (None, NORM_EPS):
+        content.weights["norm_eps"] = torch.tensor(eps, dtype=torch.float64)
     return InitialWeights(content, f"`init_from` {source}")
 
 

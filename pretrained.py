@@ -181,6 +181,7 @@ def open_model(source: WeightSource, name: str, hints: ModelHints) -> Exportable
         raise UserError(f"`checkpoint` {name}: {error}") from None
     if hints.input_size is not None:
         settings["img_size"] = as_pair(hints.input_size)
+    del settings["norm_eps"]  # no format that is written has a place for another one
     settings["num_classes"] = len(weights["head.weight"]) if "head.weight" in weights else 0
     vocab_size = len(weights["lm_head.weight"]) if "lm_head.weight" in weights else 0
     variant = find_variant(settings, weights, hints.model, name)
