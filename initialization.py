@@ -87,10 +87,13 @@ class InitialWeights:
         self, mean: Sequence[float], std: Sequence[float], parameter: str
     ) -> None:
         """`mean`, `std`: of this run's images; `parameter`: what they follow from."""
-        prepared, told = self.content.external.prepared, "imagenet_default_mean_and_std"
-        if prepared is None and told not in self.content.flags:
+        prepared, flags = self.content.external.prepared, self.content.flags
+        imagenet = flags.get("imagenet_default_mean_and_std")
+        if "process_type" in flags:  # a tokenizer's
+            imagenet = flags["process_type"] == "imagenet_norm"
+        if prepared is None and imagenet is None:
             return
-        theirs = prepared[:2] if prepared else normalization(self.content.flags[told])
+        theirs = prepared[:2] if prepared else normalization(bool(imagenet))
         ours = (tuple(mean), tuple(std))
         if tuple(map(tuple, theirs)) != ours:
             before, now = (f"mean {numbers[0]} and std {numbers[1]}" for numbers in (theirs, ours))
@@ -100,14 +103,21 @@ class InitialWeights:
             )
 
 
-def read_initial_weights(source: str) -> InitialWeights | None:
-    """None for ""; UserError as weight_source.read_weights."""
+def read_initial_weights(source: str, of_encoder: bool = False) -> InitialWeights | None:
+    """None for ""; UserError as weight_source.read_weights. `of_encoder`: of a
+    tokenizer's file those of its encoder.
+    """
     if not source:
         return None
     content = weight_source.read_weights(source, origin="`init_from`")
     eps = content.external.norm_eps
     if eps not in (None, NORM_EPS):
         content.weights["norm_eps"] = torch.tensor(eps, dtype=torch.float64)
+    if of_encoder and "quantize.embedding.weight" in content.weights:
+        start = "encoder."
+        encoder = {k.removeprefix(start): v for k, v in content.weights.items() if k.startswith(start)}
+        content = content._replace(weights=encoder)
+        log.info("tokenizer  the encoder starts from another tokenizer's; its codes and decoder are new")
     return InitialWeights(content, f"`init_from` {source}")
 
 

@@ -35,8 +35,11 @@ def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[
     weights = to_our_names(weights)
     fitting, missing = remapping.load_remapped(model, weights)
     if not any(key.startswith("blocks.") for key in fitting):
+        way_out = (
+            "; name the `model` that it is of" if any(key.startswith("blocks.") for key in weights) else ""
+        )
         raise UserError(
-            f"{source} is {weight_files.describe_kind(weights)}: none of its weights fits this model"
+            f"{source} is {weight_files.describe_kind(weights)}: none of its weights fits this model{way_out}"
         )
     try:
         remapping.refuse_misfits(weights, model, fitting)

@@ -42,7 +42,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
     """The run that the flags describe, ready for its first step."""
     # ── Setup ──
     run = run_state.start_run(get_parser(), args)
-    initial = initialization.read_initial_weights(args.init_from)
+    initial = initialization.read_initial_weights(args.init_from, of_encoder=True)
 
     # ── Data ──
     dataset = build_dataset(args)

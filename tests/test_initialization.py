@@ -273,6 +273,15 @@ def test_a_tokenizer_with_a_bias_opens_and_teaches(data, tmp_path):
     )
 
 
+def test_an_encoder_starts_from_that_of_another_tokenizer(data, tmp_path, capsys):
+    file = tokenizer(tmp_path / "t.pth")
+    trained = built_tokenizer(data, file).state.model
+    weights = checkpoint(file)["model"]
+    assert "its codes and decoder are new" in capsys.readouterr().out
+    for key, value in trained.encoder.state_dict().items():
+        assert torch.equal(value, weights[f"encoder.{key}"])
+
+
 REFUSED = {
     "freeze_epochs 1 acts on the weights of --init_from": ["--freeze_epochs", "1"],
     "freeze_epochs 2 is the whole run": ["--init_from", "pt.pth", "--freeze_epochs", "2"],
