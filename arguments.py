@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+import config_files
 from errors import ArgumentParser
 
 # Accepted so that old command lines run; a warning says what replaces them.
@@ -60,6 +60,24 @@ class Flags(argparse.Namespace):
         """For checkpoints and logs."""
         return {key: value for key, value in sorted(vars(self).items()) if not key.startswith("_")}
 
+    @property
+    def given(self) -> frozenset[str]:
+        """The flags that the command line or its --config names, also those that it
+        gives their default.
+        """
+        return vars(self).get("_given", frozenset())
+
+    def to_config(self, given_only: bool = False) -> dict[str, Any]:
+        """What --config reads back to the same flags. `given_only`: of a run whose
+        other flags come from its checkpoint.
+        """
+        named = self.given if given_only else vars(self)
+        return {
+            key: "x".join(map(str, value)) if isinstance(value, tuple) else value  # height x width
+            for key, value in self.plain().items()
+            if key in named and key not in OBSOLETE
+        }
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Names a flag's default, where it has one and the text does not name it."""
@@ -73,12 +91,20 @@ def new_parser(description: str, example: str) -> argparse.ArgumentParser:
     """`example`: the flags of a command line that a newcomer can copy, on two lines at
     most.
     """
-    return ArgumentParser(
+    parser = ArgumentParser(
         usage="python %(prog)s " + example.replace("\n", " \\\n           "),
         description=description,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=expand_home,
+        default=argparse.SUPPRESS,  # config_files.expand puts the file's flags in its place
+        help="JSON or YAML file of flags, such as a run's flags.json; the command line wins",
+    )
+    return parser
 
 
 def words_of(argv: Sequence[str] | None) -> list[str]:
@@ -89,10 +115,12 @@ def words_of(argv: Sequence[str] | None) -> list[str]:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Flags:
-    args = parser.parse_args(words_of(argv), namespace=Flags())
-    if getattr(args, "cooldown_from", ""):  # is for one schedule alone
+    words = config_files.expand(parser, words_of(argv))
+    args = parser.parse_args(words, namespace=Flags())
+    if getattr(args, "cooldown_from", ""):  # acts with one schedule only
         parser.set_defaults(schedule="wsd")
-        args = parser.parse_args(words_of(argv), namespace=Flags())
+        args = parser.parse_args(words, namespace=Flags())
+    args._given = frozenset(config_files.named_flags(parser, words))
     betas, opt = getattr(args, "opt_betas", None), getattr(args, "opt", "").lower()
     if betas and len(betas) != 2 and not (len(betas) == 3 and ("adan" in opt or "ademamix" in opt)):
         parser.error(f"--opt_betas takes two numbers for {args.opt}, such as 0.9 0.999")
@@ -101,10 +129,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> set[str]:
     """The flags that the command line names, also those that it gives their default."""
-    silent = copy.deepcopy(parser)
-    for action in silent._actions:
-        action.default, action.required = argparse.SUPPRESS, False
-    return set(vars(silent.parse_args(words_of(argv))))
+    return config_files.named_flags(parser, config_files.expand(parser, words_of(argv)))
 
 
 def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:

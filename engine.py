@@ -150,6 +150,7 @@ class Trainer:
             if run.lock is not None:
                 at_the_end.callback(run.lock.release)
             at_the_end.enter_context(explain_errors(options.output_dir, options.log_dir or ""))
+            run.write_flags()
             self.reporter = Reporter(
                 options.output_dir,
                 options.log_dir,

@@ -71,6 +71,10 @@ class Schedule:
     min_lr: float = 0.0  # where a cool-down ends
     freeze_steps: int = 0  # the first ones, in which groups named "frozen_..." do not learn
 
+    def hold(self, steps: int) -> Schedule:
+        """Each value for so many steps, instead of one."""
+        return replace(self, lr=self.lr.repeat(steps), weight_decay=self.weight_decay.repeat(steps))
+
     def cool_down(self, start: int) -> Schedule:
         """The same up to step `start`; from there to the end the constant rate falls to
         `min_lr` as 1 - sqrt(t) (Hägele et al. 2024, section 3).

@@ -173,6 +173,15 @@ def check_can_cool_down(content: Mapping[str, Any], path: Any) -> None:
         raise UserError(f"`cooldown_from` {path} is cooling down already: name a checkpoint from before that")
 
 
+def check_start_epoch(start_epoch: int, epochs: int | None) -> None:
+    """UserError where no epoch is left; `epochs` None: the run is counted in steps."""
+    if epochs is not None and start_epoch >= epochs:
+        raise UserError(
+            f"`start_epoch` {start_epoch} leaves nothing to do: give 0 up to {epochs - 1}, the last epoch, "
+            "or raise `epochs`"
+        )
+
+
 def check_ranks_agree(flags: Mapping[str, Any]) -> None:
     """UserError on all ranks where they were started with different flags."""
     own = {

@@ -32,8 +32,8 @@ from flags.run import add_run_flags, add_step_flags
 from layers.rel_pos_bias import as_pair
 from runtime.terminal import log
 
-EXAMPLE = """--data_set image_folder --data_path photos/train --eval_data_path photos/val
---model beit_small_patch16_224 --finetune pretrained/checkpoint.pth --output_dir finetuned"""
+EXAMPLE = """--data_set image_folder --data_path photos/train --output_dir ft
+--eval_data_path photos/val --model beit_small_patch16_224 --finetune pretrained/checkpoint.pth"""
 WORST_CLASSES = 10
 
 
@@ -57,7 +57,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("classifier")
-    g.add_argument("--model", default="beit_base_patch16_224")
+    g.add_argument(
+        "--model",
+        default="beit_base_patch16_224",
+        help="beit_<size>_patch16_<pixels>, of the size that was pretrained (docs/pretraining.md: the sizes)",
+    )
     add_label_flags(g)
     g.add_argument("--finetune", type=expand_home, default="", help=f"pretrained weights: {WEIGHTS}")
     g.add_argument(
@@ -68,7 +72,7 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
         default="",
         help="take only the keys that begin so, without it; needed where a file holds several models",
     )
-    g.add_argument("--model_filter_name", default="", help="as --model_prefix")
+    g.add_argument("--model_filter_name", default="", help="the published name of --model_prefix")
     g.add_argument(
         "--init_scale", type=not_negative_number, default=0.001, help="factor on the head's initial weights"
     )
@@ -76,22 +80,31 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
         g, "use_mean_pooling", "use_cls", True, "classify the mean of the patch tokens, not the CLS token"
     )
     add_switch(g, "qkv_bias", "disable_qkv_bias", True, "bias of query and value")
-    g.add_argument("--drop", type=below_one, default=0.0, help="dropout")
+    g.add_argument("--drop", type=below_one, default=0.0, help="dropout of tokens, projections and MLPs")
     g.add_argument("--attn_drop_rate", type=below_one, default=0.0, help="dropout of attention weights")
     g.add_argument(
         "--layer_decay",
         type=Number(float, 0, 10, above=True),
         default=0.9,
-        help="learning rate factor per layer down (docs/lab/recipes.md)",
+        help="learning rate factor per layer down; 0.6 to 0.9 in the recipes, 1.0 from scratch",
     )
-    g.add_argument("--disable_weight_decay_on_rel_pos_bias", action="store_true")
+    g.add_argument(
+        "--disable_weight_decay_on_rel_pos_bias",
+        action="store_true",
+        help="no weight decay on the tables of relative position bias",
+    )
     g.add_argument(
         "--model_ema",
         action="store_true",
         help="also keep and evaluate a moving average of the weights; with --eval: evaluate it",
     )
-    g.add_argument("--model_ema_decay", type=below_one, default=0.9999)
-    g.add_argument("--model_ema_force_cpu", action="store_true", help="keep it in main memory")
+    g.add_argument(
+        "--model_ema_decay",
+        type=below_one,
+        default=0.9999,
+        help="decay of that average per step; 0.9999 averages about the last 10,000 steps",
+    )
+    g.add_argument("--model_ema_force_cpu", action="store_true", help="keep the average in main memory")
     g = parser.add_argument_group("augmentation")
     g.add_argument(
         "--aa", default="rand-m9-mstd0.5-inc1", help="timm's policy string; none: --color_jitter acts instead"
@@ -101,7 +114,7 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
         "--crop_pct",
         type=crop_share,
         default=None,
-        help="evaluation crop; default 0.875, 1.0 from 384 pixels up",
+        help="share of the resized image in evaluation's center crop; default 0.875, 1.0 from 384 pixels up",
     )
     g.add_argument("--reprob", type=probability, default=0.25, help="random erasing: probability")
     g.add_argument(
@@ -118,12 +131,50 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="cutmix area range instead of alpha",
     )
-    g.add_argument("--mixup_prob", type=probability, default=1.0)
-    g.add_argument("--mixup_switch_prob", type=probability, default=0.5)
-    g.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"))
+    g.add_argument(
+        "--mixup_prob",
+        type=probability,
+        default=1.0,
+        help="probability that images are mixed, by --mixup or --cutmix",
+    )
+    g.add_argument(
+        "--mixup_switch_prob",
+        type=probability,
+        default=0.5,
+        help="with both --mixup and --cutmix: probability of cutmix",
+    )
+    g.add_argument(
+        "--mixup_mode",
+        default="batch",
+        choices=("batch", "pair", "elem"),
+        help="what shares one draw of mixup and cutmix: a batch, two images, or each image has its own",
+    )
+    g = parser.add_argument_group("imbalanced classes (docs/fine-tuning.md)")
+    g.add_argument(
+        "--class_weights",
+        default="none",
+        choices=("none", "balanced"),
+        help="balanced: a class's images weigh in the loss in inverse proportion to their number",
+    )
+    g.add_argument(
+        "--balanced_sampler",
+        action="store_true",
+        help="an epoch has as many images as before, of each class equally many",
+    )
+    g.add_argument(
+        "--best_metric",
+        default="acc1",
+        choices=("acc1", "balanced_acc", "f1"),
+        help="what checkpoint-best.pth has the highest of on the validation images: accuracy, its mean "
+        "over the classes, or macro F1",
+    )
     g = parser.add_argument_group("evaluation and checkpoints")
     g.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and stop")
-    g.add_argument("--disable_eval_during_finetuning", action="store_true")
+    g.add_argument(
+        "--disable_eval_during_finetuning",
+        action="store_true",
+        help="no evaluation during training, and no checkpoint-best.pth",
+    )
     add_obsolete(g, "--dist_eval", action="store_true", default=False)
     g.add_argument(
         "--robust_test",
@@ -159,6 +210,11 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     check_evaluation(args)
     check_schedule(args)
+    if args.class_weights == "balanced" and args.balanced_sampler:
+        raise UserError(
+            "--class_weights balanced and --balanced_sampler both make up for rare classes, together twice: "
+            "give one of them"
+        )
     shares = args.cutmix_minmax
     if shares is not None and not (len(shares) == 2 and shares[0] <= shares[1]):
         raise UserError(
@@ -191,6 +247,14 @@ def check_evaluation(args: argparse.Namespace) -> None:
                 f"--robust_test {args.robust_test}: give the folder of {robust.name}'s class folders as "
                 "--eval_data_path (and not --data_set CIFAR)"
             )
+
+
+def idle_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Flag -> why it does nothing beside the others."""
+    if args.eval:
+        return dict.fromkeys(("class_weights", "balanced_sampler", "best_metric"), "--eval trains nothing")
+    unmeasured = "--disable_eval_during_finetuning measures nothing"
+    return {"best_metric": unmeasured} if args.disable_eval_during_finetuning else {}
 
 
 def warn_of_input_size(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ LAYERS = (
     ("data", "data_pipeline"),
     ("runtime", "runtime"),
     ("layers", "layers"),
-    ("shared", "arguments optim_factory schedules utils errors"),
+    ("shared", "arguments config_files optim_factory schedules utils errors"),
 )
 
 
