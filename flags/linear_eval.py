@@ -18,6 +18,7 @@ from arguments import (
     expand_home,
     large_count,
     new_parser,
+    not_negative,
     not_negative_number,
     parse,
     positive,
