@@ -27,7 +27,8 @@ from data_pipeline.image_lists import find_images_or_file
 from data_pipeline.samplers import Loader
 from engine_for_segmentation import Scores, SegmentationStage
 from errors import UserError, report_user_errors
-from evaluation.trained_classifier import RunFlags, warn_of_other_pretraining
+from evaluation.run_flags import RunFlags, take_training_flags
+from evaluation.trained_classifier import warn_of_other_pretraining
 from flags.images import mean_and_std
 from flags.segmentation import (
     TRAINING_FLAGS,
@@ -180,8 +181,8 @@ def use_trained_model(args: arguments.Flags, given: set[str]) -> None:
     )
     source, origin = (args.resume, "`resume`") if args.resume else (args.finetune, "`finetune`")
     content = trained_segmenter.read_segmenter(source, origin)
-    theirs = trained_segmenter.find_training_flags(content, collect_flags(parser, args), given)
-    args = args.replace(**theirs)
+    looks = trained_segmenter.LOOKS_AS_TRAINED
+    args = args.replace(**take_training_flags(content.flags, looks, collect_flags(parser, args), given))
     model = trained_segmenter.build_segmenter(content, f"{origin} {source}").to(run.device)
     names = read_class_list(class_settings(args))[0]
     classes = trained_segmenter.choose_class_names(content, names, f"{origin} {source}")

@@ -25,7 +25,7 @@ from errors import UserError, pick
 from flags.beit_v1 import add_v1_flags, translate_v1_flags
 from flags.images import add_data_flags, add_pipeline_flags, add_vit_flags, mean_and_std
 from flags.initialization import add_initialization_flags, check_initialization_flags
-from flags.linear_eval import add_knn_monitor_flags
+from flags.knn import add_knn_monitor_flags
 from flags.optimization import add_optimizer_flags, check_schedule
 from flags.run import add_run_flags, add_step_flags
 from masking_generator import MASK_TYPES, MaskingGenerator, scaled_mask_count, scaled_min_block
