@@ -117,6 +117,9 @@ def words_of(argv: Sequence[str] | None) -> list[str]:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Flags:
     words = config_files.expand(parser, words_of(argv))
     args = parser.parse_args(words, namespace=Flags())
+    if getattr(args, "cooldown_from", ""):  # acts with one schedule only
+        parser.set_defaults(schedule="wsd")
+        args = parser.parse_args(words, namespace=Flags())
     args._given = frozenset(config_files.named_flags(parser, words))
     betas, opt = getattr(args, "opt_betas", None), getattr(args, "opt", "").lower()
     if betas and len(betas) != 2 and not (len(betas) == 3 and ("adan" in opt or "ademamix" in opt)):

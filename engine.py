@@ -27,7 +27,6 @@ from checkpoint_io.training_state import TrainState
 from data_pipeline.files import BadFiles
 from data_pipeline.samplers import close
 from errors import UserError
-from optim_factory import Schedule
 from run_state import Run, TrainingData, compile_networks
 from runtime import distributed, fsdp
 from runtime.device import Precision, to_device
@@ -36,6 +35,7 @@ from runtime.metrics import Reporter, RunningMeans, clock
 from runtime.signals import StopSignal
 from runtime.skipped_steps import SkippedSteps
 from runtime.terminal import log
+from schedules import Schedule
 from utils import derive_seed, seed_all
 
 
@@ -120,8 +120,17 @@ class Trainer:
     stop_signal: StopSignal = field(init=False)
 
     def resume(self) -> None:
-        """Go on from `resume`, or from output_dir/checkpoint.pth, if there is one."""
-        run_checkpoints.resume(self.state, self.stage, self.run, self.data.steps_per_epoch)
+        """Go on from `resume`, or from output_dir/checkpoint.pth, if there is one, else
+        from `cooldown_from`.
+        """
+        state, options = self.state, self.run.options
+        run_checkpoints.resume(state, self.stage, self.run, self.data.steps_per_epoch)
+        if options.cooldown_from and state.cooldown_start is None:
+            state.cooldown_start = state.epoch * self.data.steps_per_epoch + self.steps_done()
+        if state.cooldown_start is not None:
+            self.schedule = self.schedule.cool_down(state.cooldown_start)
+            last = len(self.schedule.lr)
+            log.info(f"cool-down  of the learning rate: steps {state.cooldown_start} to {last}")
 
     def compile(self, *networks: Any) -> None:
         """`compile`: the model, and the frozen `networks` beside it. After resuming:
@@ -229,8 +238,7 @@ class Trainer:
         if state.samples == 0:
             state.means = RunningMeans()
             self.stage.start_epoch(state.epoch)
-        data.sampler.set_position(state.epoch, state.samples)
-        done = data.steps_per_epoch - len(data.sampler) // options.update_freq
+        done = self.steps_done()
         start = state.step if schedule.in_steps else state.epoch * data.steps_per_epoch + done
         steps = min(data.steps_per_epoch, done + len(schedule.lr) - start)
         if done >= steps:  # killed after the last step of an epoch: for its line in log.txt
@@ -262,6 +270,14 @@ class Trainer:
         if state.scaler.is_enabled():
             now["loss_scale"] = state.scaler.get_scale()
         return state.means.compute(over_all_ranks=True) | now
+
+    def steps_done(self) -> int:
+        """Optimizer steps of the epoch in which the state stands; the sampler goes on
+        behind them.
+        """
+        state, data = self.state, self.data
+        data.sampler.set_position(state.epoch, state.samples)
+        return data.steps_per_epoch - len(data.sampler) // self.run.options.update_freq
 
     def train_one_step(self, micro_batches: list[dict[str, Any]]) -> None:
         """Forward, backward, update: nothing here waits for the device."""

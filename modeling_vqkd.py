@@ -25,6 +25,7 @@ from checkpoint_io.tokenizer_weights import (
     load_tokenizer_weights,
     read_tokenizer,
 )
+from checkpoint_io.weight_formats import infer_trunk_parts
 from data_pipeline.pixel_format import PixelFormat
 from errors import ParameterError, UserError, pick
 from layers.init_weights import init_linear_and_norm
@@ -235,6 +236,7 @@ class TokenizerVariant:
         decoder_out_dim: int | None = None,
         decoder_depth: int | None = None,
         in_chans: int | None = None,
+        encoder_parts: dict[str, Any] | None = None,
         **options: Any,
     ) -> VQKD:
         """A tokenizer to train, or with as_tokenizer a frozen one in eval mode: with
@@ -244,6 +246,8 @@ class TokenizerVariant:
             img_size: default: the row's.
             decoder_depth: blocks of the decoder; default: the weights', else the row's.
             in_chans: channels of the images; default: the weights', else 3.
+            encoder_parts: as infer_trunk_parts, of weights that the encoder will take; default: the file's,
+                else absolute positions alone.
             options: more arguments of VQKD.
         """
         frozen, weights, flags = as_tokenizer or as_tokenzer, None, dict[str, Any]()
@@ -253,6 +257,7 @@ class TokenizerVariant:
             check_codebook(weights, n_code, code_dim, source)
             decoder_out_dim = len(weights["decode_task_layer.2.bias"])  # whoever the teacher was
             decoder_depth = infer_decoder_depth(weights, decoder_depth, source)
+            encoder_parts = infer_trunk_parts(weights, prefix="encoder.")
             options.setdefault("process_type", flags.get("process_type", "default"))
             in_chans = infer_in_chans(weights, in_chans, source)
             if flags.get("mean_std"):
@@ -263,6 +268,7 @@ class TokenizerVariant:
         grid, own = (img_size or self.img_size) // PATCH_SIZE, {"num_classes": 0, "embed_dim": width}
         encoder = {"img_size": grid * PATCH_SIZE, "patch_size": PATCH_SIZE, "depth": depth, **own}
         encoder["in_chans"] = in_chans or 3
+        encoder |= {**(encoder_parts or {}), "use_abs_pos_emb": True}  # by which its file tells its grid
         decoder = {"img_size": grid, "patch_size": 1, "depth": decoder_depth or self.decoder_depth, **own}
         model = VQKD(
             encoder | {"num_heads": SIZES[self.size].num_heads},

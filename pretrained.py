@@ -15,7 +15,7 @@ import modeling_pretrain
 from checkpoint_io import remapping, weight_files, weight_source
 from checkpoint_io.export import ExportableModel
 from checkpoint_io.remapping import summarize_names, to_our_names
-from checkpoint_io.weight_formats import INDEX, SHARED_TABLE, TABLE, Preprocessing
+from checkpoint_io.weight_formats import INDEX, TABLE, Preprocessing, infer_trunk_parts
 from checkpoint_io.weight_source import WeightSource
 from errors import ParameterError, UserError
 from layers.rel_pos_bias import as_pair
@@ -35,8 +35,11 @@ def load_fitting(model: Trunk, weights: dict[str, Tensor], source: str) -> list[
     weights = to_our_names(weights)
     fitting, missing = remapping.load_remapped(model, weights)
     if not any(key.startswith("blocks.") for key in fitting):
+        way_out = (
+            "; name the `model` that it is of" if any(key.startswith("blocks.") for key in weights) else ""
+        )
         raise UserError(
-            f"{source} is {weight_files.describe_kind(weights)}: none of its weights fits this model"
+            f"{source} is {weight_files.describe_kind(weights)}: none of its weights fits this model{way_out}"
         )
     try:
         remapping.refuse_misfits(weights, model, fitting)
@@ -95,10 +98,7 @@ def infer_architecture(
         "num_heads": heads,
         "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,  # Block rounds down
         "qkv_bias": "blocks.0.attn.q_bias" in weights,
-        "init_values": 0.1 if "blocks.0.gamma_1" in weights else 0,
-        "use_abs_pos_emb": "pos_embed" in weights,
-        "use_rel_pos_bias": "blocks.0.attn.relative_position_bias_table" in weights,
-        "use_shared_rel_pos_bias": SHARED_TABLE in weights,
+        **infer_trunk_parts(weights),
         "use_mean_pooling": "fc_norm.weight" in weights,
     }
 
@@ -187,6 +187,7 @@ def open_model(source: WeightSource, name: str, hints: ModelHints) -> Exportable
         raise UserError(f"`checkpoint` {name}: {error}") from None
     if hints.input_size is not None:
         settings["img_size"] = as_pair(hints.input_size)
+    del settings["norm_eps"]  # no format that is written has a place for another one
     settings["num_classes"] = len(weights["head.weight"]) if "head.weight" in weights else 0
     vocab_size = len(weights["lm_head.weight"]) if "lm_head.weight" in weights else 0
     variant = find_variant(settings, weights, hints.model, name)

@@ -5,17 +5,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 import arguments
 import engine
+import initialization
 import modeling_dvae
 import modeling_pretrain
 import modeling_vqkd
 import run_state
+from checkpoint_io import checkpoints, published
 from checkpoint_io.tokenizer_weights import read_tokenizer
 from datasets import ImageFiles, build_knn_datasets, find_held_out, find_unlabeled
 from engine_for_pretraining import Pixels, PretrainingStage, Target, Tokens
@@ -24,6 +27,7 @@ from evaluation import knn
 from flags.images import image_source, mean_and_std
 from flags.pixel_format import AUTO, image_endings, pixel_format, resolve_pixel_flags, warn_of_other_range
 from flags.pretraining import (
+    DALL_E,
     build_pretraining_views,
     get_parser,
     idle_flags,
@@ -33,9 +37,11 @@ from flags.pretraining import (
     tokenizer_channels,
     uses_dall_e,
 )
-from optim_factory import ScheduleOptions, build_schedule, create_optimizer
+from initialization import InitialWeights
+from optim_factory import create_optimizer, decayed_layers
 from runtime import distributed
 from runtime.terminal import log
+from schedules import ScheduleOptions, build_schedule
 from transforms import eval_view
 from vit_backbone import cast_frozen
 
@@ -48,6 +54,9 @@ def build(args: arguments.Flags) -> engine.Trainer:
     arguments.warn_of_idle_flags(parser, args, idle_flags(args))
     args = resolve_pixels(args, run)
 
+    # ── The weights to start from ──
+    initial = initialization.read_initial_weights(args.init_from)
+
     # ── What is predicted: the codes of a frozen tokenizer, or pixels. First, as its file may be wrong ──
     target = build_target(args, run)
 
@@ -58,7 +67,11 @@ def build(args: arguments.Flags) -> engine.Trainer:
     data = run_state.build_training_data(dataset, run)
 
     # ── The student ──
-    model = build_model(args, target.width)
+    model = build_model(args, target.width, initial)
+    old: set[str] = set()
+    if initial is not None:
+        old = initial.load(model, without=heads_of_other_codes(args, initial))
+        initial.warn_of_other_normalization(*mean_and_std(args), "imagenet_default_mean_and_std")
     run_state.move_to_device(run, model)
     stage = PretrainingStage(
         target,
@@ -74,7 +87,9 @@ def build(args: arguments.Flags) -> engine.Trainer:
     log.info(f"target     {stage.task}")
 
     # ── Optimizer ──
-    optimizer = create_optimizer(args, model)
+    layers = decayed_layers(args.layer_decay, model.get_num_layers())
+    frozen = initialization.list_frozen(model, old, args.freeze_epochs)
+    optimizer = create_optimizer(args, model, *layers, frozen_at_first=frozen)
     schedule = build_schedule(arguments.options(ScheduleOptions, args), args.lr, data.steps_per_epoch)
     state = run_state.new_state(model, optimizer, run, args.model)
 
@@ -142,9 +157,10 @@ def build_tokenizer(args: argparse.Namespace) -> nn.Module:
 
 
 def build_model(
-    args: argparse.Namespace, values: int
+    args: argparse.Namespace, values: int, initial: InitialWeights | None = None
 ) -> modeling_pretrain.VisionTransformerForMaskedImageModeling:
     """`values`: how many the head gives for a patch."""
+    positions = {"use_abs_pos_emb": args.abs_pos_emb, "use_shared_rel_pos_bias": args.rel_pos_bias}
     return modeling_pretrain.create_model(
         args.model,
         img_size=args.input_size,
@@ -152,12 +168,32 @@ def build_model(
         vocab_size=values,
         drop_path_rate=args.drop_path,
         init_values=args.layer_scale_init_value,
-        use_abs_pos_emb=args.abs_pos_emb,
-        use_shared_rel_pos_bias=args.rel_pos_bias,
+        **(positions if initial is None else initial.extend(positions)),
         early_layers=args.early_layers,
         head_layers=args.head_layers,
         shared_lm_head=args.shared_lm_head,
     )
+
+
+def heads_of_other_codes(args: argparse.Namespace, initial: InitialWeights) -> Sequence[str]:
+    """The heads of --init_from where they are known to predict something else than this
+    run: of as many codes they would fit, and mean nothing.
+    """
+    theirs = published.pretraining_tokenizer(published.find_name(initial.content.path.name))
+    theirs = theirs or name_target(initial.content.flags)
+    return () if theirs in (None, name_target(vars(args))) else ("lm_head.", "cls_pt_lm_head.")
+
+
+def name_target(flags: Mapping[str, Any]) -> str | None:
+    """What a run of these flags predicts: "pixels", a tokenizer's published name, or
+    its file; None where they do not tell.
+    """
+    tokenizer = flags.get("tokenizer_model")
+    if tokenizer is None or flags.get("target") == "pixels":
+        return flags.get("target")
+    file = str(flags.get("tokenizer_weight") or tokenizer)
+    name = "dall_e_encoder" if tokenizer in DALL_E else published.find_name(file)
+    return name or checkpoints.to_plain_data(os.path.realpath(file))
 
 
 def build_data(args: argparse.Namespace) -> tuple[ImageFiles, ImageFiles | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from checkpoint_io import checkpoints, resumption
+from checkpoint_io import checkpoints, downloads, resumption
 from checkpoint_io.training_state import TrainState, build_checkpoint, load_optimizer, load_progress
 from errors import UserError
 from run_state import Run
@@ -55,6 +55,14 @@ def resume(state: TrainState, stage: Stateful, run: Run, steps_per_epoch: int) -
     path = resumption.find_checkpoint(options.resume, options.auto_resume, options.output_dir)
     if path is not None:
         restore(state, stage, run, path, steps_per_epoch)
+        if options.cooldown_from and state.cooldown_start is None:
+            raise UserError(
+                f"`output_dir` {options.output_dir} holds a run that is not cooling down: name another "
+                "folder for the one of `cooldown_from`"
+            )
+    elif options.cooldown_from:
+        path = downloads.fetch(options.cooldown_from)
+        restore(state, stage, run, path, steps_per_epoch, cools_down=True)
     positions = distributed.gather_objects(state.position)
     if len(set(positions)) > 1:
         raise UserError(
@@ -63,11 +71,16 @@ def resume(state: TrainState, stage: Stateful, run: Run, steps_per_epoch: int) -
         )
 
 
-def restore(state: TrainState, stage: Stateful, run: Run, path: Path, steps_per_epoch: int) -> None:
+def restore(
+    state: TrainState, stage: Stateful, run: Run, path: Path, steps_per_epoch: int, cools_down: bool = False
+) -> None:
     """Undo `save`. Optimizer settings (betas, layer decay, ...) are this run's flags,
-    its moments are the checkpoint's.
+    its moments are the checkpoint's. `cools_down`: it must be of a constant learning
+    rate.
     """
     content = checkpoints.read_checkpoint(path)
+    if cools_down:
+        resumption.check_can_cool_down(content, path)
     resumption.check_same_run(content, run.flags, run.data, path)
     checkpoints.load_weights(state.model, content["model"], path)
     if state.ema is not None:

@@ -34,13 +34,12 @@ from flags.images import build_eval_view, build_finetuning_view, image_source
 from flags.pixel_format import resolve_pixel_flags
 from optim_factory import (
     LayerDecayValueAssigner,
-    ScheduleOptions,
-    build_schedule,
     create_optimizer,
     layer_decay_values,
 )
 from runtime import distributed
 from runtime.terminal import log
+from schedules import ScheduleOptions, build_schedule
 
 
 def build(args: arguments.Flags) -> engine.Trainer:

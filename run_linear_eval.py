@@ -28,9 +28,10 @@ from flags.images import build_eval_view, build_finetuning_view, image_source, m
 from flags.linear_eval import get_parser as get_parser
 from flags.linear_eval import get_parser_for, idle_flags, parse_flags
 from flags.pixel_format import resolve_pixel_flags, take_pixel_flags
-from optim_factory import ScheduleOptions, build_schedule, create_optimizer
+from optim_factory import create_optimizer
 from runtime import distributed
 from runtime.terminal import log
+from schedules import ScheduleOptions, build_schedule
 from vit_backbone import SIZES
 
 STATISTICS_IMAGES = 10_000  # training images that give each channel's mean and variance

@@ -39,9 +39,10 @@ from flags.segmentation import (
     get_parser,
     parse_flags,
 )
-from optim_factory import LayerDecayValueAssigner, build_poly_schedule, create_optimizer, layer_decay_values
+from optim_factory import LayerDecayValueAssigner, create_optimizer, layer_decay_values
 from runtime import distributed
 from runtime.terminal import log
+from schedules import build_poly_schedule
 from segmentation import trained_segmenter
 from segmentation.classes import ClassSettings, find_classes, read_class_list, read_palette
 from segmentation.image_mask_pairs import SegmentationFiles, find_pairs, normalize

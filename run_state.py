@@ -54,6 +54,7 @@ class RunOptions:
     resume: str = ""
     auto_resume: bool = True
     start_epoch: int = 0
+    cooldown_from: str = ""
     # on what it runs
     device: str = "cuda"
     amp_dtype: str = "auto"

@@ -10,6 +10,7 @@ import torch
 
 import arguments
 import engine
+import initialization
 import modeling_vqkd
 import run_state
 from checkpoint_io import checkpoints
@@ -28,9 +29,11 @@ from flags.vqkd import (
     get_pixel_decoder_parser,
     parse_flags,
 )
-from optim_factory import ScheduleOptions, build_schedule, create_optimizer
+from initialization import InitialWeights
+from optim_factory import create_optimizer, decayed_layers
 from runtime import distributed
 from runtime.terminal import log
+from schedules import ScheduleOptions, build_schedule
 from transforms import eval_view
 from visualization import pixel_decoder
 from vit_backbone import cast_frozen
@@ -42,6 +45,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
     # ── Setup ──
     run = run_state.start_run(get_parser(), args)
     args = resolve_pixels(args, run)
+    initial = initialization.read_initial_weights(args.init_from, of_encoder=True)
 
     # ── Data ──
     dataset = build_dataset(args)
@@ -51,7 +55,12 @@ def build(args: arguments.Flags) -> engine.Trainer:
 
     # ── Teacher, tokenizer ──
     teacher = build_frozen_teacher(args).to(run.device)
-    model = build_model(args, teacher).to(run.device)
+    model = build_model(args, teacher, initial=initial)
+    old: set[str] = set()
+    if initial is not None:
+        old = {f"encoder.{name}" for name in initial.load(model.encoder)}
+        initial.warn_of_other_normalization(*modeling_vqkd.INPUT_MEAN_STD[args.process_type], "process_type")
+    model.to(run.device)
     stage = TokenizerStage(
         model,
         teacher,
@@ -64,7 +73,9 @@ def build(args: arguments.Flags) -> engine.Trainer:
     )
 
     # ── Optimizer: the learning rate grows with the total batch ──
-    optimizer = create_optimizer(args, model)
+    layers = decayed_layers(args.layer_decay, model.encoder.get_num_layers(), trunk="encoder.")
+    frozen = initialization.list_frozen(model, old, args.freeze_epochs)
+    optimizer = create_optimizer(args, model, *layers, frozen_at_first=frozen)
     schedule = build_schedule(
         arguments.options(ScheduleOptions, args), scaled_lr(args, data), data.steps_per_epoch
     )
@@ -115,8 +126,13 @@ def build_frozen_teacher(args: argparse.Namespace) -> Teacher:
     return teacher
 
 
-def build_model(args: argparse.Namespace, teacher: Teacher, weights: str | None = None) -> modeling_vqkd.VQKD:
-    """`weights`: a trained tokenizer's file."""
+def build_model(
+    args: argparse.Namespace,
+    teacher: Teacher,
+    weights: str | None = None,
+    initial: InitialWeights | None = None,
+) -> modeling_vqkd.VQKD:
+    """`weights`: a trained tokenizer's file; `initial`: those that its encoder starts from."""
     return modeling_vqkd.create_model(
         args.model,
         pretrained=weights is not None,
@@ -131,6 +147,7 @@ def build_model(args: argparse.Namespace, teacher: Teacher, weights: str | None 
         decoder_depth=args.decoder_depth,
         in_chans=args.in_chans,
         mean_std=None if args.mean_std is None else mean_and_std(args),
+        encoder_parts=None if initial is None else initial.parts,
     )
 
 

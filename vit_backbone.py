@@ -323,7 +323,8 @@ class TrunkConfig:
     drop_rate: float = 0.0  # dropout of tokens, projections and MLPs
     attn_drop_rate: float = 0.0
     drop_path_rate: float = 0.0  # stochastic depth of the last block
-    norm_layer: Callable[[int], nn.Module] | None = None  # None: LayerNorm with eps 1e-6
+    norm_layer: Callable[[int], nn.Module] | None = None  # None: LayerNorm with norm_eps
+    norm_eps: float = 1e-6
     init_values: float | None = 0.0  # of layer scale; 0 or None: without it
     use_abs_pos_emb: bool = True
     use_rel_pos_bias: bool = False  # a table in each block
@@ -345,7 +346,9 @@ class Trunk(nn.Module):
         c = TrunkConfig(**options)
         self.embed_dim = self.num_features = c.embed_dim
         self.patch_size, self.drop_path_rate = c.patch_size, c.drop_path_rate
-        self.norm_layer = c.norm_layer or LayerNorm
+        self.norm_layer = c.norm_layer or functools.partial(LayerNorm, eps=c.norm_eps)
+        if c.norm_eps != TrunkConfig.norm_eps:  # for whoever builds the model from its file
+            self.register_buffer("norm_eps", torch.tensor(c.norm_eps, dtype=torch.float64))
         patch_embed = PatchEmbed(c.img_size, c.patch_size, c.in_chans, c.embed_dim)
         grid = patch_embed.patch_shape
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))

@@ -249,4 +249,10 @@ def read_huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str
     labels = config.get("id2label") or {}
     names = [labels[number] for number in sorted(labels, key=int)]
     unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in names)
-    return ExternalConfig(config.get("num_attention_heads", 12), size, prepared, None if unnamed else names)
+    return ExternalConfig(
+        num_heads=config.get("num_attention_heads", 12),
+        img_size=size,
+        prepared=prepared,
+        classes=None if unnamed else names,
+        norm_eps=config.get("layer_norm_eps", 1e-12),
+    )

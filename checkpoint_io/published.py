@@ -9,6 +9,7 @@ import os
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from checkpoint_io.urls import refuse_unsafe_url
@@ -160,6 +161,21 @@ ENTRIES = {name: _make_entry(name, kind, **facts) for name, kind, facts in ROWS}
 ENTRIES["dall_e_encoder"] = PublishedFile(
     "https://cdn.openai.com/dall-e/encoder.pkl", "tokenizer-v1", params=53.8
 )
+
+
+def find_name(file: str) -> str | None:
+    """The published name of a file that is called so, in whatever folder."""
+    stem = Path(file).stem
+    return next((name for name, entry in ENTRIES.items() if stem in (name, Path(entry.name).stem)), None)
+
+
+def pretraining_tokenizer(name: str | None) -> str | None:
+    """The published name of the tokenizer whose codes the published weights `name`
+    predict; None for other files.
+    """
+    if name is None or ENTRIES[name].kind != "pretrained":
+        return None
+    return "vqkd_encoder_base_decoder_3x768x12_clip" if name.startswith("beitv2") else "dall_e_encoder"
 
 
 def find_entry(url: str, name: str) -> PublishedFile | None:

@@ -34,7 +34,7 @@ WITHOUT_EFFECT = {
 PATHS = {
     *"""
     output_dir log_dir data_path eval_data_path knn_data_path image_folder_class_index_file resume
-    finetune tokenizer_weight teacher_weight
+    finetune init_from cooldown_from tokenizer_weight teacher_weight
     """.split()
 }
 OF_A_MACHINE = {"device", "num_workers", "pin_mem", "dist_url", *arguments.OBSOLETE}
@@ -151,6 +151,26 @@ def check_same_run(
     for name in sorted(flags.keys() & theirs.keys() - WITHOUT_EFFECT):
         if theirs[name] != flags[name]:
             log.info(f"changed    `{name}`: {theirs[name]} -> {flags[name]}")
+
+
+def check_can_cool_down(content: Mapping[str, Any], path: Any) -> None:
+    """UserError unless `content` is a checkpoint of a run with a constant learning
+    rate, which has not begun to fall.
+    """
+    if "optimizer" not in content or "next" not in content:
+        raise UserError(
+            f"`cooldown_from` {path} holds only weights: name a checkpoint of a run of `schedule` wsd"
+        )
+    flags, after = content.get("args", {}), content["next"]
+    if flags.get("schedule") != "wsd":
+        raise UserError(
+            f"`cooldown_from` {path} is of a run whose learning rate was falling: a cool-down goes on "
+            "from one of `schedule` wsd"
+        )
+    planned = flags.get("cooldown_epochs", 0)
+    begun = planned and (after["epoch"], after["samples"]) > (flags["epochs"] - planned, 0)
+    if begun or content.get("cooldown_start") is not None:
+        raise UserError(f"`cooldown_from` {path} is cooling down already: name a checkpoint from before that")
 
 
 def check_start_epoch(start_epoch: int, epochs: int | None) -> None:

@@ -31,6 +31,7 @@ class TrainState:
     best_metric: float = -math.inf
     means: RunningMeans = field(default_factory=RunningMeans)
     skipped_in_a_row: int = 0
+    cooldown_start: int | None = None  # step of the schedule; None: no checkpoint was branched off from
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -56,6 +57,8 @@ def build_checkpoint(state: TrainState, epoch: int, means: list[dict[str, Any]])
         "bad_in_a_row": state.skipped_in_a_row,
         "means": means,
     }
+    if state.cooldown_start is not None:
+        content["cooldown_start"] = state.cooldown_start
     if state.ema is not None:
         content["model_ema"] = state.ema.module.state_dict()
     return content
@@ -94,6 +97,7 @@ def load_progress(state: TrainState, content: dict[str, Any], device: torch.devi
         raise ValueError(f"epoch, samples, step: {position}")
     state.epoch, state.samples, state.step = position
     state.best_metric, state.skipped_in_a_row = float(content["best"]), int(content["bad_in_a_row"])
+    state.cooldown_start = content.get("cooldown_start")
     load_means(state.means, content["means"], device)
 
 

@@ -176,4 +176,4 @@ def describe_kind(keys: Iterable[str]) -> str:
     present = set(keys)
     found = next((what for key, what in KINDS.items() if key in present), None)
     names = sorted(present)
-    return found or f"no file of ours (it holds {', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
+    return found or f"not a file of ours (it holds {', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from errors import UserError
 
+NORM_EPS = 1e-6  # of the norms of BEiT and of most ViTs; "norm_eps" in weights: another one
 TABLE, INDEX = "relative_position_bias_table", "relative_position_index"
 SHARED_TABLE = f"rel_pos_bias.{TABLE}"
 
@@ -50,6 +51,20 @@ class ExternalConfig(NamedTuple):
     img_size: tuple[int, int] | None
     prepared: Preprocessing | None
     classes: list[str] | None
+    norm_eps: float | None = None
+
+
+def infer_trunk_parts(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
+    """The parts that a trunk may have or lack, as options of it
+    (vit_backbone.TrunkConfig), of weights under our names behind a `prefix`.
+    """
+    return {
+        "norm_eps": float(weights.get(f"{prefix}norm_eps", NORM_EPS)),
+        "init_values": 0.1 if f"{prefix}blocks.0.gamma_1" in weights else 0,
+        "use_abs_pos_emb": f"{prefix}pos_embed" in weights,
+        "use_rel_pos_bias": f"{prefix}blocks.0.attn.{TABLE}" in weights,
+        "use_shared_rel_pos_bias": f"{prefix}{SHARED_TABLE}" in weights,
+    }
 
 
 # ── Wrappers ──

@@ -26,7 +26,7 @@ from data_pipeline import imagenet_classes
 from errors import UserError, pick
 from flags.augmentation import add_augmentation_flags
 from flags.images import add_data_flags, add_label_flags, add_vit_flags
-from flags.optimization import add_optimizer_flags
+from flags.optimization import add_optimizer_flags, check_schedule
 from flags.pixel_format import check_pixel_flags
 from flags.run import add_run_flags, add_step_flags
 from layers.rel_pos_bias import as_pair
@@ -193,6 +193,7 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     check_pixel_flags(args)
     check_evaluation(args)
+    check_schedule(args)
     if args.class_weights == "balanced" and args.balanced_sampler:
         raise UserError(
             "--class_weights balanced and --balanced_sampler both make up for rare classes, together twice: "

@@ -17,7 +17,6 @@ from arguments import (
     expand_home,
     large_count,
     new_parser,
-    not_negative,
     not_negative_number,
     parse,
     positive,
@@ -27,7 +26,7 @@ from arguments import (
 from errors import UserError
 from flags.images import add_data_flags, add_label_flags
 from flags.knn import add_knn_flags
-from flags.optimization import add_optimizer_flags
+from flags.optimization import add_optimizer_flags, check_schedule
 from flags.pixel_format import check_pixel_flags
 from flags.run import add_run_flags
 
@@ -49,7 +48,7 @@ TRAINING_FLAGS = """
     update_freq epochs opt opt_eps opt_betas momentum clip_grad weight_decay
     weight_decay_end lr min_lr warmup_epochs warmup_steps start_epoch resume save_ckpt_freq
     save_ckpt_steps keep_ckpts detect_anomaly print_freq eval_freq image_freq log_dir
-    allow_changed_run
+    allow_changed_run base_lr schedule cooldown_epochs cooldown_from
 """.split()
 FROM_THE_FILE = ("rel_pos_bias", "abs_pos_emb", "layer_scale_init_value", "patch_size")
 
@@ -198,24 +197,6 @@ def add_published_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_knn_monitor_flags(parser: argparse.ArgumentParser) -> None:
-    """k-NN accuracy while a model pretrains (evaluation/knn.py)."""
-    g = parser.add_argument_group("k-NN during pretraining")
-    g.add_argument(
-        "--knn_freq",
-        type=not_negative,
-        default=0,
-        help="epochs between k-NN evaluations of the student; 0: none",
-    )
-    g.add_argument(
-        "--knn_data_path",
-        type=expand_home,
-        default="",
-        help="labeled images for it: train/class/image and val/class/image",
-    )
-    add_knn_flags(g)
-
-
 def parse_flags(argv: Sequence[str] | None) -> Flags:
     """A UserError for flags that cannot go together."""
     args = parse(get_parser(), argv)
@@ -240,6 +221,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     check_pixel_flags(args)
     check_protocol(args)
     changed = changed_flags(parser, args)
+    check_schedule(args)
     center = "--knn" if args.mode == "knn" else "--cached_features" if args.cached_features else ""
     for name in changed:
         if center and name in CROPS:

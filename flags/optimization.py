@@ -10,11 +10,13 @@ from arguments import (
     Number,
     add_obsolete,
     below_one,
+    expand_home,
     large_count,
     not_negative,
     not_negative_number,
     positive,
 )
+from errors import UserError
 
 
 def add_optimizer_flags(
@@ -33,7 +35,27 @@ def add_optimizer_flags(
         default=None,
         help="final value of a cosine schedule; default: constant",
     )
-    g.add_argument("--min_lr", type=not_negative_number, default=min_lr, help="the cosine schedule ends here")
+    g.add_argument("--min_lr", type=not_negative_number, default=min_lr, help="the schedule ends here")
+    g.add_argument(
+        "--schedule",
+        default="cosine",
+        choices=("cosine", "wsd"),
+        help="after the warm-up: cosine to --min_lr; wsd: constant, so that --epochs may be raised later, "
+        "until a cool-down",
+    )
+    g.add_argument(
+        "--cooldown_epochs",
+        type=not_negative,
+        default=0,
+        help="--schedule wsd: the last epochs, in which the learning rate falls to --min_lr",
+    )
+    g.add_argument(
+        "--cooldown_from",
+        type=expand_home,
+        default="",
+        help="go on from this checkpoint of a run of --schedule wsd, in another --output_dir, while the "
+        "learning rate falls up to --epochs, which count from the start of that run",
+    )
     add_obsolete(g, "--warmup_lr", type=not_negative_number, default=1e-6)
     g.add_argument(
         "--warmup_epochs",
@@ -44,6 +66,34 @@ def add_optimizer_flags(
     g.add_argument(
         "--warmup_steps", type=Number(int, -1, MOST), default=-1, help="above 0: replaces --warmup_epochs"
     )
+
+
+def check_schedule(args: argparse.Namespace) -> None:
+    """A UserError for flags of the schedule that cannot go together."""
+    for name in ("cooldown_epochs", "cooldown_from"):
+        if vars(args)[name] and args.schedule != "wsd":
+            raise UserError(
+                f"--{name} {vars(args)[name]} needs a learning rate that is constant before: --schedule wsd"
+            )
+    if args.cooldown_epochs and args.cooldown_from:
+        raise UserError(
+            "--cooldown_epochs and --cooldown_from contradict each other: a cool-down from a checkpoint "
+            "lasts to the end of --epochs; leave --cooldown_epochs out"
+        )
+    if args.cooldown_epochs >= args.epochs:
+        raise UserError(
+            f"--cooldown_epochs {args.cooldown_epochs} is the whole run of --epochs {args.epochs}: give fewer"
+        )
+    if args.cooldown_from and args.resume:
+        raise UserError(
+            "--cooldown_from and --resume both name the checkpoint to go on from: leave --resume out (a "
+            "cool-down that was stopped goes on from its --output_dir)"
+        )
+    if args.schedule == "wsd" and args.weight_decay_end is not None:
+        raise UserError(
+            f"--weight_decay_end {args.weight_decay_end} is the end of a cosine over the run, whose end "
+            "--schedule wsd leaves open: leave it out"
+        )
 
 
 def add_poly_optimizer_flags(

@@ -24,8 +24,9 @@ from data_pipeline.crops import PretrainingViews
 from errors import UserError, pick
 from flags.beit_v1 import add_v1_flags, translate_v1_flags
 from flags.images import add_data_flags, add_pipeline_flags, add_vit_flags, mean_and_std
-from flags.linear_eval import add_knn_monitor_flags
-from flags.optimization import add_optimizer_flags
+from flags.initialization import add_initialization_flags, check_initialization_flags
+from flags.knn import add_knn_monitor_flags
+from flags.optimization import add_optimizer_flags, check_schedule
 from flags.pixel_format import add_teacher_channels, check_pixel_flags, pixel_format
 from flags.run import add_run_flags, add_step_flags
 from masking_generator import MASK_TYPES, MaskingGenerator, scaled_mask_count, scaled_min_block
@@ -47,6 +48,7 @@ OF_THE_TOKENIZER = (
 def get_parser() -> argparse.ArgumentParser:
     parser = new_parser("BEiT v2 pretraining", EXAMPLE)
     add_pretraining_flags(parser)
+    add_initialization_flags(parser, "the model")
     add_vit_flags(parser)
     add_data_flags(parser, data_set="image_folder", color_jitter=0.4)
     add_pipeline_flags(parser)
@@ -115,6 +117,10 @@ def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
         help="CLS head: predict with the main branch's head",
     )
     add_obsolete(g, "--decoupling_aug", type=true_or_false, default=False)
+    add_tokenizer_flags(parser)
+
+
+def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("tokenizer")
     g.add_argument(
         "--tokenizer_model",
@@ -157,6 +163,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(
             f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}"
         )
+    check_initialization_flags(args)
+    check_schedule(args)
     grid = student_grid(args)
     check_tokenizer_view(args, grid)
     check_pixel_flags(args)

@@ -25,7 +25,8 @@ from arguments import (
 from data_pipeline.crops import TokenizerViews
 from errors import UserError
 from flags.images import add_data_flags, add_pipeline_flags
-from flags.optimization import add_optimizer_flags
+from flags.initialization import add_initialization_flags, check_initialization_flags
+from flags.optimization import add_optimizer_flags, check_schedule
 from flags.pixel_format import add_teacher_channels, check_pixel_flags, pixel_format
 from flags.run import add_run_flags, add_step_flags
 from norm_ema_quantizer import FEATURES_PER_CODE
@@ -54,12 +55,16 @@ NOT_FOR_THE_PIXEL_DECODER = (
     "decoder_depth",
     "eval",
     "calculate_codebook_usage",
+    "init_from",
+    "layer_decay",
+    "freeze_epochs",
 )
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = new_parser("VQ-KD tokenizer training", EXAMPLE)
     add_vqkd_flags(parser)
+    add_initialization_flags(parser, "the encoder")
     add_data_flags(parser, data_set="image_folder", color_jitter=0.0)
     add_pipeline_flags(parser)
     add_optimizer_flags(
@@ -186,6 +191,7 @@ def parse_flags(argv: Sequence[str] | None) -> Flags:
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     without_effect = NOT_FOR_THE_PIXEL_DECODER if args.train_pixel_decoder else ONLY_FOR_THE_PIXEL_DECODER
+    check_schedule(args)
     idle = [name for name in changed_flags(parser, args) if name in without_effect]
     if idle:
         word = "with" if args.train_pixel_decoder else "without"
@@ -214,6 +220,9 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     find_teacher(args.teacher_model_type or modeling_vqkd.default_teacher(args.model))
     if evaluates_only(args) and not args.resume:
         raise UserError("--eval needs the tokenizer to evaluate: --resume path/to/checkpoint.pth")
+    if evaluates_only(args) and args.init_from:
+        raise UserError("--init_from starts a training, and --eval trains nothing: leave one of them out")
+    check_initialization_flags(args)
 
 
 def evaluates_only(args: argparse.Namespace) -> bool:

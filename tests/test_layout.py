@@ -20,13 +20,13 @@ LAYERS = (
     ("engines", "engine* run_state run_checkpoints"),
     ("segmentation", "segmentation"),
     ("evaluation", "evaluation visualization"),
-    ("networks", "vit_backbone modeling_* norm_ema_quantizer vqkd_teachers pretrained"),
+    ("networks", "vit_backbone modeling_* norm_ema_quantizer vqkd_teachers pretrained initialization"),
     ("weights", "checkpoint_io"),
     ("images", "datasets transforms masking_generator"),
     ("data", "data_pipeline"),
     ("runtime", "runtime"),
     ("layers", "layers"),
-    ("shared", "arguments config_files optim_factory utils seeding errors"),
+    ("shared", "arguments config_files optim_factory schedules utils seeding errors"),
 )
 
 

@@ -29,8 +29,8 @@ import run_class_finetuning
 import run_segmentation_finetuning
 from checkpoint_io import downloads, published, weight_source
 from engine_for_segmentation import Scores
-from optim_factory import Schedule, poly_scheduler
 from run_segmentation_finetuning import main
+from schedules import Schedule, poly_scheduler
 from segmentation import trained_segmenter
 
 EXACT = ["--drop_path", "0", "--head_drop", "0"]  # what these draw depends on the rank
