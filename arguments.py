@@ -32,7 +32,7 @@ OBSOLETE = {
 # What flags for weights take. Everywhere downloads.fetch reads it; of teachers and
 # pixel decoders nothing was published.
 FILE_OR_URL = "path or URL (in quotes)"
-WEIGHTS = "path, URL (in quotes) or published name"
+WEIGHTS = "path, URL (in quotes), published name or id of Hugging Face's hub"
 
 
 T = TypeVar("T", bound=Any)  # a dataclass

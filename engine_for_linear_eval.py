@@ -25,25 +25,6 @@ from runtime.device import Precision
 from runtime.metrics import accuracy, top_k_correct
 
 
-class FrozenBackbone:
-    """Images (B, 3, height, width) -> pooled outputs of every layer (B, L, D), or of
-    one (from 1), (B, D). Never trained.
-    """
-
-    def __init__(self, model: Any, features: str, precision: Precision, layer: int | None = None) -> None:
-        self.model, self.features, self.precision, self.layer = model.eval(), features, precision, layer
-        self.layers = len(model.blocks)
-        self.dim = model.embed_dim * len(features.split("_"))
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        with self.precision.autocast():
-            outputs = self.model.get_intermediate_layers(images)
-        if self.layer is not None:
-            return knn.pool(outputs[self.layer - 1].float(), self.features)
-        return torch.stack([knn.pool(tokens.float(), self.features) for tokens in outputs], dim=1)
-
-
 class LinearHeads(nn.Module):
     """Features (B, L, D) -> logits (L, B, classes). All that is trained, and all that a
     checkpoint holds.

@@ -1,12 +1,14 @@
-"""Fine-tune a pretrained vision transformer for classification, or evaluate one
-(docs/fine-tuning.md).
+"""Fine-tune a pretrained vision transformer for classification; evaluate one; classify
+images (docs/fine-tuning.md, docs/evaluation.md).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from timm.data import Mixup
@@ -20,15 +22,16 @@ import pretrained
 import run_state
 from checkpoint_io import checkpoints, weight_source
 from data_pipeline import imagenet_classes
-from data_pipeline.image_lists import Samples
+from data_pipeline.image_lists import Samples, find_images_or_file
 from datasets import ImageFiles, build_labeled_dataset, find_labeled
 from engine_for_finetuning import FinetuningStage, SomeLogits, WithMirrorImage, balanced_class_weights
-from errors import report_user_errors
-from evaluation import trained_classifier
+from errors import UserError, report_user_errors
+from evaluation import predictions, trained_classifier
 from evaluation.confusion import describe_worst, format_worst
+from evaluation.run_flags import RunFlags
 from flags.finetuning import get_parser, idle_flags, parse_flags, warn_of_input_size
 from flags.images import build_eval_view, build_finetuning_view, image_source
-from flags.pixel_format import resolve_pixel_flags
+from flags.pixel_format import image_endings, resolve_pixel_flags
 from optim_factory import (
     LayerDecayValueAssigner,
     ScheduleOptions,
@@ -108,8 +111,8 @@ def build(args: arguments.Flags) -> engine.Trainer:
 @report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_flags(argv)
-    if args.eval:
-        evaluate(args)
+    if args.eval or args.predict:
+        use_trained_model(args, arguments.given_flags(get_parser(), argv))
     else:
         build(args).fit()
     distributed.stop()
@@ -164,8 +167,8 @@ def build_selection(args: argparse.Namespace) -> Callable[[dict[str, Tensor]], d
     )
 
 
-def collect_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> trained_classifier.RunFlags:
-    return trained_classifier.RunFlags(vars(args), functools.partial(arguments.format_flag, parser))
+def collect_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> RunFlags:
+    return RunFlags(vars(args), functools.partial(arguments.format_flag, parser))
 
 
 def build_dataset(
@@ -199,13 +202,12 @@ def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
     )
 
 
-def evaluate(args: arguments.Flags) -> None:
-    """--eval: accuracy of --resume (or --finetune) on the validation images; needs no
-    training images.
+def use_trained_model(args: arguments.Flags, given: set[str]) -> None:
+    """--eval or --predict with --resume (or --finetune): the model is built from its
+    file and used as it was trained, but for the flags in `given`.
     """
     parser = get_parser()
     run = run_state.start_run(parser, args, trains=False)
-    warn_of_input_size(args)
     arguments.warn_of_idle_flags(parser, args, idle_flags(args))
     trained = trained_classifier.read_classifier(
         args.resume or args.finetune,
@@ -214,33 +216,42 @@ def evaluate(args: arguments.Flags) -> None:
         args.model_key,
         build_selection(args),
     )
+    args = args.replace(**trained_classifier.look_as_trained(trained, collect_flags(parser, args), given))
     args = resolve_pixel_flags(args, run, None, trained.flags, trained.source)
+    if "model" in given:
+        warn_of_input_size(args)
+    model: nn.Module = trained_classifier.build_classifier(trained, collect_flags(parser, args), given)
+    model.to(run.device)
+    if args.predict:
+        classify_images(args, run, model, trained)
+    else:
+        evaluate(args, run, model, trained)
+
+
+def evaluate(
+    args: argparse.Namespace,
+    run: run_state.Run,
+    model: nn.Module,
+    trained: trained_classifier.TrainedClassifier,
+) -> None:
+    """--eval: accuracy on the validation images; needs no training images."""
     where = (
         f"--eval_data_path {args.eval_data_path}" if args.eval_data_path else f"--data_path {args.data_path}"
     )
     name = "validation"
-    indices: list[int] | None = None
     if args.robust_test:
         robust = imagenet_classes.robust_set(args.robust_test)
         name = robust.name
         trained_classifier.refuse_other_than_imagenet(trained, robust)
         images, _ = build_dataset(args, train=False, own_classes=True)
         indices = imagenet_classes.logits_of(images.classes or (), robust, where)
+        model = SomeLogits(model, indices).to(run.device)
     else:
         images, _ = build_dataset(args, train=False, classes=trained.classes)
         trained_classifier.refuse_other_classes(trained, images.classes or (), where)
 
-    model = build_model(args, trained.nb_classes)
-    trained_classifier.load_classifier(trained, model, collect_flags(parser, args))
-    measured: nn.Module = model if indices is None else SomeLogits(model, indices)
-    if args.tta_flip:
-        measured = WithMirrorImage(measured)
-    stage = FinetuningStage(
-        run.device,
-        run.precision,
-        run_state.build_eval_loader(images, run),
-    )
-    results, confusion = stage.measure(measured.to(run.device))
+    stage = FinetuningStage(run.device, run.precision, run_state.build_eval_loader(images, run))
+    results, confusion = stage.measure(WithMirrorImage(model) if args.tta_flip else model)
 
     log.info(f"{name}  " + "  ".join(f"{key} {value:.4g}" for key, value in results.items()))
     worst = describe_worst(confusion.worst(args.worst_classes), images.classes or ())
@@ -249,6 +260,37 @@ def evaluate(args: arguments.Flags) -> None:
     if args.output_dir:
         how = {"set": name, "weights": trained.source, "model_ema": args.model_ema, "tta_flip": args.tta_flip}
         checkpoints.write_json(args.output_dir, "eval.json", results | how | {"worst_classes": worst})
+
+
+def classify_images(
+    args: argparse.Namespace,
+    run: run_state.Run,
+    model: nn.Module,
+    trained: trained_classifier.TrainedClassifier,
+) -> None:
+    """--predict: output_dir/predictions.csv, the likeliest classes of every image, and
+    unreadable.txt.
+    """
+    paths = find_images_or_file(args.predict, "`predict`", image_endings(args))
+    root = args.predict if os.path.isdir(args.predict) else os.path.dirname(args.predict)
+    images = ImageFiles([(path, None) for path in paths], build_eval_view(args))
+    loader = run_state.build_eval_loader(images, run)
+    found = predictions.predict(
+        WithMirrorImage(model) if args.tta_flip else model, loader, run.device, run.precision
+    )
+    if not found.answers:
+        raise UserError(f"`predict` {args.predict}: no image could be read: {found.describe_failures()}")
+    classes = trained.classes or [f"class {number}" for number in range(trained.nb_classes)]
+    if trained.classes is None:
+        log.warning(f"warning: {trained.source} holds no names of its classes: they are numbered from 0")
+    names = [os.path.relpath(path, root or ".") for path in paths]
+    predictions.write_predictions(Path(args.output_dir), found, names, classes)
+    if found.failed:
+        log.warning(
+            f"warning: {len(found.failed)} of {len(paths)} files cannot be read, all in "
+            f"{args.output_dir}/{predictions.UNREADABLE}: {found.describe_failures()}"
+        )
+    log.info(f"predicted  {len(found.answers)} of {len(paths)} images: {args.output_dir}/{predictions.TABLE}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ neighbors (docs/probing.md).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,17 +15,16 @@ from torch import Tensor
 import arguments
 import engine
 import modeling_finetune
-import pretrained
 import run_state
-from checkpoint_io import checkpoints, weight_source
-from checkpoint_io.weight_source import WeightSource
+from checkpoint_io import checkpoints
 from data_pipeline.image_lists import Samples
 from datasets import ImageFiles, build_labeled_dataset, find_labeled
-from engine_for_linear_eval import CachedFeatures, FrozenBackbone, LinearHeads, LinearStage
+from engine_for_linear_eval import CachedFeatures, LinearHeads, LinearStage
 from errors import UserError, pick, report_user_errors
 from evaluation import knn
+from evaluation.frozen_backbone import Backbone, FrozenBackbone, open_frozen
 from evaluation.held_out import evaluation_batches
-from flags.images import build_eval_view, build_finetuning_view, image_source
+from flags.images import build_eval_view, build_finetuning_view, image_source, mean_and_std
 from flags.linear_eval import get_parser as get_parser
 from flags.linear_eval import get_parser_for, idle_flags, parse_flags
 from flags.pixel_format import resolve_pixel_flags, take_pixel_flags
@@ -88,44 +88,57 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
-def resolve_pixels(args: arguments.Flags, run: run_state.Run, content: WeightSource) -> arguments.Flags:
-    """Numbers for --image_range and --mean_std auto: the backbone's, else of the
-    training images.
+def resolve_pixels(args: arguments.Flags, run: run_state.Run, opened: Backbone) -> arguments.Flags:
+    """Channels, range and normalization where they were not given: the backbone's, and
+    where nothing says what `auto` is, of the training images.
     """
+    args = take_pixel_flags(args, opened.flags)
 
     def find() -> Samples:
         return find_labeled(image_source(args), train=True, nb_classes=args.nb_classes)[0]
 
-    return resolve_pixel_flags(args, run, find, content.flags, args.finetune)
+    return resolve_pixel_flags(args, run, find, opened.flags, args.finetune)
 
 
 def open_backbone(args: arguments.Flags, run: run_state.Run) -> tuple[FrozenBackbone, argparse.Namespace]:
     """The backbone of --finetune, and the flags with the settings of the images (or
     cached features) that it takes.
     """
-    content = weight_source.read_weights(args.finetune, keys=args.checkpoint_key, origin="`finetune`")
-    args = resolve_pixels(take_pixel_flags(args, content.flags), run, content)
-    model, flags = pretrained.open_backbone(
-        args.finetune, args.input_size, args.num_heads, "--finetune", content, args.in_chans
+    opened = open_frozen(
+        args.finetune,
+        args.input_size,
+        args.num_heads,
+        args.imagenet_default_mean_and_std,
+        origin="--finetune",
+        keys=args.checkpoint_key,
+        in_chans=args.in_chans,
     )
-    depth = len(model.blocks)
+    args = resolve_pixels(args, run, opened)
+    if args.mean_std is not None:
+        mean, std = mean_and_std(args)
+        opened = dataclasses.replace(opened, mean=mean, std=std)
     if args.model:
-        refuse_other_size(model, args.model, args.finetune)
+        refuse_other_size(opened.model, args.model, args.finetune)
+    depth = opened.model.get_num_layers()
     if args.knn_layer is not None and args.knn_layer > depth:
         raise UserError(f"--knn_layer {args.knn_layer}: the backbone has {depth} blocks, 1 to {depth}")
     features = args.features
     if features == "auto":
-        without_cls_head = "mean" if args.mode == "knn" else "cls_mean"
-        features = "cls" if pretrained.has_cls_head(content.weights) else without_cls_head
+        unknown = "cls_mean" if args.mode == "linear" and opened.has_cls else "mean"
+        features = opened.summary or unknown
     layer = (args.knn_layer or depth) if args.mode == "knn" else None
-    encode = FrozenBackbone(model.to(run.device), features, run.precision, layer)
-    imagenet = pretrained.uses_imagenet_statistics(flags, args.imagenet_default_mean_and_std, args.finetune)
+    opened.model.to(run.device)
+    try:
+        encode = FrozenBackbone(opened, features, run.precision, layer)
+    except UserError as error:
+        raise UserError(f"--features {error}") from None
     what = f"layer {layer}" if layer else f"{depth} layers"
-    statistics = "ImageNet's mean and std" if imagenet else "mean and std 0.5"
-    if args.mean_std is not None:
-        statistics = "mean and std of their own"
-    log.info(f"features   {features} of {what}, {encode.dim} numbers each; images normalized by {statistics}")
-    images = {"input_size": model.patch_embed.img_size, "imagenet_default_mean_and_std": imagenet}
+    log.info(
+        f"features   {features} of {what}, {encode.dim} numbers each; images normalized by "
+        f"{opened.describe_statistics()}"
+    )
+    images = {"input_size": opened.img_size, "crop_pct": args.crop_pct or opened.crop_pct}
+    images["look"] = (opened.mean, opened.std), opened.interpolation
     no_augmentation = {"aa": "none", "reprob": 0.0, "remode": "pixel", "recount": 1}  # but crop and flip
     # then there are no images to read in the background
     in_memory = {"num_workers": 0} if args.cached_features else {}
@@ -135,10 +148,10 @@ def open_backbone(args: arguments.Flags, run: run_state.Run) -> tuple[FrozenBack
 def refuse_other_size(model: Any, name: str, source: str) -> None:
     """--model: the published probe's name of the backbone, which the file must hold."""
     size = SIZES[pick(modeling_finetune.MODELS, name, "model").size]
-    if (len(model.blocks), model.embed_dim) != (size.depth, size.embed_dim):
+    if (model.get_num_layers(), model.embed_dim) != (size.depth, size.embed_dim):
         raise UserError(
-            f"--model {name}: {source} holds {len(model.blocks)} blocks of {model.embed_dim} channels, not "
-            f"{size.depth} of {size.embed_dim}; leave the flag out, since the file tells"
+            f"--model {name}: {source} holds {model.get_num_layers()} blocks of {model.embed_dim} channels, "
+            f"not {size.depth} of {size.embed_dim}; leave the flag out, since the file tells"
         )
 
 
@@ -159,9 +172,13 @@ def build_dataset(settings: argparse.Namespace, train: bool, augment: bool = Tru
     """Training images, cropped at random where `augment` says so, or validation images;
     and the number of classes.
     """
+    statistics, interpolation = settings.look
+    random_crops = train and augment
     return build_labeled_dataset(
         image_source(settings),
-        build_finetuning_view(settings) if train and augment else build_eval_view(settings),
+        build_finetuning_view(settings, statistics)
+        if random_crops
+        else build_eval_view(settings, statistics, interpolation),
         train,
         settings.nb_classes,
         settings.label_fraction,
@@ -223,10 +240,25 @@ def measure_channels(
 
 
 def evaluate_knn(args: arguments.Flags) -> None:
-    """--knn: accuracy for each number of neighbors."""
+    """--knn: accuracy for each number of neighbors; with --compare a table of several
+    backbones on the same images.
+    """
     parser = get_parser_for(args)
     run = run_state.start_run(parser, args, trains=False)
     arguments.warn_of_idle_flags(parser, args, idle_flags(args))
+    compared = {args.finetune: measure_knn(args, run)}
+    for source in args.compare:
+        if source not in compared:
+            log.info(f"backbone   {source}")
+            compared[source] = measure_knn(args.replace(finetune=source), run)
+    for line in format_comparison(compared, args.knn_k) if args.compare else ():
+        log.info(line)
+    if args.output_dir:
+        table = {"compared": compared} if args.compare else {}
+        checkpoints.write_json(args.output_dir, "knn.json", {**compared[args.finetune], **table})
+
+
+def measure_knn(args: arguments.Flags, run: run_state.Run) -> dict[str, float]:
     encode, settings = open_backbone(args, run)
     train, classes = build_dataset(settings, train=True, augment=False)
     validation, _ = build_dataset(settings, train=False)
@@ -240,8 +272,19 @@ def evaluate_knn(args: arguments.Flags) -> None:
     )
     for k in args.knn_k:
         log.info(f"k = {k:<6} top-1 {results[f'knn{k}_acc1']:.2f} %  top-5 {results[f'knn{k}_acc5']:.2f} %")
-    if args.output_dir:
-        checkpoints.write_json(args.output_dir, "knn.json", results)
+    return results
+
+
+def format_comparison(compared: dict[str, dict[str, float]], ks: Sequence[int]) -> list[str]:
+    """Top-1 in percent: a row for each backbone, a column for each number of
+    neighbors.
+    """
+    width = max(len(source) for source in compared)
+    lines = [f"{'top-1, %':{width}}" + "".join(f"{f'k = {k}':>10}" for k in ks)]
+    return lines + [
+        f"{source:{width}}" + "".join(f"{results[f'knn{k}_acc1']:10.2f}" for k in ks)
+        for source, results in compared.items()
+    ]
 
 
 if __name__ == "__main__":

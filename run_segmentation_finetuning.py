@@ -28,7 +28,8 @@ from data_pipeline.image_lists import find_images_or_file
 from data_pipeline.samplers import Loader
 from engine_for_segmentation import Scores, SegmentationStage
 from errors import UserError, report_user_errors
-from evaluation.trained_classifier import RunFlags, warn_of_other_pretraining
+from evaluation.run_flags import RunFlags, take_training_flags
+from evaluation.trained_classifier import warn_of_other_pretraining
 from flags.images import mean_and_std
 from flags.pixel_format import image_endings, pixel_format, resolve_pixel_flags
 from flags.segmentation import (
@@ -192,9 +193,7 @@ def build_stage(
 
 
 def use_trained_model(args: arguments.Flags, given: set[str]) -> None:
-    """--eval or --predict with --resume (or --finetune): the model is built from its
-    file, and looks as in its training.
-    """
+    """--eval or --predict: the model of --resume (or --finetune), built from its file."""
     parser = get_parser()
     run = run_state.start_run(parser, args, trains=False)
     arguments.warn_of_idle_flags(
@@ -202,8 +201,8 @@ def use_trained_model(args: arguments.Flags, given: set[str]) -> None:
     )
     source, origin = (args.resume, "`resume`") if args.resume else (args.finetune, "`finetune`")
     content = trained_segmenter.read_segmenter(source, origin)
-    theirs = trained_segmenter.find_training_flags(content, collect_flags(parser, args), given)
-    args = args.replace(**theirs)
+    looks = trained_segmenter.LOOKS_AS_TRAINED
+    args = args.replace(**take_training_flags(content.flags, looks, collect_flags(parser, args), given))
     args = resolve_pixel_flags(args, run, None, content.flags, f"{origin} {source}")
     model = trained_segmenter.build_segmenter(content, f"{origin} {source}").to(run.device)
     names = read_class_list(class_settings(args))[0]

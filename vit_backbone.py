@@ -338,6 +338,8 @@ class Trunk(nn.Module):
     the published one: optimizer states are stored by position.
     """
 
+    num_prefix_tokens = 1  # CLS
+
     def __init__(self, *, with_mask_token: bool = False, **options: Any) -> None:
         super().__init__()
         c = TrunkConfig(**options)

@@ -19,35 +19,51 @@ from errors import UserError, pick
 log = logging.getLogger("beit")
 
 
-def create_timm_model(model: str, num_classes: int, input_size: int, weight: str | None, purpose: str) -> Any:
-    """timm's `model` for images of `input_size` pixels, with `num_classes` outputs (0:
-    without a classifier).
+TEACHERS_FILE = "`teacher_weight` takes a file or URL that holds them"
 
-    `weight`: a path, a URL, None for timm's own weights, "random" for none. `purpose`
-    says in messages what the model is for. UserError: timm cannot build it, or the
+
+def create_timm_model(
+    model: str,
+    num_classes: int,
+    input_size: int | tuple[int, int] | None,
+    weight: str | None,
+    purpose: str,
+    size_name: str = "teacher_input_size",
+    advice: str = TEACHERS_FILE,
+) -> Any:
+    """timm's `model` for images of `input_size` pixels (None: its own size), with
+    `num_classes` outputs (0: without a classifier).
+
+    `model`: a name, or `local-dir:` and a folder, or `hf-hub:` and an id. `weight`: a
+    path, a URL, None for timm's own weights, "random" for none. In messages `purpose`
+    says what the model is for, `size_name` is the parameter of the size, and `advice`
+    what helps where the weights cannot be had. UserError: timm cannot build it, or the
     weights cannot be had or do not fit.
     """
-    pick(dict.fromkeys(timm.list_models()), model.split(".")[0], "timm model")
+    if not model.startswith(("local-dir:", "hf-hub:")):
+        pick(dict.fromkeys(timm.list_models()), model.split(".")[0], "timm model")
+    size: dict[str, Any] = {} if input_size is None else {"img_size": input_size}
     try:
         try:
-            network = timm.create_model(model, num_classes=num_classes, img_size=input_size)
+            network = timm.create_model(model, num_classes=num_classes, **size)
         except TypeError:  # convolutions take any size
             network = timm.create_model(model, num_classes=num_classes)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"timm cannot build {model} for `teacher_input_size` {input_size}: {summarize_error(error)}"
+            f"timm cannot build {model} for `{size_name}` {input_size}: {summarize_error(error)}"
         ) from error
+    except OSError as error:  # a folder or a repository that is not there
+        raise UserError(f"timm cannot open {model} ({summarize_error(error)})") from error
     # timm's convention: a family's module converts foreign checkpoints (OpenAI's names,
     # another grid) under this name.
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if weight is None:
-        log.info(f"getting timm's weights of {model} (`teacher_weight` takes a file instead)")
+        log.info(f"getting timm's weights of {model} ({advice})")
         try:
             timm.models.load_pretrained(network, num_classes=num_classes, filter_fn=convert)
         except Exception as error:  # of any of the libraries through which timm downloads
             raise UserError(
-                f"timm's weights of {model} cannot be had ({summarize_error(error)}); `teacher_weight` "
-                "takes a file or URL that holds them"
+                f"timm's weights of {model} cannot be had ({summarize_error(error)}); {advice}"
             ) from error
     elif weight != "random":
         state = strip_prefixes(

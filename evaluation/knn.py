@@ -23,11 +23,14 @@ from runtime.terminal import log
 SIMILARITIES = 2**27  # computed at a time: 512 MiB
 
 
-def pool(tokens: Tensor, features: str) -> Tensor:
+def pool(tokens: Tensor, features: str, num_prefix_tokens: int = 1) -> Tensor:
     """Tokens (B, T, C) -> `cls`: the CLS token (B, C); `mean`: of the patch tokens (B,
-    C); `cls_mean`: both (B, 2C).
+    C); `cls_mean`: both (B, 2C); `patches`: these tokens as they are (B, N, C).
+
+    `num_prefix_tokens`: before the patches, CLS and registers.
     """
-    parts = {"cls": lambda: tokens[:, 0], "mean": lambda: tokens[:, 1:].mean(dim=1)}
+    patches = tokens[:, num_prefix_tokens:]
+    parts = {"cls": lambda: tokens[:, 0], "mean": lambda: patches.mean(dim=1), "patches": lambda: patches}
     return torch.cat([parts[part]() for part in features.split("_")], dim=-1)
 
 

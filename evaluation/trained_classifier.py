@@ -4,50 +4,52 @@ to work as it was trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+import pretrained
 from checkpoint_io import published, weight_files, weight_source
-from checkpoint_io.checkpoints import to_plain_data
 from checkpoint_io.remapping import PATCHES, describe_patches, load_remapped
 from data_pipeline.imagenet_classes import RobustSet, synsets
 from errors import ParameterError, UserError
-from modeling_finetune import VisionTransformer
+from evaluation.run_flags import RunFlags, compare_flags, take_training_flags
+from layers.rel_pos_bias import as_pair
+from modeling_finetune import MODELS, VisionTransformer
 from runtime.terminal import log
+from vit_backbone import SIZES
 
 # What the model is made of, and what its images look like: flags that should be those
-# of the training.
-SHAPING = ("model", "use_mean_pooling", "abs_pos_emb", "rel_pos_bias", "qkv_bias", "layer_scale_init_value")
+# of the training. Those of the first kind are arguments of VisionTransformer.
+ARGUMENTS = {
+    "use_mean_pooling": "use_mean_pooling",
+    "abs_pos_emb": "use_abs_pos_emb",
+    "rel_pos_bias": "use_rel_pos_bias",
+    "qkv_bias": "qkv_bias",
+    "layer_scale_init_value": "init_values",
+}
+SHAPING = ("model", *ARGUMENTS)
 PIXELS = ("image_range", "mean_std")
-SEEING = ("input_size", "imagenet_default_mean_and_std", "crop_pct", *PIXELS)
+SEEING = ("input_size", "imagenet_default_mean_and_std", "crop_pct", "in_chans", *PIXELS)
 # What fine-tuning must be told again, because it builds a model of its own: else
 # positions are dropped or start anew.
 KEPT_FROM_PRETRAINING = ("abs_pos_emb", "rel_pos_bias", "imagenet_default_mean_and_std", *PIXELS)
 
 
 @dataclass(frozen=True)
-class RunFlags:
-    """The flags of this run by name, and how a command line asks for the value of
-    one.
-    """
-
-    values: Mapping[str, Any]
-    format_flag: Callable[[str, Any], str]
-
-
-@dataclass(frozen=True)
 class TrainedClassifier:
     """`flags`: those of its training, {} where the file does not tell; `classes`: names
-    in the order of its logits, or None.
+    in the order of its logits, or None; `settings`: the arguments of VisionTransformer,
+    by the shapes of the weights.
     """
 
     source: str
     weights: dict[str, Tensor]
     flags: Mapping[str, Any]
     classes: list[str] | None
+    settings: dict[str, Any]
 
     @property
     def nb_classes(self) -> int:
@@ -83,8 +85,44 @@ def read_classifier(
     read = weight_source.read_weights(source, ema=ema, keys=keys, select=select, origin=origin)
     if "head.bias" not in read.weights:
         kind = weight_files.describe_kind(read.weights)
-        raise UserError(f"{origin} {source} is {kind}: `eval` needs a classifier")
-    return TrainedClassifier(source, read.weights, read.flags, read.classes)
+        raise UserError(f"{origin} {source} is {kind}: a classifier is needed")
+    try:
+        settings = pretrained.infer_architecture(read.weights, read.flags, read.external.num_heads)
+    except UserError as error:
+        raise UserError(f"{origin} {source}: {error}") from None
+    return TrainedClassifier(source, read.weights, read.flags, read.classes, settings)
+
+
+def look_as_trained(trained: TrainedClassifier, ours: RunFlags, given: Collection[str]) -> dict[str, Any]:
+    """As take_training_flags, of a classifier: its model and what its images look like.
+    The size of its images follows from its positions where no flag tells it.
+    """
+    height, width = as_pair(trained.settings["img_size"])
+    theirs = {"input_size": height if height == width else (height, width), **trained.flags}
+    if theirs.get("model") not in MODELS:  # of a size that has no name here
+        theirs.pop("model", None)
+    return take_training_flags(theirs, (*SHAPING, *SEEING), ours, given)
+
+
+def build_classifier(trained: TrainedClassifier, ours: RunFlags, given: Collection[str]) -> VisionTransformer:
+    """The model in the file, in eval mode: by the shapes of its weights, and where the
+    user says otherwise (flags in `given`) as `ours` say, which is refused unless every
+    weight fits.
+    """
+    settings = trained.settings | {"num_classes": trained.nb_classes, "in_chans": ours.values["in_chans"]}
+    settings["img_size"] = ours.values["input_size"]
+    if "model" in given:
+        variant = MODELS[ours.values["model"]]
+        settings |= {"patch_size": variant.patch_size, **SIZES[variant.size]._asdict()}
+    if "rel_pos_bias" in given:
+        settings["use_shared_rel_pos_bias"] = False
+    settings |= {argument: ours.values[flag] for flag, argument in ARGUMENTS.items() if flag in given}
+    try:
+        model = VisionTransformer(**settings)
+    except ValueError as error:
+        raise ParameterError(f"`input_size`: {error}") from None
+    load_classifier(trained, model, ours)
+    return model.eval()
 
 
 def load_classifier(trained: TrainedClassifier, model: VisionTransformer, ours: RunFlags) -> None:
@@ -169,17 +207,6 @@ def warn_of_other_pretraining(
             f"fine-tuned with {', '.join(now for _, now in pairs)}: give the flags of its training, unless "
             "the change is meant"
         )
-
-
-def compare_flags(theirs: Mapping[str, Any], ours: RunFlags, names: Sequence[str]) -> list[tuple[str, str]]:
-    """(as it was trained, as it is now) for each of `names` whose value in training was
-    another one.
-    """
-    return [
-        (ours.format_flag(name, theirs[name]), ours.format_flag(name, ours.values[name]))
-        for name in names
-        if name in theirs and to_plain_data(theirs[name]) != to_plain_data(ours.values[name])
-    ]
 
 
 def refuse_other_classes(trained: TrainedClassifier, classes: Sequence[str], where: str) -> None:

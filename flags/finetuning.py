@@ -5,6 +5,7 @@ together.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 
 import modeling_finetune
@@ -15,17 +16,15 @@ from arguments import (
     add_obsolete,
     add_switch,
     below_one,
-    crop_share,
     expand_home,
     new_parser,
     not_negative,
     not_negative_number,
     parse,
-    probability,
-    small_count,
 )
 from data_pipeline import imagenet_classes
 from errors import UserError, pick
+from flags.augmentation import add_augmentation_flags
 from flags.images import add_data_flags, add_label_flags, add_vit_flags
 from flags.optimization import add_optimizer_flags
 from flags.pixel_format import check_pixel_flags
@@ -36,6 +35,19 @@ from runtime.terminal import log
 EXAMPLE = """--data_set image_folder --data_path photos/train --output_dir ft
 --eval_data_path photos/val --model beit_small_patch16_224 --finetune pretrained/checkpoint.pth"""
 WORST_CLASSES = 10
+# flags that a finished model has no use for
+TRAINING_FLAGS = """
+    label_fraction init_scale drop attn_drop_rate drop_path layer_decay
+    disable_weight_decay_on_rel_pos_bias model_ema_decay model_ema_force_cpu aa smoothing
+    reprob remode recount mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode
+    disable_eval_during_finetuning save_ckpt min_crop_scale color_jitter vflip
+    class_weights balanced_sampler best_metric
+    train_interpolation opt opt_eps opt_betas momentum clip_grad weight_decay
+    weight_decay_end lr min_lr warmup_epochs warmup_steps epochs update_freq
+    grad_checkpointing compile fsdp auto_resume allow_changed_run start_epoch save_ckpt_freq
+    save_ckpt_steps keep_ckpts detect_anomaly print_freq eval_freq image_freq log_dir
+""".split()
+LABELED_IMAGES = "data_path eval_data_path data_set image_folder_class_index_file download nb_classes".split()
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -97,7 +109,7 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--model_ema",
         action="store_true",
-        help="also keep and evaluate a moving average of the weights; with --eval: evaluate it",
+        help="also keep and evaluate a moving average of the weights; with --eval, --predict: use it",
     )
     g.add_argument(
         "--model_ema_decay",
@@ -106,50 +118,7 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
         help="decay of that average per step; 0.9999 averages about the last 10,000 steps",
     )
     g.add_argument("--model_ema_force_cpu", action="store_true", help="keep the average in main memory")
-    g = parser.add_argument_group("augmentation")
-    g.add_argument(
-        "--aa", default="rand-m9-mstd0.5-inc1", help="timm's policy string; none: --color_jitter acts instead"
-    )
-    g.add_argument("--smoothing", type=below_one, default=0.1, help="label smoothing")
-    g.add_argument(
-        "--crop_pct",
-        type=crop_share,
-        default=None,
-        help="share of the resized image in evaluation's center crop; default 0.875, 1.0 from 384 pixels up",
-    )
-    g.add_argument("--reprob", type=probability, default=0.25, help="random erasing: probability")
-    g.add_argument(
-        "--remode", default="pixel", choices=("const", "rand", "pixel"), help="random erasing: fill"
-    )
-    g.add_argument("--recount", type=small_count, default=1, help="random erasing: areas")
-    add_obsolete(g, "--resplit", action="store_true")
-    g.add_argument("--mixup", type=not_negative_number, default=0.0, help="mixup alpha; 0.8 in the recipes")
-    g.add_argument("--cutmix", type=not_negative_number, default=0.0, help="cutmix alpha; 1.0 in the recipes")
-    g.add_argument(
-        "--cutmix_minmax",
-        type=probability,
-        nargs="+",
-        default=None,
-        help="cutmix area range instead of alpha",
-    )
-    g.add_argument(
-        "--mixup_prob",
-        type=probability,
-        default=1.0,
-        help="probability that images are mixed, by --mixup or --cutmix",
-    )
-    g.add_argument(
-        "--mixup_switch_prob",
-        type=probability,
-        default=0.5,
-        help="with both --mixup and --cutmix: probability of cutmix",
-    )
-    g.add_argument(
-        "--mixup_mode",
-        default="batch",
-        choices=("batch", "pair", "elem"),
-        help="what shares one draw of mixup and cutmix: a batch, two images, or each image has its own",
-    )
+    add_augmentation_flags(parser)
     g = parser.add_argument_group("imbalanced classes (docs/fine-tuning.md)")
     g.add_argument(
         "--class_weights",
@@ -170,7 +139,17 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
         "over the classes, or macro F1",
     )
     g = parser.add_argument_group("evaluation and checkpoints")
-    g.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and stop")
+    g.add_argument(
+        "--eval",
+        action="store_true",
+        help="evaluate --resume (or --finetune), which is used as it was trained, and stop",
+    )
+    g.add_argument(
+        "--predict",
+        type=expand_home,
+        default="",
+        help="folder of images, or one image, to classify with --resume (or --finetune); then stop",
+    )
     g.add_argument(
         "--disable_eval_during_finetuning",
         action="store_true",
@@ -183,7 +162,9 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
         help="--eval_data_path is ImageNet-A, ImageNet-R or ImageNet-Sketch, of a 1000-class model",
     )
     g.add_argument(
-        "--tta_flip", action="store_true", help="--eval: mean probability of each image and its mirror image"
+        "--tta_flip",
+        action="store_true",
+        help="--eval, --predict: mean probability of each image and its mirror image",
     )
     g.add_argument(
         "--worst_classes",
@@ -205,7 +186,8 @@ def parse_flags(argv: Sequence[str] | None) -> Flags:
 
 def check_flags(args: argparse.Namespace) -> None:
     patch_size = pick(modeling_finetune.MODELS, args.model, "fine-tuning model").patch_size
-    if any(side % patch_size for side in as_pair(args.input_size)):
+    finished = args.eval or args.predict  # then the file says which model it is
+    if not finished and any(side % patch_size for side in as_pair(args.input_size)):
         raise UserError(
             f"--input_size {args.input_size} is not a multiple of {args.model}'s patch size {patch_size}"
         )
@@ -224,17 +206,31 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_evaluation(args: argparse.Namespace) -> None:
-    if args.eval and not (args.resume or args.finetune):
+    if args.eval and args.predict:
         raise UserError(
-            "--eval needs the model to evaluate: --resume path/to/checkpoint.pth, or --finetune and a "
-            "published name"
+            "--eval scores a model against labels, --predict classifies images without: give one of them"
         )
-    if not args.data_path and not (args.eval and args.eval_data_path and args.data_set != "CIFAR"):
+    if (args.eval or args.predict) and not (args.resume or args.finetune):
+        raise UserError(
+            f"--{'eval' if args.eval else 'predict'} needs a trained model: --resume "
+            "path/to/checkpoint.pth, or --finetune and a published name"
+        )
+    if args.predict and not args.output_dir:
+        raise UserError("--predict writes predictions.csv: name a folder for it, --output_dir")
+    if args.predict and not os.path.exists(args.predict):
+        raise UserError(f"--predict {args.predict}: no such file or folder")
+    if not (args.data_path or args.predict) and not (
+        args.eval and args.eval_data_path and args.data_set != "CIFAR"
+    ):
         raise UserError(
             "--data_path is missing: name the folder of the images (--eval needs --eval_data_path alone)"
         )
-    used = {"robust_test": args.robust_test, "tta_flip": args.tta_flip}
-    used["worst_classes"] = args.worst_classes != WORST_CLASSES
+    if args.tta_flip and not (args.eval or args.predict):
+        raise UserError(
+            "--tta_flip acts on a finished model: add --eval or --predict and --resume "
+            "path/to/checkpoint.pth, or leave it out"
+        )
+    used = {"robust_test": args.robust_test, "worst_classes": args.worst_classes != WORST_CLASSES}
     for name, given in used.items():
         if given and not args.eval:
             raise UserError(
@@ -252,8 +248,11 @@ def check_evaluation(args: argparse.Namespace) -> None:
 
 def idle_flags(args: argparse.Namespace) -> dict[str, str]:
     """Flag -> why it does nothing beside the others."""
-    if args.eval:
-        return dict.fromkeys(("class_weights", "balanced_sampler", "best_metric"), "--eval trains nothing")
+    if args.eval or args.predict:
+        idle = dict.fromkeys(TRAINING_FLAGS, "the model is finished, and built from its file")
+        if args.predict:
+            idle |= dict.fromkeys(LABELED_IMAGES, "--predict names the images, which have no labels")
+        return idle
     unmeasured = "--disable_eval_during_finetuning measures nothing"
     return {"best_metric": unmeasured} if args.disable_eval_during_finetuning else {}
 

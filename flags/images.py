@@ -5,6 +5,7 @@ takes for them.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from arguments import (
@@ -218,7 +219,11 @@ def mean_and_std(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[flo
     return normalization_of(vars(args))
 
 
-def build_finetuning_view(args: argparse.Namespace) -> ImageOnly:
+Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std of the channels
+
+
+def build_finetuning_view(args: argparse.Namespace, statistics: Statistics | None = None) -> ImageOnly:
+    """`statistics`: default, those of the flags."""
     pixels = pixel_format(args)
     if not pixels.is_rgb8 and args.aa not in ("", "none", None):
         log_once(
@@ -227,7 +232,7 @@ def build_finetuning_view(args: argparse.Namespace) -> ImageOnly:
         )
     return finetuning_view(
         args.input_size,
-        *mean_and_std(args),
+        *(statistics or mean_and_std(args)),
         aa=args.aa,
         color_jitter=args.color_jitter,
         reprob=args.reprob,
@@ -240,7 +245,11 @@ def build_finetuning_view(args: argparse.Namespace) -> ImageOnly:
     )
 
 
-def build_eval_view(args: argparse.Namespace) -> ImageOnly:
-    """The center of an image, as a classifier is evaluated on it."""
-    mean, std = mean_and_std(args)
-    return eval_view(args.input_size, args.crop_pct, mean=mean, std=std, pixels=pixel_format(args))
+def build_eval_view(
+    args: argparse.Namespace, statistics: Statistics | None = None, interpolation: str = "bicubic"
+) -> ImageOnly:
+    """The center of an image, as a classifier is evaluated on it; `statistics`: default,
+    those of the flags.
+    """
+    mean, std = statistics or mean_and_std(args)
+    return eval_view(args.input_size, args.crop_pct, interpolation, mean, std, pixel_format(args))

@@ -12,13 +12,11 @@ from arguments import (
     WEIGHTS,
     Flags,
     Number,
-    above_zero,
     changed_flags,
     crop_share,
     expand_home,
     large_count,
     new_parser,
-    not_negative,
     not_negative_number,
     parse,
     positive,
@@ -27,6 +25,7 @@ from arguments import (
 )
 from errors import UserError
 from flags.images import add_data_flags, add_label_flags
+from flags.knn import add_knn_flags
 from flags.optimization import add_optimizer_flags
 from flags.pixel_format import check_pixel_flags
 from flags.run import add_run_flags
@@ -97,7 +96,7 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
         action=Published,
         type=expand_home,
         required=True,
-        help=f"the frozen backbone: {WEIGHTS}",
+        help=f"the frozen backbone: {WEIGHTS}, or timm:<name> for any network of timm",
     )
     g.add_argument(
         "--num_heads",
@@ -110,7 +109,7 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         choices=("auto", "cls", "mean", "cls_mean"),
         help="CLS token, mean of the patch tokens, or both in a row; auto: cls for files of BEiT v2's "
-        "pretraining, else cls_mean (--linear) or mean (--knn)",
+        "pretraining, what timm pools for timm:<name>, else cls_mean (--linear) or mean (--knn)",
     )
     add_label_flags(g)
     g.add_argument(
@@ -123,6 +122,13 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
         help="compute features once, from center crops, not random ones: fast, not the published way",
     )
     g = parser.add_argument_group("k-NN")
+    g.add_argument(
+        "--compare",
+        type=expand_home,
+        nargs="+",
+        default=[],
+        help="other backbones, as in --finetune, on the same images: a row each of one table",
+    )
     g.add_argument(
         "--knn_k", type=positive, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbors"
     )
@@ -191,35 +197,6 @@ def add_published_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_knn_flags(group: Any) -> None:
-    group.add_argument(
-        "--knn_temperature", type=above_zero, default=0.07, help="a neighbor's vote is exp(similarity / this)"
-    )
-    group.add_argument(
-        "--knn_standardize",
-        action="store_true",
-        help="channels to mean 0 and std 1 over the training images before they are compared",
-    )
-
-
-def add_knn_monitor_flags(parser: argparse.ArgumentParser) -> None:
-    """k-NN accuracy while a model pretrains (evaluation/knn.py)."""
-    g = parser.add_argument_group("k-NN during pretraining")
-    g.add_argument(
-        "--knn_freq",
-        type=not_negative,
-        default=0,
-        help="epochs between k-NN evaluations of the student; 0: none",
-    )
-    g.add_argument(
-        "--knn_data_path",
-        type=expand_home,
-        default="",
-        help="labeled images for it: train/class/image and val/class/image",
-    )
-    add_knn_flags(g)
-
-
 def parse_flags(argv: Sequence[str] | None) -> Flags:
     """A UserError for flags that cannot go together."""
     args = parse(get_parser(), argv)
@@ -254,7 +231,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             raise UserError(
                 "--cached_features acts with --linear: --knn computes each feature once in any case"
             )
-        if args.mode == "linear" and name.startswith("knn_"):
+        if args.mode == "linear" and name.startswith(("knn_", "compare")):
             raise UserError(f"--{name} acts with --knn alone: add --knn, or leave it out")
     if args.data_set == "image_folder" and not args.eval_data_path:
         raise UserError(

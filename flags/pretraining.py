@@ -24,7 +24,7 @@ from data_pipeline.crops import PretrainingViews
 from errors import UserError, pick
 from flags.beit_v1 import add_v1_flags, translate_v1_flags
 from flags.images import add_data_flags, add_pipeline_flags, add_vit_flags, mean_and_std
-from flags.linear_eval import add_knn_monitor_flags
+from flags.knn import add_knn_monitor_flags
 from flags.optimization import add_optimizer_flags
 from flags.pixel_format import add_teacher_channels, check_pixel_flags, pixel_format
 from flags.run import add_run_flags, add_step_flags

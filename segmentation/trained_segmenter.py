@@ -4,9 +4,6 @@ built from its file alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
-
 from torch import Tensor
 
 import modeling_segmentation
@@ -14,7 +11,7 @@ import pretrained
 from checkpoint_io import weight_files, weight_source
 from checkpoint_io.weight_source import WeightSource
 from errors import ParameterError, UserError
-from evaluation.trained_classifier import RunFlags, describe_difference
+from evaluation.trained_classifier import describe_difference
 from modeling_segmentation import Segmenter
 from runtime.terminal import log
 
@@ -64,19 +61,6 @@ def read_segmenter(source: str, origin: str) -> WeightSource:
             "needed"
         )
     return content
-
-
-def find_training_flags(content: WeightSource, ours: RunFlags, given: Collection[str]) -> dict[str, Any]:
-    """The flags of the model's training that a finished model keeps, but those in
-    `given`, which the user has set; says which of them differ from `ours`.
-    """
-    theirs = {
-        name: content.flags[name] for name in LOOKS_AS_TRAINED if name in content.flags and name not in given
-    }
-    changed = [ours.format_flag(name, value) for name, value in theirs.items() if value != ours.values[name]]
-    if changed:
-        log.info(f"as trained {', '.join(changed)}")
-    return theirs
 
 
 def build_segmenter(content: WeightSource, source: str) -> Segmenter:

@@ -15,6 +15,7 @@ from tiny_runs import checkpoint, finetuning_flags, log_lines, photos
 import arguments
 import run_class_finetuning
 from evaluation import trained_classifier
+from evaluation.run_flags import RunFlags
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +145,13 @@ def test_published_weights_by_name_without_their_flags(trained, tmp_path, capsys
     classifier(3, tmp_path / "checkpoints" / f"{name}.pth")
     flags = eval_flags(trained / "data", tmp_path / "out", "--finetune", name)
     run_class_finetuning.main(flags)
-    assert "trained with --imagenet_default_mean_and_std and is evaluated with no" in capsys.readouterr().out
+    assert "as trained --imagenet_default_mean_and_std" in capsys.readouterr().out
     flags.append("--imagenet_default_mean_and_std")
     run_class_finetuning.main(flags)
     assert results(tmp_path / "out")["weights"] == name
-    assert "warning" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "warning" not in out
+    assert "as trained" not in out
     # the file tells by the shape of its bias tables
     run_class_finetuning.main([*flags, "--input_size", "48"])
     assert "trained on images of another size than --input_size 48" in capsys.readouterr().out
@@ -196,7 +199,7 @@ def test_fine_tuning_unlike_the_pretraining_is_told(keys, flags, theirs, caplog)
     parser = run_class_finetuning.get_parser()
     args = parser.parse_args(["--finetune", "x.pth"])
     with caplog.at_level("WARNING", logger="beit"):
-        ours = trained_classifier.RunFlags(vars(args), functools.partial(arguments.format_flag, parser))
+        ours = RunFlags(vars(args), functools.partial(arguments.format_flag, parser))
         weights = dict.fromkeys(keys, torch.zeros(1))
         trained_classifier.warn_of_other_pretraining(weights, flags, ours, f"`finetune` {args.finetune}")
     assert (

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import timm
 import torch
 from many_processes import run_ranks
 from tiny_runs import as_flags, assert_same_weights, log_lines, photos, pretraining_flags, student, tokenizer
@@ -219,3 +220,25 @@ def test_what_cannot_be_evaluated_is_refused(flags, message, split, tmp_path, ca
         )
     assert stop.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_backbones_are_compared_in_one_table(data, tmp_path, capsys):
+    """A pretrained file of ours, and a ViT of timm with its own size and normalization,
+    on the same images.
+    """
+    ours = student(tmp_path / "pt.pth")
+    args = dict(img_size=32, embed_dim=32, depth=2, num_heads=2)
+    model = timm.create_model("vit_tiny_patch16_224", **args)
+    timm.models.save_for_hf(model, tmp_path / "timm", model_args=args)
+    theirs = f"timm:local-dir:{tmp_path / 'timm'}"
+    where = as_flags(data_path=data, eval_data_path=data, data_set="image_folder", device="cpu")
+    flags = ["--knn", *where, *as_flags(num_workers=0, amp_dtype="fp32"), "--knn_k", "1", "3"]
+    run_linear_eval.main([*flags, *as_flags(finetune=theirs, output_dir=tmp_path / "alone")])
+    compared = as_flags(finetune=ours, output_dir=tmp_path / "both", compare=theirs)
+    run_linear_eval.main([*flags, *compared])
+    alone, both = (json.loads((tmp_path / run / "knn.json").read_text()) for run in ("alone", "both"))
+    assert both["compared"][theirs] == alone
+    assert both["compared"][str(ours)]["knn1_acc1"] == both["knn1_acc1"]
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith(theirs))
+    assert row.split()[1:] == [f"{alone[f'knn{k}_acc1']:.2f}" for k in (1, 3)]

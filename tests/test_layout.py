@@ -12,7 +12,8 @@ LAYERS = (
     (
         "commands",
         "run_vqkd_training run_beitv2_pretraining run_class_finetuning run_segmentation_finetuning "
-        "run_linear_eval encode_images visualize_* export_checkpoint model_zoo benchmark",
+        "run_linear_eval encode_images extract_features visualize_* export_checkpoint model_zoo benchmark "
+        "hubconf",
     ),
     ("flags", "flags"),
     ("benchmarks", "benchmarks"),
@@ -25,7 +26,7 @@ LAYERS = (
     ("data", "data_pipeline"),
     ("runtime", "runtime"),
     ("layers", "layers"),
-    ("shared", "arguments config_files optim_factory utils errors"),
+    ("shared", "arguments config_files optim_factory utils seeding errors"),
 )
 
 

@@ -5,16 +5,19 @@ several processes are exact.
 import re
 
 import pytest
+import timm
 import torch
 from many_processes import two_processes
 from refusals import refused
 from tiny_runs import SIZE, STUDENT, as_flags, assert_same_weights, checkpoint, log_lines, photos, student
 
-import engine_for_linear_eval
 import pretrained
 import run_linear_eval
-from engine_for_linear_eval import FrozenBackbone, LinearHeads
+from engine_for_linear_eval import LinearHeads
+from evaluation import frozen_backbone
+from evaluation.frozen_backbone import Backbone, FrozenBackbone
 from runtime.device import Precision
+from transforms import normalization
 
 LAYERS = 6  # of the demo size
 
@@ -76,9 +79,11 @@ def test_random_crops_are_the_default_and_the_backbone_stays(data, weights, tmp_
     # Statistics of the channels: of the training images in center crops, each once.
     args = run_linear_eval.get_parser().parse_args(flags(data, weights, tmp_path))
     args.aa, args.reprob, args.remode, args.recount = "none", 0.0, "pixel", 1
+    args.look = None, "bicubic"
     images = run_linear_eval.build_dataset(args, train=True, augment=False)[0]
     batch = torch.stack([images[index]["image"] for index in range(len(images))])
-    features = FrozenBackbone(fresh, "cls_mean", Precision("cpu", None))(batch)
+    backbone = Backbone(fresh, (32, 32), *normalization(False))
+    features = FrozenBackbone(backbone, "cls_mean", Precision("cpu", None))(batch)
     assert torch.allclose(content["model"]["mean"], features.mean(0), atol=1e-4)
     assert torch.allclose(content["model"]["std"], features.std(0, correction=0), rtol=1e-2)
 
@@ -125,13 +130,11 @@ def test_layers_do_not_disturb_each_other(data, weights, tmp_path, monkeypatch):
     not.
     """
     run_linear_eval.main(flags(data, weights, tmp_path / "all", "--cached_features"))
-    original = engine_for_linear_eval.FrozenBackbone.__call__
+    original = frozen_backbone.FrozenBackbone.__call__
     monkeypatch.setattr(
-        engine_for_linear_eval.FrozenBackbone, "__call__", lambda self, images: original(self, images)[:, :1]
+        frozen_backbone.FrozenBackbone, "__call__", lambda self, images: original(self, images)[:, :1]
     )
-    monkeypatch.setattr(
-        run_linear_eval, "LinearHeads", lambda layers, dim, classes: LinearHeads(1, dim, classes)
-    )
+    monkeypatch.setattr(run_linear_eval, "LinearHeads", lambda layers, *shape: LinearHeads(1, *shape))
     run_linear_eval.main(flags(data, weights, tmp_path / "first", "--cached_features"))
     both = [
         checkpoint(tmp_path / name / "checkpoint.pth")["model"]["heads.0.weight"] for name in ("all", "first")
@@ -224,3 +227,19 @@ def test_what_cannot_act_is_refused_in_one_sentence(more, message, data, weights
     error = refused(run_linear_eval.main, flags(data, weights, "", *more), capsys)
     assert re.search(message, error)
     assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_a_network_of_timm_is_probed(data, tmp_path, capsys):
+    """A ViT layer by layer, a CNN by its last map; resumed from its own checkpoint."""
+    vit = dict(img_size=32, embed_dim=32, depth=3, num_heads=2)
+    for name, args, layers, dim in (("vit_tiny_patch16_224", vit, 3, 32), ("resnet10t", {}, 1, 512)):
+        model = timm.create_model(name, **args)
+        timm.models.save_for_hf(model, tmp_path / name, model_args=args)
+        source, out = f"timm:local-dir:{tmp_path / name}", tmp_path / f"{name}_out"
+        more = ["--cached_features", *as_flags(save_ckpt_freq=1)]
+        run_linear_eval.main(flags(data, source, out, *more, "--epochs", "1"))
+        run_linear_eval.main(flags(data, source, out, *more))
+        assert checkpoint(out / "checkpoint.pth")["model"]["mean"].shape == (layers, dim)
+        assert len(log_lines(out)) == 2
+        assert f"test_acc1_layer{layers}" in log_lines(out)[0]
