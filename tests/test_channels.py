@@ -190,7 +190,7 @@ def test_fine_tuning_and_its_evaluation(four, four_student, tmp_path, capsys):
         predict=four / "a", resume=tmp_path / "checkpoint.pth", output_dir=tmp_path / "answers"
     )
     run_class_finetuning.main([*answers, *as_flags(device="cpu", num_workers=0)])
-    assert len((tmp_path / "answers" / "predictions.csv").read_text().splitlines()) == 1 + 8
+    assert len((tmp_path / "new" / "predictions.csv").read_text().splitlines()) == 1 + 8
     flags = finetuning_flags(four, "", *as_flags(finetune=four_student))
     assert "give --in_chans 4" in refused(run_class_finetuning.main, flags, capsys)
 
