@@ -64,7 +64,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
     data = run_state.build_training_data(dataset, run, labels=labels)
     sizes = torch.bincount(torch.as_tensor(dataset.labels), minlength=nb_classes)
     equally = ", drawn equally often" if args.balanced_sampler else ""
-    log.info(f"classes    {nb_classes}, of {sizes.min():,} to {sizes.max():,} training images{equally}")
+    log.info(f"classes    {sizes.min():,} to {sizes.max():,} training images each{equally}")
 
     # ── Model ──
     model = build_model(args, nb_classes)

@@ -53,6 +53,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
     data = run_state.build_training_data(train, run, settings.num_workers)
 
     # ── Model: a classifier for each layer ──
+    log.info(f"protocol   {args.protocol} (docs/probing.md has both)")
     heads = LinearHeads(encode.layers, encode.dim, classes, published).to(run.device)
     source = {"--finetune": args.finetune, "--features": encode.features}
     stage = LinearStage(features, run.device, run.precision, validation_loader, source)

@@ -48,7 +48,7 @@ TRAINING_FLAGS = """
     update_freq epochs opt opt_eps opt_betas momentum clip_grad weight_decay
     weight_decay_end lr min_lr warmup_epochs warmup_steps start_epoch resume save_ckpt_freq
     save_ckpt_steps keep_ckpts detect_anomaly print_freq eval_freq image_freq log_dir
-    allow_changed_run base_lr
+    allow_changed_run
 """.split()
 FROM_THE_FILE = ("rel_pos_bias", "abs_pos_emb", "layer_scale_init_value", "patch_size")
 
@@ -268,7 +268,7 @@ def idle_flags(args: argparse.Namespace) -> dict[str, str]:
     """Flag -> why it does nothing beside the others."""
     idle = dict.fromkeys(FROM_THE_FILE, "the backbone is built from what its file holds")
     if args.mode == "knn":
-        return idle | dict.fromkeys(TRAINING_FLAGS, "--knn trains nothing")
+        return idle | dict.fromkeys((*TRAINING_FLAGS, "base_lr"), "--knn trains nothing")
     if args.protocol == "ours":
         idle["base_lr"] = "--protocol ours has --lr, for a total batch of 256"
     elif args.lr is not None:

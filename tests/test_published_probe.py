@@ -129,6 +129,7 @@ def test_flags_that_do_nothing_say_so(data, weights, capsys):
     more = ["--abs_pos_emb", "--patch_size", "8", "--lr", "0.1", "--base_lr", "0.2", "--epochs", "1"]
     run_linear_eval.main(probe(data, weights, "", *more))
     said = capsys.readouterr().out
+    assert "protocol   published" in said
     assert "--abs_pos_emb, --patch_size do nothing here: the backbone is built from what its file" in said
     assert "--base_lr does nothing here: --lr says the rate" in said
     run_linear_eval.main(probe(data, weights, "", "--protocol", "ours", "--base_lr", "3", "--epochs", "1"))
