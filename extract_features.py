@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import arguments
 from data_pipeline.image_lists import find_images_or_file
+from data_pipeline.pixel_format import endings_of
 from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles
 from errors import UserError, report_user_errors
@@ -90,10 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ── Setup ──
     feature_files.check_output(args.output)
     launch, device = distributed.start(args.device, timeout_minutes=MINUTES_TO_WAIT)
-    paths = find_images_or_file(args.folder, "FOLDER")
     backbone = open_frozen(
         args.source, args.input_size, args.num_heads, args.imagenet_default_mean_and_std, "SOURCE"
     )
+    paths = find_images_or_file(args.folder, "FOLDER", endings_of(backbone.pixels))
     backbone.model.to(device)
     layer = count_layer(args.layer, backbone)
     pool = (backbone.summary or "mean") if args.pool == "auto" else args.pool
@@ -114,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         backbone.interpolation,
         backbone.mean,
         backbone.std,
+        backbone.pixels,
     )
     parts = feature_files.Parts(args.output, launch.rank, launch.world_size)
     try:

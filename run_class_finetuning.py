@@ -31,7 +31,7 @@ from evaluation.confusion import describe_worst, format_worst
 from evaluation.run_flags import RunFlags
 from flags.finetuning import get_parser, idle_flags, parse_flags, warn_of_input_size
 from flags.images import build_eval_view, build_finetuning_view, image_source
-from flags.pixel_format import resolve_pixel_flags
+from flags.pixel_format import image_endings, resolve_pixel_flags
 from optim_factory import (
     LayerDecayValueAssigner,
     create_optimizer,
@@ -270,7 +270,7 @@ def classify_images(
     """--predict: output_dir/predictions.csv, the likeliest classes of every image, and
     unreadable.txt.
     """
-    paths = find_images_or_file(args.predict, "`predict`")
+    paths = find_images_or_file(args.predict, "`predict`", image_endings(args))
     root = args.predict if os.path.isdir(args.predict) else os.path.dirname(args.predict)
     images = ImageFiles([(path, None) for path in paths], build_eval_view(args))
     loader = run_state.build_eval_loader(images, run)

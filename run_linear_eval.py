@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,13 @@ import arguments
 import engine
 import modeling_finetune
 import run_state
-from checkpoint_io import checkpoints, weight_source
+from checkpoint_io import checkpoints
 from data_pipeline.image_lists import Samples
 from datasets import ImageFiles, build_labeled_dataset, find_labeled
 from engine_for_linear_eval import CachedFeatures, LinearHeads, LinearStage
 from errors import UserError, pick, report_user_errors
 from evaluation import knn
-from evaluation.frozen_backbone import TIMM, FrozenBackbone, open_frozen
+from evaluation.frozen_backbone import Backbone, FrozenBackbone, open_frozen
 from evaluation.held_out import evaluation_batches
 from flags.images import build_eval_view, build_finetuning_view, image_source, mean_and_std
 from flags.linear_eval import get_parser as get_parser
@@ -90,35 +90,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
-def resolve_pixels(args: arguments.Flags, run: run_state.Run, theirs: Mapping[str, Any]) -> arguments.Flags:
-    """Numbers for --image_range and --mean_std auto: the backbone's (`theirs`: the flags
-    it was trained with), else of the training images.
+def resolve_pixels(args: arguments.Flags, run: run_state.Run, opened: Backbone) -> arguments.Flags:
+    """Channels, range and normalization where they were not given: the backbone's, and
+    where nothing says what `auto` is, of the training images.
     """
+    args = take_pixel_flags(args, opened.flags)
 
     def find() -> Samples:
         return find_labeled(image_source(args), train=True, nb_classes=args.nb_classes)[0]
 
-    return resolve_pixel_flags(args, run, find, theirs, args.finetune)
+    return resolve_pixel_flags(args, run, find, opened.flags, args.finetune)
 
 
 def open_backbone(args: arguments.Flags, run: run_state.Run) -> tuple[FrozenBackbone, argparse.Namespace]:
     """The backbone of --finetune, and the flags with the settings of the images (or
     cached features) that it takes.
     """
-    content = None
-    if not args.finetune.startswith(TIMM):
-        content = weight_source.read_weights(args.finetune, keys=args.checkpoint_key, origin="`finetune`")
-    theirs = {} if content is None else content.flags
-    args = resolve_pixels(take_pixel_flags(args, theirs), run, theirs)
     opened = open_frozen(
         args.finetune,
         args.input_size,
         args.num_heads,
         args.imagenet_default_mean_and_std,
         origin="--finetune",
-        content=content,
+        keys=args.checkpoint_key,
         in_chans=args.in_chans,
     )
+    args = resolve_pixels(args, run, opened)
+    if args.mean_std is not None:
+        mean, std = mean_and_std(args)
+        opened = dataclasses.replace(opened, mean=mean, std=std)
     if args.model:
         refuse_other_size(opened.model, args.model, args.finetune)
     depth = opened.model.get_num_layers()
@@ -135,9 +135,6 @@ def open_backbone(args: arguments.Flags, run: run_state.Run) -> tuple[FrozenBack
     except UserError as error:
         raise UserError(f"--features {error}") from None
     what = f"layer {layer}" if layer else f"{depth} layers"
-    if args.mean_std is not None:
-        mean, std = mean_and_std(args)
-        opened = dataclasses.replace(opened, mean=mean, std=std)
     log.info(
         f"features   {features} of {what}, {encode.dim} numbers each; images normalized by "
         f"{opened.describe_statistics()}"

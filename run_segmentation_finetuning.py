@@ -192,9 +192,7 @@ def build_stage(
 
 
 def use_trained_model(args: arguments.Flags, given: set[str]) -> None:
-    """--eval or --predict with --resume (or --finetune): the model is built from its
-    file, and looks as in its training.
-    """
+    """--eval or --predict: the model of --resume (or --finetune), built from its file."""
     parser = get_parser()
     run = run_state.start_run(parser, args, trains=False)
     arguments.warn_of_idle_flags(

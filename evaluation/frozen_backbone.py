@@ -7,8 +7,8 @@ Shapes: B batch, L layers, T tokens (prefix in front), N patches, C width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 import pretrained
 from checkpoint_io import weight_source
 from checkpoint_io.timm_models import create_timm_model
+from data_pipeline.pixel_format import RGB8, PixelFormat
 from errors import ParameterError, UserError
 from evaluation import knn
 from layers.rel_pos_bias import as_pair
 from runtime.device import Precision
 from runtime.terminal import log
-from transforms import normalization
+from transforms import normalization, normalization_of
 
 TIMM = "timm:"
 
@@ -41,6 +42,8 @@ class Backbone:
         has_cls: Whether token 0 is a CLS token.
         summary: `cls` or `mean`, what stands for an image by the network's training;
             None: nothing says so.
+        pixels: Of its images.
+        flags: Of its training, {} where unknown.
     """
 
     model: Any
@@ -51,6 +54,8 @@ class Backbone:
     interpolation: str = "bicubic"
     has_cls: bool = True
     summary: str | None = None
+    pixels: PixelFormat = RGB8
+    flags: Mapping[str, Any] = field(default_factory=dict)
 
     def describe_statistics(self) -> str:
         for imagenet, name in ((True, "ImageNet's mean and std"), (False, "mean and std 0.5")):
@@ -67,7 +72,7 @@ def open_frozen(
     num_heads: int | None = None,
     imagenet: bool = False,
     origin: str = "`checkpoint`",
-    content: weight_source.WeightSource | None = None,
+    keys: str = "model|module",
     in_chans: int | None = None,
 ) -> Backbone:
     """`source`: what pretrained.open_backbone opens, or `timm:<name>`: timm's weights of
@@ -75,22 +80,24 @@ def open_frozen(
 
     `input_size`: side or (height, width) in pixels; default: the network's own.
     `imagenet`: images have ImageNet's mean and std where the file does not tell.
-    `origin`: the parameter that names the source, for messages. `content`: the
-    file, where it has been read. `in_chans`: channels of the
-    images; None: the file's.
+    `origin`: the parameter that names the source, for messages. `keys`: where the weights
+    are in a file, the first hit. `in_chans`: channels of the images; default: as it was
+    trained.
     """
     if source.startswith(TIMM):
         if num_heads is not None or imagenet:
             name = "num_heads" if num_heads is not None else "imagenet_default_mean_and_std"
             log.warning(f"warning: `{name}` does nothing with {source}: timm knows it")
         if in_chans not in (None, 3):
-            raise ParameterError(f"`in_chans` {in_chans}: {source} takes RGB, 3 channels")
+            raise ParameterError(f"`in_chans` {in_chans}: {source} is opened for images of 3 channels only")
         return open_timm(source.removeprefix(TIMM), input_size)
-    content = content or weight_source.read_weights(source, origin=origin)
+    content = weight_source.read_weights(source, keys=keys, origin=origin)
     model, flags = pretrained.open_backbone(source, input_size, num_heads, origin, content, in_chans)
-    mean, std = normalization(pretrained.uses_imagenet_statistics(flags, imagenet, source))
+    own = flags | {"in_chans": model.patch_embed.proj.in_channels}
+    mean, std = normalization_of(own, pretrained.uses_imagenet_statistics(flags, imagenet, source))
     summary = "cls" if pretrained.has_cls_head(content.weights) else None
-    return Backbone(model, model.patch_embed.img_size, mean, std, summary=summary)
+    size, pixels = model.patch_embed.img_size, PixelFormat.of_flags(own)
+    return Backbone(model, size, mean, std, summary=summary, pixels=pixels, flags=flags)
 
 
 def open_timm(name: str, input_size: int | tuple[int, int] | None = None) -> Backbone:
@@ -150,7 +157,7 @@ class TimmBackbone(nn.Module):
 
 
 class FrozenBackbone:
-    """Images (B, 3, height, width) -> outputs of every layer, pooled (B, L, D), or of
+    """Images (B, in_chans, height, width) -> outputs of every layer, pooled (B, L, D), or of
     one (from 1): (B, D), or its patch tokens (B, N, C) with `features` patches. Never
     trained.
 

@@ -200,7 +200,10 @@ def warn_of_other_pretraining(
     known |= flags
     if "process_type" in flags:
         known["imagenet_default_mean_and_std"] = flags["process_type"] == "imagenet_norm"
-    pairs = compare_flags(known, ours, KEPT_FROM_PRETRAINING)
+    kept: Sequence[str] = KEPT_FROM_PRETRAINING
+    if known.get("in_chans", 3) != ours.values.get("in_chans", 3):  # then range and statistics are others'
+        kept = [name for name in kept if name not in PIXELS]
+    pairs = compare_flags(known, ours, kept)
     if pairs:
         log.warning(
             f"warning: {source} was trained with {', '.join(before for before, _ in pairs)} and is "

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 import encode_images
 import export_checkpoint
+import extract_features
 import modeling_finetune
 import run_beitv2_pretraining
 import run_class_finetuning
@@ -36,9 +37,11 @@ import run_vqkd_training
 import visualize_attention
 import visualize_codebook
 import visualize_reconstruction
+from data_pipeline.pixel_format import PixelFormat
 from errors import ParameterError
 from layers.hog import compute_hog
 from pretrained import open_backbone
+from transforms import eval_view, normalization_of
 from vqkd_teachers import build_teacher
 
 FOUR = [*as_flags(in_chans=4), "--image_range", "0", "4095"]
@@ -182,6 +185,12 @@ def test_fine_tuning_and_its_evaluation(four, four_student, tmp_path, capsys):
     run_class_finetuning.main([*flags, *ranges, *as_flags(resume=tmp_path / "checkpoint.pth")])
     out = capsys.readouterr().out
     assert "acc1" in out and "may suffer" not in out
+    # alone with the checkpoint, as it was trained
+    answers = as_flags(
+        predict=four / "a", resume=tmp_path / "checkpoint.pth", output_dir=tmp_path / "answers"
+    )
+    run_class_finetuning.main([*answers, *as_flags(device="cpu", num_workers=0)])
+    assert len((tmp_path / "new" / "predictions.csv").read_text().splitlines()) == 1 + 8
     flags = finetuning_flags(four, "", *as_flags(finetune=four_student))
     assert "give --in_chans 4" in refused(run_class_finetuning.main, flags, capsys)
 
@@ -249,6 +258,20 @@ def test_pixels_of_four_channels_are_drawn_from_codes(four, four_tokenizer, tmp_
     assert checkpoint(saved)["model"]["decoder.to_pixels.bias"].shape == (4,)
     visualize_reconstruction.main(as_flags(checkpoint=saved, image=four / "a", output=picture, device="cpu"))
     assert picture.exists()
+
+
+def test_features_of_four_channels_are_those_of_the_network(four, four_student, tmp_path):
+    out = tmp_path / "features.npy"
+    flags = as_flags(output=out, pool="cls", device="cpu", num_workers=0, crop_pct=1)
+    extract_features.main([str(four_student), str(four / "a"), *flags])
+    network, own = open_backbone(str(four_student))
+    view = eval_view(32, 1.0, "bicubic", *normalization_of(own), pixels=PixelFormat.of_flags(own))
+    image = view(view.load(str(four / "a" / "0.npy")))["image"]
+    with torch.no_grad():
+        expected = network.get_intermediate_layers(image[None])[-1][0, 0]
+    features = np.load(out)
+    assert features.shape == (8, 128)
+    assert np.allclose(features[0], expected, atol=1e-5)
 
 
 # ── weights of other channels ──
