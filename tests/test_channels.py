@@ -186,9 +186,7 @@ def test_fine_tuning_and_its_evaluation(four, four_student, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "acc1" in out and "may suffer" not in out
     # alone with the checkpoint, as it was trained
-    answers = as_flags(
-        predict=four / "a", resume=tmp_path / "checkpoint.pth", output_dir=tmp_path / "answers"
-    )
+    answers = as_flags(predict=four / "a", resume=tmp_path / "checkpoint.pth", output_dir=tmp_path / "new")
     run_class_finetuning.main([*answers, *as_flags(device="cpu", num_workers=0)])
     assert len((tmp_path / "new" / "predictions.csv").read_text().splitlines()) == 1 + 8
     flags = finetuning_flags(four, "", *as_flags(finetune=four_student))
