@@ -20,7 +20,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-import utils
 from checkpoint_io import downloads, weight_files
 from checkpoint_io.timm_models import create_timm_model, load_every_tensor, summarize_error
 from errors import UserError, pick
@@ -31,6 +30,7 @@ from layers.feature_maps import (
     find_matching_sizes,
     measure_map_shapes,
 )
+from seeding import seeded
 
 # of timm:<name>: ask the teacher
 TEACHER_DIMS = {"clip": 512, "dino": 768, "hog": 108, "efficientnet_lite0": 112}
@@ -279,6 +279,6 @@ def build_teacher(
         raise UserError(f"`teacher_input_size` {input_size} is less than one patch of 16 px")
     build = find_teacher(name)
     # random weights agree on all ranks; the student's are drawn as without teacher
-    with utils.seeded("teacher", name):
+    with seeded("teacher", name):
         teacher = build(spec)
     return teacher.requires_grad_(False).eval()

@@ -31,7 +31,7 @@ from data_pipeline.image_formats import look_like_12_bits
 from errors import UserError
 from runtime.distributed import is_main
 from runtime.terminal import log, log_once
-from utils import seeded
+from seeding import seeded
 
 Key = tuple[int, int]  # (epoch, index)
 
