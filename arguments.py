@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+import config_files
 from errors import ArgumentParser
 
 # Accepted so that old command lines run; a warning says what replaces them.
@@ -52,13 +52,31 @@ class Flags(argparse.Namespace):
             raise AttributeError(f"flags are read-only: derive a local value instead of setting {name}")
         super().__setattr__(name, value)
 
-    def replace(self, changes: dict[str, Any]) -> Flags:
-        """A read-only copy with other values."""
-        return Flags(**{**vars(self), **changes, "_frozen": False}).freeze()
+    def replace(self, **changes: Any) -> Flags:
+        """A copy with some values changed, read-only too."""
+        return Flags(**{**self.plain(), **changes}).freeze()
 
     def plain(self) -> dict[str, Any]:
         """For checkpoints and logs."""
         return {key: value for key, value in sorted(vars(self).items()) if not key.startswith("_")}
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The flags that the command line or its --config names, also those that it
+        gives their default.
+        """
+        return vars(self).get("_given", frozenset())
+
+    def to_config(self, given_only: bool = False) -> dict[str, Any]:
+        """What --config reads back to the same flags. `given_only`: of a run whose
+        other flags come from its checkpoint.
+        """
+        named = self.given if given_only else vars(self)
+        return {
+            key: "x".join(map(str, value)) if isinstance(value, tuple) else value  # height x width
+            for key, value in self.plain().items()
+            if key in named and key not in OBSOLETE
+        }
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -73,23 +91,33 @@ def new_parser(description: str, example: str) -> argparse.ArgumentParser:
     """`example`: the flags of a command line that a newcomer can copy, on two lines at
     most.
     """
-    return ArgumentParser(
+    parser = ArgumentParser(
         usage="python %(prog)s " + example.replace("\n", " \\\n           "),
         description=description,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=expand_home,
+        default=argparse.SUPPRESS,  # config_files.expand puts the file's flags in its place
+        help="JSON or YAML file of flags, such as a run's flags.json; the command line wins",
+    )
+    return parser
 
 
 def words_of(argv: Sequence[str] | None) -> list[str]:
-    """A blank behind a line's closing backslash reaches a script as an argument of its
+    """A blank after a line's closing backslash reaches a script as an argument of its
     own; nobody means one.
     """
     return [word for word in (sys.argv[1:] if argv is None else argv) if not word or word.strip()]
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Flags:
-    args = parser.parse_args(words_of(argv), namespace=Flags())
+    words = config_files.expand(parser, words_of(argv))
+    args = parser.parse_args(words, namespace=Flags())
+    args._given = frozenset(config_files.named_flags(parser, words))
     betas, opt = getattr(args, "opt_betas", None), getattr(args, "opt", "").lower()
     if betas and len(betas) != 2 and not (len(betas) == 3 and ("adan" in opt or "ademamix" in opt)):
         parser.error(f"--opt_betas takes two numbers for {args.opt}, such as 0.9 0.999")
@@ -98,10 +126,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> set[str]:
     """The flags that the command line names, also those that it gives their default."""
-    silent = copy.deepcopy(parser)
-    for action in silent._actions:
-        action.default, action.required = argparse.SUPPRESS, False
-    return set(vars(silent.parse_args(words_of(argv))))
+    return config_files.named_flags(parser, config_files.expand(parser, words_of(argv)))
 
 
 def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
@@ -216,7 +241,7 @@ def image_size(text: str) -> int | tuple[int, int]:
 
 def expand_home(text: str) -> str:
     """The type of a flag for a path (or several, joined by ::): the shell leaves ~ as
-    it is behind a `=`.
+    it is after a `=`.
     """
     parts = [os.path.expanduser(part) for part in text.split("::")]
     if "\0" in text:

@@ -139,7 +139,7 @@ def find_unlabeled(source: ImageSource, train: bool) -> Samples:
 
 def find_held_out(source: ImageSource) -> Samples:
     """The images of `eval_data_path` without their labels, however nested and whatever
-    else `data_set` says, but for shards.
+    else `data_set` says, except for shards.
     """
     find = find_shards if source.data_set == "webdataset" else find_images
     return without_labels(find(source.eval_data_path, "`eval_data_path`")[0])
@@ -226,7 +226,7 @@ def _find_labeled_shards(
     if train and numbers and len(names) > len(members) and not nb_classes:
         raise UserError(
             f"{origin} {folder}: a label is {len(names) - 1}, but there are {len(members)} images, and no "
-            "classes.txt names so many classes: write one, give `nb_classes`, or mend the label"
+            "classes.txt names that many classes: write one, give `nb_classes`, or mend the label"
         )
     return members, names
 

@@ -1,7 +1,4 @@
-"""Images to visual tokens.
-
-python encode_images.py --tokenizer_weight vqkd.pth --data_path photos --output_dir
-codes
+"""Images to visual tokens (docs/visualization.md).
 
 Every process encodes its share of the sorted files and writes it to files of its own;
 the first process then joins them in order. Memory does not grow with the number of
@@ -25,6 +22,7 @@ from torch import Tensor
 import arguments
 import modeling_dvae
 import modeling_vqkd
+from checkpoint_io import checkpoints
 from data_pipeline.image_lists import Samples, find_images_or_file
 from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles
@@ -60,7 +58,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--tokenizer_weight",
         type=arguments.expand_home,
         default=None,
-        help=f"{arguments.WEIGHTS}; needed but for dall-e: default OpenAI's",
+        help=f"{arguments.WEIGHTS}; needed except for dall-e: default OpenAI's",
     )
     parser.add_argument(
         "--data_path",
@@ -81,7 +79,7 @@ def get_parser() -> argparse.ArgumentParser:
         help=("npy: codes.npy (images, patches), files.txt; jsonl: codes.jsonl, an object an image"),
     )
     parser.add_argument(
-        "--maps", type=arguments.positive, default=0, help="draw the token maps of the first N images"
+        "--maps", type=arguments.not_negative, default=0, help="draw the token maps of the first N images"
     )
     parser.add_argument(
         "--input_size",
@@ -284,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # ── Join ──
         if distributed.is_main():
             join_shares(args, parts, tokenizer, view)
+            checkpoints.write_json(args.output_dir, "flags.json", args.to_config())
             code_files.draw_token_maps(parts, view, root_of(args.data_path), args.maps)
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir}: cannot be written to ({error})") from None

@@ -1,5 +1,5 @@
-"""The one training loop. A stage says what a step computes; how a step is taken is
-written here, once.
+"""The only training loop. A stage defines what a step computes; this file takes the
+step.
 
 Precision, accumulation, clipping, schedule, the check for non-finite steps, moving
 averages, progress, log.txt, TensorBoard, pictures and checkpoints are the same for
@@ -14,20 +14,20 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import run_checkpoints
 from checkpoint_io import checkpoints
 from checkpoint_io.training_state import TrainState
 from data_pipeline.files import BadFiles
 from data_pipeline.samplers import close
 from errors import UserError
 from optim_factory import Schedule
-from run_checkpoints import resume, save
 from run_state import Run, TrainingData, compile_networks
 from runtime import distributed, fsdp
 from runtime.device import Precision, to_device
@@ -40,7 +40,9 @@ from utils import derive_seed, seed_all
 
 
 class Stage:
-    """What the loop asks of a stage. `step` is the paper; the rest has defaults."""
+    """What the loop asks of a stage. `step` implements the paper; the rest has
+    defaults.
+    """
 
     def __init__(self, device: torch.device, precision: Precision) -> None:
         self.device, self.precision = device, precision
@@ -69,10 +71,12 @@ class Stage:
         """
         return {}
 
-    def extra_metrics(self, model: nn.Module, epoch: int) -> dict[str, float]:
-        """More entries like those of `evaluate`, from an evaluation with a frequency of
-        its own; {} where none is due after `epoch`.
-        """
+    def has_extra_metrics(self, epoch: int) -> bool:
+        """Whether an evaluation with a frequency of its own is due after `epoch`."""
+        return False
+
+    def extra_metrics(self, model: nn.Module) -> dict[str, float]:
+        """That evaluation: more entries like those of `evaluate`."""
         return {}
 
     def best_metric(self, test: dict[str, float]) -> float | None:
@@ -99,8 +103,8 @@ class Stopped(Exception):
 
 @dataclass
 class Trainer:
-    """One training run: where it computes, what a step is, on which data, how fast it
-    learns, and all that changes meanwhile. Building it trains nothing.
+    """One run: its settings, stage, data, schedule and mutable state. Constructing it
+    trains nothing.
     """
 
     run: Run
@@ -108,13 +112,19 @@ class Trainer:
     data: TrainingData
     schedule: Schedule
     state: TrainState
+    # while it trains
+    epochs: int = field(init=False)
+    reporter: Reporter = field(init=False)
+    skipped: SkippedSteps = field(init=False)
+    bad_files: BadFiles = field(init=False)
+    stop_signal: StopSignal = field(init=False)
 
     def resume(self) -> None:
-        """Go on from --resume, or from output_dir/checkpoint.pth, if there is one."""
-        resume(self.state, self.stage, self.run, self.data.steps_per_epoch)
+        """Go on from `resume`, or from output_dir/checkpoint.pth, if there is one."""
+        run_checkpoints.resume(self.state, self.stage, self.run, self.data.steps_per_epoch)
 
     def compile(self, *networks: Any) -> None:
-        """--compile: the model, and the frozen `networks` beside it. After resuming:
+        """`compile`: the model, and the frozen `networks` beside it. After resuming:
         weights are loaded and averages begun.
         """
         compile_networks(self.run, self.data, self.state.model, *networks)
@@ -131,6 +141,7 @@ class Trainer:
             if run.lock is not None:
                 at_the_end.callback(run.lock.release)
             at_the_end.enter_context(explain_errors(options.output_dir, options.log_dir or ""))
+            run.write_flags()
             self.reporter = Reporter(
                 options.output_dir,
                 options.log_dir,
@@ -150,9 +161,7 @@ class Trainer:
                 refuse_a_run_without_a_step(state, first_step)
                 log.info(f"finished epoch {self.epochs} in {clock(time.monotonic() - run.started)}")
             except Stopped as stopped:
-                log.info(
-                    f"stopped by {stopped} after step {state.step}: the same command line goes on from there"
-                )
+                log.info(f"stopped by {stopped} after step {state.step}: rerun the same command to resume")
             finally:
                 close(self.data.loader)
                 try:
@@ -170,7 +179,7 @@ class Trainer:
         return self.state.epoch + math.ceil((into_epoch + left) / self.data.steps_per_epoch)
 
     def train_epochs(self) -> None:
-        """One line of log.txt, and a checkpoint, an epoch."""
+        """Train all epochs; each writes a line of log.txt and a checkpoint."""
         state, stage, options = self.state, self.stage, self.run.options
         for epoch in range(state.epoch, self.epochs):
             images = self.data.steps_per_epoch * options.update_freq * self.data.sampler.batch_size
@@ -181,8 +190,9 @@ class Trainer:
             # forked.
             self.run.saver.wait()
             test = evaluate(state, stage) if self.is_due(epoch, options.eval_freq) else {}
-            with fsdp.gather_model(state.model) as model:
-                test |= stage.extra_metrics(model, epoch)
+            if stage.has_extra_metrics(epoch):
+                with fsdp.gather_model(state.model) as model:
+                    test |= stage.extra_metrics(model)
             # The line in log.txt first: a run killed between the two repeats the epoch,
             # and then replaces the line.
             self.reporter.epoch(epoch, train, test)
@@ -193,7 +203,7 @@ class Trainer:
                         self.reporter.pictures(epoch, stage.pictures(model))
 
     def is_due(self, epoch: int, every: int) -> bool:
-        """Every so many epochs, and after the last."""
+        """Every `every` epochs, and after the last."""
         return (epoch + 1) % every == 0 or epoch + 1 == self.epochs
 
     def checkpoint_names(self, epoch: int, test: dict[str, float]) -> list[str]:
@@ -208,7 +218,7 @@ class Trainer:
         return names
 
     def save(self, epoch: int, names: list[str]) -> None:
-        save(self.state, self.stage, self.run, epoch, names)
+        run_checkpoints.save(self.state, self.stage, self.run, epoch, names)
 
     def train_one_epoch(self) -> dict[str, float]:
         """The rest of the epoch in which the state stands; returns the epoch's means
@@ -223,7 +233,7 @@ class Trainer:
         done = data.steps_per_epoch - len(data.sampler) // options.update_freq
         start = state.step if schedule.in_steps else state.epoch * data.steps_per_epoch + done
         steps = min(data.steps_per_epoch, done + len(schedule.lr) - start)
-        if done >= steps:  # killed behind the last step of an epoch: for its line in log.txt
+        if done >= steps:  # killed after the last step of an epoch: for its line in log.txt
             schedule.apply(state.optimizer, max(start - 1, 0))
         self.reporter.start_epoch(state.epoch, done, steps, state.step)
         batches = iter(data.loader)
@@ -269,7 +279,9 @@ class Trainer:
 
 
 def refuse_a_run_without_a_step(state: TrainState, first_step: int) -> None:
-    """A run that skipped each of its steps has trained nothing, which is no success."""
+    """A run that skipped each of its steps has trained nothing, which is not a
+    success.
+    """
     steps = state.step - first_step
     if steps and state.skipped_in_a_row >= steps:
         raise UserError(

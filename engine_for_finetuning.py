@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from data_pipeline.samplers import Loader
 from engine import Stage
+from errors import UserError
 from evaluation.confusion import Confusion
 from evaluation.held_out import evaluation_batches
 from evaluation.trained_classifier import refuse_resuming_other_classes
@@ -29,7 +30,8 @@ class FinetuningStage(Stage):
     cutmix).
 
     `classes`: the names behind the labels; a checkpoint keeps them, so that other
-    images are labeled the same way.
+    images are labeled the same way. `class_weights` (classes,): each class's factor in
+    the loss. `best`: which test_ figure the best checkpoint has the highest of.
     """
 
     def __init__(
@@ -40,8 +42,12 @@ class FinetuningStage(Stage):
         mixup: Mixup | None = None,
         smoothing: float = 0.0,
         classes: Sequence[str] | None = None,
+        class_weights: Tensor | None = None,
+        best: str = "acc1",
     ) -> None:
         super().__init__(device, precision)
+        self.class_weights = None if class_weights is None else class_weights.to(device)
+        self.best = best
         self.validation = validation
         self.mixup, self.smoothing, self.classes = mixup, smoothing, list(classes or ())
         self.soft_cross_entropy = SoftTargetCrossEntropy()
@@ -52,19 +58,37 @@ class FinetuningStage(Stage):
             even = len(images) // 2 * 2  # timm mixes pairs
             images, targets = self.mixup(images[:even], labels[:even])
             logits = model(images).float()
-            return self.soft_cross_entropy(logits, targets), {"class_acc": accuracy(logits, targets)}
+            loss = (
+                self.soft_cross_entropy(logits, targets)
+                if self.class_weights is None
+                else self.weighted_cross_entropy(logits, targets)  # smoothed by mixup
+            )
+            return loss, {"class_acc": accuracy(logits, targets)}
         logits = model(images).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+        loss = (
+            F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+            if self.class_weights is None
+            else self.weighted_cross_entropy(logits, labels, self.smoothing)
+        )
         return loss, {"class_acc": accuracy(logits, labels)}
+
+    def weighted_cross_entropy(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        """The mean over the images, whose weights are 1 in the mean over the data set.
+        Torch's own mean divides by the weights of the batch, so that a step would
+        depend on how it is split into processes and micro-steps.
+        """
+        return F.cross_entropy(
+            logits, targets, weight=self.class_weights, reduction="none", label_smoothing=smoothing
+        ).mean()
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return self.measure(model)[0]
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> tuple[dict[str, float], Confusion]:
-        """Top-1 and top-5 accuracy in percent, balanced accuracy (mean over classes)
-        and loss on the validation images, and which classes were taken for which. {}
-        without validation images.
+        """Top-1 and top-5 accuracy in percent, balanced accuracy (mean over classes),
+        macro F1 and loss on the validation images, and which classes were taken for
+        which. {} without validation images.
         """
         confusion = Confusion(self.device)
         if self.validation is None:
@@ -90,18 +114,37 @@ class FinetuningStage(Stage):
             "test_acc1": 100 * int(correct.sum()) / images,
             "test_acc5": 100 * top5 / images,
             "test_balanced_acc": 100 * float((correct.double() / total).mean()),  # NaN without images
+            "test_f1": 100 * confusion.macro_f1(),
             "test_images": int(images) if len(total) else 0,
         }
         return results, confusion
 
     def best_metric(self, test: dict[str, float]) -> float | None:
-        return test.get("test_acc1")
+        return test.get(f"test_{self.best}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"classes": self.classes} if self.classes else {}
+        state: dict[str, Any] = {"classes": self.classes} if self.classes else {}
+        return state if self.best == "acc1" else state | {"best_metric": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        before = state.get("best_metric", "acc1")
+        if before != self.best:
+            raise UserError(
+                f"the best checkpoint of the run to resume was chosen by {before}, whose figures do not "
+                f"compare with {self.best}'s: give `best_metric` {before}, or start anew in another "
+                "`output_dir`"
+            )
         refuse_resuming_other_classes(state, self.classes, "`data_path` the same class folders")
+
+
+def balanced_class_weights(images: Tensor) -> Tensor:
+    """Factor of each class in the loss (classes,), in inverse proportion to its number
+    of `images` (classes,), such that the mean over all images is 1; 0 for a class
+    without images.
+    """
+    images = images.double()
+    share = images.sum() / (images > 0).sum()  # of each class, were they equally large
+    return torch.where(images > 0, share / images.clamp(min=1), 0.0).float()
 
 
 class SomeLogits(nn.Module):

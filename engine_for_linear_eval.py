@@ -6,6 +6,7 @@ Shapes: B batch, L layers, D features of a layer (C channels, or 2C for CLS and 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -34,22 +35,30 @@ class LinearHeads(nn.Module):
     layer, and from channel to channel by orders of magnitude. Batch norm would see
     other statistics on every rank; a fixed one is the same everywhere, and a resumed
     run has it from its checkpoint.
+
+    `published`: as in BEiT v1's code instead: raw features, weights from N(0, 0.01),
+    fp32.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, layers: int, dim: int, classes: int) -> None:
+    def __init__(self, layers: int, dim: int, classes: int, published: bool = False) -> None:
         super().__init__()
+        self.published = published
         self.register_buffer("mean", torch.zeros(layers, dim))
         self.register_buffer("std", torch.ones(layers, dim))
         self.heads = nn.ModuleList(nn.Linear(dim, classes) for _ in range(layers))
         for parameter in self.parameters():
             nn.init.zeros_(parameter)  # each classifier is a convex problem: no symmetry to break
+            if published and parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.01)
 
     def forward(self, features: Tensor) -> Tensor:
         features = (features.float() - self.mean) / self.std
-        return torch.stack([head(features[:, layer]) for layer, head in enumerate(self.heads)])
+        in_fp32 = torch.autocast(features.device.type, enabled=False)
+        with in_fp32 if self.published else contextlib.nullcontext():
+            return torch.stack([head(features[:, layer]) for layer, head in enumerate(self.heads)])
 
     @torch.no_grad()
     def standardize_by(self, features: Iterable[Tensor]) -> None:

@@ -4,7 +4,7 @@ the ablations of that.
 Above 300 lines, so that the step, its loss and its targets are in one file.
 
 Shapes: B batch, N patches, P predicted patches of the whole batch (the masked ones, or
-all B * N), V values for each, K codes.
+all B * N), M masked patches, C width, V values for each, K codes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from errors import UserError
 from evaluation import knn
 from evaluation.held_out import average_steps, evaluation_batches, pick_samples
 from layers.linear_cross_entropy import linear_cross_entropy
-from layers.token_subset import at_mask
+from layers.token_subset import select_masked
 from runtime import distributed
 from runtime.device import Precision, to_device
 from visualization import drawing
@@ -36,10 +36,10 @@ class PretrainingStage(Stage):
     Args:
         target: codes of a frozen tokenizer, or pixels.
         dataset: for pictures; `mean_std`: how its images are normalized.
-        held_out: loader of --eval_data_path.
+        held_out: loader of `eval_data_path`.
         predict_all: the visible patches count in the loss too.
         nothing_masked: the masks are empty.
-        knn_probe: k-NN every few epochs (--knn_freq).
+        knn_probe: k-NN every few epochs (`knn_freq`).
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class PretrainingStage(Stage):
             return {}
         if not self.predict_all:
             return {"mlm_acc": correct.mean()}
-        of_masked = {} if self.nothing_masked else {"mlm_acc": at_mask(correct, mask).mean()}
+        of_masked = {} if self.nothing_masked else {"mlm_acc": select_masked(correct, mask).mean()}
         return of_masked | {"all_acc": correct.mean()}
 
     def start_epoch(self, epoch: int) -> None:
@@ -112,7 +112,7 @@ class PretrainingStage(Stage):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Loss and accuracy on held-out images (--eval_data_path), each with one fixed
+        """Loss and accuracy on held-out images (`eval_data_path`), each with one fixed
         crop and mask.
         """
         if self.held_out is None:
@@ -123,14 +123,18 @@ class PretrainingStage(Stage):
     def predicted_patches(self, batch: dict[str, Any]) -> float:
         return float(batch["mask"].numel() if self.predict_all else batch["mask"].sum())
 
+    def has_extra_metrics(self, epoch: int) -> bool:
+        return self.knn_probe is not None and self.knn_probe.is_due(epoch)
+
     @torch.no_grad()
-    def extra_metrics(self, model: Any, epoch: int) -> dict[str, float]:
-        """k-NN accuracy of the student's last layer (--knn_freq): of its CLS token
+    def extra_metrics(self, model: Any) -> dict[str, float]:
+        """k-NN accuracy of the student's last layer (`knn_freq`): of its CLS token
         where that is trained, else of the mean.
         """
-        probe, features = self.knn_probe, "cls" if hasattr(model, "cls_pt_layers") else "mean"
-        if probe is None or not probe.due(epoch):
+        probe = self.knn_probe
+        if probe is None:
             return {}
+        features = "cls" if hasattr(model, "cls_pt_layers") else "mean"
         model.eval()
 
         def encode(images: Tensor) -> Tensor:
@@ -311,10 +315,12 @@ class Tokens(Target):
         return [drawing.token_map(codes.view(grid), self.width, size) for codes in (target, predicted)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"code_counts": self.code_counts}
+        counts = self.code_counts.clone()
+        distributed.all_reduce_sum(counts)
+        return {"code_counts": counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if distributed.is_main():  # the saved counts are rank 0's share
+        if distributed.is_main():  # those of all ranks
             self.code_counts.copy_(state["code_counts"])
 
 
@@ -335,7 +341,7 @@ class Pixels(Target):
     def encode(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
         side = self.patch_size
         pixels = rearrange(batch["image"], "b c (h row) (w col) -> (b h w) (c row col)", row=side, col=side)
-        return at_mask(pixels, batch["mask"]) if masked_only else pixels
+        return select_masked(pixels, batch["mask"]) if masked_only else pixels
 
     def loss(self, hidden: Tensor, head: nn.Linear, target: Tensor) -> PatchLoss:
         return PatchLoss(F.mse_loss(head(hidden).flatten(0, -2).float(), target), None)

@@ -1,5 +1,4 @@
-"""Weights for timm, Hugging Face and ONNX, or from the first two: python
-export_checkpoint.py ft.pth --to timm --output out
+"""Weights for timm, Hugging Face and ONNX, or from the first two.
 
 Sources are our checkpoints, published weights, and the models of both libraries;
 docs/export.md has examples.
@@ -201,7 +200,7 @@ def summarize_classes(names: list[str] | None) -> str:
 @report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
-    args = args.replace({"checkpoint": args.checkpoint or args.checkpoint_flag})
+    args = args.replace(checkpoint=args.checkpoint or args.checkpoint_flag)
     check_flags(args)
     terminal.set_up_logging(0)
     source = weight_source.read_weights(args.checkpoint, args.source_format, args.ema)

@@ -20,11 +20,13 @@ class MaskingGenerator:
     `num_masking_patches` ones.
 
     Args:
-        input_size: the patch grid, H = W or (H, W), in patches. num_masking_patches:
-        masked patches of one mask; ValueError when the grid has fewer. min_num_patches,
-        max_num_patches: area of one rectangle in patches; no maximum: whatever is still
-        to be masked. min_aspect, max_aspect: range of height / width, log-uniform; the
-        maximum defaults to 1 / min_aspect.
+        input_size: the patch grid, H = W or (H, W), in patches.
+        num_masking_patches: masked patches of one mask; ValueError when the grid has
+            fewer.
+        min_num_patches, max_num_patches: area of one rectangle in patches; no maximum:
+            whatever is still to be masked.
+        min_aspect, max_aspect: range of height / width, log-uniform; the maximum
+            defaults to 1 / min_aspect.
 
     Draws from Python's global `random`: whoever calls it seeds that.
     """
@@ -115,14 +117,14 @@ MASK_TYPES = {"block": MaskingGenerator, "random": RandomMaskingGenerator}
 
 
 def scaled_mask_count(grid: int) -> int:
-    """Masked patches of a grid x grid image when --num_mask_patches is not given: the
+    """Masked patches of a grid x grid image when `num_mask_patches` is not given: the
     recipe's share, 75 of 14x14.
     """
     return max(1, round(75 / 196 * grid * grid))
 
 
 def scaled_min_block(grid: int) -> int:
-    """Smallest block when --min_mask_patches_per_block is not given: the square of the
+    """Smallest block when `min_mask_patches_per_block` is not given: the square of the
     same share of the grid's side as the recipe's (16 patches = 4x4 of 14x14), and at
     least 2x2; 4 on an 8x8 grid.
     """

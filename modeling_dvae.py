@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from checkpoint_io import downloads, weight_files
 from checkpoint_io.pickle_builders import PickledObject
 from errors import UserError
-from layers.token_subset import at_mask
+from layers.token_subset import select_masked
 
 PATCH_SIZE = 8  # pixels per token: three poolings; 112 x 112 pixels give BEiT's 14 x 14 grid
 GROUPS = 4
@@ -112,8 +112,8 @@ class DallEEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mapped images (B, 3, H, W) (see map_pixels) -> logits (B, K, h, w) in fp32.
 
-        UserError: H or W is no multiple of 8 (poolings would cut the rest off, and the
-        grid would not be the student's).
+        UserError: H or W is not a multiple of 8 (poolings would cut the rest off, and
+        the grid would not be the student's).
         """
         height, width = x.shape[-2:]
         if height % PATCH_SIZE or width % PATCH_SIZE or not height or not width:
@@ -140,14 +140,13 @@ class DallEEncoder(nn.Module):
         if not x.is_floating_point():
             raise ValueError(f"images must be floating-point numbers in [0, 1], not {x.dtype}")
         codes = self(map_pixels(x.float())).argmax(dim=1).flatten(1)  # B K h w -> B N
-        return codes if bool_masked_pos is None else at_mask(codes.flatten(), bool_masked_pos)
+        return codes if bool_masked_pos is None else select_masked(codes.flatten(), bool_masked_pos)
 
 
 # ── reading its file ──
 # Every class that OpenAI's encoder.pkl names, and its decoder.pkl, which is taken for
-#     it so easily that it is read too, to
-# be named. Also torch's own layers: they are read in the form they have in the file,
-#     whichever version of torch wrote it.
+# it so easily that it is read too, to be named. Also torch's own layers: they are read
+# in the form they have in the file, whichever version of torch wrote it.
 CLASSES = (
     "dall_e.encoder.Encoder",
     "dall_e.encoder.EncoderBlock",

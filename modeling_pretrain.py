@@ -26,7 +26,7 @@ class MaskedPatches(NamedTuple):
     branch computes.
 
     Only masked patches reach the heads, so the last blocks compute no other outputs
-    (`subset`), but for CLS in front of them where the other branch needs it
+    (`subset`), except for CLS in front of them where the other branch needs it
     (`subset_with_cls`). Both are None where the images have different numbers of masked
     patches: then all outputs are computed.
     """
@@ -51,7 +51,7 @@ class VisionTransformerForMaskedImageModeling(Trunk):
 
     Args:
         vocab_size: K, the values that the head gives for a patch: one for each code, or
-            (--target pixels) for each number of its pixels.
+            (`target` pixels) for each number of its pixels.
         init_std: of all initial weights.
         trunk: fields of vit_backbone.TrunkConfig.
     """

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from errors import UserError, pick
 from layers.conv_module import AveragePool, BatchNorm, ConvModule, resize
 from layers.init_weights import init_linear_and_norm, rescale_outputs
-from layers.rel_pos_bias import at_least, has_free_size
+from layers.rel_pos_bias import at_least, has_dynamic_size
 from vit_backbone import SIZES, Trunk
 
 POOL_SCALES = (1, 2, 3, 6)
@@ -195,7 +195,7 @@ class Segmenter(nn.Module):
     @staticmethod
     def at_pixels(logits: Tensor, padded: Tensor, x: Tensor) -> Tensor:
         scores = resize(logits.float(), padded.shape[-2:])
-        if has_free_size(x.shape[-2:]):  # slicing would compare sizes
+        if has_dynamic_size(x.shape[-2:]):  # slicing would compare sizes
             rows, columns = (torch.arange(side, device=x.device) for side in x.shape[-2:])
             return scores.index_select(2, rows).index_select(3, columns)
         return scores[..., : x.shape[-2], : x.shape[-1]]

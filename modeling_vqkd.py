@@ -26,7 +26,7 @@ from checkpoint_io.tokenizer_weights import (
 from errors import UserError, pick
 from layers.init_weights import init_linear_and_norm
 from layers.rel_pos_bias import grid_of
-from layers.token_subset import TokenSubset, at_mask, masked_subset
+from layers.token_subset import TokenSubset, masked_subset, select_masked
 from modeling_finetune import VisionTransformer
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -45,14 +45,12 @@ class VQKD(nn.Module):
 
     Args:
         encoder_config, decoder_config: arguments of VisionTransformer. The decoder's
-        image
-            is the grid of codes (img_size = grid side, patch_size 1, in_chans =
+            image is the grid of codes (img_size = grid side, patch_size 1, in_chans =
             embed_dim).
         n_embed, embed_dim: K and D. decoder_out_dim: F.
         teacher: frozen module with `targets(x) -> (B, N, F)`, which `forward` asks
-        where it
-            is given no targets. It is no part of this module: neither parameters nor
-            state dict hold it, and `.to()` does not move it.
+            where it is given no targets. It is not part of this module: neither
+            parameters nor state dict hold it, and `.to()` does not move it.
     """
 
     input_mean: Tensor
@@ -130,7 +128,9 @@ class VQKD(nn.Module):
         codes = self.quantize.nearest(features.flatten(0, 1))
         if subset is not None:
             return codes
-        return codes.view(x.shape[0], -1) if bool_masked_pos is None else at_mask(codes, bool_masked_pos)
+        return (
+            codes.view(x.shape[0], -1) if bool_masked_pos is None else select_masked(codes, bool_masked_pos)
+        )
 
     # ── decoding and distillation ──
 
@@ -174,7 +174,7 @@ def task_layer(width: int, out: int) -> nn.Sequential:
 
 
 @dataclass(frozen=True)
-class Variant:
+class TokenizerVariant:
     """One row of the table of tokenizers. Calling it builds the tokenizer."""
 
     size: str  # encoder row of SIZES
@@ -247,13 +247,13 @@ class Variant:
 
 
 PATCH_SIZE = 16
-vqkd_encoder_base_decoder_1x768x12_clip = Variant("base", 1, 12, "clip")
-vqkd_encoder_base_decoder_3x768x12_clip = Variant("base", 3, 12, "clip")
-vqkd_encoder_base_decoder_1x768x12_dino = Variant("base", 1, 12, "dino")
-vqkd_encoder_small_decoder_1x384x6_clip = Variant("small", 1, 6, "clip")
-vqkd_encoder_tiny_decoder_1x192x3_clip = Variant("tiny", 1, 3, "clip")
-vqkd_encoder_demo_decoder_1x128x4_hog = Variant("demo", 1, 4, "hog", img_size=128, encoder_depth=4)
-MODELS = {name: value for name, value in globals().items() if isinstance(value, Variant)}
+vqkd_encoder_base_decoder_1x768x12_clip = TokenizerVariant("base", 1, 12, "clip")
+vqkd_encoder_base_decoder_3x768x12_clip = TokenizerVariant("base", 3, 12, "clip")
+vqkd_encoder_base_decoder_1x768x12_dino = TokenizerVariant("base", 1, 12, "dino")
+vqkd_encoder_small_decoder_1x384x6_clip = TokenizerVariant("small", 1, 6, "clip")
+vqkd_encoder_tiny_decoder_1x192x3_clip = TokenizerVariant("tiny", 1, 3, "clip")
+vqkd_encoder_demo_decoder_1x128x4_hog = TokenizerVariant("demo", 1, 4, "hog", img_size=128, encoder_depth=4)
+MODELS = {name: value for name, value in globals().items() if isinstance(value, TokenizerVariant)}
 
 
 def default_teacher(name: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from layers.codebook_search import ROWS_PER_CHUNK, nearest_codes
 from runtime import distributed
 
-FEATURES_PER_CODE = 16  # k-means after a warm-up waits until this many features per code are at hand
+FEATURES_PER_CODE = 16  # k-means after a warm-up waits until this many features per code are available
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -24,8 +24,8 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 
 class Codebook(nn.Module):
-    """The codes and, for the state dict alone, the published companions `cluster_size`
-    and `embed_avg`.
+    """The codes, and two published buffers, `cluster_size` and `embed_avg`, which are
+    kept only for the state dict's compatibility.
     """
 
     weight: Tensor
@@ -55,8 +55,8 @@ class NormEMAVectorQuantizer(nn.Module):
         decay: of the codes' moving average and of the usage statistic.
         eps: kept for the published signature; the codes need no smoothing since they
         are unit vectors.
-        statistic_code_usage: keep `cluster_size`, the usage of each code since the last
-        `start_epoch`.
+        statistic_code_usage: keep `cluster_size`, a moving average (of that decay) of
+            how often each code is used, which starts at zero with each epoch.
         kmeans_init: initialize the codebook by cosine k-means on the first features.
     """
 
@@ -183,8 +183,8 @@ class NormEMAVectorQuantizer(nn.Module):
         self.embedding.weight.copy_(distributed.broadcast(weight))
 
     def usage(self) -> dict[str, float]:
-        """Codes used since start_epoch, and the perplexity exp(entropy) of their use.
-        Synchronizes the device.
+        """Codes used since start_epoch, and the perplexity exp(entropy) of their use,
+        over about the last 1 / (1 - decay) batches. Synchronizes the device.
         """
         used = int((self.cluster_size > 0).sum())
         return {
@@ -195,8 +195,8 @@ class NormEMAVectorQuantizer(nn.Module):
 
 
 def perplexity(counts: Tensor) -> float:
-    """exp(entropy) of how often each code (K,) is used: so many codes, used equally,
-    are as hard to guess. 0 without any.
+    """exp(entropy) of how often each code (K,) is used: the number of equally used
+    codes with the same entropy. 0 without any.
     """
     total = counts.sum()
     shares = counts / total.clamp(min=1e-12)

@@ -192,6 +192,10 @@ class Schedule:
     weight_decay: np.ndarray
     in_steps: bool = False
 
+    def hold(self, steps: int) -> Schedule:
+        """Each value for so many steps, instead of one."""
+        return Schedule(self.lr.repeat(steps), self.weight_decay.repeat(steps), self.in_steps)
+
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the groups' values for optimizer step `step` of the run."""
         step = min(step, len(self.lr) - 1)

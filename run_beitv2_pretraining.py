@@ -1,5 +1,5 @@
-"""Pretrain a vision transformer by masked image modeling, BEiT or BEiT v2 (README:
-recipes).
+"""Pretrain a vision transformer by masked image modeling, BEiT or BEiT v2
+(docs/pretraining.md).
 """
 
 from __future__ import annotations

@@ -24,13 +24,13 @@ class Stateful(Protocol):
 def save(state: TrainState, stage: Stateful, run: Run, epoch: int, names: list[str]) -> None:
     """Write a checkpoint on rank 0 under each of `names`, in the background.
 
-    `state` says where to go on, `epoch` which epoch the checkpoint is of. All ranks
-    call it: what is sharded they gather together.
+    `state` holds the position to resume from, `epoch` labels the checkpoint. All ranks
+    call it: they gather what is sharded, and their shares of the statistics.
     """
     output_dir = run.output_dir
     if output_dir is None or not run.options.save_ckpt:
         return
-    means = list(distributed.gather_objects(state.means.state_dict()))
+    means, stage_state = list(distributed.gather_objects(state.means.state_dict())), stage.state_dict()
     if not (distributed.is_main() or run.is_sharded):
         return
     if not output_dir.is_dir():
@@ -41,14 +41,14 @@ def save(state: TrainState, stage: Stateful, run: Run, epoch: int, names: list[s
     content = build_checkpoint(state, epoch, means) | {
         "args": run.flags,
         "data": dict(run.data),
-        "stage": stage.state_dict(),
+        "stage": stage_state,
         "world_size": run.launch.world_size,
     }
     run.saver.submit(content, output_dir, names, run.options.keep_ckpts)
 
 
 def resume(state: TrainState, stage: Stateful, run: Run, steps_per_epoch: int) -> None:
-    """Go on from --resume, or from output_dir/checkpoint.pth, if there is one; all
+    """Go on from `resume`, or from output_dir/checkpoint.pth, if there is one; all
     ranks from the same position.
     """
     options = run.options
@@ -77,7 +77,7 @@ def restore(state: TrainState, stage: Stateful, run: Run, path: Path, steps_per_
     if resumption.is_published(content):
         content = resumption.convert_published(content, steps_per_epoch, run.launch.world_size)
     if "optimizer" not in content or "next" not in content:
-        log.info(f"{path} holds weights alone: training starts at epoch {state.epoch}")
+        log.info(f"{path} holds only weights: training starts at epoch {state.epoch}")
         return
     opt = run.options.opt
     before = content.get("args", {}).get("opt", opt)
@@ -91,7 +91,7 @@ def restore(state: TrainState, stage: Stateful, run: Run, path: Path, steps_per_
         world_size = int(content["world_size"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{path} is no complete training checkpoint of this code ({type(error).__name__}: {error}): "
+            f"{path} is not a complete training checkpoint of this code ({type(error).__name__}: {error}): "
             "take another one, or start from its weights with `finetune`"
         ) from None
     log.info(f"resumed    {path}: epoch {state.epoch}, {state.samples} samples into it, step {state.step}")

@@ -24,7 +24,7 @@ from checkpoint_io import checkpoints, weight_source
 from data_pipeline import imagenet_classes
 from data_pipeline.image_lists import find_images_or_file
 from datasets import ImageFiles, build_labeled_dataset
-from engine_for_finetuning import FinetuningStage, SomeLogits, WithMirrorImage
+from engine_for_finetuning import FinetuningStage, SomeLogits, WithMirrorImage, balanced_class_weights
 from errors import UserError, report_user_errors
 from evaluation import predictions, trained_classifier
 from evaluation.confusion import describe_worst, format_worst
@@ -49,6 +49,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
     # ── Setup ──
     run = run_state.start_run(parser, args)
     warn_of_input_size(args)
+    arguments.warn_of_idle_flags(parser, args, idle_flags(args))
 
     # ── Pretrained weights ──
     weights = read_pretrained(args)
@@ -57,7 +58,11 @@ def build(args: arguments.Flags) -> engine.Trainer:
     dataset, nb_classes = build_dataset(args, train=True)
     validation = None if args.disable_eval_during_finetuning else build_dataset(args, train=False)[0]
     validation_loader = None if validation is None else run_state.build_eval_loader(validation, run)
-    data = run_state.build_training_data(dataset, run)
+    labels = dataset.labels if args.balanced_sampler else None
+    data = run_state.build_training_data(dataset, run, labels=labels)
+    sizes = torch.bincount(torch.as_tensor(dataset.labels), minlength=nb_classes)
+    equally = ", drawn equally often" if args.balanced_sampler else ""
+    log.info(f"classes    {nb_classes}, of {sizes.min():,} to {sizes.max():,} training images{equally}")
 
     # ── Model ──
     model = build_model(args, nb_classes)
@@ -73,7 +78,14 @@ def build(args: arguments.Flags) -> engine.Trainer:
     run_state.move_to_device(run, model, ema)
     mixup = build_mixup(args, nb_classes)
     stage = FinetuningStage(
-        run.device, run.precision, validation_loader, mixup, args.smoothing, dataset.classes
+        run.device,
+        run.precision,
+        validation_loader,
+        mixup,
+        args.smoothing,
+        dataset.classes,
+        balanced_class_weights(sizes) if args.class_weights == "balanced" else None,
+        args.best_metric,
     )
 
     # ── Optimizer: deeper layers learn slower ──
@@ -187,7 +199,7 @@ def use_trained_model(args: arguments.Flags, given: set[str]) -> None:
         args.model_key,
         build_selection(args),
     )
-    args = args.replace(trained_classifier.look_as_trained(trained, collect_flags(parser, args), given))
+    args = args.replace(**trained_classifier.look_as_trained(trained, collect_flags(parser, args), given))
     if "model" in given:
         warn_of_input_size(args)
     model: nn.Module = trained_classifier.build_classifier(trained, collect_flags(parser, args), given)

@@ -13,19 +13,22 @@ from torch import Tensor
 
 import arguments
 import engine
+import modeling_finetune
 import run_state
 from checkpoint_io import checkpoints
 from datasets import ImageFiles, build_labeled_dataset
 from engine_for_linear_eval import CachedFeatures, LinearHeads, LinearStage
-from errors import UserError, report_user_errors
+from errors import UserError, pick, report_user_errors
 from evaluation import knn
 from evaluation.frozen_backbone import FrozenBackbone, open_frozen
 from evaluation.held_out import evaluation_batches
 from flags.images import build_eval_view, build_finetuning_view, image_source
-from flags.linear_eval import get_parser, idle_flags, parse_flags
+from flags.linear_eval import get_parser as get_parser
+from flags.linear_eval import get_parser_for, idle_flags, parse_flags
 from optim_factory import ScheduleOptions, build_schedule, create_optimizer
 from runtime import distributed
 from runtime.terminal import log
+from vit_backbone import SIZES
 
 STATISTICS_IMAGES = 10_000  # training images that give each channel's mean and variance
 
@@ -33,7 +36,9 @@ STATISTICS_IMAGES = 10_000  # training images that give each channel's mean and 
 def build(args: arguments.Flags) -> engine.Trainer:
     """The linear probe that the flags describe, ready for its first step."""
     # ── Setup ──
-    run = run_state.start_run(get_parser(), args)
+    parser, published = get_parser_for(args), args.protocol == "published"
+    run = run_state.start_run(parser, args)
+    arguments.warn_of_idle_flags(parser, args, idle_flags(args))
 
     # ── The frozen backbone ──
     encode, settings = open_backbone(args, run)
@@ -45,21 +50,27 @@ def build(args: arguments.Flags) -> engine.Trainer:
     data = run_state.build_training_data(train, run, settings.num_workers)
 
     # ── Model: a classifier for each layer ──
-    heads = LinearHeads(encode.layers, encode.dim, classes).to(run.device)
+    heads = LinearHeads(encode.layers, encode.dim, classes, published).to(run.device)
     source = {"--finetune": args.finetune, "--features": encode.features}
     stage = LinearStage(features, run.device, run.precision, validation_loader, source)
 
     # ── Optimizer ──
-    lr = args.lr * data.sampler.global_batch / 256
-    log.info(f"lr         {lr:.3g} = {args.lr:g} x {data.sampler.global_batch} / 256")
-    optimizer = create_optimizer(args, heads)
-    schedule = build_schedule(arguments.options(ScheduleOptions, args), lr, data.steps_per_epoch)
+    lr = find_lr(args, data.sampler.global_batch)
+    options = arguments.options(ScheduleOptions, args)
+    if published:  # all parameters decay, and the rate changes once an epoch
+        opt = "momentum" if args.opt == "sgd" else args.opt
+        how = argparse.Namespace(**{**args.plain(), "opt": opt, "lr": lr})
+        optimizer = create_optimizer(how, heads, filter_bias_and_bn=False)
+        schedule = build_schedule(options, lr, 1).hold(data.steps_per_epoch)
+    else:
+        optimizer = create_optimizer(args, heads)
+        schedule = build_schedule(options, lr, data.steps_per_epoch)
     state = run_state.new_state(heads, optimizer, run, f"{encode.layers} linear heads")
 
     # ── Resume; a new run first measures each channel ──
     trainer = engine.Trainer(run, stage, data, schedule, state)
     trainer.resume()
-    if state.step == 0:
+    if state.step == 0 and not published:
         measure_channels(heads, features, train, settings, run)
     return trainer
 
@@ -79,9 +90,16 @@ def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenB
     cached features) that it takes.
     """
     opened = open_frozen(
-        args.finetune, args.input_size, args.num_heads, args.imagenet_default_mean_and_std, "--finetune"
+        args.finetune,
+        args.input_size,
+        args.num_heads,
+        args.imagenet_default_mean_and_std,
+        "--finetune",
+        args.checkpoint_key,
     )
     depth = opened.model.get_num_layers()
+    if args.model:
+        refuse_other_size(opened.model, args.model, args.finetune)
     if args.knn_layer is not None and args.knn_layer > depth:
         raise UserError(f"--knn_layer {args.knn_layer}: the backbone has {depth} blocks, 1 to {depth}")
     features = args.features
@@ -104,7 +122,30 @@ def open_backbone(args: argparse.Namespace, run: run_state.Run) -> tuple[FrozenB
     no_augmentation = {"aa": "none", "reprob": 0.0, "remode": "pixel", "recount": 1}  # but crop and flip
     # then there are no images to read in the background
     in_memory = {"num_workers": 0} if args.cached_features else {}
-    return encode, argparse.Namespace(**{**args.plain(), **images, **no_augmentation, **in_memory})
+    return encode, args.replace(**images, **no_augmentation, **in_memory)
+
+
+def refuse_other_size(model: Any, name: str, source: str) -> None:
+    """--model: the published probe's name of the backbone, which the file must hold."""
+    size = SIZES[pick(modeling_finetune.MODELS, name, "model").size]
+    if (model.get_num_layers(), model.embed_dim) != (size.depth, size.embed_dim):
+        raise UserError(
+            f"--model {name}: {source} holds {model.get_num_layers()} blocks of {model.embed_dim} channels, "
+            f"not {size.depth} of {size.embed_dim}; leave the flag out, since the file tells"
+        )
+
+
+def find_lr(args: argparse.Namespace, batch: int) -> float:
+    """The peak of the schedule: in proportion to the total batch, but for a --lr of the
+    published protocol.
+    """
+    published = args.protocol == "published"
+    if published and args.lr is not None:
+        log.info(f"lr         {args.lr:.3g}, not scaled")
+        return args.lr
+    base = args.base_lr if published else args.lr
+    log.info(f"lr         {base * batch / 256:.3g} = {base:g} x {batch} / 256")
+    return base * batch / 256
 
 
 def build_dataset(settings: argparse.Namespace, train: bool, augment: bool = True) -> tuple[ImageFiles, int]:
@@ -182,14 +223,14 @@ def evaluate_knn(args: arguments.Flags) -> None:
     """--knn: accuracy for each number of neighbors; with --compare a table of several
     backbones on the same images.
     """
-    parser = get_parser()
+    parser = get_parser_for(args)
     run = run_state.start_run(parser, args, trains=False)
     arguments.warn_of_idle_flags(parser, args, idle_flags(args))
     compared = {args.finetune: measure_knn(args, run)}
     for source in args.compare:
         if source not in compared:
             log.info(f"backbone   {source}")
-            compared[source] = measure_knn(args.replace({"finetune": source}), run)
+            compared[source] = measure_knn(args.replace(finetune=source), run)
     for line in format_comparison(compared, args.knn_k) if args.compare else ():
         log.info(line)
     if args.output_dir:

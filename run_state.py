@@ -1,5 +1,5 @@
-"""What a run is: its options, where it computes, the data it reads; and how it is set
-up, saved and resumed.
+"""A run: its options, where it computes, the data it reads, and how its model is
+wrapped. How it is saved and resumed: run_checkpoints.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -37,9 +38,7 @@ from vit_backbone import Block, recompute_blocks
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the loop must know of the flags: those of the same names, with their
-    meanings.
-    """
+    """What the loop must know of the flags, under their names."""
 
     # what it writes, and how often
     output_dir: str = ""
@@ -78,7 +77,7 @@ class RunOptions:
     model_ema_force_cpu: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """Where and how this process computes."""
 
@@ -87,8 +86,8 @@ class Run:
     device: torch.device
     precision: Precision
     flags: dict[str, Any] = field(default_factory=dict)  # all of the command line, as plain data
-    # how many images, and a digest of their names: for checkpoints
-    data: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # for flags.json
+    data: dict[str, Any] = field(default_factory=dict)  # for checkpoints: images, digest of their names
     lock: RunLock | None = None  # of rank 0, while it trains
     saver: checkpoints.Saver = field(default_factory=checkpoints.Saver)
     started: float = field(default_factory=time.monotonic)
@@ -99,8 +98,13 @@ class Run:
 
     @property
     def is_sharded(self) -> bool:
-        """--fsdp, and more processes than one."""
+        """`fsdp`, and more processes than one."""
         return self.options.fsdp and self.launch.world_size > 1
+
+    def write_flags(self) -> None:
+        """output_dir/flags.json, which --config reads back to the same run."""
+        if self.output_dir is not None and self.config:
+            checkpoints.write_json(self.output_dir, "flags.json", self.config)
 
 
 def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bool = True) -> Run:
@@ -120,9 +124,9 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     precision = choose_precision(options.amp_dtype, device)
     flags = checkpoints.to_plain_data(args.plain())
     lock = open_output(options.output_dir, trains)
-    run = Run(options, launch, device, precision, flags, lock=lock)
+    run = Run(options, launch, device, precision, flags, args.to_config(given_only=not trains), lock=lock)
     resumption.check_ranks_agree(flags)
-    check_start_epoch(options)
+    resumption.check_start_epoch(options.start_epoch, options.epochs)
     if run.is_sharded:
         fsdp.check_options(options.opt, options.compile, options.model_ema_force_cpu, device)
     seed_all(options.seed, device)  # the same on every rank: all build the same model
@@ -130,6 +134,8 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     log_setup(run, arguments.changed_flags(parser, args))
     arguments.warn_of_obsolete_flags(parser, args)
     torch.autograd.set_detect_anomaly(options.detect_anomaly)
+    if not trains and not (Path(options.output_dir) / checkpoints.LATEST).exists():
+        run.write_flags()  # beside a checkpoint lie those of its training
     return run
 
 
@@ -168,15 +174,6 @@ def open_output(output_dir: str, trains: bool) -> RunLock | None:
     return lock
 
 
-def check_start_epoch(options: RunOptions) -> None:
-    epochs = options.epochs
-    if epochs is not None and options.start_epoch >= epochs:
-        raise UserError(
-            f"`start_epoch` {options.start_epoch} leaves nothing to do: give 0 up to {epochs - 1}, the last "
-            "epoch, or raise `epochs`"
-        )
-
-
 @dataclass(frozen=True)
 class TrainingData:
     """The loader and what the loop must know of it."""
@@ -189,8 +186,12 @@ class TrainingData:
         return self.sampler.steps_per_epoch
 
 
-def build_training_data(dataset: SampleDataset, run: Run, num_workers: int | None = None) -> TrainingData:
-    """`num_workers`: 0 for what is in memory already; default: --num_workers."""
+def build_training_data(
+    dataset: SampleDataset, run: Run, num_workers: int | None = None, labels: np.ndarray | None = None
+) -> TrainingData:
+    """`num_workers`: 0 for what is in memory already; default: the run's. `labels`: an
+    epoch has their classes equally often.
+    """
     options, launch = run.options, run.launch
     workers = options.num_workers if num_workers is None else num_workers
     sampler = ResumableSampler(
@@ -201,6 +202,7 @@ def build_training_data(dataset: SampleDataset, run: Run, num_workers: int | Non
         launch.world_size,
         options.seed,
         shard_sizes=dataset.shard_sizes,
+        labels=labels,
     )
     loader = build_loader(
         dataset, sampler, workers, options.pin_mem and run.device.type == "cuda", persistent=True
@@ -228,7 +230,7 @@ def build_eval_loader(
     num_workers: int | None = None,
     every: int = 1,
 ) -> Loader:
-    """This rank's share of images to evaluate on; `every`: only each such image.
+    """This rank's share of images to evaluate on; `every`: only every n-th image.
     Without `batch_size` and `num_workers`, those of the run.
     """
     options = run.options
@@ -238,7 +240,7 @@ def build_eval_loader(
 
 
 def compile_networks(run: Run, data: TrainingData, *networks: Any) -> None:
-    """--compile, for the model and the frozen networks beside it. Before the first
+    """`compile`, for the model and the frozen networks beside it. Before the first
     step: weights are loaded, averages begun.
     """
     if run.options.compile:
@@ -248,7 +250,7 @@ def compile_networks(run: Run, data: TrainingData, *networks: Any) -> None:
 
 def move_to_device(run: Run, model: nn.Module, ema: ModelEmaV3 | None = None) -> None:
     """The model, and its average where it is not kept elsewhere, to this process's
-    device: whole, or (--fsdp) its share.
+    device: whole, or (`fsdp`) its share.
 
     Before the optimizer, which must be given the parameters that are there then.
     """

@@ -1,6 +1,4 @@
-"""Train a VQ-KD visual tokenizer: python run_vqkd_training.py --data_path photos
---output_dir out (README: recipes).
-"""
+"""Train a VQ-KD visual tokenizer, or evaluate one (docs/tokenizer.md)."""
 
 from __future__ import annotations
 

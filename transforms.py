@@ -7,7 +7,7 @@ there (`device_transform`): a quarter of the bytes in each queue between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -17,12 +17,9 @@ from timm.data import create_transform
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
-from data_pipeline.augmentation import (
-    SampledImage,
-)
-from data_pipeline.crops import ASPECT_RANGE, Crops, RandomCrop, check_ranges, per_channel
+from data_pipeline.crops import ASPECT_RANGE, check_ranges
 from data_pipeline.image_formats import Source, load_image
-from data_pipeline.resizing import MODES, Resize, ResizeToCover
+from data_pipeline.resizing import MODES, Resize, ResizeToCover, check_interpolation
 from errors import ParameterError, pick
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -33,7 +30,7 @@ SMALL = 32
 
 
 def normalization(imagenet: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) that --imagenet_default_mean_and_std chooses: ImageNet's, or 0.5 and
+    """(mean, std) that `imagenet_default_mean_and_std` chooses: ImageNet's, or 0.5 and
     0.5 (the recipes).
     """
     return (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (HALF_MEAN, HALF_STD)
@@ -58,81 +55,6 @@ class ImageOnly:
 
     def __call__(self, image: Image.Image) -> dict[str, torch.Tensor]:
         return self.transform(image)
-
-
-class PretrainingViews(Crops):
-    """Two sizes of one random crop, and a mask.
-
-    Gives {"image": (3, S, S) normalized float, for the network; "tokenizer_image": (3,
-    S2, S2) float in [0, 1], for the tokenizer, only with a `second_size`; "mask":
-    (H*W,) bool, row-major, True = masked}. `mask_generator()` gives the (H, W) mask.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        second_size: int | None,
-        min_crop_scale: float,
-        color_jitter: float,
-        train_interpolation: str,
-        second_interpolation: str,
-        mean: Sequence[float],
-        std: Sequence[float],
-        mask_generator: Callable[[], Any],
-        vflip: float = 0.0,
-        data_pipeline: str = "exact",
-        augment_on_device: bool = False,
-    ) -> None:
-        _check_interpolation("train_interpolation", train_interpolation)
-        _check_interpolation("second_interpolation", second_interpolation)
-        super().__init__(RandomCrop(min_crop_scale, color_jitter, vflip), data_pipeline, augment_on_device)
-        self.first = input_size, train_interpolation
-        self.second = second_size, second_interpolation
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.mask_generator = mask_generator
-
-    def sizes(self) -> dict[str, tuple[int, str]]:
-        second_size, second_interpolation = self.second
-        if second_size is None or self.first == self.second:  # the latter in the recipes: resize once
-            return {"image": self.first}
-        return {"image": self.first, "tokenizer_image": (second_size, second_interpolation)}
-
-    def transform(self, loaded: Image.Image | SampledImage) -> dict[str, torch.Tensor]:
-        views = super().transform(loaded)
-        return views | {"mask": torch.as_tensor(self.mask_generator(), dtype=torch.bool).flatten()}
-
-    def device_transform(self, batch: dict[str, Any]) -> dict[str, Any]:
-        batch = super().device_transform(batch)
-        image = batch["image"]
-        if self.first == self.second:
-            batch["tokenizer_image"] = image
-        batch["image"] = (image - per_channel(self.mean, image.device)).div_(
-            per_channel(self.std, image.device)
-        )
-        return batch
-
-
-class TokenizerViews(Crops):
-    """A random crop for tokenizer training: {"image": (3, S, S) float in [0, 1]};
-    models normalize for themselves.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        min_crop_scale: float,
-        color_jitter: float,
-        train_interpolation: str,
-        vflip: float = 0.0,
-        data_pipeline: str = "exact",
-        augment_on_device: bool = False,
-    ) -> None:
-        _check_interpolation("train_interpolation", train_interpolation)
-        super().__init__(RandomCrop(min_crop_scale, color_jitter, vflip), data_pipeline, augment_on_device)
-        self.size, self.mode = size, train_interpolation
-
-    def sizes(self) -> dict[str, tuple[int, str]]:
-        return {"image": (self.size, self.mode)}
 
 
 def default_crop_pct(size: int | tuple[int, int]) -> float:
@@ -202,7 +124,7 @@ def finetuning_view(
     (const, rand, pixel), `recount`. Up to 32 pixels: a crop of the image padded by 4.
     """
     check_ranges(min_crop_scale, color_jitter, vflip)
-    _check_interpolation("train_interpolation", train_interpolation)
+    check_interpolation("train_interpolation", train_interpolation)
     if remode not in ("const", "rand", "pixel"):
         raise ParameterError(f"`remode` {remode}: use const, rand or pixel")
     try:
@@ -252,8 +174,3 @@ def _keep_posterize_in_range(augment: T.Compose) -> None:
         for operation in [*getattr(policy, "ops", ()), *(each for pair in nested for each in pair)]:
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
-
-
-def _check_interpolation(parameter: str, name: str) -> None:
-    if name not in MODES and name != "random":
-        raise ParameterError(f"`{parameter}` {name}: use {', '.join(MODES)} or random")

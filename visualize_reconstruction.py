@@ -1,8 +1,4 @@
-"""What tokens keep of an image.
-
-python visualize_reconstruction.py --checkpoint out/pixels/checkpoint.pth --image
-photo.jpg
-"""
+"""What tokens keep of an image (docs/reconstruction.md)."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ from layers.rel_pos_bias import (
     PositionGrid,
     add_relative_position_bias,
     as_pair,
-    free_stretching,
-    has_free_size,
+    dynamic_resize_matrix,
+    has_dynamic_size,
     relative_position_bias,
     relative_position_index,
     resize_pos_embed,
@@ -237,7 +237,7 @@ def recomputable(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """--grad_checkpointing: memory of one block's inside instead of all blocks', for a
+    """`grad_checkpointing`: memory of one block's inside instead of all blocks', for a
     third more computing.
     """
     for module in model.modules():
@@ -381,9 +381,9 @@ class Trunk(nn.Module):
         if it is not the model's.
         """
         grid = (x.shape[-2] // self.patch_embed.patch_size[0], x.shape[-1] // self.patch_embed.patch_size[1])
-        if has_free_size(grid):
+        if has_dynamic_size(grid):
             sides = zip(self.patch_embed.patch_shape, grid, strict=True)
-            down, across = (free_stretching(*own_and_new).to(x.device) for own_and_new in sides)
+            down, across = (dynamic_resize_matrix(*own_and_new).to(x.device) for own_and_new in sides)
             return PositionGrid(grid, relative_position_index(grid).to(x.device), (down, across))
         if grid == self.patch_embed.patch_shape:
             return None

@@ -267,12 +267,16 @@ def build_teacher(
     """A frozen teacher: `clip`, `dino`, `hog`, `efficientnet_lite0`, or `timm:<name>`
     for a ViT or CNN of timm.
 
-    weight: path or URL of its weights (OpenAI's CLIP file or the bare state dict of its
-    visual tower, DINO's files, timm's); None gets those that timm or the package
-    publishes; "random" is for tests and baselines (the same in every process).
-    input_size: pixels to which images are resized for it. grid: side of the student's
-    grid, by default input_size // 16. UserError: unknown name, weights that do not fit
-    or cannot be had, a grid it cannot give.
+    Args:
+        weight: path or URL of its weights (OpenAI's CLIP file or the bare state dict of
+            its visual tower, DINO's files, timm's); None gets those that timm or the
+            package publishes; "random" is for tests and baselines (the same in every
+            process).
+        input_size: pixels to which images are resized for it.
+        grid: side of the student's grid, by default input_size // 16.
+
+    UserError: unknown name, weights that do not fit or cannot be had, a grid it cannot
+    give.
     """
     spec = TeacherSpec(name, weight, input_size, input_size // 16 if grid is None else grid)
     if spec.grid < 1:

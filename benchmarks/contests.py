@@ -51,6 +51,7 @@ from benchmarks.training_steps import (
     randomize_zeros,
     textbook,
 )
+from data_pipeline.crops import TokenizerViews
 from data_pipeline.files import collate
 from datasets import ImageFiles
 from engine_for_finetuning import FinetuningStage
@@ -58,7 +59,7 @@ from engine_for_pretraining import PretrainingStage
 from engine_for_vqkd import TokenizerStage
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from run_state import Run
-from transforms import HALF_MEAN, HALF_STD, TokenizerViews, finetuning_view
+from transforms import HALF_MEAN, HALF_STD, finetuning_view
 from utils import seeded
 from vit_backbone import SIZES, cast_frozen
 from vqkd_teachers import build_teacher

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_pipeline.crops import PretrainingViews
 from masking_generator import MaskingGenerator, scaled_mask_count, scaled_min_block
-from transforms import HALF_MEAN, HALF_STD, PretrainingViews
+from transforms import HALF_MEAN, HALF_STD
 from utils import seeded
 
 CLASSES = 1000

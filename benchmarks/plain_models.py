@@ -199,7 +199,7 @@ class PlainVQKD(nn.Module):
 
 
 class PlainViews:
-    """PIL image -> the tensors of transforms.PretrainingViews, from the same random
+    """PIL image -> the tensors of crops.PretrainingViews, from the same random
     draws.
 
     Each view is cropped and resized by itself.

@@ -254,7 +254,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path:
     own = model.state_dict()
     strange = [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]
     if strange:
-        raise UserError(f"{path}: {strange[0]} is no tensor among the weights; take another checkpoint")
+        raise UserError(f"{path}: {strange[0]} is not a tensor among the weights; take another checkpoint")
     for key in own.keys() & weights.keys():  # load_state_dict would round, or make numbers of switches
         if weights[key].is_floating_point() != own[key].is_floating_point():
             raise UserError(

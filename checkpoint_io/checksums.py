@@ -73,7 +73,7 @@ def verify(
         return path
     way_out = "; delete it and run again" if cached else ""
     if guessed:
-        way_out += f"; if {sha256_prefix} in its name is no hash, give its path instead of the URL"
+        way_out += f"; if {sha256_prefix} in its name is not a hash, give its path instead of the URL"
     raise UserError(
         f"{path} has sha256 {digest[:8]}... instead of {sha256_prefix}: it is damaged or another "
         f"file{way_out}"

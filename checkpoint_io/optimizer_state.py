@@ -26,15 +26,15 @@ def check_saved_state(
     """Compare a saved optimizer, tensor by tensor, with the parameters it is for: fused
     kernels read and write moments without looking at their shapes.
 
-    saved: an optimizer's `state_dict()`, of whole tensors. names: id of a parameter ->
-    its name. UserError that begins with `source`: other groups, or a tensor of another
-    shape or kind than its parameter needs, or that is not finite.
+    `saved`: an optimizer's `state_dict()`, of whole tensors. `names`: id of a parameter
+    -> its name. UserError that begins with `source`: other groups, or a tensor of
+    another shape or kind than its parameter needs, or that is not finite.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
         raise UserError(
-            f"{source}: its optimizer is no optimizer's state; start from its weights with `finetune`"
+            f"{source}: its optimizer is not the state of one; start from its weights with `finetune`"
         )
     groups = saved.get("param_groups")
     if not isinstance(groups, list) or not all(
@@ -95,11 +95,11 @@ def find_fault(key: str, value: Any, shape: torch.Size | None, parameter: torch.
     """
     if key == "step" and not isinstance(value, torch.Tensor):
         fine = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
-        return "" if fine else "is no count of steps"
+        return "" if fine else "is not a count of steps"
     if not isinstance(value, torch.Tensor):
-        return "is no tensor" if shape is not None else ""
+        return "is not a tensor" if shape is not None else ""
     if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
-        return "is no plain tensor"
+        return "is not a plain tensor"
     if key == "step":
         fine = (
             value.numel() == 1
@@ -107,7 +107,7 @@ def find_fault(key: str, value: Any, shape: torch.Size | None, parameter: torch.
             and bool(torch.isfinite(value.float()))
             and float(value) >= 0
         )
-        return "" if fine else "is no count of steps"
+        return "" if fine else "is not a count of steps"
     if shape is not None and value.shape != shape:
         return f"has the shape {list(value.shape)}, where {list(shape)} is needed"
     if shape is not None and parameter.is_floating_point() != value.is_floating_point():

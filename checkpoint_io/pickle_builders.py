@@ -126,7 +126,7 @@ def _resolve_view(tensor: Tensor, metadata: Any = None, *rest: Any) -> Tensor:
 def _view_storage(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) -> Tensor:
     """A tensor on a storage, if it lies inside it and no two elements share memory."""
     if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
-        raise DamagedFile("its pickle makes a tensor of something that is no storage")
+        raise DamagedFile("its pickle makes a tensor of something that is not a storage")
     shape_and_stride = (size, stride)
     if not is_count(offset) or not all(
         isinstance(each, (tuple, list)) and all(map(is_count, each)) for each in shape_and_stride
@@ -158,7 +158,7 @@ def _view_storage(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any)
 
 def _rebuild_parameter(data: Any, *rest: Any) -> Tensor:
     if not isinstance(data, Tensor):
-        raise DamagedFile("its pickle makes a parameter of something that is no tensor")
+        raise DamagedFile("its pickle makes a parameter of something that is not a tensor")
     return data
 
 
@@ -215,7 +215,7 @@ def _build_numpy_dtype(code: Any, *rest: Any) -> Dtype:
 def _build_number(dtype: Any, content: Any = b"") -> int | float | complex | bool:
     """A numpy scalar as a number of Python."""
     if not isinstance(dtype, Dtype) or not isinstance(content, bytes):
-        raise CodeInFile("a numpy scalar that is no number")
+        raise CodeInFile("a numpy scalar that is not a number")
     kind = np.dtype(("<" if dtype.order in "=|" else dtype.order) + dtype.code)
     if len(content) != kind.itemsize:
         raise DamagedFile(f"a number has {len(content)} bytes instead of {kind.itemsize}")

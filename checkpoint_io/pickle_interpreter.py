@@ -181,7 +181,7 @@ class Interpreter:
     def call(self, _: Any) -> None:
         arguments, name = self.stack.pop(), self.stack.pop()
         if not isinstance(name, Name) or not isinstance(arguments, tuple):
-            raise DamagedFile("its pickle calls something that is no class or function")
+            raise DamagedFile("its pickle calls something that is not a class or function")
         if name.text in BUILDERS:
             self.spend(
                 sum(len(each) for each in arguments if isinstance(each, (str, bytes, list, tuple, dict, set)))

@@ -59,7 +59,7 @@ def get_user_mirrors() -> list[str]:
     for base in bases:
         if "://" not in base or "?" in base:
             raise UserError(
-                f"BEIT_MIRRORS: {base} is no https:// or file:// address, without a ?, to which "
+                f"BEIT_MIRRORS: {base} is not an https:// or file:// address, without a ?, to which "
                 "/BEiT-v2/NAME.pth can be added"
             )
         refuse_unsafe_url(base)

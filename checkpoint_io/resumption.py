@@ -85,7 +85,7 @@ def is_intact(path: Path) -> bool:
     a checksum of each.
     """
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path} is no regular file: remove it")
+        raise UserError(f"{path} is not a regular file: remove it")
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
@@ -151,6 +151,15 @@ def check_same_run(
     for name in sorted(flags.keys() & theirs.keys() - WITHOUT_EFFECT):
         if theirs[name] != flags[name]:
             log.info(f"changed    `{name}`: {theirs[name]} -> {flags[name]}")
+
+
+def check_start_epoch(start_epoch: int, epochs: int | None) -> None:
+    """UserError where no epoch is left; `epochs` None: the run is counted in steps."""
+    if epochs is not None and start_epoch >= epochs:
+        raise UserError(
+            f"`start_epoch` {start_epoch} leaves nothing to do: give 0 up to {epochs - 1}, the last epoch, "
+            "or raise `epochs`"
+        )
 
 
 def check_ranks_agree(flags: Mapping[str, Any]) -> None:

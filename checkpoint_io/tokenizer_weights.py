@@ -70,7 +70,9 @@ def infer_decoder_depth(weights: dict[str, Tensor], asked: int | None, source: s
 def load_tokenizer_weights(
     model: nn.Module, weights: dict[str, Tensor], settings: dict[str, Any], source: str
 ) -> None:
-    """`settings`: the tokenizer that these weights are of, for the message when `model` is another."""
+    """`settings`: the tokenizer that these weights are of, for the message when `model`
+    is another.
+    """
     wanted = model.state_dict()
     for key in weights:
         unused = re.match(r"(encoder|decoder)\.(head\.|fc_norm\.|.*relative_position_index$)", key)

@@ -254,7 +254,7 @@ def _parse_length(text: str | None) -> int | None:
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,18}", text.strip()):
-        raise ConnectionError("the server gives a Content-Length that is no number of bytes")
+        raise ConnectionError("the server gives a Content-Length that is not a number of bytes")
     return int(text)
 
 
@@ -291,6 +291,6 @@ def _move_into_cache(part: pathlib.Path, target: pathlib.Path, download: Downloa
     if download.guessed:
         kept = target.with_name(f"unchecked_{target.name}")
         os.replace(part, kept)
-        raise UserError(f"{came}, as in its name; if that is no hash, use what came: it is kept as {kept}")
+        raise UserError(f"{came}, as in its name; if that is not a hash, use what came: it is kept as {kept}")
     part.unlink()
     raise UserError(f"{came} and was deleted; run again, or put the right file at {target}")

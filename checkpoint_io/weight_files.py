@@ -35,7 +35,7 @@ def load_file(path: str | os.PathLike[str], objects: Collection[str] = ()) -> An
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        why = "is no regular file" if path.exists() else "there is no such file"
+        why = "is not a regular file" if path.exists() else "there is no such file"
         raise UserError(f"{path}: {why}")
     try:
         if is_safetensors(path):
@@ -70,7 +70,7 @@ def suggest_permissions(error: OSError) -> str:
 
 
 def _make_unreadable_error(path: pathlib.Path, why: str) -> UserError:
-    return UserError(f"{path} is no weight file or an incomplete one ({why}); delete it and get it again")
+    return UserError(f"{path} is not a weight file, or is incomplete ({why}); delete it and get it again")
 
 
 def load_state_dict(path: str | os.PathLike[str], keys: str = "model|module") -> dict[str, torch.Tensor]:
@@ -120,14 +120,15 @@ def extract_weights(content: Any, source: str, keys: str = "model|module") -> di
 
 
 def check_all_tensors(state: Mapping[Any, Any], source: str, beside_others: bool) -> None:
-    """UserError: a weight that is no tensor. `beside_others`: plain entries such as
+    """UserError: a weight that is not a tensor. `beside_others`: plain entries such as
     epoch may lie beside the weights.
     """
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) and (not beside_others or "." in str(key)):
             raise UserError(
-                f"{source}: {key} is no tensor but of type {type(value).__name__}, so the file is damaged "
-                "or no weight file; remove that entry if the weight is not needed, or get the file again"
+                f"{source}: {key} is not a tensor but of type {type(value).__name__}, so the file is "
+                "damaged or no weight file; remove that entry if the weight is not needed, or get the file "
+                "again"
             )
 
 

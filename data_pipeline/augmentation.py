@@ -3,7 +3,7 @@ touched, applied to few of them.
 
 Two ways give nearly the same picture. `exact_crop` is torchvision's ColorJitter, flips
 and crop, bit for bit, on the pixels of the crop as far as that is possible.
-`jitter_and_flip` works behind the resize, on uint8 tensors and on any device, and gives
+`jitter_and_flip` works after the resize, on uint8 tensors and on any device, and gives
 the same numbers on all of them (docs/performance.md says how far it is from the exact
 way).
 """
@@ -25,7 +25,7 @@ from torchvision.transforms import functional as F
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers; hue is never changed here
 LEVELS = np.arange(256)
 RAMP = Image.frombytes("L", (256, 1), bytes(range(256)))
-PIVOT_SIDE = 64  # the contrast's pivot is read from so many rows and columns of the image, behind the resize
+PIVOT_SIDE = 64  # the contrast's pivot is read from this many rows and columns of the image, after the resize
 Operations = tuple[tuple[int, float], ...]
 
 

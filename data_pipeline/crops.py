@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 import torch
@@ -21,7 +22,7 @@ from data_pipeline.augmentation import (
     resize_to_square,
 )
 from data_pipeline.image_formats import Size, Source, load_image
-from data_pipeline.resizing import interpolation
+from data_pipeline.resizing import check_interpolation, interpolation
 from errors import ParameterError, pick
 
 ASPECT_RANGE = [3 / 4, 4 / 3]  # width / height of a random crop
@@ -30,7 +31,7 @@ ASPECT_RANGE = [3 / 4, 4 / 3]  # width / height of a random crop
 PIPELINES = dict.fromkeys(("exact", "fast"))
 
 
-# a crop is decoded to so many times the pixels of a view's side, or more: 9 dB nearer
+# a crop is decoded to this many times the pixels of a view's side, or more: 9 dB nearer
 # than 1
 DECODED_TO_SHOWN = 1.5
 
@@ -53,7 +54,7 @@ class Crops:
 
     `data_pipeline` exact: as torchvision's transforms on PIL images, bit for bit. fast:
     a JPEG is decoded no larger than the resize needs, resized by torch, and jittered
-    behind the resize; with `augment_on_device` the jitter and the flips are left to
+    after the resize; with `augment_on_device` the jitter and the flips are left to
     `device_transform`, with the same result.
     """
 
@@ -61,7 +62,7 @@ class Crops:
         pick(PIPELINES, data_pipeline, "`data_pipeline`")
         if augment_on_device and data_pipeline != "fast":
             raise ParameterError(
-                "`augment_on_device` jitters colors behind the resize, which `data_pipeline` exact does "
+                "`augment_on_device` jitters colors after the resize, which `data_pipeline` exact does "
                 "not: add `data_pipeline` fast, or leave it out"
             )
         self.crop, self.fast, self.augment_on_device = crop, data_pipeline == "fast", augment_on_device
@@ -141,3 +142,78 @@ def check_ranges(min_crop_scale: float, color_jitter: float, vflip: float) -> No
         raise ParameterError(f"`color_jitter` {color_jitter}: give 0 (off) or more")
     if not 0 <= vflip <= 1:
         raise ParameterError(f"`vflip` {vflip}: give a probability from 0 to 1")
+
+
+class PretrainingViews(Crops):
+    """Two sizes of one random crop, and a mask.
+
+    Gives {"image": (3, S, S) normalized float, for the network; "tokenizer_image": (3,
+    S2, S2) float in [0, 1], for the tokenizer, only with a `second_size`; "mask":
+    (H*W,) bool, row-major, True = masked}. `mask_generator()` gives the (H, W) mask.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        second_size: int | None,
+        min_crop_scale: float,
+        color_jitter: float,
+        train_interpolation: str,
+        second_interpolation: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        mask_generator: Callable[[], Any],
+        vflip: float = 0.0,
+        data_pipeline: str = "exact",
+        augment_on_device: bool = False,
+    ) -> None:
+        check_interpolation("train_interpolation", train_interpolation)
+        check_interpolation("second_interpolation", second_interpolation)
+        super().__init__(RandomCrop(min_crop_scale, color_jitter, vflip), data_pipeline, augment_on_device)
+        self.first = input_size, train_interpolation
+        self.second = second_size, second_interpolation
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.mask_generator = mask_generator
+
+    def sizes(self) -> dict[str, tuple[int, str]]:
+        second_size, second_interpolation = self.second
+        if second_size is None or self.first == self.second:  # the latter in the recipes: resize once
+            return {"image": self.first}
+        return {"image": self.first, "tokenizer_image": (second_size, second_interpolation)}
+
+    def transform(self, loaded: Image.Image | SampledImage) -> dict[str, torch.Tensor]:
+        views = super().transform(loaded)
+        return views | {"mask": torch.as_tensor(self.mask_generator(), dtype=torch.bool).flatten()}
+
+    def device_transform(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch = super().device_transform(batch)
+        image = batch["image"]
+        if self.first == self.second:
+            batch["tokenizer_image"] = image
+        batch["image"] = (image - per_channel(self.mean, image.device)).div_(
+            per_channel(self.std, image.device)
+        )
+        return batch
+
+
+class TokenizerViews(Crops):
+    """A random crop for tokenizer training: {"image": (3, S, S) float in [0, 1]};
+    models normalize for themselves.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        min_crop_scale: float,
+        color_jitter: float,
+        train_interpolation: str,
+        vflip: float = 0.0,
+        data_pipeline: str = "exact",
+        augment_on_device: bool = False,
+    ) -> None:
+        check_interpolation("train_interpolation", train_interpolation)
+        super().__init__(RandomCrop(min_crop_scale, color_jitter, vflip), data_pipeline, augment_on_device)
+        self.size, self.mode = size, train_interpolation
+
+    def sizes(self) -> dict[str, tuple[int, str]]:
+        return {"image": (self.size, self.mode)}

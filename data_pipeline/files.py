@@ -5,12 +5,12 @@ The way of an image, from its path in a list to the tensor that the network take
 
 1. `Files.__getitem__`, here: the sampler's key (epoch, index) seeds all that is random;
 2. `ImageFiles.open` in datasets.py: the path behind the index, or the bytes in a shard;
-3. `View.load` in transforms.py: decodes it;
-4. `View.transform`: the random crop, as uint8 tensors;
+3. `View.load` in data_pipeline/crops.py: decodes it;
+4. `View.transform`, there: the random crop, resized, as uint8 tensors;
 5. `ImageFiles.sample` in datasets.py: adds the label;
 6. `collate`, here: a batch, which the loader hands to the training process;
 7. `to_device` in runtime/device.py, called by the training loop;
-8. `View.device_transform`: floats, normalized.
+8. `View.device_transform` in data_pipeline/crops.py: floats, normalized.
 
 Steps 1 to 6 run in a process of the loader. A file that does not decode fails in step 3
 and is replaced by the next one.
@@ -81,8 +81,8 @@ class Files(SampleDataset):
 
     A file that does not decode is replaced by the next one that does, with the same
     random numbers. After 1 % of the files in a row, at least 10, the sample is
-    {"failed": [...]} without an image. `passes`: the length is so many times the number
-    of files, and an index means the file `index % files`.
+    {"failed": [...]} without an image. `passes`: the length is that many times the
+    number of files, and an index means the file `index % files`.
     """
 
     def __init__(self, files: int, view: View, seed: int, passes: int = 1) -> None:
@@ -206,7 +206,7 @@ class BadFiles:
         """A batch's `failed`, and whether the batch has an `image`; UserError when the
         data cannot be trained on.
 
-        A file is counted once an epoch: behind a bad file its neighbors' replacement
+        A file is counted once an epoch: after a bad file its neighbors' replacement
         may try it again.
         """
         self.failed.update(dict.fromkeys(failed))

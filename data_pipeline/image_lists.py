@@ -65,7 +65,7 @@ def find_classes_folder(
     unknown = sorted(set(found) - set(classes)) if classes else []
     if unknown:
         raise UserError(
-            f"{origin} {root}: class folder '{unknown[0]}' is no class of the training data (in all "
+            f"{origin} {root}: class folder '{unknown[0]}' is not a class of the training data (in all "
             f"{len(unknown)})"
         )
     names = classes or found
@@ -177,7 +177,9 @@ def _parse_index_line(line: str, where: str) -> tuple[str, list[str]]:
     try:
         os.fsencode("".join([name, *files]))
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and no file's name
-        raise UserError(f"{where}: class '{name!a}' or one of its files has a name that is no text") from None
+        raise UserError(
+            f"{where}: class '{name!a}' or one of its files has a name that is not text"
+        ) from None
     return name, files
 
 
@@ -240,7 +242,7 @@ def find_shards(
     unknown = sorted(set(own) - set(classes))
     if unknown:
         raise UserError(
-            f"{origin} {pattern}: class '{unknown[0]}' is no class of the training data (in all "
+            f"{origin} {pattern}: class '{unknown[0]}' is not a class of the training data (in all "
             f"{len(unknown)})"
         )
     theirs = np.array([list(classes).index(name) for name in own])

@@ -9,7 +9,7 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from errors import pick
+from errors import ParameterError, pick
 
 MODES = {
     name: InterpolationMode(name) for name in ("bicubic", "bilinear", "lanczos", "nearest", "box", "hamming")
@@ -63,3 +63,8 @@ class ResizeToCover:
             max(self.size[1], round(image.width * scale)),
         )
         return F.resize(image, list(sides), self.mode)
+
+
+def check_interpolation(parameter: str, name: str) -> None:
+    if name not in MODES and name != "random":
+        raise ParameterError(f"`{parameter}` {name}: use {', '.join(MODES)} or random")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -24,9 +25,12 @@ from runtime.distributed import Launch
 from runtime.terminal import log
 from seeding import derive_seed
 
-# an epoch mixes the images of so many shards at a time, so that these stay in the
+# an epoch mixes the images of this many shards at a time, so that these stay in the
 # system's file cache
 SHARDS_AT_ONCE = 16
+# an image that comes again within an epoch is augmented as in an epoch this much later,
+# which no run reaches
+AGAIN = 10**6
 
 
 class ResumableSampler(Sampler[list[Key]]):
@@ -41,9 +45,12 @@ class ResumableSampler(Sampler[list[Key]]):
     step covers them all (`shrunk`), and the order wraps around to give every rank the
     same number.
 
-    `shard_sizes`: indices follow each other in files of so many images. Then the order
-    of the files is shuffled, and the images of SHARDS_AT_ONCE files at a time, so that
-    the reading moves through the files rather than about in all of them.
+    `shard_sizes`: indices follow each other in files of this many images. Then the
+    order of the files is shuffled, and the images of SHARDS_AT_ONCE files at a time, so
+    that the reading moves through the files rather than about in all of them.
+
+    `labels`, one an index: an epoch has all classes equally often (balanced_order),
+    whatever lies in which file.
     """
 
     def __init__(
@@ -56,6 +63,7 @@ class ResumableSampler(Sampler[list[Key]]):
         seed: int,
         shuffle: bool = True,
         shard_sizes: Sequence[int] | None = None,
+        labels: np.ndarray | None = None,
     ) -> None:
         if min(length, batch_size, update_freq, world_size) < 1:
             raise ValueError(
@@ -67,6 +75,7 @@ class ResumableSampler(Sampler[list[Key]]):
         self.batch_size = -(-length // ways) if self.shrunk else batch_size
         self.length, self.update_freq, self.rank, self.world_size = length, update_freq, rank, world_size
         self.seed, self.shuffle, self.shard_sizes = seed, shuffle, shard_sizes
+        self.labels = None if labels is None else torch.from_numpy(labels)
         self.global_batch = self.batch_size * ways  # samples of one optimizer step
         self.steps_per_epoch = max(1, length // self.global_batch)
         self.set_position(0, 0)
@@ -79,11 +88,15 @@ class ResumableSampler(Sampler[list[Key]]):
 
     def order(self) -> torch.Tensor:
         """This epoch's global order of all indices, int64; when shrunk, wrapped around
-        to one whole step.
+        to one whole step. With `labels`: as of balanced_order.
         """
         if self.shuffle:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-            order = shuffled_by_shards(self.shard_sizes or [self.length], generator)
+            order = (
+                shuffled_by_shards(self.shard_sizes or [self.length], generator)
+                if self.labels is None
+                else balanced_order(self.labels, generator)
+            )
         else:
             order = torch.arange(self.length)
         return (
@@ -105,12 +118,31 @@ class ResumableSampler(Sampler[list[Key]]):
         across = self.batch_size * self.world_size  # samples of one micro-batch over all ranks
         for micro in range(len(self)):
             start = done + micro * across + self.rank * self.batch_size
-            yield [(epoch, index) for index in order[start : start + self.batch_size].tolist()]
+            numbers = order[start : start + self.batch_size].tolist()
+            yield [(epoch + n // self.length * AGAIN, n % self.length) for n in numbers]
+
+
+def balanced_order(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """As many indices as labels (N,), shuffled, int64: of each class equally many, but
+    for a rest of one. Of a frequent class these are other images every epoch; one of a
+    rare class comes again, the k-th time (from 0) as index + k N.
+    """
+    members = labels.argsort(stable=True).split(labels.unique(return_counts=True)[1].tolist())
+    share, rest = divmod(len(labels), len(members))
+    one_more = set(torch.randperm(len(members), generator=generator)[:rest].tolist())
+    parts = []
+    for number, indices in enumerate(members):
+        quota = share + (number in one_more)
+        for time in range(-(-quota // len(indices))):
+            shuffled = indices[torch.randperm(len(indices), generator=generator)]
+            parts.append(shuffled[: quota - time * len(indices)] + time * len(labels))
+    order = torch.cat(parts)
+    return order[torch.randperm(len(order), generator=generator)]
 
 
 def shuffled_by_shards(sizes: Sequence[int], generator: torch.Generator) -> torch.Tensor:
     """All indices below sum(sizes), int64: the shards shuffled, and SHARDS_AT_ONCE of
-    them at a time image by image. Up to so many shards it is randperm.
+    them at a time image by image. With at most that many shards it is randperm.
     """
     if len(sizes) <= SHARDS_AT_ONCE:
         return torch.randperm(sum(sizes), generator=generator)
@@ -124,7 +156,7 @@ class EvalSampler(Sampler[list[Key]]):
     """Batches of keys (0, index): every index once over all ranks. No padding: ranks
     may differ by one.
 
-    `every`: only each such index.
+    `every`: only every n-th index.
     """
 
     def __init__(self, length: int, batch_size: int, rank: int, world_size: int, every: int = 1) -> None:

@@ -21,7 +21,7 @@ from data_pipeline.image_formats import open_regular
 from errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE  # a header of a tar file, 512 bytes
-INDEX = ".index.npz"  # behind the shard's name
+INDEX = ".index.npz"  # follows the shard's name
 INDEX_VERSION = 2
 MOST_LABEL = 999_999  # a classifier of more classes is rather a wrong number
 
@@ -45,7 +45,9 @@ def load_index(path: str, extensions: Sequence[str], origin: str = "`data_path`"
         index = scan(path, extensions)
     except (OSError, tarfile.TarError, EOFError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{origin}: {path} is no whole tar file ({reason}); write or copy it again") from None
+        raise UserError(
+            f"{origin}: {path} is not a complete tar file ({reason}); write or copy it again"
+        ) from None
     with contextlib.suppress(OSError):  # a folder that is not ours to write to: the next run scans again
         keep_index(path, extensions, index)
     return index

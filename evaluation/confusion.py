@@ -76,6 +76,16 @@ class Confusion:
         total = torch.zeros_like(seen).index_add_(0, row, counts)
         return torch.zeros_like(seen).index_add_(0, row, counts * (labels == predictions)), total
 
+    def macro_f1(self) -> float:
+        """Mean over the classes of 2 TP / (2 TP + FP + FN), 0 to 1; the classes are
+        those that occur or were predicted, as scikit-learn's. NaN without images.
+        """
+        labels, predictions, counts = self.pairs()
+        seen, row = torch.cat((labels, predictions)).unique(return_inverse=True)
+        correct = torch.zeros_like(seen).index_add_(0, row[: len(labels)], counts * (labels == predictions))
+        total = torch.zeros_like(seen).index_add_(0, row, counts.repeat(2))
+        return float((2 * correct.double() / total).mean())
+
     def worst(self, count: int) -> list[WorstClass]:
         """The `count` classes of lowest recall; of equal ones first the one with more
         images, then the lower number.

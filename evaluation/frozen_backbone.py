@@ -67,20 +67,22 @@ def open_frozen(
     num_heads: int | None = None,
     imagenet: bool = False,
     origin: str = "`checkpoint`",
+    keys: str = "model|module",
 ) -> Backbone:
     """`source`: what pretrained.open_backbone opens, or `timm:<name>`: timm's weights of
     that name, `timm:local-dir:<folder>` or `timm:hf-hub:<id>`.
 
     `input_size`: side or (height, width) in pixels; default: the network's own.
     `imagenet`: images have ImageNet's mean and std where the file does not tell.
-    `origin`: the parameter that names the source, for messages.
+    `origin`: the parameter that names the source, for messages. `keys`: where in the
+    file the weights are.
     """
     if source.startswith(TIMM):
         if num_heads is not None or imagenet:
             name = "num_heads" if num_heads is not None else "imagenet_default_mean_and_std"
             log.warning(f"warning: `{name}` does nothing with {source}: timm knows it")
         return open_timm(source.removeprefix(TIMM), input_size)
-    content = weight_source.read_weights(source, origin=origin)
+    content = weight_source.read_weights(source, keys=keys, origin=origin)
     model, flags = pretrained.open_backbone(source, input_size, num_heads, origin, content)
     mean, std = normalization(pretrained.uses_imagenet_statistics(flags, imagenet, source))
     summary = "cls" if pretrained.has_cls_head(content.weights) else None

@@ -154,7 +154,7 @@ def rank_labels(votes: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Probe:
-    """What --knn_freq evaluates on: this rank's share of labeled images, every so many
+    """What `knn_freq` evaluates on: this rank's share of labeled images, every so many
     epochs.
     """
 
@@ -165,7 +165,7 @@ class Probe:
     temperature: float
     standardize: bool
 
-    def due(self, epoch: int) -> bool:
+    def is_due(self, epoch: int) -> bool:
         return (epoch + 1) % self.every == 0
 
     def measure(self, train: Features, own: Features, device: torch.device) -> dict[str, float]:

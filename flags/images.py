@@ -40,7 +40,7 @@ def add_data_flags(
         "--data_path",
         type=expand_home,
         required=needs_training_data,
-        help="folder of images (flat, nested or one folder a class); webdataset: "
+        help="folder of images (flat, nested or one folder per class); webdataset: "
         "'shards/{000000..000146}.tar'",
     )
     g.add_argument(
@@ -57,7 +57,7 @@ def add_data_flags(
         "--image_folder_class_index_file",
         type=expand_home,
         default=None,
-        help='JSON lines, one {"class": name, "files": [paths below data_path]} a line',
+        help='JSON lines, one {"class": name, "files": [paths below data_path]} per line',
     )
     g.add_argument("--download", action="store_true", help="let torchvision download CIFAR-100")
     shape = "side of the square input in pixels" + (
@@ -68,13 +68,13 @@ def add_data_flags(
         "--min_crop_scale",
         type=fraction,
         default=0.08,
-        help="smallest share of the image a crop covers; BEiT v2: 0.2",
+        help="smallest share of the image that a random crop covers; 0.2 in BEiT v2's pretraining, else 0.08",
     )
     g.add_argument(
         "--color_jitter",
         type=not_negative_number,
         default=color_jitter,
-        help="brightness, contrast and saturation jitter",
+        help="strength of random brightness, contrast and saturation; 0: none",
     )
     g.add_argument(
         "--vflip",
@@ -82,11 +82,13 @@ def add_data_flags(
         default=0.0,
         help="probability of a vertical flip, for images without an up",
     )
-    g.add_argument("--train_interpolation", default="bicubic", help="bicubic, bilinear or lanczos")
+    g.add_argument(
+        "--train_interpolation", default="bicubic", help="how crops are resized: bicubic, bilinear or lanczos"
+    )
     g.add_argument(
         "--imagenet_default_mean_and_std",
         action="store_true",
-        help="normalize by ImageNet's statistics, not 0.5/0.5",
+        help="normalize by ImageNet's mean and standard deviation, not 0.5 and 0.5",
     )
 
 
@@ -99,7 +101,7 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
         "--data_pipeline",
         default="exact",
         choices=("exact", "fast"),
-        help="exact: torchvision's transforms, bit for bit; fast: colors jittered behind the resize, and "
+        help="exact: torchvision's transforms, bit for bit; fast: colors jittered after the resize, and "
         "large JPEGs decoded at a reduced size (docs/performance.md: times, and how far pixels differ)",
     )
     g.add_argument(
@@ -117,20 +119,23 @@ def add_vit_flags(parser: argparse.ArgumentParser) -> None:
         "--layer_scale_init_value",
         type=not_negative_number,
         default=0.1,
-        help="0.1 for base, 1e-5 for large; 0: none",
+        help="initial layer scale, as in pretraining: 0.1 up to base, 1e-5 for large; 0: no layer scale",
     )
     g.add_argument(
         "--drop_path",
         type=below_one,
         default=0.1,
-        help="stochastic depth of the last block; 0 for 300 epochs of pretraining",
+        help="stochastic depth of the last block; recipes: 0 or 0.1 in pretraining, 0.1 to 0.4 afterwards",
     )
 
 
 def add_label_flags(group: Any) -> None:
     """Which labels a classifier learns."""
     group.add_argument(
-        "--nb_classes", type=Number(int, 0, 2**20), default=0, help="0: as many as the data has"
+        "--nb_classes",
+        type=Number(int, 0, 2**20),
+        default=0,
+        help="number of classes; 0: as many as the data has",
     )
     group.add_argument(
         "--label_fraction",
@@ -148,7 +153,10 @@ def add_opened_model_flags(parser: argparse.ArgumentParser) -> None:
         "--input_size", type=image_size, default=None, help="side, or height x width; default: the model's"
     )
     parser.add_argument(
-        "--num_heads", type=small_count, default=None, help="for unknown sizes without position bias"
+        "--num_heads",
+        type=small_count,
+        default=None,
+        help="heads of a model of unknown size without relative position bias",
     )
     parser.add_argument(
         "--imagenet_default_mean_and_std",
@@ -162,7 +170,9 @@ def add_shown_image_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", type=expand_home, required=True, nargs="+", help="image files, or folders of images"
     )
-    parser.add_argument("--count", type=positive, default=8, help="images of each folder, evenly spread")
+    parser.add_argument(
+        "--count", type=positive, default=8, help="images to show of each folder, evenly spread"
+    )
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:

@@ -11,14 +11,18 @@ from typing import Any
 from arguments import (
     WEIGHTS,
     Flags,
+    Number,
     above_zero,
     changed_flags,
     crop_share,
     expand_home,
+    large_count,
     new_parser,
+    not_negative_number,
     parse,
     positive,
     small_count,
+    true_or_false,
 )
 from errors import UserError
 from flags.images import add_data_flags, add_label_flags
@@ -28,13 +32,24 @@ from flags.run import add_run_flags
 EXAMPLE = """--knn --finetune pretrained/checkpoint.pth --data_set image_folder
 --data_path photos/train --eval_data_path photos/val"""
 CROPS = ("min_crop_scale", "color_jitter", "vflip", "train_interpolation")  # flags of random crops
+# BEiT v1's linear probe; its rate is base_lr x batch / 256 unless --lr says another one
+PUBLISHED_DEFAULTS: dict[str, Any] = dict(
+    protocol="published",
+    features="cls_mean",
+    batch_size=128,
+    checkpoint_key="model|module|teacher",
+    lr=None,
+    train_interpolation="bilinear",
+    output_dir=".",
+)
 # flags that --knn has no use for; --batch_size and --amp_dtype it has
 TRAINING_FLAGS = """
     update_freq epochs opt opt_eps opt_betas momentum clip_grad weight_decay
     weight_decay_end lr min_lr warmup_epochs warmup_steps start_epoch resume save_ckpt_freq
     save_ckpt_steps keep_ckpts detect_anomaly print_freq eval_freq image_freq log_dir
-    allow_changed_run
+    allow_changed_run base_lr
 """.split()
+FROM_THE_FILE = ("rel_pos_bias", "abs_pos_emb", "layer_scale_init_value", "patch_size")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -50,6 +65,7 @@ def get_parser() -> argparse.ArgumentParser:
         lr_help="for a total batch of 256; scaled by total / 256: 4e-3 for the recipe's 8 x 128",
     )
     add_run_flags(parser, save_ckpt_freq=20)
+    add_published_flags(parser)
     parser.set_defaults(input_size=None, warmup_epochs=0)  # None: the backbone's own
     return parser
 
@@ -75,6 +91,8 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
     )
     g.add_argument(
         "--finetune",
+        "--pretrained_weights",
+        action=Published,
         type=expand_home,
         required=True,
         help=f"the frozen backbone: {WEIGHTS}, or timm:<name> for any network of timm",
@@ -83,7 +101,7 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
         "--num_heads",
         type=small_count,
         default=None,
-        help="for files of an unknown size without position bias",
+        help="heads of a model of unknown size without relative position bias",
     )
     g.add_argument(
         "--features",
@@ -106,7 +124,7 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--compare",
         type=expand_home,
-        nargs="+",
+        nargs="*",
         default=[],
         help="other backbones, as in --finetune, on the same images: a row each of one table",
     )
@@ -122,6 +140,62 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
     add_knn_flags(g)
 
 
+class Published(argparse.Action):
+    """Stores a value, or the constant of a switch, and that the published linear
+    probe's name of the flag was used.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
+        if option_string != "--finetune":
+            vars(namespace)["_published"] = True
+
+
+def add_published_flags(parser: argparse.ArgumentParser) -> None:
+    """Behind the flags that some of these are second names of."""
+    g = parser.add_argument_group("the published linear probe (docs/probing.md)", conflict_handler="resolve")
+    g.add_argument(
+        "--protocol",
+        default="ours",
+        choices=("ours", "published"),
+        help="published: BEiT v1's, the default where one of the next flags is given",
+    )
+
+    def add(*names: str, **settings: Any) -> None:
+        g.add_argument(*names, action=Published, **settings)
+
+    same: Any = argparse.SUPPRESS  # the default is the other name's
+    add("--batch_size_per_gpu", dest="batch_size", type=large_count, default=same, help="as --batch_size")
+    add("--optimizer", dest="opt", choices=("adamw", "sgd"), default=same, help="as --opt")
+    add("--val_freq", dest="eval_freq", type=positive, default=same, help="as --eval_freq")
+    add("--num_labels", dest="nb_classes", type=Number(int, 0, 2**20), default=same, help="as --nb_classes")
+    add("--base_lr", type=not_negative_number, default=1e-3, help="for a total batch of 256; --lr: as it is")
+    add("--checkpoint_key", default="model|module", help="where the weights are in the file, the first hit")
+    add("--amp_forward", type=true_or_false, default=True, help="False: --amp_dtype fp32")
+    add("--avgpool_patchtokens", type=true_or_false, default=True, help="True alone: --features cls_mean")
+    add("--model", default=None, help="size that the file must have, such as beit_base_patch16_224")
+    ignored = "not needed: the file tells"
+    add("--rel_pos_bias", nargs=0, const=True, default=True, help=ignored)
+    add("--disable_rel_pos_bias", dest="rel_pos_bias", nargs=0, const=False, default=True, help=ignored)
+    add("--abs_pos_emb", nargs=0, const=True, default=False, help=ignored)
+    add("--layer_scale_init_value", type=not_negative_number, default=0.1, help=ignored)
+    add("--patch_size", type=small_count, default=16, help=ignored)
+    g.add_argument(
+        "--imagenet_default_mean_and_std",
+        nargs="?",
+        type=true_or_false,
+        const=True,
+        default=False,
+        help="normalize by ImageNet's statistics, not 0.5/0.5",
+    )
+
+
 def add_knn_flags(group: Any) -> None:
     group.add_argument(
         "--knn_temperature", type=above_zero, default=0.07, help="a neighbor's vote is exp(similarity / this)"
@@ -135,13 +209,26 @@ def add_knn_flags(group: Any) -> None:
 
 def parse_flags(argv: Sequence[str] | None) -> Flags:
     """A UserError for flags that cannot go together."""
-    parser = get_parser()
+    args = parse(get_parser(), argv)
+    parser = get_parser_for(args)
     args = parse(parser, argv)
     check_flags(parser, args)
     return args
 
 
+def get_parser_for(args: Flags) -> argparse.ArgumentParser:
+    """The parser with the defaults of the protocol that `args` ask for."""
+    parser = get_parser()
+    named = "_published" in vars(args) and "protocol" not in args.given and args.mode == "linear"
+    if args.protocol == "published" or named:
+        parser.set_defaults(**PUBLISHED_DEFAULTS, weight_decay=0.0 if args.opt == "sgd" else 1e-4)
+    if not args.amp_forward:
+        parser.set_defaults(amp_dtype="fp32")
+    return parser
+
+
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    check_protocol(args)
     changed = changed_flags(parser, args)
     center = "--knn" if args.mode == "knn" else "--cached_features" if args.cached_features else ""
     for name in changed:
@@ -162,6 +249,37 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         )
 
 
+def check_protocol(args: argparse.Namespace) -> None:
+    if not args.avgpool_patchtokens:
+        raise UserError(
+            "--avgpool_patchtokens False was never supported: --features cls is the CLS token alone"
+        )
+    if not args.amp_forward and args.amp_dtype not in ("auto", "fp32"):
+        raise UserError(
+            f"--amp_forward False asks for fp32, --amp_dtype for {args.amp_dtype}: leave one of them out"
+        )
+    if args.protocol == "ours":
+        return
+    if args.mode == "knn":
+        raise UserError("--protocol published is a linear probe: leave it out, or --knn")
+    if args.cached_features:
+        raise UserError(
+            "--cached_features takes center crops, --protocol published random ones: leave one of them out "
+            "(--protocol ours has --pretrained_weights and the other names too)"
+        )
+    if args.warmup_steps > 0:
+        raise UserError(
+            "--warmup_steps: the rate of --protocol published changes once an epoch; give --warmup_epochs"
+        )
+
+
 def idle_flags(args: argparse.Namespace) -> dict[str, str]:
     """Flag -> why it does nothing beside the others."""
-    return dict.fromkeys(TRAINING_FLAGS, "--knn trains nothing") if args.mode == "knn" else {}
+    idle = dict.fromkeys(FROM_THE_FILE, "the backbone is built from what its file holds")
+    if args.mode == "knn":
+        return idle | dict.fromkeys(TRAINING_FLAGS, "--knn trains nothing")
+    if args.protocol == "ours":
+        idle["base_lr"] = "--protocol ours has --lr, for a total batch of 256"
+    elif args.lr is not None:
+        idle["base_lr"] = "--lr says the rate"
+    return idle

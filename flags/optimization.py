@@ -21,7 +21,12 @@ def add_optimizer_flags(
     parser: argparse.ArgumentParser, lr: float, min_lr: float, weight_decay: float, epochs: int, lr_help: str
 ) -> None:
     g = add_optimizer(parser, lr, weight_decay, lr_help)
-    g.add_argument("--epochs", type=Number(int, 1, 10**5), default=epochs)
+    g.add_argument(
+        "--epochs",
+        type=Number(int, 1, 10**5),
+        default=epochs,
+        help="passes over the training images; unless given, as for ImageNet",
+    )
     g.add_argument(
         "--weight_decay_end",
         type=not_negative_number,
@@ -34,7 +39,7 @@ def add_optimizer_flags(
         "--warmup_epochs",
         type=Number(float, 0, 10**5),
         default=5,
-        help="linear warm-up; 10 in the pretraining recipes",
+        help="linear warm-up; in the recipes 10 for tokenizer and pretraining, 5 or 20 for fine-tuning",
     )
     g.add_argument(
         "--warmup_steps", type=Number(int, -1, MOST), default=-1, help="above 0: replaces --warmup_epochs"
@@ -80,18 +85,32 @@ def add_optimizer(
         "--update_freq", type=large_count, default=1, help="micro-steps accumulated into one optimizer step"
     )
     g.add_argument("--opt", default="adamw", help="adamw, adam, sgd, or any name of timm's optimizers")
-    g.add_argument("--opt_eps", type=not_negative_number, default=1e-8)
     g.add_argument(
-        "--opt_betas", type=below_one, nargs="+", default=None, help="default: the optimizer's, 0.9 0.999"
+        "--opt_eps",
+        type=not_negative_number,
+        default=1e-8,
+        help="added to the denominator of the optimizer's update",
+    )
+    g.add_argument(
+        "--opt_betas",
+        type=below_one,
+        nargs="+",
+        default=None,
+        help="default: the optimizer's own, for adamw 0.9 0.999",
     )
     g.add_argument("--momentum", type=below_one, default=0.9, help="for --opt sgd and momentum")
     g.add_argument(
         "--clip_grad",
         type=not_negative_number,
         default=None,
-        help="clip the gradient to this norm; pretraining uses 3.0",
+        help="clip the gradient to this norm; 3.0 in the recipes of pretraining, else not clipped",
     )
-    g.add_argument("--weight_decay", type=not_negative_number, default=weight_decay)
+    g.add_argument(
+        "--weight_decay",
+        type=not_negative_number,
+        default=weight_decay,
+        help="weight decay of matrices and kernels; biases and norms have none",
+    )
     g.add_argument("--lr", type=not_negative_number, default=lr, help=lr_help)
     g.add_argument(
         "--amp_dtype",

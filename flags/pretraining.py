@@ -20,17 +20,18 @@ from arguments import (
     pixels,
     true_or_false,
 )
+from data_pipeline.crops import PretrainingViews
 from errors import UserError, pick
+from flags.beit_v1 import add_v1_flags, translate_v1_flags
 from flags.images import add_data_flags, add_pipeline_flags, add_vit_flags, mean_and_std
 from flags.linear_eval import add_knn_flags
 from flags.optimization import add_optimizer_flags
 from flags.run import add_run_flags, add_step_flags
 from masking_generator import MASK_TYPES, MaskingGenerator, scaled_mask_count, scaled_min_block
-from transforms import PretrainingViews
 from vit_backbone import SIZES
 
-EXAMPLE = """--data_path photos --output_dir pretrained --model beit_small_patch16_224_8k_vocab_cls_pt
---tokenizer_model vqkd_encoder_small_decoder_1x384x6_clip --tokenizer_weight vqkd/checkpoint.pth"""
+EXAMPLE = """--data_path photos/train --model beit_small_patch16_224_8k_vocab_cls_pt --output_dir pretrained
+--tokenizer_model vqkd_encoder_small_decoder_1x384x6_clip --tokenizer_weight vqkd.pth --codebook_size 1024"""
 DALL_E = ("dall-e", "dall_e")
 # pixels of the tokenizer's view for each patch
 STRIDES = dict.fromkeys(modeling_vqkd.MODELS, modeling_vqkd.PATCH_SIZE) | dict.fromkeys(
@@ -50,18 +51,19 @@ def get_parser() -> argparse.ArgumentParser:
         min_lr=1e-5,
         weight_decay=0.05,
         epochs=300,
-        lr_help="as it is, not scaled; 1.5e-3 for a batch of 2048",
+        lr_help="not scaled by the batch; 1.5e-3 for a total batch of 2048 in the recipes",
     )
     add_knn_monitor_flags(parser)
     add_step_flags(parser, can_shard=True)
     add_run_flags(parser, save_ckpt_freq=20)
+    add_v1_flags(parser)
     return parser
 
 
 def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("masked image modeling")
     g.add_argument(
-        "--model", default="beit_base_patch16_224_8k_vocab", help="..._cls_pt adds BEiT v2's CLS head"
+        "--model", default="beit_base_patch16_224_8k_vocab", help="..._cls_pt adds the CLS head of BEiT v2"
     )
     g.add_argument(
         "--num_mask_patches",
@@ -69,12 +71,14 @@ def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="masked patches; default: 75 of 196, scaled to the grid",
     )
-    g.add_argument("--max_mask_patches_per_block", type=not_negative, default=None)
+    g.add_argument(
+        "--max_mask_patches_per_block", type=not_negative, default=None, help="largest area of a rectangle"
+    )
     g.add_argument(
         "--min_mask_patches_per_block",
         type=not_negative,
         default=None,
-        help="default: 16 on a 14 x 14 grid, scaled",
+        help="smallest area of a masked rectangle in patches; default: 16 of 14 x 14, scaled to the grid",
     )
     g.add_argument(
         "--mask_type", default="block", choices=("block", "random"), help="rectangles, or single patches"
@@ -110,10 +114,10 @@ def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--tokenizer_model",
         default="vqkd_encoder_base_decoder_3x768x12_clip",
-        help="or dall-e: BEiT v1's dVAE",
+        help="name of a VQ-KD tokenizer (docs/tokenizer.md), or dall-e: BEiT v1's dVAE",
     )
     g.add_argument(
-        "--tokenizer_weight", type=expand_home, default=None, help=f"{WEIGHTS}; default: the model's name"
+        "--tokenizer_weight", type=expand_home, default=None, help=f"{WEIGHTS}; default: the published file"
     )
     g.add_argument(
         "--second_input_size",
@@ -122,8 +126,10 @@ def add_pretraining_flags(parser: argparse.ArgumentParser) -> None:
         help=("side of the tokenizer's view; default: what gives the model's grid, 224 (dall-e: 112)"),
     )
     g.add_argument("--second_interpolation", default="bicubic", help="how the tokenizer's view is resized")
-    g.add_argument("--codebook_size", type=large_count, default=8192, help="codes of the tokenizer")
-    g.add_argument("--codebook_dim", type=large_count, default=32, help="their dimension; dall-e has none")
+    g.add_argument("--codebook_size", type=large_count, default=8192, help="the tokenizer's --codebook_n_emd")
+    g.add_argument(
+        "--codebook_dim", type=large_count, default=32, help="its --codebook_emd_dim; not of dall-e"
+    )
 
 
 def add_knn_monitor_flags(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +152,7 @@ def add_knn_monitor_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse_flags(argv: Sequence[str] | None) -> Flags:
     """A UserError for flags that cannot go together."""
-    args = parse(get_parser(), argv)
+    args = translate_v1_flags(parse(get_parser(), argv))
     check_flags(args)
     return args
 

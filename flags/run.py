@@ -51,7 +51,7 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
         "--save_ckpt_freq",
         type=positive,
         default=save_ckpt_freq,
-        help="keep a checkpoint every so many epochs",
+        help="keep a checkpoint every N epochs",
     )
     g.add_argument(
         "--save_ckpt_steps",
@@ -103,7 +103,7 @@ def add_step_flags(parser: argparse.ArgumentParser, can_shard: bool = False) -> 
     g.add_argument(
         "--grad_checkpointing",
         action="store_true",
-        help="keep less for the backward pass and compute it again: less memory, a third more time",
+        help="compute blocks again in the backward pass: less memory, about a third more computing",
     )
     g.add_argument(
         "--compile", action="store_true", help="torch.compile: a slow first step, then faster ones (GPU)"
@@ -112,7 +112,7 @@ def add_step_flags(parser: argparse.ArgumentParser, can_shard: bool = False) -> 
         g.add_argument(
             "--fsdp",
             action="store_true",
-            help="each process keeps its share of weights, gradients and moments alone, and gathers a "
-            "block's when it computes: huge and giant on several GPUs, beside --grad_checkpointing; the "
-            "checkpoints stay as they are",
+            help="each process keeps only its share of the weights, gradients and moments, and gathers the "
+            "weights of a block when it needs them; for huge and giant on several GPUs, together with "
+            "--grad_checkpointing; checkpoints are the same as without it",
         )

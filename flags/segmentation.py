@@ -67,7 +67,7 @@ def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
         "--nb_classes",
         type=Number(int, 0, 2**20),
         default=0,
-        help="0: as many as there are names, or as the masks have",
+        help="number of classes; 0: as many as there are names, or as the masks have",
     )
     g.add_argument(
         "--aux_weight", type=not_negative_number, default=0.4, help="weight of the auxiliary head's loss"
@@ -102,13 +102,13 @@ def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
         "--class_names",
         type=expand_home,
         default=None,
-        help="file of the classes' names, one a line; ADE20K's is found by itself",
+        help="file of the classes' names, one per line; ADE20K's is found by itself",
     )
     g.add_argument(
         "--palette",
         type=expand_home,
         default=None,
-        help="file of the classes' colors in pictures, a line 'r g b' each, 0 to 255",
+        help="file of the classes' colors in pictures, one line 'r g b' per class, 0 to 255",
     )
     add_switch(
         g, "reduce_zero_label", "keep_zero_label", False, "label 0 is ignored, 1 is the first class (ADE20K)"
@@ -139,7 +139,7 @@ def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--imagenet_default_mean_and_std",
         action="store_true",
-        help="normalize by ImageNet's statistics, not 0.5/0.5",
+        help="normalize by ImageNet's mean and standard deviation, not 0.5 and 0.5",
     )
     g = parser.add_argument_group("evaluation and prediction")
     g.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and stop")

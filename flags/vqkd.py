@@ -22,17 +22,17 @@ from arguments import (
     pixels,
     small_count,
 )
+from data_pipeline.crops import TokenizerViews
 from errors import UserError
 from flags.images import add_data_flags, add_pipeline_flags
 from flags.optimization import add_optimizer_flags
 from flags.run import add_run_flags, add_step_flags
 from norm_ema_quantizer import FEATURES_PER_CODE
-from transforms import TokenizerViews
 from visualization import pixel_decoder
 from vqkd_teachers import find_teacher
 
-EXAMPLE = """--data_path photos --output_dir vqkd
---model vqkd_encoder_small_decoder_1x384x6_clip"""
+EXAMPLE = """--data_path photos/train --output_dir vqkd --codebook_n_emd 1024 --revive_dead_codes
+--model vqkd_encoder_small_decoder_1x384x6_clip --teacher_model_type hog --quantizer_warmup_steps 200"""
 # not the tokenizer's
 PIXEL_DECODER_DEFAULTS = {"lr": 2e-3, "min_lr": 1e-5, "epochs": 20, "warmup_epochs": 1.0}
 ONLY_FOR_THE_PIXEL_DECODER = ("tokenizer_weight", "pixel_decoder_depth", "pixel_decoder_dim")
@@ -75,20 +75,29 @@ def get_parser() -> argparse.ArgumentParser:
 
 def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("tokenizer")
-    g.add_argument("--model", default="vqkd_encoder_base_decoder_3x768x12_clip")
+    g.add_argument(
+        "--model",
+        default="vqkd_encoder_base_decoder_3x768x12_clip",
+        help="vqkd_encoder_<size>_decoder_<blocks>x<width>x<heads>_<teacher> (names: docs/tokenizer.md)",
+    )
     g.add_argument(
         "--decoder_depth",
         type=small_count,
         default=None,
         help="blocks of the decoder; default: the model name's",
     )
-    g.add_argument("--codebook_n_emd", type=large_count, default=8192, help="codes; fewer for small data")
+    g.add_argument(
+        "--codebook_n_emd",
+        type=large_count,
+        default=8192,
+        help="number of codes; 1024 for tens of thousands of images, 256 for thousands",
+    )
     g.add_argument("--codebook_emd_dim", type=large_count, default=32, help="dimension of a code")
     g.add_argument("--ema_decay", type=below_one, default=0.99, help="decay of the codebook's moving average")
     g.add_argument(
         "--quantize_kmeans_init",
         action="store_true",
-        help="k-means on the first features; the recipe uses it",
+        help="k-means on the features of the first batch, as in the recipes",
     )
     g.add_argument(
         "--quantizer_warmup_steps",
@@ -109,7 +118,8 @@ def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--teacher_model_type",
         default=None,
-        help="clip, dino, hog, efficientnet_lite0 or timm:<name>; default: the one in the model's name",
+        help="clip, dino, hog, efficientnet_lite0 or timm:<name>; default: the teacher in the name of "
+        "--model, which this flag overrides",
     )
     g.add_argument(
         "--teacher_weight",
@@ -117,7 +127,12 @@ def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help=f"the teacher's weights: {FILE_OR_URL}; default: timm downloads its own",
     )
-    g.add_argument("--teacher_input_size", type=pixels, default=224)
+    g.add_argument(
+        "--teacher_input_size",
+        type=pixels,
+        default=224,
+        help="side of the teacher's view; it must give the tokenizer's grid of patches",
+    )
     g.add_argument(
         "--standardize_teacher",
         default="auto",

@@ -1,4 +1,6 @@
-"""Convolution, batch norm over all processes, pooling and resizing: what segmentation heads are made of."""
+"""Convolution, batch norm over all processes, pooling and resizing: what segmentation
+heads are made of.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from layers.rel_pos_bias import has_free_size
+from layers.rel_pos_bias import has_dynamic_size
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -49,7 +51,7 @@ class AveragePool(nn.AdaptiveAvgPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, output_size, output_size)"""
-        if not has_free_size(x.shape[-2:]):
+        if not has_dynamic_size(x.shape[-2:]):
             return super().forward(x)
         rows, columns = (self.averages(side).to(x) for side in x.shape[-2:])
         maps = x.flatten(0, 1)  # matmul would compare sizes, bmm does not
@@ -83,5 +85,5 @@ class ConvModule(nn.Module):
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """(B, C, h, w) -> (B, C, *size), bilinear."""
-    same = not has_free_size((*x.shape[-2:], *size)) and x.shape[-2:] == tuple(size)
+    same = not has_dynamic_size((*x.shape[-2:], *size)) and x.shape[-2:] == tuple(size)
     return x if same else F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)

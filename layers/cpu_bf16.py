@@ -2,8 +2,8 @@
 backward passes suit oneDNN.
 
 `swap_in` exchanges them in a model that is built of torch's own layers, in place:
-parameters and their names stay, the numbers are those of the plain layers but for the
-order of sums. Nothing else refers to this module but the fused cross-entropy, for
+parameters and their names stay, the numbers are those of the plain layers except for
+the order of sums. Nothing else refers to this module but the fused cross-entropy, for
 `weight_gradient`. Measured: docs/lab/performance.md.
 
 Shapes: B batch, N patches, C width, M rows.
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from layers.attention import fused_attention, plain_attention
 
-OUTPUTS_IN_CACHE = 512  # gradients of weights are transposed by so many outputs at once
+OUTPUTS_IN_CACHE = 512  # gradients of weights are transposed by this many outputs at once
 
 
 def swap_in(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from layers.cpu_bf16 import weight_gradient
 # rows whose probabilities are in memory at once; on a CPU so few that they stay in its
 # cache
 ROWS_ON_GPU = 2048
-FP16_ROWS = 4096  # the gradients of so many rows can be summed in fp16, which ends at 65504
+FP16_ROWS = 4096  # the gradients of this many rows can be summed in fp16, which ends at 65504
 
 
 def linear_cross_entropy(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,10 +35,10 @@ def linear_cross_entropy(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tup
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """softmax(logits) - one_hot(labels) is the logits' gradient, but for a factor that
-    the backward pass brings (the mean, the loss scale). It is computed in the forward
-    pass, in the logits' place, and only the gradients of hidden, weight and bias that
-    follow from it are kept.
+    """softmax(logits) - one_hot(labels) is the logits' gradient, except for a factor
+    that the backward pass brings (the mean, the loss scale). It is computed in the
+    forward pass, in the logits' place, and only the gradients of hidden, weight and
+    bias that follow from it are kept.
     """
 
     @staticmethod

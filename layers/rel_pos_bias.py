@@ -20,7 +20,7 @@ from scipy.interpolate import InterpolatedUnivariateSpline
 from torch import Tensor, nn
 
 
-def is_exported() -> bool:
+def is_exporting() -> bool:
     """Whether torch.export or torch.jit.trace records this call: then no size of a
     batch or an image may become a constant.
     """
@@ -29,12 +29,12 @@ def is_exported() -> bool:
     return torch.jit.is_tracing() or exporting()
 
 
-def has_free_size(sides: Sequence[int]) -> bool:
+def has_dynamic_size(sides: Sequence[int]) -> bool:
     """Whether this call is recorded for images of any size: whether one of these sides
     may be another when it is played.
     """
     sizes_hidden = torch.jit.is_tracing() or torch.compiler.is_dynamo_compiling()
-    return is_exported() and (sizes_hidden or any(isinstance(side, torch.SymInt) for side in sides))
+    return is_exporting() and (sizes_hidden or any(isinstance(side, torch.SymInt) for side in sides))
 
 
 def at_least(size: Any, least: int) -> Any:
@@ -139,18 +139,18 @@ def resize_rel_pos_bias_table(
     if src_grid == dst_grid:
         return table.clone()
     down, across = (
-        torch.from_numpy(stretching(src, dst)).to(table.device)
+        torch.from_numpy(resize_matrix(src, dst)).to(table.device)
         for src, dst in zip(src_grid, dst_grid, strict=True)
     )
     return stretch_table(table, src_grid, down, across)
 
 
 def stretch_table(table: Tensor, src_grid: tuple[int, int], down: Tensor, across: Tensor) -> Tensor:
-    """Bias table (rows, H) of `src_grid` by the matrices of stretching for its rows and
-    its columns; the CLS rows are kept.
+    """Bias table (rows, H) of `src_grid` by the matrices of resize_matrix for its rows
+    and its columns; the CLS rows are kept.
     """
     spaced = rearrange(table[:-3], "(y x) h -> h y x", y=2 * src_grid[0] - 1).double()
-    if is_exported():  # where folding the heads into the rows, as matmul does, would compare sizes
+    if is_exporting():  # where folding the heads into the rows, as matmul does, would compare sizes
         heads = spaced.shape[0]
         columns = torch.bmm(torch.bmm(down.expand(heads, -1, -1), spaced), across.T.expand(heads, -1, -1))
     else:
@@ -160,7 +160,7 @@ def stretch_table(table: Tensor, src_grid: tuple[int, int], down: Tensor, across
 
 
 @functools.lru_cache(maxsize=64)
-def stretching(src: int, dst: int) -> np.ndarray:
+def resize_matrix(src: int, dst: int) -> np.ndarray:
     """Matrix (2 dst - 1, 2 src - 1) that takes an axis of a bias table from `src`
     patches to `dst`: the spline is linear in the values that it goes through.
     """
@@ -176,9 +176,9 @@ def stretching(src: int, dst: int) -> np.ndarray:
     return np.stack([spline(targets) for spline in splines], axis=1)
 
 
-def free_stretching(src: int, dst: int) -> Tensor:
-    """`stretching` in torch alone, for an export in which `dst` is free: the spline is
-    computed when the model is called.
+def dynamic_resize_matrix(src: int, dst: int) -> Tensor:
+    """`resize_matrix` in torch alone, for an export in which `dst` is free: the spline
+    is computed when the model is called.
 
     A cubic spline by its second derivatives, whose third derivative does not jump at
     the second and the last but one point.

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from layers.rel_pos_bias import (
-    is_exported,
+    is_exporting,
 )
 
 
@@ -42,7 +42,7 @@ def masked_subset(mask: Tensor, device: torch.device, with_cls: bool) -> TokenSu
     None where the images have different numbers of them, or none at all, and in an
     export, where that is not known.
     """
-    if is_exported():
+    if is_exporting():
         return None
     per_image = mask.sum(dim=1)
     if len(mask) == 0 or int(per_image[0]) == 0 or bool((per_image != per_image[0]).any()):
@@ -53,7 +53,7 @@ def masked_subset(mask: Tensor, device: torch.device, with_cls: bool) -> TokenSu
     return TokenSubset(flat.to(device, non_blocking=True), query.to(device, non_blocking=True), len(mask))
 
 
-def at_mask(values: Tensor, mask: Tensor) -> Tensor:
+def select_masked(values: Tensor, mask: Tensor) -> Tensor:
     """Of one value a patch, (B * N, ...), those of the patches in a mask (B, N) that is
     best held on the host: (M, ...).
     """

@@ -1,6 +1,5 @@
-"""--compile: torch.compile for the parts of the networks that take the time, in place,
-so
-  that checkpoints keep their names.
+"""`compile`: torch.compile for the parts of the networks that take the time, in place,
+so that checkpoints keep their names.
 
 A class says which of its methods are worth compiling (`compiled_methods`). They are
 whole graphs: what depends on the data (which patches are masked) is found before, on

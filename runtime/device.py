@@ -9,7 +9,7 @@ import ctypes
 import functools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Precision:
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """--amp_dtype; auto takes bf16 only where the device computes in it, not where it
+    """`amp_dtype`; auto takes bf16 only where the device computes in it, not where it
     is emulated.
     """
     if name == "auto":
@@ -121,15 +121,19 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: do not give the heap's end back
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Tensors move, but for the mask: its positions are listed on the host, which
-    spares a synchronization.
+def to_device(
+    batch: dict[str, Any], device: torch.device, keep_on_host: Collection[str] = ("mask",)
+) -> dict[str, Any]:
+    """Move the tensors, except for the mask: its positions are listed on the host,
+    which saves a synchronization.
 
     A GPU copies on a stream of its own, beside the kernels of the step before that are
     still running: the loop asks for a step's batches as soon as it has enqueued the
-    step before. What reads them is enqueued behind the copy.
+    step before. What reads them is enqueued after the copy.
     """
-    moves = {key: value for key, value in batch.items() if isinstance(value, Tensor) and key != "mask"}
+    moves = {
+        key: value for key, value in batch.items() if isinstance(value, Tensor) and key not in keep_on_host
+    }
     if device.type != "cuda":
         return batch | {key: value.to(device) for key, value in moves.items()}
     copying, computing = copy_stream(device), torch.cuda.current_stream(device)

@@ -1,4 +1,4 @@
-"""--fsdp: each process holds its share of the weights, gradients and moments (torch's
+"""`fsdp`: each process holds its share of the weights, gradients and moments (torch's
   FSDP2), a slice of every tensor's rows.
 
 While a block computes, its weights are gathered, and dropped after it. Everything
@@ -31,7 +31,7 @@ WITHOUT_WEIGHTS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
 def check_options(opt: str, compile: bool, model_ema_force_cpu: bool, device: torch.device) -> None:
-    """Refuse, before any work, what cannot go with --fsdp under several processes."""
+    """Refuse, before any work, what cannot go with `fsdp` under several processes."""
     from torch.distributed.fsdp import FSDPModule
 
     if compile:
@@ -122,7 +122,7 @@ def shard_of(value: Any, like: Any) -> Any:
     """A whole tensor -> this process's shard of it, laid out as `like`; without
     communication.
 
-    The value itself where `like` is no shard, or not of the value's shape.
+    The value itself where `like` is not a shard, or not of the value's shape.
     """
     if not is_shard(like) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
@@ -137,8 +137,8 @@ def shard_of(value: Any, like: Any) -> Any:
 
 
 def own_rows(rows: int, processes: int, rank: int) -> slice:
-    """Which rows a process holds: equally many each, but for the last ones, which may
-    have fewer, or none.
+    """Which rows a process holds: equally many each, except for the last ones, which
+    may have fewer, or none.
     """
     each = -(-rows // processes)
     return slice(rank * each, (rank + 1) * each)

@@ -58,7 +58,7 @@ class StopSignal:
         self.before: dict[int, Any] = {}
         self.flag: torch.Tensor | None = None
         self.question: Any = None
-        # The GPUs' own group would put the question in line behind the gradients; the
+        # The GPUs' own group would put the question in line after the gradients; the
         # host's group does not.
         self.group: Any = dist.new_group(backend="gloo") if distributed.world_size() > 1 else None
 

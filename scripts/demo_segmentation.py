@@ -9,7 +9,6 @@ from random weights. Writes demo_output_segmentation/.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import numpy as np  # noqa: E402
 from PIL import Image, ImageSequence  # noqa: E402
 
 from data_pipeline.image_formats import open_image  # noqa: E402
+from demo_folders import make_empty  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
 from stages import log_of, run_entry  # noqa: E402
 
@@ -191,7 +191,7 @@ def summarize(counts: np.ndarray, seconds: dict[str, float]) -> dict[str, Any]:
 def show(summary: dict[str, Any]) -> None:
     print(f"\n{'':32}{'mIoU':>8}{'aAcc':>8}")
     for label, key in (
-        ("commonest class everywhere", "majority_class"),
+        ("most frequent class everywhere", "majority_class"),
         *((name.replace("_", " "), name) for name in STARTS),
     ):
         print(f"{label:32}{summary[key]['miou']:8.1f}{summary[key]['aacc']:8.1f}")
@@ -205,8 +205,7 @@ def show(summary: dict[str, Any]) -> None:
 
 @report_user_errors
 def main() -> None:
-    shutil.rmtree(OUT, ignore_errors=True)
-    OUT.mkdir()
+    make_empty(OUT)
     started = time.monotonic()
     counts = prepare(fetch())
     seconds = {"data": time.monotonic() - started}

@@ -136,7 +136,7 @@ def start(case: Case, folder: Path) -> Any:
 def kill_again_and_again(
     case: Case, folder: Path, whole: Path, seconds: float, kills: int, draw: random.Random
 ) -> int:
-    """How many of so many kills were followed by the end of the undisturbed run
+    """How many of the kills were followed by the end of the undisturbed run
     `whole`, which took `seconds`.
     """
     done = pending = equal = 0

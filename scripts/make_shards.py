@@ -96,7 +96,8 @@ def write_class_names(path: Path, classes: Sequence[str]) -> None:
     for name in classes:
         if name.splitlines() != [name] or not name.strip() or name != name.encode(errors="ignore").decode():
             raise UserError(
-                f"FOLDER: the class name {name!a} is no line of text, which {path.name} is to hold: rename it"
+                f"FOLDER: the class name {name!a} is not a line of text, which {path.name} "
+                "is to hold: rename it"
             )
     path.write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
 

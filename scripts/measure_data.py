@@ -40,12 +40,12 @@ from data_pipeline.augmentation import (
     resize_fast,
     resize_to_square,
 )
-from data_pipeline.crops import ASPECT_RANGE
+from data_pipeline.crops import ASPECT_RANGE, PretrainingViews
 from data_pipeline.image_lists import find_images
 from errors import report_user_errors
 from masking_generator import MaskingGenerator
 from runtime.device import keep_freed_memory
-from transforms import HALF_MEAN, HALF_STD, PretrainingViews
+from transforms import HALF_MEAN, HALF_STD
 from utils import seeded
 
 CROP, MODE, PATCH = [0.2, 1.0], InterpolationMode.BICUBIC, 16

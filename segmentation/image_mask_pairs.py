@@ -2,7 +2,7 @@
 
 A folder holds images/ and annotations/, each with training/ and validation/ (ADE20K) or
 train/ and val/, or the pairs themselves. A mask has its image's path below
-annotations/, but for the ending.
+annotations/, except for the ending.
 """
 
 from __future__ import annotations

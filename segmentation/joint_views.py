@@ -20,7 +20,7 @@ from torchvision.transforms import functional as F
 from errors import ParameterError
 from segmentation.mask_files import IGNORED
 
-LONGEST = 4  # the longer side is at most so many times the base size
+LONGEST = 4  # the longer side is at most this many times the base size
 REDRAWS = 10  # of a crop that one class fills
 BRIGHTNESS = 32  # levels, added
 FACTORS = (0.5, 1.5)  # of contrast and saturation

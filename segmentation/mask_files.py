@@ -76,7 +76,8 @@ def _refuse(path: str, label: int, classes: int, reduce_zero_label: bool) -> Non
     else:
         known = f"{classes} classes are labels 0 to {classes - 1}"
         way_out = (
-            "correct `nb_classes` or the mask, or add `reduce_zero_label` where 0 is no class and 1 the first"
+            "correct `nb_classes` or the mask, or add `reduce_zero_label` where 0 is not a class and 1 is "
+            "the first"
         )
     raise UserError(f"{path}: label {label}, but {known}, and {IGNORED} is ignored; {way_out}")
 

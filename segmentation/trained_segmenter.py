@@ -90,7 +90,7 @@ def build_segmenter(content: WeightSource, source: str) -> Segmenter:
     missing = [key for key in missing if not key.endswith("relative_position_index")]
     if missing or unexpected:
         what = f"it lacks {missing[0]}" if missing else f"it also holds {unexpected[0]}"
-        raise UserError(f"{source} is no segmentation model of ours or of the released ones: {what}")
+        raise UserError(f"{source} is not a segmentation model of ours or of the released ones: {what}")
     return model.eval()
 
 

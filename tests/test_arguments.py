@@ -55,6 +55,7 @@ NO_PATHS = {  # texts that name something else
     "teacher",
     "teacher_model_type",
     "model_key",
+    "checkpoint_key",
     "model_prefix",
     "model_filter_name",
     "robust_test",
@@ -68,7 +69,7 @@ def parsers():
     """One of every script that has flags; each has `get_parser`."""
     for path in sorted(all_files()):
         makes_one = re.search(r"\b(ArgumentParser|new_parser)\(", path.read_text())
-        is_its_home = path.parent.name == "flags" or path.stem in ("arguments", "errors")
+        is_its_home = path.parent.name == "flags" or path.stem in ("arguments", "config_files", "errors")
         if (makes_one and not is_its_home) or path.name in ENTRIES:
             yield path.stem, importlib.import_module(path.stem).get_parser()
 
@@ -125,7 +126,8 @@ def test_every_flag_is_a_number_within_bounds_a_path_or_a_name():
             for value in (
                 [action.default] if not isinstance(action.default, (list, tuple)) else action.default
             ):
-                if value is not None and not isinstance(value, tuple) and name != ("encode_images", "maps"):
+                known = value not in (None, argparse.SUPPRESS)  # a second name has the first one's
+                if known and not isinstance(value, tuple):
                     assert action.type(str(value)) == value, name
         elif action.dest in NO_PATHS:
             kinds["name"] += 1
@@ -133,6 +135,17 @@ def test_every_flag_is_a_number_within_bounds_a_path_or_a_name():
             assert action.type is arguments.expand_home, name
             kinds["path"] += 1
     assert min(kinds.values()) > 15, kinds
+
+
+def test_every_flag_of_the_commands_has_help():
+    commands = {path.stem for path in (*ROOT.glob("*.py"), ROOT / "scripts/make_shards.py")}
+    silent = [
+        (script, action.option_strings)
+        for script, parser in PARSERS.items()
+        for action in parser._actions
+        if script in commands and not action.help
+    ]
+    assert silent == []
 
 
 def test_numbers_that_are_not_finite_or_out_of_range_are_refused(capsys):
@@ -207,7 +220,8 @@ def test_a_tilde_is_the_home_folder_for_every_path(monkeypatch, capsys):
         if action.option_strings:
             flag = action.option_strings[0]
             assert "NUL" in refused_words(parser, [f"{flag}=a\0b"], capsys), (script, flag)
-            assert f"{flag}: '~nobody-of-this-name/x'" in refused_words(
+            names = "/".join(action.option_strings)
+            assert f"{names}: '~nobody-of-this-name/x'" in refused_words(
                 parser, [f"{flag}=~nobody-of-this-name/x"], capsys
             )
         assert parser._get_values(action, ["~/x"]) in ("/home/somebody/x", ["/home/somebody/x"]), (

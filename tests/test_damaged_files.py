@@ -123,7 +123,7 @@ def test_a_weight_that_is_no_tensor_is_named(tmp_path, value):
     spoiled = {**WEIGHTS, "blocks.0.gamma_2": value}
     for content in (spoiled, {"model": spoiled}, {"epoch": 3, "state_dict": spoiled}):
         torch.save(content, tmp_path / "f.pth")
-        assert f"blocks.0.gamma_2 is no tensor but of type {type(value).__name__}" in refusal(
+        assert f"blocks.0.gamma_2 is not a tensor but of type {type(value).__name__}" in refusal(
             tmp_path / "f.pth"
         )
     # plain entries beside bare weights
@@ -157,7 +157,7 @@ def test_what_is_no_file(tmp_path):
     assert "no regular file" in refusal(tmp_path)
     assert "no such file" in refusal(tmp_path / "none.pth")
     os.mkfifo(tmp_path / "checkpoint.pth")
-    with pytest.raises(UserError, match=r"checkpoint\.pth is no regular file"):
+    with pytest.raises(UserError, match=r"checkpoint\.pth is not a regular file"):
         resumption.find_newest_intact(tmp_path)
 
 

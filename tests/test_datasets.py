@@ -16,6 +16,7 @@ from refusals import user_reads
 from tiny_data import build_pretraining_dataset, data_args, vqkd_dataset, write_classes, write_image
 
 from data_pipeline import samplers
+from data_pipeline.crops import TokenizerViews
 from data_pipeline.files import BadFiles, collate
 from data_pipeline.samplers import (
     EvalSampler,
@@ -25,7 +26,7 @@ from data_pipeline.samplers import (
 from datasets import ImageFiles
 from run_class_finetuning import build_dataset as build_finetuning_dataset
 from run_vqkd_training import build_held_out_dataset
-from transforms import TokenizerViews, eval_view
+from transforms import eval_view
 
 
 def epoch_of(dataset, sampler, workers=0):
@@ -237,7 +238,7 @@ def test_validation_labels_are_those_of_training(tmp_path):
     assert build_finetuning_dataset(args, train=False)[0].labels.tolist() == [0, 1]
 
     write_image(tmp_path / "val" / "dodo" / "1.jpg")
-    with user_reads(r"--eval_data_path .*class folder 'dodo' is no class of the " r"training data"):
+    with user_reads(r"--eval_data_path .*class folder 'dodo' is not a class of the " r"training data"):
         build_finetuning_dataset(args, train=False)
 
 

@@ -49,6 +49,14 @@ def test_train_and_val_of_a_folder_are_its_splits(demo, tmp_path):
     assert found == {("train", "a", False), ("train", "b", False), ("val", "a", True), ("val", "b", True)}
 
 
+def test_the_folder_of_an_earlier_demo_is_kept(demo):
+    for run in range(3):
+        demo.make_empty(demo.OUT)
+        (demo.OUT / "summary.json").write_text(str(run))
+    folders = (demo.OUT.with_name(f"demo_output{end}") for end in ("-1", "-2", ""))
+    assert [(folder / "summary.json").read_text() for folder in folders] == ["0", "1", "2"]
+
+
 @pytest.mark.slow
 def test_a_small_unlabeled_folder_goes_through(demo, tmp_path, monkeypatch, capfd):
     pytest.importorskip("efficientnet_lite_pytorch")

@@ -35,6 +35,10 @@ def test_lines_and_cells_are_short(page):
     assert [cell for cell in cells if len(cell) > 80] == []
 
 
+def test_percent_signs_follow_their_numbers(page):
+    assert re.findall(r".*\d %.*", page.read_text()) == []
+
+
 def test_user_pages_fit_on_a_screen(page):
     if page.parent == ROOT / "docs":
         assert len(page.read_text().splitlines()) <= 110

@@ -254,6 +254,6 @@ def test_files_without_weights_are_named(tmp_path: pathlib.Path) -> None:
     for noise in (b"", b"<html>404</html>", b"\x80\x02K\x01.", bytes(range(200))):
         (tmp_path / "w.pkl").write_bytes(noise)
         with pytest.raises(
-            UserError, match=(r"w\.pkl(: it is a pickle| is no weight file or an " r"incomplete one)")
+            UserError, match=(r"w\.pkl(: it is a pickle| is not a weight file, or is incomplete)")
         ):
             load_dall_e_encoder(str(tmp_path / "w.pkl"))

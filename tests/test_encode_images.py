@@ -147,6 +147,7 @@ def test_a_run_that_breaks_off_leaves_the_old_results_or_none(
         "files.txt",
         "skipped.txt",
         "about.json",
+        "flags.json",
     }
 
 

@@ -67,7 +67,7 @@ def test_labels_follow_the_training_classes_without_its_images(trained, tmp_path
         (by_class[0]["a"] + by_class[0]["c"]) / 2
     )
     other = photos(tmp_path / "other", per_class=1, classes="abd")
-    assert "class folder 'd' is no class of the training data" in refused(
+    assert "class folder 'd' is not a class of the training data" in refused(
         run_class_finetuning.main, trained_flags(trained, other, tmp_path / "x"), capsys
     )
 

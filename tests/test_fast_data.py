@@ -28,13 +28,13 @@ import run_vqkd_training
 import transforms
 from data_pipeline import augmentation, crops, resizing
 from data_pipeline.augmentation import BRIGHTNESS, CONTRAST, SATURATION, CropParams
-from data_pipeline.crops import ASPECT_RANGE, RandomCrop
+from data_pipeline.crops import ASPECT_RANGE, PretrainingViews, RandomCrop, TokenizerViews
 from data_pipeline.image_formats import load_image
 from data_pipeline.samplers import ResumableSampler, build_loader
 from datasets import ImageFiles
 from masking_generator import MaskingGenerator
 from runtime.device import to_device
-from transforms import HALF_MEAN, HALF_STD, PretrainingViews, TokenizerViews
+from transforms import HALF_MEAN, HALF_STD
 from utils import seeded
 
 SIZES = [(500, 375), (375, 500), (90, 70), (33, 32), (7, 300), (400, 5), (3, 2), (1, 1)]

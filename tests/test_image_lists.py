@@ -195,7 +195,7 @@ def test_class_index(tmp_path):
         ('{"class": "a", "files": ["a/99.jpg"]}', "there is no .*data/a/99.jpg"),
         ("\n", "is empty"),
         ("[" * 100_000, "line 1: not valid JSON"),
-        ('{"class": "a", "files": ["' + "\\ud800" + '.jpg"]}', "has a name that is no text"),
+        ('{"class": "a", "files": ["' + "\\ud800" + '.jpg"]}', "has a name that is not text"),
         ('{"class": ' + "1" * 5000 + "}", "line 1: not valid JSON"),
         (None, "cannot be read"),
     ],

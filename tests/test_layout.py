@@ -1,5 +1,5 @@
 """Imports go from a layer to the layers below it (docs/design.md), no two modules
-import each other, names of tests are short, and modules too, but for a reason.
+import each other, names of tests are short, and modules too, except for a reason.
 """
 
 import ast
@@ -26,7 +26,7 @@ LAYERS = (
     ("data", "data_pipeline"),
     ("runtime", "runtime"),
     ("layers", "layers"),
-    ("shared", "arguments optim_factory utils seeding errors"),
+    ("shared", "arguments config_files optim_factory utils seeding errors"),
 )
 
 

@@ -134,9 +134,7 @@ def test_layers_do_not_disturb_each_other(data, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(
         frozen_backbone.FrozenBackbone, "__call__", lambda self, images: original(self, images)[:, :1]
     )
-    monkeypatch.setattr(
-        run_linear_eval, "LinearHeads", lambda layers, dim, classes: LinearHeads(1, dim, classes)
-    )
+    monkeypatch.setattr(run_linear_eval, "LinearHeads", lambda layers, *shape: LinearHeads(1, *shape))
     run_linear_eval.main(flags(data, weights, tmp_path / "first", "--cached_features"))
     both = [
         checkpoint(tmp_path / name / "checkpoint.pth")["model"]["heads.0.weight"] for name in ("all", "first")

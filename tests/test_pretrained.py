@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from golden_values import TINY, fill, vit
+from PIL import Image
 from refusals import refused, user_reads
 from tiny_runs import finetuning_flags, photos, tokenizer
 
@@ -119,7 +120,7 @@ def test_weights_of_another_size_are_refused():
     with pytest.raises(
         UserError,
         match=(
-            r"--finetune x.pth is no file of ours \(it holds layer1.conv.weight\): none "
+            r"--finetune x.pth is not a file of ours \(it holds layer1.conv.weight\): none "
             r"of its weights fits"
         ),
     ):
@@ -270,6 +271,9 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
         "vqkd_encoder_demo_decoder_1x128x4_hog", n_code=16, code_dim=8, as_tokenizer=True
     )
     torch.save({"model": codes.state_dict()}, "demo_output/vqkd/checkpoint.pth")
+
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (160, 144)).save(name)
 
     readme = (ROOT / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)

@@ -59,12 +59,15 @@ FAULTS = {
         lambda c: spoil_moments(c, "exp_avg_sq", lambda v: v - 1),
         r"exp_avg_sq of \S+ is below zero",
     ),
-    "no tensor": (lambda c: spoil_moments(c, "exp_avg", lambda v: "text"), r"exp_avg of \S+ is no tensor"),
+    "no tensor": (lambda c: spoil_moments(c, "exp_avg", lambda v: "text"), r"exp_avg of \S+ is not a tensor"),
     "no count": (
         lambda c: spoil_moments(c, "step", lambda v: torch.tensor(float("nan"))),
-        r"step of \S+ is no count",
+        r"step of \S+ is not a count",
     ),
-    "many counts": (lambda c: spoil_moments(c, "step", lambda v: torch.ones(7)), r"step of \S+ is no count"),
+    "many counts": (
+        lambda c: spoil_moments(c, "step", lambda v: torch.ones(7)),
+        r"step of \S+ is not a count",
+    ),
     "a moment gone": (lambda c: c["optimizer"]["state"][3].pop("exp_avg"), r"exp_avg of \S+ is missing"),
     "a group gone": (lambda c: c["optimizer"]["param_groups"].pop(), r"groups of parameters"),
     "a parameter gone": (

@@ -81,7 +81,7 @@ def test_every_variant_builds(name):
 
 @pytest.mark.parametrize("head", ["upernet", "setr_pup"])
 def test_images_of_any_size(head):
-    """Logits of the image's size; a side that is no multiple of the patch is padded,
+    """Logits of the image's size; a side that is not a multiple of the patch is padded,
     and the padding is cut off again.
     """
     torch.manual_seed(0)

@@ -97,7 +97,7 @@ def test_class_numbers_without_names_and_names_in_another_order(tmp_path):
     assert build_finetuning_dataset(flags, train=False)[0].labels.tolist() == [2, 0]
     (tmp_path / "train" / "classes.txt").write_text("cat\ndog\nowl\n")
     (tmp_path / "val" / "classes.txt").write_text("owl\nfox\ncat\n")
-    with user_reads("class 'fox' is no class of the training data"):
+    with user_reads("class 'fox' is not a class of the training data"):
         build_finetuning_dataset(flags, train=False)
     (tmp_path / "val" / "classes.txt").write_text("owl\ndog\ncat\n")
     assert build_finetuning_dataset(flags, train=False)[0].labels.tolist() == [0, 2]
@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_written_to_is_scanned_each_time(tmp_path, monke
         ("{}/{{000000..0000.tar", "[Uu]nbalanced braces"),
         ("{}/00000[89].tar", "no file is called"),
         ("{0}::{0}/000001.tar", r"000001\.tar is named twice"),
-        ("{}/classes.txt", "is no whole tar file"),
+        ("{}/classes.txt", "is not a complete tar file"),
     ],
 )
 def test_plain_words_for_shards_that_cannot_be_read(text, message, packed):
@@ -158,7 +158,7 @@ def test_plain_words_for_what_is_in_shards(packed, shard_photos, tmp_path):
     # not at a block's end, within an image, between two samples
     for cut in (3000, third + 100, third - 3 * tarfile.BLOCKSIZE):
         (tmp_path / "cut.tar").write_bytes(whole[:cut])
-        with user_reads(r"cut\.tar is no whole tar file .*; write or copy it again"):
+        with user_reads(r"cut\.tar is not a complete tar file .*; write or copy it again"):
             find_shards(str(tmp_path / "cut.tar"))
     (tmp_path / "a.tar.gz").write_bytes(b"")
     (tmp_path / "empty").mkdir()
@@ -232,7 +232,7 @@ def test_make_shards_refuses_class_names_that_are_no_text(name, make_shards, tmp
     write_image(tmp_path / "data" / name / "0.jpg")
     with pytest.raises(SystemExit):
         make_shards([str(tmp_path / "data"), str(tmp_path / "out"), "--images_per_shard", "5", "--classes"])
-    assert "is no line of text, which classes.txt is to hold: rename it" in capsys.readouterr().err
+    assert "is not a line of text, which classes.txt is to hold: rename it" in capsys.readouterr().err
 
 
 def test_make_shards_does_not_wait_for_a_pipe(make_shards, tmp_path, capsys):

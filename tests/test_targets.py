@@ -1,6 +1,8 @@
 """What pretraining predicts: which patches, codes of VQ-KD or DALL-E, or pixels."""
 
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ import modeling_dvae
 import run_beitv2_pretraining
 import run_class_finetuning
 import visualize_attention
+from flags.pretraining import parse_flags
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +251,37 @@ def test_dall_e_end_to_end(name, data, dvae, tmp_path, monkeypatch):
     lines = log_lines(tmp_path)
     assert {"train_mlm_acc", "train_majority_code_share", "test_mlm_acc"} <= lines[0].keys()
     assert (tmp_path / "pictures/masked_tokens-0000.png").exists()
+
+
+def test_names_of_v1s_tokenizer_act(data, dvae, tmp_path, capsys):
+    """--discrete_vae_weight_path: the published folder, or the file in it."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    for name in ("encoder.pkl", "decoder.pkl"):
+        shutil.copy(dvae, folder / name)
+    plain = [*pixel_flags(data, "", *PLAIN), "--target", "tokens"]
+    for words in ([f"--discrete_vae_weight_path={folder}"], ["--discrete_vae_type", "dall-e"]):
+        args = parse_flags([*plain, *words])
+        assert (args.tokenizer_model, args.second_interpolation) == ("dall-e", "lanczos")
+        weight = str(folder / "encoder.pkl") if "=" in words[0] else None  # None: OpenAI's
+        assert args.tokenizer_weight == weight
+        path = tmp_path / "flags.json"
+        path.write_text(json.dumps(args.to_config()))
+        assert parse_flags(["--config", str(path)]).plain() == args.plain()
+    file = ["--discrete_vae_weight_path", str(folder / "encoder.pkl")]
+    bicubic = parse_flags([*plain, *file, "--second_interpolation", "bicubic"])
+    assert (bicubic.tokenizer_weight, bicubic.second_interpolation) == (file[1], "bicubic")
+    out = tmp_path / "out"
+    run_beitv2_pretraining.main([*plain, *as_flags(codebook_size=16, epochs=1, output_dir=out), *file])
+    by_new_names = dall_e_flags(data, tmp_path / "new", dvae, "--second_interpolation", "lanczos")
+    run_beitv2_pretraining.main([*by_new_names, "--epochs", "1"])
+    assert_same_weights(out / "checkpoint.pth", tmp_path / "new/checkpoint.pth")
+    for more, sentence in (
+        (["--discrete_vae_weight_path", str(data)], "holds no encoder.pkl: `python model_zoo.py dall_e"),
+        (["--discrete_vae_type", "customized"], "no weights of such a tokenizer were published"),
+        ([*file, "--tokenizer_model", "dall-e"], "and --tokenizer_model all name a tokenizer"),
+    ):
+        assert sentence in refused(run_beitv2_pretraining.main, [*plain, *more], capsys)
 
 
 def test_dall_e_refuses_another_codebook_and_another_grid(data, dvae, tmp_path, capsys):

@@ -14,20 +14,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from data_pipeline import augmentation, crops, resizing
+from data_pipeline.crops import PretrainingViews, TokenizerViews
 from data_pipeline.image_formats import load_image
 from data_pipeline.resizing import interpolation
 from datasets import ImageFiles
 from masking_generator import MaskingGenerator
-from transforms import (
-    HALF_MEAN,
-    HALF_STD,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    PretrainingViews,
-    TokenizerViews,
-    eval_view,
-    finetuning_view,
-)
+from transforms import HALF_MEAN, HALF_STD, IMAGENET_MEAN, IMAGENET_STD, eval_view, finetuning_view
 from utils import seeded
 
 

@@ -103,7 +103,7 @@ def test_damaged_files_are_named(tmp_path: pathlib.Path, kind: str) -> None:
             "zip": b"PK\x05\x06" + bytes(18),
         }.get(kind, b"")
     )
-    with pytest.raises(UserError, match=f"{path.name} is no weight file or an incomplete one"):
+    with pytest.raises(UserError, match=f"{path.name} is not a weight file, or is incomplete"):
         weight_files.load_file(path)
 
 
@@ -119,5 +119,5 @@ def test_state_dict_is_found_under_its_key(tmp_path: pathlib.Path) -> None:
     assert load({"state_dict": two, "w": torch.ones(1)}) == 2
     assert load({**one, "epoch": 3}) == 1
     for empty in ({"optimizer": {}, "epoch": 3}, [1, 2], {"model": {"epoch": 3}}):
-        with pytest.raises(UserError, match=r"holds no weights|is no tensor but of type int"):
+        with pytest.raises(UserError, match=r"holds no weights|is not a tensor but of type int"):
             load(empty)

@@ -28,7 +28,7 @@ def find_shown(sources: Sequence[str], count: int, flag: str) -> list[str]:
     """The files among `sources`, and `count` files of each folder, evenly spread.
 
     To be called before other work. UserError for what does not exist, and for a file
-    named by itself that is no image; `flag` names the source in its message.
+    named by itself that is not an image; `flag` names the source in its message.
     """
     chosen: list[str] = []
     for source in sources:

@@ -38,7 +38,7 @@ class PixelDecoder(nn.Module):
         code_dim: D.
         depth, dim: blocks and width C of the ViT; heads have 32 channels each.
 
-    ValueError: `dim` is no multiple of 32.
+    ValueError: `dim` is not a multiple of 32.
     """
 
     def __init__(self, grid: tuple[int, int], code_dim: int, depth: int, dim: int) -> None:

@@ -116,7 +116,7 @@ def odd_file(draw: random.Random, path: Path) -> tuple[str, bool]:
         path.symlink_to(kind)
     else:
         path.write_bytes(draw.randbytes(3000))
-    return kind, kind == "noise"  # what is no regular file may be left out of the list, with a count
+    return kind, kind == "noise"  # what is not a regular file may be left out of the list, with a count
 
 
 def odd_pixels(draw: random.Random, path: Path) -> tuple[str, bool]:

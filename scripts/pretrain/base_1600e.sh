@@ -2,7 +2,7 @@
 # BEiT v2, base: 1600 epochs of masked image modeling on ImageNet-1k, without its labels.
 #   DATA=/path/to/imagenet-1k/train OUTPUT=/path/to/save bash scripts/pretrain/base_1600e.sh [more flags]
 # Hardware: one DGX-2, 16 V100-32GB x 128 images = 2048.
-# Time: about 5.5 days, reckoned from the published speed, 4,300 images/s.
+# Time: about 5.5 days, calculated from the published speed, 4,300 images/s.
 # Expected: 85.5 % top-1 on ImageNet-1k after scripts/finetune/base_v2_1600e.sh.
 # Fewer GPUs: `GPUS=4 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 2048 (docs/clusters.md).
 set -euo pipefail

@@ -2,7 +2,7 @@
 # BEiT (v1), base: 150 epochs of masked image modeling on ImageNet-22k, without its labels; DALL-E's tokenizer.
 #   DATA=/path/to/imagenet-22k OUTPUT=/path/to/save bash scripts/pretrain/base_v1_in22k.sh [more flags]
 # Hardware: one DGX-2, 16 V100-32GB x 128 images = 2048.
-# Time: about ten days, reckoned from the published speed, 2,400 images/s, for 14.2 million images.
+# Time: about ten days, calculated from the published speed, 2,400 images/s, for 14.2 million images.
 # Expected: 83.7 % top-1 on ImageNet-1k after scripts/finetune/base_v1_pt22k.sh.
 # Normalized by 0.5/0.5: fine-tune without --imagenet_default_mean_and_std.
 # Fewer GPUs: `GPUS=4 ... --update_freq 4` keeps GPUs x batch_size x update_freq at 2048 (docs/clusters.md).
