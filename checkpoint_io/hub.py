@@ -41,12 +41,14 @@ def fetch_model(source: str) -> Path:
     assert found is not None, source
     name, revision = found.groups()
     try:
-        for file in CONFIGURATIONS:
-            _download(name, file, revision)
         paths = (_download(name, file, revision) for file in WEIGHT_FILES)
         path = next((path for path in paths if path is not None), None)
+        for file in CONFIGURATIONS if path is not None else ():
+            _download(name, file, revision)
     except Exception as error:  # of any of the libraries through which huggingface_hub downloads
         first = (str(error).strip().splitlines() or [""])[0]
+        if isinstance(error, LocalEntryNotFoundError):
+            first = "no connection, and it is not in the cache"
         raise UserError(
             f"{source} is no file here and no published name (`python model_zoo.py` lists these), and it "
             f"cannot be had from Hugging Face's hub ({type(error).__name__}: {first[:200]})"
