@@ -1,4 +1,4 @@
-"""Weights for timm and Hugging Face, or from them.
+"""Weights for timm, Hugging Face and ONNX, or from the first two.
 
 Sources are our checkpoints, published weights, and the models of both libraries;
 docs/export.md has examples.
@@ -13,19 +13,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import arguments
+import modeling_finetune
 import pretrained
-from checkpoint_io import checkpoints, export, huggingface_format, weight_source
+from checkpoint_io import (
+    checkpoints,
+    export,
+    hub,
+    huggingface_format,
+    model_card,
+    onnx_format,
+    weight_source,
+)
+from checkpoint_io.class_names import read_class_names
 from checkpoint_io.export import FILE_ENDINGS, ExportableModel, ExportedFiles
 from checkpoint_io.remapping import summarize_names
+from checkpoint_io.weight_formats import ConvertedWeights
 from checkpoint_io.weight_source import WeightSource
-from data_pipeline.imagenet_classes import in_words, synsets
+from data_pipeline.imagenet_classes import in_words
 from errors import UserError, pick, report_user_errors
 from flags.images import add_opened_model_flags
+from layers.rel_pos_bias import as_pair
 from pretrained import ModelHints
 from runtime import terminal
 from runtime.terminal import log
 
-FORMATS = ("safetensors", "timm", "huggingface")
+FORMATS = ("safetensors", "timm", "huggingface", "onnx")
 NAMES_OF = {"ours": "our names", "timm": "timm's names", "huggingface": "Hugging Face's names"}
 # What only concerns a transformer, not a file that is passed on as it is.
 TRANSFORMER_FLAGS = (
@@ -41,13 +53,13 @@ TRANSFORMER_FLAGS = (
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser(
         "Weights for other libraries, and from them",
-        "--checkpoint finetuned/checkpoint.pth --to timm --output exported",
+        "finetuned/checkpoint.pth --to timm --output exported",
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=arguments.expand_home,
-        required=True,
-        help="what to convert: a file, a folder of timm or Hugging Face, a URL or a published name",
+    source = parser.add_mutually_exclusive_group(required=True)
+    what = "what to convert: a file, a folder of timm or Hugging Face, a URL, a published name or a hub id"
+    source.add_argument("checkpoint", nargs="?", type=arguments.expand_home, help=what)
+    source.add_argument(
+        "--checkpoint", dest="checkpoint_flag", type=arguments.expand_home, help="the same, as a flag"
     )
     parser.add_argument(
         "--from",
@@ -60,13 +72,20 @@ def get_parser() -> argparse.ArgumentParser:
         "--to",
         required=True,
         choices=FORMATS,
-        help="safetensors: our names (.pth by the output's name)",
+        help="safetensors: our names (.pth by the output's name); onnx: checked with onnxruntime",
     )
     parser.add_argument(
         "--output",
         type=arguments.expand_home,
         required=True,
-        help="safetensors: a file; timm: a file or a folder; huggingface: a folder",
+        help="safetensors, onnx: a file; timm: a file or a folder; huggingface: a folder",
+    )
+    parser.add_argument(
+        "--push_to_hub",
+        metavar="OWNER/NAME",
+        default=None,
+        help="upload the folder to this repository of Hugging Face's hub (made private where it is new), "
+        "with a model card of what was measured",
     )
     parser.add_argument(
         "--architecture",
@@ -102,6 +121,16 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(
             f"--output {args.output}: give the file a name that ends in {' or '.join(FILE_ENDINGS)}"
         )
+    if args.to == "onnx":
+        if output.suffix != ".onnx" or output.is_dir():
+            raise UserError(f"--output {args.output}: give the file a name that ends in .onnx")
+        onnx_format.require_packages()
+    if args.push_to_hub is not None and (
+        args.to not in ("timm", "huggingface") or output.suffix in FILE_ENDINGS
+    ):
+        raise UserError(
+            "--push_to_hub uploads a folder: give --to huggingface or --to timm, and a folder as --output"
+        )
     if args.to == "huggingface" and (output.suffix in FILE_ENDINGS or output.is_file()):
         raise UserError(f"--output {args.output}: Hugging Face's models are folders; name a folder")
     if args.to == "timm" and output.suffix not in FILE_ENDINGS and output.is_file():
@@ -111,36 +140,6 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if output.exists() and os.path.exists(args.checkpoint) and output.samefile(args.checkpoint):
         raise UserError(f"--output {args.output} would overwrite --checkpoint: name another place")
-
-
-def read_class_names(given: str | None, count: int) -> list[str] | None:
-    """The names that --class_names gives, as many as the classifier has classes."""
-    if given is None:
-        return None
-    if not count:
-        raise UserError("--class_names: the checkpoint holds no classifier to name the classes of")
-    if given == "imagenet-1k":
-        names = synsets()
-    else:
-        try:
-            text = Path(given).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"--class_names {given}: cannot be read ({error}); give imagenet-1k or a text file"
-            ) from None
-        try:
-            content = json.loads(text)
-            pairs = (
-                sorted(content.items(), key=lambda pair: int(pair[0]))
-                if isinstance(content, dict)
-                else enumerate(content)
-            )
-            names = [str(name) for _, name in pairs]
-        except (ValueError, TypeError, RecursionError):
-            names = [line.strip() for line in text.splitlines() if line.strip()]
-    if len(names) != count:
-        raise UserError(f"--class_names {given} has {len(names)} names, the classifier {count} classes")
-    return names
 
 
 def write_unchanged(source: WeightSource, args: argparse.Namespace) -> str:
@@ -201,6 +200,7 @@ def summarize_classes(names: list[str] | None) -> str:
 @report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
+    args = args.replace(checkpoint=args.checkpoint or args.checkpoint_flag)
     check_flags(args)
     terminal.set_up_logging(0)
     source = weight_source.read_weights(args.checkpoint, args.source_format, args.ema)
@@ -209,8 +209,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info(write_unchanged(source, args))
         return
     model = open_model(source, args)
-    for line in describe_export(source, model, write_model(model, args)):
+    written = write_model(model, args)
+    for line in describe_export(source, model, written):
         log.info(line)
+    if args.push_to_hub is not None:
+        push(source, model, written, args)
 
 
 def open_model(source: WeightSource, args: argparse.Namespace) -> ExportableModel:
@@ -222,6 +225,8 @@ def open_model(source: WeightSource, args: argparse.Namespace) -> ExportableMode
 
 def write_model(model: ExportableModel, args: argparse.Namespace) -> ExportedFiles:
     output = Path(args.output)
+    if args.to == "onnx":
+        return write_onnx(model, output)
     if args.to == "timm":
         return export.write_timm(model, output)
     if args.to == "huggingface":
@@ -229,6 +234,38 @@ def write_model(model: ExportableModel, args: argparse.Namespace) -> ExportedFil
             model, output, None if args.architecture == "auto" else args.architecture
         )
     return export.write_ours(model, output)
+
+
+def write_onnx(model: ExportableModel, output: Path) -> ExportedFiles:
+    """A classifier gives its logits, a pretrained transformer its tokens after the last
+    norm, CLS first.
+    """
+    network = pretrained.build_network(model)
+    classifies = model.settings["num_classes"] > 0
+    image = (model.settings["in_chans"], *as_pair(model.settings["img_size"]))
+    prepared = model.prepared._asdict()
+    facts = {name: json.dumps(value) for name, value in {**prepared, "classes": model.classes}.items()}
+    name = "logits" if classifies else "tokens"
+    files, difference = onnx_format.write_onnx(
+        network if classifies else modeling_finetune.AllTokens(network), image, output, name, facts
+    )
+    notes = [f"onnxruntime computes the same to {difference:.1g}, with batches of any size"]
+    call = f'onnxruntime.InferenceSession("{output}").run(None, {{"image": images}})[0]  # {name}'
+    kept = {key: value for key, value in model.weights.items() if key in network.state_dict()}
+    dropped = [key for key in model.weights if key not in kept]
+    return ExportedFiles(files, ConvertedWeights(kept, dropped, notes), [call])
+
+
+def push(
+    source: WeightSource, model: ExportableModel, written: ExportedFiles, args: argparse.Namespace
+) -> None:
+    """--push_to_hub: the folder, with a README.md of what was measured."""
+    folder = Path(args.output)
+    measured = model_card.find_measurements(source.path, args.checkpoint)
+    card = model_card.make_card(model, args.to, args.push_to_hub, measured)
+    readme = checkpoints.write_text(folder, "README.md", card)
+    address = hub.push_folder(folder, [*written.files, readme], args.push_to_hub)
+    log.info(f"pushed     {address}")
 
 
 if __name__ == "__main__":

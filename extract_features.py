@@ -3,7 +3,7 @@ pretrained/checkpoint.pth photos --output features.npy
 
 Every process takes its share of the sorted files and writes it to a file of its own; the
 first then joins them in order. Memory does not grow with the number of images, and a
-file that has its final name is complete. docs/probing.md has examples.
+file that has its final name is complete. docs/features.md has examples.
 """
 
 from __future__ import annotations

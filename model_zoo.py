@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from checkpoint_io.downloads import fetch, get_cache_folder
 from checkpoint_io.published import ENTRIES, PublishedFile
 from errors import ArgumentParser, pick, report_user_errors
-from utils import format_size
+from runtime.terminal import format_size
 
 PURPOSES = {
     "tokenizer": (

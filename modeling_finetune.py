@@ -104,6 +104,17 @@ class VisionTransformer(Trunk):
         return layers
 
 
+class AllTokens(nn.Module):
+    """A transformer that gives all its tokens after the last norm, (B, T, C)."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.forward_features(x, return_all_tokens=True)
+
+
 # ── Variants: a row of SIZES, patch size, image size ──
 
 beit_demo_patch16_128 = Variant(VisionTransformer, "demo", 16, 128)

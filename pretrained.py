@@ -253,6 +253,16 @@ def build_model(settings: dict[str, Any], vocab_size: int, weights: dict[str, Te
     )
 
 
+def build_network(model: ExportableModel) -> VisionTransformer:
+    """The exported transformer in eval mode, with its classifier where it has one,
+    without the heads of pretraining.
+    """
+    network = VisionTransformer(**model.settings)
+    own = network.state_dict()
+    network.load_state_dict({key: value for key, value in model.weights.items() if key in own})
+    return network.eval()
+
+
 def list_variants() -> dict[str, Variant]:
     return {**modeling_pretrain.MODELS, **modeling_finetune.MODELS}
 

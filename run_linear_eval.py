@@ -119,9 +119,9 @@ def open_backbone(args: arguments.Flags, run: run_state.Run) -> tuple[FrozenBack
     if args.mean_std is not None:
         mean, std = mean_and_std(args)
         opened = dataclasses.replace(opened, mean=mean, std=std)
+    depth = opened.model.get_num_layers()
     if args.model:
         refuse_other_size(opened.model, args.model, args.finetune)
-    depth = opened.model.get_num_layers()
     if args.knn_layer is not None and args.knn_layer > depth:
         raise UserError(f"--knn_layer {args.knn_layer}: the backbone has {depth} blocks, 1 to {depth}")
     features = args.features

@@ -4,53 +4,12 @@ formats here.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import random
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
+from seeding import derive_seed, seed_all, seeded
 
-
-def derive_seed(*parts: int | str) -> int:
-    """One 32-bit seed from any tuple, e.g. (run seed, epoch, sample index): the same on
-    every machine.
-    """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little")
-
-
-def seed_all(seed: int, device: torch.device | None = None) -> None:
-    """Seed Python, NumPy and torch (the CPU's generator and `device`'s)."""
-    random.seed(seed)
-    np.random.seed(seed)
-    # Not torch.manual_seed: it formats a stack trace for every call made before CUDA
-    # starts.
-    torch.default_generator.manual_seed(seed)
-    if device is not None and device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def seeded(*parts: int | str) -> Iterator[None]:
-    """Inside the block the random numbers depend on `parts` alone; outside, the
-    generators go on as if nothing was drawn.
-    """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed_all(derive_seed(*parts))
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
-def format_size(n_bytes: float) -> str:
-    return f"{n_bytes / 2**20:.0f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.1f} GiB"
+__all__ = ["derive_seed", "git_commit", "seed_all", "seeded"]
 
 
 def git_commit() -> str:

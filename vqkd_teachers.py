@@ -20,12 +20,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-import utils
 from checkpoint_io import downloads, weight_files
 from checkpoint_io.timm_models import create_timm_model, load_every_tensor, summarize_error
 from errors import ParameterError, UserError, pick
 from layers import hog
 from layers.feature_maps import CANNOT_RUN, compute_feature_maps, find_matching_sizes, measure_map_shapes
+from seeding import seeded
 
 RGB_0, RGB_1 = (0.0,) * 3, (1.0,) * 3
 # of timm:<name>: ask the teacher
@@ -293,7 +293,7 @@ def build_teacher(
         raise UserError(f"`teacher_input_size` {input_size} is less than one patch of 16 px")
     build = find_teacher(name)
     # random weights agree on all ranks; the student's are drawn as without teacher
-    with utils.seeded("teacher", name):
+    with seeded("teacher", name):
         teacher = build(spec)
     teacher.channels = None if channels is None else torch.tensor(channels)
     return teacher.requires_grad_(False).eval()

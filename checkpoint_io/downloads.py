@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
+from checkpoint_io import hub
 from checkpoint_io.checksums import find_hash_in_name, verify
 from checkpoint_io.published import ENTRIES, find_entry
 from checkpoint_io.url_download import Download, download_file
@@ -28,8 +29,8 @@ MAX_NAME_BYTES = 150  # bytes of a file's name, to which endings are added
 
 
 def fetch(source: str | os.PathLike[str], sha256_prefix: str | None = None) -> pathlib.Path:
-    """The file behind `source`: an existing path, a name of ENTRIES, or a URL
-    (https://, file://, http:// see below).
+    """The file behind `source`: an existing path, a name of ENTRIES, a URL (https://,
+    file://, http:// see below), or an id of Hugging Face's hub (hub.fetch_model).
 
     A download goes to `checkpoints/` in torch.hub's folder (TORCH_HOME moves it), once,
     also when several processes ask at the same time; one that broke off is resumed.
@@ -44,6 +45,8 @@ def fetch(source: str | os.PathLike[str], sha256_prefix: str | None = None) -> p
     if os.path.isfile(here := os.path.expanduser(source)):
         return verify(pathlib.Path(here), sha256_prefix)
     if source not in ENTRIES and "://" not in source:
+        if hub.is_hub_id(source) and not os.path.isdir(here):
+            return verify(hub.fetch_model(source), sha256_prefix)
         raise _explain_missing(source)
     if "://" in source and (parts := split_url(source)).scheme == "file":
         path = pathlib.Path(urllib.request.url2pathname(parts.path))

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from checkpoint_io import checkpoints, huggingface_format, timm_format, weight_source
+from checkpoint_io.hub import WEIGHT_FILES
 from checkpoint_io.weight_formats import ConvertedWeights, Preprocessing
-from checkpoint_io.weight_source import WEIGHT_FILES
 from data_pipeline.imagenet_classes import in_words
 from errors import ParameterError
 from transforms import normalization

@@ -27,7 +27,7 @@ from checkpoint_io import checksums
 from checkpoint_io.checksums import get_file_version, is_complete, write_note
 from checkpoint_io.urls import SafeRedirects, build_request, refuse_unsafe_url
 from errors import UserError, hide_secrets, printable
-from utils import format_size
+from runtime.terminal import format_size
 
 log = logging.getLogger("beit")
 

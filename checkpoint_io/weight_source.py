@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from checkpoint_io import checkpoints, downloads, published, weight_files
+from checkpoint_io.hub import WEIGHT_FILES
 from checkpoint_io.huggingface_format import is_huggingface, read_huggingface_config
 from checkpoint_io.remapping import add_class_position, to_our_names
 from checkpoint_io.timm_format import read_timm_config
@@ -25,8 +26,6 @@ from data_pipeline.imagenet_classes import in_words, synsets
 from errors import UserError
 from layers.rel_pos_bias import as_pair, relative_position_index
 from transforms import default_crop_pct, normalization
-
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the folders of Hugging Face and timm
 
 
 class WeightSource(NamedTuple):
@@ -51,8 +50,8 @@ def read_weights(
     select: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     origin: str = "`checkpoint`",
 ) -> WeightSource:
-    """`checkpoint`: a file, a folder of timm or Hugging Face, a URL or a published
-    name. `expected`: whose names it has, "ours", "timm", "huggingface" or "auto".
+    """`checkpoint`: a file, a folder of timm or Hugging Face, a URL, a published name or
+    an id of Hugging Face's hub. `expected`: whose names it has, "ours", "timm", "huggingface" or "auto".
     `ema`: the moving average of the weights instead of the last ones; `keys`: where in
     the file the weights are; `select`: takes a part of them, under the file's own
     names. `origin`: the parameter that names it, for messages.

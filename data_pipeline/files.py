@@ -32,7 +32,7 @@ from data_pipeline.pixel_format import PixelFormat
 from errors import UserError
 from runtime.distributed import is_main
 from runtime.terminal import log, log_once
-from utils import seeded
+from seeding import seeded
 
 Key = tuple[int, int]  # (epoch, index)
 

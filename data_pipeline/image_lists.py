@@ -20,7 +20,7 @@ from data_pipeline.image_formats import EXTENSIONS
 from errors import ParameterError, UserError
 from runtime.distributed import barrier, is_main
 from runtime.terminal import log_once
-from utils import derive_seed
+from seeding import derive_seed
 
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 

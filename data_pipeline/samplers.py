@@ -23,7 +23,7 @@ from data_pipeline.files import Files, Key, SampleDataset, collate, collate_read
 from runtime.device import keep_freed_memory
 from runtime.distributed import Launch
 from runtime.terminal import log
-from utils import derive_seed
+from seeding import derive_seed
 
 # an epoch mixes the images of this many shards at a time, so that these stay in the
 # system's file cache

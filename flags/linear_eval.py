@@ -125,7 +125,7 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--compare",
         type=expand_home,
-        nargs="+",
+        nargs="*",
         default=[],
         help="other backbones, as in --finetune, on the same images: a row each of one table",
     )

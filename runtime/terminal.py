@@ -47,3 +47,7 @@ def set_up_logging(rank: int) -> None:
 def log_once(text: str) -> None:
     """For what concerns images that may be looked for several times."""
     log.info(text)
+
+
+def format_size(n_bytes: float) -> str:
+    return f"{n_bytes / 2**20:.0f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.1f} GiB"

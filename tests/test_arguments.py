@@ -61,6 +61,7 @@ NO_PATHS = {  # texts that name something else
     "model_prefix",
     "model_filter_name",
     "robust_test",
+    "push_to_hub",
     "query",
     "names",
 }
