@@ -278,7 +278,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     names = {}
-    exec(snippet, names)
+    exec(snippet.replace('load("."', f'load("{ROOT}"'), names)
     for name, shape in (("features", (2, 128)), ("patches", (2, 64, 128)), ("codes", (2, 64))):
         assert names[name].shape == shape
         assert str(shape) in next(line for line in snippet.splitlines() if line.startswith(f"{name} = "))
