@@ -54,7 +54,7 @@ class Flags(argparse.Namespace):
 
     def replace(self, **changes: Any) -> Flags:
         """A copy with some values changed, read-only too."""
-        return Flags(**{**self.plain(), **changes}).freeze()
+        return Flags(**{**vars(self), **changes, "_frozen": False}).freeze()
 
     def plain(self) -> dict[str, Any]:
         """For checkpoints and logs."""
@@ -125,11 +125,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     if betas and len(betas) != 2 and not (len(betas) == 3 and ("adan" in opt or "ademamix" in opt)):
         parser.error(f"--opt_betas takes two numbers for {args.opt}, such as 0.9 0.999")
     return args.freeze()
-
-
-def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> set[str]:
-    """The flags that the command line names, also those that it gives their default."""
-    return config_files.named_flags(parser, config_files.expand(parser, words_of(argv)))
 
 
 def changed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:

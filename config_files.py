@@ -135,7 +135,7 @@ def to_words(parser: argparse.ArgumentParser, name: str, value: Any) -> tuple[st
     if action.nargs == 0:
         return action.dest, _switch_to_words(name, action, actions, value)
     option = option if option in action.option_strings else action.option_strings[0]
-    if value is None:
+    if value is None or (value == [] and not action.default):
         return action.dest, []
     if action.nargs is None:
         return action.dest, [f"{option}={_to_word(name, action, value)}"]

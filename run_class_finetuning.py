@@ -111,7 +111,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_flags(argv)
     if args.eval or args.predict:
-        use_trained_model(args, arguments.given_flags(get_parser(), argv))
+        use_trained_model(args)
     else:
         build(args).fit()
     distributed.stop()
@@ -201,9 +201,9 @@ def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
     )
 
 
-def use_trained_model(args: arguments.Flags, given: set[str]) -> None:
+def use_trained_model(args: arguments.Flags) -> None:
     """--eval or --predict with --resume (or --finetune): the model is built from its
-    file and used as it was trained, but for the flags in `given`.
+    file and used as it was trained, but for the flags that were given.
     """
     parser = get_parser()
     run = run_state.start_run(parser, args, trains=False)
@@ -215,11 +215,13 @@ def use_trained_model(args: arguments.Flags, given: set[str]) -> None:
         args.model_key,
         build_selection(args),
     )
-    args = args.replace(**trained_classifier.look_as_trained(trained, collect_flags(parser, args), given))
+    args = args.replace(
+        **trained_classifier.look_as_trained(trained, collect_flags(parser, args), args.given)
+    )
     args = resolve_pixel_flags(args, run, None, trained.flags, trained.source)
-    if "model" in given:
+    if "model" in args.given:
         warn_of_input_size(args)
-    model: nn.Module = trained_classifier.build_classifier(trained, collect_flags(parser, args), given)
+    model: nn.Module = trained_classifier.build_classifier(trained, collect_flags(parser, args), args.given)
     model.to(run.device)
     if args.predict:
         classify_images(args, run, model, trained)

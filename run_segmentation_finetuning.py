@@ -120,7 +120,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_flags(argv)
     if args.eval or args.predict:
-        use_trained_model(args, arguments.given_flags(get_parser(), argv))
+        use_trained_model(args)
     else:
         build(args).fit()
     distributed.stop()
@@ -191,7 +191,7 @@ def build_stage(
     )
 
 
-def use_trained_model(args: arguments.Flags, given: set[str]) -> None:
+def use_trained_model(args: arguments.Flags) -> None:
     """--eval or --predict: the model of --resume (or --finetune), built from its file."""
     parser = get_parser()
     run = run_state.start_run(parser, args, trains=False)
@@ -201,7 +201,7 @@ def use_trained_model(args: arguments.Flags, given: set[str]) -> None:
     source, origin = (args.resume, "`resume`") if args.resume else (args.finetune, "`finetune`")
     content = trained_segmenter.read_segmenter(source, origin)
     looks = trained_segmenter.LOOKS_AS_TRAINED
-    args = args.replace(**take_training_flags(content.flags, looks, collect_flags(parser, args), given))
+    args = args.replace(**take_training_flags(content.flags, looks, collect_flags(parser, args), args.given))
     args = resolve_pixel_flags(args, run, None, content.flags, f"{origin} {source}")
     model = trained_segmenter.build_segmenter(content, f"{origin} {source}").to(run.device)
     names = read_class_list(class_settings(args))[0]

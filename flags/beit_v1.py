@@ -60,4 +60,4 @@ def translate_v1_flags(args: Flags) -> Flags:
         values["second_interpolation"] = "lanczos"
     # None: flags.json names the tokenizer once
     values |= {"discrete_vae_weight_path": None, "discrete_vae_type": None}
-    return Flags(**{**vars(args), **values, "_frozen": False}).freeze()
+    return args.replace(**values)

@@ -1,4 +1,6 @@
-"""Flags of masked image modeling: what they are, and which cannot go together."""
+"""Flags of masked image modeling: what they are, and which cannot go
+together. Above 300 lines, so that a flag and its checks are in one file.
+"""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def ablation(name: str, recipe: str) -> tuple[SimpleNamespace, dict[str, object]
     """
     base, run = dry_run(recipe), dry_run(f"ablations/{name}")
     assert (run.entry, run.launcher) == (base.entry, base.launcher)
-    return run, {key: value for key, value in vars(run.args).items() if value != getattr(base.args, key)}
+    return run, {key: value for key, value in run.args.plain().items() if value != getattr(base.args, key)}
 
 
 def said_of(name: str, what: str) -> str:
@@ -119,7 +119,7 @@ def test_tokenizer_ablations_change_one_thing_and_name_flags(name):
     ).groups()
     pretraining = dry_run(recipe, *flags.split()).args
     weights = "/path/to/save/checkpoint.pth"
-    assert {k: v for k, v in vars(pretraining).items() if v != getattr(dry_run(recipe).args, k)} == {
+    assert {k: v for k, v in pretraining.plain().items() if v != getattr(dry_run(recipe).args, k)} == {
         "tokenizer_weight": weights,
         **more,
     }
