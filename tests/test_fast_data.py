@@ -25,7 +25,6 @@ from torchvision.transforms import functional as F
 import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
-import transforms
 from data_pipeline import augmentation, crops, resizing
 from data_pipeline.augmentation import BRIGHTNESS, CONTRAST, SATURATION, CropParams
 from data_pipeline.crops import ASPECT_RANGE, PretrainingViews, RandomCrop, TokenizerViews
@@ -258,7 +257,7 @@ def test_large_jpegs_are_decoded_no_larger_than_needed(tmp_path):
     for seed in range(12):
         with seeded(seed):
             drawn = views.load(files["turned_large.jpg"])
-        assert isinstance(drawn, transforms.SampledImage)
+        assert isinstance(drawn, augmentation.SampledImage)
         assert drawn.params.size == (1200, 1600)  # upright
         shrink = 1200 / drawn.image.width
         assert drawn.image.size == (1200 / shrink, 1600 / shrink)
@@ -268,7 +267,7 @@ def test_large_jpegs_are_decoded_no_larger_than_needed(tmp_path):
     assert len(sizes) > 1
     with seeded(0):
         small = views.load(files["rgba.png"])
-    assert isinstance(small, transforms.SampledImage)
+    assert isinstance(small, augmentation.SampledImage)
     assert small.image.size == small.params.size == (500, 375)
     exact = pretraining(64, None).load(files["turned_large.jpg"])
     assert isinstance(exact, Image.Image)
