@@ -1,5 +1,5 @@
-"""Flags of masked image modeling: what they are, and which cannot go
-together. Above 300 lines, so that a flag and its checks are in one file.
+"""Flags of masked image modeling: what they are, and which cannot go together; those of
+masks and of k-NN are checked in masks.py and declared in knn.py.
 """
 
 from __future__ import annotations
