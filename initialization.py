@@ -20,7 +20,7 @@ from checkpoint_io.weight_formats import NORM_EPS, infer_trunk_parts
 from checkpoint_io.weight_source import WeightSource
 from errors import ParameterError, UserError
 from runtime.terminal import log
-from transforms import normalization
+from transforms import normalization_of
 from vit_backbone import Trunk
 
 NORMS = ("norm", "fc_norm")  # the last one: of all tokens, or of the patches
@@ -88,14 +88,14 @@ class InitialWeights:
     ) -> None:
         """`mean`, `std`: of this run's images; `parameter`: what they follow from."""
         prepared, flags = self.content.external.prepared, self.content.flags
-        imagenet = flags.get("imagenet_default_mean_and_std")
-        if "process_type" in flags:  # a tokenizer's
-            imagenet = flags["process_type"] == "imagenet_norm"
-        if prepared is None and imagenet is None:
+        told = {"mean_std", "imagenet_default_mean_and_std", "process_type"} & flags.keys()
+        if prepared is None and not told:
             return
-        theirs = prepared[:2] if prepared else normalization(bool(imagenet))
+        if "process_type" in told:  # a tokenizer's
+            flags = flags | {"imagenet_default_mean_and_std": flags["process_type"] == "imagenet_norm"}
+        theirs = prepared[:2] if prepared else normalization_of(flags)
         ours = (tuple(mean), tuple(std))
-        if tuple(map(tuple, theirs)) != ours:
+        if len(theirs[0]) == len(ours[0]) and tuple(map(tuple, theirs)) != ours:
             before, now = (f"mean {numbers[0]} and std {numbers[1]}" for numbers in (theirs, ours))
             log.warning(
                 f"warning: {self.origin} was trained on images of {before}, this run's are of {now}: see "

@@ -59,7 +59,12 @@ def build(args: arguments.Flags) -> engine.Trainer:
     old: set[str] = set()
     if initial is not None:
         old = {f"encoder.{name}" for name in initial.load(model.encoder)}
-        initial.warn_of_other_normalization(*modeling_vqkd.INPUT_MEAN_STD[args.process_type], "process_type")
+        ours = (
+            mean_and_std(args)
+            if args.mean_std
+            else modeling_vqkd.input_mean_std(args.process_type, args.in_chans)
+        )
+        initial.warn_of_other_normalization(*ours, "mean_std" if args.mean_std else "process_type")
     model.to(run.device)
     stage = TokenizerStage(
         model,

@@ -1,5 +1,5 @@
-"""Flags of masked image modeling: what they are, and which cannot go
-together. Above 300 lines, so that a flag and its checks are in one file.
+"""Flags of masked image modeling: what they are, and which cannot go together; those of
+masks and of k-NN are checked in masks.py and declared in knn.py.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from flags.beit_v1 import add_v1_flags, translate_v1_flags
 from flags.images import add_data_flags, add_pipeline_flags, add_vit_flags, mean_and_std
 from flags.initialization import add_initialization_flags, check_initialization_flags
 from flags.knn import add_knn_monitor_flags
+from flags.masks import build_mask_generator, check_masks
 from flags.optimization import add_optimizer_flags, check_schedule
 from flags.pixel_format import add_teacher_channels, check_pixel_flags, pixel_format
 from flags.run import add_run_flags, add_step_flags
-from masking_generator import MASK_TYPES, MaskingGenerator, scaled_mask_count, scaled_min_block
 from vit_backbone import SIZES
 
 EXAMPLE = """--data_path photos/train --model beit_small_patch16_224_8k_vocab_cls_pt --output_dir pretrained
@@ -201,23 +201,6 @@ def tokenizer_channels(args: argparse.Namespace) -> int:
     return len(args.teacher_channels or range(args.in_chans))
 
 
-def check_masks(args: argparse.Namespace, grid: int) -> None:
-    masked = args.num_mask_patches
-    if args.no_mask and masked:
-        raise UserError(
-            f"--num_mask_patches {masked} and --no_mask contradict each other: leave one of them out"
-        )
-    if args.no_mask and args.predict == "masked":
-        raise UserError(
-            "--no_mask leaves nothing for --predict masked: leave it out, then all patches are predicted"
-        )
-    if masked is not None and not args.no_mask and not 0 < masked <= grid * grid:
-        raise UserError(
-            f"--num_mask_patches {masked}: the image has {grid} x {grid} patches; leave the flag out to "
-            "mask 38 %, or give --no_mask to mask none"
-        )
-
-
 def check_cls_head(args: argparse.Namespace, depth: int) -> None:
     if not 0 < args.early_layers <= depth:
         raise UserError(
@@ -291,19 +274,3 @@ def build_pretraining_views(args: argparse.Namespace) -> PretrainingViews:
         args.augment_on_device,
         pixel_format(args),
     )
-
-
-def build_mask_generator(args: argparse.Namespace, grid: int) -> MaskingGenerator:
-    """The masks that the flags ask for; empty ones with --no_mask."""
-    count = scaled_mask_count(grid) if args.num_mask_patches is None else args.num_mask_patches
-    smallest, largest = args.min_mask_patches_per_block, args.max_mask_patches_per_block
-    smallest = scaled_min_block(grid) if smallest is None else smallest
-    if args.mask_type == "block" and not args.no_mask and largest is not None and 0 <= largest < smallest:
-        raise UserError(
-            f"--max_mask_patches_per_block {largest} is below --min_mask_patches_per_block {smallest}: give "
-            "the smallest block and a larger one"
-        )
-    try:
-        return MASK_TYPES[args.mask_type](grid, 0 if args.no_mask else count, smallest, largest)
-    except ValueError as error:
-        raise UserError(f"--min_mask_patches_per_block, --max_mask_patches_per_block: {error}") from None

@@ -1,7 +1,7 @@
 """Whether pretraining that starts from weights (--init_from) is ahead of one that starts
 from random ones, at equal steps, on the photos of the demo (docs/lab/continuing.md).
 
-    python scripts/measure_init.py out/init [--steps 160] [--seeds 0 1 2]
+    python scripts/measure_init.py out/init [--steps 64] [--seeds 0 1 2]
 
 A tokenizer and a model are trained on one half of the training photos; then for each
 seed two models are pretrained on the other half with its codes and flags, one from those
@@ -27,13 +27,18 @@ from demo_photos import BLOCKS, shrink, solar_cells  # noqa: E402
 from errors import report_user_errors  # noqa: E402
 from stages import log_of, run_entry  # noqa: E402
 
-EVALUATIONS = 5
+EVALUATIONS = 2
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Pretraining from weights and from random ones", "out/init")
     parser.add_argument("folder", type=arguments.expand_home, help="where photos and runs go")
-    parser.add_argument("--steps", type=arguments.positive, default=160, help="of the runs that are compared")
+    for name, steps, what in (
+        ("tokenizer_steps", demo.STEPS["vqkd"], "of the tokenizer"),
+        ("source_steps", 192, "of the weights to start from"),
+        ("steps", 64, "of the runs that are compared"),
+    ):
+        parser.add_argument(f"--{name}", type=arguments.positive, default=steps, help=what)
     parser.add_argument("--seeds", type=arguments.seed, nargs="+", default=[0, 1, 2])
     return parser
 
@@ -72,13 +77,13 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     folder = Path(args.folder).absolute()
     prepare(folder)
-    train(folder, "vqkd", "run_vqkd_training.py", demo.VQKD, demo.STEPS["vqkd"], "first")
+    train(folder, "vqkd", "run_vqkd_training.py", demo.VQKD, args.tokenizer_steps, "first")
     codes: dict[str, Any] = {
         "tokenizer_weight": folder / "vqkd/checkpoint.pth",
         "knn_data_path": folder / "knn",
     }
     script = "run_beitv2_pretraining.py"
-    train(folder, "source", script, demo.PRETRAIN, demo.STEPS["pretrain"], "first", **codes)
+    train(folder, "source", script, demo.PRETRAIN, args.source_steps, "first", **codes)
     start: dict[str, Any] = {"init_from": folder / "source/checkpoint.pth"}
     results: dict[str, dict[str, list[float]]] = {"random": {}, "init_from": {}}
     for seed in args.seeds:
