@@ -322,5 +322,5 @@ def test_an_exported_segmenter_takes_images_of_any_size(name, way):
 @pytest.mark.parametrize("src", [1, 2, 3, 14])
 @pytest.mark.parametrize("dst", [1, 2, 5, 14, 32])
 def test_tables_are_stretched_in_an_export_as_elsewhere(src, dst):
-    expected = torch.from_numpy(rel_pos_bias.stretching(src, dst))
+    expected = torch.from_numpy(rel_pos_bias.resize_matrix(src, dst))
     torch.testing.assert_close(rel_pos_bias.dynamic_resize_matrix(src, dst), expected, atol=1e-9, rtol=0)

@@ -153,8 +153,8 @@ def test_safetensors_by_another_name(tmp_path):
 
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "fifo.pth")
-    assert "no regular file" in refusal(tmp_path / "fifo.pth")
-    assert "no regular file" in refusal(tmp_path)
+    assert "not a regular file" in refusal(tmp_path / "fifo.pth")
+    assert "not a regular file" in refusal(tmp_path)
     assert "no such file" in refusal(tmp_path / "none.pth")
     os.mkfifo(tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match=r"checkpoint\.pth is not a regular file"):

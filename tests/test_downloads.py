@@ -157,7 +157,7 @@ def test_a_cut_in_chunks_is_no_end(server: Script, hub: pathlib.Path) -> None:
         (answer(OK, "Content-Length: 0"), "empty"),
         (answer(OK, "Content-Length: 6", "Content-Type: text/html", body=b"<html>"), "a web page"),
         (answer(OK, "Content-Length: 900000000000000", body=BODY), "make room"),
-        (answer(OK, f"Content-Length: {'9' * 5000}", body=BODY), "no number"),
+        (answer(OK, f"Content-Length: {'9' * 5000}", body=BODY), "not a number"),
         (
             answer(REST, "Content-Range: bytes 0-999/1000", "Content-Length: 1000", body=BODY),
             "a part of the file",

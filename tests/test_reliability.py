@@ -159,7 +159,7 @@ def test_a_published_file_with_a_namespace_resumes_as_weights(data, tokenizer_we
         data, tmp_path / "second", tokenizer_weight, "--resume", str(tmp_path / "published.pth")
     )
     run_beitv2_pretraining.main(flags)
-    assert "holds weights alone" in capsys.readouterr().out
+    assert "holds only weights" in capsys.readouterr().out
 
 
 def test_the_bad_batch_is_described(data, tokenizer_weight, tmp_path, monkeypatch):

@@ -79,7 +79,7 @@ FAULTS = {
         lambda c: c["optimizer"]["param_groups"][0]["params"].reverse(),
         "numbers its parameters",
     ),
-    "no optimizer": (lambda c: c.update(optimizer=[1]), "no optimizer's state"),
+    "no optimizer": (lambda c: c.update(optimizer=[1]), "its optimizer is not the state of one"),
     "average of another shape": (
         lambda c: c["model_ema"].update({"head.bias": torch.zeros(7)}),
         r"head.bias differs",
@@ -88,9 +88,9 @@ FAULTS = {
         lambda c: c["model"].update({"head.bias": torch.zeros(2).long()}),
         r"head.bias is of torch.int64",
     ),
-    "no step": (lambda c: c["next"].pop("step"), "no complete training checkpoint"),
-    "steps below zero": (lambda c: c["next"].update(step=-5), "no complete training checkpoint"),
-    "means of something": (lambda c: c.update(means=3), "no complete training checkpoint"),
+    "no step": (lambda c: c["next"].pop("step"), "not a complete training checkpoint"),
+    "steps below zero": (lambda c: c["next"].update(step=-5), "not a complete training checkpoint"),
+    "means of something": (lambda c: c.update(means=3), "not a complete training checkpoint"),
 }
 
 

@@ -89,7 +89,7 @@ def test_a_signal_ends_the_step_saves_and_exits_with_success(number, data, token
     status, out = end(process)
     assert status == 0, out
     assert re.search(
-        rf"stopped by {signal.Signals(number).name} after step \d+: the same command line " r"goes on", out
+        rf"stopped by {signal.Signals(number).name} after step \d+: rerun the same command to resume", out
     )
     stopped = checkpoint(tmp_path / "out/checkpoint.pth")["next"]["step"]
     assert 6 <= stopped < 48
