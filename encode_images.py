@@ -28,7 +28,7 @@ from data_pipeline.pixel_format import RGB8, PixelFormat, endings_of
 from data_pipeline.samplers import build_eval_loader
 from datasets import ImageFiles
 from errors import UserError, report_user_errors
-from flags.images import add_view_flags, loader_settings
+from flags.images import add_inference_flags, add_view_flags, loader_settings
 from runtime import distributed
 from runtime.device import choose_precision
 from runtime.distributed import Launch
@@ -89,22 +89,7 @@ def get_parser() -> argparse.ArgumentParser:
         help=("side of the input in pixels: the tokenizer's own, VQ-KD takes no other; dall-e: 112"),
     )
     add_view_flags(parser)
-    parser.add_argument(
-        "--batch_size", type=arguments.large_count, default=64, help="images per process and step"
-    )
-    parser.add_argument(
-        "--amp_dtype",
-        default="fp32",
-        choices=("fp32", "bf16", "fp16", "auto"),
-        help=("fp32: exact; half precision is faster on GPUs and gives some patches another code"),
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=arguments.not_negative,
-        default=10,
-        help="data processes per process; capped at the cores",
-    )
-    arguments.add_switch(parser, "pin_mem", "no_pin_mem", True, "page-locked batches: faster copies to a GPU")
+    add_inference_flags(parser, "half precision is faster on GPUs and gives some patches another code")
     return parser
 
 

@@ -20,7 +20,7 @@ from datasets import ImageFiles
 from errors import UserError, report_user_errors
 from evaluation import feature_files
 from evaluation.frozen_backbone import Backbone, FrozenBackbone, open_frozen
-from flags.images import add_opened_model_flags, add_view_flags, loader_settings
+from flags.images import add_inference_flags, add_opened_model_flags, add_view_flags, loader_settings
 from runtime import distributed
 from runtime.device import choose_precision
 from runtime.distributed import Launch
@@ -65,22 +65,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add_opened_model_flags(parser)
     add_view_flags(parser)
-    parser.add_argument(
-        "--batch_size", type=arguments.large_count, default=64, help="images per process and step"
-    )
-    parser.add_argument(
-        "--amp_dtype",
-        default="fp32",
-        choices=("fp32", "bf16", "fp16", "auto"),
-        help="fp32: exact; half precision is faster on GPUs",
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=arguments.not_negative,
-        default=10,
-        help="data processes per process; capped at the cores",
-    )
-    arguments.add_switch(parser, "pin_mem", "no_pin_mem", True, "page-locked batches: faster copies to a GPU")
+    add_inference_flags(parser, "half precision is faster on GPUs")
     return parser
 
 

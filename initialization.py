@@ -87,12 +87,10 @@ class InitialWeights:
         self, mean: Sequence[float], std: Sequence[float], parameter: str
     ) -> None:
         """`mean`, `std`: of this run's images; `parameter`: what they follow from."""
-        prepared, flags = self.content.external.prepared, self.content.flags
-        told = {"mean_std", "imagenet_default_mean_and_std", "process_type"} & flags.keys()
-        if prepared is None and not told:
+        prepared = self.content.external.prepared
+        flags = weight_source.translate_process_type(self.content.flags)
+        if prepared is None and not {"mean_std", "imagenet_default_mean_and_std"} & flags.keys():
             return
-        if "process_type" in told:  # a tokenizer's
-            flags = flags | {"imagenet_default_mean_and_std": flags["process_type"] == "imagenet_norm"}
         theirs = prepared[:2] if prepared else normalization_of(flags)
         ours = (tuple(mean), tuple(std))
         if len(theirs[0]) == len(ours[0]) and tuple(map(tuple, theirs)) != ours:

@@ -51,14 +51,14 @@ class LayerDecayValueAssigner:
         return get_num_layer_for_vit(name, len(self.values))
 
 
-def decayed_layers(
-    decay: float, depth: int, trunk: str = ""
-) -> tuple[Callable[[str], int] | None, Callable[[int], float] | None]:
+# of get_parameter_groups; None, None: one rate for all layers
+LayerRates = tuple[Callable[[str], int] | None, Callable[[int], float] | None]
+
+
+def decayed_layers(decay: float, depth: int, trunk: str = "") -> LayerRates:
     """`get_num_layer` and `get_layer_scale` of get_parameter_groups for a model with
-    `depth` blocks, whose trunk's parameters are called `trunk`...; None for a decay of 1.
+    `depth` blocks, whose trunk's parameters are called `trunk`...
     """
-    if decay == 1:
-        return None, None
     layers = LayerDecayValueAssigner(layer_decay_values(decay, depth))
     return lambda name: layers.get_layer_id(name.removeprefix(trunk)), layers.get_scale
 

@@ -38,7 +38,7 @@ from flags.pretraining import (
     uses_dall_e,
 )
 from initialization import InitialWeights
-from optim_factory import create_optimizer, decayed_layers
+from optim_factory import LayerRates, create_optimizer, decayed_layers
 from runtime import distributed
 from runtime.terminal import log
 from schedules import ScheduleOptions, build_schedule
@@ -87,7 +87,9 @@ def build(args: arguments.Flags) -> engine.Trainer:
     log.info(f"target     {stage.task}")
 
     # ── Optimizer ──
-    layers = decayed_layers(args.layer_decay, model.get_num_layers())
+    layers: LayerRates = (
+        decayed_layers(args.layer_decay, model.get_num_layers()) if args.layer_decay != 1 else (None, None)
+    )
     frozen = initialization.list_frozen(model, old, args.freeze_epochs)
     optimizer = create_optimizer(args, model, *layers, frozen_at_first=frozen)
     schedule = build_schedule(arguments.options(ScheduleOptions, args), args.lr, data.steps_per_epoch)

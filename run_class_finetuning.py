@@ -32,11 +32,7 @@ from evaluation.run_flags import RunFlags
 from flags.finetuning import get_parser, idle_flags, parse_flags, warn_of_input_size
 from flags.images import build_eval_view, build_finetuning_view, image_source
 from flags.pixel_format import image_endings, resolve_pixel_flags
-from optim_factory import (
-    LayerDecayValueAssigner,
-    create_optimizer,
-    layer_decay_values,
-)
+from optim_factory import create_optimizer, decayed_layers
 from runtime import distributed
 from runtime.terminal import log
 from schedules import ScheduleOptions, build_schedule
@@ -90,13 +86,13 @@ def build(args: arguments.Flags) -> engine.Trainer:
     )
 
     # ── Optimizer: deeper layers learn slower ──
-    layers = LayerDecayValueAssigner(layer_decay_values(args.layer_decay, model.get_num_layers()))
+    layers = decayed_layers(args.layer_decay, model.get_num_layers())
     skipped = set(model.no_weight_decay())
     if args.disable_weight_decay_on_rel_pos_bias:
         skipped |= {
             name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")
         }
-    optimizer = create_optimizer(args, model, layers.get_layer_id, layers.get_scale, skip_list=skipped)
+    optimizer = create_optimizer(args, model, *layers, skip_list=skipped)
     schedule = build_schedule(arguments.options(ScheduleOptions, args), args.lr, data.steps_per_epoch)
     state = run_state.new_state(model, optimizer, run, args.model, ema)
 
@@ -150,7 +146,7 @@ def resolve_pixels(
 
 
 def read_pretrained(args: argparse.Namespace) -> weight_source.WeightSource | None:
-    """--finetune, before the images are looked for: a wrong file is told at once."""
+    """--finetune, before the images are looked for: a wrong file is reported at once."""
     if not args.finetune:
         return None
     return weight_source.read_weights(

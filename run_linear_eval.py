@@ -54,7 +54,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
     data = run_state.build_training_data(train, run, settings.num_workers)
 
     # ── Model: a classifier for each layer ──
-    log.info(f"protocol   {args.protocol} (docs/probing.md has both)")
+    log.info(f"protocol   {args.protocol} (docs/probe-protocols.md has both)")
     heads = LinearHeads(encode.layers, encode.dim, classes, published).to(run.device)
     source = {"--finetune": args.finetune, "--features": encode.features}
     stage = LinearStage(features, run.device, run.precision, validation_loader, source)
@@ -64,8 +64,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
     options = arguments.options(ScheduleOptions, args)
     if published:  # all parameters decay, and the rate changes once an epoch
         opt = "momentum" if args.opt == "sgd" else args.opt
-        how = argparse.Namespace(**{**args.plain(), "opt": opt, "lr": lr})
-        optimizer = create_optimizer(how, heads, filter_bias_and_bn=False)
+        optimizer = create_optimizer(args.replace(opt=opt, lr=lr), heads, filter_bias_and_bn=False)
         schedule = build_schedule(options, lr, 1).hold(data.steps_per_epoch)
     else:
         optimizer = create_optimizer(args, heads)

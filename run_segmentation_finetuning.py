@@ -39,7 +39,7 @@ from flags.segmentation import (
     get_parser,
     parse_flags,
 )
-from optim_factory import LayerDecayValueAssigner, create_optimizer, layer_decay_values
+from optim_factory import create_optimizer, decayed_layers
 from runtime import distributed
 from runtime.terminal import log
 from schedules import build_poly_schedule
@@ -100,10 +100,8 @@ def build(args: arguments.Flags) -> engine.Trainer:
     stage = build_stage(args, run, classes, validation)
 
     # ── Optimizer: deeper layers learn slower ──
-    layers = LayerDecayValueAssigner(layer_decay_values(args.layer_decay, model.get_num_layers()))  # type: ignore[operator]
-    optimizer = create_optimizer(
-        args, model, lambda name: layers.get_layer_id(name.removeprefix("backbone.")), layers.get_scale
-    )
+    layers = decayed_layers(args.layer_decay, model.get_num_layers(), "backbone.")  # type: ignore[operator]
+    optimizer = create_optimizer(args, model, *layers)
     schedule = build_poly_schedule(
         args.lr, args.min_lr, args.max_steps, args.warmup_steps, args.poly_power, args.weight_decay
     )

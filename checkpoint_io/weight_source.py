@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,3 +220,12 @@ def save_weights(
         raise UserError(
             f"`output` {path}: cannot be written ({getattr(error, 'strerror', None) or error})"
         ) from None
+
+
+def translate_process_type(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a training, where a tokenizer's normalization, its `process_type`, is
+    said as the other stages say theirs, by `imagenet_default_mean_and_std`.
+    """
+    if "process_type" not in flags:
+        return dict(flags)
+    return {**flags, "imagenet_default_mean_and_std": flags["process_type"] == "imagenet_norm"}

@@ -34,7 +34,7 @@ SHAPING = ("model", *ARGUMENTS)
 PIXELS = ("image_range", "mean_std")
 SEEING = ("input_size", "imagenet_default_mean_and_std", "crop_pct", "in_chans", *PIXELS)
 # What fine-tuning must be told again, because it builds a model of its own: else
-# positions are dropped or start anew.
+# positions are dropped or start at random.
 KEPT_FROM_PRETRAINING = ("abs_pos_emb", "rel_pos_bias", "imagenet_default_mean_and_std", *PIXELS)
 
 
@@ -197,9 +197,7 @@ def warn_of_other_pretraining(
     """
     known: dict[str, Any] = {"abs_pos_emb": "pos_embed" in weights}
     known["rel_pos_bias"] = any(key.endswith("relative_position_bias_table") for key in weights)
-    known |= flags
-    if "process_type" in flags:
-        known["imagenet_default_mean_and_std"] = flags["process_type"] == "imagenet_norm"
+    known |= weight_source.translate_process_type(flags)
     kept: Sequence[str] = KEPT_FROM_PRETRAINING
     if known.get("in_chans", 3) != ours.values.get("in_chans", 3):  # then range and statistics are others'
         kept = [name for name in kept if name not in PIXELS]
@@ -261,6 +259,6 @@ def refuse_resuming_other_classes(state: Mapping[str, Any], classes: Sequence[st
     if classes and list(theirs) != list(classes):
         raise UserError(
             "the checkpoint to resume was trained on other classes: "
-            f"{describe_difference(theirs, classes)}; give {way_out}, or start anew from these weights with "
+            f"{describe_difference(theirs, classes)}; give {way_out}, or start again from these weights with "
             "`finetune` and another `output_dir`"
         )

@@ -16,6 +16,8 @@ from arguments import (
     expand_home,
     fraction,
     image_size,
+    large_count,
+    not_negative,
     not_negative_number,
     pixels,
     positive,
@@ -195,6 +197,24 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cuda", help=("cuda (each process its own GPU; the CPU if there is none) or cpu")
     )
+
+
+def add_inference_flags(parser: argparse.ArgumentParser, half_precision: str) -> None:
+    """How a network runs over a folder of images. `half_precision`: what that changes."""
+    parser.add_argument("--batch_size", type=large_count, default=64, help="images per process and step")
+    parser.add_argument(
+        "--amp_dtype",
+        default="fp32",
+        choices=("fp32", "bf16", "fp16", "auto"),
+        help=f"fp32: exact; {half_precision}",
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=not_negative,
+        default=10,
+        help="data processes per process; capped at the cores",
+    )
+    add_switch(parser, "pin_mem", "no_pin_mem", True, "page-locked batches: faster copies to a GPU")
 
 
 def image_source(args: argparse.Namespace) -> ImageSource:
