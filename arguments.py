@@ -109,7 +109,7 @@ def new_parser(description: str, example: str) -> argparse.ArgumentParser:
 
 def words_of(argv: Sequence[str] | None) -> list[str]:
     """A blank after a line's closing backslash reaches a script as an argument of its
-    own; nobody means one.
+    own, which is never meant.
     """
     return [word for word in (sys.argv[1:] if argv is None else argv) if not word or word.strip()]
 

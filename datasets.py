@@ -93,7 +93,7 @@ def open_evenly(samples: Samples, count: int) -> list[Source | IO[bytes]]:
     opened: list[Source | IO[bytes]] = []
     for number in range(taken):
         source = samples[number * len(samples) // taken][0]
-        with contextlib.suppress(OSError):  # of a shard, which is told when the image is needed
+        with contextlib.suppress(OSError):  # of a shard, which is reported when the image is needed
             opened.append(source.read() if isinstance(source, shards.Member) else source)
     return opened
 

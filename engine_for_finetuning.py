@@ -131,7 +131,7 @@ class FinetuningStage(Stage):
         if before != self.best:
             raise UserError(
                 f"the best checkpoint of the run to resume was chosen by {before}, whose figures do not "
-                f"compare with {self.best}'s: give `best_metric` {before}, or start anew in another "
+                f"compare with {self.best}'s: give `best_metric` {before}, or start again in another "
                 "`output_dir`"
             )
         refuse_resuming_other_classes(state, self.classes, "`data_path` the same class folders")

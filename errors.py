@@ -96,7 +96,7 @@ class ParameterError(UserError, ValueError):
 
 
 def name_flags(text: str) -> str:
-    """Library code names its parameters, `batch_size`; whoever typed a command line
+    """Library code names its parameters, `batch_size`; a user of a command line
     reads the flag, --batch_size, which has the same name.
     """
     return PARAMETER.sub(r"--\1", text)

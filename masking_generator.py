@@ -28,7 +28,7 @@ class MaskingGenerator:
         min_aspect, max_aspect: range of height / width, log-uniform; the maximum
             defaults to 1 / min_aspect.
 
-    Draws from Python's global `random`: whoever calls it seeds that.
+    Draws from Python's global `random`, which the caller seeds.
     """
 
     def __init__(

@@ -177,8 +177,8 @@ def load_dall_e_encoder(path: str | None = None) -> DallEEncoder:
     with torch.device("meta"):  # shapes only: the weights are in the file
         model = DallEEncoder(*sizes_in(state, source))
     check_dvae_weights(model, state, source)
-    # Copied: the file may be mapped into memory, and whoever moves it later must not
-    # change the tokens.
+    # Copied: the file may be mapped into memory, and a file that changes later must
+    # not change the tokens.
     model.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state.items()}, assign=True)
     return model
 

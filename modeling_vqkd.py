@@ -255,7 +255,7 @@ class TokenizerVariant:
         if pretrained:
             weights, flags = read_tokenizer(source, f"`tokenizer_weight` {source}")
             check_codebook(weights, n_code, code_dim, source)
-            decoder_out_dim = len(weights["decode_task_layer.2.bias"])  # whoever the teacher was
+            decoder_out_dim = len(weights["decode_task_layer.2.bias"])  # whichever teacher it had
             decoder_depth = infer_decoder_depth(weights, decoder_depth, source)
             encoder_parts = infer_trunk_parts(weights, prefix="encoder.")
             options.setdefault("process_type", flags.get("process_type", "default"))

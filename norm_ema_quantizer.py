@@ -158,7 +158,7 @@ class NormEMAVectorQuantizer(nn.Module):
         self.ready, self.collected = True, []
 
     def start_epoch(self, revive_dead_codes: bool = False) -> None:
-        """Usage is counted anew each epoch; codes that the last epoch never used may be
+        """Usage is counted from zero in each epoch; codes that the last epoch never used may be
         placed on live features.
         """
         if revive_dead_codes and self.ready and bool(self.cluster_size.any()):

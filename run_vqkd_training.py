@@ -30,7 +30,7 @@ from flags.vqkd import (
     parse_flags,
 )
 from initialization import InitialWeights
-from optim_factory import create_optimizer, decayed_layers
+from optim_factory import LayerRates, create_optimizer, decayed_layers
 from runtime import distributed
 from runtime.terminal import log
 from schedules import ScheduleOptions, build_schedule
@@ -78,7 +78,10 @@ def build(args: arguments.Flags) -> engine.Trainer:
     )
 
     # ── Optimizer: the learning rate grows with the total batch ──
-    layers = decayed_layers(args.layer_decay, model.encoder.get_num_layers(), trunk="encoder.")
+    depth = model.encoder.get_num_layers()
+    layers: LayerRates = (
+        decayed_layers(args.layer_decay, depth, "encoder.") if args.layer_decay != 1 else (None, None)
+    )
     frozen = initialization.list_frozen(model, old, args.freeze_epochs)
     optimizer = create_optimizer(args, model, *layers, frozen_at_first=frozen)
     schedule = build_schedule(
@@ -173,8 +176,8 @@ def build_held_out_dataset(args: argparse.Namespace) -> ImageFiles | None:
 
 
 def held_out_data(args: argparse.Namespace, run: run_state.Run) -> tuple[ImageFiles | None, Loader | None]:
-    """The held-out images and their loader, or nothing where there are none or nobody
-    wants them.
+    """The held-out images and their loader, or nothing where there are none, or
+    `disable_eval` says so.
     """
     held_out = None if args.disable_eval else build_held_out_dataset(args)
     return held_out, None if held_out is None else run_state.build_eval_loader(held_out, run)

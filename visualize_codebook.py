@@ -183,7 +183,7 @@ def cut_out(image: Tensor, row: int, column: int, patch: int, context: int) -> T
 
 def summarize(encoded: EncodedFolder, counts: np.ndarray, root: str) -> str:
     """HTML: what was encoded, and how evenly the codes are used."""
-    about, used, commonest = encoded.about, int((counts > 0).sum()), int(counts.argmax())
+    about, used, top = encoded.about, int((counts > 0).sum()), int(counts.argmax())
     height, width = about["grid"]
     histogram = drawing.usage_histogram(torch.from_numpy(counts))
     return "\n".join(
@@ -197,7 +197,7 @@ def summarize(encoded: EncodedFolder, counts: np.ndarray, root: str) -> str:
                         "perplexity",
                         f"{about['perplexity']:.1f}: as many codes, used equally, would be as hard to guess",
                     ),
-                    ("commonest code", f"{commonest}: {counts[commonest] / counts.sum():.1%} of the patches"),
+                    ("most frequent code", f"{top}: {counts[top] / counts.sum():.1%} of the patches"),
                     ("view of an image", about["view"]),
                     ("tokenizer", about["tokenizer_weight"]),
                 ]

@@ -347,7 +347,7 @@ class Trunk(nn.Module):
         self.embed_dim = self.num_features = c.embed_dim
         self.patch_size, self.drop_path_rate = c.patch_size, c.drop_path_rate
         self.norm_layer = c.norm_layer or functools.partial(LayerNorm, eps=c.norm_eps)
-        if c.norm_eps != TrunkConfig.norm_eps:  # for whoever builds the model from its file
+        if c.norm_eps != TrunkConfig.norm_eps:  # for code that builds the model from its file
             self.register_buffer("norm_eps", torch.tensor(c.norm_eps, dtype=torch.float64))
         patch_embed = PatchEmbed(c.img_size, c.patch_size, c.in_chans, c.embed_dim)
         grid = patch_embed.patch_shape

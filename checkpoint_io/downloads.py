@@ -118,6 +118,6 @@ def _lock(target: pathlib.Path) -> Iterator[bool]:
                 fcntl.flock(handle, fcntl.LOCK_EX)
                 alone = True
         yield alone
-    # Only after success: whoever opens a new lock from here on finds the file and
-    # downloads nothing.
+    # Only after success: a process that opens a new lock from here on finds the
+    # file and downloads nothing.
     lock.unlink(missing_ok=True)

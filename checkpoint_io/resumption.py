@@ -75,7 +75,7 @@ def find_newest_intact(folder: Path) -> Path | None:
     if damaged:
         raise UserError(
             f"{damaged[0]} is damaged and no other checkpoint in {folder} is whole: remove it to start "
-            "anew, or name one with `resume`"
+            "again, or name one with `resume`"
         )
     return None
 

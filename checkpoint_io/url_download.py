@@ -84,7 +84,7 @@ def download_file(download: Download, target: pathlib.Path, own: str = "") -> No
                     f"no space left on the disk of {target}: make room; TORCH_HOME names another folder"
                 )
             gained = (part.stat().st_size if part.exists() else 0) - before
-            # nothing after `before`: start anew
+            # nothing after `before`: start again
             if isinstance(reason, urllib.error.HTTPError) and reason.code == 416:
                 part.unlink(missing_ok=True)
             elif gained < (TIMEOUT * MIN_BYTES_PER_SECOND if isinstance(reason, SlowServer) else 1):

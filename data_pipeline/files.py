@@ -123,7 +123,7 @@ class Files(SampleDataset):
         failed: list[str] = []
         for index in range(first, first + self.most_failures):
             index %= self.files
-            with seeded(self.seed, epoch, first):  # anew for each file: a view may draw before it decodes
+            with seeded(self.seed, epoch, first):  # again for each file: a view may draw before it decodes
                 try:
                     loaded = self.view.load(self.open(index))
                 except Exception as error:  # PIL raises nearly anything for broken files

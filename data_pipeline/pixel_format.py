@@ -150,7 +150,7 @@ def measure_pixels(
         image_range = low, high
         x = (x - low) / (high - low)
     else:
-        warning = _judge_range(x)
+        warning = _describe_range(x)
     x = x.clamp_(0, 1).double()
     mean, std = x.mean(dim=1), x.std(dim=1, correction=0)
     return PixelStatistics(
@@ -162,7 +162,7 @@ def measure_pixels(
     )
 
 
-def _judge_range(x: Tensor) -> str:
+def _describe_range(x: Tensor) -> str:
     outside = float(((x < 0) | (x > 1)).float().mean())
     low, high = (float(value) for value in np.percentile(x.numpy(), TAILS))
     if outside > OUTSIDE:

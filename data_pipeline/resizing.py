@@ -22,7 +22,7 @@ MODES = {
 
 
 def interpolation(name: str) -> InterpolationMode:
-    """The mode of that name; `random` draws bilinear or bicubic anew at each call.
+    """The mode of that name; `random` draws bilinear or bicubic at each call.
     UserError for other names.
     """
     if name == "random":

@@ -131,7 +131,7 @@ def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
         "--max_class_share",
         type=fraction,
         default=0.75,
-        help="crops are drawn anew where one class covers more",
+        help="crops are drawn again where one class covers more",
     )
     g.add_argument("--hflip", type=probability, default=0.5, help="probability of a mirror image")
     add_switch(

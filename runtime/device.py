@@ -111,7 +111,7 @@ def refuse_gpus_without_kernels(capability: tuple[int, int], built_for: Sequence
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what torch frees on the CPU: asking the kernel anew for
+    """Let the C library keep what torch frees on the CPU: asking the kernel again for
     every large tensor took a third of a training step of a small model (page faults).
     Only glibc has the call; elsewhere nothing happens.
     """

@@ -219,7 +219,7 @@ class Reporter:
 
 
 def forget_epochs_from(epoch: int, path: Path) -> None:
-    """A resumed run writes the lines of the epochs it repeats anew."""
+    """A resumed run rewrites the lines of the epochs it repeats."""
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and epoch_of(line) < epoch]

@@ -50,7 +50,7 @@ class StopSignal:
     second Ctrl-C ends it at once.
 
     `requested`, called once a step on every rank, says whether any rank was asked. The
-    question of one step is answered at the next, so that nobody waits for the answer.
+    question of one step is answered at the next, so that no rank waits for the answer.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class StopSignal:
         for number in SIGNALS:
             try:
                 self.before[number] = handle(number, self.note)
-            except ValueError:  # not the main thread: signals are somebody else's
+            except ValueError:  # not the main thread: signals belong to another thread
                 break
         return self
 

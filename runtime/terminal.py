@@ -25,9 +25,7 @@ class TerminalHandler(logging.Handler):
 
 
 def discard_output() -> None:
-    """What is printed from here on goes nowhere: that nobody reads it is no reason for
-    a run to end.
-    """
+    """What is printed from here on goes nowhere: a closed terminal does not end a run."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

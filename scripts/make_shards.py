@@ -129,7 +129,7 @@ def write_shard(path: Path, samples: Any) -> None:
         shard_index.keep_index(str(path), EXTENSIONS, shard_index.scan(str(path), EXTENSIONS))
     except OSError as error:
         raise UserError(
-            f"could not write {path} ({error.strerror}: {error.filename or 'the disk'}); start anew"
+            f"could not write {path} ({error.strerror}: {error.filename or 'the disk'}); start again"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -55,7 +55,7 @@ def find_pairs(
     The split is looked for in images/: training/ or train/, validation/ or val/.
     Without any of these the pairs lie in images/ and annotations/ themselves; a folder
     like this is for training alone where `origin`, which messages name, is `data_path`:
-    nobody should evaluate on the training images without noticing. `warn`: of masks
+    no run may evaluate on the training images unnoticed. `warn`: of masks
     without an image. UserError for an image without a mask, and for two files that
     differ in the ending alone.
     """

@@ -67,7 +67,7 @@ class TrainingView:
 
     An image smaller than the crop is filled up at its right and at its bottom with the
     color `fill` (in [0, 1]), its labels with IGNORED. A crop of whose labeled pixels one class has
-    more than `max_class_share` is drawn anew, up to REDRAWS times.
+    more than `max_class_share` is drawn again, up to REDRAWS times.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ def module_name(path: Path) -> str:
 
 
 def load_script(name: str) -> ModuleType:
-    """scripts/`name`.py, anew each time; it is in no package."""
+    """scripts/`name`.py, again each time; it is in no package."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -60,7 +60,7 @@ def test_it_learns_and_writes_what_the_other_stages_write(trained):
         last["train_seg_loss"] + 0.4 * last["train_aux_loss"], rel=1e-4
     )
     assert last["train_loss"] < first["train_loss"]
-    assert last["test_miou"] > 70  # the commonest class everywhere: 11 to 22
+    assert last["test_miou"] > 70  # the most frequent class everywhere: 11 to 22
     content = checkpoint(trained / "checkpoint.pth")
     assert content["stage"]["classes"] == ["class 0", "class 1", "class 2"]
     assert {"checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-best.pth"} <= {
