@@ -47,7 +47,7 @@ def test_its_defaults_come_with_its_flags():
     args = parse_flags(REQUIRED)
     assert (args.protocol, args.features, args.batch_size, args.epochs) == ("published", "cls_mean", 128, 100)
     assert (args.lr, args.base_lr, args.weight_decay, args.min_lr) == (None, 1e-3, 1e-4, 0.0)
-    assert (args.train_interpolation, args.warmup_epochs, args.output_dir) == ("bilinear", 0, ".")
+    assert (args.train_interpolation, args.warmup_epochs, args.output_dir) == ("bilinear", 0, "")
     assert parse_flags([*REQUIRED, "--optimizer", "sgd"]).weight_decay == 0.0
     assert parse_flags([*REQUIRED, "--imagenet_default_mean_and_std", "False"]).protocol == "published"
     ours = parse_flags(["--data_path", "d", "--finetune", "b.pth", "--imagenet_default_mean_and_std"])
