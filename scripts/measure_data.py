@@ -163,11 +163,24 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=arguments.expand_home)
-    parser.add_argument("--input_size", type=arguments.pixels, default=224)
-    parser.add_argument("--rounds", type=arguments.positive, default=20)
+    parser.add_argument("folder", type=arguments.expand_home, help="images to read, each in every round")
     parser.add_argument(
-        "--seeds", type=arguments.small_count, default=8, help="crops an image that are compared"
+        "--input_size",
+        type=arguments.pixels,
+        default=224,
+        help="side of both views in pixels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=arguments.positive,
+        default=20,
+        help="of which the medians are taken (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=arguments.small_count,
+        default=8,
+        help="crops of each image that are compared (default: %(default)s)",
     )
     parser.add_argument("--no_jitter", action="store_true", help="crops and flips alone")
     return parser
