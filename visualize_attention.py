@@ -47,10 +47,7 @@ def get_parser() -> argparse.ArgumentParser:
         required=True,
         help=f"of pretraining or fine-tuning: {arguments.WEIGHTS}",
     )
-    add_shown_image_flags(parser)
-    parser.add_argument(
-        "--output", type=arguments.expand_home, default="attention.png", help="picture to write, best a PNG"
-    )
+    add_shown_image_flags(parser, output="attention.png")
     parser.add_argument(
         "--layer",
         type=block_or_all,

@@ -30,13 +30,7 @@ def get_parser() -> argparse.ArgumentParser:
         required=True,
         help=f"of run_vqkd_training.py --train_pixel_decoder: {arguments.FILE_OR_URL}",
     )
-    add_shown_image_flags(parser)
-    parser.add_argument(
-        "--output",
-        type=arguments.expand_home,
-        default="reconstruction.png",
-        help="picture to write, best a PNG",
-    )
+    add_shown_image_flags(parser, output="reconstruction.png")
     add_view_flags(parser)
     return parser
 

@@ -173,14 +173,17 @@ def add_opened_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_shown_image_flags(parser: argparse.ArgumentParser) -> None:
-    """Which images a script draws (visualization/inputs.py)."""
+def add_shown_image_flags(parser: argparse.ArgumentParser, output: str) -> None:
+    """Which images a script draws (visualization/inputs.py), and where to: `output`
+    unless the user says otherwise.
+    """
     parser.add_argument(
         "--image", type=expand_home, required=True, nargs="+", help="image files, or folders of images"
     )
     parser.add_argument(
         "--count", type=positive, default=8, help="images to show of each folder, evenly spread"
     )
+    parser.add_argument("--output", type=expand_home, default=output, help="picture to write, best a PNG")
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
