@@ -146,7 +146,7 @@ def measure(contest: Contest, args: argparse.Namespace, run: Run, matmul: float)
     """
     rows = hold(contest, args.rounds, args.warmup, matmul)
     log.info("")
-    log.info(f"{contest.name}: {contest.images} images a step, {args.rounds} rounds")
+    log.info(f"{contest.name}: {contest.images} images per step, {args.rounds} rounds")
     for line in format_rows(rows):
         log.info(line)
     for name, reason in contest.absent.items():

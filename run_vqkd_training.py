@@ -140,7 +140,9 @@ def build_model(
     weights: str | None = None,
     initial: InitialWeights | None = None,
 ) -> modeling_vqkd.VQKD:
-    """`weights`: a trained tokenizer's file; `initial`: those that its encoder starts from."""
+    """`weights`: a trained tokenizer's file; `initial`: those that its encoder starts
+    from.
+    """
     return modeling_vqkd.create_model(
         args.model,
         pretrained=weights is not None,
@@ -208,7 +210,7 @@ def build_pixel_decoder(args: arguments.Flags) -> engine.Trainer:
         )
     log.info(
         f"tokenizer  {args.tokenizer_weight}: {model.n_codes} codes, {model.grid[0]} x {model.grid[1]} "
-        "tokens an image"
+        "tokens per image"
     )
 
     # ── Data ──
@@ -271,7 +273,7 @@ def evaluate(args: arguments.Flags) -> None:
             path = checkpoints.write_text(
                 args.output_dir, "codebook_usage.txt", "\n".join(map(str, counts)) + "\n"
             )
-            log.info(f"how often each code was used, one line a code: {path}")
+            log.info(f"how often each code was used, one line per code: {path}")
 
 
 if __name__ == "__main__":

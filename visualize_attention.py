@@ -60,7 +60,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mean_only",
         action="store_true",
-        help=("no single heads: one row an image, the mean over heads for each query"),
+        help=("no single heads: one row per image, the mean over heads for each query"),
     )
     parser.add_argument(
         "--threshold",

@@ -3,7 +3,7 @@
 python visualize_codebook.py --encoded out/codes --output codebook.html
 
 Reads the images and what encode_images.py wrote of them; no tokenizer is needed.
-N patches an image, K codes.
+N patches per image, K codes.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output",
     )
     log.info(
-        f"{args.output}: images, their tokens (a color a code), and what was drawn from the tokens alone"
+        f"{args.output}: images, their tokens (one color per code), and what was drawn from the tokens alone"
     )
 
 

@@ -248,7 +248,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--jobs",
         type=arguments.positive,
         default=os.cpu_count() or 1,
-        help="cases at a time (default: one a core)",
+        help="cases at a time (default: one per core)",
     )
     parser.add_argument("--only", type=arguments.not_negative, nargs="+", help="run these cases alone")
     parser.add_argument(

@@ -121,7 +121,7 @@ def ours(
 def measure(
     files: list[str], ways: dict[str, Callable[[str, dict[str, Any]], Steps]], rounds: int
 ) -> dict[str, Any]:
-    """Way -> step -> milliseconds an image of each round."""
+    """Way -> step -> milliseconds per image in each round."""
     times: dict[str, dict[str, list[float]]] = {name: {} for name in ways}
     for number in range(rounds):
         for name, way in ways.items():
@@ -199,7 +199,7 @@ def main() -> None:
     times = measure(files, ways, args.rounds)
     steps = list(times["plain"])
     print(
-        f"{len(files)} images, {args.rounds} rounds, ms an image on one core (median; ratio: median of each "
+        f"{len(files)} images, {args.rounds} rounds, ms per image on one core (median; ratio: median of each "
         "round's)"
     )
     print("| | " + " | ".join(steps) + " | plain / this |\n|---|" + "---|" * (len(steps) + 1))
