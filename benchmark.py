@@ -41,7 +41,7 @@ from vit_backbone import SIZES
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser(
-        "Speed of the stages beside the textbook way and other libraries",
+        "Speed of the stages, compared with plain PyTorch and with other libraries",
         "--stage pretrain --rounds 10 --output pretrain.json",
     )
     add = parser.add_argument

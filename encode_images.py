@@ -59,7 +59,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--tokenizer_weight",
         type=arguments.expand_home,
         default=None,
-        help=f"{arguments.WEIGHTS}; needed except for dall-e: default OpenAI's",
+        help=f"{arguments.WEIGHTS}; dall-e alone has a default, OpenAI's file",
     )
     parser.add_argument(
         "--data_path",

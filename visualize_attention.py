@@ -55,7 +55,10 @@ def get_parser() -> argparse.ArgumentParser:
         help=("block to look at, -1: the last; all: each block's mean over heads"),
     )
     parser.add_argument(
-        "--query", nargs="+", default=["cls"], help="who attends: cls, or row,column of a patch; a row each"
+        "--query",
+        nargs="+",
+        default=["cls"],
+        help="which tokens attend: cls, or row,column of a patch; each gets a row",
     )
     parser.add_argument(
         "--mean_only",
@@ -73,7 +76,7 @@ def get_parser() -> argparse.ArgumentParser:
         action="store_true",
         help=("whole images, --input_size is their shorter side; else a center crop"),
     )
-    parser.add_argument("--columns", type=arguments.small_count, default=8, help="pictures in a line")
+    parser.add_argument("--columns", type=arguments.small_count, default=8, help="pictures side by side")
     add_opened_model_flags(parser)
     add_view_flags(parser)
     return parser
