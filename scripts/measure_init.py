@@ -39,7 +39,13 @@ def get_parser() -> argparse.ArgumentParser:
         ("steps", 64, "of the runs that are compared"),
     ):
         parser.add_argument(f"--{name}", type=arguments.positive, default=steps, help=what)
-    parser.add_argument("--seeds", type=arguments.seed, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--seeds",
+        type=arguments.seed,
+        nargs="+",
+        default=[0, 1, 2],
+        help="each gives a run from weights and one from random ones",
+    )
     return parser
 
 

@@ -166,7 +166,7 @@ def test_the_picture_shows_image_mask_and_pasted_prediction(data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop_after", [4, 6])  # of 4 steps an epoch
+@pytest.mark.parametrize("stop_after", [4, 6])  # of 4 steps per epoch
 def test_a_resumed_pixel_run_is_exact(stop_after, data, tmp_path, monkeypatch):
     whole, broken = (pixel_flags(data, tmp_path / name, "--drop_path", "0.1") for name in ("whole", "broken"))
     run_beitv2_pretraining.main(whole)
