@@ -1,6 +1,6 @@
 """What command-line flags are made of: the parser, the types of their values, and what
 a parsed command line can be asked. The flags themselves are declared in flags/, a
-module a stage. Published names and defaults are kept (docs/deviations.md lists the
+module per stage. Published names and defaults are kept (docs/deviations.md lists the
 exceptions); flags that lost their meaning are accepted and say so.
 """
 

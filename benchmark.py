@@ -41,7 +41,7 @@ from vit_backbone import SIZES
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser(
-        "Speed of the stages beside the textbook way and other libraries",
+        "Speed of the stages, compared with plain PyTorch and with other libraries",
         "--stage pretrain --rounds 10 --output pretrain.json",
     )
     add = parser.add_argument
@@ -146,7 +146,7 @@ def measure(contest: Contest, args: argparse.Namespace, run: Run, matmul: float)
     """
     rows = hold(contest, args.rounds, args.warmup, matmul)
     log.info("")
-    log.info(f"{contest.name}: {contest.images} images a step, {args.rounds} rounds")
+    log.info(f"{contest.name}: {contest.images} images per step, {args.rounds} rounds")
     for line in format_rows(rows):
         log.info(line)
     for name, reason in contest.absent.items():

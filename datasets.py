@@ -242,7 +242,7 @@ def _find_labeled_shards(
     if names is None:
         raise UserError(
             f"{origin} {folder}: these shards have no labels; scripts/make_shards.py --classes writes them "
-            "(as .cls) from one folder a class"
+            "(as .cls) from one folder per class"
         )
     numbers = names == [str(number) for number in range(len(names))]  # no classes.txt
     if train and numbers and len(names) > len(members) and not nb_classes:

@@ -59,7 +59,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--tokenizer_weight",
         type=arguments.expand_home,
         default=None,
-        help=f"{arguments.WEIGHTS}; needed except for dall-e: default OpenAI's",
+        help=f"{arguments.WEIGHTS}; dall-e alone has a default, OpenAI's file",
     )
     parser.add_argument(
         "--data_path",
@@ -77,7 +77,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--format",
         default="npy",
         choices=("npy", "jsonl"),
-        help=("npy: codes.npy (images, patches), files.txt; jsonl: codes.jsonl, an object an image"),
+        help=("npy: codes.npy (images, patches), files.txt; jsonl: codes.jsonl, one object per image"),
     )
     parser.add_argument(
         "--maps", type=arguments.not_negative, default=0, help="draw the token maps of the first N images"
@@ -117,7 +117,8 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
         size = args.input_size or DALL_E_SIZE
         if size % modeling_dvae.PATCH_SIZE:
             raise UserError(
-                f"--input_size {size} is not a multiple of DALL-E's {modeling_dvae.PATCH_SIZE} pixels a token"
+                f"--input_size {size} is not a multiple of the {modeling_dvae.PATCH_SIZE} pixels that "
+                "DALL-E has for each token"
             )
         side = size // modeling_dvae.PATCH_SIZE
         return Tokenizer(

@@ -31,7 +31,7 @@ from run_state import Run, TrainingData, compile_networks
 from runtime import distributed, fsdp
 from runtime.device import Precision, to_device
 from runtime.failures import explain_errors
-from runtime.metrics import Reporter, RunningMeans, clock
+from runtime.metrics import Reporter, RunCounts, RunningMeans, clock
 from runtime.signals import StopSignal
 from runtime.skipped_steps import SkippedSteps
 from runtime.terminal import log
@@ -151,15 +151,8 @@ class Trainer:
                 at_the_end.callback(run.lock.release)
             at_the_end.enter_context(explain_errors(options.output_dir, options.log_dir or ""))
             run.write_flags()
-            self.reporter = Reporter(
-                options.output_dir,
-                options.log_dir,
-                run.device,
-                epochs=self.epochs,
-                first_epoch=state.epoch,
-                first_step=state.step,
-                images_per_step=self.data.sampler.global_batch,
-            )
+            counts = RunCounts(self.epochs, state.epoch, state.step, self.data.sampler.global_batch)
+            self.reporter = Reporter(options.output_dir, options.log_dir, run.device, counts)
             last_good = None if run.output_dir is None else run.output_dir / checkpoints.LATEST
             self.skipped = SkippedSteps(state, last_good, options.seed)
             self.bad_files = BadFiles()

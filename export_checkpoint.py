@@ -52,7 +52,7 @@ TRANSFORMER_FLAGS = (
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser(
-        "Weights for other libraries, and from them",
+        "Convert weights for other libraries, and from them",
         "finetuned/checkpoint.pth --to timm --output exported",
     )
     source = parser.add_mutually_exclusive_group(required=True)
@@ -100,7 +100,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--class_names",
         type=arguments.expand_home,
         default=None,
-        help="imagenet-1k, or a file: one name a line, or a JSON list or {id: name}",
+        help="imagenet-1k, or a file: one name per line, or a JSON list or {id: name}",
     )
     parser.add_argument(
         "--model", default=None, help=("the model that the file must hold; default: read from the shapes")

@@ -33,15 +33,13 @@ class Codebook(nn.Module):
     embed_avg: Tensor
     initted: Tensor
 
-    def __init__(self, n_embed: int, embedding_dim: int, initialized: bool) -> None:
+    def __init__(self, n_codes: int, code_dim: int, initialized: bool) -> None:
         super().__init__()
         weight = (
-            l2_normalize(torch.randn(n_embed, embedding_dim))
-            if initialized
-            else torch.zeros(n_embed, embedding_dim)
+            l2_normalize(torch.randn(n_codes, code_dim)) if initialized else torch.zeros(n_codes, code_dim)
         )
         self.register_buffer("weight", weight)
-        self.register_buffer("cluster_size", torch.zeros(n_embed))
+        self.register_buffer("cluster_size", torch.zeros(n_codes))
         self.register_buffer("embed_avg", weight.clone())
         self.register_buffer("initted", torch.tensor([float(initialized)]))
 
@@ -158,8 +156,8 @@ class NormEMAVectorQuantizer(nn.Module):
         self.ready, self.collected = True, []
 
     def start_epoch(self, revive_dead_codes: bool = False) -> None:
-        """Usage is counted from zero in each epoch; codes that the last epoch never used may be
-        placed on live features.
+        """Usage is counted from zero in each epoch; codes that the last epoch never
+        used may be placed on live features.
         """
         if revive_dead_codes and self.ready and bool(self.cluster_size.any()):
             self.dead = self.cluster_size == 0

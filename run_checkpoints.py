@@ -100,9 +100,10 @@ def restore(
     if cools_down:
         resumption.check_can_cool_down(content, path)
     resumption.check_same_run(content, run.flags, run.data, path)
-    checkpoints.load_weights(state.model, content["model"], path)
-    if state.ema is not None:
-        checkpoints.load_weights(state.ema.module, content.get("model_ema", content["model"]), path)
+    with resumption.naming_changed_flags(content, run.flags, path):
+        checkpoints.load_weights(state.model, content["model"], path)
+        if state.ema is not None:
+            checkpoints.load_weights(state.ema.module, content.get("model_ema", content["model"]), path)
     if "next" not in content and run.output_dir and distributed.is_main():
         resumption.keep_published(path, run.output_dir)
     if resumption.is_published(content):
@@ -114,7 +115,8 @@ def restore(
     before = content.get("args", {}).get("opt", opt)
     if before != opt:
         raise UserError(f"{path} holds the state of `opt` {before}, not of {opt}: go on with `opt` {before}")
-    load_optimizer(state, content["optimizer"], path)
+    with resumption.naming_changed_flags(content, run.flags, path):
+        load_optimizer(state, content["optimizer"], path)
     try:
         load_progress(state, content, run.device)
         if content["stage"] is not None:

@@ -219,7 +219,7 @@ def build_pixel_decoder(args: arguments.Flags) -> engine.Trainer:
         )
     log.info(
         f"tokenizer  {args.tokenizer_weight}: {model.n_codes} codes, {model.grid[0]} x {model.grid[1]} "
-        "tokens an image"
+        "tokens per image"
     )
 
     # ── Data ──
@@ -285,7 +285,7 @@ def evaluate(args: arguments.Flags) -> None:
             path = checkpoints.write_text(
                 args.output_dir, "codebook_usage.txt", "\n".join(map(str, counts)) + "\n"
             )
-            log.info(f"how often each code was used, one line a code: {path}")
+            log.info(f"how often each code was used, one line per code: {path}")
 
 
 if __name__ == "__main__":

@@ -47,10 +47,7 @@ def get_parser() -> argparse.ArgumentParser:
         required=True,
         help=f"of pretraining or fine-tuning: {arguments.WEIGHTS}",
     )
-    add_shown_image_flags(parser)
-    parser.add_argument(
-        "--output", type=arguments.expand_home, default="attention.png", help="picture to write, best a PNG"
-    )
+    add_shown_image_flags(parser, output="attention.png")
     parser.add_argument(
         "--layer",
         type=block_or_all,
@@ -58,12 +55,15 @@ def get_parser() -> argparse.ArgumentParser:
         help=("block to look at, -1: the last; all: each block's mean over heads"),
     )
     parser.add_argument(
-        "--query", nargs="+", default=["cls"], help="who attends: cls, or row,column of a patch; a row each"
+        "--query",
+        nargs="+",
+        default=["cls"],
+        help="which tokens attend: cls, or row,column of a patch; each gets a row",
     )
     parser.add_argument(
         "--mean_only",
         action="store_true",
-        help=("no single heads: one row an image, the mean over heads for each query"),
+        help=("no single heads: one row per image, the mean over heads for each query"),
     )
     parser.add_argument(
         "--threshold",
@@ -76,7 +76,7 @@ def get_parser() -> argparse.ArgumentParser:
         action="store_true",
         help=("whole images, --input_size is their shorter side; else a center crop"),
     )
-    parser.add_argument("--columns", type=arguments.small_count, default=8, help="pictures in a line")
+    parser.add_argument("--columns", type=arguments.small_count, default=8, help="pictures side by side")
     add_opened_model_flags(parser)
     add_view_flags(parser)
     return parser

@@ -3,7 +3,7 @@
 python visualize_codebook.py --encoded out/codes --output codebook.html
 
 Reads the images and what encode_images.py wrote of them; no tokenizer is needed.
-N patches an image, K codes.
+N patches per image, K codes.
 """
 
 from __future__ import annotations
@@ -53,11 +53,15 @@ def get_parser() -> argparse.ArgumentParser:
     )
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
-        "--codes", type=arguments.not_negative, nargs="+", default=None, help="these codes, such as 3 17 99"
+        "--codes",
+        type=arguments.not_negative,
+        nargs="+",
+        default=None,
+        help="show these codes, such as 3 17 99",
     )
-    choice.add_argument("--top", type=arguments.positive, default=None, help="the N most used codes")
+    choice.add_argument("--top", type=arguments.positive, default=None, help="show the N most used codes")
     choice.add_argument(
-        "--spread", type=arguments.positive, default=24, help="N codes from the most to the least used"
+        "--spread", type=arguments.positive, default=24, help="show N codes, from the most to the least used"
     )
     parser.add_argument(
         "--examples", type=arguments.positive, default=12, help="patches of each code, of different images"
@@ -68,7 +72,7 @@ def get_parser() -> argparse.ArgumentParser:
         default=3,
         help="side of what is shown of the image, in patches",
     )
-    parser.add_argument("--seed", type=arguments.seed, default=0, help="of the choice of examples")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of the random choice of examples")
     return parser
 
 

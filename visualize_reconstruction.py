@@ -30,13 +30,7 @@ def get_parser() -> argparse.ArgumentParser:
         required=True,
         help=f"of run_vqkd_training.py --train_pixel_decoder: {arguments.FILE_OR_URL}",
     )
-    add_shown_image_flags(parser)
-    parser.add_argument(
-        "--output",
-        type=arguments.expand_home,
-        default="reconstruction.png",
-        help="picture to write, best a PNG",
-    )
+    add_shown_image_flags(parser, output="reconstruction.png")
     add_view_flags(parser)
     return parser
 
@@ -73,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output",
     )
     log.info(
-        f"{args.output}: images, their tokens (a color a code), and what was drawn from the tokens alone"
+        f"{args.output}: images, their tokens (one color per code), and what was drawn from the tokens alone"
     )
 
 

@@ -47,11 +47,11 @@ def require_tokenizer(weights: dict[str, Tensor], origin: str) -> None:
             raise UserError(f"{origin} holds no VQ-KD tokenizer (no {key} in it)")
 
 
-def check_codebook(weights: dict[str, Tensor], n_code: int, code_dim: int, source: str) -> None:
+def check_codebook(weights: dict[str, Tensor], n_codes: int, code_dim: int, source: str) -> None:
     found = tuple(weights["quantize.embedding.weight"].shape)
-    if found != (n_code, code_dim):
+    if found != (n_codes, code_dim):
         raise UserError(
-            f"the tokenizer in {source} has {found[0]} codes of dim {found[1]}, not {n_code} of {code_dim}: "
+            f"the tokenizer in {source} has {found[0]} codes of dim {found[1]}, not {n_codes} of {code_dim}: "
             f"pass `codebook_size` {found[0]} `codebook_dim` {found[1]} (in run_vqkd_training.py "
             "`codebook_n_emd` and `codebook_emd_dim`)"
         )

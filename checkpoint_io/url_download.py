@@ -195,7 +195,7 @@ def _write_body(receive: Callable[[], Any], part: pathlib.Path, start: int, tota
             received += len(chunk)
             if (seconds := time.monotonic() - since) > TIMEOUT:
                 if received < seconds * MIN_BYTES_PER_SECOND:
-                    raise SlowServer(f"the server sends only {received / seconds:.0f} bytes a second")
+                    raise SlowServer(f"the server sends only {received / seconds:.0f} bytes per second")
                 since, received = time.monotonic(), 0
         file.flush()
         os.fsync(file.fileno())

@@ -1,5 +1,5 @@
 """Files whose pixels are more than 8-bit RGB, as arrays: NumPy's .npy, TIFF of any
-number of channels and PNG of 16 bits a channel; Pillow reads all others.
+number of channels and PNG of 16 bits per channel; Pillow reads all others.
 """
 
 from __future__ import annotations

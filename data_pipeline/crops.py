@@ -66,11 +66,14 @@ class Crops:
 
     def __init__(
         self,
-        crop: RandomCrop,
+        min_crop_scale: float,
+        color_jitter: float,
+        vflip: float,
         data_pipeline: str,
         augment_on_device: bool,
-        pixels: PixelFormat = RGB8,
+        pixels: PixelFormat,
     ) -> None:
+        self.crop = RandomCrop(min_crop_scale, color_jitter, vflip, saturation=pixels.in_chans == 3)
         pick(PIPELINES, data_pipeline, "`data_pipeline`")
         if augment_on_device and data_pipeline != "fast":
             raise ParameterError(
@@ -82,7 +85,7 @@ class Crops:
                 "`data_pipeline` fast is a way for 8-bit RGB: leave it out beside `in_chans` and "
                 "`image_range`"
             )
-        self.crop, self.fast, self.augment_on_device = crop, data_pipeline == "fast", augment_on_device
+        self.fast, self.augment_on_device = data_pipeline == "fast", augment_on_device
         self.pixels = pixels
 
     def sizes(self) -> dict[str, tuple[int, str]]:
@@ -197,8 +200,7 @@ class PretrainingViews(Crops):
     ) -> None:
         check_interpolation("train_interpolation", train_interpolation)
         check_interpolation("second_interpolation", second_interpolation)
-        crop = RandomCrop(min_crop_scale, color_jitter, vflip, saturation=pixels.in_chans == 3)
-        super().__init__(crop, data_pipeline, augment_on_device, pixels)
+        super().__init__(min_crop_scale, color_jitter, vflip, data_pipeline, augment_on_device, pixels)
         self.first = input_size, train_interpolation
         self.second = second_size, second_interpolation
         self.mean, self.std = tuple(mean), tuple(std)
@@ -241,9 +243,8 @@ class TokenizerViews(Crops):
         augment_on_device: bool = False,
         pixels: PixelFormat = RGB8,
     ) -> None:
+        super().__init__(min_crop_scale, color_jitter, vflip, data_pipeline, augment_on_device, pixels)
         check_interpolation("train_interpolation", train_interpolation)
-        crop = RandomCrop(min_crop_scale, color_jitter, vflip, saturation=pixels.in_chans == 3)
-        super().__init__(crop, data_pipeline, augment_on_device, pixels)
         self.size, self.mode = size, train_interpolation
 
     def sizes(self) -> dict[str, tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""Where images are: folders, one folder a class, lists, CIFAR-100, tar shards. Each
+"""Where images are: folders, one folder per class, lists, CIFAR-100, tar shards. Each
 finder gives (image, label) pairs in a fixed order, and the names of the classes.
 """
 
@@ -124,8 +124,8 @@ def _refuse_splits(found: Sequence[str], root: str, origin: str, classes: Sequen
 
 
 def read_class_index(file: str, root: str, origin: str = "`data_path`") -> tuple[Samples, list[str]]:
-    """One JSON object a line, {"class": name, "files": [paths]}; labels in the order of
-    the names. The paths are relative to root/class, as in the published code, or to
+    """One JSON object per line, {"class": name, "files": [paths]}; labels in the order
+    of the names. The paths are relative to root/class, as in the published code, or to
     root, whichever is there.
     """
     where = f"`image_folder_class_index_file` {file}"

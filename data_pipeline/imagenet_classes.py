@@ -17,8 +17,8 @@ from errors import UserError
 
 
 class RobustSet(NamedTuple):
-    """A set of other images of ImageNet's classes, in one folder a class, named by its
-    WordNet id.
+    """A set of other images of ImageNet's classes, in one folder per class, named by
+    its WordNet id.
     """
 
     name: str

@@ -25,7 +25,7 @@ import numpy as np
 from data_pipeline.shard_index import BLOCK, load_index
 from errors import UserError
 
-CLASS_NAMES = "classes.txt"  # beside labeled shards: the name of class 0, 1, ..., one a line
+CLASS_NAMES = "classes.txt"  # beside labeled shards: the name of class 0, 1, ..., one per line
 OPEN_FILES = 64
 
 
@@ -146,7 +146,7 @@ def find_shards(pattern: str, origin: str) -> list[str]:
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise UserError(
-            f"{origin} {pattern}: {twice} is named twice; its images would be read twice an epoch"
+            f"{origin} {pattern}: {twice} is named twice; its images would be read twice in each epoch"
         )
     compressed = [path for path in paths if path.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst"))]
     if compressed:
@@ -227,14 +227,14 @@ def read_class_names(paths: Sequence[str]) -> list[str] | None:
                     found[file] = [line.rstrip("\n") for line in lines if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(
-                    f"{file}: cannot be read ({error}); the name of one class a line, in UTF-8, is expected"
+                    f"{file}: cannot be read ({error}); the name of one class per line, in UTF-8, is expected"
                 ) from None
     for file, names in found.items():
         twice = next((name for name, count in Counter(names).items() if count > 1), None)
         if not names or twice is not None:
             what = "holds no names" if not names else f"names '{twice}' twice"
             raise UserError(
-                f"{file} {what}; the name of one class a line, in the order of the numbers, is expected"
+                f"{file} {what}; the name of one class per line, in the order of the numbers, is expected"
             )
     different = [file for file, names in found.items() if names != next(iter(found.values()))]
     if different:

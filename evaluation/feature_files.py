@@ -1,7 +1,7 @@
 """Files of features: each process writes its share, the first joins them.
 
 - .npy: float32 (images, C), or (images, N, C) of patch tokens, and beside it
-  .paths.txt, a path a line in the same order;
+  .paths.txt, one path per line in the same order;
 - .parquet: columns `path` and `feature`, a list of C numbers, or N lists of them.
 """
 

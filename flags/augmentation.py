@@ -28,9 +28,12 @@ def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--reprob", type=probability, default=0.25, help="random erasing: probability")
     g.add_argument(
-        "--remode", default="pixel", choices=("const", "rand", "pixel"), help="random erasing: fill"
+        "--remode",
+        default="pixel",
+        choices=("const", "rand", "pixel"),
+        help="random erasing: what fills an area",
     )
-    g.add_argument("--recount", type=small_count, default=1, help="random erasing: areas")
+    g.add_argument("--recount", type=small_count, default=1, help="random erasing: number of areas")
     add_obsolete(g, "--resplit", action="store_true")
     g.add_argument("--mixup", type=not_negative_number, default=0.0, help="mixup alpha; 0.8 in the recipes")
     g.add_argument("--cutmix", type=not_negative_number, default=0.0, help="cutmix alpha; 1.0 in the recipes")
@@ -57,5 +60,5 @@ def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
         "--mixup_mode",
         default="batch",
         choices=("batch", "pair", "elem"),
-        help="what shares one draw of mixup and cutmix: a batch, two images, or each image has its own",
+        help="mixup and cutmix are drawn once for a batch, for each pair of images, or for each image",
     )

@@ -62,12 +62,14 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
     add_label_flags(g)
     g.add_argument("--finetune", type=expand_home, default="", help=f"pretrained weights: {WEIGHTS}")
     g.add_argument(
-        "--model_key", default="model|module", help="where the weights are in that file, first hit wins"
+        "--model_key",
+        default="model|module",
+        help="keys of that file that may hold the weights; the first one it has counts",
     )
     g.add_argument(
         "--model_prefix",
         default="",
-        help="take only the keys that begin so, without it; needed where a file holds several models",
+        help="take only the keys that begin with it, and strip it; needed where a file holds several models",
     )
     g.add_argument("--model_filter_name", default="", help="the published name of --model_prefix")
     g.add_argument(
@@ -113,14 +115,14 @@ def add_finetuning_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--balanced_sampler",
         action="store_true",
-        help="an epoch has as many images as before, of each class equally many",
+        help="draw all classes equally often; an epoch has as many images as without it",
     )
     g.add_argument(
         "--best_metric",
         default="acc1",
         choices=("acc1", "balanced_acc", "f1"),
-        help="what checkpoint-best.pth has the highest of on the validation images: accuracy, its mean "
-        "over the classes, or macro F1",
+        help="chooses checkpoint-best.pth by its highest value on the validation images: accuracy, its "
+        "mean over the classes, or macro F1",
     )
     add_trained_model_flags(parser)
     g = parser.add_argument_group("checkpoints and evaluation during training")

@@ -87,7 +87,7 @@ def add_data_flags(
         "--vflip",
         type=probability,
         default=0.0,
-        help="probability of a vertical flip, for images without an up",
+        help="probability of a vertical flip, for images that have no top and bottom",
     )
     g.add_argument(
         "--train_interpolation", default="bicubic", help="how crops are resized: bicubic, bilinear or lanczos"
@@ -173,14 +173,17 @@ def add_opened_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_shown_image_flags(parser: argparse.ArgumentParser) -> None:
-    """Which images a script draws (visualization/inputs.py)."""
+def add_shown_image_flags(parser: argparse.ArgumentParser, output: str) -> None:
+    """Which images a script draws (visualization/inputs.py), and where to: `output`
+    unless the user says otherwise.
+    """
     parser.add_argument(
         "--image", type=expand_home, required=True, nargs="+", help="image files, or folders of images"
     )
     parser.add_argument(
         "--count", type=positive, default=8, help="images to show of each folder, evenly spread"
     )
+    parser.add_argument("--output", type=expand_home, default=output, help="picture to write, best a PNG")
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
@@ -200,7 +203,9 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_inference_flags(parser: argparse.ArgumentParser, half_precision: str) -> None:
-    """How a network runs over a folder of images. `half_precision`: what that changes."""
+    """How a network runs over a folder of images. `half_precision`: what that
+    changes.
+    """
     parser.add_argument("--batch_size", type=large_count, default=64, help="images per process and step")
     parser.add_argument(
         "--amp_dtype",
@@ -268,8 +273,8 @@ def build_finetuning_view(args: argparse.Namespace, statistics: Statistics | Non
 def build_eval_view(
     args: argparse.Namespace, statistics: Statistics | None = None, interpolation: str = "bicubic"
 ) -> ImageOnly:
-    """The center of an image, as a classifier is evaluated on it; `statistics`: default,
-    those of the flags.
+    """The center of an image, as a classifier is evaluated on it; `statistics`:
+    default, those of the flags.
     """
     mean, std = statistics or mean_and_std(args)
     return eval_view(args.input_size, args.crop_pct, interpolation, mean, std, pixels=pixel_format(args))

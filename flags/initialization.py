@@ -1,4 +1,6 @@
-"""Flags of a run that starts from weights: which, and how fast these change at first."""
+"""Flags of a run that starts from weights: which, and how fast these change at
+first.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ def add_initialization_flags(parser: argparse.ArgumentParser, what: str) -> None
         type=expand_home,
         default="",
         help=f"{what} starts from a pretrained or fine-tuned BEiT or ViT, ours, timm's or Hugging Face's: "
-        f"{WEIGHTS}, or a folder of theirs; what the file lacks is new",
+        f"{WEIGHTS}, or a folder of the latter two; what the file lacks starts at random",
     )
     g.add_argument(
         "--layer_decay",
@@ -28,7 +30,7 @@ def add_initialization_flags(parser: argparse.ArgumentParser, what: str) -> None
         "--freeze_epochs",
         type=not_negative,
         default=0,
-        help="epochs at the start in which only what --init_from lacks learns",
+        help="epochs at the start that train only what --init_from lacks",
     )
 
 

@@ -41,7 +41,6 @@ PUBLISHED_DEFAULTS: dict[str, Any] = dict(
     checkpoint_key="model|module|teacher",
     lr=None,
     train_interpolation="bilinear",
-    output_dir=".",
 )
 # flags that --knn has no use for; --batch_size and --amp_dtype it has
 TRAINING_FLAGS = """
@@ -127,7 +126,7 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
         type=expand_home,
         nargs="*",
         default=[],
-        help="other backbones, as in --finetune, on the same images: a row each of one table",
+        help="other backbones, as in --finetune, on the same images, as rows of one table",
     )
     g.add_argument(
         "--knn_k", type=positive, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbors"
@@ -177,9 +176,14 @@ def add_published_flags(parser: argparse.ArgumentParser) -> None:
     add("--val_freq", dest="eval_freq", type=positive, default=same, help="as --eval_freq")
     add("--num_labels", dest="nb_classes", type=Number(int, 0, 2**20), default=same, help="as --nb_classes")
     add("--base_lr", type=not_negative_number, default=1e-3, help="for a total batch of 256; --lr: as it is")
-    add("--checkpoint_key", default="model|module", help="where the weights are in the file, the first hit")
+    add("--checkpoint_key", default="model|module", help="keys of the file that may hold the weights")
     add("--amp_forward", type=true_or_false, default=True, help="False: --amp_dtype fp32")
-    add("--avgpool_patchtokens", type=true_or_false, default=True, help="True alone: --features cls_mean")
+    add(
+        "--avgpool_patchtokens",
+        type=true_or_false,
+        default=True,
+        help="must be True, which is --features cls_mean",
+    )
     add("--model", default=None, help="size that the file must have, such as beit_base_patch16_224")
     ignored = "not needed: the file tells"
     add("--rel_pos_bias", nargs=0, const=True, default=True, help=ignored)

@@ -27,7 +27,7 @@ def add_optimizer_flags(
         "--epochs",
         type=Number(int, 1, 10**5),
         default=epochs,
-        help="passes over the training images; unless given, as for ImageNet",
+        help="passes over the training images; unless given, those of ImageNet's recipes",
     )
     g.add_argument(
         "--weight_decay_end",
@@ -35,7 +35,7 @@ def add_optimizer_flags(
         default=None,
         help="final value of a cosine schedule; default: constant",
     )
-    g.add_argument("--min_lr", type=not_negative_number, default=min_lr, help="the schedule ends here")
+    g.add_argument("--min_lr", type=not_negative_number, default=min_lr, help="learning rate at the end")
     g.add_argument(
         "--schedule",
         default="cosine",
@@ -113,13 +113,13 @@ def add_poly_optimizer_flags(
         help="steps between evaluations, checkpoints and lines of log.txt, rounded up to whole passes over "
         "the data; --save_ckpt_freq, --eval_freq and --image_freq count these",
     )
-    g.add_argument("--min_lr", type=not_negative_number, default=0.0, help="the schedule ends here")
+    g.add_argument("--min_lr", type=not_negative_number, default=0.0, help="learning rate at the end")
     g.add_argument("--warmup_steps", type=not_negative, default=1500, help="linear warm-up; 0: none")
     g.add_argument(
         "--poly_power",
         type=Number(float, 0, 100, above=True),
         default=1.0,
-        help="of the decay; 1: a straight line",
+        help="power of the polynomial; 1: a straight line",
     )
 
 

@@ -208,7 +208,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_batch_norm(args: argparse.Namespace, world_size: int) -> None:
-    """UPerNet norms a map that is pooled to one cell an image: one image alone has no
+    """UPerNet norms a map that is pooled to one cell per image: one image alone has no
     variance.
     """
     if args.model.startswith("upernet") and args.batch_size * world_size == 1:

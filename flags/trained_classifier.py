@@ -1,5 +1,5 @@
-"""Flags of a finished classifier, evaluated or asked: what they are, and which cannot go
-together.
+"""Flags of a finished classifier, evaluated or asked: what they are, and which cannot
+go together.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def add_trained_model_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--robust_test",
         default=None,
-        help="--eval_data_path is ImageNet-A, ImageNet-R or ImageNet-Sketch, of a 1000-class model",
+        help="--eval_data_path is ImageNet-A, -R or -Sketch, and the model knows ImageNet's 1000 classes",
     )
     g.add_argument(
         "--tta_flip",

@@ -151,8 +151,8 @@ def add_vqkd_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--train_pixel_decoder",
         action="store_true",
-        help="train a decoder from the codes of the frozen --tokenizer_weight to pixels; of these flags, "
-        "--lr is then 2e-3 unless given, --min_lr 1e-5, --epochs 20, --warmup_epochs 1",
+        help="train a decoder from the codes of the frozen --tokenizer_weight to pixels, "
+        "which changes these defaults: --lr 2e-3, --min_lr 1e-5, --epochs 20, --warmup_epochs 1",
     )
     g.add_argument(
         "--tokenizer_weight", type=expand_home, default=None, help=f"the trained tokenizer: {WEIGHTS}"

@@ -54,7 +54,7 @@ def masked_subset(mask: Tensor, device: torch.device, with_cls: bool) -> TokenSu
 
 
 def select_masked(values: Tensor, mask: Tensor) -> Tensor:
-    """Of one value a patch, (B * N, ...), those of the patches in a mask (B, N) that is
-    best held on the host: (M, ...).
+    """Of one value per patch, (B * N, ...), those of the patches in a mask (B, N) that
+    is best held on the host: (M, ...).
     """
     return values.index_select(0, mask.flatten().nonzero().squeeze(1).to(values.device, non_blocking=True))

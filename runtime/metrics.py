@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,16 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
     return -10 * error.clamp(min=1e-10).log10()
 
 
+@dataclass(frozen=True)
+class RunCounts:
+    """How long a run is, and where in it this process starts or goes on."""
+
+    epochs: int  # of the whole run
+    first_epoch: int
+    first_step: int  # optimizer steps that earlier parts of the run took
+    images_per_step: int  # of all ranks together
+
+
 class Reporter:
     """Progress on the terminal, log.txt, TensorBoard and pictures. Rank 0 reports; the
     others only time their loaders.
@@ -109,31 +120,18 @@ class Reporter:
     Args:
         output_dir: of log.txt and pictures; empty: there are none.
         log_dir: of TensorBoard's files, if not output_dir.
-        first_epoch: the one in which the run starts or goes on.
-        first_step: optimizer steps that earlier parts of the run took.
-        images_per_step: of all ranks together.
     """
 
-    def __init__(
-        self,
-        output_dir: str,
-        log_dir: str | None,
-        device: torch.device,
-        *,
-        epochs: int,
-        first_epoch: int,
-        first_step: int,
-        images_per_step: int,
-    ) -> None:
-        self.epochs, self.device, self.images_per_step = epochs, device, images_per_step
+    def __init__(self, output_dir: str, log_dir: str | None, device: torch.device, counts: RunCounts) -> None:
+        self.device, self.epochs, self.images_per_step = device, counts.epochs, counts.images_per_step
         main, folder = distributed.is_main(), log_dir or output_dir
         self.output_dir = Path(output_dir) if main and output_dir else None
-        self.writer = SummaryWriter(folder, purge_step=first_step or None) if main and folder else None
+        self.writer = SummaryWriter(folder, purge_step=counts.first_step or None) if main and folder else None
         self.bar = tqdm(disable=not (main and sys.stderr.isatty()), leave=False, dynamic_ncols=True)
         if self.output_dir is not None:
             path = self.output_dir / "log.txt"
-            if first_step > 0:
-                forget_epochs_from(first_epoch, path)
+            if counts.first_step > 0:
+                forget_epochs_from(counts.first_epoch, path)
             elif path.exists():  # another run's
                 path.replace(path.with_name(f"log-until-{time.strftime('%Y%m%d-%H%M%S')}.txt"))
 

@@ -235,10 +235,21 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", type=arguments.positive, default=1000)
-    parser.add_argument("--seed", type=arguments.seed, default=0)
-    parser.add_argument("--kinds", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--jobs", type=arguments.positive, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--cases", type=arguments.positive, default=1000, help="how many to run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=arguments.seed, default=0, help="the cases follow from it (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", choices=CASES, default=list(CASES), help="what is damaged (default: all)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=arguments.positive,
+        default=os.cpu_count() or 1,
+        help="cases at a time (default: one per core)",
+    )
     parser.add_argument("--only", type=arguments.not_negative, nargs="+", help="run these cases alone")
     parser.add_argument(
         "--keep", type=arguments.expand_home, help="with one case of --only: keep its files here"

@@ -214,9 +214,16 @@ def same(one: Any, two: Any) -> bool:
 
 def get_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=arguments.positive, default=100)
-    parser.add_argument("--seed", type=arguments.seed, default=0)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument(
+        "--kills",
+        type=arguments.positive,
+        default=100,
+        help="how many, over all stages (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=arguments.seed, default=0, help="of the moments (default: %(default)s)"
+    )
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
     return parser
 
 

@@ -39,14 +39,16 @@ from utils import derive_seed  # noqa: E402
 def get_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "folder", type=arguments.expand_home, help="images, however nested; with --classes one folder a class"
+        "folder",
+        type=arguments.expand_home,
+        help="images, however nested; with --classes one folder per class",
     )
     parser.add_argument("out", type=arguments.expand_home, help="where the shards go; without shards yet")
     parser.add_argument(
         "--images_per_shard",
         type=arguments.positive,
         required=True,
-        help="100 MB to 1 GB a shard is a good size",
+        help="100 MB to 1 GB per shard is a good size",
     )
     parser.add_argument(
         "--classes", action="store_true", help="also write labels: the classes' numbers, and classes.txt"

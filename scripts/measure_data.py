@@ -121,7 +121,7 @@ def ours(
 def measure(
     files: list[str], ways: dict[str, Callable[[str, dict[str, Any]], Steps]], rounds: int
 ) -> dict[str, Any]:
-    """Way -> step -> milliseconds an image of each round."""
+    """Way -> step -> milliseconds per image in each round."""
     times: dict[str, dict[str, list[float]]] = {name: {} for name in ways}
     for number in range(rounds):
         for name, way in ways.items():
@@ -163,11 +163,24 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=arguments.expand_home)
-    parser.add_argument("--input_size", type=arguments.pixels, default=224)
-    parser.add_argument("--rounds", type=arguments.positive, default=20)
+    parser.add_argument("folder", type=arguments.expand_home, help="images to read, each in every round")
     parser.add_argument(
-        "--seeds", type=arguments.small_count, default=8, help="crops an image that are compared"
+        "--input_size",
+        type=arguments.pixels,
+        default=224,
+        help="side of both views in pixels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=arguments.positive,
+        default=20,
+        help="of which the medians are taken (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=arguments.small_count,
+        default=8,
+        help="crops of each image that are compared (default: %(default)s)",
     )
     parser.add_argument("--no_jitter", action="store_true", help="crops and flips alone")
     return parser
@@ -186,7 +199,7 @@ def main() -> None:
     times = measure(files, ways, args.rounds)
     steps = list(times["plain"])
     print(
-        f"{len(files)} images, {args.rounds} rounds, ms an image on one core (median; ratio: median of each "
+        f"{len(files)} images, {args.rounds} rounds, ms per image on one core (median; ratio: median of each "
         "round's)"
     )
     print("| | " + " | ".join(steps) + " | plain / this |\n|---|" + "---|" * (len(steps) + 1))

@@ -24,9 +24,9 @@ ADE_NAMES = "objectInfo150.txt"
 
 @dataclass(frozen=True)
 class ClassSettings:
-    """Where the names of the classes are from: the file `class_names`, one a line; else
-    ADE20K's list in `folder`; else there are `nb_classes`, or with 0 as many as the
-    masks have. `reduce_zero_label`: label 0 is ignored, and 1 is the first class.
+    """Where the names of the classes are from: the file `class_names`, one per line;
+    else ADE20K's list in `folder`; else there are `nb_classes`, or with 0 as many as
+    the masks have. `reduce_zero_label`: label 0 is ignored, and 1 is the first class.
     """
 
     class_names: str | None = None
@@ -71,7 +71,7 @@ def read_class_list(settings: ClassSettings) -> tuple[list[str], str]:
         if twice is not None:
             raise UserError(f"{where}: '{twice}' is there twice; give each class a name of its own")
         if not names:
-            raise UserError(f"{where}: is empty; the name of one class a line is expected")
+            raise UserError(f"{where}: is empty; the name of one class per line is expected")
         return names, where
     listed = os.path.join(settings.folder, ADE_NAMES)
     if not os.path.isfile(listed):
@@ -109,7 +109,7 @@ def read_palette(file: str | None, n_classes: int) -> Tensor:
         colors.append(values)
     if len(colors) != n_classes:
         raise UserError(
-            f"{where}: {len(colors)} colors for {n_classes} classes; one line a class is expected"
+            f"{where}: {len(colors)} colors for {n_classes} classes; one line per class is expected"
         )
     return torch.tensor(colors) / 255
 

@@ -1,5 +1,5 @@
-"""One thread a test process: the suite runs in parallel processes, and tiny models gain
-nothing from more.
+"""One thread per test process: the suite runs in parallel processes, and tiny models
+gain nothing from more.
 """
 
 import logging

@@ -1,5 +1,6 @@
 """What the shell files in scripts/ would run, parsed."""
 
+import functools
 import os
 import shlex
 import subprocess
@@ -44,9 +45,10 @@ def call(name: str, *flags: str, cwd: Path = ROOT, **environment: str) -> subpro
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
 
 
+@functools.cache  # a shell and a parser each time; what comes back is only read
 def dry_run(name: str, *flags: str, **environment: str) -> SimpleNamespace:
-    """What the recipe would run: the launcher's words, nodes, GPUs a node, the script's
-    flags as typed and as parsed.
+    """What the recipe would run: the launcher's words, nodes, GPUs per node, the
+    script's flags as typed and as parsed.
     """
     defaults = {"DRY_RUN": "1", "DATA": "/data", "OUTPUT": "/out", "NODE_RANK": "0", "MASTER_ADDR": "node0"}
     done = call(name, *flags, **{**defaults, **environment})

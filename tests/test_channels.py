@@ -118,6 +118,7 @@ def test_12_bit_gray_finds_its_range_and_keeps_it(gray_tokenizer, gray, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_resumption_is_exact_and_measures_nothing_again(gray, gray_tokenizer, tmp_path, monkeypatch, capsys):
     flags = [*GRAY, *as_flags(save_ckpt_steps=1)]
     run_beitv2_pretraining.main(pretraining_flags(gray, tmp_path / "whole", gray_tokenizer, *flags))

@@ -41,7 +41,12 @@ BOMBS = {
 }
 
 
-@pytest.mark.parametrize("what", BOMBS)
+SECONDS = ("nested tuples as a key", "doubled sixty times", "many steps")
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=pytest.mark.slow) if what in SECONDS else what for what in BOMBS]
+)
 def test_programs_that_build_nothing_sensible(tmp_path, what):
     refusal(with_pickle(tmp_path / "f.pth", BOMBS[what]))
 

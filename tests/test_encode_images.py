@@ -140,7 +140,7 @@ def test_a_run_that_breaks_off_leaves_the_old_results_or_none(
         encode_images.main(encoding_flags(tokenizer_weight, ten_photos, tmp_path))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     monkeypatch.undo()
-    # one encoding a folder: the other form's codes go
+    # one encoding per folder: the other form's codes go
     encode_images.main(encoding_flags(tokenizer_weight, ten_photos / "a", tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {
         "codes.npy",

@@ -96,7 +96,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(
     main, flags = stage(name, data, tokenizer_weight, tmp_path / "whole")
     main(flags)
 
-    steps = 4 if stop_after == "epoch" else 6  # of 4 an epoch
+    steps = 4 if stop_after == "epoch" else 6  # of 4 per epoch
     main, flags = stage(name, data, tokenizer_weight, tmp_path / "broken", "--save_ckpt_steps", "2")
     kill_after(steps, monkeypatch)
     with pytest.raises(KeyboardInterrupt):

@@ -66,7 +66,7 @@ def test_imagenet_r_chooses_among_its_200_classes(weights, imagenet_r, tmp_path,
     assert got["test_acc5"] == pytest.approx(
         100 * float((chosen.topk(5).indices == labels[:, None]).any(1).double().mean())
     )
-    assert got["test_acc1"] == pytest.approx(got["test_balanced_acc"])  # one image a class
+    assert got["test_acc1"] == pytest.approx(got["test_balanced_acc"])  # one image per class
     assert len(set(logits.argmax(1).tolist())) > 3  # the model does tell images apart,
     assert (chosen.argmax(1) != logits.argmax(1)).any()  # and most of its first choices are not among the 200
     first = got["worst_classes"][0]

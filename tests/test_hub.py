@@ -25,7 +25,7 @@ from pretrained import open_backbone
 def server(tmp_path, monkeypatch):
     """Asked instead of huggingface.co, with a cache of this test's own."""
     with HubServer() as hub_server:
-        threading.Thread(target=hub_server.serve_forever, daemon=True).start()
+        threading.Thread(target=hub_server.serve_forever, args=(0.05,), daemon=True).start()
         constants = huggingface_hub.constants
         monkeypatch.setattr(constants, "ENDPOINT", hub_server.url)
         files = hub_server.url + "/{repo_id}/resolve/{revision}/{filename}"

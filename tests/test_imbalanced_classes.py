@@ -140,7 +140,7 @@ def test_a_killed_run_goes_on_bit_for_bit(more, imbalanced, tmp_path, monkeypatc
     flags = [*more.split(), "--save_ckpt_steps", "1", "--best_metric", "balanced_acc"]
     run_class_finetuning.main(finetuning_flags(imbalanced, tmp_path / "whole", *flags))
     with monkeypatch.context() as patch:
-        kill_after(4, patch)  # of 3 steps an epoch
+        kill_after(4, patch)  # of 3 steps per epoch
         with pytest.raises(KeyboardInterrupt):
             run_class_finetuning.main(finetuning_flags(imbalanced, tmp_path / "killed", *flags))
     run_class_finetuning.main(finetuning_flags(imbalanced, tmp_path / "killed", *flags))

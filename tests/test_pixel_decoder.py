@@ -112,7 +112,7 @@ def test_pixels_come_from_the_codes_alone():
 def test_resumption_is_exact(data, tokenizer_weight, tmp_path, monkeypatch):
     run_vqkd_training.main(flags(data, tokenizer_weight, tmp_path / "whole"))
     broken = flags(data, tokenizer_weight, tmp_path / "broken", "--save_ckpt_steps", "2")
-    kill_after(6, monkeypatch)  # of 4 an epoch
+    kill_after(6, monkeypatch)  # of 4 per epoch
     with pytest.raises(KeyboardInterrupt):
         run_vqkd_training.main(broken)
     monkeypatch.undo()

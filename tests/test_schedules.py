@@ -57,7 +57,7 @@ def test_a_cool_down_needs_a_constant_rate(schedule, start):
 
 
 def stage(name, data, codes, out, *more):
-    """(main, flags): a constant rate from the second step on, four steps an epoch."""
+    """(main, flags): a constant rate from the second step on, four steps per epoch."""
     more = ("--schedule", "wsd", "--warmup_steps", "2", *more)
     if name == "vqkd":
         more = ("--quantize_kmeans_init", "--revive_dead_codes", *more)

@@ -70,7 +70,7 @@ def test_it_learns_and_writes_what_the_other_stages_write(trained):
 
 
 def test_the_rate_falls_along_the_polynomial_until_max_steps(data, tmp_path):
-    """7 steps of 3 an epoch: two whole epochs and one of a single step."""
+    """7 steps of 3 per epoch: two whole epochs and one of a single step."""
     main(segmentation_flags(data, tmp_path, "--max_steps", "7", "--poly_power", "2", "--warmup_steps", "2"))
     lines = log_lines(tmp_path)
     schedule = poly_scheduler(1e-3, 0.0, 7, 2, 2.0)

@@ -107,7 +107,7 @@ def test_class_numbers_without_names_and_names_in_another_order(tmp_path):
     (tmp_path / "val" / "classes.txt").write_text("owl\ndog\ncat\n")
     assert build_finetuning_dataset(flags, train=False)[0].labels.tolist() == [0, 2]
     half = data_args(tmp_path / "train", data_set="webdataset", label_fraction=0.5)
-    assert len(build_finetuning_dataset(half, train=True)[0]) == 3  # at least one image a class
+    assert len(build_finetuning_dataset(half, train=True)[0]) == 3  # at least one image per class
 
 
 def test_an_index_saves_reading_and_must_be_the_shards_own(tmp_path, monkeypatch):

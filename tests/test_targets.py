@@ -166,7 +166,7 @@ def test_the_picture_shows_image_mask_and_pasted_prediction(data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop_after", [4, 6])  # of 4 steps an epoch
+@pytest.mark.parametrize("stop_after", [4, 6])  # of 4 steps per epoch
 def test_a_resumed_pixel_run_is_exact(stop_after, data, tmp_path, monkeypatch):
     whole, broken = (pixel_flags(data, tmp_path / name, "--drop_path", "0.1") for name in ("whole", "broken"))
     run_beitv2_pretraining.main(whole)
@@ -190,7 +190,7 @@ def test_a_run_goes_on_with_its_own_task_alone(data, tokenizer_weight, tmp_path,
             "trained on the tokens of masked patches, this run is on the tokens of all patches",
         ),
         (["--no_mask", "--num_mask_patches", "0"], "none of them masked: go on with the same --target"),
-        (["--target", "pixels"], "of another shape than this run's model"),
+        (["--target", "pixels"], "trained with --target tokens (now pixels), so its weights"),
     ):
         with pytest.raises(SystemExit):
             pretrain(data, tmp_path, tokenizer_weight, *more)

@@ -58,6 +58,7 @@ def as_modules(state: dict[str, torch.Tensor]) -> nn.Module:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["bare", "with text tower", "TorchScript"])
 def test_clip_gives_the_golden_targets(
     clip_tower: dict[str, torch.Tensor], tmp_path: pathlib.Path, form: str
@@ -87,6 +88,7 @@ def normalized(network: Any, x: torch.Tensor) -> torch.Tensor:
     return (x - mean) / std
 
 
+@pytest.mark.slow
 def test_dino_from_a_training_checkpoint_is_timms(tmp_path: pathlib.Path) -> None:
     network = timm.create_model("vit_base_patch16_224.dino", num_classes=0).eval()
     teacher_state = {f"backbone.{key}": value for key, value in network.state_dict().items()}

@@ -49,8 +49,8 @@ def photos(folder: Path, per_class: int = 8, classes: str = "ab", size: int = 40
 
 
 def labeled_pixels(folder: Path, images: int = 6, classes: int = 3, size: tuple[int, int] = (40, 56)) -> Path:
-    """ADE20K's layout: noise around one color a class, and masks of rectangles; label 0
-    is nobody's, classes count from 1.
+    """ADE20K's layout: noise around one color per class, and masks of rectangles; label
+    0 is nobody's, classes count from 1.
     """
     for split, count in (("training", images), ("validation", 3)):
         for kind in ("images", "annotations"):

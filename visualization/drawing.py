@@ -64,7 +64,7 @@ def distinct_colors(n: int) -> Tensor:
     """Fixed colors (n, 3) that are easily told apart, dark gray first.
 
     Each color is the one farthest from all before it by distance in CIELAB (D65). The
-    candidates have 8 levels a channel and are neither nearly black nor nearly white.
+    candidates have 8 levels per channel and are neither nearly black nor nearly white.
     """
     levels = torch.linspace(0, 1, 8, dtype=torch.float64)
     colors = torch.cat(
@@ -87,7 +87,7 @@ def distinct_colors(n: int) -> Tensor:
 
 
 def token_map(codes: Tensor, n_codes: int, size: Sequence[int]) -> Tensor:
-    """Codes (h, w) int64 -> picture of `size`, one color a code; gray for negative
+    """Codes (h, w) int64 -> picture of `size`, one color per code; gray for negative
     codes.
     """
     colors = code_colors(n_codes)[codes.clamp(min=0)]
