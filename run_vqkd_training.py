@@ -28,6 +28,7 @@ from flags.vqkd import (
     evaluates_only,
     get_parser,
     get_pixel_decoder_parser,
+    idle_flags,
     parse_flags,
 )
 from initialization import InitialWeights
@@ -44,7 +45,9 @@ from vqkd_teachers import Teacher, build_teacher
 def build(args: arguments.Flags) -> engine.Trainer:
     """The run that the flags describe, ready for its first step."""
     # ── Setup ──
-    run = run_state.start_run(get_parser(), args)
+    parser = get_parser()
+    run = run_state.start_run(parser, args)
+    arguments.warn_of_idle_flags(parser, args, idle_flags(args))
     initial = initialization.read_initial_weights(args.init_from, of_encoder=True)
     args = resolve_pixels(args, run, initial)
 
@@ -205,10 +208,13 @@ def build_pixel_decoder(args: arguments.Flags) -> engine.Trainer:
     to pixels. There is no teacher.
     """
     run = run_state.start_run(get_pixel_decoder_parser(), args)
+    arguments.warn_of_idle_flags(get_pixel_decoder_parser(), args, idle_flags(args))
 
     # ── Tokenizer, decoder ──
     tokenizer, theirs = modeling_vqkd.open_tokenizer(args.tokenizer_weight)
-    args = resolve_pixel_flags(args, run, find_training_images, [(theirs, "the tokenizer")])
+    own = {"mean_std": theirs.get("mean_std"), "process_type": theirs.get("process_type", "default")}
+    known = [(theirs, "the tokenizer")]
+    args = resolve_pixel_flags(args.replace(**own), run, find_training_images, known)
     refuse_other_pixels(args, tokenizer)
     codebook = tokenizer.quantize.embedding.weight.clone()
     model = pixel_decoder.Reconstructor(tokenizer, args.pixel_decoder_depth, args.pixel_decoder_dim)
@@ -259,6 +265,7 @@ def evaluate(args: arguments.Flags) -> None:
     normalized as it was trained; needs no training images.
     """
     run = run_state.start_run(get_parser(), args, trains=False)
+    arguments.warn_of_idle_flags(get_parser(), args, idle_flags(args))
     content = read_tokenizer(args.resume, f"`resume` {args.resume}")
     if "process_type" not in args.given and "mean_std" not in args.given:
         args = args.replace(process_type=content[1].get("process_type", args.process_type))

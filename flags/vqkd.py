@@ -26,7 +26,7 @@ from data_pipeline.crops import TokenizerViews
 from errors import UserError
 from flags.images import add_data_flags, add_pipeline_flags
 from flags.initialization import add_initialization_flags, check_initialization_flags
-from flags.optimization import add_optimizer_flags, check_schedule
+from flags.optimization import add_optimizer_flags, check_schedule, find_idle_optimizer_flags
 from flags.pixel_format import add_teacher_channels, check_pixel_flags, pixel_format
 from flags.run import add_run_flags, add_step_flags
 from norm_ema_quantizer import FEATURES_PER_CODE
@@ -58,7 +58,18 @@ NOT_FOR_THE_PIXEL_DECODER = (
     "init_from",
     "layer_decay",
     "freeze_epochs",
+    "imagenet_default_mean_and_std",
+    "mean_std",
 )
+# flags that --eval has no use for
+TRAINING_FLAGS = """
+    allow_changed_run augment_on_device auto_resume clip_grad color_jitter cooldown_epochs
+    cooldown_from data_pipeline disable_eval epochs eval_freq freeze_epochs grad_checkpointing
+    image_freq keep_ckpts layer_decay log_dir lr min_crop_scale min_lr momentum opt opt_betas
+    opt_eps print_freq revive_dead_codes save_ckpt_freq save_ckpt_steps schedule start_epoch
+    train_interpolation update_freq vflip warmup_epochs warmup_steps weight_decay
+    weight_decay_end ema_decay compile detect_anomaly
+""".split()
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -223,6 +234,15 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if evaluates_only(args) and args.init_from:
         raise UserError("--init_from starts a training, and --eval trains nothing: leave one of them out")
     check_initialization_flags(args)
+
+
+def idle_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Flag -> why it does nothing beside the others."""
+    idle = find_idle_optimizer_flags(args)
+    if evaluates_only(args):
+        idle |= dict.fromkeys(TRAINING_FLAGS, "--eval trains nothing")
+    process_type = "the tokenizer has --process_type imagenet_norm for it"
+    return idle | {"imagenet_default_mean_and_std": process_type}
 
 
 def evaluates_only(args: argparse.Namespace) -> bool:
