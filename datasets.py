@@ -85,17 +85,22 @@ class ImageFiles(Files):
         return {**super().sample(index, loaded), **label}
 
 
-def open_evenly(samples: Samples, count: int) -> list[Source | IO[bytes]]:
+def open_evenly(samples: Samples, count: int) -> Iterator[Source | IO[bytes]]:
     """Up to `count` of the images, evenly spread, as data_pipeline.pixel_format reads
-    them.
+    them: of packed shards the same ones as of their folder.
     """
+    if isinstance(samples, shards.Members):
+        samples = samples.in_folder_order()
     taken = min(count, len(samples))
-    opened: list[Source | IO[bytes]] = []
     for number in range(taken):
         source = samples[number * len(samples) // taken][0]
-        with contextlib.suppress(OSError):  # of a shard, which is reported when the image is needed
-            opened.append(source.read() if isinstance(source, shards.Member) else source)
-    return opened
+        if not isinstance(source, shards.Member):
+            yield source
+            continue
+        with contextlib.suppress(OSError):  # which is reported when the image is needed
+            file = source.read()
+            file.name = str(source)
+            yield file
 
 
 # ── Where the images of a run are ──

@@ -23,6 +23,7 @@ from visualization import drawing
 from vqkd_teachers import Teacher
 
 CALIBRATION_IMAGES = 512
+UNEVEN = 1 / 4  # a smaller perplexity, as a share of the codes in use, is warned of
 
 
 class TokenizerStage(Stage):
@@ -59,15 +60,25 @@ class TokenizerStage(Stage):
 
     def end_epoch(self) -> dict[str, float]:
         """Usage of the codebook in this epoch; a warning that says what to change when
-        under half of it is used.
+        under half of it is used, or a few codes are used for nearly all patches.
         """
         quantizer = self.model.quantize
         usage = quantizer.usage()
-        if quantizer.ready and not quantizer.warming_up and usage["codes_used"] < quantizer.num_tokens / 2:
+        used, perplexity = usage["codes_used"], usage["perplexity"]
+        if not quantizer.ready or quantizer.warming_up:
+            return usage
+        if used < quantizer.num_tokens / 2:
             log.warning(
-                f"warning: only {usage['codes_used']} of {quantizer.num_tokens} codes were used in this "
+                f"warning: only {used} of {quantizer.num_tokens} codes were used in this "
                 "epoch. Try fewer codes (`codebook_n_emd`), code dim 32 (`codebook_emd_dim`), k-means "
                 "after a warm-up (`quantizer_warmup_steps` 100), `revive_dead_codes`, or a larger batch"
+            )
+        elif perplexity < UNEVEN * used:
+            log.warning(
+                f"warning: {used} codes were used in this epoch, but so unevenly that {perplexity:.0f} used "
+                "equally would say as much (perplexity): most patches share a few codes. Try "
+                "`standardize_teacher` on, another teacher (`teacher_model_type`), a longer "
+                "`quantizer_warmup_steps`, or images with less empty background"
             )
         return usage
 

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from checkpoint_io.tokenizer_weights import (
+    TokenizerContent,
     check_codebook,
     count_blocks,
     infer_decoder_depth,
@@ -237,6 +238,7 @@ class TokenizerVariant:
         decoder_depth: int | None = None,
         in_chans: int | None = None,
         encoder_parts: dict[str, Any] | None = None,
+        content: TokenizerContent | None = None,
         **options: Any,
     ) -> VQKD:
         """A tokenizer to train, or with as_tokenizer a frozen one in eval mode: with
@@ -248,12 +250,13 @@ class TokenizerVariant:
             in_chans: channels of the images; default: the weights', else 3.
             encoder_parts: as infer_trunk_parts, of weights that the encoder will take; default: the file's,
                 else absolute positions alone.
+            content: of the file `pretrained_weight`, where it has been read already.
             options: more arguments of VQKD.
         """
         frozen, weights, flags = as_tokenizer or as_tokenzer, None, dict[str, Any]()
         source = str(pretrained_weight or self.name)
         if pretrained:
-            weights, flags = read_tokenizer(source, f"`tokenizer_weight` {source}")
+            weights, flags = content or read_tokenizer(source, f"`tokenizer_weight` {source}")
             check_codebook(weights, n_code, code_dim, source)
             decoder_out_dim = len(weights["decode_task_layer.2.bias"])  # whichever teacher it had
             decoder_depth = infer_decoder_depth(weights, decoder_depth, source)
@@ -311,9 +314,10 @@ def open_tokenizer(source: str, flag: str = "`tokenizer_weight`") -> tuple[VQKD,
     Returns it and the flags it was trained with ({} for published files). `flag` names
     the source in messages.
     """
-    weights, flags = read_tokenizer(source, f"{flag} {source}")
-    settings = infer_settings(weights, flags, f"{flag} {source}")
-    return create_model(**settings, as_tokenizer=True, pretrained=True, pretrained_weight=source), flags
+    content = read_tokenizer(source, f"{flag} {source}")
+    options: dict[str, Any] = {"pretrained": True, "pretrained_weight": source, "content": content}
+    settings = infer_settings(*content, f"{flag} {source}")
+    return create_model(**settings, **options, as_tokenizer=True), content[1]
 
 
 def infer_settings(weights: dict[str, Tensor], flags: dict[str, Any], source: str) -> dict[str, Any]:

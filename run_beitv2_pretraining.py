@@ -19,16 +19,18 @@ import modeling_pretrain
 import modeling_vqkd
 import run_state
 from checkpoint_io import checkpoints, published
-from checkpoint_io.tokenizer_weights import read_tokenizer
+from checkpoint_io.tokenizer_weights import TokenizerContent, read_tokenizer
+from data_pipeline.image_lists import Samples
 from datasets import ImageFiles, build_knn_datasets, find_held_out, find_unlabeled
 from engine_for_pretraining import Pixels, PretrainingStage, Target, Tokens
 from errors import UserError, report_user_errors
 from evaluation import knn
 from flags.images import image_source, mean_and_std
-from flags.pixel_format import AUTO, image_endings, pixel_format, resolve_pixel_flags, warn_of_other_range
+from flags.pixel_format import image_endings, pixel_format, resolve_pixel_flags, warn_of_other_range
 from flags.pretraining import (
     DALL_E,
     build_pretraining_views,
+    check_tokenizer_channels,
     get_parser,
     idle_flags,
     parse_flags,
@@ -52,13 +54,13 @@ def build(args: arguments.Flags) -> engine.Trainer:
     parser = get_parser()
     run = run_state.start_run(parser, args)
     arguments.warn_of_idle_flags(parser, args, idle_flags(args))
-    args = resolve_pixels(args, run)
 
-    # ── The weights to start from ──
-    initial = initialization.read_initial_weights(args.init_from)
+    # ── The files of weights. First, as they may be wrong, and they say how images are read ──
+    initial, tokenizer_file = initialization.read_initial_weights(args.init_from), read_tokenizer_file(args)
+    args = resolve_pixels(args, run, initial, tokenizer_file)
 
-    # ── What is predicted: the codes of a frozen tokenizer, or pixels. First, as its file may be wrong ──
-    target = build_target(args, run)
+    # ── What is predicted: the codes of a frozen tokenizer, or pixels ──
+    target = build_target(args, run, tokenizer_file)
 
     # ── Data: two views of one crop, and a mask ──
     dataset, held_out = build_data(args)
@@ -108,12 +110,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
-def build_target(args: argparse.Namespace, run: run_state.Run) -> Target:
+def build_target(
+    args: argparse.Namespace, run: run_state.Run, tokenizer_file: TokenizerContent | None
+) -> Target:
     """What the patches predict: the codes of a frozen tokenizer, or their pixels."""
     if args.target == "pixels":
         patch_size = modeling_pretrain.MODELS[args.model].patch_size
         return Pixels(patch_size, mean_and_std(args), args.in_chans)
-    tokenizer = build_tokenizer(args).to(run.device)
+    tokenizer = build_tokenizer(args, tokenizer_file).to(run.device)
     if isinstance(tokenizer, modeling_vqkd.VQKD):
         cast_frozen(tokenizer.encoder, run.precision.dtype)
         warn_of_other_range(tokenizer.image_range, args.image_range, f"the tokenizer {args.tokenizer_weight}")
@@ -122,22 +126,41 @@ def build_target(args: argparse.Namespace, run: run_state.Run) -> Target:
     return Tokens(tokenizer, args.codebook_size, run.device, args.teacher_channels)
 
 
-def resolve_pixels(args: arguments.Flags, run: run_state.Run) -> arguments.Flags:
-    """Numbers for --image_range and --mean_std auto; a tokenizer says which range its
-    images had.
+def read_tokenizer_file(args: argparse.Namespace) -> TokenizerContent | None:
+    """None without a tokenizer, or of DALL-E's."""
+    if args.target == "pixels" or uses_dall_e(args):
+        return None
+    source = args.tokenizer_weight or args.tokenizer_model
+    return read_tokenizer(source, f"`tokenizer_weight` {source}")
+
+
+def resolve_pixels(
+    args: arguments.Flags,
+    run: run_state.Run,
+    initial: InitialWeights | None,
+    tokenizer_file: TokenizerContent | None,
+) -> arguments.Flags:
+    """Channels, range and normalization as `initial` were trained with, where they were
+    not given; numbers for --image_range and --mean_std auto, for the range also those
+    of the tokenizer, whatever channels it sees.
     """
-    theirs: dict[str, Any] = {}
-    if args.target == "tokens" and not uses_dall_e(args) and args.image_range == AUTO:
-        source = args.tokenizer_weight or args.tokenizer_model
-        flags = read_tokenizer(source, f"`tokenizer_weight` {source}")[1]
-        theirs = {"in_chans": args.in_chans, "image_range": flags.get("image_range")}
-    return resolve_pixel_flags(
-        args, run, lambda: find_unlabeled(image_source(args), train=True), theirs, "the tokenizer"
-    )
+    known = [] if initial is None else [(initial.content.flags, initial.origin)]
+    if tokenizer_file is not None:
+        image_range = tokenizer_file[1].get("image_range")
+        known.append(({"in_chans": None, "image_range": image_range}, "the tokenizer"))
+    args = resolve_pixel_flags(args, run, find_training_images, known, take=initial is not None)
+    check_tokenizer_channels(args)
+    return args
 
 
-def build_tokenizer(args: argparse.Namespace) -> nn.Module:
-    """Frozen, with `get_codebook_indices` (B, C, height, width) in [0, 1] -> (B, N)."""
+def find_training_images(args: argparse.Namespace) -> Samples:
+    return find_unlabeled(image_source(args), train=True)
+
+
+def build_tokenizer(args: argparse.Namespace, content: TokenizerContent | None = None) -> nn.Module:
+    """Frozen, with `get_codebook_indices` (B, C, height, width) in [0, 1] -> (B, N).
+    `content`: of its file, where it has been read already.
+    """
     if uses_dall_e(args):
         encoder = modeling_dvae.load_dall_e_encoder(args.tokenizer_weight)
         if encoder.vocab_size != args.codebook_size:
@@ -155,6 +178,7 @@ def build_tokenizer(args: argparse.Namespace) -> nn.Module:
         n_code=args.codebook_size,
         code_dim=args.codebook_dim,
         in_chans=tokenizer_channels(args),
+        content=content,
     )
 
 
@@ -204,7 +228,7 @@ def build_data(args: argparse.Namespace) -> tuple[ImageFiles, ImageFiles | None]
     """
     source = image_source(args)
     views = build_pretraining_views(args)
-    train = ImageFiles(find_unlabeled(source, train=True), views, args.seed)
+    train = ImageFiles(find_training_images(args), views, args.seed)
     if not args.eval_data_path:
         return train, None
     return train, ImageFiles(find_held_out(source), views, args.seed)

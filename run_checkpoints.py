@@ -47,14 +47,26 @@ def save(state: TrainState, stage: Stateful, run: Run, epoch: int, names: list[s
     run.saver.submit(content, output_dir, names, run.options.keep_ckpts)
 
 
+def find_resumed(run: Run) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint that the run goes on from and what is in it: None and {} where
+    there is none. It is read once, and kept until `resume`.
+    """
+    if run.resumed is None:
+        options = run.options
+        path = resumption.find_checkpoint(options.resume, options.auto_resume, options.output_dir)
+        run.resumed = (path, {} if path is None else checkpoints.read_checkpoint(path))
+    return run.resumed
+
+
 def resume(state: TrainState, stage: Stateful, run: Run, steps_per_epoch: int) -> None:
     """Go on from `resume`, or from output_dir/checkpoint.pth, if there is one; all
     ranks from the same position.
     """
     options = run.options
-    path = resumption.find_checkpoint(options.resume, options.auto_resume, options.output_dir)
+    path, content = find_resumed(run)
+    run.resumed = None
     if path is not None:
-        restore(state, stage, run, path, steps_per_epoch)
+        restore(state, stage, run, path, steps_per_epoch, content=content)
         if options.cooldown_from and state.cooldown_start is None:
             raise UserError(
                 f"`output_dir` {options.output_dir} holds a run that is not cooling down: name another "
@@ -72,19 +84,26 @@ def resume(state: TrainState, stage: Stateful, run: Run, steps_per_epoch: int) -
 
 
 def restore(
-    state: TrainState, stage: Stateful, run: Run, path: Path, steps_per_epoch: int, cools_down: bool = False
+    state: TrainState,
+    stage: Stateful,
+    run: Run,
+    path: Path,
+    steps_per_epoch: int,
+    cools_down: bool = False,
+    content: dict[str, Any] | None = None,
 ) -> None:
     """Undo `save`. Optimizer settings (betas, layer decay, ...) are this run's flags,
     its moments are the checkpoint's. `cools_down`: it must be of a constant learning
-    rate.
+    rate. `content`: of the file, where it has been read already.
     """
-    content = checkpoints.read_checkpoint(path)
+    content = checkpoints.read_checkpoint(path) if content is None else content
     if cools_down:
         resumption.check_can_cool_down(content, path)
     resumption.check_same_run(content, run.flags, run.data, path)
-    checkpoints.load_weights(state.model, content["model"], path)
-    if state.ema is not None:
-        checkpoints.load_weights(state.ema.module, content.get("model_ema", content["model"]), path)
+    with resumption.naming_changed_flags(content, run.flags, path):
+        checkpoints.load_weights(state.model, content["model"], path)
+        if state.ema is not None:
+            checkpoints.load_weights(state.ema.module, content.get("model_ema", content["model"]), path)
     if "next" not in content and run.output_dir and distributed.is_main():
         resumption.keep_published(path, run.output_dir)
     if resumption.is_published(content):
@@ -96,7 +115,8 @@ def restore(
     before = content.get("args", {}).get("opt", opt)
     if before != opt:
         raise UserError(f"{path} holds the state of `opt` {before}, not of {opt}: go on with `opt` {before}")
-    load_optimizer(state, content["optimizer"], path)
+    with resumption.naming_changed_flags(content, run.flags, path):
+        load_optimizer(state, content["optimizer"], path)
     try:
         load_progress(state, content, run.device)
         if content["stage"] is not None:

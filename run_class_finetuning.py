@@ -138,11 +138,11 @@ def resolve_pixels(
     training images.
     """
 
-    def find() -> Samples:
+    def find(args: argparse.Namespace) -> Samples:
         return find_labeled(image_source(args), train=True, nb_classes=args.nb_classes)[0]
 
-    theirs = {} if weights is None else weights.flags
-    return resolve_pixel_flags(args, run, find, theirs, f"--finetune {args.finetune}")
+    known = [] if weights is None else [(weights.flags, f"--finetune {args.finetune}")]
+    return resolve_pixel_flags(args, run, find, known)
 
 
 def read_pretrained(args: argparse.Namespace) -> weight_source.WeightSource | None:
@@ -214,7 +214,7 @@ def use_trained_model(args: arguments.Flags) -> None:
     args = args.replace(
         **trained_classifier.look_as_trained(trained, collect_flags(parser, args), args.given)
     )
-    args = resolve_pixel_flags(args, run, None, trained.flags, trained.source)
+    args = resolve_pixel_flags(args, run, None, [(trained.flags, trained.source)])
     if "model" in args.given:
         warn_of_input_size(args)
     model: nn.Module = trained_classifier.build_classifier(trained, collect_flags(parser, args), args.given)

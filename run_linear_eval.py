@@ -27,7 +27,7 @@ from evaluation.held_out import evaluation_batches
 from flags.images import build_eval_view, build_finetuning_view, image_source, mean_and_std
 from flags.linear_eval import get_parser as get_parser
 from flags.linear_eval import get_parser_for, idle_flags, parse_flags
-from flags.pixel_format import resolve_pixel_flags, take_pixel_flags
+from flags.pixel_format import resolve_pixel_flags
 from optim_factory import create_optimizer
 from runtime import distributed
 from runtime.terminal import log
@@ -93,12 +93,11 @@ def resolve_pixels(args: arguments.Flags, run: run_state.Run, opened: Backbone) 
     """Channels, range and normalization where they were not given: the backbone's, and
     where nothing says what `auto` is, of the training images.
     """
-    args = take_pixel_flags(args, opened.flags)
 
-    def find() -> Samples:
+    def find(args: argparse.Namespace) -> Samples:
         return find_labeled(image_source(args), train=True, nb_classes=args.nb_classes)[0]
 
-    return resolve_pixel_flags(args, run, find, opened.flags, args.finetune)
+    return resolve_pixel_flags(args, run, find, [(opened.flags, args.finetune)], take=True)
 
 
 def open_backbone(args: arguments.Flags, run: run_state.Run) -> tuple[FrozenBackbone, argparse.Namespace]:

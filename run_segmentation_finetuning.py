@@ -130,8 +130,9 @@ def resolve_pixels(
     """Numbers for --image_range and --mean_std auto: those of --finetune, else of the
     training images.
     """
-    images, theirs = [(pair.image, None) for pair in pairs], {} if start is None else start.flags
-    return resolve_pixel_flags(args, run, lambda: images, theirs, f"--finetune {args.finetune}")
+    images = [(pair.image, None) for pair in pairs]
+    known = [] if start is None else [(start.flags, f"--finetune {args.finetune}")]
+    return resolve_pixel_flags(args, run, lambda _: images, known)
 
 
 def class_settings(args: argparse.Namespace) -> ClassSettings:
@@ -200,7 +201,7 @@ def use_trained_model(args: arguments.Flags) -> None:
     content = trained_segmenter.read_segmenter(source, origin)
     looks = trained_segmenter.LOOKS_AS_TRAINED
     args = args.replace(**take_training_flags(content.flags, looks, collect_flags(parser, args), args.given))
-    args = resolve_pixel_flags(args, run, None, content.flags, f"{origin} {source}")
+    args = resolve_pixel_flags(args, run, None, [(content.flags, f"{origin} {source}")])
     model = trained_segmenter.build_segmenter(content, f"{origin} {source}").to(run.device)
     names = read_class_list(class_settings(args))[0]
     classes = trained_segmenter.choose_class_names(content, names, f"{origin} {source}")

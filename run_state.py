@@ -89,6 +89,7 @@ class Run:
     flags: dict[str, Any] = field(default_factory=dict)  # all of the command line, as plain data
     config: dict[str, Any] = field(default_factory=dict)  # for flags.json
     data: dict[str, Any] = field(default_factory=dict)  # for checkpoints: images, digest of their names
+    resumed: tuple[Path | None, dict[str, Any]] | None = None  # of run_checkpoints.find_resumed
     lock: RunLock | None = None  # of rank 0, while it trains
     saver: checkpoints.Saver = field(default_factory=checkpoints.Saver)
     started: float = field(default_factory=time.monotonic)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -14,6 +13,8 @@ import initialization
 import modeling_vqkd
 import run_state
 from checkpoint_io import checkpoints
+from checkpoint_io.tokenizer_weights import TokenizerContent, read_tokenizer
+from data_pipeline.image_lists import Samples
 from data_pipeline.samplers import Loader
 from datasets import ImageFiles, find_unlabeled
 from engine_for_pixel_decoder import PixelDecoderStage
@@ -44,8 +45,8 @@ def build(args: arguments.Flags) -> engine.Trainer:
     """The run that the flags describe, ready for its first step."""
     # ── Setup ──
     run = run_state.start_run(get_parser(), args)
-    args = resolve_pixels(args, run)
     initial = initialization.read_initial_weights(args.init_from, of_encoder=True)
+    args = resolve_pixels(args, run, initial)
 
     # ── Data ──
     dataset = build_dataset(args)
@@ -111,11 +112,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.stop()
 
 
-def resolve_pixels(args: arguments.Flags, run: run_state.Run, **weights: Any) -> arguments.Flags:
-    """Numbers for --image_range and --mean_std auto; `weights`: as of
-    resolve_pixel_flags.
+def resolve_pixels(
+    args: arguments.Flags, run: run_state.Run, initial: InitialWeights | None
+) -> arguments.Flags:
+    """Channels, range and normalization as `initial` were trained with, where they were
+    not given; numbers for --image_range and --mean_std auto.
     """
-    return resolve_pixel_flags(args, run, lambda: find_unlabeled(image_source(args), train=True), **weights)
+    known = [] if initial is None else [(initial.content.flags, initial.origin)]
+    return resolve_pixel_flags(args, run, find_training_images, known, take=initial is not None)
+
+
+def find_training_images(args: argparse.Namespace) -> Samples:
+    return find_unlabeled(image_source(args), train=True)
 
 
 def build_frozen_teacher(args: argparse.Namespace) -> Teacher:
@@ -139,9 +147,10 @@ def build_model(
     teacher: Teacher,
     weights: str | None = None,
     initial: InitialWeights | None = None,
+    content: TokenizerContent | None = None,
 ) -> modeling_vqkd.VQKD:
-    """`weights`: a trained tokenizer's file; `initial`: those that its encoder starts
-    from.
+    """`weights`: a trained tokenizer's file, `content`: of it, where it has been read;
+    `initial`: those that its encoder starts from.
     """
     return modeling_vqkd.create_model(
         args.model,
@@ -158,13 +167,13 @@ def build_model(
         in_chans=args.in_chans,
         mean_std=None if args.mean_std is None else mean_and_std(args),
         encoder_parts=None if initial is None else initial.parts,
+        content=content,
     )
 
 
 def build_dataset(args: argparse.Namespace) -> ImageFiles:
     """Training images in [0, 1], randomly cropped and flipped."""
-    images = find_unlabeled(image_source(args), train=True)
-    return ImageFiles(images, build_tokenizer_views(args), args.seed)
+    return ImageFiles(find_training_images(args), build_tokenizer_views(args), args.seed)
 
 
 def build_held_out_dataset(args: argparse.Namespace) -> ImageFiles | None:
@@ -199,7 +208,7 @@ def build_pixel_decoder(args: arguments.Flags) -> engine.Trainer:
 
     # ── Tokenizer, decoder ──
     tokenizer, theirs = modeling_vqkd.open_tokenizer(args.tokenizer_weight)
-    args = resolve_pixels(args, run, weights_flags=theirs, weights="the tokenizer")
+    args = resolve_pixel_flags(args, run, find_training_images, [(theirs, "the tokenizer")])
     refuse_other_pixels(args, tokenizer)
     codebook = tokenizer.quantize.embedding.weight.clone()
     model = pixel_decoder.Reconstructor(tokenizer, args.pixel_decoder_depth, args.pixel_decoder_dim)
@@ -246,16 +255,19 @@ def refuse_other_pixels(args: argparse.Namespace, tokenizer: modeling_vqkd.VQKD)
 
 
 def evaluate(args: arguments.Flags) -> None:
-    """--eval: loss and codebook usage of --resume on held-out images; needs no training
-    images.
+    """--eval: loss and codebook usage of --resume on held-out images, which are read and
+    normalized as it was trained; needs no training images.
     """
     run = run_state.start_run(get_parser(), args, trains=False)
-    args = resolve_pixel_flags(args, run, None)
+    content = read_tokenizer(args.resume, f"`resume` {args.resume}")
+    if "process_type" not in args.given and "mean_std" not in args.given:
+        args = args.replace(process_type=content[1].get("process_type", args.process_type))
+    args = resolve_pixel_flags(args, run, None, [(content[1], f"`resume` {args.resume}")], take=True)
     held_out = build_held_out_dataset(args)
     if held_out is None:
         raise UserError("--eval needs held-out images: --eval_data_path")
     teacher = build_frozen_teacher(args).to(run.device)
-    model = build_model(args, teacher, weights=args.resume).to(run.device)
+    model = build_model(args, teacher, weights=args.resume, content=content).to(run.device)
     stage = TokenizerStage(
         model,
         teacher,

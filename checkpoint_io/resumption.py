@@ -5,9 +5,10 @@ differences named.
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ PATHS = {
     *"""
     output_dir log_dir data_path eval_data_path knn_data_path image_folder_class_index_file resume
     finetune init_from cooldown_from tokenizer_weight teacher_weight
+    """.split()
+}
+# Flags that decide which tensors a run has, and how its optimizer groups them.
+OF_THE_SHAPE = {
+    *"""
+    model input_size in_chans nb_classes num_heads abs_pos_emb rel_pos_bias qkv_bias use_mean_pooling
+    layer_scale_init_value early_layers head_layers shared_lm_head target codebook_size codebook_dim
+    codebook_n_emd codebook_emd_dim decoder_depth teacher_model_type teacher_weight train_pixel_decoder
+    pixel_decoder_dim pixel_decoder_depth protocol features finetune init_from freeze_epochs layer_decay
+    disable_weight_decay_on_rel_pos_bias aux_weight class_names reduce_zero_label
     """.split()
 }
 OF_A_MACHINE = {"device", "num_workers", "pin_mem", "dist_url", *arguments.OBSOLETE}
@@ -151,6 +162,29 @@ def check_same_run(
     for name in sorted(flags.keys() & theirs.keys() - WITHOUT_EFFECT):
         if theirs[name] != flags[name]:
             log.info(f"changed    `{name}`: {theirs[name]} -> {flags[name]}")
+
+
+@contextlib.contextmanager
+def naming_changed_flags(content: Mapping[str, Any], flags: Mapping[str, Any], path: Any) -> Iterator[None]:
+    """Where the tensors of `content`, a checkpoint, do not fit this run, the UserError
+    names the flags that made them so, if any differ.
+    """
+    try:
+        yield
+    except UserError:
+        theirs = content.get("args", {})
+        differ = [
+            (f"no `{name}`" if theirs[name] in ("", None) else f"`{name}` {theirs[name]}")
+            + f" (now {'none' if flags[name] in ('', None) else flags[name]})"
+            for name in sorted(flags.keys() & theirs.keys() & OF_THE_SHAPE)
+            if theirs[name] != flags[name]
+        ]
+        if not differ:
+            raise
+        raise UserError(
+            f"{path} was trained with {', '.join(differ)}, so its weights or its optimizer do not fit this "
+            "run: give the flags as they were, or start a new run: another `output_dir`, without `resume`"
+        ) from None
 
 
 def check_can_cool_down(content: Mapping[str, Any], path: Any) -> None:

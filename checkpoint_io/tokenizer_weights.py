@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from checkpoint_io import downloads, weight_files, weight_formats
 from errors import UserError
 
+TokenizerContent = tuple[dict[str, Tensor], dict[str, Any]]  # state dict, flags of the training
+
 
 def count_blocks(weights: dict[str, Tensor], part: str) -> int:
     """How many blocks `encoder` or `decoder` has."""
@@ -18,7 +20,7 @@ def count_blocks(weights: dict[str, Tensor], part: str) -> int:
     return len({key[len(start) :].split(".")[0] for key in weights if key.startswith(start)})
 
 
-def read_tokenizer(source: str, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tokenizer(source: str, origin: str) -> TokenizerContent:
     """The state dict of the tokenizer in a file (path, URL or published name), and the
     flags it was trained with, {} where they are not known.
 

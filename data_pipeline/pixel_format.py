@@ -9,7 +9,7 @@ between.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -119,15 +119,16 @@ class PixelStatistics:
 
 
 def measure_pixels(
-    sources: Sequence[Source | IO[bytes]], in_chans: int, image_range: tuple[float, float] | None, auto: bool
+    sources: Iterable[Source | IO[bytes]], in_chans: int, image_range: tuple[float, float] | None, auto: bool
 ) -> PixelStatistics:
     """Statistics of evenly thinned pixels of the files; `auto`: the range too, of which
     0.1% of the pixels may lie below and 0.1% above. UserError where none can be read.
     """
     samples: list[Tensor] = []
     dtypes: list[np.dtype] = []
-    problem = ""
+    problem, tried = "", 0
     for source in sources:
+        tried += 1
         try:
             x, dtype = read_channels(source, in_chans)
             every = max(1, math.isqrt(x[0].numel() // SAMPLE_PIXELS))
@@ -135,9 +136,10 @@ def measure_pixels(
             samples.append(x if auto else scale_to_unit(x, dtype, image_range))
             dtypes.append(dtype)
         except Exception as error:  # decoders raise nearly anything for broken files
-            problem = problem or f"{source if isinstance(source, str) else 'an image'}: {error}"
+            name = source if isinstance(source, str) else getattr(source, "name", "an image")
+            problem = problem or f"{name}: {error}"
     if not samples:
-        raise UserError(f"no image of a sample of {len(sources)} could be read: {problem}")
+        raise UserError(f"no image of a sample of {tried} could be read: {problem}")
     x = torch.cat(samples, dim=1)
     warning = ""
     if auto:

@@ -22,7 +22,8 @@ from errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE  # a header of a tar file, 512 bytes
 INDEX = ".index.npz"  # follows the shard's name
-INDEX_VERSION = 2
+INDEX_VERSION = 3
+NUMBER = re.compile(r"(\d{8,})_")  # with which scripts/make_shards.py begins a name
 MOST_LABEL = 999_999  # a classifier of more classes is rather a wrong number
 
 
@@ -32,6 +33,7 @@ class Index(NamedTuple):
     places: np.ndarray  # (n, 2) int64: offset and size
     labels: np.ndarray  # (n,) int64; -1 without label
     left_out: np.ndarray  # (1,) int64: other members whose last ending is an image's
+    numbers: np.ndarray  # (n,) int64: which image of the packed folder it was; -1 where the name tells none
 
 
 def load_index(path: str, extensions: Sequence[str], origin: str = "`data_path`") -> Index:
@@ -57,6 +59,7 @@ def scan(path: str, extensions: Sequence[str]) -> Index:
     """Read a shard's headers. The first image of a sample counts."""
     places: list[tuple[int, int]] = []
     labels: list[int] = []
+    numbers: list[int] = []
     left_out: Counter[str] = Counter()
     with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         end = os.fstat(file.fileno()).st_size
@@ -68,12 +71,15 @@ def scan(path: str, extensions: Sequence[str]) -> Index:
             if image.offset_data + image.size > end:
                 raise tarfile.ReadError(f"it ends within {image.name}")
             places.append((image.offset_data, image.size))
+            number = NUMBER.match(os.path.basename(image.name))
+            numbers.append(int(number[1][:18]) if number else -1)
         file.seek(max(0, end - BLOCK))
         # cut between two members it would pass for a smaller shard
         if end % BLOCK or file.read().strip(b"\0"):
             raise tarfile.ReadError("it ends without the mark of an end")
     images = np.array([left_out.total()], dtype=np.int64)
-    return Index(np.array(places, dtype=np.int64).reshape(-1, 2), np.array(labels, dtype=np.int64), images)
+    columns = (np.array(column, dtype=np.int64) for column in (labels, numbers))
+    return Index(np.array(places, dtype=np.int64).reshape(-1, 2), next(columns), images, next(columns))
 
 
 def _iterate_samples(
@@ -130,7 +136,7 @@ def _read_kept_index(path: str, extensions: Sequence[str]) -> Index | None:
     """
     try:
         with open_regular(path + INDEX) as file, np.load(file, allow_pickle=False) as kept:
-            index = Index(kept["places"], kept["labels"], kept["left_out"])
+            index = Index(*(kept[name] for name in Index._fields))
             return index if np.array_equal(kept["mark"], _compute_mark(path, index, extensions)) else None
     except (
         Exception

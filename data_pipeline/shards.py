@@ -74,12 +74,14 @@ class Members(Sequence[tuple[Member, int | None]]):
         shard: np.ndarray,
         places: np.ndarray,
         labels: np.ndarray | None,
+        numbers: np.ndarray,
         left_out: int = 0,
     ) -> None:
         self.paths = paths
         self.shard = shard  # (n,) which of `paths`, rising
         self.places = places  # (n, 2) offset and size
         self.labels = labels  # (n,) or None
+        self.numbers = numbers  # (n,) as of shard_index.Index
         self.left_out = left_out  # images that the shards hold besides
 
     def __len__(self) -> int:
@@ -102,10 +104,16 @@ class Members(Sequence[tuple[Member, int | None]]):
         """Some of them, in this order."""
         chosen = np.asarray(indices, dtype=np.int64)
         labels = None if self.labels is None else self.labels[chosen]
-        return Members(self.paths, self.shard[chosen], self.places[chosen], labels)
+        return Members(self.paths, self.shard[chosen], self.places[chosen], labels, self.numbers[chosen])
 
     def with_labels(self, labels: np.ndarray | None) -> Members:
-        return Members(self.paths, self.shard, self.places, labels)
+        return Members(self.paths, self.shard, self.places, labels, self.numbers)
+
+    def in_folder_order(self) -> Members:
+        """In the order that they had in the folder which was packed, as far as their
+        names tell it.
+        """
+        return self.take(np.argsort(self.numbers, kind="stable"))
 
     def count_by_shard(self) -> list[int]:
         """Images of each shard that has any: neighbors in the order of the indices."""
@@ -186,7 +194,10 @@ def list_members(paths: Sequence[str], extensions: Sequence[str], origin: str) -
         indices = list(pool.map(lambda path: load_index(path, extensions, origin), paths))
     shard = np.repeat(np.arange(len(paths), dtype=np.int32), [len(index.labels) for index in indices])
     places = np.concatenate([index.places for index in indices])
-    labels = np.concatenate([index.labels for index in indices])
+    labels, numbers = (
+        np.concatenate(column)
+        for column in zip(*((index.labels, index.numbers) for index in indices), strict=True)
+    )
     if len(labels) == 0:
         raise UserError(
             f"{origin}: no images in these {len(paths)} shards (accepted: {' '.join(extensions)}, behind "
@@ -197,7 +208,7 @@ def list_members(paths: Sequence[str], extensions: Sequence[str], origin: str) -
         first = Member(paths[shard[labeled.argmin()]], *places[labeled.argmin()].tolist())
         raise UserError(f"{origin}: {first} has no label (.cls), others have one; label all images or none")
     left_out = int(sum(index.left_out.sum() for index in indices))
-    return Members(paths, shard, places, labels if labeled.all() else None, left_out)
+    return Members(paths, shard, places, labels if labeled.all() else None, numbers, left_out)
 
 
 # ── Names of classes ──

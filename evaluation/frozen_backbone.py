@@ -97,7 +97,7 @@ def open_frozen(
     mean, std = normalization_of(own, pretrained.uses_imagenet_statistics(flags, imagenet, source))
     summary = "cls" if pretrained.has_cls_head(content.weights) else None
     size, pixels = model.patch_embed.img_size, PixelFormat.of_flags(own)
-    return Backbone(model, size, mean, std, summary=summary, pixels=pixels, flags=flags)
+    return Backbone(model, size, mean, std, summary=summary, pixels=pixels, flags=own)
 
 
 def open_timm(name: str, input_size: int | tuple[int, int] | None = None) -> Backbone:

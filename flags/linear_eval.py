@@ -41,7 +41,6 @@ PUBLISHED_DEFAULTS: dict[str, Any] = dict(
     checkpoint_key="model|module|teacher",
     lr=None,
     train_interpolation="bilinear",
-    output_dir=".",
 )
 # flags that --knn has no use for; --batch_size and --amp_dtype it has
 TRAINING_FLAGS = """

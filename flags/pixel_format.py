@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from arguments import Flags, large_count, not_negative, shorten
-from checkpoint_io import checkpoints, resumption
+from checkpoint_io import checkpoints, weight_source
 from data_pipeline.array_files import ARRAY_EXTENSIONS
 from data_pipeline.image_lists import Samples
 from data_pipeline.pixel_format import (
@@ -23,6 +23,7 @@ from data_pipeline.pixel_format import (
 )
 from datasets import open_evenly
 from errors import UserError
+from run_checkpoints import find_resumed
 from run_state import Run
 from runtime.terminal import log
 from transforms import normalization_of
@@ -139,18 +140,21 @@ def image_endings(args: argparse.Namespace) -> tuple[str, ...]:
     return endings_of(RGB8) if reads_rgb8(args) else ARRAY_EXTENSIONS
 
 
-def take_pixel_flags(args: Flags, theirs: Mapping[str, Any]) -> Flags:
-    """The flags, with those of the backbone's training (`theirs`, {} where unknown) in
-    place of what was not given. UserError as check_pixel_flags.
+def is_of_channels(flags: Mapping[str, Any], in_chans: int) -> bool:
+    """Whether a training with these flags saw so many channels; None: any number."""
+    return flags.get("in_chans", 3) in (None, in_chans)
+
+
+def take_pixel_flags(args: Flags, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the weights' training (`theirs`, {} where unknown) in place of what was
+    not given. Of other channels than the run's, range and statistics are others'.
     """
-    own = {name: getattr(args, name) for name in PIXEL_FLAGS}
-    taken = {name: theirs.get(name) if value is None else value for name, value in own.items()}
-    taken["in_chans"] = taken["in_chans"] or 3
-    if args.imagenet_default_mean_and_std:
-        taken["mean_std"] = args.mean_std
-    args = args.replace(**taken)
-    check_pixel_flags(args)
-    return args
+    names = set(PIXEL_FLAGS) - args.given
+    if args.imagenet_default_mean_and_std or getattr(args, "process_type", "default") != "default":
+        names.discard("mean_std")
+    if "in_chans" in args.given and not is_of_channels(theirs, args.in_chans):
+        return {}
+    return {name: theirs[name] for name in PIXEL_FLAGS if name in names and theirs.get(name) is not None}
 
 
 # ── auto ──
@@ -159,33 +163,40 @@ def take_pixel_flags(args: Flags, theirs: Mapping[str, Any]) -> Flags:
 def resolve_pixel_flags(
     args: Flags,
     run: Run,
-    find: Callable[[], Samples] | None,
-    weights_flags: Mapping[str, Any] | None = None,
-    weights: str = "",
+    find: Callable[[Flags], Samples] | None,
+    known: Sequence[tuple[Mapping[str, Any], str]] = (),
+    take: bool = False,
 ) -> Flags:
     """The flags with numbers in place of each `auto`: those that the checkpoint to
-    resume was trained with, else those of the `weights` that the run starts from, else
+    resume was trained with, else those of the weights that the run starts from, else
     of a sample of the images. They are logged, and kept with the run's flags.
 
-    `find`: the training images; None for an evaluation. `weights_flags`: what those
-    weights were trained with, {} where unknown.
+    `find`: the training images that flags name; None for an evaluation. `known`: the flags that weights
+    were trained with ({} where unknown), and what these are called. `take`: flags that
+    were not given are those of the first of `known`; of a range that was given and is
+    another one, a warning says so. UserError as check_pixel_flags.
     """
+    taken = take_pixel_flags(args, known[0][0]) if take else {}
+    args = args.replace(**{"in_chans": args.in_chans or 3, **taken})
+    if take:
+        check_pixel_flags(args)
+        run.config |= {name: taken[name] for name in taken.keys() & run.config.keys()}
     if reads_rgb8(args) and args.mean_std is None:
         return args
     asked = [name for name in STATISTICS if getattr(args, name) == AUTO]
-    resumed = resumed_flags(run) if asked else {}
+    resumed = find_resumed(run)[1].get("args", {}) if asked else {}
     found: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name in asked:
-        for flags, source in ((resumed, "the checkpoint"), (weights_flags or {}, weights)):
+        for flags, source in ((resumed, "the checkpoint"), *known):
             theirs = flags.get(name)
-            if name not in found and theirs and flags.get("in_chans", 3) == args.in_chans:
+            if name not in found and theirs and is_of_channels(flags, args.in_chans):
                 found[name], origin[name] = list(theirs), f" (of {source})"
     warning = ""
     if find is None and len(found) < len(asked):
         missing = next(name for name in asked if name not in found)
         raise UserError(f"--{missing} auto: the weights do not say what they were trained with; give numbers")
-    if find is not None and not resumed:
+    if find is not None and not (resumed and len(found) == len(asked)):
         measured = measure(args, found, find)
         warning = measured.warning
         of_sample = f" (of {measured.files} images)"
@@ -195,36 +206,34 @@ def resolve_pixel_flags(
             found["mean_std"], origin["mean_std"] = [*measured.mean, *measured.std], of_sample
     args = args.replace(**found)
     run.flags.update(checkpoints.to_plain_data({name: getattr(args, name) for name in PIXEL_FLAGS}))
-    log_pixels(args, origin)
+    names = ", ".join(f"`{name}`" for name in taken)
+    log_pixels(args, origin, f"; {names} of {known[0][1]}" if taken else "")
+    if take and known[0][0].get("image_range") and is_of_channels(known[0][0], args.in_chans):
+        warn_of_other_range(known[0][0]["image_range"], args.image_range, known[0][1])
     if warning:
         log.warning(f"warning: `image_range` may not be that of the images: {warning}")
     return args
 
 
-def resumed_flags(run: Run) -> Mapping[str, Any]:
-    """The flags of the checkpoint that the run goes on from; {} where there is none."""
-    options = run.options
-    path = resumption.find_checkpoint(options.resume, options.auto_resume, options.output_dir)
-    return {} if path is None else checkpoints.read_checkpoint(path).get("args", {})
-
-
-def measure(args: Flags, found: Mapping[str, Any], find: Callable[[], Samples]) -> PixelStatistics:
+def measure(args: Flags, found: Mapping[str, Any], find: Callable[[Flags], Samples]) -> PixelStatistics:
     low_high = found.get("image_range", args.image_range)
     auto = low_high == AUTO
     looked_at = SAMPLE_FILES if auto or args.mean_std == AUTO else LOOKED_AT
     bounds = None if auto or low_high is None else (low_high[0], low_high[1])
-    return measure_pixels(open_evenly(find(), looked_at), args.in_chans, bounds, auto)
+    return measure_pixels(open_evenly(find(args), looked_at), args.in_chans, bounds, auto)
 
 
-def log_pixels(args: argparse.Namespace, origin: Mapping[str, str] | None = None) -> None:
-    """One line: how the images are read and normalized."""
-    origin = origin or {}
+def log_pixels(args: argparse.Namespace, origin: Mapping[str, str], taken: str) -> None:
+    """One line: how the images are read and normalized. `taken`: which of it weights
+    say.
+    """
     low_high = args.image_range
     bounds = "by the files' type" if low_high is None else f"{low_high[0]:g} to {low_high[1]:g}"
-    mean, std = (" ".join(f"{value:g}" for value in each) for each in normalization_of(vars(args)))
+    flags = weight_source.translate_process_type(vars(args))
+    mean, std = (" ".join(f"{value:g}" for value in each) for each in normalization_of(flags))
     log.info(
         f"pixels     {args.in_chans} channel{'s' * (args.in_chans > 1)}, range {bounds}"
-        f"{origin.get('image_range', '')}, mean {mean}, std {std}{origin.get('mean_std', '')}"
+        f"{origin.get('image_range', '')}, mean {mean}, std {std}{origin.get('mean_std', '')}{taken}"
     )
 
 

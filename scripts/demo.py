@@ -8,6 +8,7 @@ stage's folder, pictures/ and summary.json; what an earlier run wrote is kept be
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -24,121 +25,79 @@ import torch  # noqa: E402
 from torchvision.utils import save_image  # noqa: E402
 
 import stages  # noqa: E402
+from advice.command import Command, Machine  # noqa: E402
+from advice.inspection import inspect_folder  # noqa: E402
+from advice.plan import make_plan  # noqa: E402
 from data_pipeline.image_formats import load_image  # noqa: E402
 from demo_folders import make_empty  # noqa: E402
-from demo_photos import own_images, shrink, solar_cells  # noqa: E402
+from demo_photos import Photo, link, own_images, shrink, solar_cells  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
 from stages import run_entry  # noqa: E402
 from visualization import drawing  # noqa: E402
 
 OUT = ROOT / "demo_output"
-BATCH, BATCH_FEW = 64, 32
-STEPS = {"vqkd": 300, "pretrain": 650, "finetune": 280, "finetune_10pct": 120}
-
-SIZE = ["--input_size", "128", "--vflip", "0.5", "--num_workers", "2", "--device", "cpu"]
-VQKD = """--model vqkd_encoder_demo_decoder_1x128x4_hog --teacher_model_type efficientnet_lite0
-    --teacher_input_size 128 --codebook_n_emd 256 --codebook_emd_dim 16 --quantizer_warmup_steps 80
-    --revive_dead_codes --lr 2e-3 --opt_betas 0.9 0.99 --weight_decay 1e-4 --clip_grad 3.0
-    --min_crop_scale 0.35"""
-PRETRAIN = """--model beit_demo_patch16_128_8k_vocab_cls_pt
-    --tokenizer_model vqkd_encoder_demo_decoder_1x128x4_hog --second_input_size 128 --codebook_size 256
-    --codebook_dim 16 --num_mask_patches 26 --min_mask_patches_per_block 4 --early_layers 4
-    --head_layers 1 --drop_path 0 --lr 1.5e-3 --opt_betas 0.9 0.98 --clip_grad 3.0
-    --min_crop_scale 0.35 --color_jitter 0"""
-FINETUNE = """--model beit_demo_patch16_128 --data_set image_folder --aa none --color_jitter 0
-    --reprob 0 --min_crop_scale 0.5 --clip_grad 3.0 --no_save_ckpt"""
-PRETRAINED, SCRATCH = "--layer_decay 0.8", "--layer_decay 1.0"
+BATCH_FEW, STEPS_FEW = 32, 120  # of fine-tuning with a tenth of the labels
+# from scratch, all blocks learn at one rate, and this one suits: with all labels, and with a tenth
+SCRATCH_LR = ("5e-4", "2e-3")
 
 
-def run(stage: str, script: str, flags: str, **more: object) -> float:
-    """The entry script's seconds; `more` are flags whose values may hold spaces."""
-    words = [word for name, value in more.items() for word in (f"--{name}", str(value))]
-    return run_entry(stage, script, flags, *SIZE, *words)
+def run(stage: str, command: Command, **changes: object) -> float:
+    """The command with other values for some flags, as Command.words; its seconds."""
+    more = {"output_dir": OUT / stage, "num_workers": 2, "device": "cpu", **changes}
+    return run_entry(stage, command.script, "", *command.words(**more))
 
 
 def log_of(stage: str) -> list[dict[str, Any]]:
     return stages.log_of(OUT / stage)
 
 
-def prepare(photos: list[tuple[Path, str, bool]]) -> dict[str, dict[str, int]]:
-    """Shrunken copies in demo_output/data/{train,val}/class; how many there are of
-    each.
+def prepare(photos: list[Photo], shrinks: bool = True) -> dict[str, dict[str, int]]:
+    """Shrunken copies, or links, in demo_output/data/{train,val}/class; how many there
+    are of each.
     """
     counts: dict[str, dict[str, int]] = {"train": {}, "val": {}}
     for number, (source, label, validate) in enumerate(photos):
         split = "val" if validate else "train"
-        if shrink(source, OUT / "data" / split / label / f"{number:06d}.jpg"):
+        target = OUT / "data" / split / label / f"{number:06d}{'.jpg' if shrinks else source.suffix}"
+        if shrink(source, target) if shrinks else link(source, target):
             counts[split][label] = counts[split].get(label, 0) + 1
     if sum(counts["train"].values()) < 2 or not counts["val"]:
         raise UserError("too few images: the demo needs at least 10 that can be read")
     return counts
 
 
+def plan_demo(own: bool) -> list[Command]:
+    """What advise.py advises for these images on a CPU."""
+    folder = inspect_folder(str(OUT / "data"))
+    if not own:  # a solar cell can be mounted either way
+        folder = dataclasses.replace(folder, has_up=False)
+    return make_plan(folder, Machine.here("cpu"), str(OUT))
+
+
 # ── Stages ──
 
 
-def epochs_for(steps: int, images: int, batch: int) -> int:
-    return max(1, round(steps / max(1, images // batch)))
-
-
-def train_tokenizer(images: int) -> float:
-    return run(
-        "vqkd",
-        "run_vqkd_training.py",
-        VQKD,
-        batch_size=BATCH,
-        epochs=epochs_for(STEPS["vqkd"], images, BATCH),
-        warmup_steps=STEPS["vqkd"] // 6,
-        data_path=OUT / "data/train",
-        eval_data_path=OUT / "data/val",
-        eval_freq=5,
-        output_dir=OUT / "vqkd",
-    )
-
-
-def pretrain(images: int) -> float:
-    return run(
-        "pretrain",
-        "run_beitv2_pretraining.py",
-        PRETRAIN,
-        batch_size=BATCH,
-        epochs=epochs_for(STEPS["pretrain"], images, BATCH),
-        warmup_steps=STEPS["pretrain"] // 6,
-        tokenizer_weight=OUT / "vqkd/checkpoint.pth",
-        data_path=OUT / "data/train",
-        output_dir=OUT / "pretrain",
-    )
-
-
-def finetune(name: str, images: int, pretrained: bool, few: bool) -> float:
-    """`few`: with a tenth of the labels. Each case has the learning rate that suits
-    it.
+def finetune(name: str, command: Command, images: int, pretrained: bool, few: bool) -> float:
+    """`few`: with a tenth of the labels. From scratch, each case has the learning rate
+    that suits it.
     """
-    batch, steps = (BATCH_FEW, STEPS["finetune_10pct"]) if few else (BATCH, STEPS["finetune"])
-    epochs = epochs_for(steps, images // 10 if few else images, batch)
-    start = {"finetune": OUT / "pretrain/checkpoint.pth"} if pretrained else {}
-    return run(
-        name,
-        "run_class_finetuning.py",
-        f"{FINETUNE} {PRETRAINED if pretrained else SCRATCH}",
-        **start,
-        batch_size=batch,
-        epochs=epochs,
-        warmup_steps=round(0.15 * steps),
-        lr="1e-3" if pretrained else ("2e-3" if few else "5e-4"),
-        label_fraction=0.1 if few else 1.0,
-        eval_freq=epochs,
-        image_freq=0,
-        data_path=OUT / "data/train",
-        eval_data_path=OUT / "data/val",
-        output_dir=OUT / name,
-    )
+    changes: dict[str, object] = {"no_save_ckpt": True, "image_freq": 0}
+    changes["eval_freq"] = command.value("epochs")
+    if few:
+        epochs = max(1, round(STEPS_FEW / max(1, images // 10 // BATCH_FEW)))
+        changes |= {"batch_size": BATCH_FEW, "epochs": epochs, "eval_freq": epochs, "label_fraction": 0.1}
+        changes |= {"warmup_steps": round(0.15 * STEPS_FEW)}
+    if not pretrained:
+        changes |= {"finetune": None, "layer_decay": 1.0, "lr": SCRATCH_LR[few]}
+    return run(name, command, **changes)
 
 
 # ── What came out ──
 
 
-def summarize(counts: dict[str, dict[str, int]], labeled: bool, seconds: dict[str, float]) -> dict[str, Any]:
+def summarize(
+    counts: dict[str, dict[str, int]], labeled: bool, seconds: dict[str, float], codes: int
+) -> dict[str, Any]:
     vqkd, pretraining = log_of("vqkd"), log_of("pretrain")
     finetuning: dict[str, float | None] = dict.fromkeys(
         ("acc1", "acc1_from_scratch", "majority_class", "acc1_10pct", "acc1_10pct_from_scratch")
@@ -153,8 +112,9 @@ def summarize(counts: dict[str, dict[str, int]], labeled: bool, seconds: dict[st
         "vqkd": {
             "loss_first": vqkd[0]["train_loss"],
             "loss_last": vqkd[-1]["train_loss"],
-            "codebook_size": 256,
+            "codebook_size": codes,
             "codes_used": vqkd[-1]["train_codes_used"],
+            "perplexity": round(vqkd[-1]["train_perplexity"], 1),
         },
         "pretrain": {
             "mlm_acc_first": 100 * pretraining[0]["train_mlm_acc_1"],
@@ -162,13 +122,13 @@ def summarize(counts: dict[str, dict[str, int]], labeled: bool, seconds: dict[st
             "majority_code_share": 100 * pretraining[-1]["train_majority_code_share"],
         },
         "finetune": finetuning,
-        "pictures": draw(labeled),
+        "pictures": draw(labeled, codes),
         "seconds": {name: round(value, 1) for name, value in seconds.items()}
         | {"total": round(sum(seconds.values()), 1)},
     }
 
 
-def draw(labeled: bool) -> list[str]:
+def draw(labeled: bool, codes: int) -> list[str]:
     """The pictures of the demo, in demo_output/pictures."""
     folder = OUT / "pictures"
     folder.mkdir(exist_ok=True)
@@ -180,7 +140,7 @@ def draw(labeled: bool) -> list[str]:
     shown = sorted((OUT / "pretrain/pictures").glob("masked_tokens-*"))
     for name, source in (("masks_and_tokens_before", shown[0]), ("masks_and_tokens_after", shown[-1])):
         shutil.copy(source, folder / f"{name}.png")
-    photos = [str(path) for path in sorted((OUT / "data/val").rglob("*.jpg"))]
+    photos = [str(path) for path in sorted((OUT / "data/val").rglob("*.*"))]
     photos = photos[:: max(1, len(photos) // 4)][:4]
     command = [
         sys.executable,
@@ -191,7 +151,7 @@ def draw(labeled: bool) -> list[str]:
     subprocess.run(
         [*command, "--image", *photos, "--output", str(folder / "attention.png")], check=True, cwd=ROOT
     )
-    draw_curves(folder / "curves.png", labeled)
+    draw_curves(folder / "curves.png", labeled, codes)
     tiles = [folder / f"{name}.png" for name in ("masks_and_tokens_before", "masks_and_tokens_after")]
     rows = [drawing.side_by_side([to_tensor(path) for path in tiles])]
     save_image(rows[0], folder / "overview.png")
@@ -204,7 +164,7 @@ def to_tensor(path: Path) -> torch.Tensor:
     return TF.to_tensor(load_image(str(path)))
 
 
-def draw_curves(path: Path, labeled: bool) -> None:
+def draw_curves(path: Path, labeled: bool, codes: int) -> None:
     vqkd, pretraining = log_of("vqkd"), log_of("pretrain")
     panels: dict[str, dict[str, Any]] = {
         "VQ-KD loss": {
@@ -212,7 +172,7 @@ def draw_curves(path: Path, labeled: bool) -> None:
             "held out": [e.get("test_loss", math.nan) for e in vqkd],
         },
         # 0 while the warm-up bypasses the quantizer
-        "codes used, of 256 (0: warm-up)": {"training": [e["train_codes_used"] for e in vqkd]},
+        f"codes used, of {codes} (0: warm-up)": {"training": [e["train_codes_used"] for e in vqkd]},
         "masked-token accuracy, %": {
             "main branch": [100 * e["train_mlm_acc_1"] for e in pretraining],
             "CLS branch": [100 * e["train_mlm_acc_2"] for e in pretraining],
@@ -232,6 +192,7 @@ def show(summary: dict[str, Any]) -> None:
     rows = [
         ("VQ-KD loss, first and last epoch", f"{v['loss_first']:.3f}", f"{v['loss_last']:.3f}"),
         ("codes used, of all", f"{v['codes_used']}", f"{v['codebook_size']}"),
+        ("perplexity of the codes", "", f"{v['perplexity']:.1f}"),
         (
             "masked-token accuracy %, first and last epoch",
             f"{p['mlm_acc_first']:.1f}",
@@ -262,11 +223,13 @@ def main(argv: list[str]) -> None:
     make_empty(OUT)
     seconds: dict[str, float] = {}
     started = time.monotonic()
-    counts = prepare(own_images(argv[0]) if argv else solar_cells())
+    photos = own_images(argv[0]) if argv else solar_cells()
+    counts = prepare(photos, shrinks=not argv or inspect_folder(argv[0]).is_rgb8)
+    vqkd, pretrain, finetuning = plan_demo(own=bool(argv))
     seconds["data"] = time.monotonic() - started
     images, labeled = sum(counts["train"].values()), len(counts["train"]) >= 2
-    seconds["vqkd"] = train_tokenizer(images)
-    seconds["pretrain"] = pretrain(images)
+    seconds["vqkd"] = run("vqkd", vqkd, eval_freq=5)
+    seconds["pretrain"] = run("pretrain", pretrain, eval_data_path=None)
     if labeled:
         for name, pretrained, few in (
             ("acc1", True, False),
@@ -274,8 +237,8 @@ def main(argv: list[str]) -> None:
             ("acc1_10pct", True, True),
             ("acc1_10pct_from_scratch", False, True),
         ):
-            seconds[f"finetune_{name}"] = finetune(f"finetune_{name}", images, pretrained, few)
-    summary = summarize(counts, labeled, seconds)
+            seconds[f"finetune_{name}"] = finetune(f"finetune_{name}", finetuning, images, pretrained, few)
+    summary = summarize(counts, labeled, seconds, int(vqkd.value("codebook_n_emd")))
     (OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     show(summary)
 

@@ -5,14 +5,17 @@ own.
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image
 
+from advice.inspection import list_folder
 from data_pipeline.image_formats import load_image
-from data_pipeline.image_lists import find_images
 from data_pipeline.resizing import cut_to_length
 from errors import printable
+
+Photo = tuple[Path, str, bool]  # file, class, whether it validates
 
 # photos are shrunk once: the model sees 128 pixels, and decoding would take longer than
 # training
@@ -38,8 +41,15 @@ def shrink(source: str | Path, target: Path) -> bool:
     return True
 
 
-def solar_cells() -> list[tuple[Path, str, bool]]:
-    """(photo, class, for validation?) of the PyPI package elpv-dataset: mono/poly x
+def link(source: Path, target: Path) -> bool:
+    """For images that 8-bit RGB cannot hold."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(source.resolve())
+    return True
+
+
+def solar_cells() -> list[Photo]:
+    """Those of the PyPI package elpv-dataset: mono/poly x
     ok/defect.
     """
     import elpv_dataset
@@ -59,30 +69,25 @@ def solar_cells() -> list[tuple[Path, str, bool]]:
     return photos
 
 
-def own_images(root: str) -> list[tuple[Path, str, bool]]:
-    """The user's folder; sub-folders of images are classes when there are two or more.
-    The photos of val/ validate where there are train/ and val/, else every fifth.
+def own_images(root: str) -> list[Photo]:
+    """The user's folder: up to MOST_IMAGES, evenly spread. The photos of val/ validate
+    where there are train/ and val/, else every fifth of a class.
     """
-    splits = [Path(root, split) for split in ("train", "val")]
-    roots = splits if all(split.is_dir() for split in splits) else [Path(root)]
-    inside = {Path(str(path)): each for each in roots for path, _ in find_images(str(each), "folder")[0]}
-    paths = list(inside)
-    folders = {path: path.relative_to(each).parts[:-1] for path, each in inside.items()}
-    classes = {parents[0] for parents in folders.values() if parents}
-    labeled = len(classes) >= 2 and all(folders.values())
-    if len(paths) > MOST_IMAGES:
+    found = list_folder(root)
+    if len(found) > MOST_IMAGES:
         print(
-            f"photos     {len(paths)} images in the folder; the demo takes {MOST_IMAGES} of them, evenly "
+            f"photos     {len(found)} images in the folder; the demo takes {MOST_IMAGES} of them, evenly "
             "spread"
         )
-        paths = [paths[number * len(paths) // MOST_IMAGES] for number in range(MOST_IMAGES)]
-    photos, seen = [], dict.fromkeys([*classes, "images"], 0)
-    for path in paths:
-        label = folders[path][0] if labeled else "images"
-        photos.append((path, label, inside[path] == splits[1] if len(roots) > 1 else seen[label] % 5 == 4))
+        found = [found[number * len(found) // MOST_IMAGES] for number in range(MOST_IMAGES)]
+    has_splits = any(each.validates for each in found)
+    photos, seen = [], Counter[str]()
+    for each in found:
+        label = each.label or "images"
+        photos.append((each.path, label, each.validates if has_splits else seen[label] % 5 == 4))
         seen[label] += 1
-    if len(roots) > 1:
+    if has_splits:
         print("photos     train/ and val/ are the splits")
-    kinds = f"{len(classes)} classes" if labeled else "unlabeled"
-    print(printable(f"photos     {root}: {len(paths)} images, {kinds}"))
+    kinds = f"{len(seen)} classes" if len(seen) > 1 else "unlabeled"
+    print(printable(f"photos     {root}: {len(found)} images, {kinds}"))
     return photos

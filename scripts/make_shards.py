@@ -4,8 +4,9 @@ webdataset (docs/data.md).
     python scripts/make_shards.py FOLDER OUT --images_per_shard 8720 [--classes]
 
 Images are copied as they are, in an order shuffled by --seed, so that each shard is a
-sample of the whole: training mixes a few shards at a time. OUT receives 000000.tar,
-000001.tar, ..., the index of each, and with --classes classes.txt.
+sample of the whole: training mixes a few shards at a time. NumPy arrays (.npy) are
+packed too, and read, as in a folder, beside --in_chans or --image_range alone. OUT
+receives 000000.tar, 000001.tar, ..., the index of each, and with --classes classes.txt.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tqdm import tqdm  # noqa: E402
 
 import arguments  # noqa: E402
 from data_pipeline import shard_index, shards  # noqa: E402
+from data_pipeline.array_files import ARRAY_EXTENSIONS  # noqa: E402
 from data_pipeline.image_formats import open_regular  # noqa: E402
 from data_pipeline.image_lists import EXTENSIONS, Samples, find_classes_folder, find_images  # noqa: E402
 from errors import ArgumentParser, UserError, printable, report_user_errors  # noqa: E402
@@ -62,9 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     out = Path(args.out)
     samples: Samples
-    samples, classes = (
-        find_classes_folder(args.folder, "FOLDER") if args.classes else find_images(args.folder, "FOLDER")
+    samples, classes = (find_classes_folder if args.classes else find_images)(
+        args.folder, "FOLDER", endings=ARRAY_EXTENSIONS
     )
+    arrays = sum(not str(source).lower().endswith(EXTENSIONS) for source, _ in samples)
     make_empty(out)
     order = list(range(len(samples)))
     random.Random(derive_seed(args.seed, "shards")).shuffle(order)
@@ -75,11 +78,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number in tqdm(range(count), desc="shards", disable=None):
         first = number * args.images_per_shard
         chosen = range(first, min(first + args.images_per_shard, len(order)))
-        write_shard(out / f"{number:0{digits}d}.tar", ((index, *samples[order[index]]) for index in chosen))
+        write_shard(
+            out / f"{number:0{digits}d}.tar",
+            ((order[index], *samples[order[index]]) for index in chosen),
+            ARRAY_EXTENSIONS if arrays else EXTENSIONS,
+        )
     pattern = out / f"{{{0:0{digits}d}..{count - 1:0{digits}d}}}.tar"
-    print(
-        printable(f"{len(samples):,} images in {count} shards: --data_set webdataset --data_path '{pattern}'")
-    )
+    of_them = f" ({arrays:,} of them arrays: add --in_chans or --image_range)" if arrays else ""
+    use = f"--data_set webdataset --data_path '{pattern}'"
+    print(printable(f"{len(samples):,} images{of_them} in {count} shards: {use}"))
 
 
 def make_empty(out: Path) -> None:
@@ -114,21 +121,21 @@ def read_image_bytes(source: str) -> bytes:
         ) from None
 
 
-def write_shard(path: Path, samples: Any) -> None:
-    """`samples`: (index in the whole order, path, label or None). The shard appears
-    when it is whole.
+def write_shard(path: Path, samples: Any, endings: Sequence[str]) -> None:
+    """`samples`: (number in the folder, path, label or None); `endings`: of what its
+    index lists. The shard appears when it is whole.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
         with open(temporary, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
-            for index, source, label in samples:
+            for number, source, label in samples:
                 stem, kind = os.path.splitext(os.path.basename(source))
                 # dots would end it; tar names are short
-                key = f"{index:08d}_{re.sub(r'[^A-Za-z0-9_-]', '-', stem)[:60]}"
+                key = f"{number:08d}_{re.sub(r'[^A-Za-z0-9_-]', '-', stem)[:60]}"
                 content: dict[str, Any] = {"__key__": key, kind[1:].lower(): read_image_bytes(source)}
                 writer.write(content if label is None else content | {"cls": str(label).encode()})
         os.replace(temporary, path)
-        shard_index.keep_index(str(path), EXTENSIONS, shard_index.scan(str(path), EXTENSIONS))
+        shard_index.keep_index(str(path), endings, shard_index.scan(str(path), endings))
     except OSError as error:
         raise UserError(
             f"could not write {path} ({error.strerror}: {error.filename or 'the disk'}); start again"

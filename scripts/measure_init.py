@@ -13,6 +13,7 @@ knn.json; what is there already is not trained again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -22,19 +23,22 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import arguments  # noqa: E402
-import demo  # noqa: E402
+from advice.command import Command, Machine  # noqa: E402
+from advice.inspection import inspect_folder  # noqa: E402
+from advice.plan import make_plan  # noqa: E402
 from demo_photos import BLOCKS, shrink, solar_cells  # noqa: E402
 from errors import report_user_errors  # noqa: E402
 from stages import log_of, run_entry  # noqa: E402
 
 EVALUATIONS = 2
+CODES = 256
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Pretraining from weights and from random ones", "out/init")
     parser.add_argument("folder", type=arguments.expand_home, help="where photos and runs go")
     for name, steps, what in (
-        ("tokenizer_steps", demo.STEPS["vqkd"], "of the tokenizer"),
+        ("tokenizer_steps", 300, "of the tokenizer"),
         ("source_steps", 192, "of the weights to start from"),
         ("steps", 64, "of the runs that are compared"),
     ):
@@ -66,16 +70,14 @@ def prepare(folder: Path) -> None:
             (folder / "knn" / name).symlink_to(Path("..") / split, target_is_directory=True)
 
 
-def train(folder: Path, name: str, script: str, flags: str, steps: int, half: str, **more: Any) -> None:
+def train(folder: Path, name: str, command: Command, steps: int, half: str, **more: Any) -> None:
     images = len(list((folder / half).rglob("*.jpg")))
-    epochs = demo.epochs_for(steps, images, demo.BATCH)
-    more["data_path"] = folder / half
-    settings = {"batch_size": demo.BATCH, "epochs": epochs, "warmup_steps": steps // 6, **more}
+    epochs = max(1, round(steps / (images // int(command.value("batch_size")))))
     if "knn_data_path" in more:
-        settings["knn_freq"] = max(1, epochs // EVALUATIONS)
-    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    out = ["--output_dir", str(folder / name), "--image_freq", "0"]
-    run_entry(name, script, flags, *demo.SIZE, *words, *out)
+        more["knn_freq"] = max(1, epochs // EVALUATIONS)
+    more |= {"data_path": folder / half, "output_dir": folder / name, "epochs": epochs}
+    more |= {"warmup_steps": steps // 6, "image_freq": 0, "num_workers": 2, "device": "cpu"}
+    run_entry(name, command.script, "", *command.words(**more))
 
 
 @report_user_errors
@@ -83,19 +85,22 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     folder = Path(args.folder).absolute()
     prepare(folder)
-    train(folder, "vqkd", "run_vqkd_training.py", demo.VQKD, args.tokenizer_steps, "first")
+    # a solar cell can be mounted either way
+    photos = dataclasses.replace(inspect_folder(str(folder / "first")), has_up=False)
+    vqkd, pretrain, _ = make_plan(photos, Machine.here("cpu"), str(folder))
+    train(folder, "vqkd", vqkd, args.tokenizer_steps, "first", codebook_n_emd=CODES)
     codes: dict[str, Any] = {
+        "codebook_size": CODES,
         "tokenizer_weight": folder / "vqkd/checkpoint.pth",
         "knn_data_path": folder / "knn",
     }
-    script = "run_beitv2_pretraining.py"
-    train(folder, "source", script, demo.PRETRAIN, args.source_steps, "first", **codes)
+    train(folder, "source", pretrain, args.source_steps, "first", **codes)
     start: dict[str, Any] = {"init_from": folder / "source/checkpoint.pth"}
     results: dict[str, dict[str, list[float]]] = {"random": {}, "init_from": {}}
     for seed in args.seeds:
         for name, weights in (("random", {}), ("init_from", start)):
             run = f"{name}-{args.steps}-{seed}"
-            train(folder, run, script, demo.PRETRAIN, args.steps, "second", **codes, **weights, seed=seed)
+            train(folder, run, pretrain, args.steps, "second", **codes, **weights, seed=seed)
             for line in log_of(folder / run):
                 if "test_knn_acc1" in line:
                     results[name].setdefault(str(line["epoch"] + 1), []).append(line["test_knn_acc1"])

@@ -21,6 +21,7 @@ from tiny_runs import (
     kill_after,
     pretraining_flags,
     segmentation_flags,
+    student,
     vqkd_flags,
 )
 from torch.nn import functional as F
@@ -29,6 +30,7 @@ import encode_images
 import export_checkpoint
 import extract_features
 import modeling_finetune
+import modeling_vqkd
 import run_beitv2_pretraining
 import run_class_finetuning
 import run_linear_eval
@@ -37,6 +39,7 @@ import run_vqkd_training
 import visualize_attention
 import visualize_codebook
 import visualize_reconstruction
+from checkpoint_io import weight_files
 from data_pipeline.pixel_format import PixelFormat
 from errors import ParameterError
 from layers.hog import compute_hog
@@ -320,6 +323,126 @@ def test_16_bit_colors_keep_their_depth(tmp_path):
     flags = vqkd_flags(tmp_path, "", "--image_range", "0", "65535", *as_flags(epochs=1))
     dataset = run_vqkd_training.build_dataset(run_vqkd_training.parse_flags(flags))
     assert len(dataset[0]["image"].unique()) > 2900  # of 3 * 32 * 32
+
+
+# ── runs that start from them ──
+
+
+def patches_of(model, images):
+    with torch.no_grad():
+        return model.forward_features(images, return_patch_tokens=True)
+
+
+def test_continued_pretraining_reads_images_as_its_source_did(
+    four, four_tokenizer, four_student, tmp_path, capsys
+):
+    start = as_flags(init_from=four_student)
+    flags = pretraining_flags(four, tmp_path, four_tokenizer, *start, *as_flags(epochs=1))
+    trainer = run_beitv2_pretraining.build(run_beitv2_pretraining.parse_flags(flags))
+    taken = f"; --in_chans, --image_range, --mean_std of --init_from {four_student}"
+    out = capsys.readouterr().out
+    assert (
+        out.count(taken) == 1 and "pixels     4 channels, range 0 to 4095" in out and "was trained" not in out
+    )
+    theirs = stored_flags(four_student)
+    assert {name: trainer.run.flags[name] for name in theirs} == theirs
+    # at step 0 it sees what its source would, and computes the same
+    source, own = open_backbone(str(four_student))
+    view = eval_view(32, 1.0, "bicubic", *normalization_of(own), pixels=PixelFormat.of_flags(own))
+    images = torch.stack([view(view.load(str(path)))["image"] for path in sorted((four / "a").iterdir())])
+    assert trainer.stage.mean_std == normalization_of(own)
+    assert trainer.data.loader.dataset.view.pixels == view.pixels
+    tokens = trainer.state.model.eval()(images, return_patch_tokens=True)[0]
+    assert torch.allclose(tokens, patches_of(source, images), atol=1e-6)
+    # and goes on so from what it wrote
+    trainer.fit()
+    assert stored_flags(tmp_path / "checkpoint.pth") == theirs
+    capsys.readouterr()
+    run_beitv2_pretraining.main(as_flags(config=tmp_path / "flags.json", epochs=2))
+    out = capsys.readouterr().out
+    assert "resumed" in out and "changed    --epochs" in out and out.count("changed ") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (
+            "--image_range 0 65535",
+            "was trained with --image_range 0 4095, this run has --image_range 0 65535",
+        ),
+        ("--mean_std half", "was trained on images of mean (0."),
+        ("--image_range auto", "range 0 to 4095 (of --init_from"),
+        ("--in_chans 3", "give --in_chans 4"),
+    ],
+)
+def test_what_contradicts_the_source_is_named(more, says, four, four_student, capsys):
+    flags = pretraining_flags(four, "", four, *as_flags(init_from=four_student, target="pixels"))
+    flags = [*flags, *more.split()]
+    if "--in_chans" in more:
+        assert says in refused(run_beitv2_pretraining.main, flags, capsys)
+    else:
+        run_beitv2_pretraining.build(run_beitv2_pretraining.parse_flags(flags))
+        assert says in capsys.readouterr().out
+
+
+def test_an_encoder_reads_images_as_its_source_did(gray, gray_tokenizer, tmp_path, capsys):
+    flags = vqkd_flags(gray, tmp_path, *as_flags(init_from=gray_tokenizer, epochs=1))
+    trainer = run_vqkd_training.build(run_vqkd_training.parse_flags(flags))
+    source, _ = modeling_vqkd.open_tokenizer(str(gray_tokenizer))
+    model = trainer.state.model.eval()
+    images = torch.rand(2, 1, 32, 32)
+    before, now = (network.pre_process(images) for network in (source, model))
+    assert torch.equal(before, now) and trainer.data.loader.dataset.view.pixels == source.pixels
+    assert torch.allclose(patches_of(model.encoder, now), patches_of(source.encoder, now), atol=1e-6)
+    # an evaluation looks as its training did
+    capsys.readouterr()
+    evaluation = as_flags(eval=True, resume=gray_tokenizer, eval_data_path=gray)
+    run_vqkd_training.main(vqkd_flags(gray, "", *evaluation))
+    alone = capsys.readouterr().out.splitlines()[-1]
+    run_vqkd_training.main(vqkd_flags(gray, "", *evaluation, *GRAY))
+    assert "rec_loss" in alone and capsys.readouterr().out.splitlines()[-1] == alone
+
+
+READERS = {
+    "pretraining": lambda d, t, s, out: (
+        run_beitv2_pretraining,
+        pretraining_flags(d, out, t, *GRAY, *as_flags(init_from=s)),
+    ),
+    "tokenizer": lambda d, t, s, out: (run_vqkd_training, vqkd_flags(d, out, *GRAY, *as_flags(init_from=t))),
+    "fine-tuning": lambda d, t, s, out: (
+        run_class_finetuning,
+        finetuning_flags(d, out, *GRAY, *as_flags(finetune=s)),
+    ),
+    "pixel decoder": lambda d, t, s, out: (
+        run_vqkd_training,
+        [
+            *as_flags(data_path=d, output_dir=out, train_pixel_decoder=True, tokenizer_weight=t, epochs=2),
+            *as_flags(in_chans=1, image_range="auto", input_size=32, device="cpu", num_workers=0),
+            *as_flags(pixel_decoder_dim=32, batch_size=4),
+        ],
+    ),
+    "evaluation": lambda d, t, s, out: (
+        run_vqkd_training,
+        vqkd_flags(d, "", *as_flags(eval=True, resume=t, eval_data_path=d)),
+    ),
+    "codes": lambda d, t, s, out: (
+        encode_images,
+        as_flags(tokenizer_weight=t, data_path=d, output_dir=out, device="cpu", num_workers=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_no_file_of_weights_is_read_twice(name, gray, gray_tokenizer, tmp_path, monkeypatch):
+    """Also where a run resumes and its flags ask for `auto`."""
+    weights = student(tmp_path / "pt.pth", in_chans=1, image_range=[0.0, 4095.0], mean_std=[0.5, 0.2])
+    entry, flags = READERS[name](gray, gray_tokenizer, weights, tmp_path / "out")
+    original, read = weight_files.load_file, []
+    monkeypatch.setattr(weight_files, "load_file", lambda path: read.append(str(path)) or original(path))
+    for _ in range(2):
+        read.clear()
+        entry.main(flags)
+        assert read and len(read) == len(set(read)), read
 
 
 # ── refusals ──

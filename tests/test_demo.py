@@ -62,7 +62,9 @@ def test_a_small_unlabeled_folder_goes_through(demo, tmp_path, monkeypatch, capf
     pytest.importorskip("efficientnet_lite_pytorch")
     folder = photos(tmp_path / "mine", per_class=20, classes="a") / "a"
     (folder / "broken.jpg").write_bytes(b"no image")
-    monkeypatch.setattr(demo, "STEPS", {"vqkd": 140, "pretrain": 8, "finetune": 4, "finetune_10pct": 4})
+    monkeypatch.setattr(
+        "advice.plan.LENGTHS", {"vqkd": (140, 0, 0), "pretrain": (8, 0, 0), "finetune": (4, 0, 0)}
+    )
     demo.main([str(folder)])
     out = capfd.readouterr().out
     assert "broken.jpg" in out
@@ -79,7 +81,7 @@ def test_labeled_summary_and_curves_from_logs(demo, monkeypatch):
     logs = {
         "vqkd": [
             {"train_loss": 1.0, "train_codes_used": 9},
-            {"train_loss": 0.5, "train_codes_used": 250, "test_loss": 0.6},
+            {"train_loss": 0.5, "train_codes_used": 250, "train_perplexity": 200.0, "test_loss": 0.6},
         ],
         "pretrain": [{"train_mlm_acc_1": 0.1, "train_mlm_acc_2": 0.1, "train_majority_code_share": 0.02}] * 2,
     }
@@ -88,10 +90,10 @@ def test_labeled_summary_and_curves_from_logs(demo, monkeypatch):
     for name, lines in logs.items():
         (demo.OUT / name).mkdir(parents=True)
         (demo.OUT / name / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    demo.draw_curves(demo.OUT / "curves.png", labeled=True)
+    demo.draw_curves(demo.OUT / "curves.png", labeled=True, codes=256)
     assert (demo.OUT / "curves.png").stat().st_size > 5000
-    monkeypatch.setattr(demo, "draw", lambda labeled: [])
-    summary = demo.summarize({"train": {"a": 6, "b": 2}, "val": {"a": 3, "b": 1}}, True, {"vqkd": 1.0})
+    monkeypatch.setattr(demo, "draw", lambda labeled, codes: [])
+    summary = demo.summarize({"train": {"a": 6, "b": 2}, "val": {"a": 3, "b": 1}}, True, {"vqkd": 1.0}, 256)
     assert summary["finetune"]["majority_class"] == 75.0
     assert summary["vqkd"]["codes_used"] == 250
     demo.show(summary)

@@ -74,12 +74,15 @@ FINETUNING = {
 FINETUNING = {f"finetune/{name}": row for name, row in FINETUNING.items()}
 
 
-# name: features, from
+# name: protocol, flag of the rate and its value, weight decay, features, from
 LINEAR = {
-    "linear/base_v2_1600e": ("cls", "beitv2_base_patch16_224_pt1k"),
-    "linear/base_v1_pt22k": ("cls_mean", "beit_base_patch16_224_pt22k"),
-    "linear/large_v1_pt22k": ("cls_mean", "beit_large_patch16_224_pt22k"),
+    "base_v2_1600e": ("ours", {"lr": 1e-3}, 0, "cls", "beitv2_base_patch16_224_pt1k"),
+    "base_v1_pt22k": ("published", {"lr": 4e-3}, 1e-4, "cls_mean", "beit_base_patch16_224_pt22k"),
+    "large_v1_pt22k": ("published", {"base_lr": 1e-3}, 1e-4, "cls_mean", "beit_large_patch16_224_pt22k"),
 }
+
+
+LINEAR = {f"linear/{name}": row for name, row in LINEAR.items()}
 
 
 # name: model, layer_scale_init_value, drop_path, layer_decay, lr, from, published mIoU
@@ -200,10 +203,14 @@ def test_finetuning_recipes(name):
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_probe_recipes(name):
-    features, weights = LINEAR[name]
+    protocol, rate, weight_decay, features, weights = LINEAR[name]
     run = dry_run(name)
     assert (run.entry, run.gpus, run.batch) == (run_linear_eval, 8, 1024)
-    assert run.args.lr * run.batch / 256 == pytest.approx(4e-3)
+    args = linear_eval.parse_flags(run.flags)
+    assert run_linear_eval.find_lr(args, run.batch) == pytest.approx(4e-3)
+    assert args.protocol == protocol
+    if protocol == "published":
+        expect(run, protocol=protocol, train_interpolation="bilinear")
     expect(
         run,
         finetune=weights,
@@ -219,14 +226,14 @@ def test_linear_probe_recipes(name):
         epochs=100,
         opt="adamw",
         min_lr=0,
-        weight_decay=0,
+        weight_decay=weight_decay,
+        **rate,
         min_crop_scale=0.08,
         color_jitter=0,
     )
     assert run.args.imagenet_default_mean_and_std is ("v2" in name)
     assert run.args.mode == "linear"
     assert not run.args.cached_features
-    linear_eval.check_flags(run_linear_eval.get_parser(), run.args)
     assert published.ENTRIES[weights].kind == "pretrained"
 
 

@@ -253,6 +253,27 @@ def test_a_run_from_weights_resumes_bit_for_bit(data, tokenizer_weight, tmp_path
     assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "broken/checkpoint.pth")
 
 
+def test_a_resumed_run_without_its_beginning_says_so(data, tokenizer_weight, tmp_path, capsys):
+    """Where only new parts learned at first, and where layers learn at rates of their
+    own, the optimizer has other groups.
+    """
+    timm_file(tmp_path / "w.pth")
+    start, freeze, decay = (
+        ["--init_from", str(tmp_path / "w.pth")],
+        ["--freeze_epochs", "1"],
+        ["--layer_decay", "0.7"],
+    )
+    flags = pretraining_flags(data, tmp_path / "out", tokenizer_weight)
+    run_beitv2_pretraining.main([*flags, *start, *freeze, *decay])
+    for more, sentence in (
+        ([*start, *decay], "--freeze_epochs 1 (now 0)"),
+        ([*start, *freeze], "--layer_decay 0.7 (now 1.0)"),
+        (decay, f"--freeze_epochs 1 (now 0), --init_from {tmp_path / 'w.pth'} (now none)"),
+    ):
+        error = refused(run_beitv2_pretraining.main, [*flags, *more], capsys)
+        assert f"checkpoint.pth was trained with {sentence}, so its weights or its optimizer" in error
+
+
 # ── what comes of it ──
 
 

@@ -13,9 +13,10 @@ LAYERS = (
         "commands",
         "run_vqkd_training run_beitv2_pretraining run_class_finetuning run_segmentation_finetuning "
         "run_linear_eval encode_images extract_features visualize_* export_checkpoint model_zoo benchmark "
-        "hubconf",
+        "advise hubconf",
     ),
     ("flags", "flags"),
+    ("advice", "advice"),
     ("benchmarks", "benchmarks"),
     ("engines", "engine* run_state run_checkpoints"),
     ("segmentation", "segmentation"),

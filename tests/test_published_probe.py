@@ -47,7 +47,7 @@ def test_its_defaults_come_with_its_flags():
     args = parse_flags(REQUIRED)
     assert (args.protocol, args.features, args.batch_size, args.epochs) == ("published", "cls_mean", 128, 100)
     assert (args.lr, args.base_lr, args.weight_decay, args.min_lr) == (None, 1e-3, 1e-4, 0.0)
-    assert (args.train_interpolation, args.warmup_epochs, args.output_dir) == ("bilinear", 0, ".")
+    assert (args.train_interpolation, args.warmup_epochs, args.output_dir) == ("bilinear", 0, "")
     assert parse_flags([*REQUIRED, "--optimizer", "sgd"]).weight_decay == 0.0
     assert parse_flags([*REQUIRED, "--imagenet_default_mean_and_std", "False"]).protocol == "published"
     ours = parse_flags(["--data_path", "d", "--finetune", "b.pth", "--imagenet_default_mean_and_std"])
@@ -120,9 +120,13 @@ def test_a_resumed_probe_ends_bit_for_bit(data, weights, tmp_path, capsys):
     assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "resumed/checkpoint.pth")
     content = checkpoint(tmp_path / "whole/checkpoint.pth")
     assert not content["model"]["mean"].any() and (content["model"]["std"] == 1).all()
-    # the other protocol has other groups of parameters
+    # the other protocol has other groups of parameters, other features another width
     other = ["--protocol", "ours", "--features", "cls_mean", "--lr", "1"]
-    refused(run_linear_eval.main, probe(data, weights, tmp_path / "whole", *other), capsys)
+    error = refused(run_linear_eval.main, probe(data, weights, tmp_path / "whole", *other), capsys)
+    assert "was trained with --protocol published (now ours), so its weights or its optimizer" in error
+    assert "give the flags as they were, or start a new run: another --output_dir" in error
+    again = probe(data, weights, tmp_path / "whole", "--features", "cls")
+    assert "trained with --features cls_mean (now cls), so" in refused(run_linear_eval.main, again, capsys)
 
 
 def test_flags_that_do_nothing_say_so(data, weights, capsys):

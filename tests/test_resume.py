@@ -265,6 +265,34 @@ def test_what_changes_the_result_is_named_and_used(finished, data, tmp_path, cap
     assert log_lines(tmp_path)[-1]["epoch"] == 2
 
 
+OTHER_SHAPES = {
+    "abs_pos_emb False (now True)": ["--abs_pos_emb"],
+    "rel_pos_bias True (now False)": ["--disable_rel_pos_bias"],
+    "in_chans 3 (now 1)": ["--in_chans", "1"],
+    "input_size 32 (now 48)": ["--input_size", "48"],
+    "model beit_demo_patch16_128 (now beit_tiny_patch16_224)": ["--model", "beit_tiny_patch16_224"],
+}
+
+
+@pytest.mark.parametrize("sentence", OTHER_SHAPES)
+def test_what_no_longer_fits_names_the_flag(sentence, finished, data, capsys):
+    more = [*OTHER_SHAPES[sentence], "--resume", str(finished / "checkpoint.pth")]
+    error = refused(run_class_finetuning.main, finetuning_flags(data, "", *more), capsys)
+    assert f"{finished / 'checkpoint.pth'} was trained with --{sentence}, so its weights" in error
+
+
+def test_how_classes_are_weighed_may_change_in_between(finished, data, tmp_path, capsys):
+    more = ["--class_weights", "balanced", "--schedule", "wsd", "--layer_decay", "0.5"]
+    more += ["--epochs", "3", "--resume", str(finished / "checkpoint-step5.pth")]
+    for sampler in ([], ["--balanced_sampler"]):
+        weights = more[2:] if sampler else more  # one of the two at a time
+        run_class_finetuning.main(finetuning_flags(data, tmp_path, *weights, *sampler))
+        said = capsys.readouterr().out
+        assert f"changed    --{'balanced_sampler: False' if sampler else 'class_weights: none'} -> " in said
+        assert "changed    --layer_decay: 0.8 -> 0.5" in said
+        assert "changed    --schedule: cosine -> wsd" in said
+
+
 def test_a_checkpoint_of_earlier_code_resumes(finished, data, tmp_path, capsys):
     """Without the images' digest, and with the means of rank 0 alone."""
     content = checkpoint(finished / "checkpoint-step5.pth")

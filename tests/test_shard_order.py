@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from tiny_channels import four_channels
 from tiny_data import data_args, shard_pattern
 from tiny_runs import (
     as_flags,
     assert_same_weights,
     checkpoint,
     finetuning_flags,
+    kill_after,
     log_lines,
     pretraining_flags,
     tokenizer,
@@ -107,3 +109,27 @@ def test_the_other_stages_train_on_shards(packed, tmp_path):
     run_class_finetuning.main(flags)
     assert log_lines(tmp_path / "ft")[-1]["test_images"] == 24
     assert checkpoint(tmp_path / "ft/checkpoint.pth")["stage"]["classes"] == ["a", "b"]
+
+
+def test_arrays_in_shards_resume_as_exactly_as_in_a_folder(make_shards, tmp_path, monkeypatch, capsys):
+    folder, out = four_channels(tmp_path / "scenes"), tmp_path / "packed"
+    make_shards([str(folder), str(out), "--images_per_shard", "5"])
+    auto = as_flags(in_chans=4, image_range="auto", mean_std="auto", save_ckpt_steps=1)
+    pixels = as_flags(target="pixels")
+    shards = [*auto, *pixels, *SHARDS]
+    run_beitv2_pretraining.main(pretraining_flags(folder, tmp_path / "folder", "", *auto, *pixels))
+    run_beitv2_pretraining.main(pretraining_flags(out, tmp_path / "whole", "", *shards))
+    with monkeypatch.context() as patched:
+        kill_after(3, patched)
+        with pytest.raises(KeyboardInterrupt):
+            run_beitv2_pretraining.main(pretraining_flags(out, tmp_path / "cut", "", *shards))
+    run_beitv2_pretraining.main(pretraining_flags(out, tmp_path / "cut", "", *shards))
+    assert_same_weights(tmp_path / "whole/checkpoint.pth", tmp_path / "cut/checkpoint.pth")
+    kept = [
+        {
+            name: checkpoint(tmp_path / run / "checkpoint.pth")["args"][name]
+            for name in ("image_range", "mean_std")
+        }
+        for run in ("folder", "whole", "cut")
+    ]
+    assert kept[0] == kept[1] == kept[2] and len(kept[0]["mean_std"]) == 8

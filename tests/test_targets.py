@@ -176,7 +176,7 @@ def test_a_run_goes_on_with_its_own_task_alone(data, tokenizer_weight, tmp_path,
             "trained on the tokens of masked patches, this run is on the tokens of all patches",
         ),
         (["--no_mask", "--num_mask_patches", "0"], "none of them masked: go on with the same --target"),
-        (["--target", "pixels"], "of another shape than this run's model"),
+        (["--target", "pixels"], "trained with --target tokens (now pixels), so its weights"),
     ):
         with pytest.raises(SystemExit):
             pretrain(data, tmp_path, tokenizer_weight, *more)

@@ -82,6 +82,7 @@ def student(path: Path, name: str = STUDENT, **flags: object) -> Path:
     """
     torch.manual_seed(2)
     more = {"early_layers": 4, "head_layers": 1, "use_abs_pos_emb": False, "use_shared_rel_pos_bias": True}
+    more["in_chans"] = flags.get("in_chans", 3)
     model = modeling_pretrain.create_model(name, img_size=32, vocab_size=16, init_values=0.1, **more)
     torch.save({"model": model.state_dict(), "args": flags}, path)
     return path

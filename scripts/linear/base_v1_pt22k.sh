@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# BEiT v1, base, ImageNet-22k pretraining -> linear probe on ImageNet-1k, every layer, CLS and mean, 100 epochs.
+# BEiT v1, base, ImageNet-22k pretraining -> its linear probe on ImageNet-1k, every layer, CLS and mean, 100 epochs.
 #   DATA=/path/to/imagenet-1k OUTPUT=/path/to/save bash scripts/linear/base_v1_pt22k.sh [more flags]
 # Hardware: 8 GPUs x 128 images = 1024 (kind of GPU not known).
 # Time: not known.
@@ -10,11 +10,11 @@ cd "$(dirname "$0")/../.."
 GPUS=${GPUS:-8} NODES=${NODES:-1}
 source scripts/launch.sh
 
-launch run_linear_eval.py --linear \
+launch run_linear_eval.py --linear --protocol published \
     --data_set IMNET --nb_classes 1000 \
     --data_path "$DATA" --output_dir "$OUTPUT" --input_size 224 \
     --finetune beit_base_patch16_224_pt22k --features cls_mean \
     --batch_size 128 --update_freq 1 --epochs 100 --warmup_epochs 0 \
-    --opt adamw --lr 1e-3 --min_lr 0 --weight_decay 0 \
-    --min_crop_scale 0.08 --color_jitter 0 --save_ckpt_freq 20 \
+    --opt adamw --lr 4e-3 --min_lr 0 --weight_decay 1e-4 \
+    --min_crop_scale 0.08 --color_jitter 0 --train_interpolation bilinear --save_ckpt_freq 20 \
     "$@"

@@ -1,0 +1,222 @@
+"""What is in a folder of images: how many, of what kind and size, which classes, copies
+and broken files. advise.py and the demo choose by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.array_files import ARRAY_EXTENSIONS, read_array
+from data_pipeline.image_formats import EXTENSIONS
+from data_pipeline.image_lists import find_images
+from errors import UserError
+
+SPLITS = ("train", "val")
+LOOKED_AT = 512  # files that are decoded, evenly spread
+THUMBNAIL = 16
+CONSTANT = 0.01  # a standard deviation below this share of an image's type's range shows nothing
+DRAWS = 500  # of the permutation test
+FEWEST = 30  # images, for the test to say anything
+SIGNIFICANT = 0.01
+VALIDATES = 5  # of a class, every n-th image validates
+
+
+@dataclass(frozen=True)
+class LabeledPath:
+    path: Path
+    label: str | None  # None: the folder is unlabeled
+    validates: bool
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """Of the images of `root` or, where it has them, of root/train and root/val."""
+
+    root: str
+    images: int  # to train on
+    held_out: int  # in val/
+    classes: dict[str, int]  # images of each to train on; {}: unlabeled
+    has_splits: bool
+    unreadable: tuple[str, ...]  # of those looked at
+    looked_at: int
+    short_side: int  # median, in pixels
+    smallest: int
+    largest: int
+    in_chans: int
+    dtype: str  # of the numbers in the files: uint8, uint16, float32, ...
+    is_rgb8: bool  # read as photos are: 8 bits, gray or color
+    is_gray: bool
+    copies: int  # files that equal an earlier one byte for byte
+    copies_across: int  # of these, in val/ a copy of one in train/
+    near_constant: int  # of those looked at
+    has_up: bool  # turning the images upside down would show
+
+    @property
+    def is_labeled(self) -> bool:
+        return bool(self.classes)
+
+    @property
+    def imbalance(self) -> float:
+        """Images of the largest class for one of the smallest."""
+        return max(self.classes.values()) / min(self.classes.values()) if self.classes else 1.0
+
+
+def list_folder(root: str) -> list[LabeledPath]:
+    """Every image below `root`. Folders of images are classes when there are two or
+    more and every image is in one; train/ and val/ are splits where both are there.
+    """
+    splits = [Path(root, split) for split in SPLITS]
+    roots = splits if all(split.is_dir() for split in splits) else [Path(root)]
+    found: list[tuple[Path, Path]] = []
+    for each in roots:
+        samples, _ = find_images(str(each), "FOLDER", ARRAY_EXTENSIONS)
+        found += [(Path(str(path)), each) for path, _ in samples]
+    arrays = sum(path.suffix.lower() == ".npy" for path, _ in found)
+    if 0 < arrays < len(found) / 2:  # other arrays beside photos
+        found = [(path, each) for path, each in found if path.name.lower().endswith(EXTENSIONS)]
+    parents = [path.relative_to(each).parts[:-1] for path, each in found]
+    labeled = len({names[0] for names in parents if names}) >= 2 and all(parents)
+    return [
+        LabeledPath(path, names[0] if labeled else None, len(roots) > 1 and each == splits[1])
+        for (path, each), names in zip(found, parents, strict=True)
+    ]
+
+
+def inspect_folder(root: str) -> FolderReport:
+    """Read all names, the bytes of files of equal size, and LOOKED_AT images. UserError
+    where there is no image, or none that can be read.
+    """
+    paths = list_folder(root)
+    train = [each for each in paths if not each.validates]
+    count = min(LOOKED_AT, len(train))
+    sample = [train[number * len(train) // count].path for number in range(count)]
+    sides: list[int] = []
+    kinds: Counter[tuple[int, str]] = Counter()
+    unreadable: list[str] = []
+    thumbnails: list[np.ndarray] = []
+    constant = colored = 0
+    for path in sample:
+        try:
+            array = read_array(str(path), 3)
+            thumbnail = gray_thumbnail(array)
+        except Exception as error:  # decoders raise nearly anything for broken files
+            unreadable.append(f"{path}: {error}")
+            continue
+        sides.append(min(array.shape[:2]))
+        kinds[array.shape[2], str(array.dtype)] += 1
+        constant += bool(array.std() < CONSTANT * value_range(array))
+        colored += array.shape[2] == 3 and bool((array[..., :1] != array).any())
+        thumbnails.append(thumbnail)
+    if not sides:
+        raise UserError(f"{root}: none of {count} images could be read; the first: {unreadable[0]}")
+    (in_chans, dtype), _ = kinds.most_common(1)[0]
+    arrays = any(path.suffix.lower() == ".npy" for path in sample)
+    is_rgb8 = dtype in ("uint8", "bool") and in_chans in (1, 3) and not arrays
+    copies, across = count_copies(paths)
+    return FolderReport(
+        root=root,
+        images=len(train),
+        held_out=len(paths) - len(train),
+        classes=dict(sorted(Counter(each.label for each in train if each.label is not None).items())),
+        has_splits=len(train) < len(paths),
+        unreadable=tuple(unreadable),
+        looked_at=count,
+        short_side=round(statistics.median(sides)),
+        smallest=min(sides),
+        largest=max(sides),
+        in_chans=3 if is_rgb8 else in_chans,
+        dtype=dtype,
+        is_rgb8=is_rgb8,
+        is_gray=not colored,
+        copies=copies,
+        copies_across=across,
+        near_constant=constant,
+        has_up=flip_probability(thumbnails) <= SIGNIFICANT,
+    )
+
+
+def value_range(array: np.ndarray) -> float:
+    """From black to white: of the type, or of these pixels where they are floats or
+    leave most of the type unused.
+    """
+    own = float(array.max()) - float(array.min())
+    return 255.0 if array.dtype == np.uint8 else max(own, 1e-12)
+
+
+def gray_thumbnail(array: np.ndarray) -> np.ndarray:
+    """(THUMBNAIL, THUMBNAIL), of mean 0 and, unless nothing is on it, deviation 1."""
+    gray = Image.fromarray(array.astype(np.float32).mean(axis=2))
+    pixels = np.asarray(gray.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), dtype=np.float64)
+    centered = pixels - pixels.mean()
+    return centered / max(float(centered.std()), 1e-9)
+
+
+def flip_probability(thumbnails: Sequence[np.ndarray]) -> float:
+    """How likely it is that images without an up differ from themselves upside down as
+    much as these do, on average: a permutation test. 1 for too few.
+    """
+    if len(thumbnails) < FEWEST:
+        return 1.0
+    images = np.stack(thumbnails)
+    differences = (images - images[:, ::-1]).reshape(len(images), -1)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(DRAWS, len(images)))
+    turned = np.linalg.norm(signs @ differences, axis=1)
+    return float(1 + (turned >= np.linalg.norm(differences.sum(0))).sum()) / (DRAWS + 1)
+
+
+def count_copies(paths: Sequence[LabeledPath]) -> tuple[int, int]:
+    """Files with the bytes of an earlier one; of these, the ones of val/ that equal one
+    of train/.
+    """
+    by_size: dict[int, list[LabeledPath]] = defaultdict(list)
+    for each in paths:
+        by_size[os.path.getsize(each.path)].append(each)
+    copies = across = 0
+    for group in by_size.values():
+        by_content: dict[bytes, list[LabeledPath]] = defaultdict(list)
+        for each in group if len(group) > 1 else ():
+            with open(each.path, "rb") as file:
+                by_content[hashlib.file_digest(file, hashlib.blake2b).digest()].append(each)
+        for same in by_content.values():
+            copies += len(same) - 1
+            both = len({each.validates for each in same}) == 2
+            across += sum(each.validates for each in same) if both else 0
+    return copies, across
+
+
+def make_split(root: str, target: Path) -> None:
+    """target/train and target/val with a link to each image of the classes in `root`:
+    every fifth of a class validates. Of files that are equal only the first is linked,
+    so that no image is in both. UserError where there are no classes, or `target` is
+    there already.
+    """
+    paths = list_folder(root)
+    if any(each.label is None or each.validates for each in paths):
+        raise UserError(
+            f"{root}: a split is made of a folder that has one folder per class, and no train/ and val/ yet"
+        )
+    if target.exists():
+        raise UserError(f"{target} is there already: remove it, or name another `output_dir`")
+    seen: set[bytes] = set()
+    numbers: Counter[str] = Counter()
+    for each in paths:
+        with open(each.path, "rb") as file:
+            digest = hashlib.file_digest(file, hashlib.blake2b).digest()
+        if digest in seen:
+            continue
+        seen.add(digest)
+        label = str(each.label)
+        split = SPLITS[numbers[label] % VALIDATES == VALIDATES - 1]
+        numbers[label] += 1
+        link = target / split / each.path.relative_to(root)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(each.path.resolve())

@@ -1,0 +1,287 @@
+"""Look at a folder of images and say how to train on it: python advise.py my_images
+
+It prints what is in the folder, three command lines (tokenizer, pretraining,
+fine-tuning) with a reason for each choice, and how long they will take on this machine,
+from half a minute of trying them out. docs/advice.md says how it chooses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import arguments
+import engine
+import run_beitv2_pretraining
+import run_class_finetuning
+import run_vqkd_training
+from advice.command import Command, Machine
+from advice.inspection import FolderReport, inspect_folder, make_split
+from advice.plan import make_plan
+from checkpoint_io import checkpoints
+from errors import printable, report_user_errors
+from runtime.metrics import clock
+
+ENTRIES: dict[str, Any] = {
+    "vqkd": run_vqkd_training,
+    "pretrain": run_beitv2_pretraining,
+    "finetune": run_class_finetuning,
+}
+TITLES = {"vqkd": "1. Tokenizer", "pretrain": "2. Pretraining", "finetune": "3. Fine-tuning"}
+PROBE_SECONDS = 8.0  # a stage
+WARM_UP_STEPS = 2
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = arguments.new_parser("How to train on a folder of images", "my_images --output plan.json")
+    parser.add_argument(
+        "folder",
+        type=arguments.expand_home,
+        help="images, however nested; with one folder per class, fine-tuning too; train/ and val/ are splits",
+    )
+    parser.add_argument(
+        "--output", type=arguments.expand_home, default="", help="also write the plan to this JSON file"
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=arguments.expand_home,
+        default="out",
+        help="where the command lines write to; they, not this script",
+    )
+    parser.add_argument(
+        "--make_split",
+        action="store_true",
+        help="of a folder with classes, link every fifth image into OUTPUT_DIR/split/val and the rest into "
+        "split/train, copies left out",
+    )
+    parser.add_argument("--no_probe", action="store_true", help="do not try the command lines out")
+    parser.add_argument("--device", default="cuda", help="cuda (the CPU if there is none) or cpu")
+    parser.add_argument(
+        "--num_workers", type=arguments.not_negative, default=10, help="data processes; capped at the cores"
+    )
+    return parser
+
+
+@report_user_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments.parse(get_parser(), argv)
+    folder = inspect_folder(args.folder)
+    if args.make_split:
+        root = Path(args.output_dir, "split")
+        make_split(folder.root, root)
+        folder = inspect_folder(str(root))
+    print("\n".join(describe(folder)))
+    machine = Machine.here(args.device)
+    plan = make_plan(folder, machine, args.output_dir)
+    seconds: dict[str, float] = {}
+    if not args.no_probe:
+        print(f"\nTrying the stages out for {PROBE_SECONDS:.0f} seconds each ...", flush=True)
+        seconds = probe(plan, folder, args)
+    launcher = "python" if machine.gpus < 2 else f"torchrun --nproc_per_node={machine.gpus}"
+    for command in plan:
+        print("\n" + "\n".join(explain(command, launcher, seconds.get(command.stage))))
+    print("\n" + "\n".join(advise_further(folder, machine)))
+    if args.output:
+        write_plan(args.output, folder, machine, plan, launcher, seconds)
+        print(f"written    {args.output}")
+
+
+# ── What it says ──
+
+
+def describe(folder: FolderReport) -> list[str]:
+    """What is in the folder, and what is wrong with it."""
+    sides = (
+        f"{folder.short_side} pixels"
+        if folder.smallest == folder.largest
+        else (f"{folder.smallest} to {folder.largest} pixels, half of them up to {folder.short_side}")
+    )
+    kind = (
+        "8-bit " + ("gray" if folder.is_gray else "color")
+        if folder.is_rgb8
+        else (f"{folder.in_chans} channel{'s' * (folder.in_chans > 1)} of {folder.dtype}")
+    )
+    held_out = f", {folder.held_out:,} in val/" if folder.has_splits else ""
+    sizes = sorted(folder.classes.values())
+    lines = [
+        printable(f"folder     {folder.root}: {folder.images:,} images to train on{held_out}"),
+        f"images     {kind}; shorter side {sides}",
+        f"labels     {len(sizes)} classes of {sizes[0]:,} to {sizes[-1]:,} images"
+        if sizes
+        else "labels     none",
+    ]
+    if folder.unreadable:
+        lines.append(
+            printable(
+                f"warning    {len(folder.unreadable)} of {folder.looked_at} could not be read: "
+                f"{folder.unreadable[0]}"
+            )
+        )
+    if folder.copies:
+        lines.append(f"warning    {folder.copies:,} files are copies of others: they are learned twice")
+    if folder.copies_across:
+        lines.append(
+            f"warning    {folder.copies_across:,} images of val/ are in train/ too: accuracies will come out "
+            "too high"
+        )
+    if folder.near_constant:
+        lines.append(
+            f"warning    {folder.near_constant} of {folder.looked_at} show next to nothing: their pixels are "
+            "nearly all equal"
+        )
+    return lines
+
+
+def explain(command: Command, launcher: str, seconds: float | None) -> list[str]:
+    """The command line, its time, and a line for each flag that has a reason."""
+    title = f"── {TITLES[command.stage]}: {command.steps:,} steps"
+    if seconds is not None:
+        title += f", about {clock(seconds * command.steps)} on this machine"
+    lines = [title + " ──", command.line(launcher), ""]
+    width = max(len(" ".join(flag.words)) for flag in command.flags if flag.why)
+    for flag in command.flags:
+        if flag.why:
+            lines.append(f"  {' '.join(flag.words):<{min(width, 44)}}  {flag.why}")
+    return lines
+
+
+def advise_further(folder: FolderReport, machine: Machine) -> list[str]:
+    notes = []
+    if folder.is_labeled and not folder.has_splits:
+        notes.append(
+            "Fine-tuning needs images to validate on, and there is no val/: the same line with --make_split "
+            "links every fifth image into OUTPUT_DIR/split/val, and the plan then uses these."
+        )
+    if not folder.is_labeled:
+        notes.append(
+            "Without labels, the pretrained model gives features: python extract_features.py "
+            "OUTPUT_DIR/pretrain/checkpoint.pth FOLDER --output features.npy"
+        )
+    if not machine.gpus:
+        notes.append(
+            "This is a try-out on a CPU. On a machine with a GPU, the same command advises a real model."
+        )
+    notes.append("Many more steps than these help only while masked accuracy (log.txt) still rises.")
+    return [
+        line
+        for note in notes
+        for line in textwrap.wrap(note, 100, initial_indent="note       ", subsequent_indent="           ")
+    ]
+
+
+def write_plan(
+    path: str,
+    folder: FolderReport,
+    machine: Machine,
+    plan: Sequence[Command],
+    launcher: str,
+    seconds: dict[str, float],
+) -> None:
+    content = {
+        "folder": dataclasses.asdict(folder),
+        "machine": dataclasses.asdict(machine),
+        "commands": [
+            {
+                "stage": command.stage,
+                "line": [*launcher.split(), command.script, *command.words()],
+                "flags": {flag.name: flag.words[1:] for flag in command.flags},
+                "reasons": {flag.name: flag.why for flag in command.flags if flag.why},
+                "steps": command.steps,
+                "seconds": None
+                if command.stage not in seconds
+                else round(seconds[command.stage] * command.steps),
+            }
+            for command in plan
+        ],
+    }
+    file = Path(path)
+    checkpoints.write_text(str(file.parent), file.name, json.dumps(content, indent=1) + "\n")
+
+
+# ── How long it takes ──
+
+
+def probe(plan: Sequence[Command], folder: FolderReport, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds a step of each stage, on this machine and these images, reading included.
+    The tokenizer that pretraining uses is an untrained one.
+    """
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for command in plan:
+            if command.stage == "finetune" and not folder.is_labeled:
+                continue
+            words = command.words(
+                eval_data_path=None,
+                quantizer_warmup_steps=None,
+                finetune=None,
+                output_dir=scratch if command.stage == "vqkd" else None,
+                tokenizer_weight=Path(scratch, checkpoints.LATEST) if command.stage == "pretrain" else None,
+                disable_eval_during_finetuning=True if command.stage == "finetune" else None,
+                device=args.device,
+                num_workers=args.num_workers,
+            )
+            with silence():
+                entry = ENTRIES[command.stage]
+                trainer = entry.build(entry.parse_flags(words))
+                if command.stage == "vqkd":
+                    trainer.save(0, [checkpoints.LATEST])
+                    trainer.run.saver.wait()
+                seconds[command.stage] = time_steps(trainer)
+    return seconds
+
+
+def time_steps(trainer: engine.Trainer) -> float:
+    """Seconds of one step, after the first ones."""
+    state, run = trainer.state, trainer.run
+    state.runner.train()
+    trainer.stage.start_epoch(0)
+    trainer.steps_done()
+    begin, steps = time.monotonic(), 0
+    for number, batch in enumerate(cycle(trainer.data.loader)):
+        trainer.stage.before_step(number)
+        engine.accumulate_gradients(
+            state, trainer.stage, [batch], run, trainer.data.loader.dataset.device_transform
+        )
+        engine.take_step(state, run.options.clip_grad)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.monotonic()
+        if number + 1 == WARM_UP_STEPS:
+            begin = now
+        elif number + 1 > WARM_UP_STEPS:
+            steps = number + 1 - WARM_UP_STEPS
+            if now - begin > PROBE_SECONDS:
+                break
+    return (time.monotonic() - begin) / max(1, steps)
+
+
+def cycle(loader: Any) -> Iterator[Any]:
+    """Batches of the first epoch, again and again."""
+    while True:
+        yield from loader
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Without what the entries log: the command lines are shown, and errors raised."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
+
+
+if __name__ == "__main__":
+    main()
