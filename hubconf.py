@@ -2,7 +2,8 @@
 source="local").
 
 `weights` is a path, a URL, a published name or an id of Hugging Face's hub. What comes
-back is in eval mode and has `preprocessing`: mean, std and crop_pct of its images. No
+back is in eval mode and has `preprocessing`: mean, std and crop_pct of its images; and
+`image_range`, the numbers in their files that become 0 and 1 (None: by the type). No
 module named `datasets` or `utils` is imported, so that Hugging Face's and a user's own
 work beside it. docs/python.md has examples.
 """
@@ -42,6 +43,7 @@ def backbone(
     opened = frozen_backbone.open_frozen(weights, input_size, num_heads, origin="`weights`")
     crop_pct = opened.crop_pct or default_crop_pct(opened.img_size)
     opened.model.preprocessing = weight_formats.Preprocessing(tuple(opened.mean), tuple(opened.std), crop_pct)
+    opened.model.image_range = opened.flags.get("image_range")
     return opened.model
 
 
@@ -56,6 +58,7 @@ def classifier(weights: str) -> modeling_finetune.VisionTransformer:
         raise ParameterError(f"`weights` {weights} holds no classifier: open it as a backbone")
     network: Any = pretrained.build_network(model)
     network.preprocessing, network.classes = model.prepared, model.classes
+    network.image_range = model.image_range
     return network.requires_grad_(False)
 
 

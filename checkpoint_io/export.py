@@ -38,6 +38,13 @@ class ExportableModel(NamedTuple):
     notes: list[str]
 
     @property
+    def image_range(self) -> list[float] | None:
+        """The numbers in the files that become 0 and 1 before the normalization; None:
+        those of the files' type.
+        """
+        return self.flags.get("image_range")
+
+    @property
     def predicts_pixels(self) -> bool:
         """Pretrained with `target` pixels, BEiT's ablation: such a head gives no
         codes.
@@ -92,6 +99,11 @@ def make_training_flags(model: ExportableModel) -> dict[str, Any]:
     return flags | head | {"crop_pct": weight_source.to_crop_flag(model.prepared.crop_pct, s["img_size"])}
 
 
+def name_range(model: ExportableModel) -> dict[str, Any]:
+    """For a configuration: neither library has a word for the range of the pixels."""
+    return {} if model.image_range is None else {"image_range": list(model.image_range)}
+
+
 def write_timm(model: ExportableModel, path: Path) -> ExportedFiles:
     """A folder as on timm's hub, or a file with its config beside it."""
     is_file = path.suffix in FILE_ENDINGS
@@ -101,7 +113,7 @@ def write_timm(model: ExportableModel, path: Path) -> ExportedFiles:
         (path, path.with_suffix(".json")) if is_file else (path / WEIGHT_FILES[0], path / "config.json")
     )
     weight_source.save_weights(weights, converted.weights)
-    checkpoints.write_json(facts.parent, facts.name, config)
+    checkpoints.write_json(facts.parent, facts.name, config | name_range(model))
     by = f'timm.create_model("local-dir:{path}", pretrained=True)'
     if is_file:
         settings = f'**json.load(open("{facts}"))["model_args"]'
@@ -134,9 +146,8 @@ def write_huggingface(model: ExportableModel, folder: Path, architecture: str | 
     files = [folder / name for name in (WEIGHT_FILES[0], "config.json", "preprocessor_config.json")]
     weight_source.save_weights(files[0], converted.weights)
     checkpoints.write_json(folder, files[1].name, config)
-    checkpoints.write_json(folder, files[2].name, preprocessor)
-    by = [
-        f'transformers.{architecture}.from_pretrained("{folder}")',
-        f'transformers.AutoImageProcessor.from_pretrained("{folder}")',
-    ]
+    checkpoints.write_json(folder, files[2].name, preprocessor | name_range(model))
+    by = [f'transformers.{architecture}.from_pretrained("{folder}")']
+    if model.image_range is None and model.settings["in_chans"] == 3:  # all that a processor reads
+        by.append(f'transformers.AutoImageProcessor.from_pretrained("{folder}")')
     return ExportedFiles(files, converted, by)

@@ -255,4 +255,5 @@ def read_huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str
         prepared=prepared,
         classes=None if unnamed else names,
         norm_eps=config.get("layer_norm_eps", 1e-12),
+        image_range=preprocessor.get("image_range"),
     )

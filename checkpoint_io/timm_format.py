@@ -103,5 +103,9 @@ def read_timm_config(config: Mapping[str, Any]) -> ExternalConfig:
     size = settings.get("img_size") or (facts.get("input_size") or (3, 224, 224))[1:]
     names = config.get("label_names") or facts.get("label_names")
     return ExternalConfig(
-        settings.get("num_heads"), as_pair(size), prepared, list(names) if isinstance(names, list) else None
+        num_heads=settings.get("num_heads"),
+        img_size=as_pair(size),
+        prepared=prepared,
+        classes=list(names) if isinstance(names, list) else None,
+        image_range=config.get("image_range"),
     )

@@ -44,7 +44,7 @@ class Preprocessing(NamedTuple):
 
 class ExternalConfig(NamedTuple):
     """What another library's configuration says beside the weights; None where it does
-    not.
+    not. `image_range`: as the flag, which our export writes beside it.
     """
 
     num_heads: int | None
@@ -52,6 +52,7 @@ class ExternalConfig(NamedTuple):
     prepared: Preprocessing | None
     classes: list[str] | None
     norm_eps: float | None = None
+    image_range: list[float] | None = None
 
 
 def infer_trunk_parts(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
