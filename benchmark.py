@@ -35,7 +35,7 @@ from run_state import Run, RunOptions
 from runtime import distributed
 from runtime.device import choose_precision, cpu_computes_in_bf16
 from runtime.terminal import log
-from utils import seed_all
+from seeding import seed_all
 from vit_backbone import SIZES
 
 

@@ -36,7 +36,7 @@ from runtime.signals import StopSignal
 from runtime.skipped_steps import SkippedSteps
 from runtime.terminal import log
 from schedules import Schedule
-from utils import derive_seed, seed_all
+from seeding import derive_seed, seed_all
 
 
 class Stage:

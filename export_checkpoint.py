@@ -170,8 +170,6 @@ def describe_export(source: WeightSource, model: ExportableModel, written: Expor
     if model.vocab_size:
         head = f"{model.vocab_size} {'values of pixels' if model.predicts_pixels else 'codes'}"
     values = [", ".join(f"{value:g}" for value in triple) for triple in prepared[:2]]
-    low_high = model.image_range
-    bounds = "" if low_high is None else f"range {low_high[0]:g} to {low_high[1]:g}, "
     lines = [
         ("read", f"{source.path}, {NAMES_OF[source.library]}"),
         ("written", f"{weights} ({len(written.converted.weights)} tensors, {size:.1f} MiB)"),
@@ -182,7 +180,8 @@ def describe_export(source: WeightSource, model: ExportableModel, written: Expor
             f"{s['num_heads']} heads",
         ),
         ("", f"patches of {s['patch_size']} in {s['img_size'][0]} x {s['img_size'][1]} pixels, {head}"),
-        ("images", f"crop {prepared.crop_pct:g}, {bounds}mean {values[0]}, std {values[1]}"),
+        ("images", f"crop {prepared.crop_pct:g}, mean {values[0]}, std {values[1]}"),
+        *([] if model.pixels.is_rgb8 else [("", f"{model.pixels}, which becomes 0 to 1 before that")]),
     ]
     if s["num_classes"]:
         lines.append(("classes", summarize_classes(model.classes)))
@@ -245,8 +244,8 @@ def write_onnx(model: ExportableModel, output: Path) -> ExportedFiles:
     network = pretrained.build_network(model)
     classifies = model.settings["num_classes"] > 0
     image = (model.settings["in_chans"], *as_pair(model.settings["img_size"]))
-    prepared = {**model.prepared._asdict(), **export.name_range(model), "classes": model.classes}
-    facts = {name: json.dumps(value) for name, value in prepared.items()}
+    prepared = {**model.prepared._asdict(), "image_range": model.pixels.image_range}
+    facts = {name: json.dumps(value) for name, value in {**prepared, "classes": model.classes}.items()}
     name = "logits" if classifies else "tokens"
     files, difference = onnx_format.write_onnx(
         network if classifies else modeling_finetune.AllTokens(network), image, output, name, facts

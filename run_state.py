@@ -30,7 +30,8 @@ from runtime.device import Precision, choose_precision
 from runtime.distributed import Launch
 from runtime.run_lock import RunLock
 from runtime.terminal import log
-from utils import git_commit, seed_all
+from seeding import seed_all
+from utils import git_commit
 from vit_backbone import Block, recompute_blocks
 
 # ── Setting up ──

@@ -2,7 +2,7 @@
 float tensors, pixel_format.py) in, dictionaries of tensors out.
 
 Random views draw from the global generators, which the data set seeds per sample
-(utils.seeded). Crops travel to the device as uint8 (`transform`) and become floats
+(seeding.seeded). Crops travel to the device as uint8 (`transform`) and become floats
 there (`device_transform`): a quarter of the bytes in each queue between.
 """
 

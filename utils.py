@@ -1,15 +1,9 @@
-"""Small stateless helpers with two importers at least; no collectives and no file
-formats here.
-"""
+"""Which version of the code runs."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-
-from seeding import derive_seed, seed_all, seeded
-
-__all__ = ["derive_seed", "git_commit", "seed_all", "seeded"]
 
 
 def git_commit() -> str:

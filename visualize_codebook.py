@@ -195,7 +195,7 @@ def summarize(encoded: EncodedFolder, counts: np.ndarray, root: str) -> str:
             html.table(
                 [
                     ("images", f"{about['images']:,} of {root}"),
-                    ("patches", f"{counts.sum():,}, {height} x {width} an image"),
+                    ("patches", f"{counts.sum():,}, {height} x {width} per image"),
                     ("codes used", f"{used:,} of {len(counts):,} ({used / len(counts):.1%})"),
                     (
                         "perplexity",

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from data_pipeline.crops import PretrainingViews
 from masking_generator import MaskingGenerator, scaled_mask_count, scaled_min_block
+from seeding import seeded
 from transforms import HALF_MEAN, HALF_STD
-from utils import seeded
 
 CLASSES = 1000
 PHOTO = (500, 375)  # ImageNet's usual size

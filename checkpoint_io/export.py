@@ -13,6 +13,7 @@ from checkpoint_io import checkpoints, huggingface_format, timm_format, weight_s
 from checkpoint_io.hub import WEIGHT_FILES
 from checkpoint_io.weight_formats import ConvertedWeights, Preprocessing
 from data_pipeline.imagenet_classes import in_words
+from data_pipeline.pixel_format import PixelFormat
 from errors import ParameterError
 from transforms import normalization
 
@@ -38,11 +39,9 @@ class ExportableModel(NamedTuple):
     notes: list[str]
 
     @property
-    def image_range(self) -> list[float] | None:
-        """The numbers in the files that become 0 and 1 before the normalization; None:
-        those of the files' type.
-        """
-        return self.flags.get("image_range")
+    def pixels(self) -> PixelFormat:
+        """Of its images."""
+        return PixelFormat.of_flags({**self.flags, "in_chans": self.settings["in_chans"]})
 
     @property
     def predicts_pixels(self) -> bool:
@@ -99,21 +98,18 @@ def make_training_flags(model: ExportableModel) -> dict[str, Any]:
     return flags | head | {"crop_pct": weight_source.to_crop_flag(model.prepared.crop_pct, s["img_size"])}
 
 
-def name_range(model: ExportableModel) -> dict[str, Any]:
-    """For a configuration: neither library has a word for the range of the pixels."""
-    return {} if model.image_range is None else {"image_range": list(model.image_range)}
-
-
 def write_timm(model: ExportableModel, path: Path) -> ExportedFiles:
     """A folder as on timm's hub, or a file with its config beside it."""
     is_file = path.suffix in FILE_ENDINGS
     converted = timm_format.to_timm(model.weights)
-    config = timm_format.make_timm_config(model.settings, model.prepared, model.classes)
+    config = timm_format.make_timm_config(
+        model.settings, model.prepared, model.classes, model.pixels.image_range
+    )
     weights, facts = (
         (path, path.with_suffix(".json")) if is_file else (path / WEIGHT_FILES[0], path / "config.json")
     )
     weight_source.save_weights(weights, converted.weights)
-    checkpoints.write_json(facts.parent, facts.name, config | name_range(model))
+    checkpoints.write_json(facts.parent, facts.name, config)
     by = f'timm.create_model("local-dir:{path}", pretrained=True)'
     if is_file:
         settings = f'**json.load(open("{facts}"))["model_args"]'
@@ -140,14 +136,17 @@ def write_huggingface(model: ExportableModel, folder: Path, architecture: str | 
         model.settings, architecture, model.vocab_size, drop_path, names
     )
     preprocessor = huggingface_format.make_huggingface_preprocessor(
-        model.settings["img_size"][0], model.prepared
+        model.settings["img_size"][0], model.prepared, model.pixels.image_range
     )
     converted = huggingface_format.to_huggingface(model.weights, architecture)
+    if model.pixels.in_chans != 3 and model.pixels.image_range is None:
+        converted.notes.append("rescale_factor is that of 8 bits; for 16-bit files write 1 / 65535 there")
     files = [folder / name for name in (WEIGHT_FILES[0], "config.json", "preprocessor_config.json")]
     weight_source.save_weights(files[0], converted.weights)
     checkpoints.write_json(folder, files[1].name, config)
-    checkpoints.write_json(folder, files[2].name, preprocessor | name_range(model))
-    by = [f'transformers.{architecture}.from_pretrained("{folder}")']
-    if model.image_range is None and model.settings["in_chans"] == 3:  # all that a processor reads
-        by.append(f'transformers.AutoImageProcessor.from_pretrained("{folder}")')
+    checkpoints.write_json(folder, files[2].name, preprocessor)
+    by = [
+        f'transformers.{architecture}.from_pretrained("{folder}")',
+        f'transformers.AutoImageProcessor.from_pretrained("{folder}")',
+    ]
     return ExportedFiles(files, converted, by)

@@ -5,7 +5,7 @@ of it, from the files beside its checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,6 @@ def make_card(
         for where, numbers in measured.items()
         for key, value in numbers.items()
     ]
-    low_high = model.image_range
-    bounds = "" if low_high is None else f"the numbers {_join(low_high)} as 0 and 1, "
     lines = [
         *("---", f"library_name: {TASKS[library]}", f"pipeline_tag: {task}", "tags:", "- beit", "---"),
         f"# {name.split('/')[-1]}",
@@ -85,8 +83,8 @@ def make_card(
         "",
         *("```python", f"import {opened.split('.')[0]}", "", f"model = {opened}", "```"),
         "",
-        f"Images: center crop of {prepared.crop_pct:g}, {bounds}mean {_join(prepared.mean)}, std "
-        f"{_join(prepared.std)}.",
+        f"Images: center crop of {prepared.crop_pct:g}, mean {_join(prepared.mean)}, std "
+        f"{_join(prepared.std)}{'' if model.pixels.is_rgb8 else f', of {model.pixels}'}.",
         "",
         "## Measured",
         *(["| what | value | from |", "| --- | --- | --- |", *rows] if rows else ["Nothing was measured."]),
@@ -96,5 +94,5 @@ def make_card(
     return "\n".join(lines) + "\n"
 
 
-def _join(values: Sequence[float]) -> str:
+def _join(values: tuple[float, ...]) -> str:
     return " ".join(f"{value:g}" for value in values)

@@ -113,9 +113,7 @@ def to_flags(external: ExternalConfig) -> dict[str, Any]:
         if prepared[:2] not in (normalization(True), normalization(False)):
             flags |= {"in_chans": len(prepared.mean), "mean_std": [*prepared.mean, *prepared.std]}
         flags["crop_pct"] = to_crop_flag(prepared.crop_pct, size or 224)
-    if external.image_range is not None:
-        flags["image_range"] = external.image_range
-    return flags
+    return flags | ({} if external.image_range is None else {"image_range": list(external.image_range)})
 
 
 def to_crop_flag(crop_pct: float, size: int | tuple[int, int]) -> float | None:

@@ -67,7 +67,7 @@ def explain_lost_process(error: RuntimeError) -> Exception:
         )
     if "DataLoader worker" in text:
         return UserError(
-            "a data process died, most likely for lack of memory: fewer `num_workers` "
+            "a data process died, most likely for lack of memory: lower `num_workers` "
             f"({text.splitlines()[0][:160]})"
         )
     return error

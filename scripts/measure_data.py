@@ -46,8 +46,8 @@ from data_pipeline.image_lists import find_images
 from errors import report_user_errors
 from masking_generator import MaskingGenerator
 from runtime.device import keep_freed_memory
+from seeding import seeded
 from transforms import HALF_MEAN, HALF_STD
-from utils import seeded
 
 CROP, MODE, PATCH = [0.2, 1.0], InterpolationMode.BICUBIC, 16
 Steps = Iterator[str]  # the name of each step once it is done

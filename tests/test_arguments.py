@@ -9,10 +9,9 @@ import shlex
 import sys
 
 import pytest
-import torch
 from golden_values import GOLDEN
 from refusals import refused
-from source_files import ROOT, all_files, library_files
+from source_files import ROOT, all_files
 
 import arguments
 import encode_images
@@ -353,42 +352,3 @@ def test_obsolete_flags_warn(caplog):
         "--enable_deepspeed",
         "--warmup_lr",
     }
-
-
-def test_a_missing_gpu_is_no_crash():
-    from runtime.device import pick_device
-
-    if not torch.cuda.is_available():
-        assert pick_device("cuda").type == "cpu"
-
-
-@pytest.mark.parametrize(
-    "name", ["mps", "xpu", "meta", "cpu:1", "cuda:99", "cuda:", "cuda:²", "cuda:-1", "", "cuda:" + "9" * 5000]
-)
-def test_a_device_that_is_not_supported_or_not_there_is_refused(name):
-    from errors import UserError
-    from runtime.device import pick_device
-
-    with pytest.raises(UserError, match=r"^`device` .*use (`device`|cuda or) cpu") as told:
-        pick_device(name)
-    assert len(str(told.value)) < 150
-
-
-def test_one_place_asks_whether_there_is_a_gpu():
-    """All else goes by the device of the run, which may be the CPU of a machine that
-    has one.
-    """
-    asking = {
-        path.name: count for path in library_files() if (count := path.read_text().count("cuda.is_available"))
-    }
-    assert asking == {"device.py": 1}
-
-
-def test_a_gpu_too_old_for_this_torch_is_named():
-    from errors import UserError
-    from runtime.device import refuse_gpus_without_kernels
-
-    refuse_gpus_without_kernels((9, 0), ["sm_75", "sm_80", "sm_90a", "compute_120"])
-    refuse_gpus_without_kernels((7, 0), ["sm_50", "sm_70"])
-    with pytest.raises(UserError, match=r"7\.0 .*cu126"):
-        refuse_gpus_without_kernels((7, 0), ["sm_75", "sm_80"])

@@ -36,8 +36,8 @@ from norm_ema_quantizer import NormEMAVectorQuantizer
 from run_state import Run, RunOptions
 from runtime.device import choose_precision
 from runtime.distributed import Launch
+from seeding import seeded
 from transforms import HALF_MEAN, HALF_STD
-from utils import seeded
 from vqkd_teachers import build_teacher
 
 CPU = torch.device("cpu")

@@ -2,14 +2,17 @@
 command runs, evaluation is exact.
 """
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 
 import golden_values
 import pytest
 import torch
-from many_processes import LAUNCHERS, free_port, one_process, run, two_processes
+from many_processes import LAUNCHERS, end, free_port, one_process, run, start, two_processes
 from tiny_runs import (
     assert_same_weights,
     checkpoint,
@@ -138,3 +141,76 @@ def test_ranks_are_read_from_every_launcher():
 def test_an_environment_of_nonsense_is_told(environment):
     with pytest.raises(UserError, match="the environment"):
         read_launch(environment, dist_on_itp=True)
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces joined by a cable: hosts of their own as far as sockets
+    can tell.
+    """
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    names = [f"beit{os.getpid()}a", f"beit{os.getpid()}b"]
+    setup = [
+        *(f"ip netns add {name}" for name in names),
+        f"ip link add veth0 netns {names[0]} type veth peer name veth0 netns {names[1]}",
+        *(f"ip -n {name} addr add 10.77.0.{host}/24 dev veth0" for host, name in enumerate(names, start=1)),
+        *(f"ip -n {name} link set {device} up" for name in names for device in ("veth0", "lo")),
+    ]
+    try:
+        for command in setup:
+            if subprocess.run(command.split(), capture_output=True).returncode:
+                pytest.skip(f"network namespaces are not allowed here ({command})")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.slow
+def test_two_hosts_follow_the_curve_of_one_with_two_processes(two_hosts, data, tokenizer_weight, tmp_path):
+    flags = pretraining_flags(data, tmp_path / "hosts", tokenizer_weight)
+    processes = []
+    for node, host in enumerate(two_hosts):
+        where = ["--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1"]
+        where += ["--master_addr=10.77.0.1", "--master_port=29511"]
+        command = [*LAUNCHERS["torch.distributed.launch"], *where, "run_beitv2_pretraining.py", *flags]
+        processes.append(start(["ip", "netns", "exec", host, *command], GLOO_SOCKET_IFNAME="veth0"))
+    for process in processes:
+        status, out = end(process)
+        assert status == 0, out
+    alone = pretraining_flags(data, tmp_path / "one", tokenizer_weight)
+    two_processes("run_beitv2_pretraining.py", alone)
+    for mine, other in zip(log_lines(tmp_path / "hosts"), log_lines(tmp_path / "one"), strict=True):
+        assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+    assert_same_weights(tmp_path / "hosts/checkpoint.pth", tmp_path / "one/checkpoint.pth")
+
+
+def ranks_with(flags, *more):
+    """Two processes of pretraining, started by hand, each with its own further
+    flags.
+    """
+    port, processes = str(free_port()), []
+    for rank, own in enumerate(more):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        command = [sys.executable, "run_beitv2_pretraining.py", *flags, *own]
+        processes.append(start(command, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place))
+    return [end(process) for process in processes]  # in 4 minutes: --dist_timeout is 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("difference", ["flags", "images", "a failure on rank 1", "a failure on rank 0"])
+def test_processes_that_differ_end_at_once_and_say_why(difference, data, tokenizer_weight, tmp_path):
+    flags = pretraining_flags(data, tmp_path / "out", tokenizer_weight)
+    fewer = photos(tmp_path / "fewer", per_class=5)
+    nowhere = ["--data_path", str(tmp_path / "nowhere")]
+    more, says = {
+        "flags": ([[], ["--lr", "7e-4"]], "different flags: --lr 0.001 on rank 0, 0.0007 on rank 1"),
+        "images": ([[], ["--data_path", str(fewer)]], "different images: 16 on rank 0, 10 on rank 1"),
+        "a failure on rank 1": ([[], nowhere], "nowhere: no such folder"),
+        "a failure on rank 0": ([nowhere, []], "nowhere: no such folder"),
+    }[difference]
+    for status, out in ranks_with(flags, *more):
+        assert status == 2, out
+        assert says in out
+        assert "Traceback" not in out

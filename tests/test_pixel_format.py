@@ -20,8 +20,8 @@ from data_pipeline.float_images import jitter_float
 from data_pipeline.pixel_format import PixelFormat, load_pixels, measure_pixels
 from datasets import ImageSource, find_unlabeled
 from errors import UserError
+from seeding import seeded
 from transforms import eval_view, finetuning_view, normalization_of
-from utils import seeded
 
 RNG = np.random.RandomState(0)
 GRAY = PixelFormat(1)

@@ -20,6 +20,13 @@ def write_image(path, seed=0, size=(40, 30)):
     return str(path)
 
 
+def photo(width=90, height=70, seed=0) -> Image.Image:
+    """Smooth colors with some noise: no two crops look alike."""
+    rng = np.random.RandomState(seed)
+    small = Image.fromarray(rng.randint(0, 256, (5, 6, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def write_classes(root, counts):
     for name, count in counts.items():
         for i in range(count):
