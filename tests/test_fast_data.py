@@ -33,7 +33,7 @@ from data_pipeline.samplers import ResumableSampler, build_loader
 from datasets import ImageFiles
 from masking_generator import MaskingGenerator
 from runtime.device import to_device
-from seeding import seeded
+from runtime.seeding import seeded
 from transforms import HALF_MEAN, HALF_STD
 
 SIZES = [(500, 375), (375, 500), (90, 70), (33, 32), (7, 300), (400, 5), (3, 2), (1, 1)]
