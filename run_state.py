@@ -29,9 +29,8 @@ from runtime import compilation, distributed, fsdp, signals
 from runtime.device import Precision, choose_precision
 from runtime.distributed import Launch
 from runtime.run_lock import RunLock
-from runtime.terminal import log
-from seeding import seed_all
-from utils import git_commit
+from runtime.seeding import seed_all
+from runtime.terminal import git_commit, log
 from vit_backbone import Block, recompute_blocks
 
 # ── Setting up ──
