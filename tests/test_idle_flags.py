@@ -2,9 +2,13 @@
 says that it does nothing: one that is only accepted misleads.
 """
 
+import re
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from refusals import refused
+from source_files import ROOT
 from tiny_classifier import MODEL, classifier
 from tiny_runs import (
     TOKENIZER,
@@ -19,7 +23,9 @@ from tiny_runs import (
     vqkd_flags,
 )
 
+import advise
 import arguments
+import benchmark
 import encode_images
 import export_checkpoint
 import extract_features
@@ -308,6 +314,17 @@ def test_a_flag_of_another_stage_says_that_it_does_nothing(data, files, capsys):
 
 
 SCRIPTS = {
+    "advise": (
+        advise,
+        lambda f, d, out: [str(d), *as_flags(output=out / "plan.json", output_dir=out, device="cpu")],
+    ),
+    "benchmark": (
+        benchmark,
+        lambda f, d, out: [
+            *as_flags(device="cpu", model="demo", batch_size=1, rounds=1, warmup=1, amp_dtype="fp32"),
+            *as_flags(stage="vqkd", output=out / "speed.json"),
+        ],
+    ),
     "encode_images": (
         encode_images,
         lambda f, d, out: as_flags(
@@ -342,8 +359,23 @@ SCRIPTS = {
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_of_a_script_is_read(script, files, data, tmp_path, monkeypatch):
     entry, line = SCRIPTS[script]
+    stages = dict.fromkeys(advise.ENTRIES, MagicMock())  # whose flags are not the script's
+    monkeypatch.setattr(advise, "ENTRIES", stages)
+    monkeypatch.setattr(advise, "time_steps", lambda trainer: 1.0)
     reads = Reads(monkeypatch)
     reads.run(entry, line(files, data, tmp_path))
-    assert {action.dest for action in entry.get_parser()._actions} - {"help", "config"} == reads.names & {
-        action.dest for action in entry.get_parser()._actions
-    }
+    flags = {action.dest for action in entry.get_parser()._actions} - {"help", "config"}
+    assert flags - reads.names == set()
+
+
+def test_a_plan_without_a_trial_says_which_flags_do_nothing(data, capsys):
+    advise.main([str(data), *as_flags(device="cpu", num_workers=3, no_probe=True)])
+    assert "--num_workers does nothing here: --no_probe tries nothing out" in capsys.readouterr().out
+
+
+def test_every_command_with_flags_is_here(files, data, tmp_path):
+    commands = {path.stem for path in ROOT.glob("*.py") if re.search("^def main", path.read_text(), re.M)}
+    of_stages = modes(files, data, tmp_path)
+    tested = {entry.__name__ for entry, _, _ in of_stages.values()} | SCRIPTS.keys()
+    assert of_stages.keys() == set(MODES)
+    assert commands - tested == {"model_zoo"}  # which takes names alone

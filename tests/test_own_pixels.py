@@ -220,6 +220,14 @@ COMMANDS = {
         **{"model": TOKENIZER, "input_size": 32, "teacher_input_size": 32},
         **{"codebook_n_emd": 16, "codebook_emd_dim": 8},
     ),
+    "run_vqkd_training --train_pixel_decoder": lambda w: run_vqkd_training.main(
+        [
+            *as_flags(tokenizer_weight=w.file("tokenizer"), data_path=w.images, train_pixel_decoder=True),
+            *as_flags(in_chans=w.flags["in_chans"], input_size=32, pixel_decoder_dim=32, epochs=1),
+            *(as_flags(image_range="auto") if w.flags["image_range"] else []),
+            *RUN,
+        ]
+    ),
     "export_checkpoint --to timm": exported("timm", "timm"),
     "export_checkpoint --to huggingface": exported("huggingface", "huggingface"),
     "export_checkpoint --to safetensors": exported("safetensors", "ours.safetensors"),
@@ -269,7 +277,13 @@ def test_a_pixel_decoder_refuses_other_images(world, capsys):
     flags = as_flags(tokenizer_weight=world.file("tokenizer"), data_path=world.images, input_size=32)
     flags = [*flags, *RUN, "--train_pixel_decoder"]
     message = refused(run_vqkd_training.main, flags, capsys)
-    assert f"give --in_chans {world.flags['in_chans']}" in message
+    give = f"give --in_chans {world.flags['in_chans']}"
+    assert give in message
+    flags, low_high = [*flags, *as_flags(in_chans=world.flags["in_chans"])], world.flags["image_range"]
+    give += " --image_range -100 4000" if low_high else ", no --image_range"
+    assert give in refused(run_vqkd_training.main, [*flags, "--image_range", "0", "99"], capsys)
+    if low_high is None:  # `auto` would measure another range than that of the files' type
+        assert give in refused(run_vqkd_training.main, [*flags, *as_flags(image_range="auto")], capsys)
 
 
 def test_the_page_of_codes_shows_the_images_that_were_encoded(world, monkeypatch):
