@@ -34,8 +34,8 @@ from errors import UserError, report_user_errors
 from run_state import Run, RunOptions
 from runtime import distributed
 from runtime.device import choose_precision, cpu_computes_in_bf16
+from runtime.seeding import seed_all
 from runtime.terminal import log
-from seeding import seed_all
 from vit_backbone import SIZES
 
 

@@ -32,11 +32,11 @@ from runtime import distributed, fsdp
 from runtime.device import Precision, to_device
 from runtime.failures import explain_errors
 from runtime.metrics import Reporter, RunCounts, RunningMeans, clock
+from runtime.seeding import derive_seed, seed_all
 from runtime.signals import StopSignal
 from runtime.skipped_steps import SkippedSteps
 from runtime.terminal import log
 from schedules import Schedule
-from seeding import derive_seed, seed_all
 
 
 class Stage:

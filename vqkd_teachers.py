@@ -25,7 +25,7 @@ from checkpoint_io.timm_models import create_timm_model, load_every_tensor, summ
 from errors import ParameterError, UserError, pick
 from layers import hog
 from layers.feature_maps import CANNOT_RUN, compute_feature_maps, find_matching_sizes, measure_map_shapes
-from seeding import seeded
+from runtime.seeding import seeded
 
 RGB_0, RGB_1 = (0.0,) * 3, (1.0,) * 3
 # of timm:<name>: ask the teacher

@@ -59,7 +59,7 @@ from engine_for_pretraining import PretrainingStage
 from engine_for_vqkd import TokenizerStage
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from run_state import Run
-from seeding import seeded
+from runtime.seeding import seeded
 from transforms import HALF_MEAN, HALF_STD, finetuning_view
 from vit_backbone import SIZES, cast_frozen
 from vqkd_teachers import build_teacher

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.crops import PretrainingViews
 from masking_generator import MaskingGenerator, scaled_mask_count, scaled_min_block
-from seeding import seeded
+from runtime.seeding import seeded
 from transforms import HALF_MEAN, HALF_STD
 
 CLASSES = 1000

@@ -31,8 +31,8 @@ from data_pipeline.image_formats import look_like_12_bits
 from data_pipeline.pixel_format import PixelFormat
 from errors import UserError
 from runtime.distributed import is_main
+from runtime.seeding import seeded
 from runtime.terminal import log, log_once
-from seeding import seeded
 
 Key = tuple[int, int]  # (epoch, index)
 

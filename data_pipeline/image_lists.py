@@ -19,8 +19,8 @@ from data_pipeline.folders import check_folder, list_class_folders, list_images,
 from data_pipeline.image_formats import EXTENSIONS
 from errors import ParameterError, UserError
 from runtime.distributed import barrier, is_main
+from runtime.seeding import derive_seed
 from runtime.terminal import log_once
-from seeding import derive_seed
 
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 

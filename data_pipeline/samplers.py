@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Sampler
 from data_pipeline.files import Files, Key, SampleDataset, collate, collate_readable
 from runtime.device import keep_freed_memory
 from runtime.distributed import Launch
+from runtime.seeding import derive_seed
 from runtime.terminal import log
-from seeding import derive_seed
 
 # an epoch mixes the images of this many shards at a time, so that these stay in the
 # system's file cache

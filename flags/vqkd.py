@@ -23,7 +23,7 @@ from arguments import (
     small_count,
 )
 from data_pipeline.crops import TokenizerViews
-from errors import UserError
+from errors import UserError, count
 from flags.images import add_data_flags, add_pipeline_flags
 from flags.initialization import add_initialization_flags, check_initialization_flags
 from flags.optimization import add_optimizer_flags, check_schedule, find_idle_optimizer_flags
@@ -257,9 +257,9 @@ def check_warmup(args: argparse.Namespace, steps: int, images_per_step: int) -> 
     collecting = math.ceil(FEATURES_PER_CODE * args.codebook_n_emd / tokens_per_step)
     if args.quantizer_warmup_steps > 0 and args.quantizer_warmup_steps + collecting >= steps:
         raise UserError(
-            f"--quantizer_warmup_steps {args.quantizer_warmup_steps}, and then {collecting} steps that "
-            f"collect features for k-means, leave nothing of a run of {steps} steps: shorten the warm-up or "
-            "raise --epochs"
+            f"--quantizer_warmup_steps {args.quantizer_warmup_steps}, and then {count(collecting, 'step')} "
+            f"of collecting features for k-means, leave nothing of a run of {count(steps, 'step')}: shorten "
+            "the warm-up or raise --epochs"
         )
 
 

@@ -1,3 +1,3 @@
-"""Where a run computes: processes, devices, signals, sharded weights, compilation,
+"""Where a run computes: processes, devices, seeds, signals, sharded weights, compilation,
 meters and loggers.
 """

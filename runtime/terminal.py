@@ -1,4 +1,4 @@
-"""What a run prints: the log of rank 0, the errors of every rank."""
+"""What a run prints: the log of rank 0, the errors of every rank; which code it is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import functools
 import logging
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -49,3 +51,12 @@ def log_once(text: str) -> None:
 
 def format_size(n_bytes: float) -> str:
     return f"{n_bytes / 2**20:.0f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.1f} GiB"
+
+
+def git_commit() -> str:
+    """Of the code that runs, `-dirty` where it was changed since."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

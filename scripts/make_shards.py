@@ -33,7 +33,7 @@ from data_pipeline.array_files import ARRAY_EXTENSIONS  # noqa: E402
 from data_pipeline.image_formats import open_regular  # noqa: E402
 from data_pipeline.image_lists import EXTENSIONS, Samples, find_classes_folder, find_images  # noqa: E402
 from errors import ArgumentParser, UserError, printable, report_user_errors  # noqa: E402
-from seeding import derive_seed  # noqa: E402
+from runtime.seeding import derive_seed  # noqa: E402
 
 
 def get_parser() -> ArgumentParser:

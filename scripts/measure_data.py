@@ -46,7 +46,7 @@ from data_pipeline.image_lists import find_images
 from errors import report_user_errors
 from masking_generator import MaskingGenerator
 from runtime.device import keep_freed_memory
-from seeding import seeded
+from runtime.seeding import seeded
 from transforms import HALF_MEAN, HALF_STD
 
 CROP, MODE, PATCH = [0.2, 1.0], InterpolationMode.BICUBIC, 16

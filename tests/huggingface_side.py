@@ -1,5 +1,5 @@
-"""Run by test_export.py in a process of its own: what transformers makes of exported
-folders.
+"""Run by test_export_transformers.py in a process of its own: what transformers makes
+of exported folders.
 
 transformers looks for a package `datasets` and would find our module of that name, so
 this file imports nothing of ours and runs in another folder. Usage: python

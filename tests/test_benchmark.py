@@ -36,7 +36,7 @@ from norm_ema_quantizer import NormEMAVectorQuantizer
 from run_state import Run, RunOptions
 from runtime.device import choose_precision
 from runtime.distributed import Launch
-from seeding import seeded
+from runtime.seeding import seeded
 from transforms import HALF_MEAN, HALF_STD
 from vqkd_teachers import build_teacher
 

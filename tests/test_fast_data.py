@@ -1,39 +1,26 @@
-"""The pipelines of the data: exact is torchvision's bit for bit, fast is near it, and
-the device augments as a worker does.
-"""
+"""The pipelines of the data: exact is torchvision's bit for bit, fast is near it."""
 
 import itertools
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageStat
 from refusals import refused, user_reads
-from tiny_runs import (
-    as_flags,
-    assert_same_weights,
-    log_lines,
-    photos,
-    pretraining_flags,
-    tokenizer,
-    vqkd_flags,
-)
+from tiny_runs import photos, pretraining_flags, tokenizer
+from tiny_views import files_of_many_kinds, pretraining, scene
 from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
 import run_beitv2_pretraining
 import run_class_finetuning
-import run_vqkd_training
 from data_pipeline import augmentation, crops, resizing
 from data_pipeline.augmentation import BRIGHTNESS, CONTRAST, SATURATION, CropParams
-from data_pipeline.crops import ASPECT_RANGE, PretrainingViews, RandomCrop, TokenizerViews
+from data_pipeline.crops import ASPECT_RANGE, RandomCrop, TokenizerViews
 from data_pipeline.image_formats import load_image
-from data_pipeline.samplers import ResumableSampler, build_loader
 from datasets import ImageFiles
 from masking_generator import MaskingGenerator
-from runtime.device import to_device
-from seeding import seeded
+from runtime.seeding import seeded
 from transforms import HALF_MEAN, HALF_STD
 
 SIZES = [(500, 375), (375, 500), (90, 70), (33, 32), (7, 300), (400, 5), (3, 2), (1, 1)]
@@ -41,34 +28,10 @@ ORDERS = list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION)))
 ADJUST = {BRIGHTNESS: F.adjust_brightness, CONTRAST: F.adjust_contrast, SATURATION: F.adjust_saturation}
 
 
-def scene(width=500, height=375, seed=0) -> Image.Image:
-    """Like a photo: smooth shades, hard edges, saturated and clipped places, some
-    noise.
-    """
-    rng = np.random.RandomState(seed)
-    shades = Image.fromarray(rng.randint(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
-    values = np.array(shades).astype(np.float32)
-    for _ in range(6):
-        top, left = rng.randint(0, height), rng.randint(0, width)
-        values[top : top + height // 4, left : left + width // 4] = rng.choice([0, 255, 40, 210], 3)
-    return Image.fromarray((values + 6 * rng.randn(height, width, 3)).clip(0, 255).astype(np.uint8))
-
-
 def crop_of_torchvision(image, min_crop_scale, color_jitter, vflip):
     jitter = [T.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter else []
     image = T.Compose([*jitter, T.RandomHorizontalFlip(0.5), T.RandomVerticalFlip(vflip)])(image)
     return F.crop(image, *T.RandomResizedCrop.get_params(image, [min_crop_scale, 1.0], ASPECT_RANGE))
-
-
-def pretraining(
-    size=64, second: int | None = 64, jitter=0.4, vflip=0.0, pipeline="exact", on_device=False, mode="bicubic"
-):
-    masks = MaskingGenerator(4, 6)
-    return PretrainingViews(
-        size, second, 0.2, jitter, mode, mode, HALF_MEAN, HALF_STD, masks, vflip, pipeline, on_device
-    )
 
 
 def levels(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -213,28 +176,6 @@ def test_the_sampled_pivot_of_a_large_image():
 # ── Files ──
 
 
-def files_of_many_kinds(folder: Path) -> dict[str, str]:
-    image, turned = scene(), Image.Exif()
-    turned[0x0112] = 6
-    transparent = image.convert("RGBA")
-    transparent.putalpha(image.convert("L"))
-    kinds = {
-        "rgb.jpg": (image, {"quality": 92}),
-        "gray.jpg": (image.convert("L"), {"quality": 92}),
-        "cmyk.jpg": (image.convert("CMYK"), {"quality": 92}),
-        "progressive.jpg": (image, {"quality": 92, "progressive": True}),
-        "turned.jpg": (image, {"quality": 92, "exif": turned}),
-        "turned_large.jpg": (scene(1600, 1200), {"quality": 92, "exif": turned}),
-        "rgba.png": (transparent, {}),
-        "palette.png": (image.quantize(64), {}),
-        "gray.png": (image.convert("L"), {}),
-        "lossy.webp": (image, {"quality": 90}),
-    }
-    for name, (picture, options) in kinds.items():
-        picture.save(folder / name, **options)
-    return {name: str(folder / name) for name in kinds}
-
-
 def test_both_pipelines_read_every_kind_of_file(tmp_path):
     for name, file in files_of_many_kinds(tmp_path).items():
         for seed in range(4):
@@ -286,84 +227,6 @@ def test_a_replaced_file_gets_the_same_random_numbers(tmp_path, pipeline):
     assert len(replaced["failed"]) == 1
     assert torch.equal(replaced["image"], itself["image"])
     assert torch.equal(replaced["mask"], itself["mask"])
-
-
-# ── To the device ──
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("jitter", [0.0, 0.4])
-@pytest.mark.parametrize("second", [None, 64, 32])
-def test_the_device_augments_as_a_worker_does(tmp_path, jitter, second):
-    samples = [(file, None) for file in files_of_many_kinds(tmp_path).values()]
-    batches = []
-    for on_device in (False, True):
-        views = pretraining(64, second, jitter=jitter, vflip=0.5, pipeline="fast", on_device=on_device)
-        dataset = ImageFiles(samples, views, seed=2)
-        batch = next(
-            iter(build_loader(dataset, ResumableSampler(10, 10, 1, 0, 1, seed=0), 0, pin_memory=False))
-        )
-        assert batch["image"].dtype == torch.uint8
-        assert ("params" in batch) == on_device
-        assert ("tokenizer_image" in batch) == (second == 32)  # equal views travel once
-        batches.append(dataset.device_transform(to_device(batch, torch.device("cpu"))))
-    assert batches[0].keys() == batches[1].keys()
-    for name in {"image", "tokenizer_image"} & batches[0].keys():
-        assert batches[0][name].dtype == torch.float32
-        assert torch.equal(batches[0][name], batches[1][name])
-    assert torch.equal(batches[0]["mask"], batches[1]["mask"])
-    raw = [
-        ImageFiles(samples, pretraining(pipeline="fast", jitter=jitter, vflip=0.5, on_device=True), seed=2)[
-            0, 0
-        ]
-    ]
-    # something was left to do
-    assert not torch.equal(raw[0]["image"].float() / 255 * 2 - 1, batches[0]["image"][0])
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gets_the_pixels_that_the_cpu_gets(tmp_path):
-    samples = [(file, None) for file in files_of_many_kinds(tmp_path).values()]
-    for pipeline, on_device in (("exact", False), ("fast", True)):
-        dataset = ImageFiles(samples, pretraining(64, 32, vflip=0.5, pipeline=pipeline, on_device=on_device))
-        batch = next(
-            iter(build_loader(dataset, ResumableSampler(10, 10, 1, 0, 1, seed=0), 0, pin_memory=True))
-        )
-        here = dataset.device_transform(to_device(batch, torch.device("cpu")))
-        there = dataset.device_transform(to_device(batch, torch.device("cuda", 0)))
-        assert there["mask"].device.type == "cpu"
-        for name in ("image", "tokenizer_image"):
-            assert torch.equal(here[name], there[name].cpu())
-
-
-def test_a_quarter_of_the_bytes_travel():
-    sample = pretraining(64, 64).transform(scene())
-    assert sum(value.nbytes for name, value in sample.items() if name != "mask") == 3 * 64 * 64
-
-
-# ── Runs ──
-
-
-@pytest.mark.slow
-def test_runs_do_not_depend_on_who_augments(tmp_path):
-    data, codes = photos(tmp_path / "photos"), tokenizer(tmp_path / "tokenizer.pth")
-    for name, more in {"worker": [], "device": ["--augment_on_device"]}.items():
-        flags = [
-            *as_flags(data_pipeline="fast", epochs=1, eval_data_path=data, image_freq=1),
-            *more,
-        ]
-        run_beitv2_pretraining.main(pretraining_flags(data, tmp_path / name, codes, *flags))
-        run_vqkd_training.main(vqkd_flags(data, tmp_path / f"{name}_vqkd", *flags, "--color_jitter", "0.4"))
-    for stage in ("", "_vqkd"):
-        assert_same_weights(
-            tmp_path / f"worker{stage}/checkpoint.pth", tmp_path / f"device{stage}/checkpoint.pth"
-        )
-        lines = [log_lines(tmp_path / f"{name}{stage}")[0] for name in ("worker", "device")]
-        assert [line["train_loss"] for line in lines] == [lines[0]["train_loss"]] * 2
-        assert [line["test_loss"] for line in lines] == [lines[0]["test_loss"]] * 2
-        pictures = [sorted((tmp_path / f"{name}{stage}/pictures").iterdir()) for name in ("worker", "device")]
-        assert pictures[0]
-        assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
 
 
 def test_what_cannot_act_is_refused(tmp_path, capsys):

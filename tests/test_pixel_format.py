@@ -20,7 +20,7 @@ from data_pipeline.float_images import jitter_float
 from data_pipeline.pixel_format import PixelFormat, load_pixels, measure_pixels
 from datasets import ImageSource, find_unlabeled
 from errors import UserError
-from seeding import seeded
+from runtime.seeding import seeded
 from transforms import eval_view, finetuning_view, normalization_of
 
 RNG = np.random.RandomState(0)

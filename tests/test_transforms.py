@@ -14,7 +14,7 @@ from data_pipeline import augmentation, crops, resizing
 from data_pipeline.crops import PretrainingViews, TokenizerViews
 from data_pipeline.resizing import interpolation
 from masking_generator import MaskingGenerator
-from seeding import seeded
+from runtime.seeding import seeded
 from transforms import HALF_MEAN, HALF_STD, IMAGENET_MEAN, IMAGENET_STD, eval_view, finetuning_view
 
 

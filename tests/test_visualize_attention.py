@@ -1,5 +1,5 @@
-"""Attention maps: the right rows of the right matrix at any size, the patches that hold
-a share of it, and their figure.
+"""Attention maps: the right rows of the right matrix at any size, and their figure;
+drawing in general is in test_shown_images.py.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from tiny_runs import as_flags, photos, student
 import pretrained
 import visualize_attention
 from modeling_finetune import VisionTransformer
-from visualization import drawing, inputs
+from visualization import inputs
 from visualization.drawing import CAPTION, GAP, RED
 
 SIDE = 160 + CAPTION  # of a captioned picture: 48 to 64 pixels enlarged
@@ -62,25 +62,6 @@ def wide(pictures):
 
 
 # ── Numbers ──
-
-
-@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.999, 1.0])
-def test_the_kept_patches_hold_the_share_and_are_the_fewest(share):
-    for seed in range(20):
-        weights = torch.rand(5, 7, generator=torch.Generator().manual_seed(seed)) ** 4
-        kept = drawing.keep_most(weights, share)
-        total, inside = weights.double().sum(), weights.double()[kept]
-        assert kept.shape == weights.shape and inside.sum() >= share * total * (1 - 1e-12)
-        assert inside.sum() - inside.min() < share * total  # one fewer, and be it the smallest, is too few
-        assert not kept.all() or share > 0.99
-        assert (weights[~kept] <= inside.min()).all()
-
-
-def test_equal_weights_and_a_single_peak():
-    assert drawing.keep_most(torch.ones(4, 5), 0.6).sum() == 12
-    peak = torch.zeros(3, 3)
-    peak[1, 2] = 1
-    assert drawing.keep_most(peak, 0.99).nonzero().tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("size", [(32, 32), (96, 96), (48, 80)])
@@ -137,37 +118,6 @@ def test_the_frame_is_around_the_query(token, box):
     picture = visualize_attention.mark_queries(torch.zeros(3, 192, 80), [0, token], (3, 5))
     red = (picture == torch.tensor(RED).view(3, 1, 1)).all(0).nonzero()
     assert (*red.amin(0).tolist(), *red.amax(0).tolist()) == box  # top, left, bottom, right
-
-
-def test_the_spotlight_is_on_the_kept_patches():
-    image = torch.rand(3, 32, 48)
-    kept = torch.tensor([[True, False, False], [False, False, True]])
-    picture = drawing.spotlight(image, kept)
-    assert torch.equal(picture[:, :16, :16], image[:, :16, :16]) and torch.equal(
-        picture[:, 16:, 32:], image[:, 16:, 32:]
-    )
-    assert not torch.isclose(picture[:, :16, 16:], image[:, :16, 16:]).all(0).any()
-
-
-def test_captions_fit_and_leave_the_picture_alone():
-    picture = torch.rand(3, 20, 60)
-    for text in (
-        "head 0",
-        "a name that is longer than sixty pixels.jpg",
-        "no\udcff utf-8",
-        "\N{HIRAGANA LETTER A}",
-    ):
-        captioned = drawing.add_caption(picture, text)
-        assert captioned.shape == (3, 20 + CAPTION, 60)
-        assert torch.equal(captioned[:, CAPTION:], picture)
-        assert captioned[:, :CAPTION].min() < 0.5
-
-
-def test_pictures_of_several_sizes_are_joined_with_white():
-    pictures = [torch.zeros(3, 4, 5), torch.zeros(3, 6, 3), torch.zeros(3, 2, 2)]
-    joined = drawing.gallery(pictures, columns=2)
-    assert joined.shape == (3, 6 + GAP + 2, 5 + GAP + 3)
-    assert (joined == 0).sum() == 3 * (20 + 18 + 4)
 
 
 # ── The figure ──
@@ -297,15 +247,6 @@ def test_whatever_a_decoder_raises_leaves_one_image_out(mixed, monkeypatch):
         list(inputs.read_shown([str(mixed / "2.jpg")]))
 
 
-def test_the_images_of_a_folder_are_evenly_spread(tmp_path):
-    for number in range(10):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
-    one = str(tmp_path / "7.png")
-    shown = inputs.find_shown([str(tmp_path), one], 4, "--image")
-    assert [path[-5] for path in shown] == ["0", "2", "5", "7", "7"]
-    assert len(inputs.find_shown([str(tmp_path)], 99, "--image")) == 10
-
-
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
@@ -331,24 +272,6 @@ def test_images_and_output_are_looked_at_before_the_model(
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert message.replace("{}", str(tmp_path)) in error and flag in error and error.count("\n") == 1
-
-
-def test_a_picture_too_large_for_its_format_is_one_line(tmp_path):
-    picture = torch.zeros(3, 70_000, 1)
-    inputs.save_picture(picture, str(tmp_path / "x.png"), "--output")
-    with pytest.raises(
-        inputs.UserError,
-        match=(r"--output .*x.jpg: 1 x 70000 pixels cannot be written " r".* PNG takes every size"),
-    ):
-        inputs.save_picture(picture, str(tmp_path / "x.jpg"), "--output")
-
-
-@pytest.mark.parametrize("ending", inputs.PICTURES)
-def test_every_accepted_ending_can_be_written(ending, tmp_path):
-    name = str(tmp_path / f"new/x{ending.upper()}")
-    inputs.prepare_output(name, inputs.PICTURES, "--output")
-    inputs.save_picture(torch.rand(3, 16, 16), name, "--output")
-    assert (tmp_path / f"new/x{ending.upper()}").stat().st_size > 0
 
 
 def test_the_view_is_that_of_evaluation_unless_told(weights, tmp_path):

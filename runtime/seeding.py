@@ -1,6 +1,5 @@
 """Seeds that derive from what they are for, and random numbers that depend on nothing
-else. Apart from utils.py, whose name users' own modules have too: what builds networks
-imports no module of that name (hubconf.py).
+else.
 """
 
 from __future__ import annotations
