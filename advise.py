@@ -32,6 +32,7 @@ from advice.plan import make_plan
 from checkpoint_io import checkpoints
 from errors import printable, report_user_errors
 from runtime.metrics import clock
+from runtime.terminal import set_up_logging
 
 ENTRIES: dict[str, Any] = {
     "vqkd": run_vqkd_training,
@@ -76,6 +77,9 @@ def get_parser() -> argparse.ArgumentParser:
 @report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
+    set_up_logging(0)
+    idle = {"num_workers": "--no_probe tries nothing out"} if args.no_probe else {}
+    arguments.warn_of_idle_flags(get_parser(), args, idle)
     folder = inspect_folder(args.folder)
     if args.make_split:
         root = Path(args.output_dir, "split")

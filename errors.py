@@ -102,6 +102,11 @@ def name_flags(text: str) -> str:
     return PARAMETER.sub(r"--\1", text)
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 step", "4 steps"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def pick(table: Mapping[str, T], name: str, what: str) -> T:
     """`table[name]`, or a UserError that calls the thing by its kind (`what`) and
     offers the nearest names.

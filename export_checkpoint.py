@@ -181,6 +181,7 @@ def describe_export(source: WeightSource, model: ExportableModel, written: Expor
         ),
         ("", f"patches of {s['patch_size']} in {s['img_size'][0]} x {s['img_size'][1]} pixels, {head}"),
         ("images", f"crop {prepared.crop_pct:g}, mean {values[0]}, std {values[1]}"),
+        *([] if model.pixels.is_rgb8 else [("", f"{model.pixels}, which becomes 0 to 1 before that")]),
     ]
     if s["num_classes"]:
         lines.append(("classes", summarize_classes(model.classes)))
@@ -243,7 +244,7 @@ def write_onnx(model: ExportableModel, output: Path) -> ExportedFiles:
     network = pretrained.build_network(model)
     classifies = model.settings["num_classes"] > 0
     image = (model.settings["in_chans"], *as_pair(model.settings["img_size"]))
-    prepared = model.prepared._asdict()
+    prepared = {**model.prepared._asdict(), "image_range": model.pixels.image_range}
     facts = {name: json.dumps(value) for name, value in {**prepared, "classes": model.classes}.items()}
     name = "logits" if classifies else "tokens"
     files, difference = onnx_format.write_onnx(

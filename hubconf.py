@@ -2,7 +2,8 @@
 source="local").
 
 `weights` is a path, a URL, a published name or an id of Hugging Face's hub. What comes
-back is in eval mode and has `preprocessing`: mean, std and crop_pct of its images. No
+back is in eval mode and has `preprocessing`: mean, std and crop_pct of its images, and
+`view`, which reads an image file as it was trained: network.view(network.view.load(path)). No
 module named `datasets` or `utils` is imported, so that Hugging Face's and a user's own
 work beside it. docs/python.md has examples.
 """
@@ -17,13 +18,17 @@ import modeling_finetune
 import modeling_vqkd
 import pretrained
 import vit_backbone
-from checkpoint_io import published, weight_formats, weight_source
+from checkpoint_io import published, weight_source
+from checkpoint_io.weight_formats import Preprocessing
+from data_pipeline.pixel_format import PixelFormat
 from errors import ParameterError, UserError
 from evaluation import frozen_backbone
 from segmentation import trained_segmenter
-from transforms import default_crop_pct
+from transforms import default_crop_pct, eval_view, normalization_of
 
 dependencies = ["torch", "torchvision", "timm", "einops", "safetensors", "numpy", "PIL", "huggingface_hub"]
+
+DALL_E_SIZE = 112  # 14 x 14 tokens, as in BEiT v1
 
 # ── By kind ──
 
@@ -41,8 +46,8 @@ def backbone(
     """
     opened = frozen_backbone.open_frozen(weights, input_size, num_heads, origin="`weights`")
     crop_pct = opened.crop_pct or default_crop_pct(opened.img_size)
-    opened.model.preprocessing = weight_formats.Preprocessing(tuple(opened.mean), tuple(opened.std), crop_pct)
-    return opened.model
+    prepared = Preprocessing(tuple(opened.mean), tuple(opened.std), crop_pct)
+    return _with_view(opened.model, opened.img_size, prepared, opened.pixels, opened.interpolation)
 
 
 def classifier(weights: str) -> modeling_finetune.VisionTransformer:
@@ -55,7 +60,8 @@ def classifier(weights: str) -> modeling_finetune.VisionTransformer:
     if not model.settings["num_classes"]:
         raise ParameterError(f"`weights` {weights} holds no classifier: open it as a backbone")
     network: Any = pretrained.build_network(model)
-    network.preprocessing, network.classes = model.prepared, model.classes
+    network.classes = model.classes
+    _with_view(network, model.settings["img_size"], model.prepared, model.pixels)
     return network.requires_grad_(False)
 
 
@@ -64,18 +70,42 @@ def tokenizer(weights: str) -> Any:
     get_codebook_indices(x) gives the codes (B, N) of images in [0, 1].
     """
     if weights == "dall_e_encoder":
-        return modeling_dvae.load_dall_e_encoder(None)
-    return modeling_vqkd.open_tokenizer(weights, "`weights`")[0]
+        return _dall_e()
+    network: Any = modeling_vqkd.open_tokenizer(weights, "`weights`")[0]
+    network.view = eval_view(network.encoder.patch_embed.img_size, pixels=network.pixels)
+    return network
 
 
 def segmenter(weights: str) -> Any:
     """The segmentation model in a file: normalized images -> logits of each class.
-    `classes` as in `classifier`.
+    `classes` as in `classifier`. Its view is a square of the size of the crops.
     """
     content = trained_segmenter.read_segmenter(weights, "`weights`")
     network: Any = trained_segmenter.build_segmenter(content, f"`weights` {weights}")
     network.classes = content.classes
-    return network.requires_grad_(False)
+    flags = content.flags | {"in_chans": network.backbone.patch_embed.proj.in_channels}
+    prepared = Preprocessing(*normalization_of(flags), 1.0)
+    size = network.backbone.patch_embed.img_size
+    return _with_view(network, size, prepared, PixelFormat.of_flags(flags)).requires_grad_(False)
+
+
+def _with_view(
+    network: Any,
+    size: tuple[int, int],
+    prepared: Preprocessing,
+    pixels: PixelFormat,
+    interpolation: str = "bicubic",
+) -> Any:
+    """The network, told how its images are read and prepared."""
+    network.preprocessing = prepared
+    network.view = eval_view(size, prepared.crop_pct, interpolation, prepared.mean, prepared.std, pixels)
+    return network
+
+
+def _dall_e(weights: str | None = None) -> Any:
+    network: Any = modeling_dvae.load_dall_e_encoder(weights)
+    network.view = eval_view(DALL_E_SIZE)
+    return network
 
 
 # ── By size ──
@@ -116,7 +146,7 @@ beit_large_patch16_512 = _of_size("beit_large_patch16_512", 1e-5)
 
 OPENED_BY: dict[str, Callable[..., Any]] = {
     "tokenizer": tokenizer,
-    "tokenizer-v1": modeling_dvae.load_dall_e_encoder,
+    "tokenizer-v1": _dall_e,
     "pretrained": backbone,
     "intermediate": classifier,
     "finetuned": classifier,

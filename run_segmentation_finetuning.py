@@ -31,12 +31,12 @@ from evaluation.trained_classifier import warn_of_other_pretraining
 from flags.images import mean_and_std
 from flags.pixel_format import image_endings, pixel_format, resolve_pixel_flags
 from flags.segmentation import (
-    TRAINING_FLAGS,
     build_evaluation_view,
     build_sliding_window,
     build_training_view,
     check_batch_norm,
     get_parser,
+    idle_flags,
     parse_flags,
 )
 from optim_factory import create_optimizer, decayed_layers
@@ -58,6 +58,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
     # ── Setup ──
     parser = get_parser()
     run = run_state.start_run(parser, args)
+    arguments.warn_of_idle_flags(parser, args, idle_flags(args))
     start = weight_source.read_weights(args.finetune, origin="`finetune`") if args.finetune else None
 
     # ── Data ──
@@ -194,9 +195,7 @@ def use_trained_model(args: arguments.Flags) -> None:
     """--eval or --predict: the model of --resume (or --finetune), built from its file."""
     parser = get_parser()
     run = run_state.start_run(parser, args, trains=False)
-    arguments.warn_of_idle_flags(
-        parser, args, dict.fromkeys(TRAINING_FLAGS, "the model is finished, and built from its file")
-    )
+    arguments.warn_of_idle_flags(parser, args, idle_flags(args))
     source, origin = (args.resume, "`resume`") if args.resume else (args.finetune, "`finetune`")
     content = trained_segmenter.read_segmenter(source, origin)
     looks = trained_segmenter.LOOKS_AS_TRAINED

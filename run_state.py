@@ -23,7 +23,7 @@ from checkpoint_io.training_state import TrainState
 from data_pipeline import samplers
 from data_pipeline.files import SampleDataset
 from data_pipeline.samplers import Loader, LoaderSettings, ResumableSampler, build_loader
-from errors import UserError
+from errors import UserError, count
 from layers import cpu_bf16
 from runtime import compilation, distributed, fsdp, signals
 from runtime.device import Precision, choose_precision
@@ -217,8 +217,8 @@ def build_training_data(
         )
     log.info(
         f"data       {len(dataset):,} images, effective batch {sampler.global_batch} ({sampler.batch_size} "
-        f"x {launch.world_size} processes x {options.update_freq}), {sampler.steps_per_epoch} steps an "
-        "epoch"
+        f"x {launch.world_size} processes x {options.update_freq}), "
+        f"{count(sampler.steps_per_epoch, 'step')} an epoch"
     )
     run.data.update(images=len(dataset), digest=dataset.digest(options.data_path))
     resumption.check_ranks_have_the_same_images(run.data)

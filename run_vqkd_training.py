@@ -15,19 +15,21 @@ import run_state
 from checkpoint_io import checkpoints
 from checkpoint_io.tokenizer_weights import TokenizerContent, read_tokenizer
 from data_pipeline.image_lists import Samples
+from data_pipeline.pixel_format import PixelFormat
 from data_pipeline.samplers import Loader
 from datasets import ImageFiles, find_unlabeled
 from engine_for_pixel_decoder import PixelDecoderStage
 from engine_for_vqkd import TokenizerStage
 from errors import UserError, report_user_errors
 from flags.images import image_source, mean_and_std
-from flags.pixel_format import pixel_format, resolve_pixel_flags
+from flags.pixel_format import AUTO, pixel_format, resolve_pixel_flags
 from flags.vqkd import (
     build_tokenizer_views,
     check_warmup,
     evaluates_only,
     get_parser,
     get_pixel_decoder_parser,
+    idle_flags,
     parse_flags,
 )
 from initialization import InitialWeights
@@ -45,6 +47,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
     """The run that the flags describe, ready for its first step."""
     # ── Setup ──
     run = run_state.start_run(get_parser(), args)
+    arguments.warn_of_idle_flags(get_parser(), args, idle_flags(args))
     initial = initialization.read_initial_weights(args.init_from, of_encoder=True)
     args = resolve_pixels(args, run, initial)
 
@@ -205,11 +208,13 @@ def build_pixel_decoder(args: arguments.Flags) -> engine.Trainer:
     to pixels. There is no teacher.
     """
     run = run_state.start_run(get_pixel_decoder_parser(), args)
+    arguments.warn_of_idle_flags(get_pixel_decoder_parser(), args, idle_flags(args))
 
     # ── Tokenizer, decoder ──
     tokenizer, theirs = modeling_vqkd.open_tokenizer(args.tokenizer_weight)
-    args = resolve_pixel_flags(args, run, find_training_images, [(theirs, "the tokenizer")])
     refuse_other_pixels(args, tokenizer)
+    own = {"mean_std": theirs.get("mean_std"), "process_type": theirs.get("process_type", "default")}
+    args = resolve_pixel_flags(args.replace(**own), run, find_training_images, [(theirs, "the tokenizer")])
     codebook = tokenizer.quantize.embedding.weight.clone()
     model = pixel_decoder.Reconstructor(tokenizer, args.pixel_decoder_depth, args.pixel_decoder_dim)
     if args.input_size != model.image_size:
@@ -247,11 +252,13 @@ def build_pixel_decoder(args: arguments.Flags) -> engine.Trainer:
 
 
 def refuse_other_pixels(args: argparse.Namespace, tokenizer: modeling_vqkd.VQKD) -> None:
-    theirs, ours = tokenizer.pixels, pixel_format(args)
-    if theirs != ours:
-        low_high = " ".join(f"{value:g}" for value in theirs.image_range or ())
-        flags = f"--in_chans {theirs.in_chans}" + (f" --image_range {low_high}" if low_high else "")
-        raise UserError(f"the tokenizer in {args.tokenizer_weight} encodes other images: give {flags}")
+    """Before a folder is searched for them. `auto` becomes the tokenizer's range."""
+    theirs, low_high = tokenizer.pixels, tokenizer.pixels.image_range
+    asked = (args.image_range == AUTO and low_high) or args.image_range
+    if asked == AUTO or theirs != PixelFormat.of_flags({**vars(args), "image_range": asked}):
+        flags = "--image_range {:g} {:g}".format(*low_high) if low_high else "no --image_range"
+        said = f"--in_chans {theirs.in_chans}" + (f" {flags}" if low_high else f", {flags}" if asked else "")
+        raise UserError(f"the tokenizer in {args.tokenizer_weight} encodes other images: give {said}")
 
 
 def evaluate(args: arguments.Flags) -> None:
@@ -259,6 +266,7 @@ def evaluate(args: arguments.Flags) -> None:
     normalized as it was trained; needs no training images.
     """
     run = run_state.start_run(get_parser(), args, trains=False)
+    arguments.warn_of_idle_flags(get_parser(), args, idle_flags(args))
     content = read_tokenizer(args.resume, f"`resume` {args.resume}")
     if "process_type" not in args.given and "mean_std" not in args.given:
         args = args.replace(process_type=content[1].get("process_type", args.process_type))

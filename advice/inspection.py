@@ -25,7 +25,7 @@ LOOKED_AT = 512  # files that are decoded, evenly spread
 THUMBNAIL = 16
 CONSTANT = 0.01  # a standard deviation below this share of an image's type's range shows nothing
 DRAWS = 500  # of the permutation test
-FEWEST = 30  # images, for the test to say anything
+FEWEST = 30  # images from which the test says something
 SIGNIFICANT = 0.01
 VALIDATES = 5  # of a class, every n-th image validates
 
@@ -140,7 +140,8 @@ def inspect_folder(root: str) -> FolderReport:
         copies=copies,
         copies_across=across,
         near_constant=constant,
-        has_up=flip_probability(thumbnails) <= SIGNIFICANT,
+        # too few to tell: as photos of the world have
+        has_up=len(thumbnails) < FEWEST or flip_probability(thumbnails) <= SIGNIFICANT,
     )
 
 
@@ -162,10 +163,8 @@ def gray_thumbnail(array: np.ndarray) -> np.ndarray:
 
 def flip_probability(thumbnails: Sequence[np.ndarray]) -> float:
     """How likely it is that images without an up differ from themselves upside down as
-    much as these do, on average: a permutation test. 1 for too few.
+    much as these do, on average: a permutation test.
     """
-    if len(thumbnails) < FEWEST:
-        return 1.0
     images = np.stack(thumbnails)
     differences = (images - images[:, ::-1]).reshape(len(images), -1)
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(DRAWS, len(images)))

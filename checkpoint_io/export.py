@@ -13,6 +13,7 @@ from checkpoint_io import checkpoints, huggingface_format, timm_format, weight_s
 from checkpoint_io.hub import WEIGHT_FILES
 from checkpoint_io.weight_formats import ConvertedWeights, Preprocessing
 from data_pipeline.imagenet_classes import in_words
+from data_pipeline.pixel_format import PixelFormat
 from errors import ParameterError
 from transforms import normalization
 
@@ -36,6 +37,11 @@ class ExportableModel(NamedTuple):
     flags: dict[str, Any]
     dropped: list[str]
     notes: list[str]
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """Of its images."""
+        return PixelFormat.of_flags({**self.flags, "in_chans": self.settings["in_chans"]})
 
     @property
     def predicts_pixels(self) -> bool:
@@ -96,7 +102,9 @@ def write_timm(model: ExportableModel, path: Path) -> ExportedFiles:
     """A folder as on timm's hub, or a file with its config beside it."""
     is_file = path.suffix in FILE_ENDINGS
     converted = timm_format.to_timm(model.weights)
-    config = timm_format.make_timm_config(model.settings, model.prepared, model.classes)
+    config = timm_format.make_timm_config(
+        model.settings, model.prepared, model.classes, model.pixels.image_range
+    )
     weights, facts = (
         (path, path.with_suffix(".json")) if is_file else (path / WEIGHT_FILES[0], path / "config.json")
     )
@@ -128,9 +136,11 @@ def write_huggingface(model: ExportableModel, folder: Path, architecture: str | 
         model.settings, architecture, model.vocab_size, drop_path, names
     )
     preprocessor = huggingface_format.make_huggingface_preprocessor(
-        model.settings["img_size"][0], model.prepared
+        model.settings["img_size"][0], model.prepared, model.pixels.image_range
     )
     converted = huggingface_format.to_huggingface(model.weights, architecture)
+    if model.pixels.in_chans != 3 and model.pixels.image_range is None:
+        converted.notes.append("rescale_factor is that of 8 bits; for 16-bit files write 1 / 65535 there")
     files = [folder / name for name in (WEIGHT_FILES[0], "config.json", "preprocessor_config.json")]
     weight_source.save_weights(files[0], converted.weights)
     checkpoints.write_json(folder, files[1].name, config)

@@ -24,6 +24,7 @@ from checkpoint_io.weight_formats import (
     ExternalConfig,
     Preprocessing,
     Weights,
+    to_range,
 )
 from errors import UserError
 from layers.rel_pos_bias import as_pair
@@ -205,22 +206,27 @@ def make_huggingface_config(
     }
 
 
-def make_huggingface_preprocessor(size: int, prepared: Preprocessing) -> dict[str, Any]:
+def make_huggingface_preprocessor(
+    size: int, prepared: Preprocessing, image_range: tuple[float, float] | None = None
+) -> dict[str, Any]:
     """preprocessor_config.json: the evaluation view. (BeitImageProcessor of
-    transformers 4 only squeezes images to squares.)
+    transformers 4 only squeezes images to squares.) An `image_range`, else 0 to 255,
+    becomes a factor and a shift of the mean; the range itself is read by us alone.
     """
+    low, high = image_range or (0.0, 255.0)
     return {
+        **({} if image_range is None else {"image_range": [low, high]}),
         "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
+        "do_convert_rgb": len(prepared.mean) == 3 and image_range is None,
         "do_resize": True,
         "size": {"shortest_edge": int(size / prepared.crop_pct)},
         "resample": 3,  # PIL's bicubic
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": 1 / (high - low),
         "do_normalize": True,
-        "image_mean": list(prepared.mean),
+        "image_mean": [value + low / (high - low) for value in prepared.mean],
         "image_std": list(prepared.std),
     }
 
@@ -235,7 +241,7 @@ def read_huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str
             "BEiT with gelu"
         )
     size = as_pair(config.get("image_size", 224))
-    prepared = None
+    prepared, image_range = None, to_range(preprocessor.get("image_range"))
     if "image_mean" in preprocessor and "image_std" in preprocessor:
         resized = preprocessor.get("size", {})
         edge = (
@@ -245,7 +251,9 @@ def read_huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str
         )
         share = max(size) / edge if preprocessor.get("do_center_crop") else 1.0
         share = math.floor(min(share, 1.0) * 1e6) / 1e6  # rounded down: int(size / share) is the edge again
-        prepared = Preprocessing(tuple(preprocessor["image_mean"]), tuple(preprocessor["image_std"]), share)
+        low, high = image_range or (0.0, 255.0)
+        mean = tuple(value - low / (high - low) for value in preprocessor["image_mean"])
+        prepared = Preprocessing(mean, tuple(preprocessor["image_std"]), share)
     labels = config.get("id2label") or {}
     names = [labels[number] for number in sorted(labels, key=int)]
     unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in names)
@@ -255,4 +263,5 @@ def read_huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str
         prepared=prepared,
         classes=None if unnamed else names,
         norm_eps=config.get("layer_norm_eps", 1e-12),
+        image_range=image_range,
     )

@@ -84,7 +84,7 @@ def make_card(
         *("```python", f"import {opened.split('.')[0]}", "", f"model = {opened}", "```"),
         "",
         f"Images: center crop of {prepared.crop_pct:g}, mean {_join(prepared.mean)}, std "
-        f"{_join(prepared.std)}.",
+        f"{_join(prepared.std)}{'' if model.pixels.is_rgb8 else f', of {model.pixels}'}.",
         "",
         "## Measured",
         *(["| what | value | from |", "| --- | --- | --- |", *rows] if rows else ["Nothing was measured."]),

@@ -26,7 +26,7 @@ from checkpoint_io.weight_formats import (
     refuse_other_parts,
     strip_wrappers,
 )
-from errors import UserError
+from errors import UserError, count
 from layers.rel_pos_bias import grid_of, resize_pos_embed, resize_rel_pos_bias_table
 
 PATCHES = "patch_embed.proj.weight"
@@ -232,8 +232,8 @@ def report_remapping(state_dict: dict[str, Tensor], model: Any, remapped: dict[s
     lines = [f"used       {len(remapped) - len(neutral)} of the model's {len(wanted)} tensors"]
     if src_grid is not None and src_grid != grid and resized:
         lines.append(
-            f"resized    {len(resized)} position tables: {src_grid[0]} x {src_grid[1]} -> {grid[0]} x "
-            f"{grid[1]} patches"
+            f"resized    {count(len(resized), 'position table')}: {src_grid[0]} x {src_grid[1]} -> "
+            f"{grid[0]} x {grid[1]} patches"
         )
     if PATCHES in remapped and source[PATCHES].shape != remapped[PATCHES].shape:
         lines.append(

@@ -161,7 +161,8 @@ def check_same_run(
             log.warning(f"warning: the checkpoint is of a run on {difference}; `allow_changed_run` goes on")
     for name in sorted(flags.keys() & theirs.keys() - WITHOUT_EFFECT):
         if theirs[name] != flags[name]:
-            log.info(f"changed    `{name}`: {theirs[name]} -> {flags[name]}")
+            before, now = ("none" if value in ("", None) else value for value in (theirs[name], flags[name]))
+            log.info(f"changed    `{name}`: {before} -> {now}")
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from checkpoint_io.weight_formats import (
     ExternalConfig,
     Preprocessing,
     Weights,
+    to_range,
 )
 from layers.rel_pos_bias import as_pair
 
@@ -60,13 +61,16 @@ def to_timm(weights: Mapping[str, Tensor]) -> ConvertedWeights:
 
 
 def make_timm_config(
-    model: Mapping[str, Any], prepared: Preprocessing, names: Sequence[str] | None
+    model: Mapping[str, Any],
+    prepared: Preprocessing,
+    names: Sequence[str] | None,
+    image_range: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """config.json in the form of timm's hub; `model_args` are the arguments of
     timm.models.beit.Beit.
 
     `model`: the VisionTransformer's arguments. The entry point in `architecture` only
-    lends its name: the arguments say all.
+    lends its name: the arguments say all. `image_range` is read by us alone.
     """
     pooling = "avg" if model["use_mean_pooling"] else "token"
     return {
@@ -75,6 +79,7 @@ def make_timm_config(
         "num_features": model["embed_dim"],
         "global_pool": pooling,
         **({"label_names": list(names)} if names else {}),
+        **({} if image_range is None else {"image_range": list(image_range)}),
         "model_args": {
             **{name: model[name] for name in TIMM_ARGS},
             "global_pool": pooling,
@@ -103,5 +108,9 @@ def read_timm_config(config: Mapping[str, Any]) -> ExternalConfig:
     size = settings.get("img_size") or (facts.get("input_size") or (3, 224, 224))[1:]
     names = config.get("label_names") or facts.get("label_names")
     return ExternalConfig(
-        settings.get("num_heads"), as_pair(size), prepared, list(names) if isinstance(names, list) else None
+        settings.get("num_heads"),
+        as_pair(size),
+        prepared,
+        list(names) if isinstance(names, list) else None,
+        image_range=to_range(config.get("image_range")),
     )

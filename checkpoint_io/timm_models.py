@@ -58,7 +58,8 @@ def create_timm_model(
     # another grid) under this name.
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if weight is None:
-        log.info(f"getting timm's weights of {model} ({advice})")
+        known = model.startswith("local-dir:")  # there is nothing to get, nor to advise
+        log.info(f"opening timm's {model}" if known else f"getting timm's weights of {model} ({advice})")
         try:
             timm.models.load_pretrained(network, num_classes=num_classes, filter_fn=convert)
         except Exception as error:  # of any of the libraries through which timm downloads

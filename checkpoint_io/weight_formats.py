@@ -52,6 +52,14 @@ class ExternalConfig(NamedTuple):
     prepared: Preprocessing | None
     classes: list[str] | None
     norm_eps: float | None = None
+    image_range: tuple[float, float] | None = None  # the numbers that are 0 and 1 before normalization
+
+
+def to_range(low_high: Any) -> tuple[float, float] | None:
+    """`image_range` from a JSON file; None for what is none."""
+    if isinstance(low_high, list) and [type(value) in (int, float) for value in low_high] == [True, True]:
+        return (low_high[0], low_high[1]) if low_high[0] < low_high[1] else None
+    return None
 
 
 def infer_trunk_parts(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:

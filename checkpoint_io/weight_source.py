@@ -110,10 +110,10 @@ def to_flags(external: ExternalConfig) -> dict[str, Any]:
         flags["input_size"] = size[0] if size[0] == size[1] else size
     if prepared is not None:
         flags["imagenet_default_mean_and_std"] = prepared[:2] == normalization(True)
-        if len(prepared.mean) != 3:
+        if prepared[:2] not in (normalization(True), normalization(False)):
             flags |= {"in_chans": len(prepared.mean), "mean_std": [*prepared.mean, *prepared.std]}
         flags["crop_pct"] = to_crop_flag(prepared.crop_pct, size or 224)
-    return flags
+    return flags | ({} if external.image_range is None else {"image_range": list(external.image_range)})
 
 
 def to_crop_flag(crop_pct: float, size: int | tuple[int, int]) -> float | None:

@@ -43,6 +43,12 @@ class PixelFormat:
         """8-bit RGB as PIL has it, which all of timm's augmentation works on."""
         return self == PixelFormat()
 
+    def __str__(self) -> str:
+        bounds = (
+            "by the files' type" if self.image_range is None else "{:g} to {:g}".format(*self.image_range)
+        )
+        return f"{self.in_chans} channel{'s' * (self.in_chans > 1)}, range {bounds}"
+
     @classmethod
     def of_flags(cls, flags: Mapping[str, Any]) -> PixelFormat:
         """As a run's flags, or those kept in its checkpoint, say."""

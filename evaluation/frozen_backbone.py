@@ -61,9 +61,8 @@ class Backbone:
         for imagenet, name in ((True, "ImageNet's mean and std"), (False, "mean and std 0.5")):
             if (tuple(self.mean), tuple(self.std)) == normalization(imagenet):
                 return name
-        return "its mean and std, " + " and ".join(
-            ", ".join(f"{value:.3g}" for value in values) for values in (self.mean, self.std)
-        )
+        mean, std = (", ".join(f"{value:.3g}" for value in values) for values in (self.mean, self.std))
+        return f"mean {mean} and std {std}"
 
 
 def open_frozen(

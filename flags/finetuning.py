@@ -23,7 +23,7 @@ from arguments import (
 from errors import UserError, pick
 from flags.augmentation import add_augmentation_flags
 from flags.images import add_data_flags, add_label_flags, add_vit_flags
-from flags.optimization import add_optimizer_flags, check_schedule
+from flags.optimization import add_optimizer_flags, check_schedule, find_idle_optimizer_flags
 from flags.pixel_format import check_pixel_flags
 from flags.run import add_run_flags, add_step_flags
 from flags.trained_classifier import add_trained_model_flags, check_evaluation, find_idle_flags
@@ -170,8 +170,22 @@ def idle_flags(args: argparse.Namespace) -> dict[str, str]:
     """Flag -> why it does nothing beside the others."""
     if args.eval or args.predict:
         return find_idle_flags(args)
+    idle = find_idle_optimizer_flags(args)
     unmeasured = "--disable_eval_during_finetuning measures nothing"
-    return {"best_metric": unmeasured} if args.disable_eval_during_finetuning else {}
+    if args.disable_eval_during_finetuning:
+        idle["best_metric"] = unmeasured
+    if not args.model_ema:
+        idle |= dict.fromkeys(
+            ("model_ema_decay", "model_ema_force_cpu"), "without --model_ema no average is kept"
+        )
+    if not args.finetune:
+        idle |= dict.fromkeys(("model_key", "model_prefix", "model_filter_name"), "there is no --finetune")
+    if not (args.mixup or args.cutmix or args.cutmix_minmax):
+        names = ("mixup_prob", "mixup_switch_prob", "mixup_mode")
+        idle |= dict.fromkeys(names, "without --mixup and --cutmix no images are mixed")
+    if not args.reprob:
+        idle |= dict.fromkeys(("remode", "recount"), "--reprob 0 erases nothing")
+    return idle
 
 
 def warn_of_input_size(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from arguments import (
 from errors import UserError
 from flags.images import add_data_flags, add_label_flags
 from flags.knn import add_knn_flags
-from flags.optimization import add_optimizer_flags, check_schedule
+from flags.optimization import add_optimizer_flags, check_schedule, find_idle_optimizer_flags
 from flags.pixel_format import check_pixel_flags
 from flags.run import add_run_flags
 
@@ -47,7 +47,7 @@ TRAINING_FLAGS = """
     update_freq epochs opt opt_eps opt_betas momentum clip_grad weight_decay
     weight_decay_end lr min_lr warmup_epochs warmup_steps start_epoch resume save_ckpt_freq
     save_ckpt_steps keep_ckpts detect_anomaly print_freq eval_freq image_freq log_dir
-    allow_changed_run base_lr schedule cooldown_epochs cooldown_from
+    allow_changed_run base_lr schedule cooldown_epochs cooldown_from auto_resume
 """.split()
 FROM_THE_FILE = ("rel_pos_bias", "abs_pos_emb", "layer_scale_init_value", "patch_size")
 
@@ -274,6 +274,7 @@ def idle_flags(args: argparse.Namespace) -> dict[str, str]:
     idle = dict.fromkeys(FROM_THE_FILE, "the backbone is built from what its file holds")
     if args.mode == "knn":
         return idle | dict.fromkeys((*TRAINING_FLAGS, "base_lr"), "--knn trains nothing")
+    idle |= find_idle_optimizer_flags(args)
     if args.protocol == "ours":
         idle["base_lr"] = "--protocol ours has --lr, for a total batch of 256"
     elif args.lr is not None:

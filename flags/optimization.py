@@ -96,6 +96,15 @@ def check_schedule(args: argparse.Namespace) -> None:
         )
 
 
+def find_idle_optimizer_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Flag -> why it does nothing beside the others."""
+    opt = args.opt.lower()
+    if opt in ("adam", "adamw"):
+        return {"momentum": f"--opt {opt} has --opt_betas"}
+    idle = ("opt_betas", "opt_eps") if opt in ("sgd", "momentum") else ()
+    return dict.fromkeys(idle, f"--opt {opt} has none")
+
+
 def add_poly_optimizer_flags(
     parser: argparse.ArgumentParser, lr: float, weight_decay: float, max_steps: int
 ) -> None:

@@ -227,13 +227,11 @@ def log_pixels(args: argparse.Namespace, origin: Mapping[str, str], taken: str) 
     """One line: how the images are read and normalized. `taken`: which of it weights
     say.
     """
-    low_high = args.image_range
-    bounds = "by the files' type" if low_high is None else f"{low_high[0]:g} to {low_high[1]:g}"
     flags = weight_source.translate_process_type(vars(args))
     mean, std = (" ".join(f"{value:g}" for value in each) for each in normalization_of(flags))
     log.info(
-        f"pixels     {args.in_chans} channel{'s' * (args.in_chans > 1)}, range {bounds}"
-        f"{origin.get('image_range', '')}, mean {mean}, std {std}{origin.get('mean_std', '')}{taken}"
+        f"pixels     {pixel_format(args)}{origin.get('image_range', '')}, mean {mean}, std {std}"
+        f"{origin.get('mean_std', '')}{taken}"
     )
 
 

@@ -29,7 +29,7 @@ from flags.images import add_data_flags, add_pipeline_flags, add_vit_flags, mean
 from flags.initialization import add_initialization_flags, check_initialization_flags
 from flags.knn import add_knn_monitor_flags
 from flags.masks import build_mask_generator, check_masks
-from flags.optimization import add_optimizer_flags, check_schedule
+from flags.optimization import add_optimizer_flags, check_schedule, find_idle_optimizer_flags
 from flags.pixel_format import add_teacher_channels, check_pixel_flags, pixel_format
 from flags.run import add_run_flags, add_step_flags
 from vit_backbone import SIZES
@@ -234,7 +234,7 @@ def tokenizer_stride(args: argparse.Namespace) -> int | None:
 
 def idle_flags(args: argparse.Namespace) -> dict[str, str]:
     """Flag -> why it does nothing beside the others."""
-    idle: dict[str, str] = {}
+    idle = find_idle_optimizer_flags(args)
     if not has_cls_head(args):
         idle |= dict.fromkeys(
             ("early_layers", "head_layers", "shared_lm_head"), f"{args.model} has no CLS head"

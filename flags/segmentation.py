@@ -25,7 +25,7 @@ from arguments import (
 )
 from errors import UserError, pick
 from flags.images import add_vit_flags, mean_and_std
-from flags.optimization import add_poly_optimizer_flags
+from flags.optimization import add_poly_optimizer_flags, find_idle_optimizer_flags
 from flags.pixel_format import add_pixel_flags, check_pixel_flags
 from flags.run import add_run_flags, add_step_flags
 from segmentation.joint_views import EvaluationView, TrainingView
@@ -40,6 +40,7 @@ TRAINING_FLAGS = """
     batch_size update_freq opt opt_eps opt_betas momentum clip_grad weight_decay lr
     max_steps steps_per_epoch min_lr warmup_steps poly_power grad_checkpointing compile
     save_ckpt_freq save_ckpt_steps keep_ckpts print_freq eval_freq image_freq disable_eval
+    allow_changed_run auto_resume log_dir
 """.split()
 
 
@@ -205,6 +206,18 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--predict {args.predict}: no such file or folder")
     build_training_view(args, fill=(0.5,) * args.in_chans)  # it checks its flags
     build_sliding_window(args)
+
+
+def idle_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Flag -> why it does nothing beside the others."""
+    if not (args.eval or args.predict):
+        return find_idle_optimizer_flags(args)
+    idle = dict.fromkeys(TRAINING_FLAGS, "the model is finished, and built from its file")
+    if args.resume:
+        idle["finetune"] = "--resume names the model"
+    if args.predict:
+        idle |= dict.fromkeys(("num_workers", "pin_mem"), "--predict reads one image after the other")
+    return idle
 
 
 def check_batch_norm(args: argparse.Namespace, world_size: int) -> None:

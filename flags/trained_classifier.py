@@ -22,6 +22,7 @@ TRAINING_FLAGS = """
     clip_grad weight_decay weight_decay_end lr min_lr warmup_epochs warmup_steps epochs update_freq
     grad_checkpointing compile fsdp auto_resume allow_changed_run start_epoch save_ckpt_freq
     save_ckpt_steps keep_ckpts detect_anomaly print_freq eval_freq image_freq log_dir
+    schedule cooldown_epochs cooldown_from
 """.split()
 LABELED_IMAGES = "data_path eval_data_path data_set image_folder_class_index_file download nb_classes".split()
 
@@ -97,6 +98,8 @@ def check_evaluation(args: argparse.Namespace) -> None:
 def find_idle_flags(args: argparse.Namespace) -> dict[str, str]:
     """Flag -> why it does nothing beside --eval or --predict."""
     idle = dict.fromkeys(TRAINING_FLAGS, "the model is finished, and built from its file")
+    if args.resume:
+        idle["finetune"] = "--resume names the model"
     if args.predict:
         idle |= dict.fromkeys(LABELED_IMAGES, "--predict names the images, which have no labels")
     return idle

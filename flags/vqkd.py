@@ -23,10 +23,10 @@ from arguments import (
     small_count,
 )
 from data_pipeline.crops import TokenizerViews
-from errors import UserError
+from errors import UserError, count
 from flags.images import add_data_flags, add_pipeline_flags
 from flags.initialization import add_initialization_flags, check_initialization_flags
-from flags.optimization import add_optimizer_flags, check_schedule
+from flags.optimization import add_optimizer_flags, check_schedule, find_idle_optimizer_flags
 from flags.pixel_format import add_teacher_channels, check_pixel_flags, pixel_format
 from flags.run import add_run_flags, add_step_flags
 from norm_ema_quantizer import FEATURES_PER_CODE
@@ -58,7 +58,18 @@ NOT_FOR_THE_PIXEL_DECODER = (
     "init_from",
     "layer_decay",
     "freeze_epochs",
+    "imagenet_default_mean_and_std",
+    "mean_std",
 )
+# flags that --eval has no use for
+TRAINING_FLAGS = """
+    allow_changed_run augment_on_device auto_resume clip_grad color_jitter cooldown_epochs
+    cooldown_from data_pipeline disable_eval epochs eval_freq freeze_epochs grad_checkpointing
+    image_freq keep_ckpts layer_decay log_dir lr min_crop_scale min_lr momentum opt opt_betas
+    opt_eps print_freq revive_dead_codes save_ckpt_freq save_ckpt_steps schedule start_epoch
+    train_interpolation update_freq vflip warmup_epochs warmup_steps weight_decay
+    weight_decay_end ema_decay compile detect_anomaly
+""".split()
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -225,6 +236,15 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     check_initialization_flags(args)
 
 
+def idle_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Flag -> why it does nothing beside the others."""
+    idle = find_idle_optimizer_flags(args)
+    if evaluates_only(args):
+        idle |= dict.fromkeys(TRAINING_FLAGS, "--eval trains nothing")
+    process_type = "the tokenizer has --process_type imagenet_norm for it"
+    return idle | {"imagenet_default_mean_and_std": process_type}
+
+
 def evaluates_only(args: argparse.Namespace) -> bool:
     return args.eval or args.calculate_codebook_usage
 
@@ -237,9 +257,9 @@ def check_warmup(args: argparse.Namespace, steps: int, images_per_step: int) -> 
     collecting = math.ceil(FEATURES_PER_CODE * args.codebook_n_emd / tokens_per_step)
     if args.quantizer_warmup_steps > 0 and args.quantizer_warmup_steps + collecting >= steps:
         raise UserError(
-            f"--quantizer_warmup_steps {args.quantizer_warmup_steps}, and then {collecting} steps that "
-            f"collect features for k-means, leave nothing of a run of {steps} steps: shorten the warm-up or "
-            "raise --epochs"
+            f"--quantizer_warmup_steps {args.quantizer_warmup_steps}, and then {count(collecting, 'step')} "
+            f"of collecting features for k-means, leave nothing of a run of {count(steps, 'step')}: shorten "
+            "the warm-up or raise --epochs"
         )
 
 

@@ -88,7 +88,9 @@ def build_segmenter(content: WeightSource, source: str) -> Segmenter:
     except RuntimeError as error:  # shapes
         why = str(error).splitlines()[-1].strip()
         raise UserError(f"{source} does not fit the model that its own shapes describe: {why}") from None
-    missing = [key for key in missing if not key.endswith("relative_position_index")]
+    missing, unexpected = (
+        [key for key in keys if not key.endswith("relative_position_index")] for keys in (missing, unexpected)
+    )
     if missing or unexpected:
         what = f"it lacks {missing[0]}" if missing else f"it also holds {unexpected[0]}"
         raise UserError(f"{source} is not a segmentation model of ours or of the released ones: {what}")

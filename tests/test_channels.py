@@ -6,6 +6,7 @@ import json
 import re
 
 import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 import encode_images
 import export_checkpoint
 import extract_features
+import hubconf
 import modeling_finetune
 import modeling_vqkd
 import run_beitv2_pretraining
@@ -314,6 +316,39 @@ def test_export_to_timm_keeps_channels_and_statistics(four, four_student, tmp_pa
     again, flags = open_backbone(str(tmp_path / "timm"))
     assert again.patch_embed.proj.in_channels == 4
     assert flags["mean_std"] == pytest.approx(statistics)
+
+
+@pytest.mark.parametrize("images", ["data", "gray", "four"])
+def test_an_exported_classifier_sees_images_as_it_did(images, request, tmp_path, capsys):
+    """Range and statistics go to every library and come back: without them it would see
+    other pixels, and nothing would say so.
+    """
+    folder = request.getfixturevalue(images)
+    pixels = {"data": [], "gray": GRAY, "four": FOUR}[images]
+    run_class_finetuning.main(finetuning_flags(folder, tmp_path, *pixels, *as_flags(mean_std="auto")))
+    sources = {"ours": tmp_path / "checkpoint.pth"}
+    for library, name in (("timm", "t"), ("huggingface", "h"), ("safetensors", "s.pth"), ("onnx", "o.onnx")):
+        sources[library] = tmp_path / name
+        flags = as_flags(checkpoint=sources["ours"], to=library, output=sources[library])
+        capsys.readouterr()
+        export_checkpoint.main(flags)
+        said = capsys.readouterr().out
+        assert ("becomes 0 to 1 before that" in said) is (images != "data")
+    facts = onnxruntime.InferenceSession(sources.pop("onnx")).get_modelmeta().custom_metadata_map
+    kept = stored_flags(sources["ours"])
+    assert json.loads(facts.get("image_range", "null")) == kept["image_range"]
+    x = [hubconf.classifier(str(sources[name])) for name in ("ours", "timm")]
+    x += [hubconf.backbone(str(sources["huggingface"]))]
+    photo = next(path for path in sorted(folder.rglob("*.*")))
+    seen = [network.view(network.view.load(str(photo)))["image"] for network in x]
+    assert all((image - seen[0]).abs().max() < 1e-5 for image in seen)
+    where = as_flags(eval=True, data_set="image_folder", eval_data_path=folder)
+    for library, source in sources.items():
+        out = as_flags(finetune=source, output_dir=tmp_path / library, device="cpu", num_workers=0)
+        run_class_finetuning.main([*where, *out, "--amp_dtype", "fp32"])
+        loss = json.loads((tmp_path / library / "eval.json").read_text())["test_loss"]
+        expected = json.loads((tmp_path / "ours" / "eval.json").read_text())["test_loss"]
+        assert loss == pytest.approx(expected, rel=1e-4), library
 
 
 def test_16_bit_colors_keep_their_depth(tmp_path):

@@ -159,7 +159,7 @@ def test_another_grid_and_codebook_are_said(data, tokenizer_weight, tmp_path, ca
     timm_file(tmp_path / "w.pth", img_size=64)
     model = built_student(data, tokenizer_weight, tmp_path / "w.pth").state.model
     said = capsys.readouterr().out
-    assert "resized    1 position tables: 4 x 4 -> 2 x 2 patches" in said
+    assert "resized    1 position table: 4 x 4 -> 2 x 2 patches" in said
     assert "head.weight" in said.split("left out")[1].splitlines()[0]
     new = said.split("new        ")[1].splitlines()[0]
     for name in ("mask_token", "lm_head.weight", "cls_pt_layers", "rel_pos_bias"):

@@ -20,7 +20,7 @@ import arguments
 import export_checkpoint
 import run_class_finetuning
 from checkpoint_io import weight_source
-from errors import UserError, hide_secrets, printable
+from errors import UserError, count, hide_secrets, printable
 from visualization import html
 
 # all but line feeds
@@ -171,3 +171,7 @@ def test_any_terminal_and_any_length_of_a_name_will_do(tmp_path: Path) -> None:
     for source in (f"ftp://h/{'k' * 300}", "~nobody-here/w.pth", "k" * 10**6):
         with pytest.raises(UserError, match=r"nobody|kkk"):
             weight_source.locate(source, "--checkpoint")
+
+
+def test_one_thing_is_not_plural():
+    assert [count(number, "step") for number in (0, 1, 1200)] == ["0 steps", "1 step", "1,200 steps"]

@@ -14,7 +14,7 @@ from tiny_runs import assert_same_weights, checkpoint, finetuning_flags, log_lin
 
 import engine
 import run_class_finetuning
-from checkpoint_io import checkpoints
+from checkpoint_io import checkpoints, resumption
 from checkpoint_io.optimizer_state import check_saved_state
 from data_pipeline.image_lists import find_classes_folder
 from datasets import ImageFiles
@@ -279,6 +279,14 @@ def test_what_no_longer_fits_names_the_flag(sentence, finished, data, capsys):
     more = [*OTHER_SHAPES[sentence], "--resume", str(finished / "checkpoint.pth")]
     error = refused(run_class_finetuning.main, finetuning_flags(data, "", *more), capsys)
     assert f"{finished / 'checkpoint.pth'} was trained with --{sentence}, so its weights" in error
+
+
+def test_a_flag_that_is_left_out_is_none(caplog):
+    flags = {"finetune": "x.pth", "cooldown_from": ""}
+    with caplog.at_level("INFO", logger="beit"):
+        resumption.check_same_run({"args": {"finetune": "", "cooldown_from": "y"}}, flags, {}, "c.pth")
+    changed = "changed    --cooldown_from: y -> none", "changed    --finetune: none -> x.pth"
+    assert [record.getMessage() for record in caplog.records] == list(changed)
 
 
 def test_how_classes_are_weighed_may_change_in_between(finished, data, tmp_path, capsys):
