@@ -59,7 +59,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--output_dir",
         type=arguments.expand_home,
         default="out",
-        help="where the command lines write to; they, not this script",
+        help="where the suggested commands write their output",
     )
     parser.add_argument(
         "--make_split",
