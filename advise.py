@@ -137,9 +137,9 @@ def advise_further(folder: FolderReport, machine: Machine, output_dir: str) -> l
         )
     if folder.images < FEW:
         notes.append(
-            f"{folder.images:,} images are few: pretraining from random weights gained nothing on 377 photos "
-            "(docs/lab/advice.md). Start from published weights (--init_from, docs/continuing.md), or add "
-            "unlabeled images of the same kind."
+            f"Few images ({folder.images:,}): pretraining from random weights gained nothing on 377 photos "
+            "(docs/lab/advice.md). Start from published weights, which are of base and larger models "
+            "(--init_from, docs/continuing.md), or add unlabeled images of the same kind."
         )
     if not machine.gpus:
         notes.append(

@@ -3,7 +3,8 @@ source="local").
 
 `weights` is a path, a URL, a published name or an id of Hugging Face's hub. What comes
 back is in eval mode and has `preprocessing`: mean, std and crop_pct of its images, and
-`view`, which reads an image file as it was trained: network.view(network.view.load(path)). No
+`view`, which reads an image file as it was trained:
+network.view(network.view.load(path))["image"] is (in_chans, height, width). No
 module named `datasets` or `utils` is imported, so that Hugging Face's and a user's own
 work beside it. docs/python.md has examples.
 """

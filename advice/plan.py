@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from advice.command import Command, Flag, Machine
 from advice.inspection import FolderReport
+from errors import count
 from vit_backbone import SIZES
 
 PATCH = 16
@@ -169,13 +170,10 @@ def schedule(choices: Choices, stage: str, images: int, share: float) -> tuple[l
         epochs = min(most, max(published, round(published * math.sqrt(IMAGENET / images) / 10) * 10))
         why = f"published: {published} for 1.28 million images; fewer images need more"
     steps = epochs * per_epoch
+    warmup = max(1, round(share * steps))
     flags = [
         Flag("epochs", f"{epochs}", why),
-        Flag(
-            "warmup_steps",
-            f"{max(1, round(share * steps))}",
-            f"of the learning rate, {share:.0%} of the steps",
-        ),
+        Flag("warmup_steps", f"{warmup}", f"of the learning rate, {share:.0%} of the steps"),
     ]
     return flags, steps
 
@@ -208,17 +206,18 @@ def plan_tokenizer(folder: FolderReport, choices: Choices, places: Places, more:
     lr, why = scale_lr(2e-4, choices, 512) * 128 / choices.total_batch, "published: 5e-5 for base"
     if choices.size == "demo":
         lr, why = 2e-3, "measured in the demo"
+    warmup = "80" if choices.is_short else "200"
     flags = [
         Flag("data_path", places.data),
         Flag("output_dir", f"{places.output}/vqkd"),
         Flag("model", TOKENIZERS[choices.size], choices.why_size),
-        Flag("codebook_n_emd", f"{choices.codes}", f"codes, for {folder.images:,} images; ImageNet: 8192"),
-        Flag("codebook_emd_dim", f"{choices.code_dim}", "dimension of a code; published: 32"),
         Flag(
-            "quantizer_warmup_steps",
-            "80" if choices.is_short else "200",
-            "then k-means: all codes in use at once",
+            "codebook_n_emd",
+            f"{choices.codes}",
+            f"codes, for {count(folder.images, 'image')}; ImageNet: 8192",
         ),
+        Flag("codebook_emd_dim", f"{choices.code_dim}", "dimension of a code; published: 32"),
+        Flag("quantizer_warmup_steps", warmup, "then k-means: all codes in use at once"),
         Flag("revive_dead_codes", "", "codes that an epoch did not use move to where features are"),
         *more,
         Flag("min_crop_scale", f"{choices.crop:g}", choices.why_crop),
