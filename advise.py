@@ -119,12 +119,11 @@ def describe(folder: FolderReport) -> list[str]:
     )
     held_out = f", {folder.held_out:,} in val/" if folder.has_splits else ""
     sizes = sorted(folder.classes.values())
+    many = [f"{size:,}" for size in sorted({*sizes[:1], *sizes[-1:]})]
     lines = [
         printable(f"folder     {folder.root}: {folder.images:,} images to train on{held_out}"),
         f"images     {kind}; shorter side {sides}",
-        f"labels     {len(sizes)} classes of {sizes[0]:,} to {sizes[-1]:,} images"
-        if sizes
-        else "labels     none",
+        f"labels     {len(sizes)} classes of {' to '.join(many)} images" if sizes else "labels     none",
     ]
     if folder.unreadable:
         lines.append(

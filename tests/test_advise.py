@@ -191,7 +191,7 @@ def test_what_is_advised_runs_as_it_is_typed(tmp_path, capsys, monkeypatch):
     assert text.count("on this machine ──") == 3 and "--make_split links every fifth image" in text
     advise.main([*flags, "--make_split", "--output", str(file)])
     text = capsys.readouterr().out
-    assert "2 classes of 16 to 16 images" in text and "--make_split" not in text
+    assert "2 classes of 16 images" in text and "--make_split" not in text
     content = json.loads(file.read_text())
     assert [command["stage"] for command in content["commands"]] == ["vqkd", "pretrain", "finetune"]
     for entry, command in zip(ENTRIES, content["commands"], strict=True):
