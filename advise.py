@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     idle = {"num_workers": "--no_probe tries nothing out"} if args.no_probe else {}
     arguments.warn_of_idle_flags(get_parser(), args, idle)
     if args.output:
-        prepare_output(args.output, (".json",), "--output")
+        prepare_output(args.output, (Path(args.output).suffix.lower(),), "--output")  # any ending
     folder = inspect_folder(args.folder)
     if args.make_split:
         root = Path(args.output_dir, "split")
