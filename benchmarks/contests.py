@@ -171,7 +171,7 @@ def finetuning(workload: Workload, run: Run) -> Iterator[Contest]:
     randomize_zeros(model)
     size = model.patch_embed.img_size[0]
     batch = random_batch(workload.batch_size, size, run.device)
-    settings = Settings(run.device, "bf16" if run.precision.dtype else "fp32", ADAMW, CLIP_GRAD)
+    settings = Settings(run.device, run.precision.dtype, ADAMW, CLIP_GRAD)
     plain, theirs = PlainClassifier(model), timm_model(model).to(run.device)
     ours = Ours(FinetuningStage(run.device, run.precision), model, run, workload.compile)
     flops = ours.flops(batch)
