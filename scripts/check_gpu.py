@@ -28,7 +28,7 @@ import torch  # noqa: E402
 import arguments  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
 from gpu_report import compare_with_targets, format_report, judge  # noqa: E402
-from gpu_steps import MEMORY, MODES  # noqa: E402
+from gpu_steps import MEMORY, MODES, has_bf16  # noqa: E402
 
 MINUTES, CALL_MINUTES = 10, 3  # of all, and of one part: the rest shall have its turn
 CONTESTS = ["pretrain", "vqkd", "finetune"]
@@ -97,6 +97,8 @@ class Check:
         rows: list[dict[str, Any]] = []
         reference: dict[str, Any] = {}
         for mode, (_, stages) in MODES.items():
+            if mode == "bf16" and not has_bf16(self.device):
+                continue
             words = [str(self.folder), "--size", size, "--batch_size", str(batch), "--device", self.device]
             error = self.call(f"steps, {mode}", ["scripts/gpu_steps.py", mode, *words])
             results = self.read(f"{mode}.json")

@@ -49,14 +49,14 @@ SCRIPTS = {
     "segment": "run_segmentation_finetuning",
     "linear": "run_linear_eval",
 }
-# what a mode adds to the flags, and the stages that have it
+# what a mode adds to the flags (HALF: bf16, on older cards fp16), and the stages that have it
 MODES: dict[str, tuple[str, tuple[str, ...]]] = {
     "reference": ("--amp_dtype fp32 --device cpu", tuple(SCRIPTS)),
     "fp32": ("--amp_dtype fp32", tuple(SCRIPTS)),
     "bf16": ("--amp_dtype bf16", tuple(SCRIPTS)),
     "fp16": ("--amp_dtype fp16", tuple(SCRIPTS)),
-    "compiled": ("--amp_dtype bf16 --compile", ("vqkd", "pretrain", "finetune", "segment")),
-    "fsdp": ("--amp_dtype bf16 --fsdp", ("pretrain", "finetune")),
+    "compiled": ("--amp_dtype HALF --compile", ("vqkd", "pretrain", "finetune", "segment")),
+    "fsdp": ("--amp_dtype HALF --fsdp", ("pretrain", "finetune")),
 }
 MEMORY = ("vqkd", "pretrain", "finetune")
 CODES, CODE_DIM = {"demo": 64}, 32
@@ -155,10 +155,15 @@ def entry(stage: str) -> Callable[[list[str]], None]:
     return importlib.import_module(SCRIPTS[stage]).main.__wrapped__
 
 
+def has_bf16(device: str) -> bool:
+    return device == "cpu" or torch.cuda.get_device_capability()[0] >= 8
+
+
 def take_steps(stage: str, mode: str, folder: Path, size: str, batch: int, device: str) -> dict[str, Any]:
     """Loss and norm of the gradient of each of the two steps."""
     out = folder / mode / stage
-    more = f"--device {device} {MODES[mode][0]} --output_dir {out}".split()
+    half = "bf16" if has_bf16(device) else "fp16"
+    more = f"--device {device} {MODES[mode][0].replace('HALF', half)} --output_dir {out}".split()
     around = shards_on_one_rank() if mode == "fsdp" else contextlib.nullcontext()
     with around, without_dropout():
         entry(stage)([*flags_of(stage, folder, size, batch), *more])

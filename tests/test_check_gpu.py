@@ -5,6 +5,9 @@ is wrong is found.
 import json
 import math
 import os
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -115,7 +118,51 @@ def test_one_rank_shards_as_under_torchrun():
         ]
 
 
+def card(monkeypatch, name, gigabytes, major):
+    properties = SimpleNamespace(name=name, total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
+
+
+def test_a_card_without_bf16_is_checked_in_fp16(tmp_path, monkeypatch):
+    card(monkeypatch, "Tesla V100-SXM2-32GB", 34, major=7)
+    given = []
+    monkeypatch.setattr(gpu_steps, "entry", lambda stage: given.append)
+    monkeypatch.setattr(gpu_steps, "log_of", lambda folder: [])
+    gpu_steps.take_steps("finetune", "compiled", tmp_path, "small", 8, "cuda")
+    assert given[0][given[0].index("--amp_dtype") + 1] == "fp16"
+    monkeypatch.setattr(check_gpu.Check, "call", lambda *_: "not run")
+    modes = {row["mode"] for row in check_gpu.Check(tmp_path, "cuda", tiny=False).steps()}
+    assert modes == gpu_steps.MODES.keys() - {"bf16"}
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "known"),
+    [
+        ("Tesla V100-SXM2-32GB", 34, "V100-32GB"),
+        ("NVIDIA A100-SXM4-40GB", 42, "A100-40GB"),
+        ("NVIDIA H100 80GB HBM3", 85, "H100-80GB"),
+        ("NVIDIA GeForce RTX 4090", 25, None),
+    ],
+)
+def test_the_data_sheets_row_is_found(monkeypatch, name, gigabytes, known):
+    rows = {
+        name: SimpleNamespace(name=name, memory=int(name.split("-")[1][:-2]) * 2**30)
+        for name in ("V100-16GB", "V100-32GB", "A100-40GB", "A100-80GB", "H100-80GB")
+    }
+    package, cards = ModuleType("estimation"), ModuleType("estimation.cards")
+    package.__spec__ = ModuleSpec("estimation", None)
+    cards.CARDS = rows
+    monkeypatch.setitem(sys.modules, "estimation", package)
+    monkeypatch.setitem(sys.modules, "estimation.cards", cards)
+    card(monkeypatch, name, gigabytes, major=8)
+    found = check_gpu.find_card("cuda")
+    assert (found and found.name) == known
+    assert check_gpu.find_card("cpu") is None
+
+
 def test_what_does_not_fit_into_the_time_is_named(tmp_path, monkeypatch):
+    card(monkeypatch, "NVIDIA H100 80GB HBM3", 85, major=9)
     monkeypatch.setattr(check_gpu, "MINUTES", 0)
     check = check_gpu.Check(tmp_path, "cuda", tiny=False)
     assert "minutes were over" in check.benchmark()["error"]
