@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import shlex
 import tempfile
 import textwrap
 import time
@@ -27,12 +28,14 @@ import run_beitv2_pretraining
 import run_class_finetuning
 import run_vqkd_training
 from advice.command import Command, Machine
+from advice.description import describe
 from advice.inspection import FolderReport, inspect_folder, make_split
 from advice.plan import make_plan
 from checkpoint_io import checkpoints
 from errors import printable, report_user_errors
 from runtime.metrics import clock
 from runtime.terminal import set_up_logging
+from visualization.inputs import prepare_output
 
 ENTRIES: dict[str, Any] = {
     "vqkd": run_vqkd_training,
@@ -41,6 +44,7 @@ ENTRIES: dict[str, Any] = {
 }
 TITLES = {"vqkd": "1. Tokenizer", "pretrain": "2. Pretraining", "finetune": "3. Fine-tuning"}
 PROBE_SECONDS = 8.0  # a stage
+FEW = 600  # images
 WARM_UP_STEPS = 2
 
 
@@ -58,7 +62,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--output_dir",
         type=arguments.expand_home,
         default="out",
-        help="where the command lines write to; they, not this script",
+        help="where the suggested commands write their output",
     )
     parser.add_argument(
         "--make_split",
@@ -80,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_logging(0)
     idle = {"num_workers": "--no_probe tries nothing out"} if args.no_probe else {}
     arguments.warn_of_idle_flags(get_parser(), args, idle)
+    if args.output:
+        prepare_output(args.output, (Path(args.output).suffix.lower(),), "--output")  # any ending
     folder = inspect_folder(args.folder)
     if args.make_split:
         root = Path(args.output_dir, "split")
@@ -95,56 +101,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     launcher = "python" if machine.gpus < 2 else f"torchrun --nproc_per_node={machine.gpus}"
     for command in plan:
         print("\n" + "\n".join(explain(command, launcher, seconds.get(command.stage))))
-    print("\n" + "\n".join(advise_further(folder, machine)))
+    print("\n" + "\n".join(advise_further(folder, machine, args.output_dir)))
     if args.output:
         write_plan(args.output, folder, machine, plan, launcher, seconds)
         print(f"written    {args.output}")
 
 
 # ── What it says ──
-
-
-def describe(folder: FolderReport) -> list[str]:
-    """What is in the folder, and what is wrong with it."""
-    sides = (
-        f"{folder.short_side} pixels"
-        if folder.smallest == folder.largest
-        else (f"{folder.smallest} to {folder.largest} pixels, half of them up to {folder.short_side}")
-    )
-    kind = (
-        "8-bit " + ("gray" if folder.is_gray else "color")
-        if folder.is_rgb8
-        else (f"{folder.in_chans} channel{'s' * (folder.in_chans > 1)} of {folder.dtype}")
-    )
-    held_out = f", {folder.held_out:,} in val/" if folder.has_splits else ""
-    sizes = sorted(folder.classes.values())
-    lines = [
-        printable(f"folder     {folder.root}: {folder.images:,} images to train on{held_out}"),
-        f"images     {kind}; shorter side {sides}",
-        f"labels     {len(sizes)} classes of {sizes[0]:,} to {sizes[-1]:,} images"
-        if sizes
-        else "labels     none",
-    ]
-    if folder.unreadable:
-        lines.append(
-            printable(
-                f"warning    {len(folder.unreadable)} of {folder.looked_at} could not be read: "
-                f"{folder.unreadable[0]}"
-            )
-        )
-    if folder.copies:
-        lines.append(f"warning    {folder.copies:,} files are copies of others: they are learned twice")
-    if folder.copies_across:
-        lines.append(
-            f"warning    {folder.copies_across:,} images of val/ are in train/ too: accuracies will come out "
-            "too high"
-        )
-    if folder.near_constant:
-        lines.append(
-            f"warning    {folder.near_constant} of {folder.looked_at} show next to nothing: their pixels are "
-            "nearly all equal"
-        )
-    return lines
 
 
 def explain(command: Command, launcher: str, seconds: float | None) -> list[str]:
@@ -156,21 +119,27 @@ def explain(command: Command, launcher: str, seconds: float | None) -> list[str]
     width = max(len(" ".join(flag.words)) for flag in command.flags if flag.why)
     for flag in command.flags:
         if flag.why:
-            lines.append(f"  {' '.join(flag.words):<{min(width, 44)}}  {flag.why}")
+            lines.append(f"  {' '.join(flag.words):<{width}}  {flag.why}")
     return lines
 
 
-def advise_further(folder: FolderReport, machine: Machine) -> list[str]:
+def advise_further(folder: FolderReport, machine: Machine, output_dir: str) -> list[str]:
     notes = []
     if folder.is_labeled and not folder.has_splits:
         notes.append(
             "Fine-tuning needs images to validate on, and there is no val/: the same line with --make_split "
-            "links every fifth image into OUTPUT_DIR/split/val, and the plan then uses these."
+            f"links every fifth image into {output_dir}/split/val, and the plan then uses these."
         )
     if not folder.is_labeled:
         notes.append(
             "Without labels, the pretrained model gives features: python extract_features.py "
-            "OUTPUT_DIR/pretrain/checkpoint.pth FOLDER --output features.npy"
+            f"{shlex.join([f'{output_dir}/pretrain/checkpoint.pth', folder.root])} --output features.npy"
+        )
+    if folder.images < FEW:
+        notes.append(
+            f"Few images ({folder.images:,}): pretraining from random weights gained nothing on 377 photos "
+            "(docs/lab/advice.md). Start from published weights, which are of base and larger models "
+            "(--init_from, docs/continuing.md), or add unlabeled images of the same kind."
         )
     if not machine.gpus:
         notes.append(
@@ -180,7 +149,13 @@ def advise_further(folder: FolderReport, machine: Machine) -> list[str]:
     return [
         line
         for note in notes
-        for line in textwrap.wrap(note, 100, initial_indent="note       ", subsequent_indent="           ")
+        for line in textwrap.wrap(
+            printable(note),
+            100,
+            break_on_hyphens=False,
+            initial_indent="note       ",
+            subsequent_indent="           ",
+        )
     ]
 
 
@@ -226,6 +201,7 @@ def probe(plan: Sequence[Command], folder: FolderReport, args: argparse.Namespac
             if command.stage == "finetune" and not folder.is_labeled:
                 continue
             words = command.words(
+                data_path=f"{folder.root}/train" if folder.has_splits else folder.root,
                 eval_data_path=None,
                 quantizer_warmup_steps=None,
                 finetune=None,

@@ -364,8 +364,9 @@ def take_step(state: TrainState, clip_grad: float | None) -> Tensor:
     """
     optimizer, scaler = state.optimizer, state.scaler
     scaler.unscale_(optimizer)
-    if optimizer.defaults.get("fused") and not scaler.is_enabled() and not fsdp.is_sharded(state.model):
-        norm = nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
+    if optimizer.defaults.get("fused") and not scaler.is_enabled():
+        gradients = [p.grad for p in state.parameters if p.grad is not None]
+        norm = fsdp.gather_full(nn.utils.get_total_norm(gradients))
         # The fused kernels read both on the device: whether to skip the step, and by
         # what to divide the gradients.
         optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
@@ -375,7 +376,7 @@ def take_step(state: TrainState, clip_grad: float | None) -> Tensor:
         norm = fsdp.gather_full(nn.utils.clip_grad_norm_(state.parameters, clip_grad or math.inf))
         if scaler.is_enabled():
             scaler.step(optimizer)  # skips by itself
-        elif bool(torch.isfinite(norm)):  # SGD, timm's optimizers and sharded ones do not skip on the device
+        elif bool(torch.isfinite(norm)):  # SGD and timm's optimizers do not skip on the device
             optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

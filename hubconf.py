@@ -3,7 +3,8 @@ source="local").
 
 `weights` is a path, a URL, a published name or an id of Hugging Face's hub. What comes
 back is in eval mode and has `preprocessing`: mean, std and crop_pct of its images, and
-`view`, which reads an image file as it was trained: network.view(network.view.load(path)). No
+`view`, which reads an image file as it was trained:
+network.view(network.view.load(path))["image"] is (in_chans, height, width). No
 module named `datasets` or `utils` is imported, so that Hugging Face's and a user's own
 work beside it. docs/python.md has examples.
 """
@@ -27,8 +28,6 @@ from segmentation import trained_segmenter
 from transforms import default_crop_pct, eval_view, normalization_of
 
 dependencies = ["torch", "torchvision", "timm", "einops", "safetensors", "numpy", "PIL", "huggingface_hub"]
-
-DALL_E_SIZE = 112  # 14 x 14 tokens, as in BEiT v1
 
 # ── By kind ──
 
@@ -104,7 +103,7 @@ def _with_view(
 
 def _dall_e(weights: str | None = None) -> Any:
     network: Any = modeling_dvae.load_dall_e_encoder(weights)
-    network.view = eval_view(DALL_E_SIZE)
+    network.view = eval_view(modeling_dvae.DALL_E_SIZE)
     return network
 
 

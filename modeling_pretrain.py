@@ -235,6 +235,9 @@ beit_24x544_patch16_224_8k_vocab_cls_pt = Variant(BEiTv2, "24x544", 16, 224)
 beit_large_patch16_224_8k_vocab = Variant(BEiT, "large", 16, 224)
 beit_large_patch16_224_8k_vocab_cls_pt = Variant(BEiTv2, "large", 16, 224)
 beit_huge_patch14_224_8k_vocab = Variant(BEiT, "huge", 14, 224)
+beit_huge_patch14_224_8k_vocab_cls_pt = Variant(BEiTv2, "huge", 14, 224)
+beit_giant_patch14_224_8k_vocab = Variant(BEiT, "giant", 14, 224)
+beit_giant_patch14_224_8k_vocab_cls_pt = Variant(BEiTv2, "giant", 14, 224)
 
 # A registry of our own: importing this module leaves timm's models alone.
 MODELS = {name: value for name, value in globals().items() if isinstance(value, Variant)}

@@ -260,7 +260,7 @@ def move_to_device(run: Run, model: nn.Module, ema: ModelEmaV3 | None = None) ->
     moves = [model] if ema is None or ema.device is not None else [model, ema.module]
     for network in moves:
         if run.is_sharded:
-            fsdp.shard(network, run.device, Block)
+            fsdp.shard(network, run.device, Block, run.precision.dtype)
         else:
             network.to(run.device)
 

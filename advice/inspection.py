@@ -4,6 +4,7 @@ and broken files. advise.py and the demo choose by it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import statistics
@@ -17,12 +18,14 @@ from PIL import Image
 
 from data_pipeline.array_files import ARRAY_EXTENSIONS, read_array
 from data_pipeline.image_formats import EXTENSIONS
+from data_pipeline.image_lists import SPLITS as SPLIT_NAMES
 from data_pipeline.image_lists import find_images
 from errors import UserError
 
 SPLITS = ("train", "val")
 LOOKED_AT = 512  # files that are decoded, evenly spread
 THUMBNAIL = 16
+PHOTOS = [(chans, dtype) for chans in (1, 3) for dtype in ("uint8", "bool")]
 CONSTANT = 0.01  # a standard deviation below this share of an image's type's range shows nothing
 DRAWS = 500  # of the permutation test
 FEWEST = 30  # images from which the test says something
@@ -45,6 +48,7 @@ class FolderReport:
     images: int  # to train on
     held_out: int  # in val/
     classes: dict[str, int]  # images of each to train on; {}: unlabeled
+    loose: int  # images beside folders of images, which are no classes therefore
     has_splits: bool
     unreadable: tuple[str, ...]  # of those looked at
     looked_at: int
@@ -55,6 +59,7 @@ class FolderReport:
     dtype: str  # of the numbers in the files: uint8, uint16, float32, ...
     is_rgb8: bool  # read as photos are: 8 bits, gray or color
     is_gray: bool
+    of_other_kinds: int  # of those looked at: other channels or numbers than most
     copies: int  # files that equal an earlier one byte for byte
     copies_across: int  # of these, in val/ a copy of one in train/
     near_constant: int  # of those looked at
@@ -73,6 +78,7 @@ class FolderReport:
 def list_folder(root: str) -> list[LabeledPath]:
     """Every image below `root`. Folders of images are classes when there are two or
     more and every image is in one; train/ and val/ are splits where both are there.
+    UserError where other splits are.
     """
     splits = [Path(root, split) for split in SPLITS]
     roots = splits if all(split.is_dir() for split in splits) else [Path(root)]
@@ -84,7 +90,13 @@ def list_folder(root: str) -> list[LabeledPath]:
     if 0 < arrays < len(found) / 2:  # other arrays beside photos
         found = [(path, each) for path, each in found if path.name.lower().endswith(EXTENSIONS)]
     parents = [path.relative_to(each).parts[:-1] for path, each in found]
-    labeled = len({names[0] for names in parents if names}) >= 2 and all(parents)
+    folders = sorted({names[0] for names in parents if names})
+    if len(roots) == 1 and folders and {name.lower() for name in folders} <= SPLIT_NAMES:
+        raise UserError(
+            f"{root}: its folders are splits ({', '.join(folders)}), but not train and val: name or link "
+            f"them so, or give one of them alone, such as {os.path.join(root, folders[-1])}"
+        )
+    labeled = len(folders) >= 2 and all(parents)
     return [
         LabeledPath(path, names[0] if labeled else None, len(roots) > 1 and each == splits[1])
         for (path, each), names in zip(found, parents, strict=True)
@@ -95,6 +107,7 @@ def inspect_folder(root: str) -> FolderReport:
     """Read all names, the bytes of files of equal size, and LOOKED_AT images. UserError
     where there is no image, or none that can be read.
     """
+    root = os.path.normpath(root)
     paths = list_folder(root)
     train = [each for each in paths if not each.validates]
     count = min(LOOKED_AT, len(train))
@@ -107,9 +120,11 @@ def inspect_folder(root: str) -> FolderReport:
     for path in sample:
         try:
             array = read_array(str(path), 3)
+            if not np.isfinite(array).all():
+                raise ValueError("it holds NaN or infinite numbers")
             thumbnail = gray_thumbnail(array)
         except Exception as error:  # decoders raise nearly anything for broken files
-            unreadable.append(f"{path}: {error}")
+            unreadable.append(f"{path}: {getattr(error, 'strerror', None) or error}")
             continue
         sides.append(min(array.shape[:2]))
         kinds[array.shape[2], str(array.dtype)] += 1
@@ -118,15 +133,18 @@ def inspect_folder(root: str) -> FolderReport:
         thumbnails.append(thumbnail)
     if not sides:
         raise UserError(f"{root}: none of {count} images could be read; the first: {unreadable[0]}")
-    (in_chans, dtype), _ = kinds.most_common(1)[0]
+    (in_chans, dtype), same = kinds.most_common(1)[0]
     arrays = any(path.suffix.lower() == ".npy" for path in sample)
-    is_rgb8 = dtype in ("uint8", "bool") and in_chans in (1, 3) and not arrays
+    is_rgb8 = (in_chans, dtype) in PHOTOS and not arrays
+    if is_rgb8:
+        same = sum(kinds[kind] for kind in PHOTOS)
     copies, across = count_copies(paths)
     return FolderReport(
         root=root,
         images=len(train),
         held_out=len(paths) - len(train),
         classes=dict(sorted(Counter(each.label for each in train if each.label is not None).items())),
+        loose=0 if train[0].label else count_loose(train, root),
         has_splits=len(train) < len(paths),
         unreadable=tuple(unreadable),
         looked_at=count,
@@ -137,12 +155,24 @@ def inspect_folder(root: str) -> FolderReport:
         dtype=dtype,
         is_rgb8=is_rgb8,
         is_gray=not colored,
+        of_other_kinds=len(sides) - same,
         copies=copies,
         copies_across=across,
         near_constant=constant,
         # too few to tell: as photos of the world have
         has_up=len(thumbnails) < FEWEST or flip_probability(thumbnails) <= SIGNIFICANT,
     )
+
+
+def count_loose(paths: Sequence[LabeledPath], root: str) -> int:
+    """Images directly in `root`, or in the split of it that all of `paths` are in,
+    where others are in two folders or more.
+    """
+    parts = [each.path.relative_to(root).parts for each in paths]
+    if {names[0] for names in parts} <= set(SPLITS):
+        parts = [names[1:] for names in parts]
+    folders = {names[0] for names in parts if len(names) > 1}
+    return sum(len(names) == 1 for names in parts) if len(folders) >= 2 else 0
 
 
 def value_range(array: np.ndarray) -> float:
@@ -178,13 +208,14 @@ def count_copies(paths: Sequence[LabeledPath]) -> tuple[int, int]:
     """
     by_size: dict[int, list[LabeledPath]] = defaultdict(list)
     for each in paths:
-        by_size[os.path.getsize(each.path)].append(each)
+        with contextlib.suppress(OSError):  # a broken link, counted where it is decoded
+            by_size[os.path.getsize(each.path)].append(each)
     copies = across = 0
     for group in by_size.values():
         by_content: dict[bytes, list[LabeledPath]] = defaultdict(list)
         for each in group if len(group) > 1 else ():
-            with open(each.path, "rb") as file:
-                by_content[hashlib.file_digest(file, hashlib.blake2b).digest()].append(each)
+            with contextlib.suppress(OSError):
+                by_content[digest(each.path)].append(each)
         for same in by_content.values():
             copies += len(same) - 1
             both = len({each.validates for each in same}) == 2
@@ -192,11 +223,16 @@ def count_copies(paths: Sequence[LabeledPath]) -> tuple[int, int]:
     return copies, across
 
 
+def digest(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, hashlib.blake2b).digest()
+
+
 def make_split(root: str, target: Path) -> None:
     """target/train and target/val with a link to each image of the classes in `root`:
-    every fifth of a class validates. Of files that are equal only the first is linked,
-    so that no image is in both. UserError where there are no classes, or `target` is
-    there already.
+    every fifth of a class validates, of fewer than five the last. Of files that are
+    equal only the first is linked, so that no image is in both. UserError where there
+    are no classes, `target` is there already, or cannot be written.
     """
     paths = list_folder(root)
     if any(each.label is None or each.validates for each in paths):
@@ -205,17 +241,22 @@ def make_split(root: str, target: Path) -> None:
         )
     if target.exists():
         raise UserError(f"{target} is there already: remove it, or name another `output_dir`")
-    seen: set[bytes] = set()
-    numbers: Counter[str] = Counter()
+    files: dict[bytes, LabeledPath] = {}
     for each in paths:
-        with open(each.path, "rb") as file:
-            digest = hashlib.file_digest(file, hashlib.blake2b).digest()
-        if digest in seen:
-            continue
-        seen.add(digest)
-        label = str(each.label)
-        split = SPLITS[numbers[label] % VALIDATES == VALIDATES - 1]
-        numbers[label] += 1
-        link = target / split / each.path.relative_to(root)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(each.path.resolve())
+        with contextlib.suppress(OSError):  # what cannot be opened is left out
+            files.setdefault(digest(each.path), each)
+    classes: dict[str | None, list[Path]] = defaultdict(list)
+    for each in files.values():
+        classes[each.label].append(each.path)
+    try:
+        for members in classes.values():
+            last = min(len(members), VALIDATES) - 1
+            for number, path in enumerate(members):
+                split = SPLITS[number % VALIDATES == last and len(members) > 1]
+                link = target / split / path.relative_to(root)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.resolve())
+    except OSError as error:
+        raise UserError(
+            f"{target} could not be written ({error.strerror}): name another `output_dir`"
+        ) from None

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from advice.command import Command, Flag, Machine
 from advice.inspection import FolderReport
+from errors import count
 from vit_backbone import SIZES
 
 PATCH = 16
+SMALLEST = 64  # input, in pixels
 IMAGENET = 1_281_167
 # names of the tokenizers that exist, by size
 TOKENIZERS = {
@@ -47,6 +49,7 @@ class Choices:
     codes: int
     code_dim: int
     crop: float  # smallest share of an image
+    why_crop: str
     is_short: bool  # a try-out on a CPU
 
     @property
@@ -58,10 +61,10 @@ class Choices:
         return "the size that a CPU trains in minutes" if self.is_short else "by how many images there are"
 
     @property
-    def why_crop(self) -> str:
-        if self.crop > 0.35:
-            return "smaller crops would be enlarged more than twice"
-        return "as published" if self.crop == 0.2 else "few images: larger crops, as in the demo"
+    def why_side(self) -> str:
+        if self.side < (128 if self.is_short else 224):
+            return "no larger than the images" if self.side > SMALLEST else "the smallest that is advised"
+        return "small enough for a CPU" if self.is_short else "as published"
 
 
 def make_plan(folder: FolderReport, machine: Machine, output: str = "out") -> list[Command]:
@@ -85,19 +88,27 @@ def choose(folder: FolderReport, machine: Machine) -> Choices:
     size = "demo"
     if machine.gpus:
         size = "tiny" if images < 5_000 else "small" if images < 300_000 else "base"
-    side = min(224 if machine.gpus else 128, max(64, folder.short_side // PATCH * PATCH))
-    batch = min(BATCH_SIZES[size], 2 ** int(math.log2(max(images // 4, 8))))
+    side = min(224 if machine.gpus else 128, max(SMALLEST, folder.short_side // PATCH * PATCH))
+    processes = max(1, machine.gpus)
+    # four steps an epoch at least
+    batch = min(BATCH_SIZES[size], 2 ** int(math.log2(max(images // (4 * processes), 8 / processes, 1))))
     codes = next(codes for codes, most in CODES.items() if images < most)
     # a crop that is enlarged more than twice shows nothing more
-    enlarged = (side / (2 * folder.short_side)) ** 2
+    enlarged = min(1.0, (side / (2 * folder.short_side)) ** 2)
+    crop, why_crop = 0.35, "few images: larger crops, as in the demo"
+    if images >= 20_000:
+        crop, why_crop = 0.2, "as BEiT v2 was pretrained"
+    if enlarged > crop:
+        crop, why_crop = enlarged, "smaller crops would be enlarged more than twice"
     return Choices(
         size=size,
         side=side,
         batch=batch,
-        total_batch=batch * max(1, machine.gpus),
+        total_batch=batch * processes,
         codes=codes,
         code_dim=16 if codes <= 256 else 32,
-        crop=round(min(1.0, max(0.2 if images >= 20_000 else 0.35, enlarged)), 2),
+        crop=round(crop, 2),
+        why_crop=why_crop,
         is_short=not machine.gpus,
     )
 
@@ -117,13 +128,12 @@ def pixel_flags(folder: FolderReport) -> list[Flag]:
 
 
 def shared_flags(folder: FolderReport, choices: Choices) -> list[Flag]:
-    of_images = "as large as the images" if choices.side < 128 else "as published"
     flags = [
-        Flag("input_size", f"{choices.side}", "small enough for a CPU" if choices.is_short else of_images),
+        Flag("input_size", f"{choices.side}", choices.why_side),
         Flag("batch_size", f"{choices.batch}", "of each process"),
     ]
     if not folder.has_up:
-        flags.append(Flag("vflip", "0.5", "nothing shows which side of these images is up"))
+        flags.append(Flag("vflip", "0.5", "upside down, these images look the same on average"))
     if folder.is_rgb8 and folder.short_side >= 2 * choices.side:
         flags.append(Flag("data_pipeline", "fast", f"the files are much larger than {choices.side} pixels"))
     return flags
@@ -153,18 +163,17 @@ def schedule(choices: Choices, stage: str, images: int, share: float) -> tuple[l
     steps, published, most = LENGTHS[stage]
     if choices.is_short:
         epochs = max(1, round(steps / per_epoch))
-        why = f"{epochs * per_epoch} steps: minutes on a CPU, as in the demo"
+        why = f"{epochs * per_epoch:,} steps: " + (
+            "minutes on a CPU, as in the demo" if per_epoch <= steps else "all images once"
+        )
     else:
         epochs = min(most, max(published, round(published * math.sqrt(IMAGENET / images) / 10) * 10))
         why = f"published: {published} for 1.28 million images; fewer images need more"
     steps = epochs * per_epoch
+    warmup = max(1, round(share * steps))
     flags = [
         Flag("epochs", f"{epochs}", why),
-        Flag(
-            "warmup_steps",
-            f"{max(1, round(share * steps))}",
-            f"of the learning rate, {share:.0%} of the steps",
-        ),
+        Flag("warmup_steps", f"{warmup}", f"of the learning rate, {share:.0%} of the steps"),
     ]
     return flags, steps
 
@@ -193,22 +202,22 @@ def scale_lr(rate: float, choices: Choices, published_batch: int) -> float:
 
 def plan_tokenizer(folder: FolderReport, choices: Choices, places: Places, more: list[Flag]) -> Command:
     length, steps = schedule(choices, "vqkd", folder.images, 1 / 6 if choices.is_short else 0.1)
-    # --lr is that of a batch of 128: the entry scales it in proportion to the batch
-    lr = scale_lr(4e-4, choices, 1024) * 128 / choices.total_batch
-    lr, why = (
-        (2e-3, "measured in the demo") if choices.size == "demo" else (lr, "published: 5e-5 for base, 1024")
-    )
+    # --lr is that of a batch of 128: the entry scales it in proportion to the batch, of 512 as published
+    lr, why = scale_lr(2e-4, choices, 512) * 128 / choices.total_batch, "published: 5e-5 for base"
+    if choices.size == "demo":
+        lr, why = 2e-3, "measured in the demo"
+    warmup = "80" if choices.is_short else "200"
     flags = [
         Flag("data_path", places.data),
         Flag("output_dir", f"{places.output}/vqkd"),
         Flag("model", TOKENIZERS[choices.size], choices.why_size),
-        Flag("codebook_n_emd", f"{choices.codes}", f"codes, for {folder.images:,} images; ImageNet: 8192"),
-        Flag("codebook_emd_dim", f"{choices.code_dim}", "dimension of a code; published: 32"),
         Flag(
-            "quantizer_warmup_steps",
-            "80" if choices.is_short else "200",
-            "then k-means: all codes in use at once",
+            "codebook_n_emd",
+            f"{choices.codes}",
+            f"codes, for {count(folder.images, 'image')}; ImageNet: 8192",
         ),
+        Flag("codebook_emd_dim", f"{choices.code_dim}", "dimension of a code; published: 32"),
+        Flag("quantizer_warmup_steps", warmup, "then k-means: all codes in use at once"),
         Flag("revive_dead_codes", "", "codes that an epoch did not use move to where features are"),
         *more,
         Flag("min_crop_scale", f"{choices.crop:g}", choices.why_crop),
@@ -246,8 +255,8 @@ def plan_pretraining(folder: FolderReport, choices: Choices, places: Places, mor
         *length,
         *evaluation(places.held_out, str(length[0].value)),
         Flag("lr", f"{min(1.5e-3, lr):.2g}", "published: 1.5e-3 for base and a batch of 2048"),
-        Flag("opt_betas", ("0.9", "0.98"), "as published"),
-        Flag("drop_path", "0", "as published up to base"),
+        Flag("opt_betas", ("0.9", "0.98"), "published for 300 epochs; for 1600: 0.9 0.999"),
+        Flag("drop_path", "0", "published for 300 epochs; for 1600: 0.1"),
         Flag("clip_grad", "3.0", "as published"),
     ]
     return Command("pretrain", "run_beitv2_pretraining.py", tuple(flags), steps)
@@ -261,9 +270,11 @@ def plan_finetuning(folder: FolderReport, choices: Choices, places: Places, more
     elif not folder.has_splits:
         train, val = f"{places.output}/split/train", f"{places.output}/split/val"
         why = "made by --make_split, as there is no val/"
-    lr, decay, crop = min(1e-3, scale_lr(5e-4, choices, 1024)), "0.75", f"{max(0.3, choices.crop):g}"
+    lr, decay, crop = min(1e-3, scale_lr(5e-4, choices, 1024)), "0.75", max(0.3, choices.crop)
+    why_lr = "of the head; published: 5e-4 for base and a batch of 1024"
     if choices.is_short:
-        lr, decay, crop = 1e-3, "0.8", f"{max(0.5, choices.crop):g}"
+        lr, why_lr, decay, crop = 1e-3, "of the head; measured in the demo", "0.8", max(0.5, choices.crop)
+    why_crop = "larger crops than in pretraining" if crop > choices.crop else choices.why_crop
     flags = [
         Flag("data_path", train, why),
         Flag("eval_data_path", val),
@@ -272,9 +283,9 @@ def plan_finetuning(folder: FolderReport, choices: Choices, places: Places, more
         Flag("model", f"beit_{choices.model}", "the size that was pretrained"),
         Flag("finetune", f"{places.output}/pretrain/checkpoint.pth"),
         *[flag for flag in more if flag.name != "data_pipeline"],
-        Flag("min_crop_scale", crop, "larger crops than in pretraining"),
+        Flag("min_crop_scale", f"{crop:g}", why_crop),
         *length,
-        Flag("lr", f"{lr:.2g}", "of the head"),
+        Flag("lr", f"{lr:.2g}", why_lr),
         Flag("layer_decay", decay, "earlier blocks learn slower: they know more already"),
         Flag("clip_grad", "3.0", "one bad batch cannot do much"),
     ]

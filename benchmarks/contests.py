@@ -88,17 +88,19 @@ def pretraining(workload: Workload, run: Run) -> Iterator[Contest]:
         run.device
     )
     tokenizer_name = variant(modeling_vqkd.MODELS, workload.model)
-    size = model.patch_embed.img_size[0]
-    tokenizer = modeling_vqkd.create_model(tokenizer_name, as_tokenizer=True, img_size=size).to(run.device)
+    size, patch_size, grid = model.patch_embed.img_size[0], model.patch_size, model.patch_embed.patch_shape[0]
+    second_size = grid * modeling_vqkd.PATCH_SIZE
+    tokenizer = modeling_vqkd.create_model(tokenizer_name, as_tokenizer=True, img_size=second_size)
+    tokenizer.to(run.device)
     randomize_zeros(model)
     plain, plain_tokenizer = PlainPretraining(model), PlainVQKD(tokenizer)
     cast_frozen(tokenizer.encoder, run.precision.dtype)
     target = MarkedTokens(tokenizer, model.vocab_size, run.device)
-    view = pretraining_view(size)
+    view = pretraining_view(size, patch_size)
     stage = PretrainingStage(target, run.device, run.precision, ImageFiles([], view), (HALF_MEAN, HALF_STD))
     target.ours = ours = Ours(stage, model, run, workload.compile)
-    batch = random_batch(workload.batch_size, size, run.device) | {
-        "mask": random_masks(workload.batch_size, size // 16, workload.seed)
+    batch = random_batch(workload.batch_size, size, run.device, second_size) | {
+        "mask": random_masks(workload.batch_size, grid, workload.seed)
     }
     flops = ours.flops(batch)
 
@@ -128,7 +130,7 @@ def vqkd(workload: Workload, run: Run) -> Iterator[Contest]:
     name = variant(modeling_vqkd.MODELS, workload.model)
     size = modeling_vqkd.MODELS[name].img_size
     weights = None if workload.teacher == "hog" else "random"
-    teacher = build_teacher(workload.teacher, weights, grid=size // 16).to(run.device)
+    teacher = build_teacher(workload.teacher, weights, grid=size // modeling_vqkd.PATCH_SIZE).to(run.device)
     model = modeling_vqkd.create_model(name, teacher=teacher, quantize_kmeans_init=False).to(run.device)
     batch = random_batch(workload.batch_size, size, run.device)
     batch["image"] = batch["tokenizer_image"]
@@ -154,15 +156,8 @@ def vqkd(workload: Workload, run: Run) -> Iterator[Contest]:
         Local("ours", ours, run.device, keeps),
         textbook(plain, run, lambda batch, mark: plain(batch["image"], mark)),
     ]
-    yield Contest(
-        f"vqkd {name}, teacher {workload.teacher}",
-        contenders,
-        batch,
-        workload.batch_size,
-        tolerance(run),
-        flops,
-        view=view,
-    )
+    title = f"vqkd {name}, teacher {workload.teacher}"
+    yield Contest(title, contenders, batch, workload.batch_size, tolerance(run), flops, view=view)
 
 
 def finetuning(workload: Workload, run: Run) -> Iterator[Contest]:
@@ -176,7 +171,7 @@ def finetuning(workload: Workload, run: Run) -> Iterator[Contest]:
     randomize_zeros(model)
     size = model.patch_embed.img_size[0]
     batch = random_batch(workload.batch_size, size, run.device)
-    settings = Settings(run.device, "bf16" if run.precision.dtype else "fp32", ADAMW, CLIP_GRAD)
+    settings = Settings(run.device, run.precision.dtype, ADAMW, CLIP_GRAD)
     plain, theirs = PlainClassifier(model), timm_model(model).to(run.device)
     ours = Ours(FinetuningStage(run.device, run.precision), model, run, workload.compile)
     flops = ours.flops(batch)
@@ -248,12 +243,14 @@ def quantizer(workload: Workload, run: Run) -> Iterator[Contest]:
 
 def data(workload: Workload, run: Run) -> Iterator[Contest]:
     """JPEG files of 500 x 375 to both views and a mask, on one core."""
-    size = modeling_pretrain.MODELS[variant(modeling_pretrain.MODELS, workload.model, "_cls_pt")].img_size
+    row = modeling_pretrain.MODELS[variant(modeling_pretrain.MODELS, workload.model, "_cls_pt")]
+    view, grid = pretraining_view(row.img_size, row.patch_size), row.img_size // row.patch_size
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         paths = write_photos(Path(folder), workload.batch_size)
-        files = ImageFiles([(path, None) for path in paths], pretraining_view(size), workload.seed)
-        views = PlainViews(size, size, 0.2, 0.4, HALF_MEAN, HALF_STD, masks(size // 16))
+        files = ImageFiles([(path, None) for path in paths], view, workload.seed)
+        sizes = (row.img_size, grid * modeling_vqkd.PATCH_SIZE)
+        views = PlainViews(*sizes, 0.2, 0.4, HALF_MEAN, HALF_STD, masks(grid))
 
         def read_and_transform(index: int) -> dict[str, Any]:
             with seeded(workload.seed, 0, index):
@@ -281,9 +278,8 @@ def data(workload: Workload, run: Run) -> Iterator[Contest]:
                 work_of(read_and_transform, device_transform=dict),
             )
             contenders = [Local("ours", ours, cpu), Local("plain", plain, cpu)]
-            yield Contest(
-                f"data {PHOTO[0]} x {PHOTO[1]} JPEG to two views of {size}", contenders, {}, len(paths), CLOSE
-            )
+            name = f"data {PHOTO[0]} x {PHOTO[1]} JPEG to two views of {row.img_size}"
+            yield Contest(name, contenders, {}, len(paths), CLOSE)
         finally:
             torch.set_num_threads(threads)
 

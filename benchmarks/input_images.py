@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from data_pipeline.crops import PretrainingViews
 from masking_generator import MaskingGenerator, scaled_mask_count, scaled_min_block
+from modeling_vqkd import PATCH_SIZE
 from runtime.seeding import seeded
 from transforms import HALF_MEAN, HALF_STD
 
@@ -30,16 +32,21 @@ def random_masks(batch_size: int, grid: int, seed: int) -> Tensor:
         return torch.stack([torch.from_numpy(generator()).flatten().bool() for _ in range(batch_size)])
 
 
-def pretraining_view(size: int) -> PretrainingViews:
-    return PretrainingViews(
-        size, size, 0.2, 0.4, "bicubic", "bicubic", HALF_MEAN, HALF_STD, masks(size // 16)
-    )
+def pretraining_view(size: int, patch_size: int = PATCH_SIZE) -> PretrainingViews:
+    """For a student of that patch size; the tokenizer sees the crop on the same grid."""
+    grid, jitter, scale = size // patch_size, 0.4, 0.2
+    ways = ("bicubic", "bicubic", HALF_MEAN, HALF_STD)
+    return PretrainingViews(size, grid * PATCH_SIZE, scale, jitter, *ways, masks(grid))
 
 
-def random_batch(batch_size: int, size: int, device: torch.device) -> dict[str, Any]:
+def random_batch(
+    batch_size: int, size: int, device: torch.device, second_size: int | None = None
+) -> dict[str, Any]:
+    """Of (size x size) pixels, for the tokenizer (second_size x second_size)."""
     pixels = torch.rand(batch_size, 3, size, size).to(device)
     labels = torch.randint(CLASSES, (batch_size,)).to(device)
-    return {"image": (pixels - 0.5) / 0.5, "tokenizer_image": pixels, "label": labels, "failed": []}
+    seen = pixels if second_size in (None, size) else F.interpolate(pixels, second_size)
+    return {"image": (pixels - 0.5) / 0.5, "tokenizer_image": seen, "label": labels, "failed": []}
 
 
 def write_photos(folder: Path, count: int) -> list[str]:

@@ -33,7 +33,7 @@ class Settings(NamedTuple):
     """What a fine-tuning step depends on, besides model and batch."""
 
     device: torch.device
-    amp_dtype: str
+    dtype: torch.dtype | None  # of autocast
     optimizer: dict[str, Any]
     clip_grad: float
 
@@ -126,7 +126,7 @@ class Worker:
             batch=kept,
             threads=torch.get_num_threads(),
             device=str(settings.device),
-            amp_dtype=settings.amp_dtype,
+            dtype=settings.dtype and str(settings.dtype).removeprefix("torch."),
             optimizer=settings.optimizer,
             clip_grad=settings.clip_grad,
         )

@@ -43,7 +43,7 @@ class Peer:
 
         torch.set_num_threads(command["threads"])
         self.device = torch.device(command["device"])
-        self.dtype = {"bf16": torch.bfloat16, "fp32": None}[command["amp_dtype"]]
+        self.dtype = getattr(torch, command["dtype"]) if command["dtype"] else None
         settings = {
             key: value
             for key, value in command["config"].items()

@@ -55,13 +55,16 @@ def check_options(opt: str, compile: bool, model_ema_force_cpu: bool, device: to
         )
 
 
-def shard(model: nn.Module, device: torch.device, unit: type[nn.Module]) -> None:
+def shard(
+    model: nn.Module, device: torch.device, unit: type[nn.Module], dtype: torch.dtype | None = None
+) -> None:
     """Leave of `model`, in place, this process's share on `device`; the weights must be
     the same everywhere before.
 
     `unit`: modules of this class are gathered one at a time, the rest of the model
-    together. The model may be in main memory: it moves to the device unit by unit, and
-    is never whole there. Optimizers come after.
+    together. `dtype`: of autocast, None for fp32; the units' matrices travel in it. The
+    model may be in main memory: it moves to the device unit by unit, and is never whole
+    there. Optimizers come after.
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -71,7 +74,8 @@ def shard(model: nn.Module, device: torch.device, unit: type[nn.Module]) -> None
     WITHOUT_WEIGHTS[model] = copy.deepcopy(model, without_weights)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in [*(module for module in model.modules() if isinstance(module, unit)), model]:
-        sharded: Any = fully_shard(module, mesh=mesh)
+        casts = {} if module is model else cast_gathered(module, dtype)
+        sharded: Any = fully_shard(module, mesh=mesh, **casts)
         # gloo took the sum for the mean, silently (pytorch issue 162338): sum, then
         # divide
         if device.type == "cpu":
@@ -79,6 +83,29 @@ def shard(model: nn.Module, device: torch.device, unit: type[nn.Module]) -> None
     # Autocast would keep its low-precision copy of every block's weights to the end of
     # the forward pass.
     torch.set_autocast_cache_enabled(False)
+
+
+def cast_gathered(unit: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Arguments of `fully_shard` for a unit that runs under autocast of `dtype`: the
+    weights of its linear layers are gathered in it, half the bytes.
+
+    Autocast would cast the same weights after the gathering: nothing differs, bit for
+    bit. The others (norms, layer scale, bias tables) stay in fp32, as under autocast,
+    and so does the sum of the gradients. Without torch 2.15 one type holds for all:
+    nothing is cast.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if dtype is None or not hasattr(MixedPrecisionPolicy, "param_dtype_override_fn"):
+        return {}
+    cast = {id(layer.weight) for layer in unit.modules() if type(layer) is nn.Linear}
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+        param_dtype_override_fn=lambda parameter: dtype if id(parameter) in cast else parameter.dtype,
+    )
+    return {"mp_policy": policy}
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ import run_class_finetuning
 import run_vqkd_training
 from advice import plan as rules
 from advice.command import Machine
+from advice.description import describe
 from advice.inspection import FolderReport, flip_probability, inspect_folder, list_folder, make_split
 from advice.plan import make_plan
 
@@ -28,6 +29,7 @@ SOLAR_CELLS = FolderReport(
     images=2100,
     held_out=524,
     classes={"a": 340, "b": 809},
+    loose=0,
     has_splits=True,
     unreadable=(),
     looked_at=512,
@@ -38,6 +40,7 @@ SOLAR_CELLS = FolderReport(
     dtype="uint8",
     is_rgb8=True,
     is_gray=True,
+    of_other_kinds=0,
     copies=0,
     copies_across=0,
     near_constant=0,
@@ -60,6 +63,44 @@ def test_what_is_in_a_folder_is_found(tmp_path):
     assert (report.copies, report.near_constant, len(report.unreadable)) == (1, 1, 1)
     assert (report.smallest, report.short_side, report.largest) == (40, 40, 70)
     assert report.is_rgb8 and not report.has_splits
+
+
+def test_what_training_reads_otherwise_is_said(tmp_path):
+    folder = tiny_runs.photos(tmp_path / "photos", per_class=6)
+    (folder / "a" / "broken.jpg").symlink_to("/nonexistent.jpg")
+    write(folder / "b" / "deep.png", np.full((40, 40), 900, np.uint16))
+    shutil.copy(folder / "a" / "0.jpg", folder / "beside.jpg")
+    report = inspect_folder(str(folder))
+    assert (report.images, report.loose, report.of_other_kinds, len(report.unreadable)) == (15, 1, 1, 1)
+    text = "\n".join(describe(report))
+    assert "labels     none, as 1 image lies beside the folders" in text
+    assert "1 of 15 files could not be read" in text and "1 of 15 files have other channels" in text
+    assert "1 file is a copy of another" in text
+    (folder / "beside.jpg").unlink()
+    assert "2 classes of 7 images: a, b" in "\n".join(describe(inspect_folder(str(folder))))
+
+
+def test_arrays_with_channels_first_and_without_numbers(tmp_path):
+    for number in range(4):
+        write(tmp_path / f"{number}.npy", np.random.RandomState(number).rand(4, 40, 40))
+    write(tmp_path / "nan.npy", np.full((4, 40, 40), np.nan))
+    report = inspect_folder(str(tmp_path))
+    assert "NaN" in report.unreadable[0]
+    assert "(height, width, channels); transpose" in "\n".join(describe(report))
+
+
+@pytest.mark.parametrize("splits", [("train",), ("val",), ("train", "test"), ("Train", "Val")])
+def test_other_splits_are_no_classes(tmp_path, splits):
+    for split in splits:
+        tiny_runs.photos(tmp_path / split, per_class=2)
+    with user_reads(f"splits .*such as .*{splits[-1] if 'test' not in splits else 'train'}"):
+        list_folder(str(tmp_path))
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("train", "car"):
+        write(tmp_path / name / "0.png", np.zeros((20, 20, 3), np.uint8))
+    assert [each.label for each in list_folder(str(tmp_path))] == ["car", "train"]
 
 
 def test_splits_and_what_is_in_both(tmp_path):
@@ -138,7 +179,7 @@ def test_the_entries_accept_what_is_advised(machine, images, side):
         report = dataclasses.replace(SOLAR_CELLS, images=images, short_side=side, classes=classes)
         for entry, command in zip(ENTRIES, make_plan(report, machine), strict=True):
             args = entry.parse_flags(command.words())
-            assert args.batch_size * max(1, machine.gpus) <= max(8, images * 8)
+            assert args.batch_size * max(1, machine.gpus) <= max(8, images / 4)
             assert args.input_size <= (224 if machine.gpus else 128)
 
 
@@ -151,6 +192,8 @@ def test_the_rules_follow_size_and_batch():
     assert published[1].value("lr") == "0.0015"  # a batch of 2048
     assert [command.value("epochs") for command in published] == ["100", "300", "100"]
     assert published[0].value("codebook_n_emd") == "8192"
+    tokenizer = advised(EIGHT_GPUS, images=1_281_167, short_side=375)[0]
+    assert (tokenizer.value("batch_size"), tokenizer.value("lr")) == ("64", "5e-05")  # docs/recipes.md
     few = advised(EIGHT_GPUS, images=2_000, short_side=375)
     assert few[1].value("epochs") == "1600"
     assert few[1].value("num_mask_patches") == "75"
@@ -160,12 +203,36 @@ def test_the_rules_follow_size_and_batch():
     assert "--data_pipeline" not in advised(CPU, short_side=200)[0].words()
 
 
+def test_reasons_are_true():
+    def reasons(machine, stage, **changes):
+        plan = make_plan(dataclasses.replace(SOLAR_CELLS, **changes), machine)
+        return {flag.name: flag.why for flag in plan[stage].flags}
+
+    assert reasons(ONE_GPU, 0, short_side=160)["input_size"] == "no larger than the images"
+    assert reasons(CPU, 0, short_side=114)["input_size"] == "no larger than the images"
+    assert reasons(CPU, 0, short_side=30)["input_size"] == "the smallest that is advised"
+    assert reasons(ONE_GPU, 0, short_side=375)["input_size"] == "as published"
+    assert "enlarged" in reasons(ONE_GPU, 1, images=50_000, short_side=230)["min_crop_scale"]
+    assert reasons(ONE_GPU, 1, images=50_000, short_side=375)["min_crop_scale"] == "as BEiT v2 was pretrained"
+    assert reasons(ONE_GPU, 2)["min_crop_scale"] == "few images: larger crops, as in the demo"
+    assert reasons(CPU, 2)["min_crop_scale"] == "larger crops than in pretraining"
+    assert "all images once" in reasons(CPU, 0, images=100_000)["epochs"]
+
+
 def test_a_split_of_links(tmp_path):
     folder = tiny_runs.photos(tmp_path / "photos", per_class=10)
     shutil.copy(folder / "a" / "0.jpg", folder / "b" / "copy of a.jpg")
     make_split(str(folder), tmp_path / "split")
     report = inspect_folder(str(tmp_path / "split"))
     assert (report.images, report.held_out, report.copies) == (16, 4, 0)
+    for name in "xyz":
+        write(folder / "few" / f"{name}.png", np.full((20, 20), ord(name), np.uint8))
+    write(folder / "single" / "0.png", np.zeros((20, 20), np.uint8))
+    (folder / "few" / "broken.png").symlink_to("/nonexistent.png")
+    make_split(str(folder), tmp_path / "again")
+    assert [path.name for path in (tmp_path / "again/val/few").iterdir()] == ["z.png"]
+    assert (tmp_path / "again/train/single/0.png").exists()
+    assert not list((tmp_path / "again").rglob("broken.png"))
     with user_reads("is there already"):
         make_split(str(folder), tmp_path / "split")
     with user_reads("one folder per class"):
@@ -177,6 +244,12 @@ def test_refusals_are_sentences(tmp_path, capsys):
     assert "no images" in refused(advise.main, [str(tmp_path)], capsys)
     (tmp_path / "a.jpg").write_bytes(b"no image")
     assert "could be read" in refused(advise.main, [str(tmp_path)], capsys)
+    output = ["--output", str(tmp_path)]
+    assert "--output" in refused(advise.main, [str(tmp_path), *output], capsys)  # before any work
+    tiny_runs.photos(tmp_path, per_class=2)
+    (tmp_path / "a.jpg").unlink()
+    flags = [str(tmp_path), "--make_split", "--output_dir", str(tmp_path / "a" / "0.jpg")]
+    assert "could not be written" in refused(advise.main, flags, capsys)
 
 
 @pytest.mark.slow
@@ -185,11 +258,13 @@ def test_what_is_advised_runs_as_it_is_typed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(advise, "PROBE_SECONDS", 0.1)
     monkeypatch.setattr(rules, "LENGTHS", {"vqkd": (140, 0, 0), "pretrain": (4, 0, 0), "finetune": (4, 0, 0)})
     out, file = tmp_path / "out", tmp_path / "plan.json"
-    flags = [str(folder), "--output_dir", str(out), "--output", str(file), "--device", "cpu"]
-    advise.main([*flags, "--make_split", "--num_workers", "0"])
+    flags = [f"{folder}/", "--output_dir", str(out), "--device", "cpu", "--num_workers", "0"]
+    advise.main(flags)
     text = capsys.readouterr().out
-    assert "2 classes of 16 to 16 images" in text
-    assert text.count("on this machine ──") == 3
+    assert text.count("on this machine ──") == 3 and "--make_split links every fifth image" in text
+    advise.main([*flags, "--make_split", "--output", str(file)])
+    text = capsys.readouterr().out
+    assert "2 classes of 16 images: a, b" in text and "--make_split" not in text
     content = json.loads(file.read_text())
     assert [command["stage"] for command in content["commands"]] == ["vqkd", "pretrain", "finetune"]
     for entry, command in zip(ENTRIES, content["commands"], strict=True):

@@ -4,11 +4,13 @@ timm's models stay timm's.
 
 import inspect
 import math
+import re
 
 import pytest
 import timm
 import torch
 from golden_values import TINY, close, fill, images
+from source_files import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import modeling_finetune
@@ -105,10 +107,36 @@ def test_published_sizes():
     with torch.device("meta"):
         giant = modeling_finetune.beit_giant_patch14_224()
         odd = modeling_pretrain.beit_24x544_patch16_224_8k_vocab_cls_pt()
+        student = modeling_pretrain.beit_giant_patch14_224_8k_vocab_cls_pt()
+    assert [*map(tuple, (p.shape for p in student.blocks.parameters()))] == [
+        *map(tuple, (p.shape for p in giant.blocks.parameters()))
+    ]
     assert (giant.embed_dim, len(giant.blocks), giant.blocks[0].attn.num_heads) == (1408, 40, 16)
     assert giant.blocks[0].mlp.fc1.out_features == 6144
     assert (odd.embed_dim, len(odd.blocks)) == (544, 24)
     assert isinstance(odd, VisionTransformerForMaskedImageModelingCLS)
+
+
+def test_the_page_on_pretraining_knows_every_model():
+    """Their sizes as its table gives them, in the published shape: shared bias and layer
+    scale.
+    """
+    page = (ROOT / "docs/pretraining.md").read_text()
+    row = r"^\| `(beit_\w+)` \| (\d+) x (\d+), (\d+) \| (\d+), (\d+) \| ([\d.]+), with CLS head ([\d.]+) \|"
+    rows = re.findall(row, page, re.MULTILINE)
+    shape = dict(use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1)
+    for name, *numbers, without, with_cls in rows:
+        for model_name, millions in ((name, without), (name + "_cls_pt", with_cls)):
+            with torch.device("meta"):
+                model = modeling_pretrain.create_model(model_name, **shape)
+            heads, sides = model.blocks[0].attn.num_heads, (model.patch_size, model.patch_embed.img_size[0])
+            assert [model.embed_dim, len(model.blocks), heads, *sides] == [*map(int, numbers)], model_name
+            count = sum(p.numel() for p in model.parameters()) / 1e6
+            assert float(millions) == pytest.approx(count, abs=0.1), model_name
+    listed = {name + end for name, *_ in rows for end in ("", "_cls_pt")}
+    assert modeling_pretrain.MODELS.keys() - listed == {
+        f"beit_base_patch16_{size}_8k_vocab" for size in (192, 256)
+    }
 
 
 def test_constructor_defaults_are_the_published_ones():

@@ -19,7 +19,7 @@ import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
 from benchmarks import timing
-from benchmarks.contests import Workload, finetuning
+from benchmarks.contests import Workload, data, finetuning, pretraining
 from benchmarks.input_images import pretraining_view, write_photos
 from benchmarks.plain_models import (
     PlainClassifier,
@@ -38,6 +38,7 @@ from runtime.device import choose_precision
 from runtime.distributed import Launch
 from runtime.seeding import seeded
 from transforms import HALF_MEAN, HALF_STD
+from vit_backbone import Variant
 from vqkd_teachers import build_teacher
 
 CPU = torch.device("cpu")
@@ -133,6 +134,20 @@ def test_views_are_the_same_pixels(tmp_path):
         }
         ours = files.device_transform(sample)
         assert all(torch.equal(ours[name][0], value) for name, value in plain.items())
+
+
+def test_the_views_of_a_student_with_other_patches_have_one_grid(monkeypatch):
+    """Of 14 pixels, as huge and giant have them; the tokenizer's have 16."""
+    name = "beit_demo_patch16_128_8k_vocab_cls_pt"
+    monkeypatch.setitem(modeling_pretrain.MODELS, name, Variant(modeling_pretrain.BEiTv2, "demo", 14, 56))
+    run = Run(RunOptions(), Launch(), CPU, choose_precision("fp32", CPU))
+    for contests in (pretraining, data):
+        for contest in contests(Workload("demo", 2), run):
+            losses = [contender.turn(contest.batch).loss for contender in contest.contenders]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+            if contest.batch:
+                sides = [contest.batch[name].shape[-1] for name in ("image", "tokenizer_image")]
+                assert sides == [56, 64]
 
 
 def test_a_contender_that_computes_something_else_is_found_out():

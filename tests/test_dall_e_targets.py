@@ -96,7 +96,13 @@ def test_dall_e_refuses_another_codebook_and_another_grid(data, dvae, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("model", "view"), [("base_patch16_224", 112), ("base_patch16_256", 128), ("huge_patch14_224", 128)]
+    ("model", "view"),
+    [
+        ("base_patch16_224", 112),
+        ("base_patch16_256", 128),
+        ("huge_patch14_224", 128),
+        ("giant_patch14_224", 128),
+    ],
 )
 def test_the_views_of_both_tokenizers_follow_the_grid(model, view, capsys):
     size = model.split("_")[-1]

@@ -50,7 +50,8 @@ def test_the_device_augments_as_a_worker_does(tmp_path, jitter, second):
     assert not torch.equal(raw[0]["image"].float() / 255 * 2 - 1, batches[0]["image"][0])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gets_the_pixels_that_the_cpu_gets(tmp_path):
     samples = [(file, None) for file in files_of_many_kinds(tmp_path).values()]
     for pipeline, on_device in (("exact", False), ("fast", True)):

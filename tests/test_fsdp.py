@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from many_processes import run_ranks
 from refusals import user_reads
 from timm.utils import ModelEmaV3
@@ -24,7 +25,8 @@ from tiny_runs import (
     pretraining_flags,
     tokenizer,
 )
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 import modeling_finetune
@@ -38,6 +40,7 @@ from errors import UserError
 from runtime import distributed, fsdp
 from runtime.device import Precision
 from runtime.distributed import Launch
+from vit_backbone import Block, recompute_blocks
 
 on_cpu = pytest.mark.skipif(
     not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"),
@@ -106,6 +109,12 @@ def all_runs(rank, world_size, folder):
         with environment, one_group, exploding_on_rank_1(rank if name.startswith("bad") else -1):
             mains[script](flags)
     result = trained(rank, world_size, folder)
+    result["reads"] = {
+        opt: reads_of_a_step(rank, world_size, folder, opt) for opt in ("adamw", "adam", "sgd")
+    }
+    result["gathers"] = {
+        name: [gathered_in(dtype, own, rank) for own in (None, dtype)] for name, dtype in HALVES.items()
+    }
     if rank == 0:
         with mock.patch.object(distributed, "world_size", return_value=1):  # as if there were no group
             passed_on(0, 1, folder, "a.pth", "b.pth")
@@ -239,7 +248,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(runs):
 # ── What a rank holds, and what it writes ──
 
 
-def vit():
+def vit(**options):
     """With 5 rows in the head, 1 in the tokens, and a parameter that never gets a
     gradient.
     """
@@ -252,13 +261,21 @@ def vit():
         num_classes=5,
         init_values=0.1,
         init_scale=1.0,
+        **options,
     )
     model.idle = torch.nn.Parameter(torch.ones(2, 2))
     return model
 
 
-def started(rank, world_size, folder, seed):
-    settings = {"opt": "adamw", "lr": 1e-3, "opt_eps": 1e-8, "opt_betas": None, "weight_decay": 0.05}
+def started(rank, world_size, folder, seed, opt="adamw"):
+    settings = {
+        "opt": opt,
+        "momentum": 0.9,
+        "lr": 1e-3,
+        "opt_eps": 1e-8,
+        "opt_betas": None,
+        "weight_decay": 0.05,
+    }
     args = Namespace(**settings)
     options = run_state.RunOptions(fsdp=True, output_dir=str(folder))
     run = run_state.Run(
@@ -310,6 +327,56 @@ def trained(rank, world_size, folder):
     }
 
 
+def reads_of_a_step(rank, world_size, folder, opt):
+    """How often the update waits for the device."""
+    state, run = started(rank, world_size, folder, seed=0, opt=opt)
+    images = torch.randn(2, 3, 32, 32)
+    stage = MeanSquare(run.device, run.precision)
+    engine.accumulate_gradients(state, stage, [{"image": images}], run, device_transform=dict)
+    with Calls("_local_scalar_dense") as reads:
+        engine.take_step(state, clip_grad=1.0)
+    return len(reads.found)
+
+
+class Calls(TorchDispatchMode):
+    """Bytes of the first argument of each operator with this in its name."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.found = name, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.name in str(func):
+            self.found.append(args[0].nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def gathered_in(dtype, own, rank):
+    """Three steps under autocast of `dtype` of a model that was told `own`: losses,
+    gathered bytes, weights. The second step's blocks are recomputed.
+    """
+    torch.manual_seed(0)
+    model = vit(use_rel_pos_bias=True)
+    fsdp.shard(model, CPU, Block, own)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True), []
+    with Calls("allgather") as gathers:
+        for step in range(3):
+            if step == 1:
+                recompute_blocks(model)
+            images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(10 * step + rank))
+            with torch.autocast("cpu", dtype):
+                loss = F.cross_entropy(model(images).float(), torch.arange(4))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+    weights = {name: fsdp.gather_full(value) for name, value in model.state_dict().items()}
+    return losses, sum(gathers.found), weights
+
+
 def held(tensor):
     """Bytes of this rank."""
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -341,6 +408,33 @@ def test_each_rank_holds_its_share(both_ranks):
         assert first[name] + second[name] == expected, name
         assert max(first[name], second[name]) < 0.52 * expected, name
     assert not first["autocast_cache"]  # else autocast holds all weights in low precision
+
+
+@pytest.mark.slow
+@on_cpu
+@pytest.mark.parametrize("dtype", HALVES)
+def test_weights_cast_before_they_travel_learn_the_same_bits(both_ranks, dtype):
+    """Linear layers are half the bytes; the rest stays in fp32."""
+    for rank in both_ranks[1]:
+        (losses, bytes_fp32, weights), (same_losses, bytes_cast, same_weights) = rank["gathers"][dtype]
+        assert losses == same_losses
+        assert all(torch.equal(value, same_weights[name]) for name, value in weights.items())
+        assert 0.5 < bytes_cast / bytes_fp32 < 0.6
+
+
+@pytest.mark.slow
+@on_cpu
+def test_whether_to_skip_a_step_is_decided_on_the_device(both_ranks):
+    """SGD alone asks."""
+    assert all(rank["reads"] == {"adamw": 0, "adam": 0, "sgd": 1} for rank in both_ranks[1])
+
+
+def test_without_torchs_choice_per_weight_nothing_is_cast(monkeypatch):
+    block = vit().blocks[0]
+    assert fsdp.cast_gathered(block, None) == {}
+    assert fsdp.cast_gathered(block, torch.bfloat16)["mp_policy"].param_dtype == torch.bfloat16
+    monkeypatch.delattr(MixedPrecisionPolicy, "param_dtype_override_fn")
+    assert fsdp.cast_gathered(block, torch.bfloat16) == {}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
