@@ -45,8 +45,8 @@ class Measured:
 class PretendedRun:
     """A run that the flags describe; `measure` takes steps of it."""
 
-    def __init__(self, entry: Entry, args: arguments.Flags, count: int, tracker: Tracker) -> None:
-        self.tracker, self.args = tracker, args
+    def __init__(self, entry: Entry, args: arguments.Flags, count: int, tracker: Tracker, on_cpu: bool) -> None:
+        self.tracker, self.args, self.on_cpu = tracker, args, on_cpu
         self.trainer: engine.Trainer = entry.build(args, count)
         state = self.trainer.state
         self.sample = self.make_sample()
@@ -76,15 +76,9 @@ class PretendedRun:
         return future
 
     def batch(self, size: int) -> dict[str, Any]:
-        """Copies of the sample; the mask with its numbers, which is on the host."""
-        batch: dict[str, Any] = {"failed": []}
-        for name, value in self.sample.items():
-            if name == "mask":
-                batch[name] = value.repeat(size, 1)
-            else:
-                batch[name] = torch.empty((size, *value.shape), dtype=value.dtype)
-                self.tracker.memory.mark(kinds.IMAGES, [batch[name]])
-        return batch
+        """Copies of the sample, on the host."""
+        batch = {name: value[None].expand(size, *value.shape) for name, value in self.sample.items()}
+        return {"failed": [], **(self.tracker.place(batch) if self.on_cpu else batch)}
 
     def step(self, batch_size: int) -> None:
         """As Trainer.train_one_step; more than two micro-batches are as two."""
@@ -95,7 +89,6 @@ class PretendedRun:
         transform = trainer.data.loader.dataset.device_transform
         engine.accumulate_gradients(state, stage, micro_batches, run, transform)
         memory.mark(kinds.GRADIENTS, (parameter.grad for parameter in state.model.parameters()))
-        del micro_batches
         engine.take_step(state, run.options.clip_grad)
         memory.mark(
             kinds.MOMENTS, (value for moments in state.optimizer.state.values() for value in moments.values())
@@ -149,4 +142,4 @@ def pretended_run(
     entry: Entry, args: arguments.Flags, count: int, card: Card | None, gpus: int
 ) -> Iterator[PretendedRun]:
     with pretend(card, gpus) as tracker:
-        yield PretendedRun(entry, args, count, tracker)
+        yield PretendedRun(entry, args, count, tracker, on_cpu=card is None)

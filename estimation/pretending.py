@@ -21,6 +21,7 @@ import torch.utils
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+import engine
 from estimation.cards import Card, card_functions
 from estimation.tracker import Memory, Tracker
 from layers.meant_device import meant_for
@@ -43,6 +44,7 @@ def pretend(card: Card | None, processes: int) -> Iterator[Tracker]:
         stack.enter_context(joined(processes))
         stack.enter_context(meant_for("cpu" if card is None else "cuda"))
         cards = [] if card is None else card_functions(card, tracker.add_flops)
+        cards += [] if card is None else [(engine, "to_device", tracker.place)]
         for target, name, value in [*replacements(tracker), *cards]:
             stack.enter_context(mock.patch.object(target, name, value))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

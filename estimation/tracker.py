@@ -115,6 +115,15 @@ class Tracker(TorchDispatchMode):
         """Of what is no operation of torch's own."""
         self.flops += flops
 
+    def place(self, batch: dict[str, Any], device: Any = None) -> dict[str, Any]:
+        """runtime.device.to_device: a batch on the device, where only the mask is known."""
+        placed = dict(batch)
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and name != "mask":
+                placed[name] = torch.empty(value.shape, dtype=value.dtype)
+        self.memory.mark(IMAGES, placed.values())
+        return placed
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in OF_KNOWN_NUMBERS:
