@@ -22,6 +22,7 @@ import run_class_finetuning
 import run_segmentation_finetuning
 import run_vqkd_training
 from checkpoint_io import checkpoints
+from checkpoint_io.downloads import is_cut_url
 from errors import UserError, pick, report_user_errors
 from estimation import report
 from estimation.cards import CARDS, find_card
@@ -35,14 +36,17 @@ from estimation.stand_ins import (
     parts_of_segmentation,
     parts_of_vqkd,
 )
+from runtime.terminal import log, set_up_logging
 
 ENTRIES = {
     "run_beitv2_pretraining.py": Entry(
-        run_beitv2_pretraining, 1281167, parts_of_pretraining, lambda stage: stage.target.networks()
+        run_beitv2_pretraining, 1281167, True, parts_of_pretraining, lambda stage: stage.target.networks()
     ),
-    "run_vqkd_training.py": Entry(run_vqkd_training, 1281167, parts_of_vqkd, lambda stage: [stage.teacher]),
-    "run_class_finetuning.py": Entry(run_class_finetuning, 1281167, parts_of_finetuning),
-    "run_segmentation_finetuning.py": Entry(run_segmentation_finetuning, 20210, parts_of_segmentation),
+    "run_vqkd_training.py": Entry(
+        run_vqkd_training, 1281167, True, parts_of_vqkd, lambda stage: [stage.teacher]
+    ),
+    "run_class_finetuning.py": Entry(run_class_finetuning, 1281167, False, parts_of_finetuning),
+    "run_segmentation_finetuning.py": Entry(run_segmentation_finetuning, 20210, False, parts_of_segmentation),
 }
 PUBLISHED_CARD = "V100-32GB"  # of the published recipes
 
@@ -127,9 +131,15 @@ def count_processes(launcher: Sequence[str]) -> int:
 @report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     own, launcher, words = parse(argv)
+    set_up_logging(0)
     name = Path(own.command).name
     entry, card = pick(ENTRIES, name, "training script"), find_card(own.gpu)
     args, gpus = entry.parse(words), own.gpus or count_processes(launcher)
+    if is_cut_url(str(getattr(args, "tokenizer_weight", ""))):
+        log.warning(
+            "warning: the URL of `tokenizer_weight` was cut at its first '&', and every flag after it was "
+            "lost: the shell takes an unquoted '&' for the end of the command; put the whole URL in quotes"
+        )
     if args.amp_dtype == "auto":
         args = args.replace(amp_dtype=card.dtype)
     setting = Setting.of(card, gpus, args.amp_dtype, own.mfu, own.price)
@@ -138,11 +148,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         step = run.measure()
         largest = report.find_largest_batch(run, card, step)
     rows = [Row("as given", step), *measure_others(entry, args, count, setting)]
-    print("\n".join(describe(name, args, setting, step, largest)))
+    print("\n".join(describe(name, entry, args, setting, step, largest)))
     print("\nWith other flags:\n" + "\n".join(report.format_rows(setting, rows)))
     if own.output:
         file = Path(own.output)
-        content = json.dumps(as_json(args, setting, step, largest, rows), indent=1) + "\n"
+        content = json.dumps(as_json(entry, args, setting, step, largest, rows), indent=1) + "\n"
         checkpoints.write_text(str(file.parent), file.name, content)
         print(f"\nwritten    {own.output}")
 
@@ -171,11 +181,13 @@ def measure_others(entry: Entry, args: arguments.Flags, count: int, setting: Set
     return rows
 
 
-def describe(name: str, args: arguments.Flags, setting: Setting, step: Measured, largest: int) -> list[str]:
+def describe(
+    name: str, entry: Entry, args: arguments.Flags, setting: Setting, step: Measured, largest: int
+) -> list[str]:
     card, gpus = setting.card, setting.gpus
     speed, hours = setting.images_per_second(step), setting.hours(step)
     files = report.count_checkpoints(args, step)
-    cores = report.data_cores(args, speed)
+    cores = report.data_cores(entry, args, speed)
     lines = [
         f"run        {name} on {gpus} x {card.name}, {setting.dtype}, {step.images} images a step",
         f"model      {step.parameters / 1e6:.1f} M parameters learn",
@@ -186,7 +198,9 @@ def describe(name: str, args: arguments.Flags, setting: Setting, step: Measured,
         f"time       {speed:,.0f} images/s, {hours:,.1f} hours for {step.steps:,} steps, at "
         f"{setting.mfu:.0%} of {card.peak_flops(setting.dtype) / 1e12:.0f} TFLOP/s",
         "           (--mfu: a share that is assumed, not measured: no run has been timed on a GPU)",
-        f"data       {cores:,.0f} cores are busy reading images, {cores / gpus:.1f} for each GPU",
+        "data       cores for reading images: not measured for this stage and these images"
+        if cores is None
+        else f"data       {cores:,.0f} cores are busy reading images, {cores / gpus:.1f} for each GPU",
         f"disk       {files * step.checkpoint / GIB:,.1f} GiB: {files} checkpoints of "
         f"{step.checkpoint / GIB:.2f} GiB",
     ]
@@ -197,7 +211,7 @@ def describe(name: str, args: arguments.Flags, setting: Setting, step: Measured,
 
 
 def as_json(
-    args: arguments.Flags, setting: Setting, step: Measured, largest: int, rows: list[Row]
+    entry: Entry, args: arguments.Flags, setting: Setting, step: Measured, largest: int, rows: list[Row]
 ) -> dict[str, Any]:
     def figures(step: Measured) -> dict[str, Any]:
         speed, hours = setting.images_per_second(step), setting.hours(step)
@@ -222,7 +236,7 @@ def as_json(
         "largest_batch_size": largest,
         "images_per_step": step.images,
         "steps": step.steps,
-        "data_cores": report.data_cores(args, setting.images_per_second(step)),
+        "data_cores": report.data_cores(entry, args, setting.images_per_second(step)),
         "disk_bytes": report.count_checkpoints(args, step) * step.checkpoint,
         "others": [{"flags": row.flags, **figures(row.step)} for row in rows[1:]],
     }

@@ -80,14 +80,19 @@ def _explain_missing(source: str) -> UserError:
     return UserError(f"{source} is neither a file, nor a URL, nor a name of published weights; {offer}")
 
 
+def is_cut_url(source: str) -> bool:
+    """A signed URL without its signature: an unquoted '&' ends a command of the shell."""
+    query = urllib.parse.parse_qs(split_url(source).query) if "://" in source else {}
+    return "sv" in query and "sig" not in query
+
+
 def _plan_download(source: str, sha256_prefix: str | None) -> Download:
     """What to download for a name of ENTRIES or a URL."""
     if entry := ENTRIES.get(source):
         return Download(entry.urls, entry.name, sha256_prefix or entry.sha256_prefix, guessed=False)
     refuse_unsafe_url(source)
     parts = split_url(source)
-    query = urllib.parse.parse_qs(parts.query)
-    if "sv" in query and "sig" not in query:
+    if is_cut_url(source):
         raise UserError(
             f"the URL {source} was cut at its first '&', and every flag after it was lost: the shell takes "
             "an unquoted '&' for the end of the command; put the whole URL in quotes"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.parallel import DistributedDataParallel
 
 import arguments
 import engine
@@ -18,8 +19,9 @@ from estimation.cards import Card
 from estimation.pretending import pretend
 from estimation.stand_ins import Entry
 from estimation.tracker import Tracker
+from norm_ema_quantizer import NormEMAVectorQuantizer
 
-WARMED_UP = 1  # steps, after which the moments are there
+LATE = 10**9  # a step after every warm-up
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Measured:
 class PretendedRun:
     """A run that the flags describe; `measure` takes steps of it."""
 
-    def __init__(self, entry: Entry, args: arguments.Flags, count: int, tracker: Tracker, on_cpu: bool) -> None:
+    def __init__(
+        self, entry: Entry, args: arguments.Flags, count: int, tracker: Tracker, on_cpu: bool
+    ) -> None:
         self.tracker, self.args, self.on_cpu = tracker, args, on_cpu
         self.trainer: engine.Trainer = entry.build(args, count)
         state = self.trainer.state
@@ -56,12 +60,24 @@ class PretendedRun:
             memory.mark(kinds.FROZEN, tensors_of(network))
         if state.ema is not None:
             memory.mark(kinds.AVERAGE, tensors_of(state.ema.module))
-        if hasattr(state.runner, "register_comm_hook"):
-            state.runner.register_comm_hook(None, self.exchange)
         state.runner.train()
-        self.trainer.stage.start_epoch(0)
-        for _ in range(WARMED_UP):
-            self.step(args.batch_size)
+        for module in state.model.modules():
+            if isinstance(module, NormEMAVectorQuantizer):
+                module.ready = True
+        self.start_moments()
+        if isinstance(state.runner, DistributedDataParallel):
+            state.runner.register_comm_hook(None, self.exchange)
+            self.step(args.batch_size)  # its first step is unlike the others
+
+    def start_moments(self) -> None:
+        """As the first step leaves them, without taking it."""
+        state = self.trainer.state
+        for parameter in state.parameters:
+            parameter.grad = torch.empty_like(parameter)
+        state.scaler.scale(torch.zeros(()))  # which starts it
+        engine.take_step(state, self.trainer.run.options.clip_grad)
+        moments = (value for of_one in state.optimizer.state.values() for value in of_one.values())
+        self.tracker.memory.mark(kinds.MOMENTS, moments)
 
     def make_sample(self) -> dict[str, Tensor]:
         with unset_fake_temporarily():
@@ -84,18 +100,14 @@ class PretendedRun:
         """As Trainer.train_one_step; more than two micro-batches are as two."""
         trainer, memory = self.trainer, self.tracker.memory
         state, run, stage = trainer.state, trainer.run, trainer.stage
-        stage.before_step(state.step)
+        stage.before_step(LATE)
         micro_batches = [self.batch(batch_size) for _ in range(self.micro_batches)]
         transform = trainer.data.loader.dataset.device_transform
         engine.accumulate_gradients(state, stage, micro_batches, run, transform)
         memory.mark(kinds.GRADIENTS, (parameter.grad for parameter in state.model.parameters()))
         engine.take_step(state, run.options.clip_grad)
-        memory.mark(
-            kinds.MOMENTS, (value for moments in state.optimizer.state.values() for value in moments.values())
-        )
-        state.step += 1
         if state.ema is not None:
-            state.ema.update(state.model, state.step)
+            state.ema.update(state.model, LATE)
 
     @property
     def micro_batches(self) -> int:

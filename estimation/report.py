@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import arguments
 from estimation.cards import CONTEXT, FRAGMENTS, GIB, Card, needed
 from estimation.measurement import Measured, PretendedRun
+from estimation.stand_ins import Entry
 
 MIB = 2**20
 # CPU time of one sample through the loader, in seconds (docs/lab/data-pipeline.md): two
@@ -75,8 +76,12 @@ def find_largest_batch(run: PretendedRun, card: Card, measured: Measured) -> int
     return CANDIDATES[low - 1] if low else 0
 
 
-def data_cores(args: arguments.Flags, images_per_second: float) -> float:
-    """Cores that are busy with reading images, on all machines together."""
+def data_cores(entry: Entry, args: arguments.Flags, images_per_second: float) -> float | None:
+    """Cores that are busy with reading images, on all machines together; None where
+    nobody has measured the time of a sample.
+    """
+    if not entry.times_samples or args.in_chans != 3 or args.image_range is not None:
+        return None
     pipeline = getattr(args, "data_pipeline", "exact")
     return images_per_second * SAMPLE_SECONDS["on the device" if on_device(args) else pipeline]
 

@@ -93,19 +93,21 @@ class NoImages(SampleDataset):
 class Entry:
     """module: with `parse_flags` and `build`.
 
-    images: of an epoch, unless said otherwise. parts: of the number of images, what
+    images: of an epoch, unless said otherwise. times_samples: whether the CPU time of a
+    sample has been measured (docs/lab/data-pipeline.md). parts: of the number of images, what
     replaces functions of the module, by their names. frozen: of the stage, the networks
     that do not learn.
     """
 
     module: ModuleType
     images: int
+    times_samples: bool
     parts: Callable[[int], dict[str, Any]]
     frozen: Callable[[Any], list[nn.Module]] = lambda stage: []
 
     def parse(self, words: Sequence[str]) -> arguments.Flags:
-        """A command line's flags; those of files that are not needed may be absent."""
-        if not any(word.split("=")[0] in ("--data_path", "--config") for word in words):
+        """A command line's flags; --data_path, which is not read, may be absent."""
+        if not any(word.split("=")[0] == "--data_path" for word in words):
             words = [*words, "--data_path", "nowhere"]
         args = self.module.parse_flags(words)
         for name in ("eval", "predict", "calculate_codebook_usage", "train_pixel_decoder"):
@@ -121,7 +123,8 @@ class Entry:
         auto = {"image_range": [0.0, 1.0], "mean_std": ["half"]}
         auto = {name: value for name, value in auto.items() if getattr(args, name, None) == AUTO}
         with contextlib.ExitStack() as stack:
-            for name, stand_in in self.parts(count).items():
+            parts = {"resolve_pixels": lambda args, *_: args} | self.parts(count)
+            for name, stand_in in parts.items():
                 stack.enter_context(mock.patch.object(self.module, name, stand_in))
             return self.module.build(args.replace(**not_done, **auto))
 

@@ -49,7 +49,11 @@ class Memory:
     count: int = 0
 
     def add(self, tensor: Tensor) -> None:
-        """A tensor that an operation gave; its storage may be known already."""
+        """A tensor that an operation gave; its storage may be known already. Those of the
+        meta device, as runtime.fsdp keeps them, take no memory.
+        """
+        if tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self.alive or not storage.nbytes():

@@ -47,7 +47,8 @@ STAGES = {  # size -> flags
         "--codebook_n_emd 1024 --batch_size 16",
     },
     "run_class_finetuning.py": {
-        "demo": "--model beit_demo_patch16_128 --input_size 128 --batch_size 64 --drop_path 0.1 --nb_classes 2",
+        "demo": "--model beit_demo_patch16_128 --input_size 128 --batch_size 64 --drop_path 0.1 "
+        "--nb_classes 2",
         "tiny": "--model beit_tiny_patch16_224 --batch_size 16 --drop_path 0.1 --nb_classes 2",
     },
 }
@@ -97,7 +98,7 @@ def allocated(events: Sequence[Any]) -> int:
 
 
 def measure(entry: Any, args: Any) -> int:
-    """Bytes at the peak of a real step, the third."""
+    """Bytes at the peak of the third step of a real run."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer = entry.module.build(args)
         state, stage, transform = trainer.state, trainer.stage, trainer.data.loader.dataset.device_transform
@@ -149,7 +150,10 @@ def main() -> None:
     parser.add_argument("--output", default="", help="file for the table, as Markdown")
     args = parser.parse_args()
     random.seed(0)
-    lines = ["| stage | size | precision | blocks | estimated, MiB | allocated, MiB | off |", "|" + " --- |" * 7]
+    lines = [
+        "| stage | size | precision | blocks | estimated, MiB | allocated, MiB | off |",
+        "|" + " --- |" * 7,
+    ]
     rows = []
     print("\n".join(lines))
     with tempfile.TemporaryDirectory() as folder:
