@@ -1,6 +1,6 @@
 """How far estimate.py's peak of memory is from what a real step allocates, on this CPU:
 
-python scripts/measure_estimate.py --output table.md
+python scripts/measure_estimate.py --output FILE
 
 Each step is taken twice: by the estimate, on tensors without data, and for real, with
 torch.profiler writing down every allocation. docs/lab/estimate.md has the table.
