@@ -23,7 +23,6 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 aten = torch.ops.aten
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -47,6 +46,7 @@ class Note(NamedTuple):
     kind: str  # "read": device -> host; "copy": host -> device that waits, or from pageable memory
     what: str
     where: str  # file:line of this project
+    function: str
 
 
 class Paper:
@@ -58,7 +58,7 @@ class Paper:
         self.streams: list[PaperStream] = [PaperStream()]
 
     def note(self, kind: str, what: str) -> None:
-        self.notes.append(Note(kind, what, caller()))
+        self.notes.append(Note(kind, what, *caller()))
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[list[Note]]:
@@ -82,17 +82,17 @@ class Paper:
         return tensor.untyped_storage().data_ptr() in self.pinned
 
 
-def caller() -> str:
-    """The innermost line of this project, without the tests, that led here."""
+def caller() -> tuple[str, str]:
+    """The innermost line of this project, without the tests, that led here, and its
+    function.
+    """
     frame: Any = sys._getframe(1)
-    lines = []
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and not {".venv", "tests"} & set(path.relative_to(ROOT).parts):
-            return f"{path.relative_to(ROOT)}:{frame.f_lineno}"
-        lines.append(f"{path.name}:{frame.f_lineno}")
+        name = frame.f_code.co_filename
+        if name.startswith(f"{ROOT}/") and not name.startswith((f"{ROOT}/.venv/", f"{ROOT}/tests/")):
+            return f"{name[len(str(ROOT)) + 1 :]}:{frame.f_lineno}", frame.f_code.co_name
         frame = frame.f_back
-    return lines[-1]
+    return "tests", ""
 
 
 paper: Paper | None = None  # of the context under way
@@ -194,7 +194,8 @@ class PaperTensor(torch.Tensor):
         return memo[id(self)]
 
     def __repr__(self, **_: Any) -> str:
-        return f"PaperTensor({read(self, 'repr').tolist()})"
+        values = "values unknown" if paper is None else read(self, "repr").tolist()
+        return f"PaperTensor({values}, {self.dtype})"
 
     def __reduce_ex__(self, _: Any) -> Any:
         raise CudaMistake("a tensor on the device is pickled: copy it to the CPU first")
@@ -224,9 +225,25 @@ class PaperMode(TorchDispatchMode):
         return run(func, args, kwargs or {})
 
 
+def unwrap(value: Any, found: list[torch.Tensor]) -> Any:
+    """An argument as the CPU takes it; its tensors are added to `found`."""
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+        return value.inner if isinstance(value, PaperTensor) else value
+    return [unwrap(part, found) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def wrap(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return PaperTensor(value)
+    return type(value)(wrap(part) for part in value) if isinstance(value, (list, tuple)) else value
+
+
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation below autograd and autocast."""
-    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+    plain_args = tuple(unwrap(value, tensors) for value in args)
+    plain_kwargs = {key: unwrap(value, tensors) for key, value in kwargs.items()}
     on_paper = [tensor for tensor in tensors if isinstance(tensor, PaperTensor)]
     device = kwargs.get("device")
     there = bool(on_paper) if device is None else torch.device(device).type in ("cuda", "meta")
@@ -244,14 +261,13 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     else:
         check_devices(func, name, args, kwargs, tensors)
         note_waiting(name, args)
-    plain_args, plain_kwargs = tree_map_only(PaperTensor, lambda tensor: tensor.inner, (args, kwargs))
     if device is not None:
         plain_kwargs["device"] = CPU
     plain_kwargs.pop("non_blocking", None)
     out = func(*plain_args, **plain_kwargs)
     if not there:
         return args[0] if name == "copy_" else out
-    out = tree_map_only(torch.Tensor, PaperTensor, out)
+    out = wrap(out)
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
@@ -356,13 +372,17 @@ def is_low(tensor: Any) -> bool:
     return tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, PaperTensor):
+        return value.to(dtype) if is_low(value) else value
+    return [cast(part, dtype) for part in value] if isinstance(value, list) else value
+
+
 def autocast_kernel(op: Any, kind: str, *args: Any, **kwargs: Any) -> Any:
     """What CUDA's autocast makes of an operation (torch's autocast_mode.h)."""
-    floats = [
-        tensor
-        for tensor in tree_flatten((args, kwargs))[0]
-        if isinstance(tensor, PaperTensor) and is_low(tensor)
-    ]
+    found: list[torch.Tensor] = []
+    unwrap([*args, *kwargs.values()], found)
+    floats = [tensor for tensor in found if isinstance(tensor, PaperTensor) and is_low(tensor)]
     dtype: torch.dtype | None = torch.float32
     any_single = any(tensor.dtype == torch.float32 for tensor in floats)
     if kind == "lower" or (kind == "widest" and not any_single):
@@ -377,9 +397,8 @@ def autocast_kernel(op: Any, kind: str, *args: Any, **kwargs: Any) -> Any:
     without = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA))
     with without:
         if dtype is not None:
-            args, kwargs = tree_map_only(
-                PaperTensor, lambda tensor: tensor.to(dtype) if is_low(tensor) else tensor, (args, kwargs)
-            )
+            args = tuple(cast(value, dtype) for value in args)
+            kwargs = {key: cast(value, dtype) for key, value in kwargs.items()}
         return op(*args, **kwargs)
 
 
