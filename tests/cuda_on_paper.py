@@ -56,6 +56,8 @@ class Paper:
         self.notes: list[Note] = []
         self.pinned: dict[int, Any] = {}  # address of page-locked memory -> its storage, kept alive
         self.streams: list[PaperStream] = [PaperStream()]
+        self.seeds: list[int] = []  # given to the device's generator
+        self.products: set[torch.dtype] = set()  # of matrices, in these dtypes
 
     def note(self, kind: str, what: str) -> None:
         self.notes.append(Note(kind, what, *caller()))
@@ -261,6 +263,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     else:
         check_devices(func, name, args, kwargs, tensors)
         note_waiting(name, args)
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            paper.products.add(on_paper[-1].dtype)
     if device is not None:
         plain_kwargs["device"] = CPU
     plain_kwargs.pop("non_blocking", None)
@@ -437,7 +441,7 @@ def cuda_on_paper() -> Iterator[Paper]:
         "is_bf16_supported": lambda *_, **__: True,
         "is_current_stream_capturing": lambda: False,
         "max_memory_allocated": lambda device=None: 0,
-        "manual_seed": lambda seed: None,  # its random numbers are those of the CPU's generator
+        "manual_seed": own.seeds.append,  # its random numbers are those of the CPU's generator
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
         "synchronize": lambda device=None: own.note("read", "synchronize"),

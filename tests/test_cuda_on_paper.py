@@ -5,7 +5,9 @@ evaluation, pictures and checkpoint, from the command line down.
 import sys
 
 import pytest
-from cuda_on_paper import cuda_on_paper
+import torch
+from cuda_on_paper import CUDA, CudaMistake, cuda_on_paper
+from tiny_pretraining import pixel_flags
 from tiny_runs import (
     SIZE,
     as_flags,
@@ -30,7 +32,7 @@ from evaluation import held_out
 SHORT = as_flags(epochs=1, warmup_epochs=0)
 AUGMENT = ["--data_pipeline", "fast", "--augment_on_device"]
 EVERYTHING = as_flags(update_freq=2, clip_grad=1.0, image_freq=1)
-EMA = as_flags(model_ema=True, model_ema_decay=0.5)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Watched:
@@ -47,9 +49,11 @@ class Watched:
             monkeypatch.setattr(module, "evaluation_batches", self.evaluated)
 
     def step(self, trainer, micro_batches):
+        seeded = len(self.paper.seeds)
         with self.paper.noting() as notes:
             self.train_one_step(trainer, micro_batches)
         self.steps.append(notes)
+        assert len(self.paper.seeds) == seeded + 1
 
     def evaluated(self, *args, **kwargs):
         """What is between one batch and the next, after the first."""
@@ -71,10 +75,11 @@ def train(monkeypatch, tmp_path):
     """Run an entry on the GPU on paper; where steps and evaluation waited."""
 
     def run(main, flags, dtype="bf16"):
-        with cuda_on_paper() as paper:
-            watched = Watched(paper, monkeypatch)
+        with cuda_on_paper() as paper, monkeypatch.context() as patch:
+            watched = Watched(paper, patch)
             main([*flags, "--device", "cuda", "--amp_dtype", dtype])
         assert watched.steps
+        assert DTYPES[dtype] in paper.products
         return watched
 
     return run
@@ -94,7 +99,7 @@ def check(watched, but=()):
     assert found(batches, "copy") == set()
 
 
-both = pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+both = pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 
 
 @both
@@ -117,16 +122,17 @@ def test_vqkd(dtype, data, tmp_path, train):
     a code to revive.
     """
     more = as_flags(quantizer_warmup_steps=1, revive_dead_codes=True, eval_data_path=data)
-    more += as_flags(clip_grad=1.0, image_freq=1, codebook_n_emd=2)
+    more += as_flags(clip_grad=1.0, grad_checkpointing=True, codebook_n_emd=2, image_freq=1)
     watched = train(run_vqkd_training.main, vqkd_flags(data, tmp_path, *AUGMENT, *more), dtype)
     check(watched, but=["initialize", "cosine_kmeans", "revive"])
 
 
 @both
 def test_finetuning(dtype, data, tmp_path, train):
-    more = as_flags(mixup=0.8, cutmix=1.0, smoothing=0.1, model_ema=True, model_ema_decay=0.5)
+    more = as_flags(mixup=0.8, smoothing=0.1, model_ema=True, model_ema_decay=0.5)
     flags = finetuning_flags(data, tmp_path, *SHORT, *EVERYTHING, *more)
-    check(train(run_class_finetuning.main, flags, dtype))
+    check(train(run_class_finetuning.main, [*flags, "--class_weights", "balanced"], dtype))
+    assert {"test_acc1", "test_ema_acc1"} <= log_lines(tmp_path)[0].keys()
 
 
 @both
@@ -142,3 +148,137 @@ def test_segmentation(dtype, tmp_path, train):
     pairs = labeled_pixels(tmp_path / "ade")
     flags = segmentation_flags(pairs, tmp_path / "out", *EVERYTHING, *as_flags(max_steps=3))
     check(train(run_segmentation_finetuning.main, flags, dtype))
+
+
+# ── Variants ──
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--predict", "all"], ["--augment_on_device", "--data_pipeline", "fast"]])
+def test_pretraining_for_pixels(more, data, tmp_path, train):
+    check(train(run_beitv2_pretraining.main, pixel_flags(data, tmp_path, *SHORT, *more)))
+
+
+@pytest.mark.parametrize(("opt", "reads"), [("adamw", 0), ("adam", 0), ("sgd", 1), ("lamb", 1)])
+def test_a_step_reads_once_at_most(opt, reads, data, tmp_path, train):
+    """Whether the gradients are finite: torch's SGD and timm's optimizers do not ask on
+    the device.
+    """
+    flags = finetuning_flags(data, tmp_path, *SHORT, *as_flags(opt=opt, batch_size=8, clip_grad=1.0))
+    watched = train(run_class_finetuning.main, flags)
+    assert [[note.function for note in notes] for notes in watched.steps[1:]] == [["take_step"] * reads]
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_the_device(data, tmp_path, train):
+    flags = finetuning_flags(data, tmp_path, *as_flags(model_ema=True, batch_size=8))
+    train(run_class_finetuning.main, [*flags, *SHORT])
+    check(train(run_class_finetuning.main, flags))
+    assert [line["epoch"] for line in log_lines(tmp_path)] == [0, 1]
+
+
+# ── The same numbers as on the CPU ──
+def test_pretraining_computes_what_the_cpu_computes(data, tokenizer_weight, tmp_path, train):
+    more = as_flags(batch_size=8, drop_path=0.1, eval_data_path=data)
+    flags = {
+        out: pretraining_flags(data, tmp_path / out, tokenizer_weight, *SHORT, *more)
+        for out in ("cpu", "cuda")
+    }
+    run_beitv2_pretraining.main(flags["cpu"])
+    train(run_beitv2_pretraining.main, flags["cuda"], "fp32")
+    cpu, cuda = (log_lines(tmp_path / out)[0] for out in ("cpu", "cuda"))
+    assert cpu.keys() == cuda.keys()
+    assert {**cpu, "seconds": 0} == pytest.approx({**cuda, "seconds": 0}, rel=1e-3)
+
+
+# ── What the paper sees ──
+@pytest.fixture
+def paper():
+    with cuda_on_paper() as paper:
+        yield paper
+
+
+def there(*shape):
+    return torch.zeros(shape, device=CUDA)
+
+
+def test_devices_do_not_mix(paper):
+    for mixed in (
+        lambda: there(2) + torch.zeros(2),
+        lambda: there(2, 2) @ torch.zeros(2, 2),
+        lambda: there(2).index_select(0, torch.zeros(1, dtype=torch.int64)),
+        lambda: torch.zeros(2)[torch.zeros(2, dtype=torch.int64, device=CUDA)],
+        lambda: torch.cat((there(2), torch.zeros(2))),
+        lambda: there(2).normal_(generator=torch.Generator()),
+    ):
+        with pytest.raises(CudaMistake):
+            mixed()
+    for fine in (there(2) + torch.tensor(1.0), there(2) * 2, there(2).to("cpu") + torch.zeros(2)):
+        assert fine.shape == (2,)
+
+
+def test_reads_and_copies_are_noted_with_their_line(paper):
+    x, pinned = there(3), torch.zeros(3).pin_memory()
+    for kind, waits in {
+        "read": (
+            lambda: x.sum().item(),
+            lambda: bool(x.any()),
+            lambda: x.cpu(),
+            lambda: x.tolist(),
+            lambda: x.nonzero(),
+            lambda: x[x > 0],
+            lambda: torch.zeros(3).copy_(x),
+            lambda: torch.cuda.synchronize(),
+        ),
+        "copy": (
+            lambda: pinned.to(CUDA),
+            lambda: torch.zeros(3).to(CUDA, non_blocking=True),
+            lambda: torch.tensor([1, 2], device=CUDA),
+            lambda: x[torch.tensor([1])],
+            lambda: x.copy_(torch.zeros(3)),
+        ),
+    }.items():
+        for wait in waits:
+            with paper.noting() as notes:
+                wait()
+            assert [note.kind for note in notes] == [kind]
+    with paper.noting() as notes:
+        pinned.to(CUDA, non_blocking=True)
+        x.masked_fill_(x > 0, 1.0)
+        torch.where(x > 0, x, 2.0).sum()
+    assert notes == []
+
+
+def test_a_stream_waits_for_what_it_uses(paper):
+    copying, computing = torch.cuda.Stream(CUDA), torch.cuda.current_stream(CUDA)
+    with torch.cuda.stream(copying):
+        x = torch.zeros(3).to(CUDA)
+    with pytest.raises(CudaMistake, match="waited"):
+        x.sum()
+    computing.wait_stream(copying)
+    with pytest.raises(CudaMistake, match="record_stream"):
+        x.sum()
+    x.record_stream(computing)
+    x.sum()
+
+
+def test_autocast_is_that_of_cuda(paper):
+    x = there(2, 2).requires_grad_()
+    with torch.autocast("cuda", torch.float16):
+        product = x @ x
+        results = (product, product.softmax(0), product.sum(), product + product, x + product)
+        with torch.autocast("cuda", enabled=False):
+            assert (x @ x).dtype == torch.float32
+    low, single = torch.float16, torch.float32
+    assert [y.dtype for y in results] == [low, single, single, low, single]
+    product.sum().backward()
+    assert (x.grad.dtype, x.grad.device) == (single, CUDA)
+
+
+def test_nothing_of_it_stays_behind(data, tmp_path, train):
+    before = torch.cuda.is_available(), torch.zeros(1).is_pinned(), torch.nn.Linear(1, 1).weight.device
+    train(run_class_finetuning.main, finetuning_flags(data, tmp_path, *SHORT, *as_flags(batch_size=16)))
+    assert before == (
+        torch.cuda.is_available(),
+        torch.zeros(1).is_pinned(),
+        torch.nn.Linear(1, 1).weight.device,
+    )
+    run_class_finetuning.main(finetuning_flags(data, tmp_path / "cpu", *SHORT, *as_flags(batch_size=16)))
