@@ -151,6 +151,12 @@ class VQKD(nn.Module):
             return codes
         return codes.view(x.shape[0], -1) if masked is None else masked.select(codes)
 
+    def drop_decoder(self) -> None:
+        """Leave what gives codes, and free what training alone needs: decode and forward
+        are gone.
+        """
+        del self.decoder, self.decode_task_layer
+
     # ── decoding and distillation ──
 
     def decode(self, z_q: Tensor) -> Tensor:
