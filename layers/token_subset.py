@@ -57,7 +57,7 @@ class MaskedPositions(NamedTuple):
     def mask(self) -> Tensor:
         """(B, N) bool"""
         mask = self.patches.new_zeros(self.batch_size * self.num_patches, dtype=torch.bool)
-        return mask.index_fill_(0, self.patches, True).view(self.batch_size, -1)
+        return mask.index_fill_(0, self.patches, True).view(-1, self.num_patches)
 
     def tokens(self) -> Tensor:
         """(M,) int64, among the B * T tokens: one CLS token stands before each image's

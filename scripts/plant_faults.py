@@ -120,7 +120,7 @@ FAULTS = [
     Fault(
         "positions of another grid stay on the CPU",
         "vit_backbone.py",
-        "relative_position_index(grid).to(x.device, non_blocking=True)",
+        "relative_position_index(grid, x.device)",
         "relative_position_index(grid)",
     ),
     Fault(
@@ -203,10 +203,10 @@ FAULTS = [
         'torch.autocast("cpu", self.dtype)',
     ),
     Fault(
-        "the scaler of fp16 is the CPU's",
-        "run_state.py",
-        "torch.amp.GradScaler(run.device.type,",
-        'torch.amp.GradScaler("cpu",',
+        "the loss scale of fp16 is read in each step",
+        "engine.py",
+        "    scaler.update()\n",
+        "    scaler.update()\n    scaler.get_scale()\n",
     ),
     Fault(
         "the device's generator is not seeded",

@@ -4,6 +4,7 @@ evaluation, pictures and checkpoint, from the command line down.
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from cuda_on_paper import CUDA, CudaMistake, cuda_on_paper
@@ -11,6 +12,7 @@ from tiny_pretraining import pixel_flags
 from tiny_runs import (
     SIZE,
     as_flags,
+    encoding_flags,
     finetuning_flags,
     labeled_pixels,
     log_lines,
@@ -21,12 +23,15 @@ from tiny_runs import (
     vqkd_flags,
 )
 
+import encode_images
 import engine
+import extract_features
 import run_beitv2_pretraining
 import run_class_finetuning
 import run_linear_eval
 import run_segmentation_finetuning
 import run_vqkd_training
+import visualize_attention
 from evaluation import held_out
 
 SHORT = as_flags(epochs=1, warmup_epochs=0)
@@ -145,9 +150,14 @@ def test_linear_probe(dtype, data, tmp_path, train):
 
 @both
 def test_segmentation(dtype, tmp_path, train):
+    """Evaluated by windows, and (bf16) as whole images, whose grid is not the
+    model's.
+    """
     pairs = labeled_pixels(tmp_path / "ade")
-    flags = segmentation_flags(pairs, tmp_path / "out", *EVERYTHING, *as_flags(max_steps=3))
-    check(train(run_segmentation_finetuning.main, flags, dtype))
+    more = [*EVERYTHING, *as_flags(max_steps=3), *(["--whole_image"] if dtype == "bf16" else [])]
+    flags = segmentation_flags(pairs, tmp_path / "out", *more)
+    # the matrices that stretch the table are computed on the host
+    check(train(run_segmentation_finetuning.main, flags, dtype), but=["layers/rel_pos_bias.py"])
 
 
 # ── Variants ──
@@ -173,6 +183,33 @@ def test_a_run_resumes_on_the_device(data, tmp_path, train):
     train(run_class_finetuning.main, [*flags, *SHORT])
     check(train(run_class_finetuning.main, flags))
     assert [line["epoch"] for line in log_lines(tmp_path)] == [0, 1]
+
+
+@pytest.mark.slow
+def test_commands_that_only_look(ten_photos, data, tokenizer_weight, tmp_path):
+    run_class_finetuning.main(finetuning_flags(data, tmp_path, *SHORT))
+    trained, weights = tmp_path / "checkpoint.pth", student(tmp_path / "student.pth")
+    looks = as_flags(device="cuda", num_workers=0)
+    labeled = as_flags(data_set="image_folder", data_path=data, eval_data_path=data)
+    more = as_flags(train_pixel_decoder=True, tokenizer_weight=tokenizer_weight, data_path=data)
+    more += as_flags(
+        output_dir=tmp_path / "pixels", pixel_decoder_depth=1, pixel_decoder_dim=64, batch_size=8
+    )
+    with cuda_on_paper():
+        encode_images.main(encoding_flags(tokenizer_weight, ten_photos, tmp_path / "codes", *looks))
+        features = tmp_path / "features.npy"
+        extract_features.main([str(weights), str(ten_photos), "--output", str(features), *looks])
+        run_linear_eval.main(["--knn", *labeled, *SIZE, *as_flags(finetune=weights), *looks])
+        run_class_finetuning.main(["--eval", *labeled[2:], *as_flags(resume=trained), *looks])
+        predicted = as_flags(predict=data, resume=trained, output_dir=tmp_path / "predicted")
+        run_class_finetuning.main([*predicted, *looks])
+        shown = as_flags(checkpoint=weights, image=data / "a/0.jpg", output=tmp_path / "shown.png")
+        visualize_attention.main([*shown, "--device", "cuda"])
+        run_vqkd_training.main([*more, *SIZE, *SHORT, *as_flags(eval_data_path=data, image_freq=1), *looks])
+    codes = np.load(tmp_path / "codes/codes.npy")
+    assert codes.max() < 16
+    encode_images.main(encoding_flags(tokenizer_weight, ten_photos, tmp_path / "cpu"))
+    assert (codes == np.load(tmp_path / "cpu/codes.npy")).all()
 
 
 # ── The same numbers as on the CPU ──
