@@ -41,6 +41,7 @@ ENTRIES: dict[str, Any] = {
 }
 TITLES = {"vqkd": "1. Tokenizer", "pretrain": "2. Pretraining", "finetune": "3. Fine-tuning"}
 PROBE_SECONDS = 8.0  # a stage
+FEW = 600  # images
 WARM_UP_STEPS = 2
 
 
@@ -58,7 +59,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--output_dir",
         type=arguments.expand_home,
         default="out",
-        help="where the command lines write to; they, not this script",
+        help="where the suggested commands write their output",
     )
     parser.add_argument(
         "--make_split",
@@ -118,12 +119,11 @@ def describe(folder: FolderReport) -> list[str]:
     )
     held_out = f", {folder.held_out:,} in val/" if folder.has_splits else ""
     sizes = sorted(folder.classes.values())
+    many = [f"{size:,}" for size in sorted({*sizes[:1], *sizes[-1:]})]
     lines = [
         printable(f"folder     {folder.root}: {folder.images:,} images to train on{held_out}"),
         f"images     {kind}; shorter side {sides}",
-        f"labels     {len(sizes)} classes of {sizes[0]:,} to {sizes[-1]:,} images"
-        if sizes
-        else "labels     none",
+        f"labels     {len(sizes)} classes of {' to '.join(many)} images" if sizes else "labels     none",
     ]
     if folder.unreadable:
         lines.append(
@@ -156,7 +156,7 @@ def explain(command: Command, launcher: str, seconds: float | None) -> list[str]
     width = max(len(" ".join(flag.words)) for flag in command.flags if flag.why)
     for flag in command.flags:
         if flag.why:
-            lines.append(f"  {' '.join(flag.words):<{min(width, 44)}}  {flag.why}")
+            lines.append(f"  {' '.join(flag.words):<{width}}  {flag.why}")
     return lines
 
 
@@ -171,6 +171,12 @@ def advise_further(folder: FolderReport, machine: Machine) -> list[str]:
         notes.append(
             "Without labels, the pretrained model gives features: python extract_features.py "
             "OUTPUT_DIR/pretrain/checkpoint.pth FOLDER --output features.npy"
+        )
+    if folder.images < FEW:
+        notes.append(
+            f"{folder.images:,} images are few: pretraining from random weights gained nothing on 377 photos "
+            "(docs/lab/advice.md). Start from published weights (--init_from, docs/continuing.md), or add "
+            "unlabeled images of the same kind."
         )
     if not machine.gpus:
         notes.append(
@@ -226,6 +232,7 @@ def probe(plan: Sequence[Command], folder: FolderReport, args: argparse.Namespac
             if command.stage == "finetune" and not folder.is_labeled:
                 continue
             words = command.words(
+                data_path=f"{folder.root}/train" if folder.has_splits else folder.root,
                 eval_data_path=None,
                 quantizer_warmup_steps=None,
                 finetune=None,

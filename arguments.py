@@ -145,7 +145,8 @@ def format_flag(parser: argparse.ArgumentParser, name: str, value: Any) -> str:
     --abs_pos_emb.
     """
     if isinstance(value, (list, tuple)):
-        return f"--{name} {('x' if name == 'input_size' else ' ').join(map(str, value))}"
+        texts = (str(number).removesuffix(".0") for number in value)
+        return f"--{name} {('x' if name == 'input_size' else ' ').join(texts)}"
     if not isinstance(value, bool):
         return f"no --{name}" if value is None else f"--{name} {value}"
     options = [

@@ -47,12 +47,12 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--stage", nargs="+", default=list(CONTESTS), choices=list(CONTESTS), help="what to measure")
     add("--device", default="cuda", help="cuda (falls back to cpu) or cpu")
-    add("--model", default="base", choices=list(SIZES), help="row of vit_backbone.SIZES for all stages")
+    add("--model", default="base", choices=list(SIZES), help="size of the model in all stages")
     add(
         "--batch_size",
         default=8,
         type=arguments.large_count,
-        help="images of one step; the quantizer's stage takes 8 times as many",
+        help="images per step; the quantizer's stage takes 8 times as many",
     )
     add(
         "--amp_dtype",
@@ -64,18 +64,18 @@ def get_parser() -> argparse.ArgumentParser:
         "--rounds",
         default=8,
         type=arguments.positive,
-        help="turns of each contender; medians and ranges are over these",
+        help="how often each contender is timed; medians and ranges are over these",
     )
-    add("--warmup", default=2, type=arguments.positive, help="rounds before those")
-    add("--teacher", default="hog", help="of the vqkd stage: hog, or timm:<name> with random weights")
+    add("--warmup", default=2, type=arguments.positive, help="rounds before those, not counted")
+    add("--teacher", default="hog", help="teacher of the vqkd stage: hog, or timm:<name> with random weights")
     add(
         "--num_workers",
         default=0,
         type=arguments.not_negative,
-        help="of the loader with which the wait for data is measured",
+        help="data processes of the loader whose waiting time is measured",
     )
     add("--compile", action="store_true", help="torch.compile for our model, not for the others")
-    add("--output", default="", type=arguments.expand_home, help="JSON file for all that was measured")
+    add("--output", default="", type=arguments.expand_home, help="JSON file for everything that was measured")
     add("--seed", default=0, type=arguments.seed, help="of weights, images and masks")
     return parser
 

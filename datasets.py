@@ -19,7 +19,7 @@ import numpy as np
 
 from data_pipeline import shards
 from data_pipeline.files import Files, View
-from data_pipeline.folders import list_class_folders, refuse_one_class
+from data_pipeline.folders import list_class_folders, refuse_one_class, warn_of_training_images
 from data_pipeline.image_formats import EXTENSIONS, Source
 from data_pipeline.image_lists import (
     Samples,
@@ -145,6 +145,8 @@ class ImageSource:
 def find_unlabeled(source: ImageSource, train: bool) -> Samples:
     """The images of a split, without their labels."""
     folder, origin = source.folder(train)
+    if not train:
+        warn_of_training_images(source.data_path and source.folder(train=True)[0], folder)
     samples: Samples
     if source.data_set == "CIFAR":
         samples = find_cifar(source.data_path, train, source.download)[0]
@@ -161,6 +163,7 @@ def find_held_out(source: ImageSource) -> Samples:
     """The images of `eval_data_path` without their labels, however nested and whatever
     else `data_set` says, except for shards.
     """
+    warn_of_training_images(source.data_path, source.eval_data_path)
     find = find_shards if source.data_set == "webdataset" else find_images
     return without_labels(find(source.eval_data_path, "`eval_data_path`", endings=source.endings)[0])
 
@@ -191,6 +194,8 @@ def find_labeled(
         samples, names = _find_labeled_shards(source, train, nb_classes, own_classes, classes)
     else:
         samples, names = _find_labeled_files(source, train, own_classes, classes)
+    if not train and source.data_path:  # absent when only evaluating a finished model
+        warn_of_training_images(source.folder(train=True)[0], source.folder(train=False)[0])
     refuse_one_class(names, "`data_path`" if train else "`eval_data_path`")
     if nb_classes not in (0, len(names)) and not own_classes:
         raise ParameterError(

@@ -38,7 +38,6 @@ from transforms import ImageOnly, describe_eval_view, eval_view
 from visualization import code_files
 from visualization.code_files import Parts
 
-DALL_E_SIZE = 112  # 14 x 14 tokens, as in BEiT v1
 SECONDS_BETWEEN_LINES = 30
 MINUTES_TO_WAIT = 24 * 60  # for the slowest process: shares are equal, machines may not be
 NAMED = 5  # unreadable files that the message on the terminal names
@@ -114,7 +113,7 @@ class Tokenizer:
 def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     if args.tokenizer_model == "dall-e":
         dvae = modeling_dvae.load_dall_e_encoder(args.tokenizer_weight)
-        size = args.input_size or DALL_E_SIZE
+        size = args.input_size or modeling_dvae.DALL_E_SIZE
         if size % modeling_dvae.PATCH_SIZE:
             raise UserError(
                 f"--input_size {size} is not a multiple of the {modeling_dvae.PATCH_SIZE} pixels that "

@@ -68,10 +68,11 @@ class TokenizerStage(Stage):
         if not quantizer.ready or quantizer.warming_up:
             return usage
         if used < quantizer.num_tokens / 2:
+            revive = "" if self.revive_dead_codes else "`revive_dead_codes`, "
             log.warning(
-                f"warning: only {used} of {quantizer.num_tokens} codes were used in this "
-                "epoch. Try fewer codes (`codebook_n_emd`), code dim 32 (`codebook_emd_dim`), k-means "
-                "after a warm-up (`quantizer_warmup_steps` 100), `revive_dead_codes`, or a larger batch"
+                f"warning: only {used} of {quantizer.num_tokens} codes were used in this epoch. Try fewer "
+                "codes (`codebook_n_emd`), code dim 32 (`codebook_emd_dim`), k-means after a warm-up "
+                f"(`quantizer_warmup_steps` 100), {revive}or a larger batch"
             )
         elif perplexity < UNEVEN * used:
             log.warning(

@@ -28,8 +28,6 @@ from transforms import default_crop_pct, eval_view, normalization_of
 
 dependencies = ["torch", "torchvision", "timm", "einops", "safetensors", "numpy", "PIL", "huggingface_hub"]
 
-DALL_E_SIZE = 112  # 14 x 14 tokens, as in BEiT v1
-
 # ── By kind ──
 
 
@@ -104,7 +102,7 @@ def _with_view(
 
 def _dall_e(weights: str | None = None) -> Any:
     network: Any = modeling_dvae.load_dall_e_encoder(weights)
-    network.view = eval_view(DALL_E_SIZE)
+    network.view = eval_view(modeling_dvae.DALL_E_SIZE)
     return network
 
 

@@ -20,7 +20,8 @@ from checkpoint_io.pickle_builders import PickledObject
 from errors import UserError
 from layers.token_subset import MaskedPositions
 
-PATCH_SIZE = 8  # pixels per token: three poolings; 112 x 112 pixels give BEiT's 14 x 14 grid
+PATCH_SIZE = 8  # pixels per token: three poolings
+DALL_E_SIZE = 112  # pixels a side: 14 x 14 tokens, as in BEiT v1
 GROUPS = 4
 PUBLISHED = "dall_e_encoder"  # in published.ENTRIES
 

@@ -59,7 +59,8 @@ def build(args: arguments.Flags) -> engine.Trainer:
     data = run_state.build_training_data(dataset, run, labels=labels)
     sizes = torch.bincount(torch.as_tensor(dataset.labels), minlength=nb_classes)
     equally = ", drawn equally often" if args.balanced_sampler else ""
-    log.info(f"classes    {sizes.min():,} to {sizes.max():,} training images each{equally}")
+    many = " to ".join(f"{size:,}" for size in sorted({int(sizes.min()), int(sizes.max())}))
+    log.info(f"classes    {many} training images each{equally}")
 
     # ── Model ──
     model = build_model(args, nb_classes)

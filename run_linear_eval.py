@@ -246,16 +246,23 @@ def evaluate_knn(args: arguments.Flags) -> None:
     parser = get_parser_for(args)
     run = run_state.start_run(parser, args, trains=False)
     arguments.warn_of_idle_flags(parser, args, idle_flags(args))
-    compared = {args.finetune: measure_knn(args, run)}
+    compared, missing = {args.finetune: measure_knn(args, run)}, []
     for source in args.compare:
-        if source not in compared:
-            log.info(f"backbone   {source}")
+        if source in compared:
+            continue
+        log.info(f"backbone   {source}")
+        try:
             compared[source] = measure_knn(args.replace(finetune=source), run)
+        except UserError as error:  # the figures of the others are not lost
+            log.warning(f"left out   {error}")
+            missing.append(source)
     for line in format_comparison(compared, args.knn_k) if args.compare else ():
         log.info(line)
     if args.output_dir:
         table = {"compared": compared} if args.compare else {}
         checkpoints.write_json(args.output_dir, "knn.json", {**compared[args.finetune], **table})
+    if missing:
+        raise UserError(f"--compare {' '.join(missing)}: not in the table; the lines above say why")
 
 
 def measure_knn(args: arguments.Flags, run: run_state.Run) -> dict[str, float]:

@@ -95,6 +95,7 @@ def inspect_folder(root: str) -> FolderReport:
     """Read all names, the bytes of files of equal size, and LOOKED_AT images. UserError
     where there is no image, or none that can be read.
     """
+    root = os.path.normpath(root)
     paths = list_folder(root)
     train = [each for each in paths if not each.validates]
     count = min(LOOKED_AT, len(train))

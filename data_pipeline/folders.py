@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import PurePath
 
 from data_pipeline.image_formats import EXTENSIONS
@@ -79,7 +79,23 @@ def report_left_out(left_out: Counter[str], where: str, endings: Sequence[str] =
     """Log one line, if anything was left out."""
     kinds = [f"{count:,} {kind}" for kind, count in left_out.most_common() if count]
     if kinds:
-        log_once(f"left out   of {where}: {shorten_list(kinds)} (accepted: {' '.join(endings)})")
+        by_ending = any(count and kind.startswith((".", "without")) for kind, count in left_out.items())
+        accepted = f" ({describe_accepted(endings, left_out)})" if by_ending else ""
+        log_once(f"left out   of {where}: {shorten_list(kinds)}{accepted}")
+
+
+def describe_accepted(endings: Sequence[str], left_out: Mapping[str, int]) -> str:
+    """Which files are images, by their endings; `left_out` counts the other ones."""
+    arrays = (
+        "; .npy only where `in_chans` or `image_range` says what is in it" if left_out.get(".npy") else ""
+    )
+    return f"accepted: {' '.join(endings)}{arrays}"
+
+
+def warn_of_training_images(train: str, held_out: str) -> None:
+    """Log one line, if the images to measure on are those to train on."""
+    if train and held_out and os.path.realpath(train) == os.path.realpath(held_out):
+        log_once("warning: `eval_data_path` is `data_path`: the figures are of images that were trained on")
 
 
 def refuse_one_class(names: Sequence[str], origin: str) -> None:

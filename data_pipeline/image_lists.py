@@ -15,7 +15,14 @@ import numpy as np
 import torchvision
 
 from data_pipeline import shards
-from data_pipeline.folders import check_folder, list_class_folders, list_images, list_parents, report_left_out
+from data_pipeline.folders import (
+    check_folder,
+    describe_accepted,
+    list_class_folders,
+    list_images,
+    list_parents,
+    report_left_out,
+)
 from data_pipeline.image_formats import EXTENSIONS
 from errors import ParameterError, UserError
 from runtime.distributed import barrier, is_main
@@ -39,12 +46,10 @@ def find_images(
     samples: Samples = [(path, None) for path in list_images(root, left_out, endings)]
     report_left_out(left_out, f"{origin} {root}", endings)
     if not samples:
-        raise UserError(f"{origin} {root}: no images in this folder or below it ({describe(endings)})")
+        raise UserError(
+            f"{origin} {root}: no images in this folder or below it ({describe_accepted(endings, left_out)})"
+        )
     return samples, None
-
-
-def describe(endings: Sequence[str]) -> str:
-    return f"accepted: {' '.join(endings)}"
 
 
 def find_images_or_file(
@@ -98,13 +103,15 @@ def find_classes_folder(
         paths = list_images(os.path.join(root, name), left_out, endings, above, others)
         if not paths and classes is None:  # a validation split need not have every class
             raise UserError(
-                f"{origin} {root}: class folder '{name}' has no images ({describe(endings)}); fill or remove "
-                "it"
+                f"{origin} {root}: class folder '{name}' has no images "
+                f"({describe_accepted(endings, left_out)}); fill or remove it"
             )
         samples += [(path, label) for path in paths]
     report_left_out(left_out, f"{origin} {root}", endings)
     if not samples:
-        raise UserError(f"{origin} {root}: no images in its class folders ({describe(endings)})")
+        raise UserError(
+            f"{origin} {root}: no images in its class folders ({describe_accepted(endings, left_out)})"
+        )
     return samples, names
 
 

@@ -91,7 +91,7 @@ def read_channels(source: Source | IO[bytes], in_chans: int) -> tuple[Tensor, np
     elif len(x) == 3 and in_chans == 1:
         x = torch.tensordot(torch.tensor(LUMA), x, dims=1)[None]
     if len(x) != in_chans:
-        raise ValueError(f"it has {len(x)} channels, not {in_chans}: `in_chans` {len(x)} reads them")
+        raise ValueError(f"it has {len(x)} channel{'s' * (len(x) > 1)}, not the {in_chans} of `in_chans`")
     return x, array.dtype
 
 

@@ -25,7 +25,7 @@ def add_v1_flags(parser: argparse.ArgumentParser) -> None:
         "--discrete_vae_type",
         default=None,
         choices=("dall-e", "customized"),
-        help="dall-e: --tokenizer_model dall-e; of the other type nothing was published",
+        help="dall-e: --tokenizer_model dall-e; no file of the other type was published",
     )
 
 

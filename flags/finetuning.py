@@ -45,7 +45,7 @@ def get_parser() -> argparse.ArgumentParser:
         min_lr=1e-6,
         weight_decay=0.05,
         epochs=30,
-        lr_help="of the head; deeper layers by --layer_decay",
+        lr_help="learning rate of the head; --layer_decay lowers that of the layers below it",
     )
     add_step_flags(parser, can_shard=True)
     add_run_flags(parser, save_ckpt_freq=5)

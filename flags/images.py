@@ -183,7 +183,7 @@ def add_shown_image_flags(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument(
         "--count", type=positive, default=8, help="images to show of each folder, evenly spread"
     )
-    parser.add_argument("--output", type=expand_home, default=output, help="picture to write, best a PNG")
+    parser.add_argument("--output", type=expand_home, default=output, help="picture to write, preferably PNG")
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:

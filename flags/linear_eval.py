@@ -107,7 +107,7 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
         "--features",
         default="auto",
         choices=("auto", "cls", "mean", "cls_mean"),
-        help="CLS token, mean of the patch tokens, or both in a row; auto: cls for files of BEiT v2's "
+        help="CLS token, mean of the patch tokens, or both concatenated; auto: cls for files of BEiT v2's "
         "pretraining, what timm pools for timm:<name>, else cls_mean (--linear) or mean (--knn)",
     )
     add_label_flags(g)

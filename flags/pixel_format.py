@@ -98,9 +98,9 @@ def check_pixel_flags(args: argparse.Namespace) -> None:
     if low_high is not None and low_high != AUTO:
         numbers = len(low_high) == 2 and "auto" not in low_high
         if not numbers or low_high[0] >= low_high[1]:
+            given = " ".join(str(value).removesuffix(".0") for value in low_high)
             raise UserError(
-                f"--image_range {' '.join(map(str, low_high))}: give two numbers, black and then white, such "
-                "as 0 4095, or auto"
+                f"--image_range {given}: give two numbers, black and then white, such as 0 4095, or auto"
             )
     if chosen is not None and getattr(args, "imagenet_default_mean_and_std", False):
         raise UserError(
@@ -211,7 +211,9 @@ def resolve_pixel_flags(
     if take and known[0][0].get("image_range") and is_of_channels(known[0][0], args.in_chans):
         warn_of_other_range(known[0][0]["image_range"], args.image_range, known[0][1])
     if warning:
-        log.warning(f"warning: `image_range` may not be that of the images: {warning}")
+        log.warning(
+            f"warning: `image_range` may not be that of the images: {warning}; `image_range` auto measures it"
+        )
     return args
 
 

@@ -141,7 +141,7 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--second_interpolation", default="bicubic", help="how the tokenizer's view is resized")
     g.add_argument("--codebook_size", type=large_count, default=8192, help="the tokenizer's --codebook_n_emd")
     g.add_argument(
-        "--codebook_dim", type=large_count, default=32, help="its --codebook_emd_dim; not of dall-e"
+        "--codebook_dim", type=large_count, default=32, help="its --codebook_emd_dim; dall-e has none"
     )
     add_teacher_channels(g, of="the tokenizer")
 

@@ -104,7 +104,7 @@ def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
         "--class_names",
         type=expand_home,
         default=None,
-        help="file of the classes' names, one per line; ADE20K's is found by itself",
+        help="file of the classes' names, one per line; ADE20K's is found automatically",
     )
     g.add_argument(
         "--palette",
@@ -163,7 +163,7 @@ def add_segmentation_flags(parser: argparse.ArgumentParser) -> None:
         "--stride",
         type=pixels,
         default=None,
-        help="of the windows; default: 2/3 of --input_size (341 of 512)",
+        help="pixels from one window to the next; default: 2/3 of --input_size (341 of 512)",
     )
     g.add_argument(
         "--eval_scales",

@@ -185,11 +185,13 @@ def test_what_is_advised_runs_as_it_is_typed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(advise, "PROBE_SECONDS", 0.1)
     monkeypatch.setattr(rules, "LENGTHS", {"vqkd": (140, 0, 0), "pretrain": (4, 0, 0), "finetune": (4, 0, 0)})
     out, file = tmp_path / "out", tmp_path / "plan.json"
-    flags = [str(folder), "--output_dir", str(out), "--output", str(file), "--device", "cpu"]
-    advise.main([*flags, "--make_split", "--num_workers", "0"])
+    flags = [f"{folder}/", "--output_dir", str(out), "--device", "cpu", "--num_workers", "0"]
+    advise.main(flags)
     text = capsys.readouterr().out
-    assert "2 classes of 16 to 16 images" in text
-    assert text.count("on this machine ──") == 3
+    assert text.count("on this machine ──") == 3 and "--make_split links every fifth image" in text
+    advise.main([*flags, "--make_split", "--output", str(file)])
+    text = capsys.readouterr().out
+    assert "2 classes of 16 images" in text and "--make_split" not in text
     content = json.loads(file.read_text())
     assert [command["stage"] for command in content["commands"]] == ["vqkd", "pretrain", "finetune"]
     for entry, command in zip(ENTRIES, content["commands"], strict=True):

@@ -486,8 +486,8 @@ def test_no_file_of_weights_is_read_twice(name, gray, gray_tokenizer, tmp_path, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--image_range 4095 0", "--image_range 4095.0 0.0: give two numbers, black and then white"),
-        ("--image_range 7", "--image_range 7.0: give two numbers"),
+        ("--image_range 4095 0", "--image_range 4095 0: give two numbers, black and then white"),
+        ("--image_range 7", "--image_range 7: give two numbers"),
         ("--image_range white", "'white' is neither a number nor auto"),
         ("--mean_std half 0.5", "--mean_std half 0.5: give one word, or numbers"),
         ("--mean_std 0.5 0.5", "--in_chans 3 needs 6 numbers"),

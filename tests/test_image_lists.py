@@ -18,8 +18,9 @@ from data_pipeline.image_lists import (
     read_class_index,
     take_class_balanced_share,
 )
-from datasets import ImageFiles
+from datasets import ImageFiles, ImageSource, find_held_out, find_labeled, find_unlabeled
 from run_class_finetuning import build_dataset as build_finetuning_dataset
+from runtime.terminal import log_once
 from transforms import eval_view
 
 
@@ -56,9 +57,15 @@ def test_folders_that_hold_nothing(tmp_path):
         find_images(str(tmp_path / "notes.txt"))
     with user_reads("no class folders"):
         find_classes_folder(str(tmp_path))
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "scenes" / "0.npy").write_bytes(b"")
+    with user_reads("no images in this folder .*; .npy only where --in_chans or --image_range says"):
+        find_images(str(tmp_path / "scenes"))
+    (tmp_path / "scenes" / "0.npy").rename(tmp_path / "0.npy")
+    (tmp_path / "scenes").rmdir()
     write_image(tmp_path / "cats" / "1.jpg")
     (tmp_path / "dogs").mkdir()
-    with user_reads("class folder 'dogs' has no images"):
+    with user_reads(r"class folder 'dogs' has no images \(accepted: [^;]*\)"):
         find_classes_folder(str(tmp_path))
 
 
@@ -92,6 +99,32 @@ def test_what_is_left_out_is_counted(tmp_path, caplog, monkeypatch):
         "1 beside the class folders",
     ]
     assert [kind for kind in kinds if kind not in caplog.text] == []
+    assert "(accepted: .jpg" in caplog.text
+    caplog.clear()
+    write_classes(tmp_path / "loose", {"a": 1, "b": 1})
+    write_image(tmp_path / "loose" / "x.jpg")
+    find_classes_folder(str(tmp_path / "loose"))
+    assert "1 beside the class folders" in caplog.text and "accepted" not in caplog.text
+
+
+FINDERS = {
+    "unlabeled": lambda source: [find_unlabeled(source, train) for train in (True, False)],
+    "labeled": lambda source: [find_labeled(source, train) for train in (True, False)],
+    "held out": find_held_out,
+}
+
+
+@pytest.mark.parametrize("find", FINDERS.values(), ids=FINDERS)
+def test_figures_of_training_images_are_warned_of(find, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(samplers.log, "propagate", True)
+    caplog.set_level("INFO", "beit")
+    write_classes(tmp_path / "data", {"a": 1, "b": 1})
+    write_classes(tmp_path / "new", {"a": 1, "b": 1})
+    for held_out, warned in (("new", False), ("data/a/..", True)):
+        source = ImageSource(str(tmp_path / "data"), str(tmp_path / held_out))
+        log_once.cache_clear()
+        find(source)
+        assert ("figures are of images that were trained on" in caplog.text) is warned
 
 
 def test_links_do_not_label_images_of_other_classes(tmp_path, caplog, monkeypatch):

@@ -142,7 +142,8 @@ def test_flags_of_training_are_named_with_k_nn(tmp_path, capsys):
     flags = [
         *as_flags(finetune=weights, data_set="image_folder", data_path=data, device="cpu"),
     ]
-    flags += ["--eval_data_path", str(data), "--num_workers", "0", "--amp_dtype", "fp32", "--batch_size", "2"]
+    held_out = str(photos(tmp_path / "held_out", per_class=2))
+    flags += ["--eval_data_path", held_out, "--num_workers", "0", "--amp_dtype", "fp32", "--batch_size", "2"]
     run_linear_eval.main([*flags, "--knn"])
     assert "warning" not in capsys.readouterr().out.replace("k is cut", "")
     run_linear_eval.main(
@@ -235,11 +236,15 @@ def test_backbones_are_compared_in_one_table(data, tmp_path, capsys):
     where = as_flags(data_path=data, eval_data_path=data, data_set="image_folder", device="cpu")
     flags = ["--knn", *where, *as_flags(num_workers=0, amp_dtype="fp32"), "--knn_k", "1", "3"]
     run_linear_eval.main([*flags, *as_flags(finetune=theirs, output_dir=tmp_path / "alone")])
-    compared = as_flags(finetune=ours, output_dir=tmp_path / "both", compare=theirs)
-    run_linear_eval.main([*flags, *compared])
+    gone = str(tmp_path / "gone.pth")
+    compared = ["--compare", gone, theirs, *as_flags(finetune=ours, output_dir=tmp_path / "both")]
+    with pytest.raises(SystemExit):  # after all others, whose figures are kept
+        run_linear_eval.main([*flags, *compared])
     alone, both = (json.loads((tmp_path / run / "knn.json").read_text()) for run in ("alone", "both"))
     assert both["compared"][theirs] == alone
     assert both["compared"][str(ours)]["knn1_acc1"] == both["knn1_acc1"]
-    out = capsys.readouterr().out
+    out, error = capsys.readouterr()
+    assert error == f"error: --compare {gone}: not in the table; the lines above say why\n"
+    assert next(line for line in out.splitlines() if line.startswith("left out   ") and gone in line)
     row = next(line for line in out.splitlines() if line.startswith(theirs))
     assert row.split()[1:] == [f"{alone[f'knn{k}_acc1']:.2f}" for k in (1, 3)]

@@ -134,8 +134,8 @@ def test_the_range_is_scaled_and_clipped(tmp_path):
 @pytest.mark.parametrize(
     ("pixels", "in_chans", "message"),
     [
-        (np.zeros((4, 4, 5), "uint8"), 4, "it has 5 channels, not 4: `in_chans` 5"),
-        (np.zeros((4, 4), "uint8"), 4, "it has 1 channels, not 4"),
+        (np.zeros((4, 4, 5), "uint8"), 4, "it has 5 channels, not the 4 of `in_chans`"),
+        (np.zeros((4, 4), "uint8"), 4, "it has 1 channel, not the 4"),
         (np.array([[0.5, np.nan]], "float32"), 1, "NaN"),
         (np.zeros((2, 4, 4, 1), "uint8"), 1, r"an array \(2, 4, 4, 1\)"),
         (np.zeros((4, 4), "complex64"), 1, "numbers .* are expected"),
@@ -217,7 +217,9 @@ def test_statistics_of_a_sample_are_those_of_its_pixels():
 
 def test_a_sample_without_an_image_says_why(tmp_path):
     np.save(tmp_path / "x.npy", numbers("uint8", 2))
-    with user_reads(r"no image of a sample of 1 could be read: .*x.npy: it has 2 channels.*--in_chans 2"):
+    with user_reads(
+        r"no image of a sample of 1 could be read: .*x.npy: it has 2 channels, not the 3 of --in_chans"
+    ):
         measure_pixels([str(tmp_path / "x.npy")], 3, None, auto=True)
     with pytest.raises(UserError, match="nearly all pixels"):
         measure_pixels([np.zeros((9, 9, 3), "uint8")], 3, None, auto=True)

@@ -2,12 +2,15 @@
 processes with one codebook.
 """
 
+import types
+
 import pytest
 import torch
 from golden_values import arrays, close
 from many_processes import run_ranks
 from numpy.random import RandomState
 
+from engine_for_vqkd import TokenizerStage
 from layers.codebook_search import nearest_codes
 from norm_ema_quantizer import NormEMAVectorQuantizer, cosine_kmeans, l2_normalize
 
@@ -158,3 +161,22 @@ def test_two_processes_keep_the_codebook_of_one_process(kmeans):
     for key in first.keys() - {"embedding.embed_avg"}:
         assert torch.equal(first[key], second[key]), key
         close(first[key], alone[key], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("counts", "warns"),
+    [
+        ([1.0] * 32, ""),
+        ([1.0] * 10 + [0.0] * 22, "only 10 of 32 codes were used"),
+        ([1000.0, 1000.0] + [1.0] * 30, "32 codes were used in this epoch, but so unevenly that 2 "),
+    ],
+    ids=["even", "few", "uneven"],
+)
+def test_few_codes_and_uneven_ones_are_warned_of(counts, warns, caplog):
+    stage = TokenizerStage.__new__(TokenizerStage)
+    stage.model, stage.revive_dead_codes = types.SimpleNamespace(quantize=golden_quantizer()), True
+    stage.model.quantize.cluster_size = torch.tensor(counts)
+    usage = stage.end_epoch()
+    assert usage["codes_used"] == sum(count > 0 for count in counts)
+    assert len(caplog.messages) == bool(warns) and warns in "".join(caplog.messages)
+    assert "revive_dead_codes" not in caplog.text  # it is on already

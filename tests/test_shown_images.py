@@ -53,6 +53,13 @@ def test_captions_fit_and_leave_the_picture_alone():
         assert captioned[:, :CAPTION].min() < 0.5
 
 
+@pytest.mark.parametrize("letters", ["eé", "uû", "Жя", "αλ", "ßø"])
+def test_captions_have_the_letters_of_other_alphabets(letters):
+    blank = torch.zeros(3, 4, 40)
+    first, second, missing = (drawing.add_caption(blank, letter) for letter in (*letters, "\U000f0000"))
+    assert not any(torch.equal(*pair) for pair in ((first, second), (first, missing), (second, missing)))
+
+
 def test_pictures_of_several_sizes_are_joined_with_white():
     pictures = [torch.zeros(3, 4, 5), torch.zeros(3, 6, 3), torch.zeros(3, 2, 2)]
     joined = drawing.gallery(pictures, columns=2)

@@ -181,6 +181,13 @@ def test_whole_images_each_in_its_shape(weights, tmp_path, capsys):
     assert "3.png" in out and "left out" in out
 
 
+def test_files_that_are_no_images_are_named_once(weights, data, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("of the user")
+    (tmp_path / "0.jpg").write_bytes((data / "a/0.jpg").read_bytes())
+    figure(weights, [tmp_path], tmp_path / "out" / "x.png")
+    assert capsys.readouterr().out.count("1 .txt") == 1
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from errors import printable
 MASK_GRAY = 0.45
 GAP = 2  # white pixels between neighboring pictures
 CAPTION = 16  # height of a line of text in pixels
+# Names of files have letters that Pillow's own font lacks.
+FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 RED = (0.9, 0.1, 0.1)
 
 
@@ -171,7 +174,7 @@ def add_caption(picture: Tensor, text: str) -> Tensor:
     """The picture under a line of text; a text that is too long is cut in the
     middle.
     """
-    font, width = ImageFont.load_default(CAPTION - 4), picture.shape[2]
+    font, width = ImageFont.truetype(FONT, CAPTION - 5), picture.shape[2]
     text = printable(text)
     shown, kept = text, len(text)
     while font.getlength(shown) > width - 2 and kept > 2:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import save_image
 
-from data_pipeline.array_files import ARRAY_EXTENSIONS, read_array
+from data_pipeline.array_files import read_array
 from data_pipeline.image_lists import find_images_or_file
 from data_pipeline.pixel_format import RGB8, PixelFormat, endings_of, load
 from errors import UserError
@@ -28,14 +28,14 @@ PAGES = (".html", ".htm")
 def check_shown(sources: Sequence[str], flag: str) -> None:
     """UserError for what does not exist, and for a file named by itself that is neither
     an image nor an array: to be called before a model is opened, which says how pixels
-    are read.
+    are read, and which files of a folder are images.
     """
     for source in sources:
         if not os.path.exists(source):
             raise UserError(f"{flag} {source}: no such file or folder")
-        for path in find_images_or_file(source, flag, ARRAY_EXTENSIONS)[: os.path.isfile(source)]:
+        if not os.path.isdir(source):
             try:
-                read_array(path, in_chans=3)
+                read_array(source, in_chans=3)
             except Exception as error:  # decoders raise nearly anything for broken files
                 raise UserError(f"{flag} {source}: cannot be read ({error})") from None
 
