@@ -27,6 +27,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import arguments  # noqa: E402
+
 ON_PAPER = ["tests/test_cuda_on_paper.py"]
 ON_THE_CPU = ["tests/test_entries.py", "-k", "seeded_loss_curves"]
 
@@ -265,10 +269,12 @@ def try_fault(fault: Fault, folder: Path, cpu: bool) -> tuple[bool, str, bool]:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these faults, counted from 1")
-    parser.add_argument("--jobs", type=int, default=1, help="faults that are tried at once")
+    parser.add_argument(
+        "--only", type=arguments.positive, nargs="+", metavar="N", help="these faults, counted from 1"
+    )
+    parser.add_argument("--jobs", type=arguments.positive, default=1, help="faults that are tried at once")
     parser.add_argument("--cpu", action="store_true", help="also see that runs on the CPU are blind to them")
-    parser.add_argument("--markdown", type=Path, metavar="F", help="write the table there")
+    parser.add_argument("--markdown", type=arguments.expand_home, metavar="F", help="write the table there")
     return parser
 
 
@@ -299,17 +305,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 also = ", and by the CPU's runs" if seen else ""
                 print(f"{number:3} {state} {FAULTS[number - 1].what}: {test[:100]}{also}", flush=True)
     if args.markdown:
-        args.markdown.write_text(format_table(rows), encoding="utf-8")
+        Path(args.markdown).write_text(format_table(rows), encoding="utf-8")
     count = sum(found for _, found, _, _ in rows)
     print(f"found {count} of {len(rows)}")
     return 0 if count >= len(rows) - 1 else 1
 
 
 def format_table(rows: Sequence[tuple[Fault, bool, str, bool]]) -> str:
-    lines = ["| fault | in | found by |", "| --- | --- | --- |"]
+    lines = ["| fault | found by |", "| --- | --- |"]
     for fault, found, test, _ in rows:
         by = f"`{test.split(' - ')[0]}`" if found else "not found"
-        lines.append(f"| {fault.what} | `{fault.file}` | {by} |")
+        lines.append(f"| {fault.what} | {by} |")
     return "\n".join(lines) + "\n"
 
 
