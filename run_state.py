@@ -25,6 +25,7 @@ from data_pipeline.files import SampleDataset
 from data_pipeline.samplers import Loader, LoaderSettings, ResumableSampler, build_loader
 from errors import UserError, count
 from layers import cpu_bf16
+from layers.meant_device import is_cpu
 from runtime import compilation, distributed, fsdp, signals
 from runtime.device import Precision, choose_precision
 from runtime.distributed import Launch
@@ -276,7 +277,7 @@ def new_state(
     """
     if run.options.grad_checkpointing:
         recompute_blocks(model)
-    if run.device.type == "cpu":
+    if is_cpu(run.device):
         cpu_bf16.swap_in(model)
     runner = model
     if run.launch.world_size > 1 and not run.is_sharded:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from layers.attention import fused_attention, plain_attention
+from layers.meant_device import is_cpu
 
 OUTPUTS_IN_CACHE = 512  # gradients of weights are transposed by this many outputs at once
 
@@ -39,7 +40,7 @@ def swap_in(model: nn.Module) -> None:
 
 def trains_in_bf16(x: Tensor, weight: Tensor) -> bool:
     """Whether this is training under bf16 autocast on a CPU, uncompiled."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or not is_cpu(x.device) or not torch.is_autocast_enabled("cpu"):
         return False
     return (
         torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_grad_enabled() and weight.requires_grad
@@ -109,7 +110,7 @@ def weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
     In bf16 on a CPU from a transposed copy of the narrower factor: given a transposed
     view, oneDNN is up to 1.4 times as slow, most of all with a wide one.
     """
-    if grad_output.device.type != "cpu" or grad_output.dtype != torch.bfloat16:
+    if not is_cpu(grad_output.device) or grad_output.dtype != torch.bfloat16:
         return grad_output.t() @ x
     if x.shape[1] >= grad_output.shape[1]:
         return grad_output.t().contiguous() @ x

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from layers.codebook_search import ROWS_IN_CACHE
 from layers.cpu_bf16 import weight_gradient
+from layers.meant_device import is_cpu
 
 # rows whose probabilities are in memory at once; on a CPU so few that they stay in its
 # cache
@@ -53,7 +54,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         logits = torch.addmm(bias.to(dtype), hidden, weight.t())  # (P, K)
-        rows = ROWS_IN_CACHE if logits.device.type == "cpu" else ROWS_ON_GPU
+        rows = ROWS_IN_CACHE if is_cpu(logits.device) else ROWS_ON_GPU
         scale = FP16_ROWS / len(labels) if dtype == torch.float16 and len(labels) > FP16_ROWS else 1.0
         grad_bias = bias.new_zeros(bias.shape, dtype=torch.float32)
         losses, preds = [], []

@@ -27,6 +27,7 @@ import advise
 import arguments
 import benchmark
 import encode_images
+import estimate
 import export_checkpoint
 import extract_features
 import run_beitv2_pretraining
@@ -323,6 +324,13 @@ SCRIPTS = {
         lambda f, d, out: [
             *as_flags(device="cpu", model="demo", batch_size=1, rounds=1, warmup=1, amp_dtype="fp32"),
             *as_flags(stage="vqkd", output=out / "speed.json"),
+        ],
+    ),
+    "estimate": (
+        estimate,
+        lambda f, d, out: [
+            *("run_class_finetuning.py", *finetuning_flags(d, "")),
+            *as_flags(gpus=1, gpu="T4-16GB", images=100, price=1, mfu=0.5, output=out / "e.json"),
         ],
     ),
     "encode_images": (

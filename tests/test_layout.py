@@ -13,8 +13,9 @@ LAYERS = (
         "commands",
         "run_vqkd_training run_beitv2_pretraining run_class_finetuning run_segmentation_finetuning "
         "run_linear_eval encode_images extract_features visualize_* export_checkpoint model_zoo benchmark "
-        "advise hubconf",
+        "advise estimate hubconf",
     ),
+    ("estimation", "estimation"),
     ("flags", "flags"),
     ("advice", "advice"),
     ("benchmarks", "benchmarks"),

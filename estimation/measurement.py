@@ -1,0 +1,152 @@
+"""One configuration of a run, measured on tensors without data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+import arguments
+import engine
+from estimation import tracker as kinds
+from estimation.cards import Card
+from estimation.pretending import pretend
+from estimation.stand_ins import Entry
+from estimation.tracker import Tracker
+
+WARMED_UP = 1  # steps, after which the moments are there
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A step of one of the processes.
+
+    flops: of a step, with what the backward pass computes again. exchanged: bytes that
+    a process gives to the others in a step. images: of all processes, in a step.
+    checkpoint: bytes of a file.
+    """
+
+    parameters: int
+    peak: int
+    by_kind: dict[str, int]
+    flops: int
+    exchanged: int
+    images: int
+    steps: int
+    steps_per_epoch: int
+    checkpoint: int
+
+
+class PretendedRun:
+    """A run that the flags describe; `measure` takes steps of it."""
+
+    def __init__(self, entry: Entry, args: arguments.Flags, count: int, tracker: Tracker) -> None:
+        self.tracker, self.args = tracker, args
+        self.trainer: engine.Trainer = entry.build(args, count)
+        state = self.trainer.state
+        self.sample = self.make_sample()
+        memory = tracker.memory
+        memory.mark(kinds.PARAMETERS, tensors_of(state.model))
+        for network in entry.frozen(self.trainer.stage):
+            memory.mark(kinds.FROZEN, tensors_of(network))
+        if state.ema is not None:
+            memory.mark(kinds.AVERAGE, tensors_of(state.ema.module))
+        if hasattr(state.runner, "register_comm_hook"):
+            state.runner.register_comm_hook(None, self.exchange)
+        state.runner.train()
+        self.trainer.stage.start_epoch(0)
+        for _ in range(WARMED_UP):
+            self.step(args.batch_size)
+
+    def make_sample(self) -> dict[str, Tensor]:
+        with unset_fake_temporarily():
+            return self.trainer.data.loader.dataset.sample()  # type: ignore[attr-defined]
+
+    def exchange(self, state, bucket):  # DDP refuses annotations that are strings
+        """DDP's hook: the gradients of a bucket, for all processes."""
+        self.tracker.exchanged += bucket.buffer().nbytes
+        self.tracker.memory.mark(kinds.GRADIENTS, [bucket.buffer()])
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    def batch(self, size: int) -> dict[str, Any]:
+        """Copies of the sample; the mask with its numbers, which is on the host."""
+        batch: dict[str, Any] = {"failed": []}
+        for name, value in self.sample.items():
+            if name == "mask":
+                batch[name] = value.repeat(size, 1)
+            else:
+                batch[name] = torch.empty((size, *value.shape), dtype=value.dtype)
+                self.tracker.memory.mark(kinds.IMAGES, [batch[name]])
+        return batch
+
+    def step(self, batch_size: int) -> None:
+        """As Trainer.train_one_step; more than two micro-batches are as two."""
+        trainer, memory = self.trainer, self.tracker.memory
+        state, run, stage = trainer.state, trainer.run, trainer.stage
+        stage.before_step(state.step)
+        micro_batches = [self.batch(batch_size) for _ in range(self.micro_batches)]
+        transform = trainer.data.loader.dataset.device_transform
+        engine.accumulate_gradients(state, stage, micro_batches, run, transform)
+        memory.mark(kinds.GRADIENTS, (parameter.grad for parameter in state.model.parameters()))
+        del micro_batches
+        engine.take_step(state, run.options.clip_grad)
+        memory.mark(
+            kinds.MOMENTS, (value for moments in state.optimizer.state.values() for value in moments.values())
+        )
+        state.step += 1
+        if state.ema is not None:
+            state.ema.update(state.model, state.step)
+
+    @property
+    def micro_batches(self) -> int:
+        return min(self.args.update_freq, 2)
+
+    def measure(self, batch_size: int | None = None) -> Measured:
+        """A step in the middle of the run; of another batch size, if one is given."""
+        batch_size = batch_size or self.args.batch_size
+        trainer, tracker = self.trainer, self.tracker
+        since = len(tracker.memory.events)
+        tracker.start_step()
+        self.step(batch_size)
+        peak, by_kind = tracker.memory.peak(since)
+        data, model = trainer.data, trainer.state.model
+        images = data.sampler.world_size * batch_size * self.args.update_freq
+        return Measured(
+            parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            peak=peak,
+            by_kind=by_kind,
+            flops=tracker.flops * self.args.update_freq // self.micro_batches,
+            exchanged=tracker.exchanged,
+            images=images,
+            steps=len(trainer.schedule.lr),
+            steps_per_epoch=data.steps_per_epoch,
+            checkpoint=self.checkpoint_bytes(),
+        )
+
+    def checkpoint_bytes(self) -> int:
+        """Weights, moments and moving average, whole."""
+        state = self.trainer.state
+        saved = [*tensors_of(state.model)]
+        saved += [value for moments in state.optimizer.state.values() for value in moments.values()]
+        saved += [] if state.ema is None else tensors_of(state.ema.module)
+        return sum(value.numel() * value.itemsize for value in saved if isinstance(value, Tensor))
+
+
+def tensors_of(network: nn.Module) -> Iterator[Tensor]:
+    yield from network.parameters()
+    yield from network.buffers()
+
+
+@contextmanager
+def pretended_run(
+    entry: Entry, args: arguments.Flags, count: int, card: Card | None, gpus: int
+) -> Iterator[PretendedRun]:
+    with pretend(card, gpus) as tracker:
+        yield PretendedRun(entry, args, count, tracker)
