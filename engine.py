@@ -157,7 +157,7 @@ class Trainer:
             self.skipped = SkippedSteps(state, last_good, options.seed)
             self.bad_files = BadFiles()
             try:
-                with StopSignal() as self.stop_signal:
+                with StopSignal(options.dist_timeout) as self.stop_signal:
                     self.train_epochs()
                     self.stop_signal.finalize()
                 refuse_a_run_without_a_step(state, first_step)

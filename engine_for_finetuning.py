@@ -101,7 +101,7 @@ class FinetuningStage(Stage):
                 logits = model(batch["image"]).float()
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack(
-                [loss, top_k_correct(logits, labels, 5), loss.new_tensor(len(labels))]
+                [loss, top_k_correct(logits, labels, 5), loss.new_full((), len(labels))]
             ).double()
             confusion.add(labels, logits.argmax(dim=1))
         distributed.all_reduce_sum(sums)

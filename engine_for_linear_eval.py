@@ -65,13 +65,12 @@ class LinearHeads(nn.Module):
         """Take mean and variance from this and the other ranks' features, batches of
         (B, L, D).
         """
-        sums = torch.zeros(2, *self.mean.shape, dtype=torch.float64)
-        count = torch.zeros(1, dtype=torch.float64)
+        sums = self.mean.new_zeros((2, *self.mean.shape), dtype=torch.float64)
+        count = self.mean.new_zeros(1, dtype=torch.float64)
         for batch in features:
-            batch = batch.double().cpu()
+            batch = batch.to(self.mean.device, torch.float64)
             sums += torch.stack((batch.sum(dim=0), batch.square().sum(dim=0)))
             count += len(batch)
-        sums, count = sums.to(self.mean.device), count.to(self.mean.device)
         distributed.all_reduce_sum(sums, count)
         mean, square = sums / count
         self.mean.copy_(mean)

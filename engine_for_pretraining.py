@@ -24,7 +24,7 @@ from errors import UserError
 from evaluation import knn
 from evaluation.held_out import average_steps, evaluation_batches, pick_samples
 from layers.linear_cross_entropy import linear_cross_entropy
-from layers.token_subset import select_masked
+from layers.token_subset import MaskedPositions
 from runtime import distributed
 from runtime.device import Precision, to_device
 from visualization import drawing
@@ -78,14 +78,13 @@ class PretrainingStage(Stage):
 
         # The model applies the criterion to each branch, inside its forward pass: DDP
         # and FSDP need the head there.
-        outputs = model(
-            batch["image"], batch["mask"], return_all_tokens=self.predict_all, criterion=criterion
-        )
+        masked = masked_positions(batch)
+        outputs = model(batch["image"], masked, return_all_tokens=self.predict_all, criterion=criterion)
         branches = [outputs] if isinstance(outputs, PatchLoss) else list(outputs)  # main branch, CLS branch
         loss = torch.stack([branch.loss for branch in branches]).sum()
         logs: dict[str, Tensor] = {}
         for i, branch in enumerate(branches):
-            accuracies = self.accuracies(branch.correct, batch["mask"])
+            accuracies = self.accuracies(branch.correct, masked)
             logs |= {f"{name}{suffix(i, branches)}": accuracy for name, accuracy in accuracies.items()}
         if len(branches) > 1:
             logs |= {f"loss{suffix(i, branches)}": branch.loss for i, branch in enumerate(branches)}
@@ -93,7 +92,7 @@ class PretrainingStage(Stage):
             self.target.update_statistics(target)
         return loss, logs
 
-    def accuracies(self, correct: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
+    def accuracies(self, correct: Tensor | None, masked: MaskedPositions) -> dict[str, Tensor]:
         """`mlm_acc` is of the masked patches whatever is predicted, so that runs
         compare; `all_acc` of all patches.
         """
@@ -101,7 +100,7 @@ class PretrainingStage(Stage):
             return {}
         if not self.predict_all:
             return {"mlm_acc": correct.mean()}
-        of_masked = {} if self.nothing_masked else {"mlm_acc": select_masked(correct, mask).mean()}
+        of_masked = {} if self.nothing_masked else {"mlm_acc": masked.select(correct).mean()}
         return of_masked | {"all_acc": correct.mean()}
 
     def start_epoch(self, epoch: int) -> None:
@@ -192,6 +191,11 @@ class PretrainingStage(Stage):
                 "own"
             )
         self.target.load_state_dict(state)
+
+
+def masked_positions(batch: dict[str, Any]) -> MaskedPositions:
+    """Of a batch on the device; listed by its loader (`collate`), or here."""
+    return MaskedPositions.of(batch["mask"], batch["image"].device, batch.get("masked"))
 
 
 def suffix(index: int, branches: list[PatchLoss]) -> str:
@@ -287,7 +291,8 @@ class Tokens(Target):
         images = batch["tokenizer_image"]
         if self.channels is not None:
             images = images.index_select(1, self.channels)
-        return self.tokenizer.get_codebook_indices(images, batch["mask"] if masked_only else None).flatten()
+        masked = masked_positions(batch) if masked_only else None
+        return self.tokenizer.get_codebook_indices(images, masked).flatten()
 
     def networks(self) -> list[Any]:
         return [self.tokenizer]
@@ -350,7 +355,7 @@ class Pixels(Target):
     def encode(self, batch: dict[str, Any], masked_only: bool = False) -> Tensor:
         side = self.patch_size
         pixels = rearrange(batch["image"], "b c (h row) (w col) -> (b h w) (c row col)", row=side, col=side)
-        return select_masked(pixels, batch["mask"]) if masked_only else pixels
+        return masked_positions(batch).select(pixels) if masked_only else pixels
 
     def loss(self, hidden: Tensor, head: nn.Linear, target: Tensor) -> PatchLoss:
         return PatchLoss(F.mse_loss(head(hidden).flatten(0, -2).float(), target), None)

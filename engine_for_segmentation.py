@@ -98,14 +98,15 @@ class SegmentationStage(Stage):
         assert self.validation is not None
         model.eval()
         classes = len(self.classes)
-        counts = torch.zeros(classes * classes, dtype=torch.int64, device=self.device)
+        # of (true class, predicted class), and behind them the pixels without a label
+        counts = torch.zeros(classes * classes + 1, dtype=torch.int64, device=self.device)
         for batch in evaluation_batches(self.validation, self.device):
             for image, labels in zip(batch["image"], batch["label"], strict=True):
                 predicted = predict(model, image, tuple(labels.shape), self.how, self.precision)
-                labeled = labels != IGNORED
-                counts += torch.bincount(
-                    labels[labeled] * classes + predicted[labeled], minlength=len(counts)
-                )
+                # not by a mask, nor by bincount: both read from the device
+                cells = torch.where(labels != IGNORED, labels * classes + predicted, classes * classes)
+                counts.index_add_(0, cells.flatten(), torch.ones_like(cells).flatten())
+        counts = counts[:-1]
         distributed.all_reduce_sum(counts)
         if not counts.any():
             raise UserError(

@@ -119,8 +119,8 @@ class TokenizerStage(Stage):
             with self.precision.autocast():
                 loss, logs, codes = model.distill(image, self.teacher.targets(image))
             means.add({"loss": loss} | logs, weight=len(image))
-            codes = codes[codes >= 0]  # none before the codebook is initialized
-            counts.index_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))
+            if self.model.quantize.ready:  # else there are no codes, as they say on the device (-1)
+                counts.index_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))
         distributed.all_reduce_sum(counts)
         self.held_out_counts = counts
         results = {f"test_{name}": value for name, value in means.compute(over_all_ranks=True).items()}

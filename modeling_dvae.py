@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from checkpoint_io import downloads, weight_files
 from checkpoint_io.pickle_builders import PickledObject
 from errors import UserError
-from layers.token_subset import select_masked
+from layers.token_subset import MaskedPositions
 
 PATCH_SIZE = 8  # pixels per token: three poolings
 DALL_E_SIZE = 112  # pixels a side: 14 x 14 tokens, as in BEiT v1
@@ -132,16 +132,20 @@ class DallEEncoder(nn.Module):
             return output(x.float())
 
     @torch.no_grad()
-    def get_codebook_indices(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
+    def get_codebook_indices(
+        self, x: Tensor, bool_masked_pos: Tensor | MaskedPositions | None = None
+    ) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> token of every 8 x 8 pixels, row by row (B,
         N) int64.
 
-        With a mask (B, N): those of its M patches alone, (M,).
+        With a mask (B, N), or its positions: those of its M patches alone, (M,).
         """
         if not x.is_floating_point():
             raise ValueError(f"images must be floating-point numbers in [0, 1], not {x.dtype}")
         codes = self(map_pixels(x.float())).argmax(dim=1).flatten(1)  # B K h w -> B N
-        return codes if bool_masked_pos is None else select_masked(codes.flatten(), bool_masked_pos)
+        if isinstance(bool_masked_pos, Tensor):
+            bool_masked_pos = MaskedPositions.of(bool_masked_pos, x.device)
+        return codes if bool_masked_pos is None else bool_masked_pos.select(codes.flatten())
 
 
 # ── reading its file ──

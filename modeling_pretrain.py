@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from errors import UserError, pick
 from layers.init_weights import init_linear_and_norm, rescale_outputs, truncated_normal_
-from layers.token_subset import TokenSubset, masked_subset
+from layers.token_subset import MaskedPositions, TokenSubset
 from vit_backbone import Trunk, Variant, drop_path_ramp
 
 # of normalized tokens (M, C) or (B, N, C) and the prediction head
@@ -74,7 +74,7 @@ class VisionTransformerForMaskedImageModeling(Trunk):
     def forward(
         self,
         x: Tensor,
-        bool_masked_pos: Tensor | None = None,
+        bool_masked_pos: Tensor | MaskedPositions | None = None,
         return_all_tokens: bool = False,
         return_patch_tokens: bool = False,
         criterion: Criterion | None = None,
@@ -85,8 +85,8 @@ class VisionTransformerForMaskedImageModeling(Trunk):
         return_all_tokens those of all patches (B, N, K); with return_patch_tokens the
         normalized patch tokens (B, N, C). With `criterion`, in place of the logits what
         criterion(normalized tokens, head) gives: a loss that need not keep the logits.
-        A mask on the CPU beside images on a GPU spares a synchronization: the positions
-        are listed on the host.
+        A mask on the CPU beside images on a GPU spares a synchronization: its positions
+        are listed on the host. In its place they are taken too (MaskedPositions).
         """
         mask, masked = self.locate_masked(x, bool_masked_pos)
         every_patch = return_all_tokens or return_patch_tokens
@@ -97,18 +97,22 @@ class VisionTransformerForMaskedImageModeling(Trunk):
 
     compiled_methods: tuple[str, ...] = ("encode",)
 
-    def locate_masked(self, x: Tensor, bool_masked_pos: Tensor | None) -> tuple[Tensor | None, MaskedPatches]:
+    def locate_masked(
+        self, x: Tensor, bool_masked_pos: Tensor | MaskedPositions | None
+    ) -> tuple[Tensor | None, MaskedPatches]:
         """The mask on the images' device, and where in the tokens the masked patches
         are.
         """
         if bool_masked_pos is None:
             return None, MaskedPatches(torch.zeros(0, dtype=torch.int64, device=x.device), None, None)
-        mask = bool_masked_pos.flatten(1).to(torch.bool)
-        patches = mask.flatten().nonzero().squeeze(1)  # in (B * N)
-        index = patches + patches // mask.shape[1] + 1  # one CLS token before each image's patches
-        subset, subset_with_cls = (masked_subset(mask, x.device, with_cls) for with_cls in (False, True))
-        masked = MaskedPatches(index.to(x.device, non_blocking=True), subset, subset_with_cls)
-        return mask.to(x.device, non_blocking=True), masked
+        if isinstance(bool_masked_pos, MaskedPositions):
+            positions, mask = bool_masked_pos, bool_masked_pos.mask()
+        else:
+            mask = bool_masked_pos.flatten(1).to(torch.bool)
+            positions = MaskedPositions.of(mask, x.device)
+            mask = mask.to(x.device, non_blocking=True)
+        subsets = positions.subset(with_cls=False), positions.subset(with_cls=True)
+        return mask, MaskedPatches(positions.tokens(), *subsets)
 
     def encode(self, x: Tensor, mask: Tensor | None, subset: TokenSubset | None = None) -> Tensor:
         """Images -> tokens after the last block, (B, T, C) or only the subset (B, R,
@@ -171,7 +175,7 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
     def forward(
         self,
         x: Tensor,
-        bool_masked_pos: Tensor | None = None,
+        bool_masked_pos: Tensor | MaskedPositions | None = None,
         return_all_tokens: bool = False,
         return_patch_tokens: bool = False,
         criterion: Criterion | None = None,

@@ -31,7 +31,7 @@ from data_pipeline.pixel_format import PixelFormat
 from errors import ParameterError, UserError, pick
 from layers.init_weights import init_linear_and_norm
 from layers.rel_pos_bias import grid_of
-from layers.token_subset import TokenSubset, masked_subset, select_masked
+from layers.token_subset import MaskedPositions, TokenSubset
 from modeling_finetune import VisionTransformer
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from transforms import IMAGENET_MEAN, IMAGENET_STD, normalization_of
@@ -132,21 +132,30 @@ class VQKD(nn.Module):
         return z_q, indices, loss
 
     @torch.no_grad()
-    def get_codebook_indices(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
+    def get_codebook_indices(
+        self, x: Tensor, bool_masked_pos: Tensor | MaskedPositions | None = None
+    ) -> Tensor:
         """Images (B, 3, height, width) in [0, 1] -> code of every patch (B, N) int64.
         Writes no state.
 
-        With a mask (B, N), best on the host: the codes of its M patches alone, (M,), in
-        row-major order.
+        With a mask (B, N), best on the host, or its positions: the codes of its M
+        patches alone, (M,), in row-major order.
         """
-        subset = None if bool_masked_pos is None else masked_subset(bool_masked_pos, x.device, with_cls=False)
+        masked = bool_masked_pos
+        if isinstance(masked, Tensor):
+            masked = MaskedPositions.of(masked, x.device)
+        subset = None if masked is None else masked.subset(with_cls=False)
         features = F.normalize(self.features(self.pre_process(x), subset), dim=-1)
         codes = self.quantize.nearest(features.flatten(0, 1))
         if subset is not None:
             return codes
-        return (
-            codes.view(x.shape[0], -1) if bool_masked_pos is None else select_masked(codes, bool_masked_pos)
-        )
+        return codes.view(x.shape[0], -1) if masked is None else masked.select(codes)
+
+    def drop_decoder(self) -> None:
+        """Leave what gives codes, and free what training alone needs: decode and forward
+        are gone.
+        """
+        del self.decoder, self.decode_task_layer
 
     # ── decoding and distillation ──
 

@@ -117,13 +117,14 @@ def build_target(
     if args.target == "pixels":
         patch_size = modeling_pretrain.MODELS[args.model].patch_size
         return Pixels(patch_size, mean_and_std(args), args.in_chans)
-    tokenizer = build_tokenizer(args, tokenizer_file).to(run.device)
+    tokenizer = build_tokenizer(args, tokenizer_file)
     if isinstance(tokenizer, modeling_vqkd.VQKD):
+        tokenizer.drop_decoder()
         cast_frozen(tokenizer.encoder, run.precision.dtype)
         warn_of_other_range(tokenizer.image_range, args.image_range, f"the tokenizer {args.tokenizer_weight}")
     dim = "" if uses_dall_e(args) else f" of dim {args.codebook_dim}"
     log.info(f"tokenizer  {args.tokenizer_model}, {args.codebook_size} codes{dim}")
-    return Tokens(tokenizer, args.codebook_size, run.device, args.teacher_channels)
+    return Tokens(tokenizer.to(run.device), args.codebook_size, run.device, args.teacher_channels)
 
 
 def read_tokenizer_file(args: argparse.Namespace) -> TokenizerContent | None:

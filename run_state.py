@@ -281,11 +281,11 @@ def new_state(
         cpu_bf16.swap_in(model)
     runner = model
     if run.launch.world_size > 1 and not run.is_sharded:
-        # No device_ids: DDP would move the mask to the GPU, whose positions are listed
-        # on the host. Buffers are not broadcast: the quantizer keeps its own equal
-        # everywhere. (Newer torch renames the flag and warns.) Every step is the same
-        # graph, so no search for unused parameters, and one without a gradient is no
-        # error. Torch refuses that with a first micro-batch that is not exchanged.
+        # No device_ids: what the model takes is on its device already. Buffers are not
+        # broadcast: the quantizer keeps its own equal everywhere. (Newer torch renames
+        # the flag and warns.) Every step is the same graph, so no search for unused
+        # parameters, and one without a gradient is no error. Torch refuses that with a
+        # first micro-batch that is not exchanged.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             runner = DistributedDataParallel(

@@ -390,7 +390,7 @@ class Trunk(nn.Module):
             return PositionGrid(grid, relative_position_index(grid).to(x.device), (down, across))
         if grid == self.patch_embed.patch_shape:
             return None
-        return PositionGrid(grid, relative_position_index(grid).to(x.device, non_blocking=True))
+        return PositionGrid(grid, relative_position_index(grid, x.device))
 
     def embed(self, x: Tensor, mask: Tensor | None = None, grid: PositionGrid | None = None) -> Tensor:
         """Image (B, in_chans, height, width) -> tokens (B, T, C); where `mask` (B, N)

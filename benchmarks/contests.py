@@ -57,6 +57,7 @@ from datasets import ImageFiles
 from engine_for_finetuning import FinetuningStage
 from engine_for_pretraining import PretrainingStage
 from engine_for_vqkd import TokenizerStage
+from layers.token_subset import list_masked
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from run_state import Run
 from runtime.seeding import seeded
@@ -99,9 +100,9 @@ def pretraining(workload: Workload, run: Run) -> Iterator[Contest]:
     view = pretraining_view(size, patch_size)
     stage = PretrainingStage(target, run.device, run.precision, ImageFiles([], view), (HALF_MEAN, HALF_STD))
     target.ours = ours = Ours(stage, model, run, workload.compile)
-    batch = random_batch(workload.batch_size, size, run.device, second_size) | {
-        "mask": random_masks(workload.batch_size, grid, workload.seed)
-    }
+    mask = random_masks(workload.batch_size, grid, workload.seed)
+    batch = random_batch(workload.batch_size, size, run.device, second_size)
+    batch |= {"mask": mask, "masked": list_masked(mask).to(run.device)}
     flops = ours.flops(batch)
 
     def loss_of(batch: dict[str, Any], mark: Mark) -> Tensor:

@@ -30,6 +30,7 @@ from torch.utils.data import Dataset, default_collate
 from data_pipeline.image_formats import look_like_12_bits
 from data_pipeline.pixel_format import PixelFormat
 from errors import UserError
+from layers.token_subset import list_masked
 from runtime.distributed import is_main
 from runtime.seeding import seeded
 from runtime.terminal import log, log_once
@@ -147,13 +148,16 @@ class Files(SampleDataset):
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacked tensors, `failed` as one flat list; only {"failed": [...]} when some
-    sample found no image.
+    sample found no image. Beside masks (B, N) "masked": where they are (list_masked),
+    so that only this travels to the device.
     """
     failed = [text for sample in samples for text in sample["failed"]]
     if any("image" not in sample for sample in samples):
         return {"failed": failed}
     tensors = [{name: value for name, value in sample.items() if name != "failed"} for sample in samples]
-    return {**default_collate(tensors), "failed": failed}
+    batch = default_collate(tensors)
+    positions = {"masked": list_masked(batch["mask"])} if "mask" in batch else {}
+    return {**batch, **positions, "failed": failed}
 
 
 def collate_readable(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from estimation.cards import Card
 from estimation.pretending import pretend
 from estimation.stand_ins import Entry
 from estimation.tracker import Tracker
+from layers.token_subset import list_masked
 from norm_ema_quantizer import NormEMAVectorQuantizer
 
 LATE = 10**9  # a step after every warm-up
@@ -92,8 +93,10 @@ class PretendedRun:
         return future
 
     def batch(self, size: int) -> dict[str, Any]:
-        """Copies of the sample, on the host."""
+        """Copies of the sample, on the host, with what `collate` adds to them."""
         batch = {name: value[None].expand(size, *value.shape) for name, value in self.sample.items()}
+        if "mask" in batch:
+            batch["masked"] = list_masked(batch["mask"])
         return {"failed": [], **(self.tracker.place(batch) if self.on_cpu else batch)}
 
     def step(self, batch_size: int) -> None:

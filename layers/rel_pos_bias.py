@@ -56,7 +56,7 @@ def grid_of(tokens: int) -> int:
     return side
 
 
-def relative_position_index(grid: tuple[int, int]) -> Tensor:
+def relative_position_index(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
     """(T, T) int64: the row of the bias table for each (query, key).
 
     Patches: (dy + height - 1) * (2 * width - 1) + (dx + width - 1) with d = query -
@@ -65,10 +65,11 @@ def relative_position_index(grid: tuple[int, int]) -> Tensor:
     """
     height, width = grid
     rows = (2 * height - 1) * (2 * width - 1) + 3
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    sides = (torch.arange(side, device=device) for side in grid)
+    y, x = torch.meshgrid(*sides, indexing="ij")
     y, x = y.flatten(), x.flatten()
     dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
-    index = torch.empty(height * width + 1, height * width + 1, dtype=torch.int64)
+    index = torch.empty(height * width + 1, height * width + 1, dtype=torch.int64, device=device)
     index[1:, 1:] = (dy + height - 1) * (2 * width - 1) + (dx + width - 1)
     index[0, :], index[:, 0], index[0, 0] = rows - 3, rows - 2, rows - 1
     return index
@@ -139,7 +140,7 @@ def resize_rel_pos_bias_table(
     if src_grid == dst_grid:
         return table.clone()
     down, across = (
-        torch.from_numpy(resize_matrix(src, dst)).to(table.device)
+        torch.from_numpy(resize_matrix(src, dst)).to(table.device, non_blocking=True)
         for src, dst in zip(src_grid, dst_grid, strict=True)
     )
     return stretch_table(table, src_grid, down, across)

@@ -124,8 +124,8 @@ def keep_freed_memory() -> None:
 def to_device(
     batch: dict[str, Any], device: torch.device, keep_on_host: Collection[str] = ("mask",)
 ) -> dict[str, Any]:
-    """Move the tensors, except for the mask: its positions are listed on the host,
-    which saves a synchronization.
+    """Move the tensors, except for the mask: its positions, which were listed on the
+    host, go in its place (MaskedPositions).
 
     A GPU copies on a stream of its own, beside the kernels of the step before that are
     still running: the loop asks for a step's batches as soon as it has enqueued the

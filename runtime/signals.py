@@ -5,6 +5,7 @@ ranks stop after the same step.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import signal
 from types import FrameType
@@ -51,16 +52,20 @@ class StopSignal:
 
     `requested`, called once a step on every rank, says whether any rank was asked. The
     question of one step is answered at the next, so that no rank waits for the answer.
+
+    timeout_minutes: how long to wait for a rank that does not ask (`dist_timeout`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_minutes: float = 30.0) -> None:
         self.received: str | None = None
         self.before: dict[int, Any] = {}
         self.flag: torch.Tensor | None = None
         self.question: Any = None
         # The GPUs' own group would put the question in line after the gradients; the
         # host's group does not.
-        self.group: Any = dist.new_group(backend="gloo") if distributed.world_size() > 1 else None
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        several = distributed.world_size() > 1
+        self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if several else None
 
     def __enter__(self) -> StopSignal:
         for number in SIGNALS:

@@ -41,6 +41,7 @@ from benchmarks.timing import peak_growth  # noqa: E402
 from errors import report_user_errors  # noqa: E402
 from runtime import compilation  # noqa: E402
 from stages import log_of  # noqa: E402
+from vit_backbone import SIZES  # noqa: E402
 
 SCRIPTS = {
     "vqkd": "run_vqkd_training",
@@ -195,7 +196,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("mode", choices=[*MODES, "memory"], help="precision or way; memory: a step's peak")
     parser.add_argument("folder", type=arguments.expand_home, help="where data and runs are")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="where it computes")
-    parser.add_argument("--size", default="small", help="row of vit_backbone.SIZES")
+    parser.add_argument("--size", default="small", choices=[*SIZES], help="of the networks")
     parser.add_argument("--batch_size", default=8, type=arguments.positive, help="images of a step")
     return parser
 

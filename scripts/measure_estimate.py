@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import arguments
 import engine
 import estimate
 import modeling_vqkd
@@ -143,12 +144,22 @@ def format_row(row: Row) -> str:
     )
 
 
+def get_parser() -> argparse.ArgumentParser:
+    parser = arguments.new_parser("How far estimate.py is from real steps", "--output FILE")
+    parser.add_argument(
+        "--stages", nargs="+", default=list(STAGES), choices=list(STAGES), help="what is trained"
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", default=["demo", "tiny"], choices=["demo", "tiny"], help="of the models"
+    )
+    parser.add_argument(
+        "--output", type=arguments.expand_home, default="", help="file for the table, as Markdown"
+    )
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
-    parser.add_argument("--sizes", nargs="+", default=["demo", "tiny"], choices=["demo", "tiny"])
-    parser.add_argument("--output", default="", help="file for the table, as Markdown")
-    args = parser.parse_args()
+    args = arguments.parse(get_parser())
     random.seed(0)
     lines = [
         "| stage | size | precision | blocks | estimated, MiB | allocated, MiB | off |",

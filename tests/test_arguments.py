@@ -43,6 +43,8 @@ DEVIATING = {
 
 ENTRIES = {path.name for path in ROOT.glob("run_*_*.py")}  # their parsers are made in flags/
 NO_PATHS = {  # texts that name something else
+    "command",
+    "gpu",
     "model",
     "opt",
     "dist_url",

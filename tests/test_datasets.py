@@ -46,7 +46,7 @@ def test_samples_depend_on_seed_epoch_and_index_alone(flat):
     sampler.set_position(3)
     whole = epoch_of(dataset, sampler)
     assert len(whole) == 6
-    assert set(whole[0]) == {"image", "tokenizer_image", "mask", "index", "failed"}
+    assert set(whole[0]) == {"image", "tokenizer_image", "mask", "masked", "index", "failed"}
     torch.manual_seed(123)
     random.seed(123)
     np.random.seed(123)

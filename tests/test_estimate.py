@@ -71,6 +71,11 @@ def estimated(tmp_path, script, *words):
     return json.loads(file.read_text())
 
 
+BASE_FLAGS = """--num_mask_patches 75 --tokenizer_model vqkd_encoder_base_decoder_3x768x12_clip
+    --tokenizer_weight none.pth --batch_size 128 --amp_dtype fp16 --gpus 16 --gpu V100-32GB
+    --images 1281167 --epochs 300""".split()
+
+
 def published_lines():
     """The two commands of the published guide, as words; `&` does not end them."""
     text = (ROOT / "tests/golden/beitv2_pretraining_guide.txt").read_text()
@@ -113,6 +118,18 @@ def test_published_lines_fit_their_gpus(line, peak, gflop, mib, tmp_path, capsys
     assert found["peak_bytes"] / GIB == pytest.approx(peak, rel=0.1)
     assert found["gflop_per_image"] == pytest.approx(gflop, rel=0.1)
     assert round(found["exchanged_bytes_per_step"] / MIB) in (mib, mib - 1)
+    assert "it fits" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_base_run_beside_known_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(DEMO, PRETRAIN, [])
+    found = estimated(tmp_path, PRETRAIN, "--model", BASE, *BASE_FLAGS)
+    assert found["parameters"] == pytest.approx(106.1e6, rel=1e-3)
+    assert found["exchanged_bytes_per_step"] == 4 * found["parameters"]
+    assert found["peak_bytes"] / GIB == pytest.approx(12.2, rel=0.1)
+    assert found["gflop_per_image"] == pytest.approx(153.7, rel=0.02)
+    assert found["fits"]
     assert "it fits" in capsys.readouterr().out
 
 
@@ -177,6 +194,10 @@ def test_a_launcher_says_how_many_gpus(launcher, processes):
         ([VQKD, "--train_pixel_decoder", "--tokenizer_weight", "x.pth"], "--train_pixel_decoder: only"),
         ([FINETUNE, "--model", "beit_bas"], "unknown fine-tuning model 'beit_bas'"),
         (["torchrun", "--nproc_per_node=auto", FINETUNE], "give --gpus"),
+        ([PRETRAIN, *DEMO[PRETRAIN], "--gpu", "abacus"], "abacus"),
+        ([PRETRAIN, *DEMO[PRETRAIN], "--gpus", "0"], "0"),
+        ([PRETRAIN, *DEMO[PRETRAIN], "--data_set", "no such"], "no such"),
+        (["model_zoo.py"], "model_zoo.py"),
     ],
 )
 def test_what_cannot_be_estimated_is_told_in_a_sentence(words, sentence, capsys):

@@ -6,8 +6,11 @@ import random
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from golden_values import arrays
 
+from layers.token_subset import MaskedPositions, list_masked
 from masking_generator import MaskingGenerator, scaled_mask_count, scaled_min_block
 
 MASKS = 4000
@@ -116,3 +119,23 @@ def test_impossible_arguments():
 def test_scaled_defaults():
     assert [scaled_mask_count(grid) for grid in (14, 8, 16, 24, 1)] == [75, 24, 98, 220, 1]
     assert [scaled_min_block(grid) for grid in (14, 8, 4, 24)] == [16, 4, 4, 49]
+
+
+@pytest.mark.parametrize("rows", [["0110", "1001"], ["0110", "1000"], ["0000", "0000"], []])
+def test_positions_say_all_of_a_mask(rows):
+    """Equally many in each image, not so, none, no image."""
+    mask = torch.tensor([[cell == "1" for cell in row] for row in rows]).view(len(rows), 4).bool()
+    positions = MaskedPositions.of(mask, torch.device("cpu"))
+    listed = MaskedPositions.of(mask, torch.device("cpu"), list_masked(mask))
+    assert torch.equal(positions.patches, listed.patches)
+    assert positions[1:] == listed[1:] == (len(rows), 4, 2 if rows == ["0110", "1001"] else None)
+    assert torch.equal(positions.mask(), mask)
+    values, tokens = torch.randn(len(rows) * 4, 3), torch.randn(len(rows), 5, 3)
+    assert torch.equal(positions.select(values), values[mask.flatten()])
+    with_cls = [F.pad(mask, (1, 0), value=value) for value in (False, True)]
+    assert torch.equal(tokens.flatten(0, 1)[positions.tokens()], tokens[with_cls[0]])
+    for chosen, subset in zip(with_cls, map(positions.subset, (False, True)), strict=True):
+        assert (subset is None) == (positions.per_image is None)
+        if subset is not None:
+            assert torch.equal(subset.gather(tokens).flatten(0, 1), tokens[chosen])
+            assert torch.equal(subset.token_index, chosen.nonzero()[:, 1])

@@ -2,6 +2,7 @@
 docs/reliability.md, each fault caused for real.
 """
 
+import datetime
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from many_processes import end, free_port, run, start
 from source_files import ROOT
 from tiny_runs import assert_same_weights, checkpoint, log_lines, pretraining_flags
 
+import engine
 import run_beitv2_pretraining
 from checkpoint_io import checkpoints
 from runtime.metrics import forget_epochs_from
@@ -222,6 +224,26 @@ def test_a_closed_terminal_saves_and_ends_with_success(data, tokenizer_weight, t
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=120) == 0
     assert 4 <= checkpoint(tmp_path / "checkpoint.pth")["next"]["step"] < 1600
+
+
+def test_the_group_of_signals_waits_as_long_as_dist_timeout_says(
+    data, tokenizer_weight, tmp_path, monkeypatch
+):
+    from runtime import signals
+
+    made = []
+    monkeypatch.setattr(signals.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(signals.dist, "new_group", lambda **how: made.append(how))
+    signals.StopSignal(timeout_minutes=2.5)
+    assert made == [{"backend": "gloo", "timeout": datetime.timedelta(seconds=150)}]
+    monkeypatch.undo()
+    given = []
+    monkeypatch.setattr(
+        engine, "StopSignal", lambda minutes: given.append(minutes) or signals.StopSignal(minutes)
+    )
+    more = ["--epochs", "1", "--batch_size", "16", "--dist_timeout", "7", "--warmup_epochs", "0"]
+    run_beitv2_pretraining.main(pretraining_flags(data, tmp_path, tokenizer_weight, *more))
+    assert given == [7]
 
 
 def test_what_nohup_ignores_stays_ignored():

@@ -19,12 +19,23 @@ from tiny_runs import (
 )
 
 import engine_for_pretraining
+import modeling_vqkd
 import run_beitv2_pretraining
 import run_class_finetuning
 import visualize_attention
 
 
 # ── what is predicted ──
+def test_of_the_tokenizer_the_run_keeps_what_gives_codes(data, tokenizer_weight, tmp_path):
+    flags = run_beitv2_pretraining.parse_flags(pretraining_flags(data, tmp_path, tokenizer_weight))
+    target = run_beitv2_pretraining.build(flags).stage.target
+    parts = {name.split(".")[0] for name in target.tokenizer.state_dict()}
+    assert parts == {"encoder", "encode_task_layer", "quantize"}
+    whole = modeling_vqkd.open_tokenizer(str(tokenizer_weight))[0]
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(target.tokenizer.get_codebook_indices(images), whole.get_codebook_indices(images))
+
+
 @BOTH
 def test_predict_all_covers_all_patches(head, data, tokenizer_weight, tmp_path, monkeypatch):
     seen = spy_on_steps(monkeypatch)
