@@ -8,7 +8,6 @@ from half a minute of trying them out. docs/advice.md says how it chooses.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import logging
@@ -34,7 +33,7 @@ from advice.plan import make_plan
 from checkpoint_io import checkpoints
 from errors import printable, report_user_errors
 from runtime.metrics import clock
-from runtime.terminal import set_up_logging
+from runtime.terminal import set_up_logging, silence
 from visualization.inputs import prepare_output
 
 ENTRIES: dict[str, Any] = {
@@ -201,7 +200,7 @@ def probe(plan: Sequence[Command], folder: FolderReport, args: argparse.Namespac
             if command.stage == "finetune" and not folder.is_labeled:
                 continue
             words = command.words(
-                data_path=f"{folder.root}/train" if folder.has_splits else folder.root,
+                data_path=folder.train,
                 eval_data_path=None,
                 quantizer_warmup_steps=None,
                 finetune=None,
@@ -211,7 +210,7 @@ def probe(plan: Sequence[Command], folder: FolderReport, args: argparse.Namespac
                 device=args.device,
                 num_workers=args.num_workers,
             )
-            with silence():
+            with silence(logging.WARNING):
                 entry = ENTRIES[command.stage]
                 trainer = entry.build(entry.parse_flags(words))
                 if command.stage == "vqkd":
@@ -236,31 +235,18 @@ def time_steps(trainer: engine.Trainer) -> float:
         engine.take_step(state, run.options.clip_grad)
         if run.device.type == "cuda":
             torch.cuda.synchronize()
-        now = time.monotonic()
-        if number + 1 == WARM_UP_STEPS:
-            begin = now
-        elif number + 1 > WARM_UP_STEPS:
-            steps = number + 1 - WARM_UP_STEPS
-            if now - begin > PROBE_SECONDS:
-                break
-    return (time.monotonic() - begin) / max(1, steps)
+        steps = number + 1 - WARM_UP_STEPS
+        if steps <= 0:
+            begin = time.monotonic()
+        elif time.monotonic() - begin > PROBE_SECONDS:
+            break
+    return (time.monotonic() - begin) / steps
 
 
 def cycle(loader: Any) -> Iterator[Any]:
     """Batches of the first epoch, again and again."""
     while True:
         yield from loader
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Without what the entries log: the command lines are shown, and errors raised."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(previous)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from data_pipeline.image_lists import (
     read_class_index,
     take_class_balanced_share,
 )
+from data_pipeline.samplers import evenly_spaced
 from errors import ParameterError, UserError, pick
 
 DATA_SETS = dict.fromkeys(("image_folder", "IMNET", "CIFAR", "webdataset"))
@@ -91,9 +92,8 @@ def open_evenly(samples: Samples, count: int) -> Iterator[Source | IO[bytes]]:
     """
     if isinstance(samples, shards.Members):
         samples = samples.in_folder_order()
-    taken = min(count, len(samples))
-    for number in range(taken):
-        source = samples[number * len(samples) // taken][0]
+    for index in evenly_spaced(len(samples), count):
+        source = samples[index][0]
         if not isinstance(source, shards.Member):
             yield source
             continue

@@ -22,12 +22,11 @@ import run_class_finetuning
 import run_segmentation_finetuning
 import run_vqkd_training
 from checkpoint_io import checkpoints
-from checkpoint_io.downloads import is_cut_url
+from checkpoint_io.downloads import explain_cut_url, is_cut_url
 from errors import UserError, pick, report_user_errors
 from estimation import report
 from estimation.cards import CARDS, find_card
 from estimation.measurement import Measured, pretended_run
-from estimation.pretending import silence
 from estimation.report import GIB, MIB, Row, Setting
 from estimation.stand_ins import (
     Entry,
@@ -36,7 +35,7 @@ from estimation.stand_ins import (
     parts_of_segmentation,
     parts_of_vqkd,
 )
-from runtime.terminal import log, set_up_logging
+from runtime.terminal import log, set_up_logging, silence
 
 ENTRIES = {
     "run_beitv2_pretraining.py": Entry(
@@ -136,10 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     entry, card = pick(ENTRIES, name, "training script"), find_card(own.gpu)
     args, gpus = entry.parse(words), own.gpus or count_processes(launcher)
     if is_cut_url(str(getattr(args, "tokenizer_weight", ""))):
-        log.warning(
-            "warning: the URL of `tokenizer_weight` was cut at its first '&', and every flag after it was "
-            "lost: the shell takes an unquoted '&' for the end of the command; put the whole URL in quotes"
-        )
+        log.warning("warning: " + explain_cut_url("the URL of `tokenizer_weight`"))
     if args.amp_dtype == "auto":
         args = args.replace(amp_dtype=card.dtype)
     setting = Setting.of(card, gpus, args.amp_dtype, own.mfu, own.price)

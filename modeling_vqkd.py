@@ -1,6 +1,5 @@
 """VQ-KD: the visual tokenizer of BEiT v2 (section 3.1), trained to reconstruct a frozen
 teacher's features. Above 300 lines, so that the whole tokenizer is in one file.
-Above 300 lines, so that the network and its table are in one file.
 
 Shapes: B batch, h x w grid of N patches, C width, K codes, D code dim, F teacher dim.
 """

@@ -20,12 +20,11 @@ import modeling_vqkd
 import run_state
 from checkpoint_io import checkpoints, published
 from checkpoint_io.tokenizer_weights import TokenizerContent, read_tokenizer
-from data_pipeline.image_lists import Samples
-from datasets import ImageFiles, build_knn_datasets, find_held_out, find_unlabeled
+from datasets import ImageFiles, build_knn_datasets, find_held_out
 from engine_for_pretraining import Pixels, PretrainingStage, Target, Tokens
 from errors import UserError, report_user_errors
 from evaluation import knn
-from flags.images import image_source, mean_and_std
+from flags.images import find_training_images, image_source, mean_and_std
 from flags.pixel_format import image_endings, pixel_format, resolve_pixel_flags, warn_of_other_range
 from flags.pretraining import (
     DALL_E,
@@ -152,10 +151,6 @@ def resolve_pixels(
     args = resolve_pixel_flags(args, run, find_training_images, known, take=initial is not None)
     check_tokenizer_channels(args)
     return args
-
-
-def find_training_images(args: argparse.Namespace) -> Samples:
-    return find_unlabeled(image_source(args), train=True)
 
 
 def build_tokenizer(args: argparse.Namespace, content: TokenizerContent | None = None) -> nn.Module:

@@ -14,14 +14,13 @@ import modeling_vqkd
 import run_state
 from checkpoint_io import checkpoints
 from checkpoint_io.tokenizer_weights import TokenizerContent, read_tokenizer
-from data_pipeline.image_lists import Samples
 from data_pipeline.pixel_format import PixelFormat
 from data_pipeline.samplers import Loader
 from datasets import ImageFiles, find_unlabeled
 from engine_for_pixel_decoder import PixelDecoderStage
 from engine_for_vqkd import TokenizerStage
 from errors import UserError, report_user_errors
-from flags.images import image_source, mean_and_std
+from flags.images import find_training_images, image_source, mean_and_std
 from flags.pixel_format import AUTO, pixel_format, resolve_pixel_flags
 from flags.vqkd import (
     build_tokenizer_views,
@@ -123,10 +122,6 @@ def resolve_pixels(
     """
     known = [] if initial is None else [(initial.content.flags, initial.origin)]
     return resolve_pixel_flags(args, run, find_training_images, known, take=initial is not None)
-
-
-def find_training_images(args: argparse.Namespace) -> Samples:
-    return find_unlabeled(image_source(args), train=True)
 
 
 def build_frozen_teacher(args: argparse.Namespace) -> Teacher:

@@ -17,7 +17,7 @@ def describe(folder: FolderReport) -> list[str]:
     kind = (
         "8-bit " + ("gray" if folder.is_gray else "color")
         if folder.is_rgb8
-        else (f"{folder.in_chans} channel{'s' * (folder.in_chans > 1)} of {folder.dtype}")
+        else f"{count(folder.in_chans, 'channel')} of {folder.dtype}"
     )
     held_out = f", {folder.held_out:,} in val/" if folder.has_splits else ""
     lines = [

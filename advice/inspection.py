@@ -20,6 +20,7 @@ from data_pipeline.array_files import ARRAY_EXTENSIONS, read_array
 from data_pipeline.image_formats import EXTENSIONS
 from data_pipeline.image_lists import SPLITS as SPLIT_NAMES
 from data_pipeline.image_lists import find_images
+from data_pipeline.samplers import evenly_spaced
 from errors import UserError
 
 SPLITS = ("train", "val")
@@ -66,6 +67,16 @@ class FolderReport:
     has_up: bool  # turning the images upside down would show
 
     @property
+    def train(self) -> str:
+        """The folder of the images to train on."""
+        return f"{self.root}/train" if self.has_splits else self.root
+
+    @property
+    def val(self) -> str:
+        """Of the images to validate on; '' where there are none."""
+        return f"{self.root}/val" if self.has_splits else ""
+
+    @property
     def is_labeled(self) -> bool:
         return bool(self.classes)
 
@@ -110,8 +121,7 @@ def inspect_folder(root: str) -> FolderReport:
     root = os.path.normpath(root)
     paths = list_folder(root)
     train = [each for each in paths if not each.validates]
-    count = min(LOOKED_AT, len(train))
-    sample = [train[number * len(train) // count].path for number in range(count)]
+    sample = [train[index].path for index in evenly_spaced(len(train), LOOKED_AT)]
     sides: list[int] = []
     kinds: Counter[tuple[int, str]] = Counter()
     unreadable: list[str] = []
@@ -132,7 +142,7 @@ def inspect_folder(root: str) -> FolderReport:
         colored += array.shape[2] == 3 and bool((array[..., :1] != array).any())
         thumbnails.append(thumbnail)
     if not sides:
-        raise UserError(f"{root}: none of {count} images could be read; the first: {unreadable[0]}")
+        raise UserError(f"{root}: none of {len(sample)} images could be read; the first: {unreadable[0]}")
     (in_chans, dtype), same = kinds.most_common(1)[0]
     arrays = any(path.suffix.lower() == ".npy" for path in sample)
     is_rgb8 = (in_chans, dtype) in PHOTOS and not arrays
@@ -147,7 +157,7 @@ def inspect_folder(root: str) -> FolderReport:
         loose=0 if train[0].label else count_loose(train, root),
         has_splits=len(train) < len(paths),
         unreadable=tuple(unreadable),
-        looked_at=count,
+        looked_at=len(sample),
         short_side=round(statistics.median(sides)),
         smallest=min(sides),
         largest=max(sides),

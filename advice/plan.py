@@ -1,7 +1,8 @@
 """The command lines that suit a folder of images and a machine, each flag with its
 reason: tokenizer, pretraining, fine-tuning.
 
-What is measured or published is said so; the rest scales what is. docs/lab/advice.md has the measurements.
+A reason says what was measured (docs/lab/advice.md) or published; all else is scaled
+from that.
 """
 
 from __future__ import annotations
@@ -29,13 +30,6 @@ BATCH_SIZES = {"demo": 64, "tiny": 128, "small": 128, "base": 64}
 LENGTHS = {"vqkd": (300, 100, 400), "pretrain": (650, 300, 1600), "finetune": (280, 100, 200)}
 CODES = {64: 300, 128: 1_000, 256: 10_000, 1024: 300_000, 8192: math.inf}  # for fewer images than
 IMBALANCED = 10  # images of the largest class for one of the smallest
-
-
-@dataclass(frozen=True)
-class Places:
-    data: str
-    held_out: str  # '' where there is no val/
-    output: str
 
 
 @dataclass(frozen=True)
@@ -70,16 +64,11 @@ class Choices:
 def make_plan(folder: FolderReport, machine: Machine, output: str = "out") -> list[Command]:
     """Tokenizer, pretraining and fine-tuning, whose results go below `output`."""
     choices = choose(folder, machine)
-    places = Places(
-        f"{folder.root}/train" if folder.has_splits else folder.root,
-        f"{folder.root}/val" if folder.has_splits else "",
-        output,
-    )
     shared = [*pixel_flags(folder), *shared_flags(folder, choices)]
     return [
-        plan_tokenizer(folder, choices, places, [*choose_teacher(folder, machine, choices), *shared]),
-        plan_pretraining(folder, choices, places, shared),
-        plan_finetuning(folder, choices, places, shared),
+        plan_tokenizer(folder, choices, output, [*choose_teacher(folder, machine, choices), *shared]),
+        plan_pretraining(folder, choices, output, shared),
+        plan_finetuning(folder, choices, output, shared),
     ]
 
 
@@ -119,7 +108,7 @@ def choose(folder: FolderReport, machine: Machine) -> Choices:
 def pixel_flags(folder: FolderReport) -> list[Flag]:
     if folder.is_rgb8:
         return []
-    channels = f"{folder.in_chans} channel{'s' * (folder.in_chans > 1)}"
+    channels = count(folder.in_chans, "channel")
     return [
         Flag("in_chans", f"{folder.in_chans}", f"the files have {channels} of {folder.dtype}"),
         Flag("image_range", "auto", "which numbers are black and white: from a sample of the files"),
@@ -200,7 +189,7 @@ def scale_lr(rate: float, choices: Choices, published_batch: int) -> float:
 # ── Stages ──
 
 
-def plan_tokenizer(folder: FolderReport, choices: Choices, places: Places, more: list[Flag]) -> Command:
+def plan_tokenizer(folder: FolderReport, choices: Choices, output: str, more: list[Flag]) -> Command:
     length, steps = schedule(choices, "vqkd", folder.images, 1 / 6 if choices.is_short else 0.1)
     # --lr is that of a batch of 128: the entry scales it in proportion to the batch, of 512 as published
     lr, why = scale_lr(2e-4, choices, 512) * 128 / choices.total_batch, "published: 5e-5 for base"
@@ -208,8 +197,8 @@ def plan_tokenizer(folder: FolderReport, choices: Choices, places: Places, more:
         lr, why = 2e-3, "measured in the demo"
     warmup = "80" if choices.is_short else "200"
     flags = [
-        Flag("data_path", places.data),
-        Flag("output_dir", f"{places.output}/vqkd"),
+        Flag("data_path", folder.train),
+        Flag("output_dir", f"{output}/vqkd"),
         Flag("model", TOKENIZERS[choices.size], choices.why_size),
         Flag(
             "codebook_n_emd",
@@ -222,7 +211,7 @@ def plan_tokenizer(folder: FolderReport, choices: Choices, places: Places, more:
         *more,
         Flag("min_crop_scale", f"{choices.crop:g}", choices.why_crop),
         *length,
-        *evaluation(places.held_out, str(length[0].value)),
+        *evaluation(folder.val, str(length[0].value)),
         Flag("lr", f"{lr:.2g}", f"for a batch of 128, scaled to yours; {why}"),
         Flag("opt_betas", ("0.9", "0.99"), "as published"),
         Flag("clip_grad", "3.0", "one bad batch cannot do much"),
@@ -230,18 +219,18 @@ def plan_tokenizer(folder: FolderReport, choices: Choices, places: Places, more:
     return Command("vqkd", "run_vqkd_training.py", tuple(flags), steps)
 
 
-def plan_pretraining(folder: FolderReport, choices: Choices, places: Places, more: list[Flag]) -> Command:
+def plan_pretraining(folder: FolderReport, choices: Choices, output: str, more: list[Flag]) -> Command:
     length, steps = schedule(choices, "pretrain", folder.images, 1 / 6 if choices.is_short else 1 / 30)
     patches, depth = (choices.side // PATCH) ** 2, SIZES[choices.size].depth
     masked = 75 if patches == 196 else round(0.4 * patches)
     lr = scale_lr(1.5e-3, choices, 2048)
     block = max(4, 16 * patches // 196 if patches > 64 else 4)
     flags = [
-        Flag("data_path", places.data),
-        Flag("output_dir", f"{places.output}/pretrain"),
+        Flag("data_path", folder.train),
+        Flag("output_dir", f"{output}/pretrain"),
         Flag("model", f"beit_{choices.model}_8k_vocab_cls_pt", choices.why_size),
         Flag("tokenizer_model", TOKENIZERS[choices.size]),
-        Flag("tokenizer_weight", f"{places.output}/vqkd/checkpoint.pth"),
+        Flag("tokenizer_weight", f"{output}/vqkd/checkpoint.pth"),
         Flag("codebook_size", f"{choices.codes}"),
         Flag("codebook_dim", f"{choices.code_dim}"),
         Flag("second_input_size", f"{choices.side}", "what the tokenizer sees"),
@@ -253,7 +242,7 @@ def plan_pretraining(folder: FolderReport, choices: Choices, places: Places, mor
         Flag("min_crop_scale", f"{choices.crop:g}", choices.why_crop),
         Flag("color_jitter", "0", "own images may differ by their colors; published: 0.4"),
         *length,
-        *evaluation(places.held_out, str(length[0].value)),
+        *evaluation(folder.val, str(length[0].value)),
         Flag("lr", f"{min(1.5e-3, lr):.2g}", "published: 1.5e-3 for base and a batch of 2048"),
         Flag("opt_betas", ("0.9", "0.98"), "published for 300 epochs; for 1600: 0.9 0.999"),
         Flag("drop_path", "0", "published for 300 epochs; for 1600: 0.1"),
@@ -262,13 +251,13 @@ def plan_pretraining(folder: FolderReport, choices: Choices, places: Places, mor
     return Command("pretrain", "run_beitv2_pretraining.py", tuple(flags), steps)
 
 
-def plan_finetuning(folder: FolderReport, choices: Choices, places: Places, more: list[Flag]) -> Command:
+def plan_finetuning(folder: FolderReport, choices: Choices, output: str, more: list[Flag]) -> Command:
     length, steps = schedule(choices, "finetune", folder.images, 0.15 if choices.is_short else 0.1)
-    train, val, why = places.data, places.held_out, "one folder per class"
+    train, val, why = folder.train, folder.val, "one folder per class"
     if not folder.is_labeled:
         train, val, why = "labeled/train", "labeled/val", "one folder per class; these images have no labels"
     elif not folder.has_splits:
-        train, val = f"{places.output}/split/train", f"{places.output}/split/val"
+        train, val = f"{output}/split/train", f"{output}/split/val"
         why = "made by --make_split, as there is no val/"
     lr, decay, crop = min(1e-3, scale_lr(5e-4, choices, 1024)), "0.75", max(0.3, choices.crop)
     why_lr = "of the head; published: 5e-4 for base and a batch of 1024"
@@ -278,10 +267,10 @@ def plan_finetuning(folder: FolderReport, choices: Choices, places: Places, more
     flags = [
         Flag("data_path", train, why),
         Flag("eval_data_path", val),
-        Flag("output_dir", f"{places.output}/finetune"),
+        Flag("output_dir", f"{output}/finetune"),
         Flag("data_set", "image_folder", "one folder per class, as its name is not ImageNet's"),
         Flag("model", f"beit_{choices.model}", "the size that was pretrained"),
-        Flag("finetune", f"{places.output}/pretrain/checkpoint.pth"),
+        Flag("finetune", f"{output}/pretrain/checkpoint.pth"),
         *[flag for flag in more if flag.name != "data_pipeline"],
         Flag("min_crop_scale", f"{crop:g}", why_crop),
         *length,

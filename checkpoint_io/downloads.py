@@ -86,6 +86,13 @@ def is_cut_url(source: str) -> bool:
     return "sv" in query and "sig" not in query
 
 
+def explain_cut_url(what: str) -> str:
+    return (
+        f"{what} was cut at its first '&', and every flag after it was lost: the shell takes an unquoted "
+        "'&' for the end of the command; put the whole URL in quotes"
+    )
+
+
 def _plan_download(source: str, sha256_prefix: str | None) -> Download:
     """What to download for a name of ENTRIES or a URL."""
     if entry := ENTRIES.get(source):
@@ -93,10 +100,7 @@ def _plan_download(source: str, sha256_prefix: str | None) -> Download:
     refuse_unsafe_url(source)
     parts = split_url(source)
     if is_cut_url(source):
-        raise UserError(
-            f"the URL {source} was cut at its first '&', and every flag after it was lost: the shell takes "
-            "an unquoted '&' for the end of the command; put the whole URL in quotes"
-        )
+        raise UserError(explain_cut_url(f"the URL {source}"))
     name = re.split(r"[/\\]", urllib.parse.unquote(parts.path))[-1]
     name = "".join("_" if c in ':*?"<>|' or not c.isprintable() else c for c in name)
     name = name.encode()[-MAX_NAME_BYTES:].decode(errors="ignore")

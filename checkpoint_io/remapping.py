@@ -255,7 +255,7 @@ def report_remapping(state_dict: dict[str, Tensor], model: Any, remapped: dict[s
 def describe_patches(patches: Tensor) -> str:
     """A patch embedding's weight (C, channels, height, width) in words."""
     _, channels, height, width = patches.shape
-    return f"{channels} channel{'s' * (channels > 1)}, patches of {height} x {width}"
+    return f"{count(channels, 'channel')}, patches of {height} x {width}"
 
 
 def summarize_names(names: list[str]) -> str:

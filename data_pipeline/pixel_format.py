@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_pipeline.array_files import ARRAY_EXTENSIONS, read_array
 from data_pipeline.image_formats import EXTENSIONS, Source, load_image
-from errors import ParameterError, UserError
+from errors import ParameterError, UserError, count
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's conversion to gray
 SAMPLE_FILES, SAMPLE_PIXELS = 256, 4096  # a file's pixels are thinned out to so many
@@ -47,7 +47,7 @@ class PixelFormat:
         bounds = (
             "by the files' type" if self.image_range is None else "{:g} to {:g}".format(*self.image_range)
         )
-        return f"{self.in_chans} channel{'s' * (self.in_chans > 1)}, range {bounds}"
+        return f"{count(self.in_chans, 'channel')}, range {bounds}"
 
     @classmethod
     def of_flags(cls, flags: Mapping[str, Any]) -> PixelFormat:
@@ -91,7 +91,7 @@ def read_channels(source: Source | IO[bytes], in_chans: int) -> tuple[Tensor, np
     elif len(x) == 3 and in_chans == 1:
         x = torch.tensordot(torch.tensor(LUMA), x, dims=1)[None]
     if len(x) != in_chans:
-        raise ValueError(f"it has {len(x)} channel{'s' * (len(x) > 1)}, not the {in_chans} of `in_chans`")
+        raise ValueError(f"it has {count(len(x), 'channel')}, not the {in_chans} of `in_chans`")
     return x, array.dtype
 
 

@@ -33,6 +33,12 @@ SHARDS_AT_ONCE = 16
 AGAIN = 10**6
 
 
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """Up to `count` indices of `length`, as far apart as can be, always the same ones."""
+    taken = min(count, length)
+    return [number * length // taken for number in range(taken)]
+
+
 class ResumableSampler(Sampler[list[Key]]):
     """Batches of keys (epoch, index) for one rank, a pure function of (seed, epoch,
     samples done).

@@ -15,8 +15,6 @@ from torch.autograd.function import once_differentiable
 from errors import pick
 
 GIB = 2**30
-
-
 IN_FP32 = ("layer_norm", "group_norm", "softmax", "log_softmax", "cosine_similarity", "mse_loss")
 # beside what a step allocates: the share lost between blocks of the allocator; CUDA's
 # context, cuBLAS's workspaces and NCCL's buffers, in bytes
@@ -27,7 +25,7 @@ FRAGMENTS, CONTEXT = 0.05, GIB
 class Card:
     """memory: in bytes. capability: of CUDA, major x 10 + minor. tflops: dense peak of
     the data sheet in fp16 and bf16, tflops_fp32: in fp32 without TF32. mfu, mfu_fp32: the
-    share of it that a step is assumed to reach, which nobody has measured.
+    share of it that a step is assumed to reach, which has not been measured.
     """
 
     name: str

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -109,14 +108,3 @@ def joined(processes: int) -> Iterator[None]:
             torch.set_autocast_cache_enabled(cache)  # fsdp.shard turns it off
             if processes > 1:
                 dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def silence(level: int = logging.INFO) -> Iterator[None]:
-    """Without what is logged up to this level."""
-    previous = logging.root.manager.disable
-    logging.disable(level)
-    try:
-        yield
-    finally:
-        logging.disable(previous)

@@ -78,7 +78,7 @@ def find_largest_batch(run: PretendedRun, card: Card, measured: Measured) -> int
 
 def data_cores(entry: Entry, args: arguments.Flags, images_per_second: float) -> float | None:
     """Cores that are busy with reading images, on all machines together; None where
-    nobody has measured the time of a sample.
+    the time of a sample has not been measured.
     """
     if not entry.times_samples or args.in_chans != 3 or args.image_range is not None:
         return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.files import BadFiles, SampleDataset
-from data_pipeline.samplers import Loader
+from data_pipeline.samplers import Loader, evenly_spaced
 from runtime import distributed
 from runtime.device import Precision, to_device
 from runtime.metrics import RunningMeans
@@ -72,9 +72,8 @@ def pick_samples(dataset: SampleDataset, count: int) -> list[dict[str, Any]]:
     """`count` samples spread over the data set, always the same ones, for pictures and
     statistics: their tensors, as the network takes them.
     """
-    count = min(count, len(dataset))
     picked = []
-    for sample in (dataset[index * len(dataset) // count] for index in range(count)):
+    for sample in (dataset[index] for index in evenly_spaced(len(dataset), count)):
         if "image" in sample:
             batch = {name: value[None] for name, value in sample.items() if isinstance(value, Tensor)}
             picked.append({name: value[0] for name, value in dataset.device_transform(batch).items()})

@@ -24,8 +24,9 @@ from arguments import (
     probability,
     small_count,
 )
+from data_pipeline.image_lists import Samples
 from data_pipeline.samplers import LoaderSettings
-from datasets import ImageSource
+from datasets import ImageSource, find_unlabeled
 from flags.pixel_format import add_pixel_flags, image_endings, pixel_format
 from runtime.terminal import log_once
 from transforms import ImageOnly, eval_view, finetuning_view, normalization_of
@@ -231,6 +232,11 @@ def image_source(args: argparse.Namespace) -> ImageSource:
         args.download,
         image_endings(args),
     )
+
+
+def find_training_images(args: argparse.Namespace) -> Samples:
+    """Of the stages that look at no label."""
+    return find_unlabeled(image_source(args), train=True)
 
 
 def loader_settings(args: argparse.Namespace, batch_size: int | None = None) -> LoaderSettings:

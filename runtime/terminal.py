@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -47,6 +48,17 @@ def set_up_logging(rank: int) -> None:
 def log_once(text: str) -> None:
     """For what concerns images that may be looked for several times."""
     log.info(text)
+
+
+@contextlib.contextmanager
+def silence(level: int = logging.INFO) -> Iterator[None]:
+    """Inside the block nothing is logged up to this level."""
+    previous = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
 
 
 def format_size(n_bytes: float) -> str:

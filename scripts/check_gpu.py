@@ -27,7 +27,8 @@ import torch  # noqa: E402
 
 import arguments  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
-from gpu_report import compare_with_targets, format_report, judge  # noqa: E402
+from estimation.cards import CARDS, Card  # noqa: E402
+from gpu_report import compare_with_cpu, compare_with_targets, format_report  # noqa: E402
 from gpu_steps import MEMORY, MODES, has_bf16  # noqa: E402
 
 MINUTES, CALL_MINUTES = 10, 3  # of all, and of one part: the rest shall have its turn
@@ -107,7 +108,7 @@ class Check:
             for stage in stages:
                 got = results.get(stage, {"error": error or "no result"})
                 if mode != "reference" or "error" in got:
-                    verdict = judge(got, reference.get(stage, {}), mode, stage)
+                    verdict = compare_with_cpu(got, reference.get(stage, {}), mode, stage)
                     rows.append({"stage": stage, "mode": mode, **verdict})
         return rows
 
@@ -128,14 +129,14 @@ class Check:
             batch //= 2
 
     def memory(self, batch: int) -> list[dict[str, Any]]:
-        """A row for each stage: the allocator's peak, and that of estimate.py where it is."""
+        """A row for each stage: the allocator's peak, and that of estimate.py."""
         size = "demo" if self.tiny else "base"
         words = ["--size", size, "--batch_size", str(batch), "--device", self.device]
         error = self.call("memory", ["scripts/gpu_steps.py", "memory", str(self.folder), *words])
         rows = []
         for stage in MEMORY:
             row = {"stage": stage, **self.read("memory.json").get(stage, {"error": error or "no result"})}
-            if "error" not in row and (ROOT / "estimate.py").exists():
+            if "error" not in row:
                 path = self.folder / f"estimate-{stage}.json"
                 more = ["--gpus", "1", "--output", str(path)]
                 if (card := find_card(self.device)) is not None:
@@ -152,13 +153,13 @@ def is_marked(path: Path) -> bool:
     return "mark.gpu" in path.read_text()
 
 
-def find_card(device: str) -> Any:
-    """This GPU's row in estimate.py's table of cards, if both are there."""
-    if device != "cuda" or importlib.util.find_spec("estimation") is None:
+def find_card(device: str) -> Card | None:
+    """This GPU's row in estimate.py's table of cards, if it has one."""
+    if device != "cuda":
         return None
-    cards = importlib.import_module("estimation.cards").CARDS.values()
     properties = torch.cuda.get_device_properties(0)
-    alike = [card for card in cards if card.name.split("-")[0] in re.split(r"[\s-]", properties.name)]
+    words = re.split(r"[\s-]", properties.name)
+    alike = [card for card in CARDS.values() if card.name.split("-")[0] in words]
     return min(alike, key=lambda card: abs(card.memory - properties.total_memory), default=None)
 
 

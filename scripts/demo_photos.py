@@ -10,9 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from advice.inspection import list_folder
+from advice.inspection import VALIDATES, list_folder
 from data_pipeline.image_formats import load_image
 from data_pipeline.resizing import cut_to_length
+from data_pipeline.samplers import evenly_spaced
 from errors import printable
 
 Photo = tuple[Path, str, bool]  # file, class, whether it validates
@@ -49,9 +50,7 @@ def link(source: Path, target: Path) -> bool:
 
 
 def solar_cells() -> list[Photo]:
-    """Those of the PyPI package elpv-dataset: mono/poly x
-    ok/defect.
-    """
+    """Those of the PyPI package elpv-dataset: mono/poly x ok/defect."""
     import elpv_dataset
 
     folder = Path(elpv_dataset.__file__).parent / "data"
@@ -79,12 +78,13 @@ def own_images(root: str) -> list[Photo]:
             f"photos     {len(found)} images in the folder; the demo takes {MOST_IMAGES} of them, evenly "
             "spread"
         )
-        found = [found[number * len(found) // MOST_IMAGES] for number in range(MOST_IMAGES)]
+        found = [found[index] for index in evenly_spaced(len(found), MOST_IMAGES)]
     has_splits = any(each.validates for each in found)
     photos, seen = [], Counter[str]()
     for each in found:
         label = each.label or "images"
-        photos.append((each.path, label, each.validates if has_splits else seen[label] % 5 == 4))
+        validates = each.validates if has_splits else seen[label] % VALIDATES == VALIDATES - 1
+        photos.append((each.path, label, validates))
         seen[label] += 1
     if has_splits:
         print("photos     train/ and val/ are the splits")

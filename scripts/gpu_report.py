@@ -14,7 +14,7 @@ HALF = 2e-2
 NORM = 10  # times that, for the norm of the first gradient
 
 
-def judge(got: dict[str, Any], expected: dict[str, Any], mode: str, stage: str) -> dict[str, Any]:
+def compare_with_cpu(got: dict[str, Any], expected: dict[str, Any], mode: str, stage: str) -> dict[str, Any]:
     """The result with its distance from the CPU's, and whether that is small enough.
 
     The second loss counts where the first step was taken: fp16 may skip it, in search of

@@ -30,7 +30,7 @@ import engine
 import estimate
 import modeling_vqkd
 from estimation.measurement import pretended_run
-from estimation.pretending import silence
+from runtime.terminal import silence
 
 MIB = 2**20
 MEASURED = "the measured step"

@@ -248,7 +248,7 @@ def run_tests(folder: Path, tests: Sequence[str]) -> tuple[bool, str]:
 
 
 def plant(folder: Path, fault: Fault) -> None:
-    """SystemExit where the code has changed, so that the fault must be written anew."""
+    """SystemExit where the code has changed, so that the fault must be written again."""
     path = folder / fault.file
     text = path.read_text(encoding="utf-8")
     if text.count(fault.right) != 1:

@@ -5,9 +5,7 @@ is wrong is found.
 import json
 import math
 import os
-import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +25,7 @@ RIGHT = {"losses": [9.0, 8.5], "grad_norms": [2.0, 3.0]}
 
 
 def verdict(mode="bf16", stage="pretrain", expected=RIGHT, **changes):
-    return gpu_report.judge({**RIGHT, **changes}, expected, mode, stage)
+    return gpu_report.compare_with_cpu({**RIGHT, **changes}, expected, mode, stage)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
@@ -79,12 +77,12 @@ def test_a_small_loss_is_compared_as_one_of_size_1():
     assert verdict("fp32", expected=small, losses=[0.0105, 0.01], grad_norms=[1.0, 1.0])["ok"]
 
 
-def test_the_probe_is_judged_by_its_losses_alone():
+def test_the_probe_is_compared_by_its_losses_alone():
     assert verdict(stage="linear", grad_norms=[200.0, 3.0])["ok"]
 
 
 def test_what_has_no_result_is_an_error():
-    assert gpu_report.judge({"error": "it broke"}, RIGHT, "bf16", "vqkd") == {
+    assert gpu_report.compare_with_cpu({"error": "it broke"}, RIGHT, "bf16", "vqkd") == {
         "ok": False,
         "error": "it broke",
     }
@@ -150,11 +148,7 @@ def test_the_data_sheets_row_is_found(monkeypatch, name, gigabytes, known):
         name: SimpleNamespace(name=name, memory=int(name.split("-")[1][:-2]) * 2**30)
         for name in ("V100-16GB", "V100-32GB", "A100-40GB", "A100-80GB", "H100-80GB")
     }
-    package, cards = ModuleType("estimation"), ModuleType("estimation.cards")
-    package.__spec__ = ModuleSpec("estimation", None)
-    cards.CARDS = rows
-    monkeypatch.setitem(sys.modules, "estimation", package)
-    monkeypatch.setitem(sys.modules, "estimation.cards", cards)
+    monkeypatch.setattr(check_gpu, "CARDS", rows)
     card(monkeypatch, name, gigabytes, major=8)
     found = check_gpu.find_card("cuda")
     assert (found and found.name) == known

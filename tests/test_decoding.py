@@ -128,7 +128,7 @@ def test_exif_rotation(tmp_path):
 
 
 def test_broken_exif_is_no_broken_picture(tmp_path, monkeypatch):
-    """Pillow turns the image and then writes the EXIF block anew, which fails for some
+    """Pillow turns the image and then writes the EXIF block again, which fails for some
     cameras' blocks.
     """
     exif = Image.Exif()

@@ -15,6 +15,7 @@ from torchvision.utils import save_image
 from data_pipeline.array_files import read_array
 from data_pipeline.image_lists import find_images_or_file
 from data_pipeline.pixel_format import RGB8, PixelFormat, endings_of, load
+from data_pipeline.samplers import evenly_spaced
 from errors import UserError
 from runtime.terminal import log
 
@@ -56,8 +57,7 @@ def find_shown(sources: Sequence[str], count: int, flag: str, pixels: PixelForma
                 load(source, pixels)
             except Exception as error:  # PIL raises nearly anything for broken files
                 raise UserError(f"{flag} {source}: cannot be read ({error})") from None
-        taken = min(count, len(paths))
-        chosen += [paths[number * len(paths) // taken] for number in range(taken)]
+        chosen += [paths[index] for index in evenly_spaced(len(paths), count)]
     return chosen
 
 
