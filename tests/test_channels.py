@@ -318,6 +318,7 @@ def test_export_to_timm_keeps_channels_and_statistics(four, four_student, tmp_pa
     assert flags["mean_std"] == pytest.approx(statistics)
 
 
+@pytest.mark.slow  # quicker, of one command each: tests/test_own_pixels.py
 @pytest.mark.parametrize("images", ["data", "gray", "four"])
 def test_an_exported_classifier_sees_images_as_it_did(images, request, tmp_path, capsys):
     """Range and statistics go to every library and come back: without them it would see

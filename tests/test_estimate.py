@@ -87,7 +87,9 @@ def published_lines():
 # ── The command ──
 
 
-@pytest.mark.parametrize("script", DEMO)
+@pytest.mark.parametrize(
+    "script", [name if name == VQKD else pytest.param(name, marks=pytest.mark.slow) for name in DEMO]
+)
 def test_every_stage_is_estimated(script, tmp_path, capsys):
     """With neither images nor weights nor --data_path."""
     found = estimated(tmp_path, script, *as_flags(batch_size=4, gpus=2, gpu="T4-16GB", price=2, images=1000))
@@ -157,10 +159,11 @@ def test_memory_is_near_that_of_a_prototype(words, gpus, card, peak, monkeypatch
 
 def test_a_line_that_the_shell_has_cut_is_warned_of(tmp_path, capsys):
     url = "https://example.com/vqkd.pth?sv=2021-10-04"
-    estimated(tmp_path, PRETRAIN, "--tokenizer_weight", url, "--batch_size", 4)
+    estimated(tmp_path, PRETRAIN, "--tokenizer_weight", url, "--batch_size", 4, "--images", 1000)
     assert "was cut at its first '&'" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_own_flags_stand_anywhere_and_config_is_the_scripts(tmp_path, capsys):
     file = tmp_path / "flags.json"
     file.write_text(json.dumps({"batch_size": 6, "nb_classes": 7}))
@@ -260,6 +263,7 @@ def test_shares_of_fsdp_are_exact(tmp_path):
     assert predicted["parameters"] < 0.6 * 4 * sum(p.numel() for p in run.trainer.state.model.parameters())
 
 
+@pytest.mark.slow
 def test_more_of_what_saves_memory_saves_it():
     plain = measured(PRETRAIN, "--batch_size", 64, gpus=4)
     kept = measured(PRETRAIN, "--batch_size", 64, "--grad_checkpointing", gpus=4)

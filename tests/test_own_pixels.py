@@ -262,6 +262,7 @@ def test_images_are_seen_as_in_training(command, world, seen):
     assert np.allclose(colors_of(seen), world.expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_onnx_says_how_images_are_read(world):
     onnx = pytest.importorskip("onnx")
     path = world.out("x.onnx")
