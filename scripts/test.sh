@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types, tests: what must pass before every commit. Arguments go to pytest: bash scripts/test.sh -k quantizer
-# --fast, as the first argument, leaves out the tests marked slow: about two minutes on two cores.
+# --fast, as the first argument, leaves out the tests marked slow: three minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh requirements.txt requirements-demo.txt requirements-dev.txt
