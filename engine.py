@@ -27,15 +27,16 @@ from checkpoint_io.training_state import TrainState
 from data_pipeline.files import BadFiles
 from data_pipeline.samplers import close
 from errors import UserError
+from monitoring.reporter import Reporter, RunCounts
 from run_state import Run, TrainingData, compile_networks
 from runtime import distributed, fsdp
 from runtime.device import Precision, to_device
 from runtime.failures import explain_errors
-from runtime.metrics import Reporter, RunCounts, RunningMeans, clock
+from runtime.metrics import RunningMeans
 from runtime.seeding import derive_seed, seed_all
 from runtime.signals import StopSignal
 from runtime.skipped_steps import SkippedSteps
-from runtime.terminal import log
+from runtime.terminal import format_clock, log
 from schedules import Schedule
 
 
@@ -152,7 +153,9 @@ class Trainer:
             at_the_end.enter_context(explain_errors(options.output_dir, options.log_dir or ""))
             run.write_flags()
             counts = RunCounts(self.epochs, state.epoch, state.step, self.data.sampler.global_batch)
-            self.reporter = Reporter(options.output_dir, options.log_dir, run.device, counts)
+            self.reporter = Reporter(
+                options.output_dir, options.log_dir, options.print_freq, run.device, counts
+            )
             last_good = None if run.output_dir is None else run.output_dir / checkpoints.LATEST
             self.skipped = SkippedSteps(state, last_good, options.seed)
             self.bad_files = BadFiles()
@@ -161,7 +164,7 @@ class Trainer:
                     self.train_epochs()
                     self.stop_signal.finalize()
                 refuse_a_run_without_a_step(state, first_step)
-                log.info(f"finished epoch {self.epochs} in {clock(time.monotonic() - run.started)}")
+                log.info(f"finished epoch {self.epochs} in {format_clock(time.monotonic() - run.started)}")
             except Stopped as stopped:
                 log.info(f"stopped by {stopped} after step {state.step}: rerun the same command to resume")
             finally:
@@ -197,12 +200,12 @@ class Trainer:
                     test |= stage.extra_metrics(model)
             # The line in log.txt first: a run killed between the two repeats the epoch,
             # and then replaces the line.
-            self.reporter.epoch(epoch, train, test)
+            self.reporter.epoch(epoch, state.step, train, test)
             self.save(epoch, self.checkpoint_names(epoch, test))
             if options.image_freq and (epoch == 0 or self.is_due(epoch, options.image_freq)):
                 with fsdp.gather_model(state.model) as model:
                     if self.reporter.shows_pictures:
-                        self.reporter.pictures(epoch, stage.pictures(model))
+                        self.reporter.pictures(epoch, state.step, stage.pictures(model))
 
     def is_due(self, epoch: int, every: int) -> bool:
         """Every `every` epochs, and after the last."""
@@ -246,10 +249,14 @@ class Trainer:
             for batch in micro_batches:
                 self.bad_files.add(batch["failed"], found_image="image" in batch)
             self.train_one_step(micro_batches)
-            if state.step % options.print_freq == 0 or step_in_epoch + 1 == steps:
+            left = len(schedule.lr) - schedule_step - 1
+            if self.reporter.reports_at(state.step):
                 self.skipped.raise_if_stuck()
-                left = len(schedule.lr) - schedule_step - 1
-                self.reporter.step(state.means.compute(), current_lr(state), state.step, left)
+                means = state.means.report()
+                self.reporter.step(means, current_lr(state), state.step, left, report=True)
+            elif self.reporter.progress.is_due():
+                means = state.means.compute_new()
+                self.reporter.step(means, current_lr(state), state.step, left, report=False)
             if options.save_ckpt_steps and state.step % options.save_ckpt_steps == 0:
                 self.skipped.raise_if_stuck()
                 more = [checkpoints.format_step_name(state.step)] if options.keep_ckpts > 0 else []

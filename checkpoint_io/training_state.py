@@ -111,5 +111,11 @@ def load_means(means: RunningMeans, saved: Any, device: torch.device) -> None:
     elif distributed.is_main():
         filled = [part for part in parts if part["sums"] is not None]
         if filled:
-            sums = torch.stack([part["sums"] for part in filled]).sum(0)
-            means.load_state_dict({"names": filled[0]["names"], "sums": sums}, device)
+            total = {key: sum_up([part.get(key) for part in filled]) for key in ("sums", "reported")}
+            means.load_state_dict({"names": filled[0]["names"], **total}, device)
+
+
+def sum_up(parts: list[Tensor | None]) -> Tensor | None:
+    """None without a part that is one."""
+    there = [part for part in parts if part is not None]
+    return torch.stack(there).sum(0) if there else None

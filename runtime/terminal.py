@@ -65,6 +65,14 @@ def format_size(n_bytes: float) -> str:
     return f"{n_bytes / 2**20:.0f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.1f} GiB"
 
 
+def format_clock(seconds: float) -> str:
+    """`1d 2:03:04`"""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days}d " if days else "") + f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
 def git_commit() -> str:
     """Of the code that runs, `-dirty` where it was changed since."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
