@@ -4,6 +4,7 @@ use.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -69,6 +70,16 @@ class TokenizerStage(Stage):
             text = f"warm-up of the quantizer: {progress}; it is bypassed, so there are no codes yet"
             return Remark(f"warm-up {progress}", text, OF_CODES)
         return Remark("no codes yet", "no codes yet: features are collected for k-means", OF_CODES)
+
+    def more_figures(self) -> dict[str, float]:
+        """Use of the codebook in the epoch so far; none while the quantizer is
+        bypassed.
+        """
+        quantizer = self.model.quantize
+        if not quantizer.ready or quantizer.warming_up:
+            return {"codes_used": math.nan, "perplexity": math.nan}
+        usage = quantizer.usage()
+        return {name: usage[name] for name in ("codes_used", "perplexity")}
 
     def end_epoch(self) -> dict[str, float]:
         """Usage of the codebook in this epoch; a warning that says what to change when

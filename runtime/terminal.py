@@ -41,7 +41,7 @@ class StatusLine:
     def width(self) -> int:
         """Columns of a line, without the last one: some terminals wrap behind it."""
         try:
-            columns = os.get_terminal_size(self.terminal.fileno()).columns if self.terminal else 0
+            columns = os.get_terminal_size(self.terminal.fileno()).columns if self.terminal else WIDEST + 1
         except (OSError, ValueError):
             columns = 0
         return min(columns - 1 if columns > 1 else 79, WIDEST)
