@@ -14,6 +14,7 @@ import pytest
 from source_files import ROOT
 
 import benchmark
+from benchmarks import contention
 
 COMMANDS = sorted(
     path for path in ROOT.glob("*.py") if "report_user_errors\ndef main" in path.read_text(encoding="utf-8")
@@ -49,10 +50,11 @@ def test_a_command_sets_it_for_its_process_and_its_children():
 
 
 @pytest.mark.slow
-def test_contention_measures_alone_and_beside_others(tmp_path):
+def test_contention_measures_alone_and_beside_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(contention, "WAYS", {"ours": {}})
     output = tmp_path / "out.json"
     flags = "--device cpu --model demo --batch_size 1 --rounds 1 --warmup 1 --stage contention".split()
     benchmark.main([*flags, "--output", str(output)])
     (contest,) = json.loads(output.read_text())["contests"]
-    assert [row["name"] for row in contest["rows"]][::4] == ["ours", "ours, busy"]
+    assert [row["name"] for row in contest["rows"]] == ["ours", "ours, busy"]
     assert all(row["ms"]["step"] > 0 for row in contest["rows"])
