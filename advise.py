@@ -7,6 +7,8 @@ from half a minute of trying them out. docs/advice.md says how it chooses.
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import dataclasses
 import json
@@ -32,8 +34,7 @@ from advice.inspection import FolderReport, inspect_folder, make_split
 from advice.plan import make_plan
 from checkpoint_io import checkpoints
 from errors import printable, report_user_errors
-from runtime.metrics import clock
-from runtime.terminal import set_up_logging, silence
+from runtime.terminal import format_clock, set_up_logging, silence
 from visualization.inputs import prepare_output
 
 ENTRIES: dict[str, Any] = {
@@ -113,7 +114,7 @@ def explain(command: Command, launcher: str, seconds: float | None) -> list[str]
     """The command line, its time, and a line for each flag that has a reason."""
     title = f"── {TITLES[command.stage]}: {command.steps:,} steps"
     if seconds is not None:
-        title += f", about {clock(seconds * command.steps)} on this machine"
+        title += f", about {format_clock(seconds * command.steps)} on this machine"
     lines = [title + " ──", command.line(launcher), ""]
     width = max(len(" ".join(flag.words)) for flag in command.flags if flag.why)
     for flag in command.flags:

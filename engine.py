@@ -26,16 +26,18 @@ from checkpoint_io import checkpoints
 from checkpoint_io.training_state import TrainState
 from data_pipeline.files import BadFiles
 from data_pipeline.samplers import close
-from errors import UserError
+from errors import UserError, count
+from monitoring.progress import Remark
+from monitoring.reporter import Reporter, RunCounts
 from run_state import Run, TrainingData, compile_networks
 from runtime import distributed, fsdp
 from runtime.device import Precision, to_device
 from runtime.failures import explain_errors
-from runtime.metrics import Reporter, RunCounts, RunningMeans, clock
+from runtime.metrics import RunningMeans
 from runtime.seeding import derive_seed, seed_all
 from runtime.signals import StopSignal
 from runtime.skipped_steps import SkippedSteps
-from runtime.terminal import log
+from runtime.terminal import format_clock, log
 from schedules import Schedule
 
 
@@ -59,11 +61,23 @@ class Stage:
     def before_step(self, step: int) -> None:
         """`step` counts the optimizer steps of the whole run."""
 
+    def more_figures(self) -> dict[str, float]:
+        """Figures of the epoch so far, for each report: beside the means of what `step`
+        returns. The one place where a stage may read from the device.
+        """
+        return {}
+
     def end_epoch(self) -> dict[str, float]:
         """More entries for the epoch's line in log.txt, without the `train_` in
         front.
         """
         return {}
+
+    def remark(self, step: int) -> Remark | None:
+        """What a reader of the figures must know after `step` steps of the run; None:
+        they speak for themselves.
+        """
+        return None
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Entries for log.txt, with their `test_` in front; {} where there is nothing
@@ -152,7 +166,10 @@ class Trainer:
             at_the_end.enter_context(explain_errors(options.output_dir, options.log_dir or ""))
             run.write_flags()
             counts = RunCounts(self.epochs, state.epoch, state.step, self.data.sampler.global_batch)
-            self.reporter = Reporter(options.output_dir, options.log_dir, run.device, counts)
+            self.reporter = Reporter(
+                options.output_dir, options.log_dir, options.print_freq, run.device, counts, self.stage.remark
+            )
+            log.info(self.describe())
             last_good = None if run.output_dir is None else run.output_dir / checkpoints.LATEST
             self.skipped = SkippedSteps(state, last_good, options.seed)
             self.bad_files = BadFiles()
@@ -161,7 +178,7 @@ class Trainer:
                     self.train_epochs()
                     self.stop_signal.finalize()
                 refuse_a_run_without_a_step(state, first_step)
-                log.info(f"finished epoch {self.epochs} in {clock(time.monotonic() - run.started)}")
+                log.info(f"finished epoch {self.epochs} in {format_clock(time.monotonic() - run.started)}")
             except Stopped as stopped:
                 log.info(f"stopped by {stopped} after step {state.step}: rerun the same command to resume")
             finally:
@@ -171,6 +188,26 @@ class Trainer:
                 finally:
                     self.reporter.close()
         distributed.barrier()
+
+    def describe(self) -> str:
+        """What is ahead, in one line."""
+        state, dataset, total = self.state, self.data.loader.dataset, len(self.schedule.lr)
+        classes = len(getattr(dataset, "classes", None) or ())
+        images = count(len(dataset), "image") + (f" of {classes:,} classes" if classes else "")
+        per_epoch, start = count(self.data.steps_per_epoch, "step"), self.schedule_step()
+        if start:
+            epoch, done = f"epoch {state.epoch + 1} of {self.epochs}", count(self.steps_done(), "step")
+            ahead = f"goes on after {done} of {epoch}, {total - start:,} of {count(total, 'step')} left"
+        else:
+            ahead = f"{count(self.epochs, 'epoch')}, {count(total, 'step')}"
+        return f"training   {ahead}; an epoch is {per_epoch}, {images}"
+
+    def schedule_step(self) -> int:
+        """Where in the schedule the next step stands."""
+        state = self.state
+        if self.schedule.in_steps:
+            return state.step
+        return state.epoch * self.data.steps_per_epoch + self.steps_done()
 
     def count_epochs(self) -> int:
         """How many epochs a run that is counted in steps has, done ones included; the
@@ -197,12 +234,12 @@ class Trainer:
                     test |= stage.extra_metrics(model)
             # The line in log.txt first: a run killed between the two repeats the epoch,
             # and then replaces the line.
-            self.reporter.epoch(epoch, train, test)
+            self.reporter.epoch(epoch, state.step, train, test)
             self.save(epoch, self.checkpoint_names(epoch, test))
             if options.image_freq and (epoch == 0 or self.is_due(epoch, options.image_freq)):
                 with fsdp.gather_model(state.model) as model:
                     if self.reporter.shows_pictures:
-                        self.reporter.pictures(epoch, stage.pictures(model))
+                        self.reporter.pictures(epoch, state.step, stage.pictures(model))
 
     def is_due(self, epoch: int, every: int) -> bool:
         """Every `every` epochs, and after the last."""
@@ -232,7 +269,7 @@ class Trainer:
             state.means = RunningMeans()
             self.stage.start_epoch(state.epoch)
         done = self.steps_done()
-        start = state.step if schedule.in_steps else state.epoch * data.steps_per_epoch + done
+        start = self.schedule_step()
         steps = min(data.steps_per_epoch, done + len(schedule.lr) - start)
         if done >= steps:  # killed after the last step of an epoch: for its line in log.txt
             schedule.apply(state.optimizer, max(start - 1, 0))
@@ -246,10 +283,14 @@ class Trainer:
             for batch in micro_batches:
                 self.bad_files.add(batch["failed"], found_image="image" in batch)
             self.train_one_step(micro_batches)
-            if state.step % options.print_freq == 0 or step_in_epoch + 1 == steps:
+            left = len(schedule.lr) - schedule_step - 1
+            if self.reporter.reports_at(state.step):
                 self.skipped.raise_if_stuck()
-                left = len(schedule.lr) - schedule_step - 1
-                self.reporter.step(state.means.compute(), current_lr(state), state.step, left)
+                means, figures = state.means.report(), self.more_figures()
+                self.reporter.step(means, current_lr(state), state.step, left, report=True, more=figures)
+            elif self.reporter.is_due(state.step):
+                means = state.means.compute_new()
+                self.reporter.step(means, current_lr(state), state.step, left, report=False)
             if options.save_ckpt_steps and state.step % options.save_ckpt_steps == 0:
                 self.skipped.raise_if_stuck()
                 more = [checkpoints.format_step_name(state.step)] if options.keep_ckpts > 0 else []
@@ -263,6 +304,14 @@ class Trainer:
         if state.scaler.is_enabled():
             now["loss_scale"] = state.scaler.get_scale()
         return state.means.compute(over_all_ranks=True) | now
+
+    def more_figures(self) -> dict[str, float]:
+        """What a report says beside means and speed."""
+        state = self.state
+        figures: dict[str, float] = {"images": state.images, "skipped": state.skipped}
+        if state.scaler.is_enabled():
+            figures["loss_scale"] = state.scaler.get_scale()
+        return figures | self.stage.more_figures()
 
     def steps_done(self) -> int:
         """Optimizer steps of the epoch in which the state stands; the sampler goes on
@@ -283,6 +332,7 @@ class Trainer:
         state.means.add(logs | {"grad_norm": norm})
         state.step += 1
         state.samples += self.data.sampler.global_batch
+        state.images += self.data.sampler.global_batch
         if state.ema is not None:
             state.ema.update(state.model, state.step)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from layers.codebook_search import ROWS_PER_CHUNK, nearest_codes
 from runtime import distributed
+from runtime.terminal import log
 
 FEATURES_PER_CODE = 16  # k-means after a warm-up waits until this many features per code are available
 
@@ -150,6 +151,7 @@ class NormEMAVectorQuantizer(nn.Module):
         gathered = gathered[torch.isfinite(gathered).all(dim=1)]
         if len(gathered) == 0:
             return
+        log.info(f"k-means    of {len(gathered):,} features gives the {self.num_tokens:,} codes")
         codes = cosine_kmeans(gathered, self.num_tokens)
         self.embedding.weight.copy_(distributed.broadcast(codes))
         self.embedding.initted.fill_(1)
@@ -182,13 +184,15 @@ class NormEMAVectorQuantizer(nn.Module):
 
     def usage(self) -> dict[str, float]:
         """Codes used since start_epoch, and the perplexity exp(entropy) of their use,
-        over about the last 1 / (1 - decay) batches. Synchronizes the device.
+        over about the last 1 / (1 - decay) batches. Synchronizes the device once.
         """
-        used = int((self.cluster_size > 0).sum())
+        used, evenness = torch.stack(
+            ((self.cluster_size > 0).sum().float(), perplexity_on_device(self.cluster_size))
+        ).tolist()
         return {
-            "codes_used": used,
-            "unused_code": self.num_tokens - used,
-            "perplexity": perplexity(self.cluster_size),
+            "codes_used": int(used),
+            "unused_code": self.num_tokens - int(used),
+            "perplexity": evenness,
         }
 
 
@@ -196,9 +200,14 @@ def perplexity(counts: Tensor) -> float:
     """exp(entropy) of how often each code (K,) is used: the number of equally used
     codes with the same entropy. 0 without any.
     """
+    return float(perplexity_on_device(counts))
+
+
+def perplexity_on_device(counts: Tensor) -> Tensor:
+    """`perplexity` as a scalar tensor, not read yet."""
     total = counts.sum()
     shares = counts / total.clamp(min=1e-12)
-    return float(torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()) * (total > 0))
+    return torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()) * (total > 0)
 
 
 def count_and_sum(features: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:

@@ -21,14 +21,14 @@ LAYERS = (
     ("benchmarks", "benchmarks"),
     ("engines", "engine* run_state run_checkpoints"),
     ("segmentation", "segmentation"),
-    ("evaluation", "evaluation visualization"),
+    ("evaluation", "evaluation visualization monitoring"),
     ("networks", "vit_backbone modeling_* norm_ema_quantizer vqkd_teachers pretrained initialization"),
     ("weights", "checkpoint_io"),
     ("images", "datasets transforms masking_generator"),
     ("data", "data_pipeline"),
     ("runtime", "runtime"),
     ("layers", "layers"),
-    ("shared", "arguments config_files optim_factory schedules errors"),
+    ("shared", "openmp_spin arguments config_files optim_factory schedules errors"),
 )
 
 

@@ -10,15 +10,16 @@ import torch
 from many_processes import run_ranks
 from source_files import ROOT, library_files, module_name
 
-from runtime import metrics
-from runtime.metrics import RunningMeans, accuracy, forget_epochs_from, top_k_correct
+from monitoring import progress
+from monitoring.run_files import JsonLines
+from runtime.metrics import RunningMeans, accuracy, top_k_correct
 
 
 def test_lines_of_a_log_that_are_not_ours_stay(tmp_path):
     strange = ['{"epo', "[" * 100_000, "[]", "{}", '{"epoch": "x"}']
     log = tmp_path / "log.txt"
     log.write_text("\n".join(['{"epoch": 0}', *strange, '{"epoch": 1}', '{"epoch": 2}']))
-    forget_epochs_from(1, log)
+    JsonLines(log).go_on_before("epoch", 1)
     assert log.read_text().splitlines() == ['{"epoch": 0}', *strange]
 
 
@@ -59,11 +60,11 @@ def test_accuracies():
 @pytest.mark.parametrize(("platform", "peak"), [("darwin", 800 * 2**20), ("linux", 800 * 2**10)])
 def test_memory_is_in_the_units_of_each_system(platform, peak, monkeypatch):
     usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: SimpleNamespace(ru_maxrss=peak))
-    monkeypatch.setattr(metrics, "resource", usage)
+    monkeypatch.setattr(progress, "resource", usage)
     monkeypatch.setattr(sys, "platform", platform)
-    assert metrics.memory(torch.device("cpu")) == "0.8 GiB"
-    monkeypatch.setattr(metrics, "resource", None)  # Windows
-    assert metrics.memory(torch.device("cpu")) == "? GiB"
+    assert progress.peak_memory(torch.device("cpu")) == 800 * 2**20
+    monkeypatch.setattr(progress, "resource", None)  # Windows
+    assert progress.peak_memory(torch.device("cpu")) is None
 
 
 AS_ON_WINDOWS = """

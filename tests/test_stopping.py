@@ -19,7 +19,7 @@ from tiny_runs import assert_same_weights, checkpoint, log_lines, pretraining_fl
 import engine
 import run_beitv2_pretraining
 from checkpoint_io import checkpoints
-from runtime.metrics import forget_epochs_from
+from monitoring.run_files import JsonLines
 
 SLOW = ["--print_freq", "1", "--epochs", "12"]  # about as long as a process takes to start
 
@@ -73,8 +73,8 @@ def test_a_run_killed_while_it_takes_up_log_txt_loses_no_line(tmp_path, monkeypa
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", killed)
         with pytest.raises(KeyboardInterrupt):
-            forget_epochs_from(1, path)
-    forget_epochs_from(1, path)
+            JsonLines(path).go_on_before("epoch", 1)
+    JsonLines(path).go_on_before("epoch", 1)
     assert path.read_text() == '{"epoch": 0}\n'
 
 

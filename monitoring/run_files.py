@@ -1,0 +1,79 @@
+"""Files of a run that outlive it: log.txt, a line an epoch; metrics.jsonl, a line a
+report.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+LOG, METRICS = "log.txt", "metrics.jsonl"
+
+
+class JsonLines:
+    """A file with one JSON object a line, which a resumed run goes on with."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def go_on_before(self, key: str, first: int) -> None:
+        """Drop the lines whose `key` is `first` or more: a resumed run writes them
+        again. Lines that are not ours stay.
+        """
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and number_in(line, key) < first]
+            shorter = self.path.with_name(
+                f".{self.path.name}.part"
+            )  # a full disk must not cost the old lines
+            shorter.write_text("".join(kept), encoding="utf-8")
+            shorter.replace(self.path)
+
+    def set_aside(self, when: str) -> None:
+        """Another run's file gets another name."""
+        if self.path.exists():
+            self.path.replace(self.path.with_name(f"{self.path.stem}-until-{when}{self.path.suffix}"))
+
+    def append(self, line: dict[str, Any]) -> None:
+        """NaN and infinities are written as Python's reader takes them, which strict
+        ones refuse: see finite_only.
+        """
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class RunFiles:
+    """log.txt and metrics.jsonl in the folder of a run.
+
+    Args:
+        first_epoch, first_step: where this process starts or goes on.
+    """
+
+    def __init__(self, folder: Path, first_epoch: int, first_step: int) -> None:
+        self.log, self.metrics = JsonLines(folder / LOG), JsonLines(folder / METRICS)
+        if first_step > 0:
+            self.log.go_on_before("epoch", first_epoch)
+            self.metrics.go_on_before("step", first_step + 1)
+        else:
+            now = time.strftime("%Y%m%d-%H%M%S")
+            self.log.set_aside(now)
+            self.metrics.set_aside(now)
+
+
+def finite_only(line: dict[str, Any]) -> dict[str, Any]:
+    """Figures that are not finite as null, which every reader of JSON takes."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in line.items()
+    }
+
+
+def number_in(line: str, key: str) -> float:
+    """-inf for a line that is none of ours: it is left as it is."""
+    try:
+        return int(json.loads(line)[key])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return -math.inf
