@@ -64,6 +64,7 @@ class Reporter:
         """done: steps of this epoch that were taken before. step: those of the whole
         run.
         """
+        self.current_epoch = epoch
         self.title, self.steps_per_epoch = f"epoch {epoch + 1}/{self.counts.epochs}", steps_per_epoch
         self.steps_before_epoch = step - done
         self.progress.start_epoch(self.title, done, steps_per_epoch)
@@ -98,7 +99,9 @@ class Reporter:
         measured = {"lr": lr, "images_per_second": speed, "data_wait": data_wait, "memory": memory}
         if self.files is not None:
             images = step * self.counts.images_per_step
-            self.files.metrics.append({"step": step, "images": images} | means | measured)
+            self.files.metrics.append(
+                {"step": step, "epoch": self.current_epoch, "images": images} | means | measured
+            )
         scalars = {f"train/{name}": value for name, value in means.items()}
         scalars |= {"train/lr": lr, "speed/images_per_second": speed, "speed/data_wait": data_wait}
         for tracker in self.trackers:
