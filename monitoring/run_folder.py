@@ -72,7 +72,7 @@ class RunFolder:
                 if "epochs" in flags
                 else math.ceil(flags["max_steps"] / flags["steps_per_epoch"])
             )
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        except (KeyError, TypeError, ValueError, ArithmeticError):
             return None
 
     @functools.cached_property
@@ -162,9 +162,12 @@ def find_runs(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such folder; name the output folders of runs, or a folder of them")
-        runs = [path] if is_run(path) else []
-        if not runs and path.is_dir():
-            runs = sorted((child for child in path.iterdir() if is_run(child)), key=natural_order)
+        try:
+            runs = [path] if is_run(path) else []
+            if not runs and path.is_dir():
+                runs = sorted((child for child in path.iterdir() if is_run(child)), key=natural_order)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); leave it out") from None
         if not runs:
             skipped.append(f"skipped    {path}: no run is in it (neither {LOG} nor a run's {FLAGS})")
         for run in runs:
@@ -200,10 +203,15 @@ def read_run(folder: Path) -> RunFolder:
     )
 
 
+def parse(text: bytes) -> Any:
+    """JSON, with infinity for whole numbers that no count reaches and no float holds."""
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
+
+
 def read_object(path: Path, unread: list[str]) -> dict[str, Any]:
     """{} where there is no such file, or none that holds an object."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError):
@@ -226,7 +234,7 @@ def read_lines(path: Path, number: str, unread: list[str]) -> list[dict[str, Any
     objects, broken = [], 0
     for line in filter(bytes.strip, lines):
         try:
-            content = json.loads(line)
+            content = parse(line)
             fine = type(content[number]) is int and content[number] >= 0
         except (ValueError, TypeError, KeyError, RecursionError):
             fine = False

@@ -303,11 +303,16 @@ def test_broken_lines_are_left_out_and_told(tmp_path, capsys):
     assert read_run(run).values("train_loss") == [3.0, 1.5, 1.0]  # the last line of an epoch
 
 
-@pytest.mark.parametrize("flags", ["[]", "{", '{"epochs": null}', '{"epochs": "many", "lr": {"a": NaN}}'])
+STRANGE = ["[]", "{", '{"epochs": null}', '{"epochs": "many", "lr": {"a": NaN}}', '{"epochs": Infinity}']
+
+
+@pytest.mark.parametrize("flags", [*STRANGE, f'{{"epochs": {"9" * 5000}}}'])
 def test_flags_of_any_kind(flags, tmp_path, capsys):
     run = make_run(tmp_path / "a")
     make_run(tmp_path / "b")
     (run / "flags.json").write_text(flags)
+    with open(run / "log.txt", "a") as log:
+        log.write(f'{{"epoch": 2, "train_loss": {"9" * 400}, "seconds": -Infinity, "test_acc1": [1]}}\n')
     assert "3/?" in cells(printed(capsys, tmp_path, *as_flags(html=tmp_path / "x")), "a")
 
 
