@@ -22,7 +22,7 @@ PLACES = ("output_dir", "log_dir")  # differ in any two runs, as their names do
 SHOWN = (*PLACES, "epochs")  # in columns of their own
 NO_DIFFERENCE = (*PLACES, "seed", "host")  # between runs of several seeds
 # for the CSV file and the curves
-BY_THE_WAY = re.compile(r"train_(loss.+|lr|grad_norm)$|_(layer|block_?)\d+$")
+BY_THE_WAY = re.compile(r"(train_(lr|grad_norm)|(train|test)_loss.+|_(layer|block_?)\d+)$")
 
 
 @dataclass(frozen=True)

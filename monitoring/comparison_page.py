@@ -135,26 +135,30 @@ def collect_panels(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def curves_of(run: RunFolder) -> dict[str, dict[str, Any]]:
     """Title -> {y, epochs, steps, images}: a list each, None for an axis on which the
-    run's files do not place it.
+    run's files place no point.
     """
-    per_epoch, per_step = run.steps_per_epoch, run.images_per_step
-    curves = {}
+    curves: dict[str, dict[str, Any]] = {}
     for name in run.figures:
         lines = thin([line for line in run.epochs if is_number(line.get(name))])
-        epochs = [line["epoch"] + 1 for line in lines]
-        steps = None if per_epoch is None else [round(epoch * per_epoch) for epoch in epochs]
-        images = None if steps is None or per_step is None else [round(step * per_step) for step in steps]
-        curves[name] = {"y": values(lines, name), "epochs": epochs, "steps": steps, "images": images}
+        ends = [run.epoch_ends.get(line["epoch"], {}) for line in lines]
+        curves[name] = {
+            "y": values(lines, name),
+            "epochs": [line["epoch"] + 1 for line in lines],
+            "steps": values(ends, "step"),
+            "images": values(ends, "images"),
+        }
     names = dict.fromkeys(name for line in run.reports for name in line if is_number(line[name]))
     for name in [name for name in names if name not in ("step", "images", "epoch")]:
-        lines = thin([line for line in run.reports if is_number(line.get(name))])
-        steps = [line["step"] for line in lines]
+        lines = thin([line for line in run.reports if name in line])
+        places = [{"epochs": run.epoch_at(line)} for line in lines]
         curves[name if name in ("lr", "images_per_second") else f"{name}, each report"] = {
             "y": values(lines, name),
-            "epochs": None if per_epoch is None else [round(step / per_epoch, 4) for step in steps],
-            "steps": steps,
+            "epochs": values(places, "epochs"),
+            "steps": values(lines, "step"),
             "images": values(lines, "images"),
         }
+    for curve in curves.values():
+        curve.update({axis: None for axis in AXES if all(place is None for place in curve[axis])})
     if "train_lr" in curves:  # of an epoch's end
         theirs = curves.pop("train_lr")
         curves.setdefault("lr", theirs)

@@ -38,6 +38,9 @@ class JsonLines:
             self.path.replace(self.path.with_name(f"{self.path.stem}-until-{when}{self.path.suffix}"))
 
     def append(self, line: dict[str, Any]) -> None:
+        """NaN and infinities are written as Python's reader takes them, which strict
+        ones refuse: see finite_only.
+        """
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -58,6 +61,14 @@ class RunFiles:
             now = time.strftime("%Y%m%d-%H%M%S")
             self.log.set_aside(now)
             self.metrics.set_aside(now)
+
+
+def finite_only(line: dict[str, Any]) -> dict[str, Any]:
+    """Figures that are not finite as null, which every reader of JSON takes."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in line.items()
+    }
 
 
 def number_in(line: str, key: str) -> float:

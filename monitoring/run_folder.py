@@ -111,22 +111,29 @@ class RunFolder:
     def values(self, figure: str) -> list[float]:
         return [epoch[figure] for epoch in self.epochs if is_number(epoch.get(figure))]
 
-    @property
-    def steps_per_epoch(self) -> float | None:
-        """From metrics.jsonl, whose last report of an epoch is after its last step."""
-        done = self.epochs_done
-        ends = [report["step"] for report in self.reports if report.get("epoch", math.inf) == done - 1]
-        if not ends and self.reports and self.state == "done":
-            ends = [self.reports[-1]["step"]]
-        return ends[-1] / done if ends and done else None
+    @functools.cached_property
+    def epoch_ends(self) -> dict[int, dict[str, Any]]:
+        """The last report of each epoch in log.txt: it is made after the last step."""
+        done = {line["epoch"] for line in self.epochs}
+        of_epochs = (report for report in self.reports if type(report.get("epoch")) is int)
+        return {report["epoch"]: report for report in of_epochs if report["epoch"] in done}
 
-    @property
-    def images_per_step(self) -> float | None:
-        """Over the run so far, from metrics.jsonl."""
-        images = [
-            (report["images"], report["step"]) for report in self.reports if is_number(report.get("images"))
-        ]
-        return images[-1][0] / images[-1][1] if images and images[-1][1] else None
+    def epoch_at(self, report: dict[str, Any]) -> float | None:
+        """Epochs that were done at a report, part of one included; None in a first
+        epoch that is not over.
+        """
+        epoch, ends = report.get("epoch"), self.epoch_ends
+        if type(epoch) is not int:
+            return None
+        if epoch in ends:
+            end = ends[epoch]["step"]
+            start = ends[epoch - 1]["step"] if epoch - 1 in ends else end * epoch / (epoch + 1)
+        elif epoch - 1 in ends:  # as long as those before it
+            start = ends[epoch - 1]["step"]
+            end = start * (epoch + 1) / epoch
+        else:
+            return None
+        return epoch + (report["step"] - start) / (end - start) if end > start else None
 
 
 def is_number(value: Any) -> TypeGuard[float]:

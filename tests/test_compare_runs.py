@@ -39,8 +39,10 @@ def make_run(folder, losses=(3.0, 2.0, 1.0), scores=(10.0, 30.0, 20.0), reports=
     lines = []
     for epoch, loss in enumerate(losses):
         line = {"epoch": epoch, "train_loss": loss, "train_lr": 0.001, "seconds": 60.5}
+        line["train_class_acc"] = 1 / (1 + loss)
         if scores and scores[epoch] is not None:
             line |= {"test_acc1": scores[epoch], "test_loss": loss + 1, "test_images": 80}
+            line |= {"test_acc1_layer2": loss, "test_loss_1": loss}
         lines.append(json.dumps(line))
     (folder / "log.txt").write_text("".join(f"{line}\n" for line in lines))
     if reports:
@@ -78,7 +80,7 @@ def test_folders_of_runs_and_runs_among_others(tmp_path, capsys):
     lines = printed(capsys, tmp_path / "out")
     assert [line.split()[0] for line in lines if line.startswith("run")] == ["run", "run2", "run10"]
     assert not [line for line in lines if "skipped" in line]
-    lines = printed(capsys, *sorted((tmp_path / "out").iterdir()), tmp_path / "out/run2/")
+    lines = printed(capsys, *sorted((tmp_path / "out").iterdir()), tmp_path / "out/../out/run2")
     skipped = [line.split(":")[0].split()[1] for line in lines if line.startswith("skipped")]
     assert skipped == [str(tmp_path / "out/data"), str(tmp_path / "out/summary.json")]
     assert len([line for line in lines if line.startswith("run2")]) == 1  # though named twice
@@ -161,7 +163,7 @@ def test_a_run_that_holds_its_lock_is_running(tmp_path):
 
 
 def test_last_and_best_figures(tmp_path, capsys):
-    run = read_run(make_run(tmp_path / "a", losses=(3.0, 1.0, math.nan), scores=(10.0, 30.0, None)))
+    run = read_run(make_run(tmp_path / "a", losses=(math.nan, 1.0, math.nan), scores=(10.0, 30.0, None)))
     assert (run.last("test_acc1"), run.best("test_acc1")) == (30.0, 30.0)
     assert math.isnan(run.last("train_loss"))
     assert run.best("train_loss") == 1.0
@@ -189,7 +191,8 @@ def test_columns_are_what_differs(tmp_path):
     assert columns["best test_acc1"] == ["30.00", "30.00"]
     assert columns["mixup"] == ["0.0", "-"]
     assert columns["commit"] == ["abc", "def"]
-    assert not {"test_images", "output_dir", "packages", "vflip", "best test_images"} & columns.keys()
+    not_shown = {"test_images", "output_dir", "packages", "vflip", "best test_images", "train_class_acc"}
+    assert not (not_shown | {"test_acc1_layer2", "test_loss_1"}) & columns.keys()
 
 
 def test_without_evaluation_figures_of_training_are_shown(tmp_path):
@@ -197,7 +200,7 @@ def test_without_evaluation_figures_of_training_are_shown(tmp_path):
     with open(run / "log.txt", "a") as log:
         log.write('{"epoch": 2, "train_loss": 1.0, "train_loss_1": 0.5, "train_mlm_acc_1": 0.25}\n')
     titles = [column.title for column in comparison.compare([Row("a", [read_run(run)])])]
-    assert titles == ["epochs", "time", "train_loss", "train_mlm_acc_1"]
+    assert titles == ["epochs", "time", "train_loss", "train_class_acc", "train_mlm_acc_1"]
 
 
 def test_stages_have_tables_of_their_own(tmp_path, capsys):
@@ -294,7 +297,7 @@ def test_broken_lines_are_left_out_and_told(tmp_path, capsys):
         "\x00",
     ]
     (run / "log.txt").write_text("\n".join([*strange, good, '{"epoch": 1, "train_loss": 1.5}']))
-    (run / "metrics.jsonl").write_text('{"step": 1, "images": "x", "loss": [1]}\nhello\n')
+    (run / "metrics.jsonl").write_text('{"step": 1, "epoch": [0], "images": "x", "loss": 1}\nhello\n')
     (run / "environment.json").write_text("[")
     lines = printed(capsys, run, *as_flags(html=tmp_path / "page.html"))
     assert f"warning: {run / 'log.txt'}: 8 lines cannot be read, and left out" in lines
@@ -345,15 +348,24 @@ def test_curves_stand_where_the_run_was(tmp_path):
     assert curves["loss, each report"]["images"] == [32, 64, 96, 128]
     assert curves["images_per_second"]["y"] == [50.0] * 4
     assert curves["lr"]["y"] == [0.001] * 2
+    assert curves["loss, each report"]["y"] == [7, 5, 3, 1]
+    began = read_run(make_run(tmp_path / "began", losses=(), scores=(), reports=True))
+    assert curves_of(began) == {}
+    began.reports = [{"step": 2, "epoch": 0, "images": 8, "loss": 1.0}, {"step": 3, "epoch": 0, "loss": None}]
+    loss = {"y": [1, None], "epochs": None, "steps": [2, 3], "images": [8, None]}
+    assert curves_of(began) == {"loss, each report": loss}
     old = curves_of(read_run(make_run(tmp_path / "b", losses=(3.0, math.nan, math.inf))))
+    later = RunFolder(tmp_path, epochs=[{"epoch": 3, "train_loss": 1.0}], reports=[])  # a cool-down
+    later.reports = [{"step": step, "epoch": epoch, "lr": 1.0} for step, epoch in ((35, 3), (40, 3), (45, 4))]
+    assert curves_of(later)["lr"]["epochs"] == [3.5, 4.0, 4.5]
     assert old["train_loss"] == {"y": [3, None, None], "epochs": [1, 2, 3], "steps": None, "images": None}
 
 
 def test_long_curves_are_thinned(tmp_path):
-    curves = curves_of(read_run(make_run(tmp_path / "a", losses=[1.0] * 2500, scores=None)))
+    curves = curves_of(read_run(make_run(tmp_path / "a", losses=[1.0] * 2501, scores=None)))
     epochs = curves["train_loss"]["epochs"]
     assert len(epochs) <= MOST_POINTS
-    assert epochs[-1] == 2500
+    assert epochs[-1] == 2501
 
 
 def test_a_page_loads_nothing_and_has_each_run(tmp_path, capsys):
