@@ -27,6 +27,7 @@ from checkpoint_io.training_state import TrainState
 from data_pipeline.files import BadFiles
 from data_pipeline.samplers import close
 from errors import UserError
+from monitoring import environment
 from monitoring.reporter import Reporter, RunCounts
 from run_state import Run, TrainingData, compile_networks
 from runtime import distributed, fsdp
@@ -158,6 +159,7 @@ class Trainer:
                 at_the_end.callback(run.lock.release)
             at_the_end.enter_context(explain_errors(options.output_dir, options.log_dir or ""))
             run.write_flags()
+            environment.write(run.output_dir, run.words, run.given, run.flags, run.device, state.step)
             counts = RunCounts(self.epochs, state.epoch, state.step, self.data.sampler.global_batch)
             self.reporter = Reporter(
                 options.output_dir, options.log_dir, options.print_freq, run.device, counts

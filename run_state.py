@@ -89,6 +89,8 @@ class Run:
     precision: Precision
     flags: dict[str, Any] = field(default_factory=dict)  # all of the command line, as plain data
     config: dict[str, Any] = field(default_factory=dict)  # for flags.json
+    words: tuple[str, ...] = ()  # the command line
+    given: frozenset[str] = frozenset()  # the flags that it names
     data: dict[str, Any] = field(default_factory=dict)  # for checkpoints: images, digest of their names
     resumed: tuple[Path | None, dict[str, Any]] | None = None  # of run_checkpoints.find_resumed
     lock: RunLock | None = None  # of rank 0, while it trains
@@ -127,7 +129,8 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     precision = choose_precision(options.amp_dtype, device)
     flags = checkpoints.to_plain_data(args.plain())
     lock = open_output(options.output_dir, trains)
-    run = Run(options, launch, device, precision, flags, args.to_config(given_only=not trains), lock=lock)
+    config = args.to_config(given_only=not trains)
+    run = Run(options, launch, device, precision, flags, config, args.words, args.given, lock=lock)
     resumption.check_ranks_agree(flags)
     resumption.check_start_epoch(options.start_epoch, options.epochs)
     if run.is_sharded:

@@ -32,17 +32,18 @@ class JsonLines:
             shorter.write_text("".join(kept), encoding="utf-8")
             shorter.replace(self.path)
 
-    def set_aside(self, when: str) -> None:
-        """Another run's file gets another name."""
-        if self.path.exists():
-            self.path.replace(self.path.with_name(f"{self.path.stem}-until-{when}{self.path.suffix}"))
-
     def append(self, line: dict[str, Any]) -> None:
         """NaN and infinities are written as Python's reader takes them, which strict
         ones refuse: see finite_only.
         """
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def set_aside(path: Path, when: str) -> None:
+    """Another run's file gets another name."""
+    if path.exists():
+        path.replace(path.with_name(f"{path.stem}-until-{when}{path.suffix}"))
 
 
 class RunFiles:
@@ -59,8 +60,8 @@ class RunFiles:
             self.metrics.go_on_before("step", first_step + 1)
         else:
             now = time.strftime("%Y%m%d-%H%M%S")
-            self.log.set_aside(now)
-            self.metrics.set_aside(now)
+            set_aside(self.log.path, now)
+            set_aside(self.metrics.path, now)
 
 
 def finite_only(line: dict[str, Any]) -> dict[str, Any]:
