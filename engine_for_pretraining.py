@@ -27,6 +27,7 @@ from layers.linear_cross_entropy import linear_cross_entropy
 from layers.token_subset import MaskedPositions
 from runtime import distributed
 from runtime.device import Precision, to_device
+from runtime.phases import FROZEN, phase
 from visualization import drawing
 
 
@@ -292,7 +293,8 @@ class Tokens(Target):
         if self.channels is not None:
             images = images.index_select(1, self.channels)
         masked = masked_positions(batch) if masked_only else None
-        return self.tokenizer.get_codebook_indices(images, masked).flatten()
+        with phase(FROZEN):
+            return self.tokenizer.get_codebook_indices(images, masked).flatten()
 
     def networks(self) -> list[Any]:
         return [self.tokenizer]

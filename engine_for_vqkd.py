@@ -19,6 +19,7 @@ from norm_ema_quantizer import FEATURES_PER_CODE
 from runtime import distributed
 from runtime.device import Precision
 from runtime.metrics import RunningMeans
+from runtime.phases import FROZEN, phase
 from runtime.terminal import log
 from visualization import drawing
 from vqkd_teachers import Teacher
@@ -51,7 +52,9 @@ class TokenizerStage(Stage):
             model.quantize.gather_for_kmeans = FEATURES_PER_CODE * model.quantize.num_tokens
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        return model(batch["image"], self.teacher.targets(batch["image"]))
+        with phase(FROZEN):
+            targets = self.teacher.targets(batch["image"])
+        return model(batch["image"], targets)
 
     def before_step(self, step: int) -> None:
         self.model.quantize.warming_up = step < self.warmup_steps

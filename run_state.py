@@ -44,6 +44,9 @@ class RunOptions:
     # what it writes, and how often
     output_dir: str = ""
     log_dir: str | None = None
+    peak_tflops: float | None = None
+    profile: int = 0
+    memory_snapshot: bool = False
     save_ckpt: bool = True
     save_ckpt_freq: int = 1
     save_ckpt_steps: int = 0
@@ -126,6 +129,8 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     )
     if options.compile:
         compilation.require_compiler(device)
+    if trains:
+        check_recording(options, device)
     precision = choose_precision(options.amp_dtype, device)
     flags = checkpoints.to_plain_data(args.plain())
     lock = open_output(options.output_dir, trains)
@@ -143,6 +148,18 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     if not trains and not (Path(options.output_dir) / checkpoints.LATEST).exists():
         run.write_flags()  # beside a checkpoint lie those of its training
     return run
+
+
+def check_recording(options: RunOptions, device: torch.device) -> None:
+    """UserError where `profile` or `memory_snapshot` could not do what they are for."""
+    if options.memory_snapshot and device.type != "cuda":
+        raise UserError(
+            "`memory_snapshot` records the memory of a GPU, and this run is on the CPU: leave it out "
+            "(`profile` records times on a CPU too)"
+        )
+    name = "profile" if options.profile else "memory_snapshot" if options.memory_snapshot else None
+    if name and not options.output_dir:
+        raise UserError(f"`{name}` writes to a folder in `output_dir`: name one")
 
 
 def log_setup(run: Run, changed_flags: dict[str, Any]) -> None:

@@ -21,11 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 import engine
-from estimation.cards import Card, card_functions
+from estimation.card_functions import card_functions
 from estimation.tracker import Memory, Tracker
 from layers.meant_device import meant_for
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from runtime import distributed, signals
+from runtime.cards import Card
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from arguments import (
     MOST,
     WEIGHTS,
     Number,
+    above_zero,
     add_obsolete,
     add_switch,
     expand_home,
@@ -80,6 +81,25 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
         help="data processes per training process; capped at the cores",
     )
     add_switch(g, "pin_mem", "no_pin_mem", True, "page-locked batches: faster copies to a GPU")
+    g.add_argument(
+        "--peak_tflops",
+        type=above_zero,
+        default=None,
+        help="what one device computes at best in the run's precision, of its data sheet, for the MFU; "
+        "default: of the table of known GPUs, of a CPU measured",
+    )
+    g.add_argument(
+        "--profile",
+        type=Number(int, 0, 1000),
+        default=0,
+        metavar="N",
+        help="record N steps after two, show where their time goes, write output_dir/profile/, go on",
+    )
+    g.add_argument(
+        "--memory_snapshot",
+        action="store_true",
+        help="write what lies in the GPU's memory in the first steps to output_dir/profile/",
+    )
     g = parser.add_argument_group("processes (a launcher sets these; plain python needs none)")
     g.add_argument("--dist_url", default="env://", help="where the processes meet")
     g.add_argument(

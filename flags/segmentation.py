@@ -41,6 +41,7 @@ TRAINING_FLAGS = """
     max_steps steps_per_epoch min_lr warmup_steps poly_power grad_checkpointing compile
     save_ckpt_freq save_ckpt_steps keep_ckpts print_freq eval_freq image_freq disable_eval
     allow_changed_run auto_resume log_dir
+    memory_snapshot peak_tflops profile
 """.split()
 
 

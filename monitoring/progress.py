@@ -85,10 +85,14 @@ def format_report(
     data_wait: float,
     memory: int | None,
     seconds_left: float,
+    mfu: float | None = None,
 ) -> str:
-    """`speed` in images a second, `data_wait` a share of the time, `memory` in bytes."""
+    """`speed` in images a second, `data_wait` a share of the time, `memory` in bytes,
+    `mfu` a share of the device's peak.
+    """
     text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
     text += f"  lr {lr:.2e}  {speed:.{0 if speed >= 10 else 2}f} images/s  data wait {100 * data_wait:.0f}%"
+    text += "" if mfu is None else f"  mfu {100 * mfu:.0f}%"
     size = "?" if memory is None else f"{memory / 2**30:.1f}"
     return f"{text}  {size} GiB  eta {format_clock(seconds_left)}"
 

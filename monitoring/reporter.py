@@ -19,6 +19,7 @@ from monitoring.progress import format_report, open_progress, peak_memory
 from monitoring.run_files import RunFiles, finite_only
 from monitoring.trackers import TensorBoard, Tracker
 from runtime import distributed
+from runtime.phases import DATA, phase
 from runtime.terminal import log
 
 
@@ -50,6 +51,10 @@ class Reporter:
         self.files: RunFiles | None = None
         self.trackers: list[Tracker] = []
         self.progress = open_progress()
+        # for the MFU, where they are known: of a step in this process; of its device,
+        # a second
+        self.flops_per_step: int | None = None
+        self.peak_flops: float | None = None
         if distributed.is_main():
             if output_dir:
                 self.output_dir = Path(output_dir)
@@ -74,9 +79,14 @@ class Reporter:
     def waiting_for(self, batches: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """The next `count` micro-batches; the time they take is the data-wait share."""
         asked = time.monotonic()
-        group = [next(batches) for _ in range(count)]
+        with phase(DATA):
+            group = [next(batches) for _ in range(count)]
         self.waited += time.monotonic() - asked
         return group
+
+    def leave_out(self, seconds: float) -> None:
+        """Time in which the run did something else than train: no part of the speed."""
+        self.last_report += seconds
 
     def reports_at(self, step: int) -> bool:
         """Whether `step` is followed by a report: the same steps in every rank and in a
@@ -99,21 +109,30 @@ class Reporter:
         """
         seconds, steps = max(time.monotonic() - self.last_report, 1e-9), max(step - self.last_step, 1)
         speed, data_wait = steps * self.counts.images_per_step / seconds, self.waited / seconds
-        memory = peak_memory(self.device)
-        text = format_report(means, lr, speed, data_wait, memory, steps_left * seconds / steps)
+        memory, mfu = peak_memory(self.device), self.mfu(steps / seconds)
+        text = format_report(means, lr, speed, data_wait, memory, steps_left * seconds / steps, mfu)
         self.progress.update(step - self.steps_before_epoch, text, report)
         if not report:
             return
         more = more or {}
         measured = {"lr": lr, "images_per_second": speed, "data_wait": data_wait, "memory": memory}
+        measured["mfu"] = mfu
         if self.files is not None:
             self.files.metrics.append(finite_only({"step": step} | more | means | measured))
         known = {name: value for name, value in more.items() if math.isfinite(value) and name != "images"}
         scalars = {f"train/{name}": value for name, value in (means | known).items()}
         scalars |= {"train/lr": lr, "speed/images_per_second": speed, "speed/data_wait": data_wait}
+        if mfu is not None:
+            scalars["speed/mfu"] = mfu
         for tracker in self.trackers:
             tracker.scalars(scalars, step)
         self.last_report, self.last_step, self.waited = time.monotonic(), step, 0.0
+
+    def mfu(self, steps_per_second: float) -> float | None:
+        """Share of the device's peak that the steps reach."""
+        if self.flops_per_step is None or self.peak_flops is None:
+            return None
+        return self.flops_per_step * steps_per_second / self.peak_flops
 
     def epoch(self, epoch: int, step: int, train: dict[str, float], test: dict[str, float]) -> None:
         """One JSON object in log.txt, one line on the terminal. `step`: those of the

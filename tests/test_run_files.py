@@ -10,26 +10,10 @@ import pytest
 import torch
 from many_processes import one_process, two_processes
 from refusals import refused
-from tiny_runs import (
-    SIZE,
-    as_flags,
-    checkpoint,
-    finetuning_flags,
-    kill_after,
-    labeled_pixels,
-    pretraining_flags,
-    segmentation_flags,
-    spoil_loss,
-    student,
-    vqkd_flags,
-)
+from tiny_runs import as_flags, checkpoint, finetuning_flags, kill_after, spoil_loss
+from tiny_stages import STAGES, all_stages, metrics
 
 import engine_for_finetuning
-import run_beitv2_pretraining
-import run_class_finetuning
-import run_linear_eval
-import run_segmentation_finetuning
-import run_vqkd_training
 from monitoring import environment
 from monitoring.reporter import Reporter
 from monitoring.run_files import finite_only
@@ -38,55 +22,13 @@ KEYS = "step images loss lr grad_norm images_per_second data_wait memory skipped
 TIMED = {"images_per_second", "data_wait", "memory", "mfu"}  # else a resumed run repeats them
 
 
-def refuse_constant(name):
-    raise ValueError(f"{name} is no JSON")
-
-
-def metrics(out):
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=refuse_constant) for line in lines]
-
-
 def untimed(lines):
     return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
 
 
-def pixel_decoder_flags(data, out, tokenizer_weight, *more):
-    flags = as_flags(data_path=data, train_pixel_decoder=True, tokenizer_weight=tokenizer_weight)
-    flags += as_flags(output_dir=out, pixel_decoder_dim=32, batch_size=4, epochs=2, lr=1e-3)
-    return [*flags, *SIZE, *more]
-
-
-def linear_flags(data, out, weights, *more):
-    flags = as_flags(data_set="image_folder", data_path=data, eval_data_path=data, output_dir=out)
-    return [*flags, *SIZE, *as_flags(finetune=weights, batch_size=4, epochs=2, lr=0.1), *more]
-
-
 @pytest.fixture(scope="module")
 def stages(data, tokenizer_weight, tmp_path_factory):
-    """Name -> (main, its flags for an output folder): 8 steps of 4 images, but 6 of 2."""
-    folder = tmp_path_factory.mktemp("files")
-    weights, pairs = student(folder / "student.pth"), labeled_pixels(folder / "pairs")
-    return {
-        "vqkd": (run_vqkd_training.main, lambda out, *more: vqkd_flags(data, out, *more)),
-        "pretraining": (
-            run_beitv2_pretraining.main,
-            lambda out, *more: pretraining_flags(data, out, tokenizer_weight, *more),
-        ),
-        "finetuning": (run_class_finetuning.main, lambda out, *more: finetuning_flags(data, out, *more)),
-        "segmentation": (
-            run_segmentation_finetuning.main,
-            lambda out, *more: segmentation_flags(pairs, out, *more),
-        ),
-        "linear probe": (run_linear_eval.main, lambda out, *more: linear_flags(data, out, weights, *more)),
-        "pixel decoder": (
-            run_vqkd_training.main,
-            lambda out, *more: pixel_decoder_flags(data, out, tokenizer_weight, *more),
-        ),
-    }
-
-
-STAGES = ("vqkd", "pretraining", "finetuning", "segmentation", "linear probe", "pixel decoder")
+    return all_stages(data, tokenizer_weight, tmp_path_factory.mktemp("stages"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
