@@ -26,12 +26,13 @@ from checkpoint_io import checkpoints
 from checkpoint_io.training_state import TrainState
 from data_pipeline.files import BadFiles
 from data_pipeline.samplers import close
-from errors import UserError
+from errors import UserError, count
 from monitoring import environment
 from monitoring.profiling import StepProfiler
+from monitoring.progress import Remark
 from monitoring.reporter import Reporter, RunCounts
-from run_state import Run, TrainingData, compile_networks
-from runtime import distributed, flops, fsdp
+from run_state import Run, TrainingData
+from runtime import compilation, distributed, flops, fsdp
 from runtime.device import Precision, to_device
 from runtime.failures import explain_errors
 from runtime.flops import StepFlops
@@ -75,6 +76,12 @@ class Stage:
         front.
         """
         return {}
+
+    def remark(self, step: int) -> Remark | None:
+        """What a reader of the figures must know after `step` steps of the run; None:
+        they speak for themselves.
+        """
+        return None
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Entries for log.txt, with their `test_` in front; {} where there is nothing
@@ -149,7 +156,9 @@ class Trainer:
         """`compile`: the model, and the frozen `networks` beside it. After resuming:
         weights are loaded and averages begun.
         """
-        compile_networks(self.run, self.data, self.state.model, *networks)
+        if self.run.options.compile:
+            parts = compilation.compile_networks(self.data.sampler.batch_size, self.state.model, *networks)
+            log.info(f"compile    {parts} parts of the networks, in the first step (a minute or more)")
 
     def fit(self) -> None:
         """Train from where the state stands to the last epoch, or until a signal asks
@@ -164,15 +173,16 @@ class Trainer:
                 at_the_end.callback(run.lock.release)
             at_the_end.enter_context(explain_errors(options.output_dir, options.log_dir or ""))
             run.write_flags()
-            environment.write(run.output_dir, run.words, run.given, run.flags, run.device, state.step)
+            environment.write(run.output_dir, run.typed, run.flags, run.device, state.step)
             counts = RunCounts(self.epochs, state.epoch, state.step, self.data.sampler.global_batch)
             self.reporter = Reporter(
-                options.output_dir, options.log_dir, options.print_freq, run.device, counts
+                options.output_dir, options.log_dir, options.print_freq, run.device, counts, self.stage.remark
             )
             self.reporter.peak_flops = flops.find_peak(run.device, run.precision, options.peak_tflops)
             self.flops = StepFlops(distributed.is_main() and self.reporter.peak_flops is not None)
             recorded = run.output_dir if distributed.is_main() else None
             self.profiler = StepProfiler(recorded, options.profile, options.memory_snapshot, run.device)
+            log.info(self.describe())
             last_good = None if run.output_dir is None else run.output_dir / checkpoints.LATEST
             self.skipped = SkippedSteps(state, last_good, options.seed)
             self.bad_files = BadFiles()
@@ -192,6 +202,26 @@ class Trainer:
                 finally:
                     self.reporter.close()
         distributed.barrier()
+
+    def describe(self) -> str:
+        """What is ahead, in one line."""
+        state, dataset, total = self.state, self.data.loader.dataset, len(self.schedule.lr)
+        classes = len(getattr(dataset, "classes", None) or ())
+        images = count(len(dataset), "image") + (f" of {classes:,} classes" if classes else "")
+        per_epoch, start = count(self.data.steps_per_epoch, "step"), self.schedule_step()
+        if start:
+            epoch, done = f"epoch {state.epoch + 1} of {self.epochs}", count(self.steps_done(), "step")
+            ahead = f"goes on after {done} of {epoch}, {total - start:,} of {count(total, 'step')} left"
+        else:
+            ahead = f"{count(self.epochs, 'epoch')}, {count(total, 'step')}"
+        return f"training   {ahead}; an epoch is {per_epoch}, {images}"
+
+    def schedule_step(self) -> int:
+        """Where in the schedule the next step stands."""
+        state = self.state
+        if self.schedule.in_steps:
+            return state.step
+        return state.epoch * self.data.steps_per_epoch + self.steps_done()
 
     def count_epochs(self) -> int:
         """How many epochs a run that is counted in steps has, done ones included; the
@@ -253,7 +283,7 @@ class Trainer:
             state.means = RunningMeans()
             self.stage.start_epoch(state.epoch)
         done = self.steps_done()
-        start = state.step if schedule.in_steps else state.epoch * data.steps_per_epoch + done
+        start = self.schedule_step()
         steps = min(data.steps_per_epoch, done + len(schedule.lr) - start)
         if done >= steps:  # killed after the last step of an epoch: for its line in log.txt
             schedule.apply(state.optimizer, max(start - 1, 0))
@@ -273,7 +303,7 @@ class Trainer:
                 self.skipped.raise_if_stuck()
                 means, figures = state.means.report(), self.more_figures()
                 self.reporter.step(means, current_lr(state), state.step, left, report=True, more=figures)
-            elif self.reporter.progress.is_due():
+            elif self.reporter.is_due(state.step):
                 means = state.means.compute_new()
                 self.reporter.step(means, current_lr(state), state.step, left, report=False)
             if options.save_ckpt_steps and state.step % options.save_ckpt_steps == 0:

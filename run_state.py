@@ -26,6 +26,7 @@ from data_pipeline.samplers import Loader, LoaderSettings, ResumableSampler, bui
 from errors import UserError, count
 from layers import cpu_bf16
 from layers.meant_device import is_cpu
+from monitoring import profiling
 from runtime import compilation, distributed, fsdp, signals
 from runtime.device import Precision, choose_precision
 from runtime.distributed import Launch
@@ -92,8 +93,7 @@ class Run:
     precision: Precision
     flags: dict[str, Any] = field(default_factory=dict)  # all of the command line, as plain data
     config: dict[str, Any] = field(default_factory=dict)  # for flags.json
-    words: tuple[str, ...] = ()  # the command line
-    given: frozenset[str] = frozenset()  # the flags that it names
+    typed: arguments.Flags = field(default_factory=arguments.Flags)  # the same, as they were parsed
     data: dict[str, Any] = field(default_factory=dict)  # for checkpoints: images, digest of their names
     resumed: tuple[Path | None, dict[str, Any]] | None = None  # of run_checkpoints.find_resumed
     lock: RunLock | None = None  # of rank 0, while it trains
@@ -130,12 +130,12 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     if options.compile:
         compilation.require_compiler(device)
     if trains:
-        check_recording(options, device)
+        profiling.check(options.profile, options.memory_snapshot, options.output_dir, device)
     precision = choose_precision(options.amp_dtype, device)
     flags = checkpoints.to_plain_data(args.plain())
     lock = open_output(options.output_dir, trains)
     config = args.to_config(given_only=not trains)
-    run = Run(options, launch, device, precision, flags, config, args.words, args.given, lock=lock)
+    run = Run(options, launch, device, precision, flags, config, typed=args, lock=lock)
     resumption.check_ranks_agree(flags)
     resumption.check_start_epoch(options.start_epoch, options.epochs)
     if run.is_sharded:
@@ -150,22 +150,10 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     return run
 
 
-def check_recording(options: RunOptions, device: torch.device) -> None:
-    """UserError where `profile` or `memory_snapshot` could not do what they are for."""
-    if options.memory_snapshot and device.type != "cuda":
-        raise UserError(
-            "`memory_snapshot` records the memory of a GPU, and this run is on the CPU: leave it out "
-            "(`profile` records times on a CPU too)"
-        )
-    name = "profile" if options.profile else "memory_snapshot" if options.memory_snapshot else None
-    if name and not options.output_dir:
-        raise UserError(f"`{name}` writes to a folder in `output_dir`: name one")
-
-
 def log_setup(run: Run, changed_flags: dict[str, Any]) -> None:
     log.info(f"flags      {', '.join(f'{k}={v}' for k, v in changed_flags.items()) or 'all default'}")
-    is_gpu = run.device.type == "cuda"
-    name = torch.cuda.get_device_name(run.device) if is_gpu else f"cpu, {torch.get_num_threads()} threads"
+    is_gpu, cpu = run.device.type == "cuda", f"cpu, {count(torch.get_num_threads(), 'thread')}"
+    name = torch.cuda.get_device_name(run.device) if is_gpu else cpu
     log.info(f"device     {run.launch.world_size} x {name}, {run.precision}")
     log.info(f"code       commit {git_commit()}, torch {torch.__version__}")
     log.info(f"output     {run.options.output_dir or 'nowhere: without `output_dir` nothing is kept'}")
@@ -260,15 +248,6 @@ def build_eval_loader(
     workers = options.num_workers if num_workers is None else num_workers
     settings = LoaderSettings(batch_size or options.batch_size, workers, options.pin_mem)
     return samplers.build_eval_loader(dataset, settings, run.launch, run.device, every)
-
-
-def compile_networks(run: Run, data: TrainingData, *networks: Any) -> None:
-    """`compile`, for the model and the frozen networks beside it. Before the first
-    step: weights are loaded, averages begun.
-    """
-    if run.options.compile:
-        count = compilation.compile_networks(data.sampler.batch_size, *networks)
-        log.info(f"compile    {count} parts of the networks, in the first step (a minute or more)")
 
 
 def move_to_device(run: Run, model: nn.Module, ema: ModelEmaV3 | None = None) -> None:

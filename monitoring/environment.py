@@ -15,12 +15,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import arguments
 from checkpoint_io import checkpoints
 from errors import hide_secrets
 from monitoring.run_files import set_aside
@@ -54,8 +55,7 @@ ASSIGNED = re.compile(
 
 def write(
     folder: Path | None,
-    words: Sequence[str],
-    given: Collection[str],
+    typed: arguments.Flags,
     flags: Mapping[str, Any],
     device: torch.device,
     first_step: int,
@@ -63,7 +63,7 @@ def write(
     """Of this start of a run; those of its earlier starts are kept inside. All ranks
     call it, rank 0 writes.
 
-    words, given: the command line, and the names of the flags that it gives.
+    typed, flags: those of the run, as they were parsed and as plain data.
     first_step: where the run goes on; 0: it is a new one.
     """
     here = f"{socket.gethostname()}: {name_device(device)}"
@@ -73,9 +73,9 @@ def write(
     facts = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": first_step,
-        "command": quote_command(words),
+        "command": quote_command(typed.words),
         "directory": os.getcwd(),
-        "flags_given": {name: flags[name] for name in sorted(given) if name in flags},
+        "flags_given": {name: flags[name] for name in sorted(typed.given) if name in flags},
         "flags": dict(flags),
         **describe_code(),
         **describe_software(),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from errors import count
+from errors import UserError, count
 from runtime.phases import PHASES, PhaseRecorder
 from runtime.terminal import log
 
@@ -20,6 +20,18 @@ FOLDER, TRACE, SUMMARY, MEMORY = "profile", "trace.json.gz", "summary.txt", "mem
 WARM_UP = 2  # steps
 MEMORY_STEPS = 3  # the snapshot ends behind them, or behind the profile
 MEMORY_ENTRIES = 200_000  # allocations and releases that are kept with their stacks
+
+
+def check(profile: int, memory_snapshot: bool, output_dir: str, device: torch.device) -> None:
+    """UserError where `profile` or `memory_snapshot` could not do what they are for."""
+    if memory_snapshot and device.type != "cuda":
+        raise UserError(
+            "`memory_snapshot` records the memory of a GPU, and this run is on the CPU: leave it out "
+            "(`profile` records times on a CPU too)"
+        )
+    if (profile or memory_snapshot) and not output_dir:
+        name = "profile" if profile else "memory_snapshot"
+        raise UserError(f"`{name}` writes to a folder in `output_dir`: name one")
 
 
 class StepProfiler:
