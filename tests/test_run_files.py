@@ -198,7 +198,7 @@ def test_a_launcher_is_part_of_the_command(data, tmp_path):
     assert (facts["world_size"], list(facts["processes"].values())) == (2, [2])
 
 
-def test_earlier_starts_are_kept_and_another_run_s_file_set_aside(stages, tmp_path, monkeypatch):
+def test_earlier_starts_are_kept_and_other_runs_set_aside(stages, tmp_path, monkeypatch):
     main, flags = stages["finetuning"]
     for epochs, threads in ((1, "1"), (2, "2"), (3, "2")):
         monkeypatch.setenv("OMP_SCHEDULE", threads)
