@@ -28,6 +28,7 @@ from data_pipeline.files import BadFiles
 from data_pipeline.samplers import close
 from errors import UserError
 from monitoring.reporter import Reporter, RunCounts
+from monitoring.trackers import open_trackers
 from run_state import Run, TrainingData, compile_networks
 from runtime import distributed, fsdp
 from runtime.device import Precision, to_device
@@ -153,9 +154,9 @@ class Trainer:
             at_the_end.enter_context(explain_errors(options.output_dir, options.log_dir or ""))
             run.write_flags()
             counts = RunCounts(self.epochs, state.epoch, state.step, self.data.sampler.global_batch)
-            self.reporter = Reporter(
-                options.output_dir, options.log_dir, options.print_freq, run.device, counts
-            )
+            trackers = open_trackers(options.track, run.describe_to_trackers(state.step))
+            self.reporter = Reporter(options.output_dir, options.print_freq, run.device, counts, trackers)
+            status = "failed"
             last_good = None if run.output_dir is None else run.output_dir / checkpoints.LATEST
             self.skipped = SkippedSteps(state, last_good, options.seed)
             self.bad_files = BadFiles()
@@ -164,15 +165,17 @@ class Trainer:
                     self.train_epochs()
                     self.stop_signal.finalize()
                 refuse_a_run_without_a_step(state, first_step)
+                status = "finished"
                 log.info(f"finished epoch {self.epochs} in {format_clock(time.monotonic() - run.started)}")
             except Stopped as stopped:
+                status = "stopped"
                 log.info(f"stopped by {stopped} after step {state.step}: rerun the same command to resume")
             finally:
                 close(self.data.loader)
                 try:
                     run.saver.wait()
                 finally:
-                    self.reporter.close()
+                    self.reporter.close(status)
         distributed.barrier()
 
     def count_epochs(self) -> int:

@@ -5,6 +5,8 @@ wrapped. How it is saved and resumed: run_checkpoints.py.
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -26,6 +28,9 @@ from data_pipeline.samplers import Loader, LoaderSettings, ResumableSampler, bui
 from errors import UserError, count
 from layers import cpu_bf16
 from layers.meant_device import is_cpu
+from monitoring.run_files import last_step
+from monitoring.tracked_run import TrackedRun
+from monitoring.trackers import check_trackers
 from runtime import compilation, distributed, fsdp, signals
 from runtime.device import Precision, choose_precision
 from runtime.distributed import Launch
@@ -44,6 +49,7 @@ class RunOptions:
     # what it writes, and how often
     output_dir: str = ""
     log_dir: str | None = None
+    track: tuple[str, ...] = ()
     save_ckpt: bool = True
     save_ckpt_freq: int = 1
     save_ckpt_steps: int = 0
@@ -104,6 +110,12 @@ class Run:
         """`fsdp`, and more processes than one."""
         return self.options.fsdp and self.launch.world_size > 1
 
+    def describe_to_trackers(self, step: int) -> TrackedRun:
+        """Before the files of the run forget what came after `step`, where it goes on."""
+        options, command = self.options, shlex.join(sys.argv)
+        last = last_step(self.output_dir) if self.output_dir is not None and step else 0
+        return TrackedRun(options.output_dir, options.log_dir, self.flags, command, step, last)
+
     def write_flags(self) -> None:
         """output_dir/flags.json, which --config reads back to the same run."""
         if self.output_dir is not None and self.config:
@@ -122,6 +134,8 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     launch, device = distributed.start(
         options.device, options.dist_url, options.dist_on_itp, options.dist_timeout
     )
+    if trains:
+        check_trackers(options.track)
     if options.compile:
         compilation.require_compiler(device)
     precision = choose_precision(options.amp_dtype, device)

@@ -17,6 +17,7 @@ from arguments import (
     positive,
     seed,
 )
+from monitoring.trackers import NAMES
 
 
 def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
@@ -30,6 +31,15 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
     )
     g.add_argument(
         "--log_dir", type=expand_home, default=None, help="TensorBoard files; default: --output_dir"
+    )
+    g.add_argument(
+        "--track",
+        nargs="+",
+        choices=NAMES,
+        default=["tensorboard"],
+        metavar="NAME",
+        help="where the run can be followed, besides output_dir: any of tensorboard, wandb, mlflow, trackio "
+        "(docs/monitoring.md), or none",
     )
     g.add_argument(
         "--device", default="cuda", help=("cuda (each process its own GPU; the CPU if there is none) or cpu")

@@ -16,9 +16,12 @@ from torchvision.utils import save_image
 
 from monitoring.progress import format_report, open_progress, peak_memory
 from monitoring.run_files import RunFiles
-from monitoring.trackers import TensorBoard, Tracker
+from monitoring.trackers import Trackers
 from runtime import distributed
 from runtime.terminal import log
+
+# what the test calls otherwise, and counts in percent
+SAME_QUANTITY = {"class_acc": ("acc1", 100), "pixel_acc": ("aacc", 100)}
 
 
 @dataclass(frozen=True)
@@ -37,28 +40,25 @@ class Reporter:
 
     Args:
         output_dir: of files and pictures; empty: there are none.
-        log_dir: of TensorBoard's files, if not output_dir.
         print_freq: optimizer steps between two reports.
     """
 
     def __init__(
-        self, output_dir: str, log_dir: str | None, print_freq: int, device: torch.device, counts: RunCounts
+        self, output_dir: str, print_freq: int, device: torch.device, counts: RunCounts, trackers: Trackers
     ) -> None:
         self.device, self.counts, self.print_freq = device, counts, print_freq
         self.output_dir: Path | None = None
         self.files: RunFiles | None = None
-        self.trackers: list[Tracker] = []
+        self.trackers = trackers
+        self.reported: set[str] = set()  # quantities that each report has
         self.progress = open_progress()
-        if distributed.is_main():
-            if output_dir:
-                self.output_dir = Path(output_dir)
-                self.files = RunFiles(self.output_dir, counts.first_epoch, counts.first_step)
-            if log_dir or output_dir:
-                self.trackers.append(TensorBoard(log_dir or output_dir, counts.first_step))
+        if distributed.is_main() and output_dir:
+            self.output_dir = Path(output_dir)
+            self.files = RunFiles(self.output_dir, counts.first_epoch, counts.first_step)
 
     @property
     def shows_pictures(self) -> bool:
-        return bool(self.trackers) or self.output_dir is not None
+        return bool(self.trackers.trackers) or self.output_dir is not None
 
     def start_epoch(self, epoch: int, done: int, steps_per_epoch: int, step: int) -> None:
         """done: steps of this epoch that were taken before. step: those of the whole
@@ -99,10 +99,10 @@ class Reporter:
         if self.files is not None:
             images = step * self.counts.images_per_step
             self.files.metrics.append({"step": step, "images": images} | means | measured)
-        scalars = {f"train/{name}": value for name, value in means.items()}
-        scalars |= {"train/lr": lr, "speed/images_per_second": speed, "speed/data_wait": data_wait}
-        for tracker in self.trackers:
-            tracker.scalars(scalars, step)
+        self.reported |= means.keys() | {"lr"}
+        scalars = name_scalars("train", means) | {"train/lr": lr}
+        scalars |= {"speed/images_per_second": speed, "speed/data_wait": data_wait}
+        self.trackers.scalars(scalars, step)
         self.last_report, self.last_step, self.waited = time.monotonic(), step, 0.0
 
     def epoch(self, epoch: int, step: int, train: dict[str, float], test: dict[str, float]) -> None:
@@ -120,22 +120,40 @@ class Reporter:
         log.info(f"{self.title} done  {text}")
         if self.files is not None:
             self.files.log.append(line)
-        scalars = {f"epoch/{name}": value for name, value in line.items()}
-        for tracker in self.trackers:
-            tracker.scalars(scalars, step)
-            tracker.flush()
+        # what reports told, an epoch's mean need not tell again
+        of_epoch = {name: value for name, value in train.items() if name not in self.reported}
+        self.trackers.scalars(name_scalars("train", of_epoch) | name_scalars("test", test), step)
+        self.trackers.end_epoch()
 
     def pictures(self, epoch: int, step: int, images: dict[str, Tensor]) -> None:
         """Images (3, height, width) in [0, 1], by name."""
-        for tracker in self.trackers:
-            tracker.pictures(images, step)
+        self.trackers.pictures(images, step)
         if self.output_dir is not None:
             folder = self.output_dir / "pictures"
             folder.mkdir(exist_ok=True)
             for name, image in images.items():
                 save_image(image, folder / f"{name}-{epoch:04d}.png")
 
-    def close(self) -> None:
+    def close(self, status: str) -> None:
+        """`status`: "finished", "stopped" or "failed"."""
         self.progress.close()
-        for tracker in self.trackers:
-            tracker.close()
+        self.trackers.close(status)
+
+
+def name_scalars(split: str, values: dict[str, float]) -> dict[str, float]:
+    """Names for trackers, the same for training and test where the quantity is:
+    `train_class_acc` and `test_acc1` of log.txt are `train/acc1` and `test/acc1`, both
+    in percent.
+    """
+    named = {}
+    for name, value in values.items():
+        if name == "test_images":  # how many there are
+            continue
+        part = split
+        for prefix in ("test_ema_", "test_", "health_"):
+            if name.startswith(prefix):
+                part, name = prefix[:-1], name.removeprefix(prefix)
+                break
+        name, factor = SAME_QUANTITY.get(name, (name, 1)) if part == "train" else (name, 1)
+        named[f"{part}/{name}"] = factor * value
+    return named

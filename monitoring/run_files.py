@@ -60,6 +60,13 @@ class RunFiles:
             self.metrics.set_aside(now)
 
 
+def last_step(folder: Path) -> int:
+    """Of the last report in metrics.jsonl; 0 without one."""
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return int(max([0.0, *(number_in(line, "step") for line in lines[-2:])]))  # the last may be cut
+
+
 def number_in(line: str, key: str) -> float:
     """-inf for a line that is none of ours: it is left as it is."""
     try:

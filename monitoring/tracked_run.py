@@ -1,0 +1,72 @@
+"""What trackers must know of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from errors import hide_secrets
+
+IDS = "trackers.json"  # in output_dir: by which id each service knows the run
+PROJECT = "beit2"
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run as trackers see it.
+
+    Args:
+        output_dir: empty: nothing is kept, and a resumed run is a new one to a service.
+        log_dir: of TensorBoard's files, if not output_dir.
+        command: the command line.
+        first_step: optimizer steps that earlier parts of the run took.
+        last_step: the last one of which the part before this one reported, which may
+            be later: it was killed after its last checkpoint.
+    """
+
+    output_dir: str
+    log_dir: str | None = None
+    flags: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    first_step: int = 0
+    last_step: int = 0
+
+    @property
+    def name(self) -> str:
+        return Path(self.output_dir).resolve().name if self.output_dir else "run"
+
+    def config(self) -> dict[str, Any]:
+        """The flags as numbers, switches and texts without secrets, and the command."""
+        plain = {
+            name: value if isinstance(value, (bool, int, float)) else as_text(value)
+            for name, value in self.flags.items()
+        }
+        return plain | {"command": hide_secrets(self.command)}
+
+    def known_ids(self) -> dict[str, str]:
+        """Of a run that goes on; a new run gets new ones."""
+        if self.first_step and self.output_dir:
+            with contextlib.suppress(OSError, ValueError):
+                ids = json.loads((Path(self.output_dir) / IDS).read_text(encoding="utf-8"))
+                return {str(name): str(known) for name, known in dict(ids).items()}
+        return {}
+
+
+def as_text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(as_text, value))
+    return "none" if value is None else hide_secrets(str(value))
+
+
+def new_id() -> str:
+    return secrets.token_hex(4)
+
+
+def project(variable: str) -> str:
+    """The name of the project, from a service's own environment variable."""
+    return os.environ.get(variable) or PROJECT
