@@ -28,6 +28,7 @@ from data_pipeline.files import BadFiles
 from data_pipeline.samplers import close
 from errors import UserError
 from monitoring.reporter import Reporter, RunCounts
+from monitoring.tracked_run import describe_run
 from monitoring.trackers import open_trackers
 from run_state import Run, TrainingData, compile_networks
 from runtime import distributed, fsdp
@@ -60,6 +61,12 @@ class Stage:
 
     def before_step(self, step: int) -> None:
         """`step` counts the optimizer steps of the whole run."""
+
+    def more_figures(self) -> dict[str, float]:
+        """Figures of the epoch so far, for each report: beside the means of what `step`
+        returns. The one place where a stage may read from the device.
+        """
+        return {}
 
     def end_epoch(self) -> dict[str, float]:
         """More entries for the epoch's line in log.txt, without the `train_` in
@@ -154,7 +161,8 @@ class Trainer:
             at_the_end.enter_context(explain_errors(options.output_dir, options.log_dir or ""))
             run.write_flags()
             counts = RunCounts(self.epochs, state.epoch, state.step, self.data.sampler.global_batch)
-            trackers = open_trackers(options.track, run.describe_to_trackers(state.step))
+            tracked = describe_run(options.output_dir, options.log_dir, run.flags, state.step)
+            trackers = open_trackers(options.track, tracked)
             self.reporter = Reporter(options.output_dir, options.print_freq, run.device, counts, trackers)
             status = "failed"
             last_good = None if run.output_dir is None else run.output_dir / checkpoints.LATEST
@@ -255,8 +263,8 @@ class Trainer:
             left = len(schedule.lr) - schedule_step - 1
             if self.reporter.reports_at(state.step):
                 self.skipped.raise_if_stuck()
-                means = state.means.report()
-                self.reporter.step(means, current_lr(state), state.step, left, report=True)
+                means, figures = state.means.report(), self.more_figures()
+                self.reporter.step(means, current_lr(state), state.step, left, report=True, more=figures)
             elif self.reporter.progress.is_due():
                 means = state.means.compute_new()
                 self.reporter.step(means, current_lr(state), state.step, left, report=False)
@@ -273,6 +281,14 @@ class Trainer:
         if state.scaler.is_enabled():
             now["loss_scale"] = state.scaler.get_scale()
         return state.means.compute(over_all_ranks=True) | now
+
+    def more_figures(self) -> dict[str, float]:
+        """What a report says beside means and speed."""
+        state = self.state
+        figures: dict[str, float] = {"images": state.images, "skipped": state.skipped}
+        if state.scaler.is_enabled():
+            figures["loss_scale"] = state.scaler.get_scale()
+        return figures | self.stage.more_figures()
 
     def steps_done(self) -> int:
         """Optimizer steps of the epoch in which the state stands; the sampler goes on
@@ -293,6 +309,7 @@ class Trainer:
         state.means.add(logs | {"grad_norm": norm})
         state.step += 1
         state.samples += self.data.sampler.global_batch
+        state.images += self.data.sampler.global_batch
         if state.ema is not None:
             state.ema.update(state.model, state.step)
 

@@ -5,8 +5,6 @@ wrapped. How it is saved and resumed: run_checkpoints.py.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -28,8 +26,6 @@ from data_pipeline.samplers import Loader, LoaderSettings, ResumableSampler, bui
 from errors import UserError, count
 from layers import cpu_bf16
 from layers.meant_device import is_cpu
-from monitoring.run_files import last_step
-from monitoring.tracked_run import TrackedRun
 from monitoring.trackers import check_trackers
 from runtime import compilation, distributed, fsdp, signals
 from runtime.device import Precision, choose_precision
@@ -38,8 +34,6 @@ from runtime.run_lock import RunLock
 from runtime.seeding import seed_all
 from runtime.terminal import git_commit, log
 from vit_backbone import Block, recompute_blocks
-
-# ── Setting up ──
 
 
 @dataclass(frozen=True)
@@ -110,12 +104,6 @@ class Run:
         """`fsdp`, and more processes than one."""
         return self.options.fsdp and self.launch.world_size > 1
 
-    def describe_to_trackers(self, step: int) -> TrackedRun:
-        """Before the files of the run forget what came after `step`, where it goes on."""
-        options, command = self.options, shlex.join(sys.argv)
-        last = last_step(self.output_dir) if self.output_dir is not None and step else 0
-        return TrackedRun(options.output_dir, options.log_dir, self.flags, command, step, last)
-
     def write_flags(self) -> None:
         """output_dir/flags.json, which --config reads back to the same run."""
         if self.output_dir is not None and self.config:
@@ -134,8 +122,7 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     launch, device = distributed.start(
         options.device, options.dist_url, options.dist_on_itp, options.dist_timeout
     )
-    if trains:
-        check_trackers(options.track)
+    check_trackers(options.track if trains else ())
     if options.compile:
         compilation.require_compiler(device)
     precision = choose_precision(options.amp_dtype, device)
@@ -280,11 +267,7 @@ def move_to_device(run: Run, model: nn.Module, ema: ModelEmaV3 | None = None) ->
 
 
 def new_state(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    run: Run,
-    name: str,
-    ema: ModelEmaV3 | None = None,
+    model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, name: str, ema: ModelEmaV3 | None = None
 ) -> TrainState:
     """Wrap the model for as many processes as there are. It is on its device already.
     `name`: for the log.

@@ -4,6 +4,7 @@ trackers.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from monitoring.progress import format_report, open_progress, peak_memory
-from monitoring.run_files import RunFiles
+from monitoring.run_files import RunFiles, finite_only
 from monitoring.trackers import Trackers
 from runtime import distributed
 from runtime.terminal import log
@@ -84,9 +85,17 @@ class Reporter:
         step_in_epoch = step - self.steps_before_epoch
         return step % self.print_freq == 0 or step_in_epoch == self.steps_per_epoch
 
-    def step(self, means: dict[str, float], lr: float, step: int, steps_left: int, report: bool) -> None:
+    def step(
+        self,
+        means: dict[str, float],
+        lr: float,
+        step: int,
+        steps_left: int,
+        report: bool,
+        more: dict[str, float] | None = None,
+    ) -> None:
         """`means` since the last report. `report`: of a step of `reports_at`; otherwise
-        only the terminal is told.
+        only the terminal is told. `more` goes to files and trackers.
         """
         seconds, steps = max(time.monotonic() - self.last_report, 1e-9), max(step - self.last_step, 1)
         speed, data_wait = steps * self.counts.images_per_step / seconds, self.waited / seconds
@@ -95,12 +104,13 @@ class Reporter:
         self.progress.update(step - self.steps_before_epoch, text, report)
         if not report:
             return
+        more = more or {}
         measured = {"lr": lr, "images_per_second": speed, "data_wait": data_wait, "memory": memory}
         if self.files is not None:
-            images = step * self.counts.images_per_step
-            self.files.metrics.append({"step": step, "images": images} | means | measured)
-        self.reported |= means.keys() | {"lr"}
-        scalars = name_scalars("train", means) | {"train/lr": lr}
+            self.files.metrics.append(finite_only({"step": step} | more | means | measured))
+        known = {name: value for name, value in more.items() if math.isfinite(value) and name != "images"}
+        self.reported |= means.keys() | more.keys() | {"lr"}
+        scalars = name_scalars("train", means | known) | {"train/lr": lr}
         scalars |= {"speed/images_per_second": speed, "speed/data_wait": data_wait}
         self.trackers.scalars(scalars, step)
         self.last_report, self.last_step, self.waited = time.monotonic(), step, 0.0

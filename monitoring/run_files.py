@@ -38,6 +38,9 @@ class JsonLines:
             self.path.replace(self.path.with_name(f"{self.path.stem}-until-{when}{self.path.suffix}"))
 
     def append(self, line: dict[str, Any]) -> None:
+        """NaN and infinities are written as Python's reader takes them, which strict
+        ones refuse: see finite_only.
+        """
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -65,6 +68,14 @@ def last_step(folder: Path) -> int:
     path = folder / METRICS
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     return int(max([0.0, *(number_in(line, "step") for line in lines[-2:])]))  # the last may be cut
+
+
+def finite_only(line: dict[str, Any]) -> dict[str, Any]:
+    """Figures that are not finite as null, which every reader of JSON takes."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in line.items()
+    }
 
 
 def number_in(line: str, key: str) -> float:

@@ -6,11 +6,14 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from errors import hide_secrets
+from monitoring.run_files import last_step
 
 IDS = "trackers.json"  # in output_dir: by which id each service knows the run
 PROJECT = "beit2"
@@ -55,6 +58,14 @@ class TrackedRun:
                 ids = json.loads((Path(self.output_dir) / IDS).read_text(encoding="utf-8"))
                 return {str(name): str(known) for name, known in dict(ids).items()}
         return {}
+
+
+def describe_run(output_dir: str, log_dir: str | None, flags: dict[str, Any], step: int) -> TrackedRun:
+    """Of this process, which starts or goes on after `step`. Before the run's files
+    forget what an earlier part reported after that.
+    """
+    last = last_step(Path(output_dir)) if output_dir and step else 0
+    return TrackedRun(output_dir, log_dir, flags, shlex.join(sys.argv), step, last)
 
 
 def as_text(value: Any) -> str:

@@ -49,6 +49,7 @@ class SkippedSteps:
         for (step, _), skipped in zip(self.pending, flags.tolist(), strict=True):
             self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if skipped else 0
             if skipped:
+                self.state.skipped += 1
                 log.warning(f"warning: step {step} was skipped: its loss or gradient is not finite")
             if self.state.skipped_in_a_row >= MOST_IN_A_ROW:
                 self.give_up(step)
