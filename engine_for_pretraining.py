@@ -150,7 +150,7 @@ class PretrainingStage(Stage):
     @torch.no_grad()
     def pictures(self, model: Any, count: int = 6) -> dict[str, Tensor]:
         """Each row: the image, what the model sees of it, then the target's own: token
-        maps before and after, or pixels.
+        maps before and after, or pixels; with captions.
         """
         samples = pick_samples(self.dataset, count)
         if not samples:
@@ -174,10 +174,13 @@ class PretrainingStage(Stage):
         for image, mask, target, predicted_targets in zip(
             batch["image"], batch["mask"], *per_image, strict=True
         ):
-            shown = drawing.as_rgb(drawing.denormalize(image, *self.mean_std))
+            shown = drawing.enlarge(drawing.as_rgb(drawing.denormalize(image, *self.mean_std)))
             seen = drawing.masked_image(shown, mask.view(grid))
-            own = self.target.pictures(target, predicted_targets, grid, image.shape[-2:])
-            rows.append(drawing.side_by_side([shown, seen, *own]))
+            own = self.target.pictures(target, predicted_targets, grid, shown.shape[-2:])
+            judged = slice(None) if self.predict_all else mask.flatten()
+            captions = self.target.captions(target[judged], predicted_targets[judged])
+            tiles = zip([shown, seen, *own], ["image", "masked", *captions], strict=True)
+            rows.append(drawing.side_by_side([drawing.add_caption(*tile) for tile in tiles]))
         return {f"masked_{self.target.name}": drawing.stack_rows(rows)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -264,6 +267,10 @@ class Target:
         """
         raise NotImplementedError
 
+    def captions(self, target: Tensor, predicted: Tensor) -> list[str]:
+        """Of those pictures, from what was to be predicted and what was."""
+        raise NotImplementedError
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -326,6 +333,10 @@ class Tokens(Target):
     ) -> list[Tensor]:
         return [drawing.token_map(codes.view(grid), self.width, size) for codes in (target, predicted)]
 
+    def captions(self, target: Tensor, predicted: Tensor) -> list[str]:
+        right = int((target == predicted).sum())
+        return ["target codes", f"predicted: {right}/{len(target)} right"]
+
     def state_dict(self) -> dict[str, Any]:
         counts = self.code_counts.clone()
         distributed.all_reduce_sum(counts)
@@ -378,4 +389,8 @@ class Pixels(Target):
             row=side,
             col=side,
         )
-        return [drawing.as_rgb(drawing.denormalize(image, *self.mean_std))]
+        shown = drawing.as_rgb(drawing.denormalize(image, *self.mean_std))
+        return [drawing.stretch(shown, size)]
+
+    def captions(self, target: Tensor, predicted: Tensor) -> list[str]:
+        return ["predicted pixels"]

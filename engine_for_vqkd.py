@@ -139,19 +139,31 @@ class TokenizerStage(Stage):
 
     @torch.no_grad()
     def pictures(self, model: Any, count: int = 8) -> dict[str, Tensor]:
-        """Images over their token maps, and how evenly the codes are used."""
+        """Images over their token maps, and how evenly the codes are used; with captions."""
         images = [sample["image"] for sample in pick_samples(self.dataset, count)]
         if not images:
             return {}
         model.eval()
         with self.precision.autocast():
             codes = model.get_codebook_indices(torch.stack(images).to(self.device)).cpu()
-        grid, n_codes = model.encoder.patch_embed.patch_shape, model.quantize.num_tokens
-        maps = [drawing.token_map(c.view(grid), n_codes, images[0].shape[-2:]) for c in codes]
-        rows = [drawing.side_by_side([drawing.as_rgb(image) for image in images]), drawing.side_by_side(maps)]
+        grid, quantizer = model.encoder.patch_embed.patch_shape, model.quantize
+        shown = [drawing.enlarge(drawing.as_rgb(image)) for image in images]
+        maps = [drawing.token_map(c.view(grid), quantizer.num_tokens, shown[0].shape[-2:]) for c in codes]
+        rows = [
+            drawing.add_caption(drawing.side_by_side(shown), "images"),
+            drawing.add_caption(
+                drawing.side_by_side(maps), "their codes: one color each; gray: no codes yet"
+            ),
+        ]
+        usage = quantizer.usage()
+        caption = (
+            f"how often each of {quantizer.num_tokens} codes is used, from the most used, logarithmic: "
+            f"{usage['codes_used']} in use, perplexity {usage['perplexity']:.0f}"
+        )
+        histogram = drawing.usage_histogram(quantizer.cluster_size)
         return {
             "tokens": drawing.stack_rows(rows),
-            "codebook_usage": drawing.usage_histogram(model.quantize.cluster_size),
+            "codebook_usage": drawing.add_caption(histogram, caption),
         }
 
     def state_dict(self) -> dict[str, Any]:
