@@ -161,7 +161,9 @@ class Trainer:
             at_the_end.enter_context(explain_errors(options.output_dir, options.log_dir or ""))
             run.write_flags()
             counts = RunCounts(self.epochs, state.epoch, state.step, self.data.sampler.global_batch)
-            tracked = describe_run(options.output_dir, options.log_dir, run.flags, state.step)
+            tracked = describe_run(
+                options.output_dir, options.log_dir, run.flags, run.changed_flags, state.step
+            )
             trackers = open_trackers(options.track, tracked)
             self.reporter = Reporter(options.output_dir, options.print_freq, run.device, counts, trackers)
             status = "failed"

@@ -58,7 +58,7 @@ class PixelDecoderStage(Stage):
         picture = drawing.draw_reconstructions(images, codes, model.n_codes, list(drawn))
         return {
             "reconstruction": drawing.add_caption(
-                picture, "images, their codes, and what is drawn from the codes"
+                picture, "images, their codes, and what is drawn from the codes", drawing.LARGE_CAPTION
             )
         }
 

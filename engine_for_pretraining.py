@@ -180,7 +180,9 @@ class PretrainingStage(Stage):
             judged = slice(None) if self.predict_all else mask.flatten()
             captions = self.target.captions(target[judged], predicted_targets[judged])
             tiles = zip([shown, seen, *own], ["image", "masked", *captions], strict=True)
-            rows.append(drawing.side_by_side([drawing.add_caption(*tile) for tile in tiles]))
+            rows.append(
+                drawing.side_by_side([drawing.add_caption(*tile, drawing.LARGE_CAPTION) for tile in tiles])
+            )
         return {f"masked_{self.target.name}": drawing.stack_rows(rows)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -335,7 +337,7 @@ class Tokens(Target):
 
     def captions(self, target: Tensor, predicted: Tensor) -> list[str]:
         right = int((target == predicted).sum())
-        return ["target codes", f"predicted: {right}/{len(target)} right"]
+        return ["target codes", f"predicted {right}/{len(target)}"]
 
     def state_dict(self) -> dict[str, Any]:
         counts = self.code_counts.clone()

@@ -149,21 +149,21 @@ class TokenizerStage(Stage):
         grid, quantizer = model.encoder.patch_embed.patch_shape, model.quantize
         shown = [drawing.enlarge(drawing.as_rgb(image)) for image in images]
         maps = [drawing.token_map(c.view(grid), quantizer.num_tokens, shown[0].shape[-2:]) for c in codes]
-        rows = [
-            drawing.add_caption(drawing.side_by_side(shown), "images"),
-            drawing.add_caption(
-                drawing.side_by_side(maps), "their codes: one color each; gray: no codes yet"
-            ),
-        ]
-        usage = quantizer.usage()
-        caption = (
-            f"how often each of {quantizer.num_tokens} codes is used, from the most used, logarithmic: "
-            f"{usage['codes_used']} in use, perplexity {usage['perplexity']:.0f}"
+        rows, large = [], drawing.LARGE_CAPTION
+        for four in (slice(start, start + 4) for start in range(0, len(images), 4)):
+            rows.append(drawing.add_caption(drawing.side_by_side(shown[four]), "images", large))
+            rows.append(
+                drawing.add_caption(drawing.side_by_side(maps[four]), "their codes, one color each", large)
+            )
+        usage, histogram = quantizer.usage(), drawing.usage_histogram(quantizer.cluster_size)
+        histogram = drawing.add_caption(
+            histogram, "how often each code is used, most used first (log scale)", large
         )
-        histogram = drawing.usage_histogram(quantizer.cluster_size)
+        used, perplexity = usage["codes_used"], usage["perplexity"]
+        title = f"{used} of {quantizer.num_tokens} codes in use, perplexity {perplexity:.0f}"
         return {
             "tokens": drawing.stack_rows(rows),
-            "codebook_usage": drawing.add_caption(histogram, caption),
+            "codebook_usage": drawing.add_caption(histogram, title, large),
         }
 
     def state_dict(self) -> dict[str, Any]:

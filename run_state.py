@@ -89,6 +89,7 @@ class Run:
     precision: Precision
     flags: dict[str, Any] = field(default_factory=dict)  # all of the command line, as plain data
     config: dict[str, Any] = field(default_factory=dict)  # for flags.json
+    changed_flags: dict[str, Any] = field(default_factory=dict)  # from their defaults
     data: dict[str, Any] = field(default_factory=dict)  # for checkpoints: images, digest of their names
     resumed: tuple[Path | None, dict[str, Any]] | None = None  # of run_checkpoints.find_resumed
     lock: RunLock | None = None  # of rank 0, while it trains
@@ -135,7 +136,8 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
         fsdp.check_options(options.opt, options.compile, options.model_ema_force_cpu, device)
     seed_all(options.seed, device)  # the same on every rank: all build the same model
     log.info(f"── {parser.description} ──")
-    log_setup(run, arguments.changed_flags(parser, args))
+    run.changed_flags = arguments.changed_flags(parser, args)
+    log_setup(run)
     arguments.warn_of_obsolete_flags(parser, args)
     torch.autograd.set_detect_anomaly(options.detect_anomaly)
     if not trains and not (Path(options.output_dir) / checkpoints.LATEST).exists():
@@ -143,8 +145,8 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     return run
 
 
-def log_setup(run: Run, changed_flags: dict[str, Any]) -> None:
-    log.info(f"flags      {', '.join(f'{k}={v}' for k, v in changed_flags.items()) or 'all default'}")
+def log_setup(run: Run) -> None:
+    log.info(f"flags      {', '.join(f'{k}={v}' for k, v in run.changed_flags.items()) or 'all default'}")
     is_gpu = run.device.type == "cuda"
     name = torch.cuda.get_device_name(run.device) if is_gpu else f"cpu, {torch.get_num_threads()} threads"
     log.info(f"device     {run.launch.world_size} x {name}, {run.precision}")

@@ -51,12 +51,12 @@ class ConfidentErrors:
             if probability > 0:
                 true, wrong = (name_class(classes, int(number)) for number in (label, predicted))
                 shown = drawing.enlarge(drawing.as_rgb(drawing.denormalize(image.float().cpu(), *mean_std)))
-                below = drawing.add_caption(shown, f"taken for {wrong} {100 * probability:.0f}%")
-                tiles.append(drawing.add_caption(below, f"is {true}"))
+                below = drawing.add_caption(shown, f"as {wrong} {100 * probability:.0f}%")
+                tiles.append(drawing.add_caption(below, true))
         if not tiles:
             return None
-        title = "most confident errors: true class; predicted class and its probability"
-        return drawing.add_caption(drawing.gallery(tiles, columns), title)
+        title = "surest errors: true class, then what it was taken for"
+        return drawing.add_caption(drawing.gallery(tiles, columns), title, drawing.LARGE_CAPTION)
 
 
 def name_class(classes: Sequence[str], number: int) -> str:

@@ -13,6 +13,7 @@ from torch.utils.tensorboard.summary import hparams
 from monitoring.tracked_run import TrackedRun
 
 CURVES = ("train", "test", "test_ema")  # a folder for each, the name of its curves
+OF_OPTIMIZER = ("lr", "grad_norm", "loss_scale", "skipped")
 
 
 class TensorBoard:
@@ -27,10 +28,15 @@ class TensorBoard:
         self.writers: dict[str, SummaryWriter] = {}
         self.main = self.writer("")
         config = run.config()
-        self.main.add_text("command", f"    {config.pop('command')}", run.first_step)
-        rows = "".join(f"| {name} | `{value}` |\n" for name, value in sorted(config.items()))
+        command = str(config.pop("command")).replace(" --", " \\\n        --")
+        self.main.add_text("command", f"    {command}", run.first_step)
+        rows = "".join(f"| {name} | {value} |\n" for name, value in sorted(config.items()))
         self.main.add_text("flags", f"| flag | value |\n| --- | --- |\n{rows}", run.first_step)
-        _, started, self.finished = hparams(config, {})
+        # as texts, or False would be 0.000
+        chosen = {
+            name: str(v) if isinstance(v, bool) else v for name, v in config.items() if name in run.chosen
+        }
+        _, started, self.finished = hparams(chosen, {})
         self.main._get_file_writer().add_summary(started)
 
     def writer(self, curve: str) -> SummaryWriter:
@@ -41,13 +47,15 @@ class TensorBoard:
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             curve, _, quantity = name.partition("/")
-            if curve not in CURVES:
-                curve, quantity = "train", name
-            self.writer(curve).add_scalar(quantity, value, step)
+            if curve in CURVES:
+                section = "optimizer" if quantity in OF_OPTIMIZER else "learning"
+                self.writer(curve).add_scalar(f"{section}/{quantity}", value, step)
+            else:
+                self.writer("train").add_scalar(name, value, step)
 
     def pictures(self, images: dict[str, Tensor], step: int) -> None:
         for name, image in images.items():
-            self.main.add_image(name, image, step)
+            self.main.add_image(f"pictures/{name}", image, step)
 
     def flush(self) -> None:
         for writer in self.writers.values():

@@ -8,10 +8,12 @@ import os
 import secrets
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoint_io.resumption import WITHOUT_EFFECT
 from errors import hide_secrets
 from monitoring.run_files import last_step
 
@@ -27,6 +29,8 @@ class TrackedRun:
         output_dir: empty: nothing is kept, and a resumed run is a new one to a service.
         log_dir: of TensorBoard's files, if not output_dir.
         command: the command line.
+        chosen: names of the flags that differ from their defaults and decide what is
+            trained.
         first_step: optimizer steps that earlier parts of the run took.
         last_step: the last one of which the part before this one reported, which may
             be later: it was killed after its last checkpoint.
@@ -38,6 +42,7 @@ class TrackedRun:
     command: str = ""
     first_step: int = 0
     last_step: int = 0
+    chosen: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -60,12 +65,15 @@ class TrackedRun:
         return {}
 
 
-def describe_run(output_dir: str, log_dir: str | None, flags: dict[str, Any], step: int) -> TrackedRun:
+def describe_run(
+    output_dir: str, log_dir: str | None, flags: dict[str, Any], changed: Iterable[str], step: int
+) -> TrackedRun:
     """Of this process, which starts or goes on after `step`. Before the run's files
     forget what an earlier part reported after that.
     """
     last = last_step(Path(output_dir)) if output_dir and step else 0
-    return TrackedRun(output_dir, log_dir, flags, shlex.join(sys.argv), step, last)
+    chosen = frozenset(changed) - WITHOUT_EFFECT
+    return TrackedRun(output_dir, log_dir, flags, shlex.join(sys.argv), step, last, chosen)
 
 
 def as_text(value: Any) -> str:

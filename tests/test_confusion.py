@@ -149,13 +149,15 @@ def test_the_most_confident_errors_are_kept(monkeypatch):
 
     captions, add_caption = [], drawing.add_caption
     monkeypatch.setattr(
-        drawing, "add_caption", lambda picture, text: captions.append(text) or add_caption(picture, text)
+        drawing,
+        "add_caption",
+        lambda picture, text, *more: captions.append(text) or add_caption(picture, text, *more),
     )
     errors.draw(["cat", "dog"], ((0.5,) * 3, (0.5,) * 3))
     first = expected[0]
     names = ["cat", "dog", "class 2"]
-    assert captions[0] == f"taken for {names[predicted[first]]} {100 * probability[first]:.0f}%"
-    assert captions[1] == f"is {names[labels[first]]}"
+    assert captions[0] == f"as {names[predicted[first]]} {100 * probability[first]:.0f}%"
+    assert captions[1] == names[labels[first]]
     assert len(captions) == 11
 
 

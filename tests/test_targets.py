@@ -167,7 +167,7 @@ def test_the_picture_shows_image_mask_and_pasted_prediction(data, tmp_path):
 def test_captions_count_the_codes_that_were_found():
     target = engine_for_pretraining.Tokens(None, 8, torch.device("cpu"))
     codes = torch.tensor([1, 2, 3, 4])
-    assert target.captions(codes, torch.tensor([1, 0, 3, 0])) == ["target codes", "predicted: 2/4 right"]
+    assert target.captions(codes, torch.tensor([1, 0, 3, 0])) == ["target codes", "predicted 2/4"]
 
 
 @pytest.mark.slow
