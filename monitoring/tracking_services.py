@@ -126,7 +126,7 @@ class Trackio:
     def __init__(self, run: TrackedRun, known: str | None) -> None:
         import trackio
 
-        self.image = trackio.Image
+        self.image, self.finish = trackio.Image, trackio.finish
         self.id = known or f"{run.name}-{new_id()}"  # trackio knows a run by its name
         with silence_prints():
             self.run = trackio.init(
@@ -149,7 +149,7 @@ class Trackio:
 
     def close(self, status: str) -> None:
         with silence_prints():
-            self.run.finish()
+            self.finish()  # not the run's own, which would print again at exit
 
 
 def pixels(image: Tensor) -> np.ndarray:
