@@ -39,7 +39,7 @@ class ConfidentErrors:
         self,
         classes: Sequence[str],
         mean_std: tuple[Sequence[float], Sequence[float]],
-        columns: int = 4,
+        columns: int = 3,
     ) -> Tensor | None:
         """A gallery, the surest error first; None without errors. `mean_std`: how the
         images are normalized.
@@ -55,7 +55,7 @@ class ConfidentErrors:
                 tiles.append(drawing.add_caption(below, true))
         if not tiles:
             return None
-        title = "surest errors: true class, then what it was taken for"
+        title = "surest errors: true class, then predicted"
         return drawing.add_caption(drawing.gallery(tiles, columns), title, drawing.LARGE_CAPTION)
 
 

@@ -174,7 +174,9 @@ def open_trackers(names: Sequence[str], run: TrackedRun) -> Trackers:
                 ) from None
             log.warning(f"warning: {name} cannot be opened ({describe(error)}): the run goes on without it")
         else:
-            trackers[name] = Continued(service, run.last_step) if name in known else service
+            # wandb asks its server what it has; offline, a killed part may lack its last seconds
+            skips = name in known and name != "wandb"
+            trackers[name] = Continued(service, run.last_step) if skips else service
             ids[name] = service.id
     if ids and run.output_dir:
         write_json(run.output_dir, IDS, known | ids)

@@ -32,6 +32,7 @@ class Wandb:
             silent=True,
             console="off",
             finish_timeout=SECONDS_TO_CLOSE,
+            x_transaction_log_flush_interval=1.0,  # of 15 seconds, a killed run would lack the last ones
             x_disable_meta=True,  # it has the command line as typed, with the secrets of URLs
             disable_git=True,
             disable_code=True,

