@@ -26,7 +26,8 @@ from checkpoint_io import checkpoints
 from checkpoint_io.training_state import TrainState
 from data_pipeline.files import BadFiles
 from data_pipeline.samplers import close
-from errors import UserError
+from errors import UserError, count
+from monitoring.progress import Remark
 from monitoring.reporter import Reporter, RunCounts
 from monitoring.tracked_run import describe_run
 from monitoring.trackers import open_trackers
@@ -73,6 +74,12 @@ class Stage:
         front.
         """
         return {}
+
+    def remark(self, step: int) -> Remark | None:
+        """What a reader of the figures must know after `step` steps of the run; None:
+        they speak for themselves.
+        """
+        return None
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Entries for log.txt, with their `test_` in front; {} where there is nothing
@@ -165,8 +172,11 @@ class Trainer:
                 options.output_dir, options.log_dir, run.flags, run.changed_flags, state.step
             )
             trackers = open_trackers(options.track, tracked)
-            self.reporter = Reporter(options.output_dir, options.print_freq, run.device, counts, trackers)
-            status = "failed"
+            self.reporter = Reporter(
+                options.output_dir, options.print_freq, run.device, counts, trackers, self.stage.remark
+            )
+            outcome = "failed"
+            log.info(self.describe())
             last_good = None if run.output_dir is None else run.output_dir / checkpoints.LATEST
             self.skipped = SkippedSteps(state, last_good, options.seed)
             self.bad_files = BadFiles()
@@ -175,18 +185,38 @@ class Trainer:
                     self.train_epochs()
                     self.stop_signal.finalize()
                 refuse_a_run_without_a_step(state, first_step)
-                status = "finished"
+                outcome = "finished"
                 log.info(f"finished epoch {self.epochs} in {format_clock(time.monotonic() - run.started)}")
             except Stopped as stopped:
-                status = "stopped"
+                outcome = "stopped"
                 log.info(f"stopped by {stopped} after step {state.step}: rerun the same command to resume")
             finally:
                 close(self.data.loader)
                 try:
                     run.saver.wait()
                 finally:
-                    self.reporter.close(status)
+                    self.reporter.close(outcome)
         distributed.barrier()
+
+    def describe(self) -> str:
+        """What is ahead, in one line."""
+        state, dataset, total = self.state, self.data.loader.dataset, len(self.schedule.lr)
+        classes = len(getattr(dataset, "classes", None) or ())
+        images = count(len(dataset), "image") + (f" of {classes:,} classes" if classes else "")
+        per_epoch, start = count(self.data.steps_per_epoch, "step"), self.schedule_step()
+        if start:
+            epoch, done = f"epoch {state.epoch + 1} of {self.epochs}", count(self.steps_done(), "step")
+            ahead = f"goes on after {done} of {epoch}, {total - start:,} of {count(total, 'step')} left"
+        else:
+            ahead = f"{count(self.epochs, 'epoch')}, {count(total, 'step')}"
+        return f"training   {ahead}; an epoch is {per_epoch}, {images}"
+
+    def schedule_step(self) -> int:
+        """Where in the schedule the next step stands."""
+        state = self.state
+        if self.schedule.in_steps:
+            return state.step
+        return state.epoch * self.data.steps_per_epoch + self.steps_done()
 
     def count_epochs(self) -> int:
         """How many epochs a run that is counted in steps has, done ones included; the
@@ -248,7 +278,7 @@ class Trainer:
             state.means = RunningMeans()
             self.stage.start_epoch(state.epoch)
         done = self.steps_done()
-        start = state.step if schedule.in_steps else state.epoch * data.steps_per_epoch + done
+        start = self.schedule_step()
         steps = min(data.steps_per_epoch, done + len(schedule.lr) - start)
         if done >= steps:  # killed after the last step of an epoch: for its line in log.txt
             schedule.apply(state.optimizer, max(start - 1, 0))
@@ -267,7 +297,7 @@ class Trainer:
                 self.skipped.raise_if_stuck()
                 means, figures = state.means.report(), self.more_figures()
                 self.reporter.step(means, current_lr(state), state.step, left, report=True, more=figures)
-            elif self.reporter.progress.is_due():
+            elif self.reporter.is_due(state.step):
                 means = state.means.compute_new()
                 self.reporter.step(means, current_lr(state), state.step, left, report=False)
             if options.save_ckpt_steps and state.step % options.save_ckpt_steps == 0:

@@ -15,15 +15,17 @@ from data_pipeline.samplers import Loader
 from engine import Stage
 from evaluation.held_out import evaluation_batches, pick_samples
 from modeling_vqkd import VQKD
+from monitoring.progress import Remark
 from norm_ema_quantizer import FEATURES_PER_CODE
 from runtime import distributed
 from runtime.device import Precision
 from runtime.metrics import RunningMeans
-from runtime.terminal import log
+from runtime.terminal import log, say_if_slow
 from visualization import drawing
 from vqkd_teachers import Teacher
 
 CALIBRATION_IMAGES = 512
+OF_CODES = ("codes_used", "unused_code", "perplexity", "quant_loss")  # figures that need a codebook
 UNEVEN = 1 / 4  # a smaller perplexity, as a share of the codes in use, is warned of
 
 
@@ -58,6 +60,16 @@ class TokenizerStage(Stage):
 
     def start_epoch(self, epoch: int) -> None:
         self.model.quantize.start_epoch(self.revive_dead_codes)
+
+    def remark(self, step: int) -> Remark | None:
+        """That there are no codes yet."""
+        if self.model.quantize.ready:
+            return None
+        if step <= self.warmup_steps:
+            progress = f"step {step} of {self.warmup_steps}"
+            text = f"warm-up of the quantizer: {progress}; it is bypassed, so there are no codes yet"
+            return Remark(f"warm-up {progress}", text, OF_CODES)
+        return Remark("no codes yet", "no codes yet: features are collected for k-means", OF_CODES)
 
     def more_figures(self) -> dict[str, float]:
         """Use of the codebook in the epoch so far; none while the quantizer is
@@ -95,6 +107,7 @@ class TokenizerStage(Stage):
         return usage
 
     @torch.no_grad()
+    @say_if_slow(f"teacher    measuring its channels over {CALIBRATION_IMAGES} images")
     def calibrate_targets(self) -> None:
         """Mean and std of the teacher's channels over a fixed sample of the training
         images, the same on every rank.
@@ -143,13 +156,16 @@ class TokenizerStage(Stage):
         images = [sample["image"] for sample in pick_samples(self.dataset, count)]
         if not images:
             return {}
+        shown, large = [drawing.enlarge(drawing.as_rgb(image)) for image in images], drawing.LARGE_CAPTION
+        if not self.model.quantize.ready:
+            text = "warm-up of the quantizer: no codes yet"
+            return {"tokens": drawing.add_caption(drawing.gallery(shown, 4), text, large)}
         model.eval()
         with self.precision.autocast():
             codes = model.get_codebook_indices(torch.stack(images).to(self.device)).cpu()
         grid, quantizer = model.encoder.patch_embed.patch_shape, model.quantize
-        shown = [drawing.enlarge(drawing.as_rgb(image)) for image in images]
         maps = [drawing.token_map(c.view(grid), quantizer.num_tokens, shown[0].shape[-2:]) for c in codes]
-        rows, large = [], drawing.LARGE_CAPTION
+        rows = []
         for four in (slice(start, start + 4) for start in range(0, len(images), 4)):
             rows.append(drawing.add_caption(drawing.side_by_side(shown[four]), "images", large))
             rows.append(

@@ -39,7 +39,7 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
         default=["tensorboard"],
         metavar="NAME",
         help="where the run can be followed, besides output_dir: any of tensorboard, wandb, mlflow, trackio "
-        "(docs/monitoring.md), or none",
+        "(docs/trackers.md), or none",
     )
     g.add_argument(
         "--device", default="cuda", help=("cuda (each process its own GPU; the CPU if there is none) or cpu")
