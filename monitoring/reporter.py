@@ -5,7 +5,7 @@ trackers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Reporter:
         self.output_dir: Path | None = None
         self.files: RunFiles | None = None
         self.trackers: list[Tracker] = []
+        self.knows_waiting = False
         self.progress = open_progress()
         if distributed.is_main():
             if output_dir:
@@ -68,13 +69,17 @@ class Reporter:
         self.steps_before_epoch = step - done
         self.progress.start_epoch(self.title, done, steps_per_epoch)
         self.epoch_started = self.last_report = time.monotonic()
-        self.last_step, self.waited = step, 0.0
+        self.last_step, self.waited, self.waited_in_epoch = step, 0.0, 0.0
 
     def waiting_for(self, batches: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """The next `count` micro-batches; the time they take is the data-wait share."""
         asked = time.monotonic()
         group = [next(batches) for _ in range(count)]
-        self.waited += time.monotonic() - asked
+        seconds = time.monotonic() - asked
+        self.waited += seconds
+        if self.knows_waiting:  # the first time, the data processes start
+            self.waited_in_epoch += seconds
+        self.knows_waiting = True
         return group
 
     def reports_at(self, step: int) -> bool:
@@ -105,11 +110,22 @@ class Reporter:
             tracker.scalars(scalars, step)
         self.last_report, self.last_step, self.waited = time.monotonic(), step, 0.0
 
-    def epoch(self, epoch: int, step: int, train: dict[str, float], test: dict[str, float]) -> None:
+    def seconds_of_epoch(self) -> float:
+        """Since it started, or this process went on in its middle."""
+        return time.monotonic() - self.epoch_started
+
+    def epoch(
+        self,
+        epoch: int,
+        step: int,
+        train: dict[str, float],
+        test: dict[str, float],
+        alarms: Sequence[str] = (),
+    ) -> None:
         """One JSON object in log.txt, one line on the terminal. `step`: those of the
-        whole run so far.
+        whole run so far. `alarms`: those that hold.
         """
-        seconds = round(time.monotonic() - self.epoch_started, 2)
+        seconds = round(self.seconds_of_epoch(), 2)
         line: dict[str, Any] = {
             "epoch": epoch,
             **{f"train_{name}": value for name, value in train.items()},
@@ -119,7 +135,7 @@ class Reporter:
         text = "  ".join(f"{name} {value:.4g}" for name, value in line.items() if name != "epoch")
         log.info(f"{self.title} done  {text}")
         if self.files is not None:
-            self.files.log.append(line)
+            self.files.log.append(line | ({"alarms": list(alarms)} if alarms else {}))
         scalars = {f"epoch/{name}": value for name, value in line.items()}
         for tracker in self.trackers:
             tracker.scalars(scalars, step)
