@@ -241,7 +241,7 @@ class Trainer:
 
     def judge(self, epoch: int, train: dict[str, float], test: dict[str, float], found: Found) -> list[str]:
         """The kinds of alarms that hold after `epoch`; new ones are told."""
-        warm_up = int(self.schedule.lr.argmax())  # in steps
+        warm_up = max(int(self.schedule.lr.argmax()), alarms.LEAST_WARM_UP)  # in steps
         first = math.ceil(warm_up / self.data.steps_per_epoch)
         earlier = [line for line in self.alarms.lines if line["epoch"] >= first]
         line = {"epoch": epoch, **{f"train_{name}": value for name, value in train.items()}, **test}

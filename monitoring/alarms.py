@@ -25,6 +25,7 @@ SMALLEST_SHARE = 1 / 64  # of all codes
 FEW_PREDICTED = 1 / 20  # a smaller perplexity of the predictions, as a share of the targets'
 RANK_LEFT = 1 / 2  # of the best one
 NEAR_GUESSING = 0.99  # of ln K
+LEAST_WARM_UP = 100  # steps; what a run does in the first ones says little
 EXPLODED = 10  # times the median
 REPORTS_KEPT, REPORTS_NEEDED = 100, 10
 DATA_WAIT, LEAST_WAIT = 0.3, 5.0  # share of the time, seconds in an epoch

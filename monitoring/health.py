@@ -136,7 +136,7 @@ class HealthProbe:
         for batch in evaluation_batches(self.loader, device, self.origin):
             seen = look(batch)
             for name, value in seen.features.items():
-                features.setdefault(name, []).append(value.float().cpu())
+                features.setdefault(name, []).append(value.float())
             if seen.targets is not None:
                 counts[0].index_add_(0, seen.targets, torch.ones_like(seen.targets))
             if seen.targets is not None and seen.predicted is not None:
@@ -170,8 +170,8 @@ def gather(parts: dict[str, list[Tensor]], device: torch.device) -> dict[str, Te
     shapes = max(distributed.gather_objects(shapes), key=len)
     gathered = {}
     for name, shape in shapes.items():
-        own = torch.cat(parts.get(name, [torch.zeros(shape)]))
-        gathered[name] = distributed.all_gather_rows(own.to(device)).cpu()
+        own = torch.cat(parts.get(name, [torch.zeros(shape, device=device)]))
+        gathered[name] = distributed.all_gather_rows(own).cpu()
     return gathered
 
 

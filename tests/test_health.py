@@ -364,7 +364,8 @@ def test_one_code_for_all_patches_alarms(data, tokenizer_weight, tmp_path, capsy
     assert "target_codes" in lines[-1]["alarms"]
 
 
-def test_guessing_after_the_warm_up_alarms(data, tokenizer_weight, tmp_path, capsys):
+def test_guessing_after_the_warm_up_alarms(data, tokenizer_weight, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(alarms, "LEAST_WARM_UP", 1)
     more = as_flags(lr=1e-9, min_lr=1e-9, epochs=3, drop_path=0)
     lines = run_stage("pretrain", data, tokenizer_weight, tmp_path, *more)
     assert [("flat_loss" in line.get("alarms", ())) for line in lines] == [False, True, True]
