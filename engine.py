@@ -62,6 +62,12 @@ class Stage:
     def before_step(self, step: int) -> None:
         """`step` counts the optimizer steps of the whole run."""
 
+    def more_figures(self) -> dict[str, float]:
+        """Figures of the epoch so far, for each report: beside the means of what `step`
+        returns. The one place where a stage may read from the device.
+        """
+        return {}
+
     def end_epoch(self) -> dict[str, float]:
         """More entries for the epoch's line in log.txt, without the `train_` in
         front.
@@ -206,9 +212,9 @@ class Trainer:
         for epoch in range(state.epoch, self.epochs):
             images = self.data.steps_per_epoch * options.update_freq * self.data.sampler.batch_size
             self.bad_files.start_epoch(images)
-            self.skipped.in_epoch = 0
+            skipped = state.skipped
             train = self.train_one_epoch() | stage.end_epoch()
-            found = self.find_alarms_of_loop()
+            found = self.find_alarms_of_loop(state.skipped - skipped)
             state.epoch, state.samples = epoch + 1, 0
             # Evaluation starts data processes: no other thread may run while they are
             # forked.
@@ -226,9 +232,9 @@ class Trainer:
                     if self.reporter.shows_pictures:
                         self.reporter.pictures(epoch, state.step, stage.pictures(model))
 
-    def find_alarms_of_loop(self) -> Found:
-        """Whatever the stage: steps that were skipped, and waiting for data, on the
-        process that waited longest. At the end of an epoch's steps.
+    def find_alarms_of_loop(self, skipped: int) -> Found:
+        """Whatever the stage: steps of this epoch that were `skipped`, and waiting for
+        data, in the process that waited longest. At the end of the epoch's steps.
         """
         reporter, options = self.reporter, self.run.options
         waits = distributed.gather_objects((reporter.waited_in_epoch, reporter.seconds_of_epoch()))
@@ -236,7 +242,7 @@ class Trainer:
         cores = alarms.cores_of_process()
         workers = min(options.num_workers, cores)
         exact = self.run.flags.get("data_pipeline") == "exact"
-        found = alarms.skipped_steps(self.skipped.in_epoch, self.data.steps_per_epoch)
+        found = alarms.skipped_steps(skipped, self.data.steps_per_epoch)
         return found | alarms.data_wait(waited, seconds, workers, cores, could_be_fast=exact)
 
     def judge(self, epoch: int, train: dict[str, float], test: dict[str, float], found: Found) -> list[str]:
@@ -294,8 +300,8 @@ class Trainer:
             left = len(schedule.lr) - schedule_step - 1
             if self.reporter.reports_at(state.step):
                 self.skipped.raise_if_stuck()
-                means = state.means.report()
-                self.reporter.step(means, current_lr(state), state.step, left, report=True)
+                means, figures = state.means.report(), self.more_figures()
+                self.reporter.step(means, current_lr(state), state.step, left, report=True, more=figures)
                 self.alarms.after_report(means["grad_norm"])
             elif self.reporter.progress.is_due():
                 means = state.means.compute_new()
@@ -313,6 +319,14 @@ class Trainer:
         if state.scaler.is_enabled():
             now["loss_scale"] = state.scaler.get_scale()
         return state.means.compute(over_all_ranks=True) | now
+
+    def more_figures(self) -> dict[str, float]:
+        """What a report says beside means and speed."""
+        state = self.state
+        figures: dict[str, float] = {"images": state.images, "skipped": state.skipped}
+        if state.scaler.is_enabled():
+            figures["loss_scale"] = state.scaler.get_scale()
+        return figures | self.stage.more_figures()
 
     def steps_done(self) -> int:
         """Optimizer steps of the epoch in which the state stands; the sampler goes on
@@ -333,6 +347,7 @@ class Trainer:
         state.means.add(logs | {"grad_norm": norm})
         state.step += 1
         state.samples += self.data.sampler.global_batch
+        state.images += self.data.sampler.global_batch
         if state.ema is not None:
             state.ema.update(state.model, state.step)
 

@@ -4,6 +4,7 @@ use.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,16 @@ class TokenizerStage(Stage):
 
     def start_epoch(self, epoch: int) -> None:
         self.model.quantize.start_epoch(self.revive_dead_codes)
+
+    def more_figures(self) -> dict[str, float]:
+        """Use of the codebook in the epoch so far; none while the quantizer is
+        bypassed.
+        """
+        quantizer = self.model.quantize
+        if not quantizer.ready or quantizer.warming_up:
+            return {"codes_used": math.nan, "perplexity": math.nan}
+        usage = quantizer.usage()
+        return {name: usage[name] for name in ("codes_used", "perplexity")}
 
     def end_epoch(self) -> dict[str, float]:
         """Usage of the codebook in this epoch."""

@@ -182,13 +182,15 @@ class NormEMAVectorQuantizer(nn.Module):
 
     def usage(self) -> dict[str, float]:
         """Codes used since start_epoch, and the perplexity exp(entropy) of their use,
-        over about the last 1 / (1 - decay) batches. Synchronizes the device.
+        over about the last 1 / (1 - decay) batches. Synchronizes the device once.
         """
-        used = int((self.cluster_size > 0).sum())
+        used, evenness = torch.stack(
+            ((self.cluster_size > 0).sum().float(), perplexity_on_device(self.cluster_size))
+        ).tolist()
         return {
-            "codes_used": used,
-            "unused_code": self.num_tokens - used,
-            "perplexity": perplexity(self.cluster_size),
+            "codes_used": int(used),
+            "unused_code": self.num_tokens - int(used),
+            "perplexity": evenness,
         }
 
 
@@ -196,9 +198,14 @@ def perplexity(counts: Tensor) -> float:
     """exp(entropy) of how often each code (K,) is used: the number of equally used
     codes with the same entropy. 0 without any.
     """
+    return float(perplexity_on_device(counts))
+
+
+def perplexity_on_device(counts: Tensor) -> Tensor:
+    """`perplexity` as a scalar tensor, not read yet."""
     total = counts.sum()
     shares = counts / total.clamp(min=1e-12)
-    return float(torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()) * (total > 0))
+    return torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()) * (total > 0)
 
 
 def count_and_sum(features: Tensor, indices: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:

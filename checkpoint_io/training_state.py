@@ -28,9 +28,11 @@ class TrainState:
     epoch: int = 0
     samples: int = 0  # of this epoch, over all ranks, already used
     step: int = 0  # optimizer steps of the whole run
+    images: int = 0  # that these steps saw, over all ranks
     best_metric: float = -math.inf
     means: RunningMeans = field(default_factory=RunningMeans)
     skipped_in_a_row: int = 0
+    skipped: int = 0  # steps of the whole run
     cooldown_start: int | None = None  # step of the schedule; None: no checkpoint was branched off from
 
     @property
@@ -52,9 +54,15 @@ def build_checkpoint(state: TrainState, epoch: int, means: list[dict[str, Any]])
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "epoch": epoch,
-        "next": {"epoch": state.epoch, "samples": state.samples, "step": state.step},
+        "next": {
+            "epoch": state.epoch,
+            "samples": state.samples,
+            "step": state.step,
+            "images": state.images,
+        },
         "best": state.best_metric,
         "bad_in_a_row": state.skipped_in_a_row,
+        "skipped": state.skipped,
         "means": means,
     }
     if state.cooldown_start is not None:
@@ -96,9 +104,17 @@ def load_progress(state: TrainState, content: dict[str, Any], device: torch.devi
     if not all(isinstance(number, int) and number >= 0 for number in position):
         raise ValueError(f"epoch, samples, step: {position}")
     state.epoch, state.samples, state.step = position
+    state.images = int(content["next"].get("images", state.step * images_per_step(content)))
     state.best_metric, state.skipped_in_a_row = float(content["best"]), int(content["bad_in_a_row"])
+    state.skipped = int(content.get("skipped", 0))
     state.cooldown_start = content.get("cooldown_start")
     load_means(state.means, content["means"], device)
+
+
+def images_per_step(content: dict[str, Any]) -> int:
+    """As its flags say, for checkpoints of earlier code, which did not count images."""
+    flags = content.get("args", {})
+    return int(flags.get("batch_size", 0)) * int(flags.get("update_freq", 1)) * int(content["world_size"])
 
 
 def load_means(means: RunningMeans, saved: Any, device: torch.device) -> None:

@@ -39,7 +39,8 @@ class Alarms:
     def __init__(self, lines: Iterable[Line] = (), reports: Iterable[Line] = ()) -> None:
         self.lines = list(lines)
         self.active: set[str] = set(self.lines[-1].get("alarms", ())) if self.lines else set()
-        self.gradient = GradientWatch(report.get("grad_norm", math.nan) for report in reports)
+        norms = (report.get("grad_norm") for report in reports)  # None where it was not finite
+        self.gradient = GradientWatch(norm for norm in norms if norm is not None)
 
     def tell(self, found: Found) -> None:
         for kind, sentence in found.items():

@@ -4,6 +4,7 @@ trackers.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from monitoring.progress import format_report, open_progress, peak_memory
-from monitoring.run_files import RunFiles
+from monitoring.run_files import RunFiles, finite_only
 from monitoring.trackers import TensorBoard, Tracker
 from runtime import distributed
 from runtime.terminal import log
@@ -89,9 +90,17 @@ class Reporter:
         step_in_epoch = step - self.steps_before_epoch
         return step % self.print_freq == 0 or step_in_epoch == self.steps_per_epoch
 
-    def step(self, means: dict[str, float], lr: float, step: int, steps_left: int, report: bool) -> None:
+    def step(
+        self,
+        means: dict[str, float],
+        lr: float,
+        step: int,
+        steps_left: int,
+        report: bool,
+        more: dict[str, float] | None = None,
+    ) -> None:
         """`means` since the last report. `report`: of a step of `reports_at`; otherwise
-        only the terminal is told.
+        only the terminal is told. `more` goes to files and trackers.
         """
         seconds, steps = max(time.monotonic() - self.last_report, 1e-9), max(step - self.last_step, 1)
         speed, data_wait = steps * self.counts.images_per_step / seconds, self.waited / seconds
@@ -100,11 +109,12 @@ class Reporter:
         self.progress.update(step - self.steps_before_epoch, text, report)
         if not report:
             return
+        more = more or {}
         measured = {"lr": lr, "images_per_second": speed, "data_wait": data_wait, "memory": memory}
         if self.files is not None:
-            images = step * self.counts.images_per_step
-            self.files.metrics.append({"step": step, "images": images} | means | measured)
-        scalars = {f"train/{name}": value for name, value in means.items()}
+            self.files.metrics.append(finite_only({"step": step} | more | means | measured))
+        known = {name: value for name, value in more.items() if math.isfinite(value) and name != "images"}
+        scalars = {f"train/{name}": value for name, value in (means | known).items()}
         scalars |= {"train/lr": lr, "speed/images_per_second": speed, "speed/data_wait": data_wait}
         for tracker in self.trackers:
             tracker.scalars(scalars, step)

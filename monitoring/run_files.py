@@ -47,6 +47,9 @@ class JsonLines:
         return [json.loads(line) for line in lines if number_in(line, key) > -math.inf]
 
     def append(self, line: dict[str, Any]) -> None:
+        """NaN and infinities are written as Python's reader takes them, which strict
+        ones refuse: see finite_only.
+        """
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -67,6 +70,14 @@ class RunFiles:
             now = time.strftime("%Y%m%d-%H%M%S")
             self.log.set_aside(now)
             self.metrics.set_aside(now)
+
+
+def finite_only(line: dict[str, Any]) -> dict[str, Any]:
+    """Figures that are not finite as null, which every reader of JSON takes."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in line.items()
+    }
 
 
 def number_in(line: str, key: str) -> float:

@@ -32,7 +32,6 @@ class SkippedSteps:
         self.state, self.last_good, self.seed = state, last_good, seed
         self.pending: list[tuple[int, Tensor]] = []
         self.last_batches: list[dict[str, Any]] = []
-        self.in_epoch = 0  # set to 0 by who counts them
 
     def add(self, loss: Tensor, norm: Tensor, micro_batches: list[dict[str, Any]]) -> None:
         self.last_batches = micro_batches
@@ -50,7 +49,7 @@ class SkippedSteps:
         for (step, _), skipped in zip(self.pending, flags.tolist(), strict=True):
             self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if skipped else 0
             if skipped:
-                self.in_epoch += 1
+                self.state.skipped += 1
                 log.warning(f"warning: step {step} was skipped: its loss or gradient is not finite")
             if self.state.skipped_in_a_row >= MOST_IN_A_ROW:
                 self.give_up(step)
