@@ -174,11 +174,9 @@ class Trainer:
                 options.output_dir, options.log_dir, options.print_freq, run.device, counts
             )
             files = self.reporter.files
-            self.alarms = (
-                Alarms()
-                if files is None
-                else Alarms(files.log.read("epoch"), files.metrics.read("step", REPORTS_KEPT))
-            )
+            lines = files.log.read("epoch") if files else []
+            reports = files.metrics.read("step", REPORTS_KEPT) if files else []
+            self.alarms = Alarms(lines, reports, clips=bool(options.clip_grad))
             last_good = None if run.output_dir is None else run.output_dir / checkpoints.LATEST
             self.skipped = SkippedSteps(state, last_good, options.seed)
             self.bad_files = BadFiles()

@@ -193,10 +193,12 @@ class PretrainingStage(Stage):
         if not isinstance(self.target, Tokens):
             return found
         n_codes, used = self.target.width, line["train_target_codes"]
-        found |= alarms.target_codes(used, line["train_target_perplexity"], n_codes)
+        evenness = line["train_target_perplexity"]
+        found |= alarms.target_codes(used, evenness, n_codes)
         if warmed_up:
             names = ("loss_1", "loss_2") if "train_loss_2" in line else ("loss",)
-            found |= alarms.flat_loss({name: line[f"train_{name}"] for name in names}, n_codes)
+            losses = {name: line[f"train_{name}"] for name in names}
+            found |= alarms.flat_loss(losses, evenness, n_codes)
         if warmed_up and "health_mlm_margin" in line:
             predicted, targets = line["health_perplexity_predicted"], line["health_perplexity_target"]
             found |= alarms.predicted_codes(predicted, targets)

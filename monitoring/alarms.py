@@ -22,9 +22,9 @@ Found = dict[str, str | None]
 UNEVEN = 1 / 4  # a smaller perplexity, as a share of the codes in use
 UNEVEN_TARGETS = 1 / 8  # a tokenizer of other images may be less even
 SMALLEST_SHARE = 1 / 64  # of all codes
-FEW_PREDICTED = 1 / 20  # a smaller perplexity of the predictions, as a share of the targets'
+FEW_PREDICTED = 1 / 40  # a smaller perplexity of the predictions, as a share of the targets'
 RANK_LEFT = 1 / 2  # of the best one
-NEAR_GUESSING = 0.99  # of ln K
+NEAR_GUESSING = 0.99  # of the loss of guessing
 LEAST_WARM_UP = 100  # steps; what a run does in the first ones says little
 EXPLODED = 10  # times the median
 REPORTS_KEPT, REPORTS_NEEDED = 100, 10
@@ -33,14 +33,15 @@ DATA_WAIT, LEAST_WAIT = 0.3, 5.0  # share of the time, seconds in an epoch
 
 class Alarms:
     """Which conditions hold. `lines`: of the epochs before, of which the last one says
-    what held then, so that a resumed run does not tell it again.
+    what held then, so that a resumed run does not tell it again. `reports`: those of
+    metrics.jsonl. `clips`: gradients are clipped.
     """
 
-    def __init__(self, lines: Iterable[Line] = (), reports: Iterable[Line] = ()) -> None:
+    def __init__(self, lines: Iterable[Line] = (), reports: Iterable[Line] = (), clips: bool = False) -> None:
         self.lines = list(lines)
         self.active: set[str] = set(self.lines[-1].get("alarms", ())) if self.lines else set()
         norms = (report.get("grad_norm") for report in reports)  # None where it was not finite
-        self.gradient = GradientWatch(norm for norm in norms if norm is not None)
+        self.gradient = GradientWatch((norm for norm in norms if norm is not None), clips)
 
     def tell(self, found: Found) -> None:
         for kind, sentence in found.items():
@@ -68,7 +69,8 @@ class GradientWatch:
     above ten times the median of those before.
     """
 
-    def __init__(self, norms: Iterable[float] = ()) -> None:
+    def __init__(self, norms: Iterable[float], clips: bool) -> None:
+        self.remedy = "lower `lr`, or lengthen the warm-up" + ("" if clips else ", or set `clip_grad` 3.0")
         self.norms = deque((norm for norm in norms if math.isfinite(norm)), maxlen=REPORTS_KEPT)
         self.sentence: str | None = None
 
@@ -82,7 +84,7 @@ class GradientWatch:
             if min(second, last) > EXPLODED * usual:
                 self.sentence = (
                     f"the gradient norm is {last:.3g}, {last / max(usual, 1e-12):.0f} times what it usually "
-                    f"was in this run ({usual:.3g}): lower `lr`, lengthen the warm-up, or set `clip_grad` 3.0"
+                    f"was in this run ({usual:.3g}): {self.remedy}"
                 )
 
 
@@ -162,14 +164,18 @@ def predicted_codes(predicted: float, targets: float) -> Found:
     return {"predicted_codes": sentence if predicted < max(FEW_PREDICTED * targets, 1.5) else None}
 
 
-def flat_loss(losses: dict[str, float], n_codes: int) -> Found:
-    """`losses` of the branches after the warm-up, by name."""
-    guessing = math.log(n_codes)
+def flat_loss(losses: dict[str, float], target_perplexity: float, n_codes: int) -> Found:
+    """`losses` of the branches after the warm-up, by name. Who knows nothing of an image
+    but how frequent the codes are has the logarithm of their perplexity, which is
+    ln K where all are equally frequent.
+    """
+    guessing = math.log(min(target_perplexity, n_codes))
     flat = [name for name, loss in losses.items() if loss > NEAR_GUESSING * guessing]
     values = " and ".join(f"{name} {losses[name]:.3g}" for name in flat)
     sentence = (
-        f"after the warm-up the loss is that of guessing ({values}; ln {n_codes} is {guessing:.3g}): try "
-        "a tenth of `lr`, then ten times it, and look at the targets in pictures/"
+        f"after the warm-up the loss is that of guessing codes by how frequent they are ({values}; guessing "
+        f"has {guessing:.3g}, ln {n_codes} is {math.log(n_codes):.3g}): try a tenth of `lr`, then ten times "
+        "it, and look at the targets in pictures/"
     )
     return {"flat_loss": sentence if flat else None}
 
