@@ -127,14 +127,14 @@ def codebook_use(used: int, perplexity: float, n_codes: int, revives: bool) -> F
     few = uneven = None
     if used < n_codes / 2:
         few = (
-            f"only {used} of {n_codes} codes were used in this epoch. Try fewer codes (`codebook_n_emd`), "
+            f"only {used} of {n_codes} codes were used in this epoch: try fewer codes (`codebook_n_emd`), "
             "code dim 32 (`codebook_emd_dim`), k-means after a warm-up (`quantizer_warmup_steps` 100), "
             f"{'' if revives else '`revive_dead_codes`, '}or a larger batch"
         )
-    elif perplexity < UNEVEN * used:
+    if perplexity < UNEVEN * used:
         uneven = (
             f"{used} codes were used in this epoch, but so unevenly that {perplexity:.0f} used equally would "
-            "say as much (perplexity): most patches share a few codes. Try `standardize_teacher` on, another "
+            "say as much (perplexity), as most patches share a few: try `standardize_teacher` on, another "
             "teacher (`teacher_model_type`), a longer `quantizer_warmup_steps`, or images with less empty "
             "background"
         )
@@ -149,7 +149,7 @@ def target_codes(used: int, perplexity: float, n_codes: int) -> Found:
     least = max(UNEVEN_TARGETS * used, SMALLEST_SHARE * n_codes, 2.0)
     sentence = (
         f"the targets have a perplexity of {perplexity:.0f} ({used} of {n_codes} codes occur): most patches "
-        "share a few codes, and there is little to learn. Train the tokenizer on these images until its "
+        "share a few codes, and there is little to learn: train the tokenizer on these images until its "
         "perplexity is higher (docs/tokenizer.md), or take another one"
     )
     return {"target_codes": sentence if perplexity < least else None}
@@ -159,7 +159,7 @@ def predicted_codes(predicted: float, targets: float) -> Found:
     """Perplexities."""
     sentence = (
         f"the model predicts nearly the same code everywhere: its predictions have a perplexity of "
-        f"{predicted:.1f}, the targets {targets:.0f}. Lower `lr`, or lengthen the warm-up"
+        f"{predicted:.1f}, the targets {targets:.0f}: lower `lr`, or lengthen the warm-up"
     )
     return {"predicted_codes": sentence if predicted < max(FEW_PREDICTED * targets, 1.5) else None}
 
@@ -187,6 +187,6 @@ def falling_rank(name: str, line: Line, earlier: Sequence[Line]) -> Found:
     best = max((each[name] for each in earlier if math.isfinite(each.get(name, math.nan))), default=0.0)
     sentence = (
         f"{name} fell to {line[name]:.1f}, less than half of its best ({best:.1f}): the features of "
-        "different images become alike. Lower `lr`, and go on from an earlier checkpoint"
+        "different images become alike: lower `lr`, and go on from an earlier checkpoint"
     )
     return {name.removeprefix("health_"): sentence if line[name] < RANK_LEFT * best else None}

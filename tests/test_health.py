@@ -327,7 +327,14 @@ def test_two_reports_of_ten_times_the_median_are_an_explosion(caplog):
 def test_a_sentence_for_each_kind(found, kind, says):
     assert bool(found[kind]) == bool(says)
     assert re.search(says, found[kind] or "")
-    assert all(". " in text or ": " in text for text in found.values() if text)  # what to do
+    for text in filter(None, found.values()):
+        assert ": " in text and ". " not in text  # one sentence, with what to do
+
+
+def test_few_codes_and_uneven_ones_are_told_apart():
+    """Else a codebook that is both would tell the one again when the other goes."""
+    assert None not in alarms.codebook_use(34, 5.6, 256, True).values()
+    assert alarms.codebook_use(256, 180.0, 256, True) == {"few_codes": None, "uneven_codes": None}
 
 
 def test_a_rank_is_compared_with_its_best():
