@@ -26,9 +26,10 @@ from checkpoint_io import checkpoints
 from checkpoint_io.training_state import TrainState
 from data_pipeline.files import BadFiles
 from data_pipeline.samplers import close
-from errors import UserError
+from errors import UserError, count
 from monitoring import alarms
 from monitoring.alarms import REPORTS_KEPT, Alarms, Found, Line
+from monitoring.progress import Remark
 from monitoring.reporter import Reporter, RunCounts
 from run_state import Run, TrainingData, compile_networks
 from runtime import distributed, fsdp
@@ -73,6 +74,12 @@ class Stage:
         front.
         """
         return {}
+
+    def remark(self, step: int) -> Remark | None:
+        """What a reader of the figures must know after `step` steps of the run; None:
+        they speak for themselves.
+        """
+        return None
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Entries for log.txt, with their `test_` in front; {} where there is nothing
@@ -171,12 +178,13 @@ class Trainer:
             run.write_flags()
             counts = RunCounts(self.epochs, state.epoch, state.step, self.data.sampler.global_batch)
             self.reporter = Reporter(
-                options.output_dir, options.log_dir, options.print_freq, run.device, counts
+                options.output_dir, options.log_dir, options.print_freq, run.device, counts, self.stage.remark
             )
             files = self.reporter.files
             lines = files.log.read("epoch") if files else []
             reports = files.metrics.read("step", REPORTS_KEPT) if files else []
             self.alarms = Alarms(lines, reports, clips=bool(options.clip_grad))
+            log.info(self.describe())
             last_good = None if run.output_dir is None else run.output_dir / checkpoints.LATEST
             self.skipped = SkippedSteps(state, last_good, options.seed)
             self.bad_files = BadFiles()
@@ -195,6 +203,26 @@ class Trainer:
                 finally:
                     self.reporter.close()
         distributed.barrier()
+
+    def describe(self) -> str:
+        """What is ahead, in one line."""
+        state, dataset, total = self.state, self.data.loader.dataset, len(self.schedule.lr)
+        classes = len(getattr(dataset, "classes", None) or ())
+        images = count(len(dataset), "image") + (f" of {classes:,} classes" if classes else "")
+        per_epoch, start = count(self.data.steps_per_epoch, "step"), self.schedule_step()
+        if start:
+            epoch, done = f"epoch {state.epoch + 1} of {self.epochs}", count(self.steps_done(), "step")
+            ahead = f"goes on after {done} of {epoch}, {total - start:,} of {count(total, 'step')} left"
+        else:
+            ahead = f"{count(self.epochs, 'epoch')}, {count(total, 'step')}"
+        return f"training   {ahead}; an epoch is {per_epoch}, {images}"
+
+    def schedule_step(self) -> int:
+        """Where in the schedule the next step stands."""
+        state = self.state
+        if self.schedule.in_steps:
+            return state.step
+        return state.epoch * self.data.steps_per_epoch + self.steps_done()
 
     def count_epochs(self) -> int:
         """How many epochs a run that is counted in steps has, done ones included; the
@@ -281,7 +309,7 @@ class Trainer:
             state.means = RunningMeans()
             self.stage.start_epoch(state.epoch)
         done = self.steps_done()
-        start = state.step if schedule.in_steps else state.epoch * data.steps_per_epoch + done
+        start = self.schedule_step()
         steps = min(data.steps_per_epoch, done + len(schedule.lr) - start)
         if done >= steps:  # killed after the last step of an epoch: for its line in log.txt
             schedule.apply(state.optimizer, max(start - 1, 0))
@@ -301,7 +329,7 @@ class Trainer:
                 means, figures = state.means.report(), self.more_figures()
                 self.reporter.step(means, current_lr(state), state.step, left, report=True, more=figures)
                 self.alarms.after_report(means["grad_norm"])
-            elif self.reporter.progress.is_due():
+            elif self.reporter.is_due(state.step):
                 means = state.means.compute_new()
                 self.reporter.step(means, current_lr(state), state.step, left, report=False)
             if options.save_ckpt_steps and state.step % options.save_ckpt_steps == 0:

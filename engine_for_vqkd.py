@@ -19,15 +19,17 @@ from modeling_vqkd import VQKD
 from monitoring import alarms, health
 from monitoring.alarms import Found, Line
 from monitoring.health import HealthProbe, Look
+from monitoring.progress import Remark
 from norm_ema_quantizer import FEATURES_PER_CODE, perplexity
 from runtime import distributed
 from runtime.device import Precision
 from runtime.metrics import RunningMeans
-from runtime.terminal import log
+from runtime.terminal import log, say_if_slow
 from visualization import drawing
 from vqkd_teachers import Teacher
 
 CALIBRATION_IMAGES = 512
+OF_CODES = ("codes_used", "unused_code", "perplexity", "quant_loss")  # figures that need a codebook
 
 
 class TokenizerStage(Stage):
@@ -62,6 +64,16 @@ class TokenizerStage(Stage):
 
     def start_epoch(self, epoch: int) -> None:
         self.model.quantize.start_epoch(self.revive_dead_codes)
+
+    def remark(self, step: int) -> Remark | None:
+        """That there are no codes yet."""
+        if self.model.quantize.ready:
+            return None
+        if step <= self.warmup_steps:
+            progress = f"step {step} of {self.warmup_steps}"
+            text = f"warm-up of the quantizer: {progress}; it is bypassed, so there are no codes yet"
+            return Remark(f"warm-up {progress}", text, OF_CODES)
+        return Remark("no codes yet", "no codes yet: features are collected for k-means", OF_CODES)
 
     def more_figures(self) -> dict[str, float]:
         """Use of the codebook in the epoch so far; none while the quantizer is
@@ -114,6 +126,7 @@ class TokenizerStage(Stage):
         return figures | probe.attention_figures(model.encoder, self.device, self.precision, to_input)
 
     @torch.no_grad()
+    @say_if_slow(f"teacher    measuring its channels over {CALIBRATION_IMAGES} images")
     def calibrate_targets(self) -> None:
         """Mean and std of the teacher's channels over a fixed sample of the training
         images, the same on every rank.
@@ -162,14 +175,16 @@ class TokenizerStage(Stage):
         images = [sample["image"] for sample in pick_samples(self.dataset, count)]
         if not images:
             return {}
+        pictures = drawing.side_by_side([drawing.as_rgb(image) for image in images])
+        if not self.model.quantize.ready:
+            return {"tokens": drawing.add_caption(pictures, "warm-up of the quantizer: no codes yet")}
         model.eval()
         with self.precision.autocast():
             codes = model.get_codebook_indices(torch.stack(images).to(self.device)).cpu()
         grid, n_codes = model.encoder.patch_embed.patch_shape, model.quantize.num_tokens
         maps = [drawing.token_map(c.view(grid), n_codes, images[0].shape[-2:]) for c in codes]
-        rows = [drawing.side_by_side([drawing.as_rgb(image) for image in images]), drawing.side_by_side(maps)]
         return {
-            "tokens": drawing.stack_rows(rows),
+            "tokens": drawing.stack_rows([pictures, drawing.side_by_side(maps)]),
             "codebook_usage": drawing.usage_histogram(model.quantize.cluster_size),
         }
 

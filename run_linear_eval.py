@@ -4,6 +4,8 @@ neighbors (docs/probing.md).
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -233,6 +235,7 @@ def measure_channels(
     """
     plain = train if settings.cached_features else build_dataset(settings, train=True, augment=False)[0]
     every = -(-len(plain) // STATISTICS_IMAGES)
+    log.info(f"statistics of each channel, over {len(plain) // every:,} images")
     loader = run_state.build_eval_loader(plain, run, num_workers=settings.num_workers, every=every)
     heads.standardize_by(
         features(batch["image"]) for batch in evaluation_batches(loader, run.device, "`data_path`")

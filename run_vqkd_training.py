@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import functools
 from collections.abc import Sequence
@@ -36,7 +38,7 @@ from initialization import InitialWeights
 from monitoring import health
 from optim_factory import LayerRates, create_optimizer, decayed_layers
 from runtime import distributed
-from runtime.terminal import log
+from runtime.terminal import log, say_if_slow
 from schedules import ScheduleOptions, build_schedule
 from transforms import eval_view
 from visualization import pixel_decoder
@@ -132,14 +134,15 @@ def resolve_pixels(
 
 def build_frozen_teacher(args: argparse.Namespace) -> Teacher:
     name = args.teacher_model_type or modeling_vqkd.default_teacher(args.model)
-    teacher = build_teacher(
-        name,
-        args.teacher_weight,
-        args.teacher_input_size,
-        grid=args.input_size // modeling_vqkd.PATCH_SIZE,
-        in_chans=args.in_chans,
-        channels=args.teacher_channels,
-    )
+    with say_if_slow(f"teacher    building {name}"):
+        teacher = build_teacher(
+            name,
+            args.teacher_weight,
+            args.teacher_input_size,
+            grid=args.input_size // modeling_vqkd.PATCH_SIZE,
+            in_chans=args.in_chans,
+            channels=args.teacher_channels,
+        )
     if args.standardize_teacher != "auto":
         teacher.standardize = args.standardize_teacher == "on"
     log.info(f"teacher    {name} at {args.teacher_input_size} px, {teacher.dim} channels")
