@@ -7,6 +7,8 @@ Only the files in the runs' folders are read, so it can be typed while they trai
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import shutil
 from collections.abc import Sequence
