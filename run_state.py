@@ -27,6 +27,7 @@ from errors import UserError, count
 from layers import cpu_bf16
 from layers.meant_device import is_cpu
 from monitoring import profiling
+from monitoring.trackers import check_trackers
 from runtime import compilation, distributed, fsdp, signals
 from runtime.device import Precision, choose_precision
 from runtime.distributed import Launch
@@ -34,8 +35,6 @@ from runtime.run_lock import RunLock
 from runtime.seeding import seed_all
 from runtime.terminal import git_commit, log
 from vit_backbone import Block, recompute_blocks
-
-# ── Setting up ──
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class RunOptions:
     peak_tflops: float | None = None
     profile: int = 0
     memory_snapshot: bool = False
+    track: tuple[str, ...] = ()
     save_ckpt: bool = True
     save_ckpt_freq: int = 1
     save_ckpt_steps: int = 0
@@ -94,6 +94,7 @@ class Run:
     flags: dict[str, Any] = field(default_factory=dict)  # all of the command line, as plain data
     config: dict[str, Any] = field(default_factory=dict)  # for flags.json
     typed: arguments.Flags = field(default_factory=arguments.Flags)  # the same, as they were parsed
+    changed_flags: dict[str, Any] = field(default_factory=dict)  # from their defaults
     data: dict[str, Any] = field(default_factory=dict)  # for checkpoints: images, digest of their names
     resumed: tuple[Path | None, dict[str, Any]] | None = None  # of run_checkpoints.find_resumed
     lock: RunLock | None = None  # of rank 0, while it trains
@@ -127,6 +128,7 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     launch, device = distributed.start(
         options.device, options.dist_url, options.dist_on_itp, options.dist_timeout
     )
+    check_trackers(options.track if trains else ())
     if options.compile:
         compilation.require_compiler(device)
     if trains:
@@ -142,7 +144,8 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
         fsdp.check_options(options.opt, options.compile, options.model_ema_force_cpu, device)
     seed_all(options.seed, device)  # the same on every rank: all build the same model
     log.info(f"── {parser.description} ──")
-    log_setup(run, arguments.changed_flags(parser, args))
+    run.changed_flags = arguments.changed_flags(parser, args)
+    log_setup(run)
     arguments.warn_of_obsolete_flags(parser, args)
     torch.autograd.set_detect_anomaly(options.detect_anomaly)
     if not trains and not (Path(options.output_dir) / checkpoints.LATEST).exists():
@@ -150,8 +153,8 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     return run
 
 
-def log_setup(run: Run, changed_flags: dict[str, Any]) -> None:
-    log.info(f"flags      {', '.join(f'{k}={v}' for k, v in changed_flags.items()) or 'all default'}")
+def log_setup(run: Run) -> None:
+    log.info(f"flags      {', '.join(f'{k}={v}' for k, v in run.changed_flags.items()) or 'all default'}")
     is_gpu, cpu = run.device.type == "cuda", f"cpu, {count(torch.get_num_threads(), 'thread')}"
     name = torch.cuda.get_device_name(run.device) if is_gpu else cpu
     log.info(f"device     {run.launch.world_size} x {name}, {run.precision}")
@@ -265,11 +268,7 @@ def move_to_device(run: Run, model: nn.Module, ema: ModelEmaV3 | None = None) ->
 
 
 def new_state(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    run: Run,
-    name: str,
-    ema: ModelEmaV3 | None = None,
+    model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, name: str, ema: ModelEmaV3 | None = None
 ) -> TrainState:
     """Wrap the model for as many processes as there are. It is on its device already.
     `name`: for the log.
