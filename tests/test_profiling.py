@@ -317,6 +317,32 @@ def test_an_inner_phase_interrupts_the_outer_one(monkeypatch):
     assert "frozen networks     2.0000 s   12.9%" in format_summary(seconds, 2, 2)[3]
 
 
+def test_on_a_gpu_phases_are_timed_by_its_events(monkeypatch):
+    """In its stream, in milliseconds, and read once the device has got there."""
+    now, waited = iter([0.0, 2.0, 6.0, 7.0]), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.at = next(now)
+
+        def elapsed_time(self, later):
+            assert waited
+            return 1000 * (later.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    recorder = PhaseRecorder(torch.device("cuda", 0))
+    recorder.start()
+    with phase(phases.BACKWARD):
+        pass
+    seconds = recorder.stop()
+    assert {name: value for name, value in seconds.items() if value} == {"other": 3.0, "backward": 4.0}
+
+
 def test_phases_are_nothing_unless_they_are_recorded():
     assert phase(phases.FORWARD) is phase(phases.COPY) is phases.NOTHING
 
