@@ -86,22 +86,26 @@ def plan_demo(own: bool) -> list[Command]:
 # ── Stages ──
 
 FINETUNING = {  # name: what is fine-tuned, whether it is pretrained, with a tenth of the labels
-    "acc1": ("fine-tuning, pretrained", True, False),
-    "acc1_from_scratch": ("fine-tuning from scratch, to compare", False, False),
-    "acc1_10pct": ("fine-tuning with 10% of the labels, pretrained", True, True),
-    "acc1_10pct_from_scratch": ("fine-tuning with 10% of the labels, from scratch", False, True),
+    "acc1": ("fine-tuning the pretrained network with all labels", True, False),
+    "acc1_from_scratch": ("the same from random weights, to compare", False, False),
+    "acc1_10pct": ("fine-tuning the pretrained network with 10% of the labels", True, True),
+    "acc1_10pct_from_scratch": ("the same from random weights, to compare", False, True),
 }
 
 
 def list_stages(plan: list[Command], labeled: bool) -> Stages:
     vqkd, pretrain, finetuning = plan
+    codes = vqkd.value("codebook_n_emd")
 
     def seen(command: Command) -> int:
         return command.steps * int(command.value("batch_size"))
 
     expected = {
-        "vqkd": ("a tokenizer learns", expect("vqkd", seen(vqkd))),
-        "pretrain": ("pretraining", expect("pretrain", seen(pretrain))),
+        "vqkd": (f"tokenizer: every patch of an image gets one of {codes} codes", expect("vqkd", seen(vqkd))),
+        "pretrain": (
+            "pretraining, without labels: which codes do hidden patches have?",
+            expect("pretrain", seen(pretrain)),
+        ),
     }
     for name, (title, _, few) in FINETUNING.items() if labeled else ():
         images = STEPS_FEW * BATCH_FEW if few else seen(finetuning)
