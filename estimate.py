@@ -8,6 +8,8 @@ GPU, no images and no weights are needed.
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import json
 import logging

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import os
 from collections.abc import Mapping, Sequence

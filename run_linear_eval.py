@@ -4,6 +4,8 @@ neighbors (docs/probing.md).
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence

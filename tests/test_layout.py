@@ -28,7 +28,7 @@ LAYERS = (
     ("data", "data_pipeline"),
     ("runtime", "runtime"),
     ("layers", "layers"),
-    ("shared", "arguments config_files optim_factory schedules errors"),
+    ("shared", "openmp_spin arguments config_files optim_factory schedules errors"),
 )
 
 
