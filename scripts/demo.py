@@ -33,6 +33,7 @@ from data_pipeline.image_formats import load_image  # noqa: E402
 from demo_folders import make_empty  # noqa: E402
 from demo_photos import Photo, link, own_images, shrink, solar_cells  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
+from runtime.terminal import say_if_slow, set_up_logging  # noqa: E402
 from stages import (  # noqa: E402
     Stages,
     expect,
@@ -60,6 +61,7 @@ def log_of(stage: str) -> list[dict[str, Any]]:
     return stages.log_of(OUT / stage)
 
 
+@say_if_slow("           making copies of them, shrunk to what the network sees")
 def prepare(photos: list[Photo], shrinks: bool = True) -> dict[str, dict[str, int]]:
     """Shrunken copies, or links, in demo_output/data/{train,val}/class; how many there
     are of each.
@@ -261,6 +263,7 @@ def main(argv: list[str]) -> None:
     make_empty(OUT)
     seconds: dict[str, float] = {}
     started = time.monotonic()
+    set_up_logging(0)
     photos = own_images(argv[0]) if argv else solar_cells()
     counts = prepare(photos, shrinks=not argv or inspect_folder(argv[0]).is_rgb8)
     vqkd, pretrain, finetuning = plan = plan_demo(own=bool(argv))

@@ -48,13 +48,9 @@ class Stages:
         known = sum(self.expected[other][1] for other in self.seconds)
         left *= sum(self.seconds.values()) / known if known else 1.0
         about = "about " + format_duration(60 * math.ceil(left / 60) if left > 90 else left)
-        ahead = (
-            f"{about} left" if known else f"{about} in all on two idle cores; yours show in the first stage"
-        )
-        return [
-            f"── stage {number} of {len(self.expected)}: {self.expected[name][0]} ──",
-            f"time       {ahead}",
-        ]
+        ahead = "left" if known else "in all on two idle cores; stage 1 will tell how fast this machine is"
+        title = f"── stage {number} of {len(self.expected)}: {self.expected[name][0]} ──"
+        return [title, f"time       {about} {ahead}"]
 
     def run(self, name: str, stage: Callable[[], float]) -> None:
         """`stage` returns its seconds."""
