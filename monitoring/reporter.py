@@ -72,6 +72,7 @@ class Reporter:
         """done: steps of this epoch that were taken before. step: those of the whole
         run.
         """
+        self.current_epoch = epoch
         self.title, self.steps_per_epoch = f"epoch {epoch + 1}/{self.counts.epochs}", steps_per_epoch
         self.steps_before_epoch, self.epochs_left = step - done, self.counts.epochs - epoch
         self.run_time.start_epoch(step)
@@ -122,7 +123,8 @@ class Reporter:
         more = more or {}
         measured = {"lr": lr, "images_per_second": speed, "data_wait": data_wait, "memory": memory}
         if self.files is not None:
-            self.files.metrics.append(finite_only({"step": step} | more | means | measured))
+            line = {"step": step, "epoch": self.current_epoch}
+            self.files.metrics.append(finite_only(line | more | means | measured))
         known = {name: value for name, value in more.items() if math.isfinite(value) and name != "images"}
         scalars = {f"train/{name}": value for name, value in (means | known).items()}
         scalars |= {"train/lr": lr, "speed/images_per_second": speed, "speed/data_wait": data_wait}

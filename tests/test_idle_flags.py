@@ -26,6 +26,7 @@ from tiny_runs import (
 import advise
 import arguments
 import benchmark
+import compare_runs
 import encode_images
 import estimate
 import export_checkpoint
@@ -324,6 +325,14 @@ SCRIPTS = {
         lambda f, d, out: [
             *as_flags(device="cpu", model="demo", batch_size=1, rounds=1, warmup=1, amp_dtype="fp32"),
             *as_flags(stage="vqkd", output=out / "speed.json"),
+        ],
+    ),
+    "compare_runs": (
+        compare_runs,
+        lambda f, d, out: [
+            str(f / "decoder"),
+            "--by_seed",
+            *as_flags(csv=out / "r.csv", html=out / "r.html"),
         ],
     ),
     "estimate": (
