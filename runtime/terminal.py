@@ -66,6 +66,14 @@ class StatusLine:
             self.write("\r" + " " * self.width + "\r")
         return shown
 
+    def leave(self) -> None:
+        """For a process that ends at once: what is printed next begins a line. Also in
+        a handler of signals, in which a stream must not be written to.
+        """
+        if self.text and self.terminal is not None:
+            with contextlib.suppress(OSError):
+                os.write(self.terminal.fileno(), b"\n")
+
     def write(self, text: str) -> None:
         try:
             if self.terminal is not None:

@@ -152,6 +152,27 @@ def test_ctrl_c_leaves_the_terminal_whole(data, tokenizer_weight, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_second_ctrl_c_leaves_a_line_behind(data, tokenizer_weight, tmp_path, monkeypatch):
+    """Within a step that takes long."""
+    code = (
+        "import sys, time, engine, run_beitv2_pretraining as run\n"
+        "step = engine.Trainer.train_one_step\n"
+        "slow = lambda self, batches: step(self, batches) or (self.state.step > 1 and time.sleep(300))\n"
+        "engine.Trainer.train_one_step = slow\n"
+        "run.main(sys.argv[1:])"
+    )
+    flags = pretraining_flags(data, tmp_path, tokenizer_weight, *SHORT)
+    seen = Terminal([sys.executable, "-c", code, *flags], 80)
+    seen.wait_for(r"epoch 1/2 \[1/4\]")
+    time.sleep(1)
+    seen.type("\x03")
+    time.sleep(0.5)
+    seen.type("\x03")
+    lines = seen.end(-signal.SIGINT)
+    assert lines[-1] == "" and lines[-2].startswith("epoch 1/2 [1/4]")
+
+
+@pytest.mark.slow
 def test_two_processes_share_a_terminal(data, tokenizer_weight, tmp_path):
     flags = pretraining_flags(data, tmp_path, tokenizer_weight, "--epochs", "3")
     launcher = [*LAUNCHERS["torchrun"][1:], "--nproc_per_node=2", f"--master_port={free_port()}"]
