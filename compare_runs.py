@@ -7,6 +7,8 @@ Only the files in the runs' folders are read, so it can be typed while they trai
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import shutil
 from collections.abc import Sequence
@@ -17,9 +19,7 @@ from errors import UserError, count, report_user_errors
 from monitoring.comparison import by_stage, compare, format_csv, group_seeds, name_runs
 from monitoring.run_folder import find_runs, read_run
 from monitoring.text_table import format_table
-from runtime.terminal import log, set_up_logging
-
-WIDTH = 120  # where the output is no terminal
+from runtime.terminal import WIDEST, log, set_up_logging, status
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.by_seed and len(rows) == len(singles):
         notes.append("--by_seed does nothing here: no two runs differ in nothing but --seed")
 
-    width = shutil.get_terminal_size((WIDTH, 24)).columns
+    width = min(shutil.get_terminal_size((WIDEST, 24)).columns, status.width)
     for number, (stage, theirs) in enumerate(by_stage(rows).items()):
         if number:
             log.info("")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import openmp_spin  # noqa: F401
 
 import argparse
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,6 +42,7 @@ from flags.pretraining import (
     uses_dall_e,
 )
 from initialization import InitialWeights
+from monitoring import health
 from optim_factory import LayerRates, create_optimizer, decayed_layers
 from runtime import distributed
 from runtime.terminal import log
@@ -67,6 +69,8 @@ def build(args: arguments.Flags) -> engine.Trainer:
     dataset, held_out = build_data(args)
     held_out_loader = None if held_out is None else run_state.build_eval_loader(held_out, run)
     knn_probe = build_knn_probe(args, run)
+    loader_of = functools.partial(run_state.build_eval_loader, run=run)
+    health_probe = health.build_probe(args.health_freq, held_out, dataset, args.epochs, loader_of)
     data = run_state.build_training_data(dataset, run)
 
     # ── The student ──
@@ -86,6 +90,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
         predict_all=predicts_all(args),
         nothing_masked=args.no_mask,
         knn_probe=knn_probe,
+        health_probe=health_probe,
     )
     log.info(f"target     {stage.task}")
 

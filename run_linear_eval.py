@@ -198,10 +198,8 @@ def cache_features(
     dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str
 ) -> CachedFeatures:
     """Features of all images, in every process."""
-    size = len(dataset) * encode.layers * encode.dim * 4 / 2**30
-    log.info(
-        f"features   of {len(dataset):,} images of {flag}, computed once: {size:.2f} GiB in each process"
-    )
+    images, size = len(dataset), len(dataset) * encode.layers * encode.dim * 4 / 2**30
+    log.info(f"features   of {images:,} images of {flag}, computed once: {size:.2f} GiB in each process")
     return CachedFeatures(knn.gather_features(extract(dataset, encode, run, flag), run.device))
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Reporter:
         self.output_dir: Path | None = None
         self.files: RunFiles | None = None
         self.trackers: list[Tracker] = []
+        self.knows_waiting = False
         self.progress, self.run_time, self.steps_left = Progress(), RunTime(), 0
         if distributed.is_main():
             if output_dir:
@@ -78,13 +79,17 @@ class Reporter:
         self.run_time.start_epoch(step)
         self.progress.start_epoch(f"{self.title} [{done}/{steps_per_epoch}]")
         self.epoch_started = self.last_report = time.monotonic()
-        self.last_step, self.waited = step, 0.0
+        self.last_step, self.waited, self.waited_in_epoch = step, 0.0, 0.0
 
     def waiting_for(self, batches: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """The next `count` micro-batches; the time they take is the data-wait share."""
         asked = time.monotonic()
         group = [next(batches) for _ in range(count)]
-        self.waited += time.monotonic() - asked
+        seconds = time.monotonic() - asked
+        self.waited += seconds
+        if self.knows_waiting:  # the first time, the data processes start
+            self.waited_in_epoch += seconds
+        self.knows_waiting = True
         return group
 
     def is_due(self, step: int) -> bool:
@@ -132,6 +137,10 @@ class Reporter:
             tracker.scalars(scalars, step)
         self.last_report, self.last_step, self.waited = time.monotonic(), step, 0.0
 
+    def seconds_of_epoch(self) -> float:
+        """Since it started, or this process went on in its middle."""
+        return time.monotonic() - self.epoch_started
+
     def tell(self, step: int, figures: list[str], steps_left: int, report: bool) -> None:
         """At the terminal; once, as soon as it is known, with the time of the whole
         run.
@@ -145,11 +154,18 @@ class Reporter:
             self.run_time.end_epoch()
             self.progress.say(f"{title}  evaluating and saving")
 
-    def epoch(self, epoch: int, step: int, train: dict[str, float], test: dict[str, float]) -> None:
+    def epoch(
+        self,
+        epoch: int,
+        step: int,
+        train: dict[str, float],
+        test: dict[str, float],
+        alarms: Sequence[str] = (),
+    ) -> None:
         """One JSON object in log.txt, a table on the terminal. `step`: those of the
-        whole run so far.
+        whole run so far. `alarms`: those that hold.
         """
-        seconds = round(time.monotonic() - self.epoch_started, 2)
+        seconds = round(self.seconds_of_epoch(), 2)
         line: dict[str, Any] = {
             "epoch": epoch,
             **{f"train_{name}": value for name, value in train.items()},
@@ -165,10 +181,12 @@ class Reporter:
         remark = self.remark(step)
         if remark is not None:
             log.info(f"  {remark.text}")
-        for row in format_epoch(train, test, status.width, remark):
+        # a figure of each block is for charts
+        shown = {name: value for name, value in test.items() if "_block_" not in name}
+        for row in format_epoch(train, shown, status.width, remark):
             log.info(row)
         if self.files is not None:
-            self.files.log.append(line)
+            self.files.log.append(line | ({"alarms": list(alarms)} if alarms else {}))
         scalars = {f"epoch/{name}": value for name, value in line.items()}
         for tracker in self.trackers:
             tracker.scalars(scalars, step)

@@ -265,7 +265,7 @@ REFUSED = {
         **{"quantize_kmeans_init": True, "quantizer_warmup_steps": 3, "revive_dead_codes": True},
         **{"standardize_teacher": "on", "teacher_channels": 0, "teacher_input_size": 64},
         **{"teacher_model_type": "hog", "teacher_weight": "x", "freeze_epochs": 1, "mean_std": "half"},
-        **{"imagenet_default_mean_and_std": True},
+        **{"imagenet_default_mean_and_std": True, "health_freq": 1},
     },
     "pretraining": {"knn_data_path": "x"},
     "fine-tuning": ONLY_EVALUATED,
