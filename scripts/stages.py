@@ -21,8 +21,8 @@ from runtime.terminal import format_duration
 ROOT = Path(__file__).resolve().parent.parent
 # of the demo's models at 128 pixels, on two idle cores of an AMD EPYC: seconds for an
 # image in training, all else included, and for a stage to begin
-SECONDS_AN_IMAGE = {"vqkd": 0.0040, "pretrain": 0.0036, "finetune": 0.0028, "segment": 0.06}
-SECONDS_TO_BEGIN = 8.0
+SECONDS_AN_IMAGE = {"vqkd": 0.0034, "pretrain": 0.0031, "finetune": 0.0031, "segment": 0.06}
+SECONDS_TO_BEGIN = 5.0
 
 
 def expect(kind: str, images: float) -> float:

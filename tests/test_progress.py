@@ -262,6 +262,9 @@ def test_updates_come_by_time_and_reports_only_to_files(screen, monkeypatch):
     clock[0] += 10
     assert shown.is_due()
     shown.update("epoch 1/2 [5/9]", ["loss 0.500"], None, report=True)
+    assert not shown.is_due()
+    shown.start_epoch("epoch 2/2 [0/9]")
+    assert shown.is_due()
     shown.close()
     assert lines_on_screen(screen.getvalue(), 80) == [""]
 
