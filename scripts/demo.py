@@ -185,6 +185,8 @@ def draw(labeled: bool, codes: int) -> list[str]:
         str(ROOT / "visualize_attention.py"),
         "--checkpoint",
         str(OUT / "pretrain/checkpoint.pth"),
+        "--device",
+        "cpu",
     ]
     subprocess.run(
         [*command, "--image", *photos, "--output", str(folder / "attention.png")], check=True, cwd=ROOT
@@ -210,8 +212,9 @@ def draw_curves(path: Path, labeled: bool, codes: int) -> None:
             "held out": [e.get("test_loss", math.nan) for e in vqkd],
         },
         # none while the warm-up bypasses the quantizer
-        f"codes used, of {codes}": {
-            "training, after the warm-up": [e["train_codes_used"] or math.nan for e in vqkd]
+        f"of {codes} codes, after the warm-up": {
+            "used": [e["train_codes_used"] or math.nan for e in vqkd],
+            "perplexity": [e.get("train_perplexity") or math.nan for e in vqkd],
         },
         "masked-token accuracy, %": {
             "main branch": [100 * e["train_mlm_acc_1"] for e in pretraining],

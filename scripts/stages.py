@@ -21,8 +21,8 @@ from runtime.terminal import format_duration
 ROOT = Path(__file__).resolve().parent.parent
 # of the demo's models at 128 pixels, on two idle cores of an AMD EPYC: seconds for an
 # image in training, all else included, and for a stage to begin
-SECONDS_AN_IMAGE = {"vqkd": 0.0034, "pretrain": 0.0031, "finetune": 0.0031, "segment": 0.06}
-SECONDS_TO_BEGIN = 5.0
+SECONDS_AN_IMAGE = {"vqkd": 0.0037, "pretrain": 0.0033, "finetune": 0.0027, "segment": 0.06}
+SECONDS_TO_BEGIN = 4.0
 
 
 def expect(kind: str, images: float) -> float:
@@ -104,10 +104,10 @@ def judge_tokenizer(lines: list[dict[str, Any]], codes: int) -> str:
         return f"went badly: {found}. The loss should fall"
     if used < codes / 2 or even < codes / 4:
         return (
-            f"went badly: {found}, most patches by about {even:.0f} of them. Most codes should be in use; "
-            "docs/tokenizer.md says what helps"
+            f"went badly: {found}, most patches by about {even:.0f} of them (perplexity). Most codes should "
+            "be in use; docs/tokenizer.md says what helps"
         )
-    return f"went well: {found}, as evenly as {even:.0f} equal ones"
+    return f"went well: {found}, with a perplexity of {even:.0f} ({codes}: all equally often)"
 
 
 def judge_pretraining(lines: list[dict[str, Any]]) -> str:

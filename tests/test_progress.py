@@ -121,7 +121,7 @@ def test_a_terminal_of_any_width(columns, data, tokenizer_weight, tmp_path):
     assert "training   2 epochs, 8 steps; an epoch is 4 steps, 16 images" in " ".join(
         text.split("\n           ")
     )
-    assert re.search(r"\nepoch 1/2 done in .*\n( +train)+\n  loss +\d", text)
+    assert re.search(r"\nepoch 1/2 done in .*\n(( +train)+\n)?  loss +\d", text)
     assert lines[-2].startswith("finished epoch 2 in")
     updates = re.findall(r"\repoch 1/2 \[1/4\]  loss [^\r]*", seen.raw.decode())
     assert updates and all(len(update.strip()) <= min(columns, 120) - 3 for update in updates)
@@ -360,7 +360,13 @@ def test_the_table_of_an_epoch():
         "  lr         1.000e-05",
         "  acc1                  81.25",
     ]
-    assert format_epoch({"loss": 1.5}, {}) == ["        train", "  loss  1.500"]
+    assert format_epoch(train, {}) == ["  loss 1.500  class_acc 0.2500  lr 1.000e-05"]
+    assert format_epoch(train, {}, 40) == [
+        "                 train",
+        "  loss           1.500",
+        "  class_acc     0.2500",
+        "  lr         1.000e-05",
+    ]
     assert format_epoch(train, {}, remark=Remark("", "", train)) == []
 
 
