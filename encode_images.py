@@ -93,7 +93,7 @@ def get_parser() -> argparse.ArgumentParser:
         FOR_PRETRAINING,
         action="store_true",
         help="beside flags of run_beitv2_pretraining.py alone: the codes that this line's --crop_cycle "
-        "will need (docs/pretraining.md)",
+        "will need (docs/performance.md)",
     )
     add_view_flags(parser)
     add_inference_flags(parser, "half precision is faster on GPUs and gives some patches another code")
