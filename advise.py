@@ -7,6 +7,8 @@ from half a minute of trying them out. docs/advice.md says how it chooses.
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import dataclasses
 import json

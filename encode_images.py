@@ -7,6 +7,8 @@ images, and a file that has its final name is complete.
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import itertools
 import os

@@ -13,7 +13,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -26,7 +26,10 @@ from checkpoint_io import checkpoints
 from checkpoint_io.training_state import TrainState
 from data_pipeline.files import BadFiles
 from data_pipeline.samplers import close
-from errors import UserError
+from errors import UserError, count
+from monitoring import alarms
+from monitoring.alarms import REPORTS_KEPT, Alarms, Found, Line
+from monitoring.progress import Remark
 from monitoring.reporter import Reporter, RunCounts
 from run_state import Run, TrainingData, compile_networks
 from runtime import distributed, fsdp
@@ -72,6 +75,12 @@ class Stage:
         """
         return {}
 
+    def remark(self, step: int) -> Remark | None:
+        """What a reader of the figures must know after `step` steps of the run; None:
+        they speak for themselves.
+        """
+        return None
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Entries for log.txt, with their `test_` in front; {} where there is nothing
         to evaluate on.
@@ -79,11 +88,19 @@ class Stage:
         return {}
 
     def has_extra_metrics(self, epoch: int) -> bool:
-        """Whether an evaluation with a frequency of its own is due after `epoch`."""
+        """Whether evaluations with frequencies of their own are due after `epoch`."""
         return False
 
-    def extra_metrics(self, model: nn.Module) -> dict[str, float]:
-        """That evaluation: more entries like those of `evaluate`."""
+    def extra_metrics(self, model: nn.Module, epoch: int) -> dict[str, float]:
+        """Those evaluations: more entries like those of `evaluate`."""
+        return {}
+
+    def find_alarms(self, line: Line, earlier: Sequence[Line], warmed_up: bool) -> Found:
+        """What this epoch's `line` of log.txt shows to be wrong (monitoring/alarms.py).
+
+        `earlier`: the lines of the epochs before it that began after the warm-up of the
+        learning rate; `warmed_up`: whether this one did.
+        """
         return {}
 
     def best_metric(self, test: dict[str, float]) -> float | None:
@@ -122,6 +139,7 @@ class Trainer:
     # while it trains
     epochs: int = field(init=False)
     reporter: Reporter = field(init=False)
+    alarms: Alarms = field(init=False)
     skipped: SkippedSteps = field(init=False)
     bad_files: BadFiles = field(init=False)
     stop_signal: StopSignal = field(init=False)
@@ -160,8 +178,13 @@ class Trainer:
             run.write_flags()
             counts = RunCounts(self.epochs, state.epoch, state.step, self.data.sampler.global_batch)
             self.reporter = Reporter(
-                options.output_dir, options.log_dir, options.print_freq, run.device, counts
+                options.output_dir, options.log_dir, options.print_freq, run.device, counts, self.stage.remark
             )
+            files = self.reporter.files
+            lines = files.log.read("epoch") if files else []
+            reports = files.metrics.read("step", REPORTS_KEPT) if files else []
+            self.alarms = Alarms(lines, reports, clips=bool(options.clip_grad))
+            log.info(self.describe())
             last_good = None if run.output_dir is None else run.output_dir / checkpoints.LATEST
             self.skipped = SkippedSteps(state, last_good, options.seed)
             self.bad_files = BadFiles()
@@ -181,6 +204,26 @@ class Trainer:
                     self.reporter.close()
         distributed.barrier()
 
+    def describe(self) -> str:
+        """What is ahead, in one line."""
+        state, dataset, total = self.state, self.data.loader.dataset, len(self.schedule.lr)
+        classes = len(getattr(dataset, "classes", None) or ())
+        images = count(len(dataset), "image") + (f" of {classes:,} classes" if classes else "")
+        per_epoch, start = count(self.data.steps_per_epoch, "step"), self.schedule_step()
+        if start:
+            epoch, done = f"epoch {state.epoch + 1} of {self.epochs}", count(self.steps_done(), "step")
+            ahead = f"goes on after {done} of {epoch}, {total - start:,} of {count(total, 'step')} left"
+        else:
+            ahead = f"{count(self.epochs, 'epoch')}, {count(total, 'step')}"
+        return f"training   {ahead}; an epoch is {per_epoch}, {images}"
+
+    def schedule_step(self) -> int:
+        """Where in the schedule the next step stands."""
+        state = self.state
+        if self.schedule.in_steps:
+            return state.step
+        return state.epoch * self.data.steps_per_epoch + self.steps_done()
+
     def count_epochs(self) -> int:
         """How many epochs a run that is counted in steps has, done ones included; the
         last may be cut.
@@ -195,7 +238,9 @@ class Trainer:
         for epoch in range(state.epoch, self.epochs):
             images = self.data.steps_per_epoch * options.update_freq * self.data.sampler.batch_size
             self.bad_files.start_epoch(images)
+            skipped = state.skipped
             train = self.train_one_epoch() | stage.end_epoch()
+            found = self.find_alarms_of_loop(state.skipped - skipped)
             state.epoch, state.samples = epoch + 1, 0
             # Evaluation starts data processes: no other thread may run while they are
             # forked.
@@ -203,15 +248,38 @@ class Trainer:
             test = evaluate(state, stage) if self.is_due(epoch, options.eval_freq) else {}
             if stage.has_extra_metrics(epoch):
                 with fsdp.gather_model(state.model) as model:
-                    test |= stage.extra_metrics(model)
+                    test |= stage.extra_metrics(model, epoch)
             # The line in log.txt first: a run killed between the two repeats the epoch,
             # and then replaces the line.
-            self.reporter.epoch(epoch, state.step, train, test)
+            self.reporter.epoch(epoch, state.step, train, test, self.judge(epoch, train, test, found))
             self.save(epoch, self.checkpoint_names(epoch, test))
             if options.image_freq and (epoch == 0 or self.is_due(epoch, options.image_freq)):
                 with fsdp.gather_model(state.model) as model:
                     if self.reporter.shows_pictures:
                         self.reporter.pictures(epoch, state.step, stage.pictures(model))
+
+    def find_alarms_of_loop(self, skipped: int) -> Found:
+        """Whatever the stage: steps of this epoch that were `skipped`, and waiting for
+        data, in the process that waited longest. At the end of the epoch's steps.
+        """
+        reporter, options = self.reporter, self.run.options
+        waits = distributed.gather_objects((reporter.waited_in_epoch, reporter.seconds_of_epoch()))
+        waited, seconds = max(waits)
+        cores = alarms.cores_of_process()
+        workers = min(options.num_workers, cores)
+        exact = self.run.flags.get("data_pipeline") == "exact"
+        found = alarms.skipped_steps(skipped, self.data.steps_per_epoch)
+        return found | alarms.data_wait(waited, seconds, workers, cores, could_be_fast=exact)
+
+    def judge(self, epoch: int, train: dict[str, float], test: dict[str, float], found: Found) -> list[str]:
+        """The kinds of alarms that hold after `epoch`; new ones are told."""
+        warm_up = max(int(self.schedule.lr.argmax()), alarms.LEAST_WARM_UP)  # in steps
+        first = math.ceil(warm_up / self.data.steps_per_epoch)
+        earlier = [line for line in self.alarms.lines if line["epoch"] >= first]
+        line = {"epoch": epoch, **{f"train_{name}": value for name, value in train.items()}, **test}
+        return self.alarms.after_epoch(
+            line, found | self.stage.find_alarms(line, earlier, warmed_up=epoch >= first)
+        )
 
     def is_due(self, epoch: int, every: int) -> bool:
         """Every `every` epochs, and after the last."""
@@ -241,7 +309,7 @@ class Trainer:
             state.means = RunningMeans()
             self.stage.start_epoch(state.epoch)
         done = self.steps_done()
-        start = state.step if schedule.in_steps else state.epoch * data.steps_per_epoch + done
+        start = self.schedule_step()
         steps = min(data.steps_per_epoch, done + len(schedule.lr) - start)
         if done >= steps:  # killed after the last step of an epoch: for its line in log.txt
             schedule.apply(state.optimizer, max(start - 1, 0))
@@ -260,7 +328,8 @@ class Trainer:
                 self.skipped.raise_if_stuck()
                 means, figures = state.means.report(), self.more_figures()
                 self.reporter.step(means, current_lr(state), state.step, left, report=True, more=figures)
-            elif self.reporter.progress.is_due():
+                self.alarms.after_report(means["grad_norm"])
+            elif self.reporter.is_due(state.step):
                 means = state.means.compute_new()
                 self.reporter.step(means, current_lr(state), state.step, left, report=False)
             if options.save_ckpt_steps and state.step % options.save_ckpt_steps == 0:

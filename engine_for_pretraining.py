@@ -25,6 +25,10 @@ from evaluation import knn
 from evaluation.held_out import average_steps, evaluation_batches, pick_samples
 from layers.linear_cross_entropy import linear_cross_entropy
 from layers.token_subset import MaskedPositions
+from monitoring import alarms, health
+from monitoring.alarms import Found, Line
+from monitoring.health import HealthProbe, Look
+from norm_ema_quantizer import perplexity
 from runtime import distributed
 from runtime.device import Precision, to_device
 from visualization import drawing
@@ -39,7 +43,8 @@ class PretrainingStage(Stage):
         held_out: loader of `eval_data_path`.
         predict_all: the visible patches count in the loss too.
         nothing_masked: the masks are empty.
-        knn_probe: k-NN every few epochs (`knn_freq`).
+        knn_probe: k-NN every few epochs (`knn_freq`); `health_probe`: figures without
+            labels (`health_freq`).
     """
 
     def __init__(
@@ -53,11 +58,13 @@ class PretrainingStage(Stage):
         predict_all: bool = False,
         nothing_masked: bool = False,
         knn_probe: knn.Probe | None = None,
+        health_probe: HealthProbe | None = None,
     ) -> None:
         super().__init__(device, precision)
         self.target = target
         self.dataset, self.mean_std, self.held_out = dataset, mean_std, held_out
-        self.predict_all, self.nothing_masked, self.knn_probe = predict_all, nothing_masked, knn_probe
+        self.predict_all, self.nothing_masked = predict_all, nothing_masked
+        self.knn_probe, self.health_probe = knn_probe, health_probe
         which = (
             "all patches, none of them masked"
             if nothing_masked
@@ -126,18 +133,23 @@ class PretrainingStage(Stage):
         return float(batch["mask"].numel() if self.predict_all else batch["mask"].sum())
 
     def has_extra_metrics(self, epoch: int) -> bool:
-        return self.knn_probe is not None and self.knn_probe.is_due(epoch)
+        return any(probe and probe.is_due(epoch) for probe in (self.knn_probe, self.health_probe))
 
     @torch.no_grad()
-    def extra_metrics(self, model: Any) -> dict[str, float]:
+    def extra_metrics(self, model: Any, epoch: int) -> dict[str, float]:
+        model.eval()
+        figures: dict[str, float] = {}
+        if self.knn_probe and self.knn_probe.is_due(epoch):
+            figures |= self.knn_figures(model, self.knn_probe)
+        if self.health_probe and self.health_probe.is_due(epoch):
+            figures |= self.health_figures(model, self.health_probe)
+        return figures
+
+    def knn_figures(self, model: Any, probe: knn.Probe) -> dict[str, float]:
         """k-NN accuracy of the student's last layer (`knn_freq`): of its CLS token
         where that is trained, else of the mean.
         """
-        probe = self.knn_probe
-        if probe is None:
-            return {}
-        features = "cls" if hasattr(model, "cls_pt_layers") else "mean"
-        model.eval()
+        features = "cls" if has_cls_branch(model) else "mean"
 
         def encode(images: Tensor) -> Tensor:
             with self.precision.autocast():
@@ -149,6 +161,51 @@ class PretrainingStage(Stage):
         ]
         train, own = (knn.extract(of_split, encode) for of_split in batches)
         return probe.measure(train, own, self.device)
+
+    def health_figures(self, model: Any, probe: HealthProbe) -> dict[str, float]:
+        """`health_freq`: of the student's normalized tokens with nothing masked; and of
+        the main branch's predictions of the masked patches, where it predicts codes.
+        """
+        n_codes = self.target.width if isinstance(self.target, Tokens) else 0
+
+        def look(batch: dict[str, Any]) -> Look:
+            with self.precision.autocast():
+                tokens = model.norm(model.encode(batch["image"], None)).float()
+                features = {name: knn.pool(tokens, name) for name in ("cls", "mean")}
+                if not n_codes:
+                    return Look(features)
+                targets = self.target.encode(batch, masked_only=not self.nothing_masked)
+                outputs = model(
+                    batch["image"],
+                    masked_positions(batch),
+                    return_all_tokens=self.nothing_masked,
+                    criterion=lambda hidden, head: head(hidden).argmax(dim=-1).flatten(),
+                )
+            return Look(features, targets, outputs[0] if has_cls_branch(model) else outputs)
+
+        seen = probe.see(look, n_codes, self.device)
+        figures = health.feature_figures(seen.features)
+        if n_codes:
+            figures |= health.prediction_figures(seen)
+        return figures | probe.attention_figures(model, self.device, self.precision)
+
+    def find_alarms(self, line: Line, earlier: Sequence[Line], warmed_up: bool) -> Found:
+        found = alarms.falling_rank("health_rank_mean", line, earlier)
+        if "train_loss_2" in line:  # else no loss asks for the CLS token
+            found |= alarms.falling_rank("health_rank_cls", line, earlier)
+        if not isinstance(self.target, Tokens):
+            return found
+        n_codes, used = self.target.width, line["train_target_codes"]
+        evenness = line["train_target_perplexity"]
+        found |= alarms.target_codes(used, evenness, n_codes)
+        if warmed_up:
+            names = ("loss_1", "loss_2") if "train_loss_2" in line else ("loss",)
+            losses = {name: line[f"train_{name}"] for name in names}
+            found |= alarms.flat_loss(losses, evenness, n_codes)
+        if warmed_up and "health_mlm_margin" in line:
+            predicted, targets = line["health_perplexity_predicted"], line["health_perplexity_target"]
+            found |= alarms.predicted_codes(predicted, targets)
+        return found
 
     @torch.no_grad()
     def pictures(self, model: Any, count: int = 6) -> dict[str, Tensor]:
@@ -199,6 +256,10 @@ class PretrainingStage(Stage):
 def masked_positions(batch: dict[str, Any]) -> MaskedPositions:
     """Of a batch on the device; listed by its loader (`collate`), or here."""
     return MaskedPositions.of(batch["mask"], batch["image"].device, batch.get("masked"))
+
+
+def has_cls_branch(model: nn.Module) -> bool:
+    return hasattr(model, "cls_pt_layers")
 
 
 def suffix(index: int, branches: list[PatchLoss]) -> str:
@@ -318,13 +379,15 @@ class Tokens(Target):
 
     def end_epoch(self) -> dict[str, float]:
         """`majority_code_share`: the accuracy of always predicting the most frequent
-        code, the baseline of `mlm_acc`.
+        code, the baseline of `mlm_acc`; how many codes were targets, and the
+        perplexity of that.
         """
         counts = self.code_counts.clone()
         distributed.all_reduce_sum(counts)
         return {
             "majority_code_share": float(counts.max() / counts.sum().clamp(min=1)),
             "target_codes": int((counts > 0).sum()),
+            "target_perplexity": perplexity(counts.double()),
         }
 
     def pictures(

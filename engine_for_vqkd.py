@@ -5,6 +5,7 @@ use.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,16 +16,20 @@ from data_pipeline.samplers import Loader
 from engine import Stage
 from evaluation.held_out import evaluation_batches, pick_samples
 from modeling_vqkd import VQKD
-from norm_ema_quantizer import FEATURES_PER_CODE
+from monitoring import alarms, health
+from monitoring.alarms import Found, Line
+from monitoring.health import HealthProbe, Look
+from monitoring.progress import Remark
+from norm_ema_quantizer import FEATURES_PER_CODE, perplexity
 from runtime import distributed
 from runtime.device import Precision
 from runtime.metrics import RunningMeans
-from runtime.terminal import log
+from runtime.terminal import log, say_if_slow
 from visualization import drawing
 from vqkd_teachers import Teacher
 
 CALIBRATION_IMAGES = 512
-UNEVEN = 1 / 4  # a smaller perplexity, as a share of the codes in use, is warned of
+OF_CODES = ("codes_used", "unused_code", "perplexity", "quant_loss")  # figures that need a codebook
 
 
 class TokenizerStage(Stage):
@@ -42,8 +47,9 @@ class TokenizerStage(Stage):
         held_out: Loader | None = None,
         quantizer_warmup_steps: int = 0,
         revive_dead_codes: bool = False,
+        health_probe: HealthProbe | None = None,
     ) -> None:
-        self.model, self.teacher = model, teacher
+        self.model, self.teacher, self.health_probe = model, teacher, health_probe
         super().__init__(device, precision)
         self.dataset, self.held_out = dataset, held_out
         self.warmup_steps, self.revive_dead_codes = quantizer_warmup_steps, revive_dead_codes
@@ -59,6 +65,16 @@ class TokenizerStage(Stage):
     def start_epoch(self, epoch: int) -> None:
         self.model.quantize.start_epoch(self.revive_dead_codes)
 
+    def remark(self, step: int) -> Remark | None:
+        """That there are no codes yet."""
+        if self.model.quantize.ready:
+            return None
+        if step <= self.warmup_steps:
+            progress = f"step {step} of {self.warmup_steps}"
+            text = f"warm-up of the quantizer: {progress}; it is bypassed, so there are no codes yet"
+            return Remark(f"warm-up {progress}", text, OF_CODES)
+        return Remark("no codes yet", "no codes yet: features are collected for k-means", OF_CODES)
+
     def more_figures(self) -> dict[str, float]:
         """Use of the codebook in the epoch so far; none while the quantizer is
         bypassed.
@@ -70,31 +86,47 @@ class TokenizerStage(Stage):
         return {name: usage[name] for name in ("codes_used", "perplexity")}
 
     def end_epoch(self) -> dict[str, float]:
-        """Usage of the codebook in this epoch; a warning that says what to change when
-        under half of it is used, or a few codes are used for nearly all patches.
-        """
+        """Usage of the codebook in this epoch."""
+        return self.model.quantize.usage()
+
+    def find_alarms(self, line: Line, earlier: Sequence[Line], warmed_up: bool) -> Found:
         quantizer = self.model.quantize
-        usage = quantizer.usage()
-        used, perplexity = usage["codes_used"], usage["perplexity"]
         if not quantizer.ready or quantizer.warming_up:
-            return usage
-        if used < quantizer.num_tokens / 2:
-            revive = "" if self.revive_dead_codes else "`revive_dead_codes`, "
-            log.warning(
-                f"warning: only {used} of {quantizer.num_tokens} codes were used in this epoch. Try fewer "
-                "codes (`codebook_n_emd`), code dim 32 (`codebook_emd_dim`), k-means after a warm-up "
-                f"(`quantizer_warmup_steps` 100), {revive}or a larger batch"
-            )
-        elif perplexity < UNEVEN * used:
-            log.warning(
-                f"warning: {used} codes were used in this epoch, but so unevenly that {perplexity:.0f} used "
-                "equally would say as much (perplexity): most patches share a few codes. Try "
-                "`standardize_teacher` on, another teacher (`teacher_model_type`), a longer "
-                "`quantizer_warmup_steps`, or images with less empty background"
-            )
-        return usage
+            return {}
+        found = alarms.codebook_use(
+            line["train_codes_used"], line["train_perplexity"], quantizer.num_tokens, self.revive_dead_codes
+        )
+        return found | alarms.falling_rank("health_rank_mean", line, earlier)
+
+    def has_extra_metrics(self, epoch: int) -> bool:
+        return self.health_probe is not None and self.health_probe.is_due(epoch)
 
     @torch.no_grad()
+    def extra_metrics(self, model: Any, epoch: int) -> dict[str, float]:
+        """The encoder's health (`health_freq`), and, once there are codes, their use."""
+        probe, quantizer = self.health_probe, self.model.quantize
+        if probe is None:
+            return {}
+        model.eval()
+
+        def look(batch: dict[str, Any]) -> Look:
+            images = batch["image"]
+            with self.precision.autocast():
+                tokens = model.encoder.forward_features(model.pre_process(images), return_patch_tokens=True)
+                codes = model.get_codebook_indices(images).flatten() if has_codes else None
+            return Look({"mean": tokens.float().mean(dim=1)}, codes)
+
+        has_codes = quantizer.ready and not quantizer.warming_up
+        seen = probe.see(look, quantizer.num_tokens, self.device)
+        figures = health.feature_figures(seen.features)
+        if has_codes:
+            figures["health_codes_used"] = int((seen.targets > 0).sum())
+            figures["health_perplexity"] = perplexity(seen.targets.double())
+        to_input = model.pre_process
+        return figures | probe.attention_figures(model.encoder, self.device, self.precision, to_input)
+
+    @torch.no_grad()
+    @say_if_slow(f"teacher    measuring its channels over {CALIBRATION_IMAGES} images")
     def calibrate_targets(self) -> None:
         """Mean and std of the teacher's channels over a fixed sample of the training
         images, the same on every rank.
@@ -143,14 +175,16 @@ class TokenizerStage(Stage):
         images = [sample["image"] for sample in pick_samples(self.dataset, count)]
         if not images:
             return {}
+        pictures = drawing.side_by_side([drawing.as_rgb(image) for image in images])
+        if not self.model.quantize.ready:
+            return {"tokens": drawing.add_caption(pictures, "warm-up of the quantizer: no codes yet")}
         model.eval()
         with self.precision.autocast():
             codes = model.get_codebook_indices(torch.stack(images).to(self.device)).cpu()
         grid, n_codes = model.encoder.patch_embed.patch_shape, model.quantize.num_tokens
         maps = [drawing.token_map(c.view(grid), n_codes, images[0].shape[-2:]) for c in codes]
-        rows = [drawing.side_by_side([drawing.as_rgb(image) for image in images]), drawing.side_by_side(maps)]
         return {
-            "tokens": drawing.stack_rows(rows),
+            "tokens": drawing.stack_rows([pictures, drawing.side_by_side(maps)]),
             "codebook_usage": drawing.usage_histogram(model.quantize.cluster_size),
         }
 

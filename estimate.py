@@ -8,6 +8,8 @@ GPU, no images and no weights are needed.
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import json
 import logging
@@ -96,6 +98,8 @@ def parse(argv: Sequence[str] | None) -> tuple[arguments.Flags, list[str], list[
         at = len(words)
     script = words[at : at + 1]
     before, launcher = take_own(script, words[:at])
+    if script and launcher and launcher[0].startswith("-") and launcher[0] != "-m":  # as `python -m`
+        raise UserError(f"{launcher[0]} stands before {script[0]}: write the flags of a run after its script")
     after, theirs = take_own(script, words[at + 1 :])
     return arguments.parse(get_parser(), [*script, *before, *after]), launcher, theirs
 
@@ -119,6 +123,9 @@ def take_own(script: list[str], words: list[str]) -> tuple[list[str], list[str]]
 
 def count_processes(launcher: Sequence[str]) -> int:
     """As the words before the script say: torchrun's and torch.distributed.launch's."""
+    programs = [word for word in launcher if "=" not in word]  # not the variables before it
+    if programs and not re.match(r"(python|torchrun)[\d.]*$|-m$", Path(programs[0]).name):
+        raise UserError(f"how many processes {programs[0]} starts is not known here: give `gpus`")
     line = " ".join(launcher).replace("-", "_")
     found = [re.search(rf"__{name}[= ](\S+)", line) for name in ("nnodes", "nproc_per_node")]
     numbers = [int(match[1]) if match and match[1].isdigit() else 1 for match in found]
@@ -133,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_logging(0)
     name = Path(own.command).name
     entry, card = pick(ENTRIES, name, "training script"), find_card(own.gpu)
+    if own.output and not Path(own.output).parent.is_dir():  # told before the half minute
+        raise UserError(f"`output` {own.output}: there is no such folder, make it or name another")
     args, gpus = entry.parse(words), own.gpus or count_processes(launcher)
     if is_cut_url(str(getattr(args, "tokenizer_weight", ""))):
         log.warning("warning: " + explain_cut_url("the URL of `tokenizer_weight`"))
@@ -196,7 +205,7 @@ def describe(
         "           (--mfu: a share that is assumed, not measured: no run has been timed on a GPU)",
         "data       cores for reading images: not measured for this stage and these images"
         if cores is None
-        else f"data       {cores:,.0f} cores are busy reading images, {cores / gpus:.1f} for each GPU",
+        else f"data       {cores:,.1f} cores are busy reading images, {cores / gpus:.1f} for each GPU",
         f"disk       {files * step.checkpoint / GIB:,.1f} GiB: {files} checkpoints of "
         f"{step.checkpoint / GIB:.2f} GiB",
     ]

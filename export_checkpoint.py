@@ -6,6 +6,8 @@ docs/export.md has examples.
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import json
 import os

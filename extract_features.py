@@ -8,6 +8,8 @@ file that has its final name is complete. docs/features.md has examples.
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import os
 from collections.abc import Sequence

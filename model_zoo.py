@@ -13,6 +13,8 @@ for, in this order.
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 from collections.abc import Sequence
 
 from checkpoint_io.downloads import fetch, get_cache_folder

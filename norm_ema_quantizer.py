@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from layers.codebook_search import ROWS_PER_CHUNK, nearest_codes
 from runtime import distributed
+from runtime.terminal import log
 
 FEATURES_PER_CODE = 16  # k-means after a warm-up waits until this many features per code are available
 
@@ -150,6 +151,7 @@ class NormEMAVectorQuantizer(nn.Module):
         gathered = gathered[torch.isfinite(gathered).all(dim=1)]
         if len(gathered) == 0:
             return
+        log.info(f"k-means    of {len(gathered):,} features gives the {self.num_tokens:,} codes")
         codes = cosine_kmeans(gathered, self.num_tokens)
         self.embedding.weight.copy_(distributed.broadcast(codes))
         self.embedding.initted.fill_(1)

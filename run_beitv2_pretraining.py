@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,6 +44,7 @@ from flags.pretraining import (
     uses_dall_e,
 )
 from initialization import InitialWeights
+from monitoring import health
 from optim_factory import LayerRates, create_optimizer, decayed_layers
 from runtime import distributed
 from runtime.failures import explain_errors
@@ -69,6 +73,8 @@ def build(args: arguments.Flags) -> engine.Trainer:
     cached = cycle_crops(args, run, dataset, target)
     held_out_loader = None if held_out is None else run_state.build_eval_loader(held_out, run)
     knn_probe = build_knn_probe(args, run)
+    loader_of = functools.partial(run_state.build_eval_loader, run=run)
+    health_probe = health.build_probe(args.health_freq, held_out, dataset, args.epochs, loader_of)
     data = run_state.build_training_data(cached.dataset if cached else dataset, run)
     if cached:
         cached.open(describe_codes(args), data.sampler)
@@ -90,6 +96,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
         predict_all=predicts_all(args),
         nothing_masked=args.no_mask,
         knn_probe=knn_probe,
+        health_probe=health_probe,
     )
     log.info(f"target     {stage.task}")
 

@@ -4,6 +4,8 @@ images (docs/fine-tuning.md, docs/evaluation.md).
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import functools
 import os

@@ -4,6 +4,8 @@ neighbors (docs/probing.md).
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -196,10 +198,8 @@ def cache_features(
     dataset: ImageFiles, encode: FrozenBackbone, run: run_state.Run, flag: str
 ) -> CachedFeatures:
     """Features of all images, in every process."""
-    size = len(dataset) * encode.layers * encode.dim * 4 / 2**30
-    log.info(
-        f"features   of {len(dataset):,} images of {flag}, computed once: {size:.2f} GiB in each process"
-    )
+    images, size = len(dataset), len(dataset) * encode.layers * encode.dim * 4 / 2**30
+    log.info(f"features   of {images:,} images of {flag}, computed once: {size:.2f} GiB in each process")
     return CachedFeatures(knn.gather_features(extract(dataset, encode, run, flag), run.device))
 
 
@@ -233,6 +233,7 @@ def measure_channels(
     """
     plain = train if settings.cached_features else build_dataset(settings, train=True, augment=False)[0]
     every = -(-len(plain) // STATISTICS_IMAGES)
+    log.info(f"statistics of each channel, over {len(plain) // every:,} images")
     loader = run_state.build_eval_loader(plain, run, num_workers=settings.num_workers, every=every)
     heads.standardize_by(
         features(batch["image"]) for batch in evaluation_batches(loader, run.device, "`data_path`")

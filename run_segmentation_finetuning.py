@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import functools
 import math

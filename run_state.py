@@ -144,8 +144,8 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
 
 def log_setup(run: Run, changed_flags: dict[str, Any]) -> None:
     log.info(f"flags      {', '.join(f'{k}={v}' for k, v in changed_flags.items()) or 'all default'}")
-    is_gpu = run.device.type == "cuda"
-    name = torch.cuda.get_device_name(run.device) if is_gpu else f"cpu, {torch.get_num_threads()} threads"
+    is_gpu, cpu = run.device.type == "cuda", f"cpu, {count(torch.get_num_threads(), 'thread')}"
+    name = torch.cuda.get_device_name(run.device) if is_gpu else cpu
     log.info(f"device     {run.launch.world_size} x {name}, {run.precision}")
     log.info(f"code       commit {git_commit()}, torch {torch.__version__}")
     log.info(f"output     {run.options.output_dir or 'nowhere: without `output_dir` nothing is kept'}")

@@ -8,6 +8,8 @@ Q queries.
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

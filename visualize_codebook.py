@@ -8,6 +8,8 @@ N patches per image, K codes.
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 import os
 from collections.abc import Iterator, Sequence

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import openmp_spin  # noqa: F401
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

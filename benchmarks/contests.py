@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
+from benchmarks.contention import contention
 from benchmarks.input_images import (
     CLASSES,
     PHOTO,
@@ -291,4 +292,5 @@ CONTESTS = {
     "finetune": finetuning,
     "quantizer": quantizer,
     "data": data,
+    "contention": contention,
 }

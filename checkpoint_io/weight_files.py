@@ -17,6 +17,7 @@ import torch
 from checkpoint_io import torch_files
 from checkpoint_io.pickle_builders import CodeInFile, DamagedFile, UnsupportedFile
 from errors import UserError
+from runtime.terminal import say_if_slow
 
 
 def load_file(path: str | os.PathLike[str], objects: Collection[str] = ()) -> Any:
@@ -38,9 +39,10 @@ def load_file(path: str | os.PathLike[str], objects: Collection[str] = ()) -> An
         why = "is not a regular file" if path.exists() else "there is no such file"
         raise UserError(f"{path}: {why}")
     try:
-        if is_safetensors(path):
-            return safetensors.torch.load_file(path)
-        return torch_files.load(path, objects)
+        with say_if_slow(f"reading    {path}"):
+            if is_safetensors(path):
+                return safetensors.torch.load_file(path)
+            return torch_files.load(path, objects)
     except CodeInFile as error:
         raise UserError(
             f"{path} holds Python objects ({error.name}), which are not loaded because they can run any "

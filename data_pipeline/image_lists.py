@@ -24,10 +24,10 @@ from data_pipeline.folders import (
     report_left_out,
 )
 from data_pipeline.image_formats import EXTENSIONS
-from errors import ParameterError, UserError
+from errors import ParameterError, UserError, count
 from runtime.distributed import barrier, is_main
 from runtime.seeding import derive_seed
-from runtime.terminal import log_once
+from runtime.terminal import log_once, say_if_slow
 
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 
@@ -43,7 +43,8 @@ def find_images(
     """
     check_folder(root, origin)
     left_out: Counter[str] = Counter()
-    samples: Samples = [(path, None) for path in list_images(root, left_out, endings)]
+    with say_if_slow(f"searching  {root} for images"):
+        samples: Samples = [(path, None) for path in list_images(root, left_out, endings)]
     report_left_out(left_out, f"{origin} {root}", endings)
     if not samples:
         raise UserError(
@@ -99,8 +100,11 @@ def find_classes_folder(
     with os.scandir(root) as entries:
         loose = sum(entry.is_file() and entry.name.lower().endswith(endings) for entry in entries)
     left_out = Counter({"beside the class folders": loose})
-    for label, name in enumerate(names):
-        paths = list_images(os.path.join(root, name), left_out, endings, above, others)
+    with say_if_slow(f"searching  {root} for images"):
+        found_paths = [
+            list_images(os.path.join(root, name), left_out, endings, above, others) for name in names
+        ]
+    for label, (name, paths) in enumerate(zip(names, found_paths, strict=True)):
         if not paths and classes is None:  # a validation split need not have every class
             raise UserError(
                 f"{origin} {root}: class folder '{name}' has no images "
@@ -240,11 +244,12 @@ def find_shards(
     the index that it leaves.
     """
     paths = shards.find_shards(pattern, origin)
-    if not is_main():
-        barrier()
-    members = shards.list_members(paths, endings, origin)
-    if is_main():
-        barrier()
+    with say_if_slow(f"searching  {count(len(paths), 'shard')} for images"):
+        if not is_main():
+            barrier()
+        members = shards.list_members(paths, endings, origin)
+        if is_main():
+            barrier()
     if members.left_out:
         log_once(
             f"left out   of {origin} {pattern}: {members.left_out:,} images, since a name ends at its first "

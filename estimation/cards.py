@@ -23,9 +23,14 @@ FRAGMENTS, CONTEXT = 0.05, GIB
 
 @dataclass(frozen=True)
 class Card:
-    """memory: in bytes. capability: of CUDA, major x 10 + minor. tflops: dense peak of
-    the data sheet in fp16 and bf16, tflops_fp32: in fp32 without TF32. mfu, mfu_fp32: the
-    share of it that a step is assumed to reach, which has not been measured.
+    """memory: in bytes, as CUDA says them: less than the name, by what the driver and ECC
+    keep. capability: of CUDA, major x 10 + minor. tflops: dense peak in fp16 and bf16, sums
+    in fp32. tflops_fp32: without TF32. mfu, mfu_fp32: the share of it that a step is assumed
+    to reach, which has not been measured.
+
+    Peaks: NVIDIA's data sheets of V100 (SXM2), T4, A10, L40S, A100, H100 and H200 (SXM),
+    without sparsity, and its GA102 and Ada white papers for the RTX cards. Memory: the
+    "total capacity" of torch's out-of-memory messages in public issues, rounded down.
     """
 
     name: str
@@ -60,20 +65,24 @@ def needed(peak: int) -> int:
     return int(peak * (1 + FRAGMENTS)) + CONTEXT
 
 
+def gib(number: float) -> int:
+    return int(number * GIB)
+
+
 CARDS = {
     card.name: card
     for card in (
-        Card("V100-16GB", 16 * GIB, 70, 125, 15.7, mfu=0.30),
-        Card("V100-32GB", 32 * GIB, 70, 125, 15.7, mfu=0.30),
-        Card("T4-16GB", 15 * GIB, 75, 65, 8.1, mfu=0.30),
-        Card("A10-24GB", 22 * GIB, 86, 125, 31.2, mfu=0.40),
-        Card("RTX3090-24GB", 24 * GIB, 86, 71, 35.6, mfu=0.40),
-        Card("RTX4090-24GB", 24 * GIB, 89, 165, 82.6, mfu=0.40),
-        Card("L40S-48GB", 45 * GIB, 89, 362, 91.6, mfu=0.35),
-        Card("A100-40GB", 39 * GIB, 80, 312, 19.5, mfu=0.40),
-        Card("A100-80GB", 79 * GIB, 80, 312, 19.5, mfu=0.40),
-        Card("H100-80GB", 79 * GIB, 90, 989, 67, mfu=0.35),
-        Card("H200-141GB", 139 * GIB, 90, 989, 67, mfu=0.35),
+        Card("V100-16GB", gib(15.7), 70, 125, 15.7, mfu=0.30),
+        Card("V100-32GB", gib(31.7), 70, 125, 15.7, mfu=0.30),
+        Card("T4-16GB", gib(14.5), 75, 65, 8.1, mfu=0.30),
+        Card("A10-24GB", gib(21.9), 86, 125, 31.2, mfu=0.40),
+        Card("RTX3090-24GB", gib(23.6), 86, 71, 35.6, mfu=0.40),
+        Card("RTX4090-24GB", gib(23.6), 89, 165, 82.6, mfu=0.40),
+        Card("L40S-48GB", gib(44.4), 89, 362, 91.6, mfu=0.35),
+        Card("A100-40GB", gib(39.3), 80, 312, 19.5, mfu=0.40),
+        Card("A100-80GB", gib(79.1), 80, 312, 19.5, mfu=0.40),
+        Card("H100-80GB", gib(79.1), 90, 989, 67, mfu=0.35),
+        Card("H200-141GB", gib(139), 90, 989, 67, mfu=0.35),
     )
 }
 

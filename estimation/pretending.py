@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.device_mesh
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 import engine
+import schedules
 from estimation.cards import Card, card_functions
 from estimation.tracker import Memory, Tracker
 from layers.meant_device import meant_for
@@ -65,6 +67,9 @@ def replacements(tracker: Tracker) -> list[tuple[Any, str, Any]]:
         with _disable_current_modes():
             return mesh(*args, **kwargs)
 
+    def flat(base: float, final: float, epochs: int, niter: int, **_: Any) -> Any:
+        return np.broadcast_to(base, epochs * niter)
+
     def nothing(*_: Any, **__: Any) -> None:
         pass
 
@@ -72,6 +77,8 @@ def replacements(tracker: Tracker) -> list[tuple[Any, str, Any]]:
     return [
         # initialization: it redraws until the numbers fit
         (torch.nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor),
+        # of a schedule only the length is asked: millions of steps of small batches
+        (schedules, "cosine_scheduler", flat),
         # the codebook is there
         (NormEMAVectorQuantizer, "sync_ready", lambda quantizer: setattr(quantizer, "ready", True)),
         # `module.to(dtype)`, for tensors to which others refer

@@ -45,6 +45,7 @@ NOT_DONE: dict[str, Any] = {  # what writes, reads or takes other processes
     "eval_data_path": "",
     "knn_freq": 0,
     "crop_cycle": 0,
+    "health_freq": 0,
     "disable_eval": True,
     "disable_eval_during_finetuning": True,
     "teacher_weight": "random",
@@ -137,7 +138,7 @@ def parts_of_pretraining(count: int) -> dict[str, Any]:
     def build_tokenizer(args: argparse.Namespace, content: None) -> nn.Module:
         if pretraining.uses_dall_e(args):
             return modeling_dvae.DallEEncoder(vocab_size=args.codebook_size).eval().requires_grad_(False)
-        return modeling_vqkd.create_model(
+        tokenizer = modeling_vqkd.create_model(
             args.tokenizer_model,
             as_tokenizer=True,
             img_size=pretraining.student_grid(args) * modeling_vqkd.PATCH_SIZE,
@@ -145,6 +146,8 @@ def parts_of_pretraining(count: int) -> dict[str, Any]:
             code_dim=args.codebook_dim,
             in_chans=pretraining.tokenizer_channels(args),
         )
+        tokenizer.image_range = args.image_range  # as the file will say: no warning of another one
+        return tokenizer
 
     return {
         "read_tokenizer_file": lambda args: None,

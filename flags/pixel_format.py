@@ -25,7 +25,7 @@ from datasets import open_evenly
 from errors import UserError
 from run_checkpoints import find_resumed
 from run_state import Run
-from runtime.terminal import log
+from runtime.terminal import log, say_if_slow
 from transforms import normalization_of
 
 AUTO = ["auto"]
@@ -222,7 +222,9 @@ def measure(args: Flags, found: Mapping[str, Any], find: Callable[[Flags], Sampl
     auto = low_high == AUTO
     looked_at = SAMPLE_FILES if auto or args.mean_std == AUTO else LOOKED_AT
     bounds = None if auto or low_high is None else (low_high[0], low_high[1])
-    return measure_pixels(open_evenly(find(args), looked_at), args.in_chans, bounds, auto)
+    images = open_evenly(find(args), looked_at)
+    with say_if_slow(f"pixels     measuring up to {looked_at} images"):
+        return measure_pixels(images, args.in_chans, bounds, auto)
 
 
 def log_pixels(args: argparse.Namespace, origin: Mapping[str, str], taken: str) -> None:

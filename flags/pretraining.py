@@ -71,7 +71,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add_knn_monitor_flags(parser)
     add_step_flags(parser, can_shard=True)
-    add_run_flags(parser, save_ckpt_freq=20)
+    add_run_flags(parser, save_ckpt_freq=20, looks_at_health=True)
     add_v1_flags(parser)
     return parser
 

@@ -19,8 +19,12 @@ from arguments import (
 )
 
 
-def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
-    """Where a run writes, how often, how it resumes, on what it runs."""
+def add_run_flags(
+    parser: argparse.ArgumentParser, save_ckpt_freq: int, looks_at_health: bool = False
+) -> None:
+    """Where a run writes, how often, how it resumes, on what it runs.
+    `looks_at_health`: the stage has `health_freq`.
+    """
     g = parser.add_argument_group("run")
     g.add_argument(
         "--output_dir",
@@ -73,6 +77,14 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
         help="epochs between evaluations; the last epoch is always evaluated",
     )
     g.add_argument("--image_freq", type=not_negative, default=5, help="epochs between pictures; 0: none")
+    if looks_at_health:
+        g.add_argument(
+            "--health_freq",
+            type=not_negative,
+            default=None,
+            help="epochs between figures that need no labels (docs/monitoring.md); 0: none; default: as few "
+            "as take under 2%% of the run's time",
+        )
     g.add_argument(
         "--num_workers",
         type=not_negative,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
-from monitoring.progress import format_report, open_progress, peak_memory
+from monitoring.progress import Progress, Remark, RunTime, format_epoch, format_report, peak_memory
 from monitoring.run_files import RunFiles, finite_only
 from monitoring.trackers import TensorBoard, Tracker
 from runtime import distributed
-from runtime.terminal import log
+from runtime.terminal import format_duration, log, status
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,24 @@ class Reporter:
         output_dir: of files and pictures; empty: there are none.
         log_dir: of TensorBoard's files, if not output_dir.
         print_freq: optimizer steps between two reports.
+        remark: what must be said beside the figures after so many steps of the run.
     """
 
     def __init__(
-        self, output_dir: str, log_dir: str | None, print_freq: int, device: torch.device, counts: RunCounts
+        self,
+        output_dir: str,
+        log_dir: str | None,
+        print_freq: int,
+        device: torch.device,
+        counts: RunCounts,
+        remark: Callable[[int], Remark | None] = lambda step: None,
     ) -> None:
-        self.device, self.counts, self.print_freq = device, counts, print_freq
+        self.device, self.counts, self.print_freq, self.remark = device, counts, print_freq, remark
         self.output_dir: Path | None = None
         self.files: RunFiles | None = None
         self.trackers: list[Tracker] = []
-        self.progress = open_progress()
+        self.knows_waiting = False
+        self.progress, self.run_time, self.steps_left = Progress(), RunTime(), 0
         if distributed.is_main():
             if output_dir:
                 self.output_dir = Path(output_dir)
@@ -65,18 +73,30 @@ class Reporter:
         """done: steps of this epoch that were taken before. step: those of the whole
         run.
         """
+        self.current_epoch = epoch
         self.title, self.steps_per_epoch = f"epoch {epoch + 1}/{self.counts.epochs}", steps_per_epoch
-        self.steps_before_epoch = step - done
-        self.progress.start_epoch(self.title, done, steps_per_epoch)
+        self.steps_before_epoch, self.epochs_left = step - done, self.counts.epochs - epoch
+        self.run_time.start_epoch(step)
+        self.progress.start_epoch(f"{self.title} [{done}/{steps_per_epoch}]")
         self.epoch_started = self.last_report = time.monotonic()
-        self.last_step, self.waited = step, 0.0
+        self.last_step, self.waited, self.waited_in_epoch = step, 0.0, 0.0
 
     def waiting_for(self, batches: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """The next `count` micro-batches; the time they take is the data-wait share."""
         asked = time.monotonic()
         group = [next(batches) for _ in range(count)]
-        self.waited += time.monotonic() - asked
+        seconds = time.monotonic() - asked
+        self.waited += seconds
+        if self.knows_waiting:  # the first time, the data processes start
+            self.waited_in_epoch += seconds
+        self.knows_waiting = True
         return group
+
+    def is_due(self, step: int) -> bool:
+        """Whether the user is to be told something, though `step` is none of
+        `reports_at`.
+        """
+        return self.progress.is_due() or (distributed.is_main() and self.run_time.is_due(step))
 
     def reports_at(self, step: int) -> bool:
         """Whether `step` is followed by a report: the same steps in every rank and in a
@@ -100,14 +120,16 @@ class Reporter:
         seconds, steps = max(time.monotonic() - self.last_report, 1e-9), max(step - self.last_step, 1)
         speed, data_wait = steps * self.counts.images_per_step / seconds, self.waited / seconds
         memory = peak_memory(self.device)
-        text = format_report(means, lr, speed, data_wait, memory, steps_left * seconds / steps)
-        self.progress.update(step - self.steps_before_epoch, text, report)
+        self.tell(
+            step, format_report(means, lr, speed, data_wait, memory, self.remark(step)), steps_left, report
+        )
         if not report:
             return
         more = more or {}
         measured = {"lr": lr, "images_per_second": speed, "data_wait": data_wait, "memory": memory}
         if self.files is not None:
-            self.files.metrics.append(finite_only({"step": step} | more | means | measured))
+            line = {"step": step, "epoch": self.current_epoch}
+            self.files.metrics.append(finite_only(line | more | means | measured))
         known = {name: value for name, value in more.items() if math.isfinite(value) and name != "images"}
         scalars = {f"train/{name}": value for name, value in (means | known).items()}
         scalars |= {"train/lr": lr, "speed/images_per_second": speed, "speed/data_wait": data_wait}
@@ -115,21 +137,56 @@ class Reporter:
             tracker.scalars(scalars, step)
         self.last_report, self.last_step, self.waited = time.monotonic(), step, 0.0
 
-    def epoch(self, epoch: int, step: int, train: dict[str, float], test: dict[str, float]) -> None:
-        """One JSON object in log.txt, one line on the terminal. `step`: those of the
-        whole run so far.
+    def seconds_of_epoch(self) -> float:
+        """Since it started, or this process went on in its middle."""
+        return time.monotonic() - self.epoch_started
+
+    def tell(self, step: int, figures: list[str], steps_left: int, report: bool) -> None:
+        """At the terminal; once, as soon as it is known, with the time of the whole
+        run.
         """
-        seconds = round(time.monotonic() - self.epoch_started, 2)
+        step_in_epoch, self.steps_left = step - self.steps_before_epoch, steps_left
+        self.run_time.take(step, report)
+        self.run_time.tell(steps_left, self.epochs_left)
+        title = f"{self.title} [{step_in_epoch}/{self.steps_per_epoch}]"
+        self.progress.update(title, figures, self.run_time.left(steps_left, self.epochs_left), report)
+        if step_in_epoch == self.steps_per_epoch:
+            self.run_time.end_epoch()
+            self.progress.say(f"{title}  evaluating and saving")
+
+    def epoch(
+        self,
+        epoch: int,
+        step: int,
+        train: dict[str, float],
+        test: dict[str, float],
+        alarms: Sequence[str] = (),
+    ) -> None:
+        """One JSON object in log.txt, a table on the terminal. `step`: those of the
+        whole run so far. `alarms`: those that hold.
+        """
+        seconds = round(self.seconds_of_epoch(), 2)
         line: dict[str, Any] = {
             "epoch": epoch,
             **{f"train_{name}": value for name, value in train.items()},
             **test,
             "seconds": seconds,
         }
-        text = "  ".join(f"{name} {value:.4g}" for name, value in line.items() if name != "epoch")
-        log.info(f"{self.title} done  {text}")
+        self.run_time.count_pause()
+        left = self.run_time.left(self.steps_left, self.epochs_left - 1)
+        log.info(
+            f"{self.title} done in {format_duration(seconds)}"
+            + (f", about {format_duration(left)} left" if left and self.epochs_left > 1 else "")
+        )
+        remark = self.remark(step)
+        if remark is not None:
+            log.info(f"  {remark.text}")
+        # a figure of each block is for charts
+        shown = {name: value for name, value in test.items() if "_block_" not in name}
+        for row in format_epoch(train, shown, status.width, remark):
+            log.info(row)
         if self.files is not None:
-            self.files.log.append(line)
+            self.files.log.append(line | ({"alarms": list(alarms)} if alarms else {}))
         scalars = {f"epoch/{name}": value for name, value in line.items()}
         for tracker in self.trackers:
             tracker.scalars(scalars, step)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ class JsonLines:
         """Another run's file gets another name."""
         if self.path.exists():
             self.path.replace(self.path.with_name(f"{self.path.stem}-until-{when}{self.path.suffix}"))
+
+    def read(self, key: str, last: int | None = None) -> list[dict[str, Any]]:
+        """Our lines, those with a number `key`, among the `last` ones or all."""
+        if not self.path.exists():
+            return []
+        with open(self.path, encoding="utf-8", errors="replace") as file:
+            lines = deque(file, last)
+        return [json.loads(line) for line in lines if number_in(line, key) > -math.inf]
 
     def append(self, line: dict[str, Any]) -> None:
         """NaN and infinities are written as Python's reader takes them, which strict

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import errors
 from errors import UserError
 from runtime.device import keep_freed_memory, pick_device
-from runtime.terminal import set_up_logging
+from runtime.terminal import say_if_slow, set_up_logging
 
 
 @dataclass(frozen=True)
@@ -98,28 +98,29 @@ def start(
             os.environ.setdefault(
                 "MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 20000)
             )
-        timeout = datetime.timedelta(minutes=timeout_minutes)
-        try:
-            store, _, _ = next(dist.rendezvous(dist_url, launch.rank, launch.world_size, timeout=timeout))
-        except (ValueError, RuntimeError, OSError) as error:  # DistError is a RuntimeError
-            where = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ) if dist_url == "env://" else dist_url
-            raise UserError(
-                f"the processes cannot meet at {where} ({str(error).splitlines()[0]}): see `dist_url`, or "
-                "MASTER_ADDR and MASTER_PORT"
-            ) from None
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-            store = dist.PrefixStore(agree_on_attempt(store, launch, timeout), store)
-        dist.init_process_group(
-            backend="nccl" if own_device.type == "cuda" else "gloo",
-            store=store,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=timeout,
-        )
+        with say_if_slow(f"processes  waiting until all {launch.world_size} are there"):
+            store = meet(launch, own_device, dist_url, datetime.timedelta(minutes=timeout_minutes))
         if launch.world_size > 1:
             global set_up
             set_up = SetUp(store, launch.rank)
     return launch, own_device
+
+
+def meet(launch: Launch, device: torch.device, dist_url: str, timeout: datetime.timedelta) -> dist.Store:
+    """Join the process group; the store in which its processes leave each other word."""
+    try:
+        store, _, _ = next(dist.rendezvous(dist_url, launch.rank, launch.world_size, timeout=timeout))
+    except (ValueError, RuntimeError, OSError) as error:  # DistError is a RuntimeError
+        where = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ) if dist_url == "env://" else dist_url
+        raise UserError(
+            f"the processes cannot meet at {where} ({str(error).splitlines()[0]}): see `dist_url`, or "
+            "MASTER_ADDR and MASTER_PORT"
+        ) from None
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        store = dist.PrefixStore(agree_on_attempt(store, launch, timeout), store)
+    backend, rank, size = "nccl" if device.type == "cuda" else "gloo", launch.rank, launch.world_size
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    return store
 
 
 class SetUp:

@@ -103,6 +103,21 @@ class RunLock:
         atexit.unregister(self.release)
 
 
+def find_holder(folder: Path) -> dict[str, Any]:
+    """Who trains into `folder` now, {} for nobody: for readers, which take no lock. A
+    holder on another machine counts as alive.
+    """
+    try:
+        with open(folder / NAME, "rb") as file:
+            holder = read_holder(file.fileno())
+    except OSError:
+        return {}
+    if holder.get("host") == socket.gethostname():
+        alive = started(holder.get("pid")) == holder.get("process_started")
+        return holder if alive and holder.get("boot") == boot_id() else {}
+    return holder
+
+
 def lock(handle: int) -> bool | None:
     """True: locked; False: another process has it; None: there are no locks here. Not
     flock: children would share it.

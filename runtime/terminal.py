@@ -8,23 +8,118 @@ import logging
 import os
 import subprocess
 import sys
+import textwrap
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
 log = logging.getLogger("beit")  # information on rank 0 only, errors on every rank: see start()
 
 
+WIDEST = 119  # columns of what is laid out to fit
+SLOW = 3.0  # seconds without a line after which a user wants to know what is being done
+
+
+class StatusLine:
+    """The last line of a terminal, which rewrites itself; the log appears above it.
+    Where neither stdout nor stderr is a terminal there is none.
+    """
+
+    def __init__(self) -> None:
+        self.text, self.owner = "", os.getpid()
+        self.is_guest = False  # another process's line may stand there
+
+    @property
+    def terminal(self) -> TextIO | None:
+        return next((stream for stream in (sys.stdout, sys.stderr) if is_terminal(stream)), None)
+
+    @property
+    def width(self) -> int:
+        """Columns of a line, without the last one: some terminals wrap behind it."""
+        try:
+            columns = os.get_terminal_size(self.terminal.fileno()).columns if self.terminal else WIDEST + 1
+        except (OSError, ValueError):
+            columns = 0
+        return min(columns - 1 if columns > 1 else 79, WIDEST)
+
+    def show(self, text: str) -> None:
+        """In place of the text before."""
+        text = text[: self.width]
+        self.write("\r" + text.ljust(len(self.text)))
+        self.text = text
+
+    def clear(self) -> str:
+        """Returns what stood there."""
+        shown, self.text = self.text, ""
+        if os.getpid() != self.owner:  # a data process, forked while a text stood there
+            return ""
+        if shown or self.is_guest:
+            self.write("\r" + " " * (self.width if self.is_guest else len(shown)) + "\r")
+        return shown
+
+    def write(self, text: str) -> None:
+        try:
+            if self.terminal is not None:
+                self.terminal.write(text)
+                self.terminal.flush()
+        except OSError:
+            discard_output()
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # closed
+        return False
+
+
+status = StatusLine()
+
+
 class TerminalHandler(logging.Handler):
-    """Lines on stdout that leave a progress bar on stderr whole."""
+    """Lines on stdout that leave the status line and a download's bar whole. At a
+    terminal long ones are wrapped, behind the label that they begin with.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if is_terminal(sys.stdout):
+            text = wrap(text, status.width)
+        shown = status.clear()
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
+            tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
         except OSError:  # the terminal is gone, or who read the pipe
             discard_output()
+        if shown:
+            status.show(shown)
+
+
+def wrap(text: str, width: int) -> str:
+    """`label      text ...` in lines of `width`, those after the first below the text."""
+    lines = textwrap.wrap(
+        text, width, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines) if len(text) > width else text
+
+
+@contextlib.contextmanager
+def say_if_slow(text: str) -> Iterator[None]:
+    """Log `text` if the block takes longer than a few seconds. No process may be forked
+    inside the block: a thread looks at the time.
+    """
+    timer = threading.Timer(SLOW, log.info, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def discard_output() -> None:
@@ -37,6 +132,7 @@ def discard_output() -> None:
 
 
 def set_up_logging(rank: int) -> None:
+    status.is_guest = rank != 0
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     handler = TerminalHandler()
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
@@ -71,6 +167,38 @@ def format_clock(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     return (f"{days}d " if days else "") + f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def format_duration(seconds: float) -> str:
+    """`41 s`, `2 min 10 s`, `3 h 20 min`, `2 d 4 h`"""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    found: list[str] = []
+    left = round(seconds)
+    for size, name in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        if found or left >= size:
+            found.append(f"{left // size} {name}")
+        left %= size
+    return " ".join(part for part in found[:2] if not part.startswith("0 "))
+
+
+def format_end(seconds: float) -> str:
+    """The time of day in so many seconds: `14:05`, `Tue 14:05`, `24 Dec 14:05`"""
+    now, end = time.localtime(), time.localtime(time.time() + seconds)
+    day = "" if now[:3] == end[:3] else "%a " if seconds < 6 * 86400 else "%d %b "
+    return time.strftime(f"{day}%H:%M", end)
+
+
+def format_figure(value: float) -> str:
+    """Four significant digits: `0.5000`, `81.25`, `12,345`, `1.000e-05`; whole numbers
+    as they are.
+    """
+    size = abs(value)
+    if isinstance(value, int) or size == 0:
+        return f"{value:,.0f}"
+    if not 1e-4 <= size < 1e7:  # nan and inf too
+        return f"{value:.3e}" if size < float("inf") else f"{value}"
+    return f"{value:,.0f}" if size >= 999.95 else f"{value:#.4g}"
 
 
 def git_commit() -> str:

@@ -158,7 +158,7 @@ def find_card(device: str) -> Card | None:
     if device != "cuda":
         return None
     properties = torch.cuda.get_device_properties(0)
-    words = re.split(r"[\s-]", properties.name)
+    words = re.split(r"[\s-]", re.sub(r"RTX (\d+)$", r"RTX\1", properties.name))
     alike = [card for card in CARDS.values() if card.name.split("-")[0] in words]
     return min(alike, key=lambda card: abs(card.memory - properties.total_memory), default=None)
 
@@ -193,6 +193,8 @@ def main(argv: list[str] | None = None) -> int:
     report["targets"] = compare_with_targets(report, args.peak_tflops or (card.tflops if card else 0.0))
     failed = [report["tests"], report["benchmark"], *report["memory"]]
     report["ok"] = all(row["ok"] for row in report["steps"]) and not any(row.get("error") for row in failed)
+    wrong = [str(row.get("estimate_error")) for row in report["memory"]]
+    report["ok"] &= not any(error.startswith("exit status") for error in wrong)  # one may lack the time
     report["seconds"] = round(time.monotonic() - started)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n")

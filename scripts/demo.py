@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,15 @@ from data_pipeline.image_formats import load_image  # noqa: E402
 from demo_folders import make_empty  # noqa: E402
 from demo_photos import Photo, link, own_images, shrink, solar_cells  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
-from stages import run_entry  # noqa: E402
+from stages import (  # noqa: E402
+    Stages,
+    expect,
+    judge_accuracy,
+    judge_pretraining,
+    judge_tokenizer,
+    report,
+    run_entry,
+)
 from visualization import drawing  # noqa: E402
 
 OUT = ROOT / "demo_output"
@@ -75,6 +84,29 @@ def plan_demo(own: bool) -> list[Command]:
 
 
 # ── Stages ──
+
+FINETUNING = {  # name: what is fine-tuned, whether it is pretrained, with a tenth of the labels
+    "acc1": ("fine-tuning, pretrained", True, False),
+    "acc1_from_scratch": ("fine-tuning from scratch, to compare", False, False),
+    "acc1_10pct": ("fine-tuning with 10% of the labels, pretrained", True, True),
+    "acc1_10pct_from_scratch": ("fine-tuning with 10% of the labels, from scratch", False, True),
+}
+
+
+def list_stages(plan: list[Command], labeled: bool) -> Stages:
+    vqkd, pretrain, finetuning = plan
+
+    def seen(command: Command) -> int:
+        return command.steps * int(command.value("batch_size"))
+
+    expected = {
+        "vqkd": ("a tokenizer learns", expect("vqkd", seen(vqkd))),
+        "pretrain": ("pretraining", expect("pretrain", seen(pretrain))),
+    }
+    for name, (title, _, few) in FINETUNING.items() if labeled else ():
+        images = STEPS_FEW * BATCH_FEW if few else seen(finetuning)
+        expected[f"finetune_{name}"] = (title, expect("finetune", images))
+    return Stages(expected)
 
 
 def finetune(name: str, command: Command, images: int, pretrained: bool, few: bool) -> float:
@@ -171,8 +203,10 @@ def draw_curves(path: Path, labeled: bool, codes: int) -> None:
             "training": [e["train_loss"] for e in vqkd],
             "held out": [e.get("test_loss", math.nan) for e in vqkd],
         },
-        # 0 while the warm-up bypasses the quantizer
-        f"codes used, of {codes} (0: warm-up)": {"training": [e["train_codes_used"] for e in vqkd]},
+        # none while the warm-up bypasses the quantizer
+        f"codes used, of {codes}": {
+            "training, after the warm-up": [e["train_codes_used"] or math.nan for e in vqkd]
+        },
         "masked-token accuracy, %": {
             "main branch": [100 * e["train_mlm_acc_1"] for e in pretraining],
             "CLS branch": [100 * e["train_mlm_acc_2"] for e in pretraining],
@@ -225,20 +259,24 @@ def main(argv: list[str]) -> None:
     started = time.monotonic()
     photos = own_images(argv[0]) if argv else solar_cells()
     counts = prepare(photos, shrinks=not argv or inspect_folder(argv[0]).is_rgb8)
-    vqkd, pretrain, finetuning = plan_demo(own=bool(argv))
+    vqkd, pretrain, finetuning = plan = plan_demo(own=bool(argv))
     seconds["data"] = time.monotonic() - started
     images, labeled = sum(counts["train"].values()), len(counts["train"]) >= 2
-    seconds["vqkd"] = run("vqkd", vqkd, eval_freq=5)
-    seconds["pretrain"] = run("pretrain", pretrain, eval_data_path=None)
-    if labeled:
-        for name, pretrained, few in (
-            ("acc1", True, False),
-            ("acc1_from_scratch", False, False),
-            ("acc1_10pct", True, True),
-            ("acc1_10pct_from_scratch", False, True),
-        ):
-            seconds[f"finetune_{name}"] = finetune(f"finetune_{name}", finetuning, images, pretrained, few)
-    summary = summarize(counts, labeled, seconds, int(vqkd.value("codebook_n_emd")))
+    codes, largest = int(vqkd.value("codebook_n_emd")), max(counts["val"].values())
+    validation = sum(counts["val"].values())
+    print(f"           {images:,} of them train, {validation:,} validate; from here on in {OUT.name}/data")
+    stages = list_stages(plan, labeled)
+    stages.run("vqkd", lambda: run("vqkd", vqkd, eval_freq=5))
+    report(judge_tokenizer(log_of("vqkd"), codes))
+    stages.run("pretrain", lambda: run("pretrain", pretrain, eval_data_path=None))
+    report(judge_pretraining(log_of("pretrain")))
+    for name, (_, pretrained, few) in FINETUNING.items() if labeled else ():
+        folder = f"finetune_{name}"
+        stages.run(folder, partial(finetune, folder, finetuning, images, pretrained, few))
+        accuracy = log_of(folder)[-1]["test_acc1"]
+        report(judge_accuracy(accuracy, 100 * largest / validation, validation))
+    print("\n\ndrawing the pictures", flush=True)
+    summary = summarize(counts, labeled, seconds | stages.seconds, codes)
     (OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     show(summary)
 

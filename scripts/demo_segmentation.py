@@ -8,6 +8,7 @@ from random weights. Writes demo_output_segmentation/.
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -25,7 +26,16 @@ from PIL import Image, ImageSequence  # noqa: E402
 from data_pipeline.image_formats import open_image  # noqa: E402
 from demo_folders import make_empty  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
-from stages import log_of, run_entry  # noqa: E402
+from stages import (  # noqa: E402
+    Stages,
+    expect,
+    judge_pretraining,
+    judge_segmentation,
+    judge_tokenizer,
+    log_of,
+    report,
+    run_entry,
+)
 
 OUT = ROOT / "demo_output_segmentation"
 PACKAGE, MEMBER = "ndev-sampledata==0.0.3", "ndev_sampledata/samples/scratch-assay-labeled-10T-2Ch.tiff"
@@ -39,6 +49,7 @@ PIECE, STEP = 70, 35
 # transmitted light.
 WINDOWS = ((400, 2500), (5000, 11500))
 
+CODES = 128
 SIZE = "--input_size 128 --num_workers 2 --device cpu"
 VQKD = """--model vqkd_encoder_demo_decoder_1x128x4_hog --teacher_model_type efficientnet_lite0
     --teacher_input_size 128 --codebook_n_emd 128 --codebook_emd_dim 16 --quantizer_warmup_steps 60
@@ -144,19 +155,23 @@ def cut_up(tile: np.ndarray, folder: Path) -> None:
 # ── Stages ──
 
 
-def pretrain() -> dict[str, float]:
-    """Tokenizer and student, on pieces of the training tiles; seconds of each."""
-    tiles = ["--data_path", str(OUT / "pieces")]
-    seconds = {
-        "vqkd": run_entry(
-            "vqkd", "run_vqkd_training.py", f"{VQKD} {SIZE}", *tiles, "--output_dir", str(OUT / "vqkd")
-        )
-    }
-    weight = ["--tokenizer_weight", str(OUT / "vqkd/checkpoint.pth"), "--output_dir", str(OUT / "pretrain")]
-    seconds["pretrain"] = run_entry(
-        "pretrain", "run_beitv2_pretraining.py", f"{PRETRAIN} {SIZE}", *tiles, *weight
-    )
-    return seconds
+STAGES = {  # on pieces of the training tiles, and then on tiles with masks
+    "vqkd": ("a tokenizer learns", expect("vqkd", 20 * 576)),
+    "pretrain": ("pretraining", expect("pretrain", 50 * 576)),
+    "from_scratch": ("segmentation from scratch", expect("segment", 300 * 8)),
+    "pretrained": ("segmentation, pretrained", expect("segment", 300 * 8)),
+}
+
+
+def train_tokenizer() -> float:
+    folders = ["--data_path", str(OUT / "pieces"), "--output_dir", str(OUT / "vqkd")]
+    return run_entry("vqkd", "run_vqkd_training.py", f"{VQKD} {SIZE}", *folders)
+
+
+def pretrain() -> float:
+    folders = ["--data_path", str(OUT / "pieces"), "--output_dir", str(OUT / "pretrain")]
+    weight = ["--tokenizer_weight", str(OUT / "vqkd/checkpoint.pth")]
+    return run_entry("pretrain", "run_beitv2_pretraining.py", f"{PRETRAIN} {SIZE}", *folders, *weight)
 
 
 def segment(name: str, pretrained: bool) -> float:
@@ -208,10 +223,16 @@ def main() -> None:
     make_empty(OUT)
     started = time.monotonic()
     counts = prepare(fetch())
-    seconds = {"data": time.monotonic() - started}
-    seconds |= pretrain()
+    seconds, stages = {"data": time.monotonic() - started}, Stages(STAGES)
+    stages.run("vqkd", train_tokenizer)
+    report(judge_tokenizer(log_of(OUT / "vqkd"), CODES))
+    stages.run("pretrain", pretrain)
+    report(judge_pretraining(log_of(OUT / "pretrain")))
+    largest = 100 * float(counts.max() / counts.sum())
     for name in STARTS:
-        seconds[name] = segment(name, pretrained=name == "pretrained")
+        stages.run(name, functools.partial(segment, name, name == "pretrained"))
+        report(judge_segmentation(log_of(OUT / name), largest, len(CLASSES)))
+    seconds |= stages.seconds
     summary = summarize(counts, {name: round(value, 1) for name, value in seconds.items()})
     (OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     show(summary)

@@ -24,7 +24,7 @@ from data_pipeline.image_formats import EXTENSIONS, open_image
 from data_pipeline.pixel_format import RGB8, PixelFormat, load
 from errors import UserError
 from runtime import distributed
-from runtime.terminal import log
+from runtime.terminal import log, say_if_slow
 from segmentation.classes import look_through
 from segmentation.joint_views import EvaluationView, TrainingView, size_of
 from segmentation.mask_files import ENDINGS, IGNORED, Pair, labels_in, read_mask
@@ -247,10 +247,9 @@ class SegmentationFiles(Files):
                 else "not one pixel is labeled"
             )
 
+    @say_if_slow("masks      looking through them for their classes")
     def _look_for_classes(self, pairs: Sequence[Pair], occur: set[int]) -> int:
-        """Adds those in this rank's share of the masks to `occur`; the most in a mask,
-        -1 where none decodes.
-        """
+        """Adds those in this rank's masks to `occur`; the most in a mask, -1 without."""
 
         def look(mask: Image.Image, path: str) -> int:
             classes = self._classes_in(mask, path)

@@ -141,12 +141,14 @@ def test_a_card_without_bf16_is_checked_in_fp16(tmp_path, monkeypatch):
         ("NVIDIA A100-SXM4-40GB", 42, "A100-40GB"),
         ("NVIDIA H100 80GB HBM3", 85, "H100-80GB"),
         ("NVIDIA GeForce RTX 4090", 25, None),
+        ("NVIDIA GeForce RTX 3090", 25, "RTX3090-24GB"),
+        ("NVIDIA GeForce RTX 3090 Ti", 25, None),
     ],
 )
 def test_the_data_sheets_row_is_found(monkeypatch, name, gigabytes, known):
     rows = {
         name: SimpleNamespace(name=name, memory=int(name.split("-")[1][:-2]) * 2**30)
-        for name in ("V100-16GB", "V100-32GB", "A100-40GB", "A100-80GB", "H100-80GB")
+        for name in ("V100-16GB", "V100-32GB", "A100-40GB", "A100-80GB", "H100-80GB", "RTX3090-24GB")
     }
     monkeypatch.setattr(check_gpu, "CARDS", rows)
     card(monkeypatch, name, gigabytes, major=8)
@@ -162,6 +164,20 @@ def test_what_does_not_fit_into_the_time_is_named(tmp_path, monkeypatch):
     assert "minutes were over" in check.benchmark()["error"]
     rows = [check.tests(), *check.steps(), *check.memory(128)]
     assert rows and all("minutes were over" in row["error"] for row in rows)
+
+
+@pytest.mark.parametrize(("error", "status"), [(None, 0), ("not run: no time", 0), ("exit status 1: Oh", 1)])
+def test_an_estimate_that_breaks_is_a_failure(error, status, tmp_path, monkeypatch, capsys):
+    parts = {
+        "tests": {"result": "2 passed", "error": None},
+        "steps": [],
+        "benchmark": {"batch_size": 2, "error": "", "contests": []},
+        "memory": [{"stage": "vqkd", "peak_bytes": 1, "estimate_error": error}],
+    }
+    for name, found in parts.items():
+        monkeypatch.setattr(check_gpu.Check, name, lambda *_, found=found, **__: found)
+    assert check_gpu.main(["--device", "cpu", "--tiny", "--output", str(tmp_path / "r.json")]) == status
+    assert (error or "peak memory") in capsys.readouterr().out
 
 
 def test_a_part_that_takes_too_long_is_stopped(tmp_path, monkeypatch):

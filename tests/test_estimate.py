@@ -164,6 +164,24 @@ def test_a_line_that_the_shell_has_cut_is_warned_of(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        as_flags(in_chans=4, image_range="auto", mean_std="auto"),
+        as_flags(init_from="nowhere.pth"),
+        as_flags(schedule="wsd", cooldown_epochs=5),
+        as_flags(model="beit_demo_patch16_128_8k_vocab", target="pixels"),
+        as_flags(model="beit_demo_patch16_128_8k_vocab", tokenizer_model="dall-e", codebook_size=8192),
+    ],
+)
+def test_variants_of_pretraining_are_estimated(more, tmp_path, capsys):
+    """With no file that they name, and no warning about what it would say."""
+    found = estimated(tmp_path, PRETRAIN, *more, *as_flags(batch_size=8, images=1000))
+    assert found["fits"] and found["steps"] == 300 * 125
+    assert "was trained with" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_own_flags_stand_anywhere_and_config_is_the_scripts(tmp_path, capsys):
     file = tmp_path / "flags.json"
     file.write_text(json.dumps({"batch_size": 6, "nb_classes": 7}))
@@ -180,6 +198,8 @@ def test_own_flags_stand_anywhere_and_config_is_the_scripts(tmp_path, capsys):
         ("", 1),
         ("python", 1),
         ("torchrun --nnodes=2 --nproc-per-node 4", 8),
+        ("OMP_NUM_THREADS=1 /usr/bin/python3.11", 1),
+        ("-m torch.distributed.launch --nproc_per_node=2", 2),
         ("python -m torch.distributed.launch --nnodes 4 --node_rank {0, 1, 2, 3} --nproc_per_node=16", 64),
     ],
 )
@@ -198,6 +218,10 @@ def test_a_launcher_says_how_many_gpus(launcher, processes):
         ([VQKD, "--train_pixel_decoder", "--tokenizer_weight", "x.pth"], "--train_pixel_decoder: only"),
         ([FINETUNE, "--model", "beit_bas"], "unknown fine-tuning model 'beit_bas'"),
         (["torchrun", "--nproc_per_node=auto", FINETUNE], "give --gpus"),
+        (["accelerate", "launch", FINETUNE], "how many processes accelerate starts is not known here: give"),
+        (["--batch_size", "64", FINETUNE], "--batch_size stands before run_class_finetuning.py"),
+        (["--config", "f.json", FINETUNE], "--config stands before run_class_finetuning.py"),
+        ([FINETUNE, "--output", "no/such/e.json"], "--output no/such/e.json: there is no such folder"),
         ([PRETRAIN, *DEMO[PRETRAIN], "--gpu", "abacus"], "abacus"),
         ([PRETRAIN, *DEMO[PRETRAIN], "--gpus", "0"], "0"),
         ([PRETRAIN, *DEMO[PRETRAIN], "--data_set", "no such"], "no such"),
@@ -274,6 +298,24 @@ def test_more_of_what_saves_memory_saves_it():
     assert sharded.by_kind["parameters"] < 0.3 * plain.by_kind["parameters"]
     assert "gathered_shards" in sharded.by_kind and "gathered_shards" not in plain.by_kind
     assert (halves.images, halves.exchanged, halves.steps) == (plain.images, plain.exchanged, plain.steps)
+
+
+@pytest.mark.slow
+def test_fsdp_gathers_matrices_in_half_precision():
+    """Twice a step, 2 bytes instead of 4; gradients stay in fp32."""
+    flags = as_flags(batch_size=4, fsdp=True)
+    single, *halves = (
+        measured(PRETRAIN, *flags, "--amp_dtype", dtype, gpus=4, card=card).exchanged
+        for card, dtype in ((A100, "fp32"), (A100, "bf16"), (V100, "fp16"))
+    )
+    blocks, matrices = 6 + 2, 12 * 128**2  # with those of the CLS head; of a block
+    assert halves == [single - 2 * 2 * blocks * matrices] * 2
+
+
+def test_schedules_of_long_runs_are_not_computed(monkeypatch):
+    """A published line on one GPU has 16 million steps."""
+    monkeypatch.setattr("schedules.cosine_scheduler", None)
+    assert measured(FINETUNE, *as_flags(batch_size=4, epochs=10**5)).steps == 250 * 10**5
 
 
 def test_kinds_have_the_sizes_of_their_tensors():
@@ -357,5 +399,6 @@ def test_nothing_of_an_estimate_remains():
 def test_cards_are_sensible():
     for name, card in CARDS.items():
         assert name == card.name and 0 < card.mfu < 1 and card.tflops >= card.tflops_fp32
+        assert card.memory < int(name.split("-")[1][:-2]) * GIB  # a name has round or decimal gigabytes
     assert V100.dtype == "fp16" and A100.dtype == "bf16"
     assert V100.peak_flops("bf16") == V100.peak_flops("fp32") < V100.peak_flops("fp16")

@@ -26,6 +26,7 @@ from tiny_runs import (
 import advise
 import arguments
 import benchmark
+import compare_runs
 import encode_images
 import estimate
 import export_checkpoint
@@ -264,7 +265,7 @@ REFUSED = {
         **{"quantize_kmeans_init": True, "quantizer_warmup_steps": 3, "revive_dead_codes": True},
         **{"standardize_teacher": "on", "teacher_channels": 0, "teacher_input_size": 64},
         **{"teacher_model_type": "hog", "teacher_weight": "x", "freeze_epochs": 1, "mean_std": "half"},
-        **{"imagenet_default_mean_and_std": True},
+        **{"imagenet_default_mean_and_std": True, "health_freq": 1},
     },
     "pretraining": {"knn_data_path": "x"},
     "fine-tuning": ONLY_EVALUATED,
@@ -325,6 +326,14 @@ SCRIPTS = {
         lambda f, d, out: [
             *as_flags(device="cpu", model="demo", batch_size=1, rounds=1, warmup=1, amp_dtype="fp32"),
             *as_flags(stage="vqkd", output=out / "speed.json"),
+        ],
+    ),
+    "compare_runs": (
+        compare_runs,
+        lambda f, d, out: [
+            str(f / "decoder"),
+            "--by_seed",
+            *as_flags(csv=out / "r.csv", html=out / "r.html"),
         ],
     ),
     "estimate": (

@@ -13,7 +13,7 @@ LAYERS = (
         "commands",
         "run_vqkd_training run_beitv2_pretraining run_class_finetuning run_segmentation_finetuning "
         "run_linear_eval encode_images extract_features visualize_* export_checkpoint model_zoo benchmark "
-        "advise estimate hubconf",
+        "advise estimate compare_runs hubconf",
     ),
     ("estimation", "estimation"),
     ("flags", "flags"),
@@ -28,7 +28,7 @@ LAYERS = (
     ("data", "data_pipeline"),
     ("runtime", "runtime"),
     ("layers", "layers"),
-    ("shared", "arguments config_files optim_factory schedules errors"),
+    ("shared", "openmp_spin arguments config_files optim_factory schedules errors"),
 )
 
 

@@ -8,12 +8,15 @@ import base64
 import html
 import io
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from errors import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -82,12 +85,12 @@ def section(title: str, *parts: str, anchor: str, color: Iterable[float] | None 
     return "\n".join([f'<section id="{escape(anchor)}">', heading, *parts, "</section>"])
 
 
-def document(title: str, *parts: str) -> str:
-    """The whole page; the parts are HTML."""
+def document(title: str, *parts: str, style: str = "") -> str:
+    """The whole page; the parts are HTML. `style`: more CSS."""
     name = escape(title)
     head = (
         f'<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n<title>{name}</title>'
     )
     body = "\n".join([f"<h1>{name}</h1>", *parts])
-    inside = f"<head>\n{head}\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>"
+    inside = f"<head>\n{head}\n<style>{STYLE}{style}</style>\n</head>\n<body>\n{body}\n</body>"
     return f'<!DOCTYPE html>\n<html lang="en">\n{inside}\n</html>\n'
