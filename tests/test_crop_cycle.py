@@ -515,6 +515,13 @@ def test_filling_is_killed_and_goes_on(data, tokenizer_weight, tmp_path, monkeyp
     assert (stored(tmp_path / "killed") == stored(tmp_path / "whole")).all()
 
 
+@pytest.mark.slow
+def test_two_processes_fill_as_one(data, tokenizer_weight, tmp_path):
+    for run, name in ((one_process, "one"), (two_processes, "two")):
+        run("encode_images.py", ["--for_pretraining", *flags(data, tmp_path / name, tokenizer_weight)])
+    assert (stored(tmp_path / "one") == stored(tmp_path / "two")).all()
+
+
 def test_filling_needs_to_know_how_many_crops(data, tokenizer_weight, tmp_path, capsys):
     line = ["--for_pretraining", *flags(data, tmp_path, tokenizer_weight, cycle=0)]
     assert "--crop_cycle" in refused(encode_images.main, line, capsys)
