@@ -74,7 +74,7 @@ class Progress:
         """
         eta = [] if seconds_left is None else [f"eta {format_clock(seconds_left)}"]
         parts = [title, *figures[:1], *eta, *figures[1:]]
-        self.say(fit(parts, status.width))
+        self.say(fit(parts, status.room))
         self.last_update = time.monotonic()
         if report and self.prints:
             log.info(fit(parts, WIDEST))
