@@ -31,6 +31,7 @@ from monitoring.health import HealthProbe, Look
 from norm_ema_quantizer import perplexity
 from runtime import distributed
 from runtime.device import Precision, to_device
+from runtime.phases import FROZEN, phase
 from visualization import drawing
 
 
@@ -210,7 +211,7 @@ class PretrainingStage(Stage):
     @torch.no_grad()
     def pictures(self, model: Any, count: int = 6) -> dict[str, Tensor]:
         """Each row: the image, what the model sees of it, then the target's own: token
-        maps before and after, or pixels.
+        maps before and after, or pixels; with captions.
         """
         samples = pick_samples(self.dataset, count)
         if not samples:
@@ -234,10 +235,15 @@ class PretrainingStage(Stage):
         for image, mask, target, predicted_targets in zip(
             batch["image"], batch["mask"], *per_image, strict=True
         ):
-            shown = drawing.as_rgb(drawing.denormalize(image, *self.mean_std))
+            shown = drawing.enlarge(drawing.as_rgb(drawing.denormalize(image, *self.mean_std)))
             seen = drawing.masked_image(shown, mask.view(grid))
-            own = self.target.pictures(target, predicted_targets, grid, image.shape[-2:])
-            rows.append(drawing.side_by_side([shown, seen, *own]))
+            own = self.target.pictures(target, predicted_targets, grid, shown.shape[-2:])
+            judged = slice(None) if self.predict_all else mask.flatten()
+            captions = self.target.captions(target[judged], predicted_targets[judged])
+            tiles = zip([shown, seen, *own], ["image", "masked", *captions], strict=True)
+            rows.append(
+                drawing.side_by_side([drawing.add_caption(*tile, drawing.LARGE_CAPTION) for tile in tiles])
+            )
         return {f"masked_{self.target.name}": drawing.stack_rows(rows)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -331,6 +337,10 @@ class Target:
         """
         raise NotImplementedError
 
+    def captions(self, target: Tensor, predicted: Tensor) -> list[str]:
+        """Of those pictures, from what was to be predicted and what was."""
+        raise NotImplementedError
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -359,7 +369,8 @@ class Tokens(Target):
         if self.channels is not None:
             images = images.index_select(1, self.channels)
         masked = masked_positions(batch) if masked_only else None
-        return self.tokenizer.get_codebook_indices(images, masked).flatten()
+        with phase(FROZEN):
+            return self.tokenizer.get_codebook_indices(images, masked).flatten()
 
     def networks(self) -> list[Any]:
         return [self.tokenizer]
@@ -394,6 +405,10 @@ class Tokens(Target):
         self, target: Tensor, predicted: Tensor, grid: tuple[int, int], size: Sequence[int]
     ) -> list[Tensor]:
         return [drawing.token_map(codes.view(grid), self.width, size) for codes in (target, predicted)]
+
+    def captions(self, target: Tensor, predicted: Tensor) -> list[str]:
+        right = int((target == predicted).sum())
+        return ["target codes", f"predicted {right}/{len(target)}"]
 
     def state_dict(self) -> dict[str, Any]:
         counts = self.code_counts.clone()
@@ -447,4 +462,8 @@ class Pixels(Target):
             row=side,
             col=side,
         )
-        return [drawing.as_rgb(drawing.denormalize(image, *self.mean_std))]
+        shown = drawing.as_rgb(drawing.denormalize(image, *self.mean_std))
+        return [drawing.stretch(shown, size)]
+
+    def captions(self, target: Tensor, predicted: Tensor) -> list[str]:
+        return ["predicted pixels"]

@@ -129,7 +129,8 @@ class SegmentationStage(Stage):
             image, labels = sample["image"].to(self.device), sample["label"]
             predicted = predict(model, image, tuple(labels.shape), self.how, self.precision)
             picture = drawing.as_rgb(drawing.denormalize(sample["image"], *self.statistics))
-            rows.append(drawing.segmentation_row(picture, [labels, predicted.cpu()], self.colors))
+            row = drawing.segmentation_row(picture, [labels, predicted.cpu()], self.colors)
+            rows.append(drawing.add_caption(row, "image, its classes, and the predicted ones"))
         return {"segmentation": drawing.stack_rows(rows)} if rows else {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from norm_ema_quantizer import FEATURES_PER_CODE, perplexity
 from runtime import distributed
 from runtime.device import Precision
 from runtime.metrics import RunningMeans
+from runtime.phases import FROZEN, phase
 from runtime.terminal import log, say_if_slow
 from visualization import drawing
 from vqkd_teachers import Teacher
@@ -57,7 +58,9 @@ class TokenizerStage(Stage):
             model.quantize.gather_for_kmeans = FEATURES_PER_CODE * model.quantize.num_tokens
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        return model(batch["image"], self.teacher.targets(batch["image"]))
+        with phase(FROZEN):
+            targets = self.teacher.targets(batch["image"])
+        return model(batch["image"], targets)
 
     def before_step(self, step: int) -> None:
         self.model.quantize.warming_up = step < self.warmup_steps
@@ -171,21 +174,34 @@ class TokenizerStage(Stage):
 
     @torch.no_grad()
     def pictures(self, model: Any, count: int = 8) -> dict[str, Tensor]:
-        """Images over their token maps, and how evenly the codes are used."""
+        """Images over their token maps, and how evenly the codes are used; with captions."""
         images = [sample["image"] for sample in pick_samples(self.dataset, count)]
         if not images:
             return {}
-        pictures = drawing.side_by_side([drawing.as_rgb(image) for image in images])
+        shown, large = [drawing.enlarge(drawing.as_rgb(image)) for image in images], drawing.LARGE_CAPTION
         if not self.model.quantize.ready:
-            return {"tokens": drawing.add_caption(pictures, "warm-up of the quantizer: no codes yet")}
+            text = "warm-up of the quantizer: no codes yet"
+            return {"tokens": drawing.add_caption(drawing.gallery(shown, 4), text, large)}
         model.eval()
         with self.precision.autocast():
             codes = model.get_codebook_indices(torch.stack(images).to(self.device)).cpu()
-        grid, n_codes = model.encoder.patch_embed.patch_shape, model.quantize.num_tokens
-        maps = [drawing.token_map(c.view(grid), n_codes, images[0].shape[-2:]) for c in codes]
+        grid, quantizer = model.encoder.patch_embed.patch_shape, model.quantize
+        maps = [drawing.token_map(c.view(grid), quantizer.num_tokens, shown[0].shape[-2:]) for c in codes]
+        rows = []
+        for four in (slice(start, start + 4) for start in range(0, len(images), 4)):
+            rows.append(drawing.add_caption(drawing.side_by_side(shown[four]), "images", large))
+            rows.append(
+                drawing.add_caption(drawing.side_by_side(maps[four]), "their codes, one color each", large)
+            )
+        usage, histogram = quantizer.usage(), drawing.usage_histogram(quantizer.cluster_size)
+        histogram = drawing.add_caption(
+            histogram, "how often each code is used, most used first (log scale)", large
+        )
+        used, perplexity = usage["codes_used"], usage["perplexity"]
+        title = f"{used} of {quantizer.num_tokens} codes in use, perplexity {perplexity:.0f}"
         return {
-            "tokens": drawing.stack_rows([pictures, drawing.side_by_side(maps)]),
-            "codebook_usage": drawing.usage_histogram(model.quantize.cluster_size),
+            "tokens": drawing.stack_rows(rows),
+            "codebook_usage": drawing.add_caption(histogram, title, large),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from arguments import (
     MOST,
     WEIGHTS,
     Number,
+    above_zero,
     add_obsolete,
     add_switch,
     expand_home,
@@ -17,6 +18,7 @@ from arguments import (
     positive,
     seed,
 )
+from monitoring.trackers import NAMES
 
 
 def add_run_flags(
@@ -34,6 +36,15 @@ def add_run_flags(
     )
     g.add_argument(
         "--log_dir", type=expand_home, default=None, help="TensorBoard files; default: --output_dir"
+    )
+    g.add_argument(
+        "--track",
+        nargs="+",
+        choices=NAMES,
+        default=["tensorboard"],
+        metavar="NAME",
+        help="where the run can be followed, besides output_dir: any of tensorboard, wandb, mlflow, trackio "
+        "(docs/trackers.md), or none",
     )
     g.add_argument(
         "--device", default="cuda", help=("cuda (each process its own GPU; the CPU if there is none) or cpu")
@@ -92,6 +103,25 @@ def add_run_flags(
         help="data processes per training process; capped at the cores",
     )
     add_switch(g, "pin_mem", "no_pin_mem", True, "page-locked batches: faster copies to a GPU")
+    g.add_argument(
+        "--peak_tflops",
+        type=above_zero,
+        default=None,
+        help="what one device computes at best in the run's precision, of its data sheet, for the MFU; "
+        "default: of the table of known GPUs, of a CPU measured",
+    )
+    g.add_argument(
+        "--profile",
+        type=Number(int, 0, 1000),
+        default=0,
+        metavar="N",
+        help="record N steps after two, show where their time goes, write output_dir/profile/, go on",
+    )
+    g.add_argument(
+        "--memory_snapshot",
+        action="store_true",
+        help="write what lies in the GPU's memory in the first steps to output_dir/profile/",
+    )
     g = parser.add_argument_group("processes (a launcher sets these; plain python needs none)")
     g.add_argument("--dist_url", default="env://", help="where the processes meet")
     g.add_argument(

@@ -68,8 +68,9 @@ TRAINING_FLAGS = """
     cooldown_from data_pipeline disable_eval epochs eval_freq freeze_epochs grad_checkpointing
     health_freq image_freq keep_ckpts layer_decay log_dir lr min_crop_scale min_lr momentum opt opt_betas
     opt_eps print_freq revive_dead_codes save_ckpt_freq save_ckpt_steps schedule start_epoch
-    train_interpolation update_freq vflip warmup_epochs warmup_steps weight_decay
+    track train_interpolation update_freq vflip warmup_epochs warmup_steps weight_decay
     weight_decay_end ema_decay compile detect_anomaly
+    memory_snapshot peak_tflops profile
 """.split()
 
 

@@ -156,10 +156,13 @@ def cut_up(tile: np.ndarray, folder: Path) -> None:
 
 
 STAGES = {  # on pieces of the training tiles, and then on tiles with masks
-    "vqkd": ("a tokenizer learns", expect("vqkd", 20 * 576)),
-    "pretrain": ("pretraining", expect("pretrain", 50 * 576)),
-    "from_scratch": ("segmentation from scratch", expect("segment", 300 * 8)),
-    "pretrained": ("segmentation, pretrained", expect("segment", 300 * 8)),
+    "vqkd": (f"tokenizer: every patch of an image gets one of {CODES} codes", expect("vqkd", 20 * 576)),
+    "pretrain": (
+        "pretraining, without masks: which codes do hidden patches have?",
+        expect("pretrain", 50 * 576),
+    ),
+    "from_scratch": ("segmentation from random weights, to compare", expect("segment", 300 * 8)),
+    "pretrained": ("segmentation from the pretrained network", expect("segment", 300 * 8)),
 }
 
 

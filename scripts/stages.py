@@ -12,7 +12,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +30,31 @@ def expect(kind: str, images: float) -> float:
     return SECONDS_TO_BEGIN + SECONDS_AN_IMAGE[kind] * images
 
 
-@dataclass
 class Stages:
     """The stages of a demo in their order.
 
     expected: name -> its title, and `expect` of it. seconds: of those that are done.
     """
 
-    expected: dict[str, tuple[str, float]]
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self, expected: dict[str, tuple[str, float]]) -> None:
+        self.expected, self.seconds = expected, dict[str, float]()
 
-    def headline(self, name: str) -> str:
-        """Which stage it is, and the time left for it and those behind it: as long as
+    def headline(self, name: str) -> list[str]:
+        """Which stage it is, and the time left for it and those after it: as long as
         expected, on a machine that is as fast as it was so far.
         """
         number = list(self.expected).index(name) + 1
         left = sum(seconds for other, (_, seconds) in self.expected.items() if other not in self.seconds)
         known = sum(self.expected[other][1] for other in self.seconds)
         left *= sum(self.seconds.values()) / known if known else 1.0
-        shown = format_duration(60 * math.ceil(left / 60) if left > 90 else left)
-        ahead = f"about {shown} " + (
-            "left" if known else "for all stages on two idle cores; the first stage tells how fast yours are"
-        )
-        return f"── stage {number} of {len(self.expected)}: {self.expected[name][0]} ── {ahead}"
+        about = "about " + format_duration(60 * math.ceil(left / 60) if left > 90 else left)
+        ahead = "left" if known else "in all on two idle cores; stage 1 will tell how fast this machine is"
+        title = f"── stage {number} of {len(self.expected)}: {self.expected[name][0]} ──"
+        return [title, f"time       {about} {ahead}"]
 
     def run(self, name: str, stage: Callable[[], float]) -> None:
         """`stage` returns its seconds."""
-        print("\n\n" + self.headline(name), flush=True)
+        print("\n\n" + "\n".join(self.headline(name)), flush=True)
         self.seconds[name] = stage()
 
 
@@ -76,10 +73,14 @@ def run_entry(stage: str, script: str, flags: str, *more: str) -> float:
 
 def format_command(words: list[str], width: int = 88) -> list[str]:
     """As typed in a shell in this folder, flag by flag."""
+    flags: list[list[str]] = [[]]
+    for word in words:
+        flags += [[]] if word.startswith("--") else []
+        flags[-1].append(shlex.quote(word.removeprefix(f"{ROOT}/")))
     lines = ["$ python"]
-    for number, word in enumerate(words):
-        text = shlex.quote(word.removeprefix(f"{ROOT}/"))
-        if len(lines[-1]) + len(text) > width - 3 and (word.startswith("--") or number == 0):
+    for flag in flags:
+        text = " ".join(flag)
+        if len(lines[-1]) + len(text) > width - 3:
             lines[-1] += " \\"
             lines.append("     ")
         lines[-1] += f" {text}"
