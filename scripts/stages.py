@@ -21,7 +21,7 @@ from runtime.terminal import format_duration
 ROOT = Path(__file__).resolve().parent.parent
 # of the demo's models at 128 pixels, on two idle cores of an AMD EPYC: seconds for an
 # image in training, all else included, and for a stage to begin
-SECONDS_AN_IMAGE = {"vqkd": 0.0037, "pretrain": 0.0033, "finetune": 0.0027, "segment": 0.06}
+SECONDS_AN_IMAGE = {"vqkd": 0.0037, "pretrain": 0.0033, "finetune": 0.0027, "segment": 0.02}
 SECONDS_TO_BEGIN = 4.0
 
 
