@@ -215,10 +215,10 @@ def show(summary: dict[str, Any]) -> None:
         print(f"{label:32}{summary[key]['miou']:8.1f}{summary[key]['aacc']:8.1f}")
     minutes = summary["seconds"]["total"] / 60
     print(
-        "\n24 training and 6 validation tiles of one field over time; one run, one seed. Stages "
-        f"took {minutes:.1f} minutes."
+        "\n24 training and 6 validation tiles of one field over time; one run, one seed.\n"
+        f"Stages took {minutes:.1f} minutes."
     )
-    print("pictures:  " + "\n           ".join(summary["pictures"]) + "   (image, truth, prediction)")
+    print("pictures of image, truth, prediction:\n           " + "\n           ".join(summary["pictures"]))
 
 
 @report_user_errors

@@ -65,7 +65,14 @@ def run_entry(stage: str, script: str, flags: str, *more: str) -> float:
     command = [sys.executable, str(ROOT / script), *shlex.split(flags), *more]
     print("\n".join(map(printable, format_command([script, *command[2:]]))) + "\n", flush=True)
     started = time.monotonic()
-    status = subprocess.run(command, cwd=ROOT).returncode
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # which the stage has received too: it ends by itself
+        process.wait()
+        raise UserError(
+            f"stopped in stage {stage} by Ctrl-C; the demo begins anew when it is run again"
+        ) from None
     if status != 0:
         raise UserError(f"stage {stage} failed (status {status}); its output is above")
     return time.monotonic() - started

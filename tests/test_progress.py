@@ -498,6 +498,28 @@ def test_commands_are_shown_as_typed(stages):
     assert " ".join(line.removesuffix("\\").strip() for line in lines).endswith("--n 0.125")
 
 
+@pytest.mark.slow
+def test_ctrl_c_lets_the_stage_end_and_is_no_traceback(tmp_path):
+    stage = tmp_path / "stage.py"
+    stage.write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: (time.sleep(1), print('saved'), sys.exit()))\n"
+        "print('begun', flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    code = (
+        "import sys; sys.path.insert(0, 'scripts')\n"
+        "import errors, stages\n"
+        f"errors.report_user_errors(stages.run_entry)('tokenizer', {str(stage)!r}, '')"
+    )
+    demo = Terminal([sys.executable, "-c", code], 120)
+    demo.wait_for("begun")
+    demo.type("\x03")
+    text = "\n".join(demo.end(2))
+    assert "saved" in text and "error: stopped in stage tokenizer by Ctrl-C" in text
+    assert "Traceback" not in text
+
+
 def test_judgments_of_stages(stages):
     good = [{"train_loss": 1.0}, {"train_loss": 0.5, "train_codes_used": 250, "train_perplexity": 200.0}]
     assert stages.judge_tokenizer(good, 256).startswith("went well")
