@@ -62,6 +62,10 @@ class Stage:
         """
         raise NotImplementedError
 
+    def rehearse(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """What `step` computes, of a model in eval mode: only to be counted."""
+        self.step(model, batch)
+
     def start_epoch(self, epoch: int) -> None:
         """At an epoch's first step; not when a run resumes in its middle."""
 
@@ -404,17 +408,17 @@ class Trainer:
             with phase(OPTIMIZER):
                 state.ema.update(state.model, state.step)
 
-    def rehearsal(self, micro_batches: list[dict[str, Any]]) -> Callable[[], Any]:
+    def rehearsal(self, micro_batches: list[dict[str, Any]]) -> Callable[[], None]:
         """The first micro-batch's forward pass, of a copy: a stage may change a batch."""
 
-        def forward() -> Any:
+        def forward() -> None:
             copied = {
                 name: value.clone() if isinstance(value, Tensor) else value
                 for name, value in micro_batches[0].items()
             }
             batch = self.data.loader.dataset.device_transform(to_device(copied, self.run.device))
             with self.run.precision.autocast():
-                return self.stage.step(self.state.model, batch)
+                self.stage.rehearse(self.state.model, batch)
 
         return forward
 

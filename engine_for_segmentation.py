@@ -84,6 +84,11 @@ class SegmentationStage(Stage):
         logs["aux_loss"] = pixel_loss(auxiliary, labels)
         return loss + self.aux_weight * logs["aux_loss"], logs
 
+    def rehearse(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """Its parts stay in eval mode, which leaves their statistics as they are."""
+        model.training = True  # with the auxiliary head
+        self.step(model, batch)
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         if self.validation is None:
             return {}

@@ -90,7 +90,7 @@ class StepFlops:
             yield
         self.per_step, self.left = counter.flops, self.left - 1
 
-    def rehearse(self, model: nn.Module, forward: Callable[[], Any], times: int) -> None:
+    def rehearse(self, model: nn.Module, forward: Callable[[], None], times: int) -> None:
         """Of a compiled network, which an observer would keep from being compiled: one
         forward pass as it is written, in eval mode and without what a backward pass
         needs. `times`: micro-batches of a step.
