@@ -114,6 +114,9 @@ class PretrainingStage(Stage):
     def start_epoch(self, epoch: int) -> None:
         self.target.start_epoch()
 
+    def before_step(self, step: int) -> None:
+        self.target.before_step()
+
     def end_epoch(self) -> dict[str, float]:
         return self.target.end_epoch()
 
@@ -318,6 +321,9 @@ class Target:
 
     def start_epoch(self) -> None:
         """Reset the counts."""
+
+    def before_step(self) -> None:
+        """Outside the step, where the host may wait for the device."""
 
     def end_epoch(self) -> dict[str, float]:
         """The epoch's statistics, for log.txt."""

@@ -221,16 +221,16 @@ def build_training_data(
     loader = build_loader(
         dataset, sampler, workers, options.pin_mem and run.device.type == "cuda", persistent=True
     )
+    ways = f"x {launch.world_size} processes x {options.update_freq}"
     if sampler.shrunk:
         log.warning(
-            f"warning: {len(dataset)} images do not fill one batch of {options.batch_size} x "
-            f"{launch.world_size} processes x {options.update_freq}: each epoch is one step over all of "
-            "them"
+            f"warning: {len(dataset)} images do not fill one batch of {options.batch_size} {ways}: each "
+            "epoch is one step over all of them"
         )
+    batch, factors = sampler.global_batch, f" ({sampler.batch_size} {ways})"
     log.info(
-        f"data       {len(dataset):,} images, effective batch {sampler.global_batch} ({sampler.batch_size} "
-        f"x {launch.world_size} processes x {options.update_freq}), "
-        f"{count(sampler.steps_per_epoch, 'step')} an epoch"
+        f"data       {len(dataset):,} images, effective batch {batch}"
+        f"{'' if batch == sampler.batch_size else factors}, {count(sampler.steps_per_epoch, 'step')} an epoch"
     )
     run.data.update(images=len(dataset), digest=dataset.digest(options.data_path))
     resumption.check_ranks_have_the_same_images(run.data)

@@ -74,7 +74,7 @@ class Progress:
         """
         eta = [] if seconds_left is None else [f"eta {format_clock(seconds_left)}"]
         parts = [title, *figures[:1], *eta, *figures[1:]]
-        self.say(fit(parts, status.width))
+        self.say(fit(parts, status.room))
         self.last_update = time.monotonic()
         if report and self.prints:
             log.info(fit(parts, WIDEST))
@@ -208,18 +208,19 @@ def format_epoch(
     train: Mapping[str, float], test: Mapping[str, float], width: int = WIDEST, remark: Remark | None = None
 ) -> list[str]:
     """A table of an epoch's figures, by their names in log.txt: those of training, and
-    beside them those of `test`.
+    beside them those of `test`. One line, where there are none of `test` and all fit.
     """
     hidden = remark.hides if remark else ()
     measured = {name.removeprefix("test_"): value for name, value in test.items()}
     names = [name for name in {**train, **measured} if name not in hidden]
     kinds = {"train": train, "test": measured} if test else {"train": train}
+    line = "  ".join(f"{name} {format_figure(train[name])}" for name in names if name in train)
+    if not test and len(line) + 2 <= width:
+        return [f"  {line}"] if line else []
     columns = [["", *names]]
     for kind, values in kinds.items():
         columns.append([kind, *(format_figure(values[name]) if name in values else "" for name in names)])
     rows = list(zip(*columns, strict=True))
-    if not names:
-        return []
     head, body = rows[0], rows[1:]
     widths = [max(map(len, column)) for column in columns]
     fitting = max(1, (width + 2) // (sum(widths) + 2 * len(widths) + 2))

@@ -138,9 +138,11 @@ def compare(folder: Path, names: Sequence[str], sizes: Sequence[str]) -> Iterato
 def format_row(row: Row) -> str:
     stage = row.stage.removeprefix("run_").removesuffix(".py")
     kept = "checkpointing" if row.checkpointing else "plain"
+    off = f"{row.error:+.1%}"
+    off = "0.0%" if off[1:] == "0.0%" else off  # which has no sign
     return (
         f"| {stage} | {row.size} | {row.dtype} | {kept} | {row.predicted / MIB:.1f} | "
-        f"{row.measured / MIB:.1f} | {row.error:+.1%} |"
+        f"{row.measured / MIB:.1f} | {off} |"
     )
 
 

@@ -122,6 +122,15 @@ def test_pretraining(dtype, data, tokenizer_weight, tmp_path, train):
     assert len(list((tmp_path / "pictures").iterdir())) == 1
 
 
+def test_pretraining_on_kept_codes(data, tokenizer_weight, tmp_path, train):
+    """An epoch that stores them, and two that read them."""
+    more = as_flags(crop_cycle=1, epochs=3, batch_size=5)
+    watched = train(run_beitv2_pretraining.main, pretraining_flags(data, tmp_path, tokenizer_weight, *more))
+    assert len(watched.steps) == 9
+    check(watched)
+    assert (np.load(tmp_path / "codes/crop-0000.npy")["checksum"] > 0).all()
+
+
 @both
 def test_vqkd(dtype, data, tmp_path, train):
     """A step of warm-up, two that gather features for k-means, and in the second epoch
