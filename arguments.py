@@ -67,6 +67,11 @@ class Flags(argparse.Namespace):
         """
         return vars(self).get("_given", frozenset())
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The command line, with --config as it was typed."""
+        return vars(self).get("_words", ())
+
     def to_config(self, given_only: bool = False) -> dict[str, Any]:
         """What --config reads back to the same flags. `given_only`: of a run whose
         other flags come from its checkpoint.
@@ -115,11 +120,13 @@ def words_of(argv: Sequence[str] | None) -> list[str]:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Flags:
-    words = config_files.expand(parser, words_of(argv))
+    typed = words_of(argv)
+    words = config_files.expand(parser, typed)
     args = parser.parse_args(words, namespace=Flags())
     if getattr(args, "cooldown_from", ""):  # acts with one schedule only
         parser.set_defaults(schedule="wsd")
         args = parser.parse_args(words, namespace=Flags())
+    args._words = tuple(typed)
     args._given = frozenset(config_files.named_flags(parser, words))
     betas, opt = getattr(args, "opt_betas", None), getattr(args, "opt", "").lower()
     if betas and len(betas) != 2 and not (len(betas) == 3 and ("adan" in opt or "ademamix" in opt)):

@@ -24,6 +24,7 @@ from torch import Tensor
 import arguments
 import modeling_dvae
 import modeling_vqkd
+import run_beitv2_pretraining
 from checkpoint_io import checkpoints
 from data_pipeline.image_lists import Samples, find_images_or_file
 from data_pipeline.pixel_format import RGB8, PixelFormat, endings_of
@@ -42,6 +43,7 @@ from visualization.code_files import Parts
 
 SECONDS_BETWEEN_LINES = 30
 MINUTES_TO_WAIT = 24 * 60  # for the slowest process: shares are equal, machines may not be
+FOR_PRETRAINING = "--for_pretraining"
 NAMED = 5  # unreadable files that the message on the terminal names
 
 
@@ -88,6 +90,12 @@ def get_parser() -> argparse.ArgumentParser:
         type=arguments.pixels,
         default=None,
         help=("side of the input in pixels: the tokenizer's own, VQ-KD takes no other; dall-e: 112"),
+    )
+    parser.add_argument(
+        FOR_PRETRAINING,
+        action="store_true",
+        help="beside flags of run_beitv2_pretraining.py alone: the codes that this line's --crop_cycle "
+        "will need (docs/performance.md)",
     )
     add_view_flags(parser)
     add_inference_flags(parser, "half precision is faster on GPUs and gives some patches another code")
@@ -242,7 +250,11 @@ def join_shares(args: argparse.Namespace, parts: Parts, tokenizer: Tokenizer, vi
 
 @report_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments.parse(get_parser(), argv)
+    words = arguments.words_of(argv)
+    if FOR_PRETRAINING in words:
+        run_beitv2_pretraining.fill_codes([word for word in words if word != FOR_PRETRAINING])
+        return
+    args = arguments.parse(get_parser(), words)
 
     # ── Setup ──
     launch, device = distributed.start(args.device, timeout_minutes=MINUTES_TO_WAIT)

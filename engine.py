@@ -13,7 +13,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -27,13 +27,20 @@ from checkpoint_io.training_state import TrainState
 from data_pipeline.files import BadFiles
 from data_pipeline.samplers import close
 from errors import UserError, count
+from monitoring import alarms, environment
+from monitoring.alarms import REPORTS_KEPT, Alarms, Found, Line
+from monitoring.profiling import StepProfiler
 from monitoring.progress import Remark
 from monitoring.reporter import Reporter, RunCounts
-from run_state import Run, TrainingData, compile_networks
-from runtime import distributed, fsdp
+from monitoring.tracked_run import describe_run
+from monitoring.trackers import open_trackers
+from run_state import Run, TrainingData
+from runtime import compilation, distributed, flops, fsdp
 from runtime.device import Precision, to_device
 from runtime.failures import explain_errors
+from runtime.flops import StepFlops
 from runtime.metrics import RunningMeans
+from runtime.phases import BACKWARD, COPY, FORWARD, OPTIMIZER, phase
 from runtime.seeding import derive_seed, seed_all
 from runtime.signals import StopSignal
 from runtime.skipped_steps import SkippedSteps
@@ -54,6 +61,10 @@ class Stage:
         Runs under autocast.
         """
         raise NotImplementedError
+
+    def rehearse(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """What `step` computes, of a model in eval mode: only to be counted."""
+        self.step(model, batch)
 
     def start_epoch(self, epoch: int) -> None:
         """At an epoch's first step; not when a run resumes in its middle."""
@@ -86,11 +97,19 @@ class Stage:
         return {}
 
     def has_extra_metrics(self, epoch: int) -> bool:
-        """Whether an evaluation with a frequency of its own is due after `epoch`."""
+        """Whether evaluations with frequencies of their own are due after `epoch`."""
         return False
 
-    def extra_metrics(self, model: nn.Module) -> dict[str, float]:
-        """That evaluation: more entries like those of `evaluate`."""
+    def extra_metrics(self, model: nn.Module, epoch: int) -> dict[str, float]:
+        """Those evaluations: more entries like those of `evaluate`."""
+        return {}
+
+    def find_alarms(self, line: Line, earlier: Sequence[Line], warmed_up: bool) -> Found:
+        """What this epoch's `line` of log.txt shows to be wrong (monitoring/alarms.py).
+
+        `earlier`: the lines of the epochs before it that began after the warm-up of the
+        learning rate; `warmed_up`: whether this one did.
+        """
         return {}
 
     def best_metric(self, test: dict[str, float]) -> float | None:
@@ -129,6 +148,9 @@ class Trainer:
     # while it trains
     epochs: int = field(init=False)
     reporter: Reporter = field(init=False)
+    flops: StepFlops = field(init=False)
+    profiler: StepProfiler = field(init=False)
+    alarms: Alarms = field(init=False)
     skipped: SkippedSteps = field(init=False)
     bad_files: BadFiles = field(init=False)
     stop_signal: StopSignal = field(init=False)
@@ -150,7 +172,9 @@ class Trainer:
         """`compile`: the model, and the frozen `networks` beside it. After resuming:
         weights are loaded and averages begun.
         """
-        compile_networks(self.run, self.data, self.state.model, *networks)
+        if self.run.options.compile:
+            parts = compilation.compile_networks(self.data.sampler.batch_size, self.state.model, *networks)
+            log.info(f"compile    {parts} parts of the networks, in the first step (a minute or more)")
 
     def fit(self) -> None:
         """Train from where the state stands to the last epoch, or until a signal asks
@@ -165,10 +189,24 @@ class Trainer:
                 at_the_end.callback(run.lock.release)
             at_the_end.enter_context(explain_errors(options.output_dir, options.log_dir or ""))
             run.write_flags()
+            environment.write(run.output_dir, run.typed, run.flags, run.device, state.step)
             counts = RunCounts(self.epochs, state.epoch, state.step, self.data.sampler.global_batch)
-            self.reporter = Reporter(
-                options.output_dir, options.log_dir, options.print_freq, run.device, counts, self.stage.remark
+            tracked = describe_run(
+                options.output_dir, options.log_dir, run.flags, run.changed_flags, state.step
             )
+            trackers = open_trackers(options.track, tracked)
+            self.reporter = Reporter(
+                options.output_dir, options.print_freq, run.device, counts, trackers, self.stage.remark
+            )
+            outcome = "failed"
+            files = self.reporter.files
+            lines = files.log.read("epoch") if files else []
+            reports = files.metrics.read("step", REPORTS_KEPT) if files else []
+            self.alarms = Alarms(lines, reports, clips=bool(options.clip_grad))
+            self.reporter.peak_flops = flops.find_peak(run.device, run.precision, options.peak_tflops)
+            self.flops = StepFlops(distributed.is_main() and self.reporter.peak_flops is not None)
+            recorded = run.output_dir if distributed.is_main() else None
+            self.profiler = StepProfiler(recorded, options.profile, options.memory_snapshot, run.device)
             log.info(self.describe())
             last_good = None if run.output_dir is None else run.output_dir / checkpoints.LATEST
             self.skipped = SkippedSteps(state, last_good, options.seed)
@@ -178,15 +216,18 @@ class Trainer:
                     self.train_epochs()
                     self.stop_signal.finalize()
                 refuse_a_run_without_a_step(state, first_step)
+                outcome = "finished"
                 log.info(f"finished epoch {self.epochs} in {format_clock(time.monotonic() - run.started)}")
             except Stopped as stopped:
+                outcome = "stopped"
                 log.info(f"stopped by {stopped} after step {state.step}: rerun the same command to resume")
             finally:
                 close(self.data.loader)
                 try:
                     run.saver.wait()
+                    self.profiler.close()
                 finally:
-                    self.reporter.close()
+                    self.reporter.close(outcome)
         distributed.barrier()
 
     def describe(self) -> str:
@@ -223,7 +264,9 @@ class Trainer:
         for epoch in range(state.epoch, self.epochs):
             images = self.data.steps_per_epoch * options.update_freq * self.data.sampler.batch_size
             self.bad_files.start_epoch(images)
+            skipped = state.skipped
             train = self.train_one_epoch() | stage.end_epoch()
+            found = self.find_alarms_of_loop(state.skipped - skipped)
             state.epoch, state.samples = epoch + 1, 0
             # Evaluation starts data processes: no other thread may run while they are
             # forked.
@@ -231,15 +274,38 @@ class Trainer:
             test = evaluate(state, stage) if self.is_due(epoch, options.eval_freq) else {}
             if stage.has_extra_metrics(epoch):
                 with fsdp.gather_model(state.model) as model:
-                    test |= stage.extra_metrics(model)
+                    test |= stage.extra_metrics(model, epoch)
             # The line in log.txt first: a run killed between the two repeats the epoch,
             # and then replaces the line.
-            self.reporter.epoch(epoch, state.step, train, test)
+            self.reporter.epoch(epoch, state.step, train, test, self.judge(epoch, train, test, found))
             self.save(epoch, self.checkpoint_names(epoch, test))
             if options.image_freq and (epoch == 0 or self.is_due(epoch, options.image_freq)):
                 with fsdp.gather_model(state.model) as model:
                     if self.reporter.shows_pictures:
                         self.reporter.pictures(epoch, state.step, stage.pictures(model))
+
+    def find_alarms_of_loop(self, skipped: int) -> Found:
+        """Whatever the stage: steps of this epoch that were `skipped`, and waiting for
+        data, in the process that waited longest. At the end of the epoch's steps.
+        """
+        reporter, options = self.reporter, self.run.options
+        waits = distributed.gather_objects((reporter.waited_in_epoch, reporter.seconds_of_epoch()))
+        waited, seconds = max(waits)
+        cores = alarms.cores_of_process()
+        workers = min(options.num_workers, cores)
+        exact = self.run.flags.get("data_pipeline") == "exact"
+        found = alarms.skipped_steps(skipped, self.data.steps_per_epoch)
+        return found | alarms.data_wait(waited, seconds, workers, cores, could_be_fast=exact)
+
+    def judge(self, epoch: int, train: dict[str, float], test: dict[str, float], found: Found) -> list[str]:
+        """The kinds of alarms that hold after `epoch`; new ones are told."""
+        warm_up = max(int(self.schedule.lr.argmax()), alarms.LEAST_WARM_UP)  # in steps
+        first = math.ceil(warm_up / self.data.steps_per_epoch)
+        earlier = [line for line in self.alarms.lines if line["epoch"] >= first]
+        line = {"epoch": epoch, **{f"train_{name}": value for name, value in train.items()}, **test}
+        return self.alarms.after_epoch(
+            line, found | self.stage.find_alarms(line, earlier, warmed_up=epoch >= first)
+        )
 
     def is_due(self, epoch: int, every: int) -> bool:
         """Every `every` epochs, and after the last."""
@@ -283,11 +349,13 @@ class Trainer:
             for batch in micro_batches:
                 self.bad_files.add(batch["failed"], found_image="image" in batch)
             self.train_one_step(micro_batches)
+            self.reporter.leave_out(self.profiler.end_step())
             left = len(schedule.lr) - schedule_step - 1
             if self.reporter.reports_at(state.step):
                 self.skipped.raise_if_stuck()
                 means, figures = state.means.report(), self.more_figures()
                 self.reporter.step(means, current_lr(state), state.step, left, report=True, more=figures)
+                self.alarms.after_report(means["grad_norm"])
             elif self.reporter.is_due(state.step):
                 means = state.means.compute_new()
                 self.reporter.step(means, current_lr(state), state.step, left, report=False)
@@ -323,18 +391,36 @@ class Trainer:
 
     def train_one_step(self, micro_batches: list[dict[str, Any]]) -> None:
         """Forward, backward, update: nothing here waits for the device."""
-        state = self.state
-        logs = accumulate_gradients(
-            state, self.stage, micro_batches, self.run, self.data.loader.dataset.device_transform
-        )
-        norm = take_step(state, self.run.options.clip_grad)
+        state, device_transform = self.state, self.data.loader.dataset.device_transform
+        if self.run.options.compile:
+            self.flops.rehearse(state.model, self.rehearsal(micro_batches), len(micro_batches))
+        with self.flops.observe():
+            logs = accumulate_gradients(state, self.stage, micro_batches, self.run, device_transform)
+        self.reporter.flops_per_step = self.flops.per_step
+        with phase(OPTIMIZER):
+            norm = take_step(state, self.run.options.clip_grad)
         self.skipped.add(logs["loss"], norm, micro_batches)
         state.means.add(logs | {"grad_norm": norm})
         state.step += 1
         state.samples += self.data.sampler.global_batch
         state.images += self.data.sampler.global_batch
         if state.ema is not None:
-            state.ema.update(state.model, state.step)
+            with phase(OPTIMIZER):
+                state.ema.update(state.model, state.step)
+
+    def rehearsal(self, micro_batches: list[dict[str, Any]]) -> Callable[[], None]:
+        """The first micro-batch's forward pass, of a copy: a stage may change a batch."""
+
+        def forward() -> None:
+            copied = {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in micro_batches[0].items()
+            }
+            batch = self.data.loader.dataset.device_transform(to_device(copied, self.run.device))
+            with self.run.precision.autocast():
+                self.stage.rehearse(self.state.model, batch)
+
+        return forward
 
 
 def refuse_a_run_without_a_step(state: TrainState, first_step: int) -> None:
@@ -394,14 +480,16 @@ def accumulate_gradients(
         last = index + 1 == len(micro_batches)
         ddp = isinstance(state.runner, DistributedDataParallel)
         no_sync = cast(Any, state.runner).no_sync() if ddp and not last else contextlib.nullcontext()
-        batch = device_transform(to_device(batch, run.device))
+        with phase(COPY):
+            batch = device_transform(to_device(batch, run.device))
         with no_sync:
-            with run.precision.autocast():
+            with phase(FORWARD), run.precision.autocast():
                 loss, parts = stage.step(state.runner, batch)
             # A loss that is not finite makes every gradient NaN, so that all ranks skip
             # the step without having to ask.
             is_finite = torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
-            state.scaler.scale(loss * is_finite / len(micro_batches)).backward()
+            with phase(BACKWARD):
+                state.scaler.scale(loss * is_finite / len(micro_batches)).backward()
         for name, value in ({"loss": loss} | parts).items():
             share = value.detach().float() / len(micro_batches)
             logs[name] = logs[name] + share if name in logs else share

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from data_pipeline.samplers import Loader
 from engine import Stage
 from errors import UserError
+from evaluation.confident_errors import ConfidentErrors
 from evaluation.confusion import Confusion
 from evaluation.held_out import evaluation_batches
 from evaluation.trained_classifier import refuse_resuming_other_classes
@@ -32,6 +33,7 @@ class FinetuningStage(Stage):
     `classes`: the names behind the labels; a checkpoint keeps them, so that other
     images are labeled the same way. `class_weights` (classes,): each class's factor in
     the loss. `best`: which test_ figure the best checkpoint has the highest of.
+    `mean_std`: how the images are normalized, for pictures.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class FinetuningStage(Stage):
         classes: Sequence[str] | None = None,
         class_weights: Tensor | None = None,
         best: str = "acc1",
+        mean_std: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
         super().__init__(device, precision)
         self.class_weights = None if class_weights is None else class_weights.to(device)
@@ -51,6 +54,7 @@ class FinetuningStage(Stage):
         self.validation = validation
         self.mixup, self.smoothing, self.classes = mixup, smoothing, list(classes or ())
         self.soft_cross_entropy = SoftTargetCrossEntropy()
+        self.mean_std, self.errors = mean_std, ConfidentErrors()
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         images, labels = batch["image"], batch["label"]
@@ -90,7 +94,7 @@ class FinetuningStage(Stage):
         macro F1 and loss on the validation images, and which classes were taken for
         which. {} without validation images.
         """
-        confusion = Confusion(self.device)
+        confusion, self.errors = Confusion(self.device), ConfidentErrors()
         if self.validation is None:
             return {}, confusion
         model.eval()
@@ -104,6 +108,8 @@ class FinetuningStage(Stage):
                 [loss, top_k_correct(logits, labels, 5), loss.new_full((), len(labels))]
             ).double()
             confusion.add(labels, logits.argmax(dim=1))
+            if self.mean_std is not None and distributed.is_main():
+                self.errors.add(batch["image"], labels, logits)
         distributed.all_reduce_sum(sums)
         confusion.sum_over_ranks()
         correct, total = confusion.by_class()
@@ -118,6 +124,14 @@ class FinetuningStage(Stage):
             "test_images": int(images) if len(total) else 0,
         }
         return results, confusion
+
+    def pictures(self, model: nn.Module) -> dict[str, Tensor]:
+        """The most confident errors of the evaluation just done, among this process's
+        share of the validation images; none without an evaluation.
+        """
+        errors, self.errors = self.errors, ConfidentErrors()
+        picture = None if self.mean_std is None else errors.draw(self.classes, self.mean_std)
+        return {} if picture is None else {"confident_errors": picture}
 
     def best_metric(self, test: dict[str, float]) -> float | None:
         return test.get(f"test_{self.best}")

@@ -23,6 +23,7 @@ from evaluation.held_out import evaluation_batches
 from runtime import distributed
 from runtime.device import Precision
 from runtime.metrics import accuracy, top_k_correct
+from runtime.phases import FROZEN, phase
 
 
 class LinearHeads(nn.Module):
@@ -124,7 +125,9 @@ class LinearStage(Stage):
         """The sum over the layers: no classifier's gradient depends on how many others
         there are.
         """
-        logits, labels = model(self.encode(batch["image"])).float(), batch["label"]
+        with phase(FROZEN):
+            features = self.encode(batch["image"])
+        logits, labels = model(features).float(), batch["label"]
         losses = torch.stack([F.cross_entropy(layer_logits, labels) for layer_logits in logits])
         return losses.sum(), {
             "loss_last_layer": losses[-1],

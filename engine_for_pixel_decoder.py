@@ -55,7 +55,12 @@ class PixelDecoderStage(Stage):
         with self.precision.autocast():
             codes = model.encode(torch.stack(images).to(self.device))
             drawn = model.decode(codes)
-        return {"reconstruction": drawing.draw_reconstructions(images, codes, model.n_codes, list(drawn))}
+        picture = drawing.draw_reconstructions(images, codes, model.n_codes, list(drawn))
+        return {
+            "reconstruction": drawing.add_caption(
+                picture, "images, their codes, and what is drawn from the codes", drawing.LARGE_CAPTION
+            )
+        }
 
 
 def compare(drawn: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

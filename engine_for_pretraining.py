@@ -25,8 +25,13 @@ from evaluation import knn
 from evaluation.held_out import average_steps, evaluation_batches, pick_samples
 from layers.linear_cross_entropy import linear_cross_entropy
 from layers.token_subset import MaskedPositions
+from monitoring import alarms, health
+from monitoring.alarms import Found, Line
+from monitoring.health import HealthProbe, Look
+from norm_ema_quantizer import perplexity
 from runtime import distributed
 from runtime.device import Precision, to_device
+from runtime.phases import FROZEN, phase
 from visualization import drawing
 
 
@@ -39,7 +44,8 @@ class PretrainingStage(Stage):
         held_out: loader of `eval_data_path`.
         predict_all: the visible patches count in the loss too.
         nothing_masked: the masks are empty.
-        knn_probe: k-NN every few epochs (`knn_freq`).
+        knn_probe: k-NN every few epochs (`knn_freq`); `health_probe`: figures without
+            labels (`health_freq`).
     """
 
     def __init__(
@@ -53,11 +59,13 @@ class PretrainingStage(Stage):
         predict_all: bool = False,
         nothing_masked: bool = False,
         knn_probe: knn.Probe | None = None,
+        health_probe: HealthProbe | None = None,
     ) -> None:
         super().__init__(device, precision)
         self.target = target
         self.dataset, self.mean_std, self.held_out = dataset, mean_std, held_out
-        self.predict_all, self.nothing_masked, self.knn_probe = predict_all, nothing_masked, knn_probe
+        self.predict_all, self.nothing_masked = predict_all, nothing_masked
+        self.knn_probe, self.health_probe = knn_probe, health_probe
         which = (
             "all patches, none of them masked"
             if nothing_masked
@@ -106,6 +114,9 @@ class PretrainingStage(Stage):
     def start_epoch(self, epoch: int) -> None:
         self.target.start_epoch()
 
+    def before_step(self, step: int) -> None:
+        self.target.before_step()
+
     def end_epoch(self) -> dict[str, float]:
         return self.target.end_epoch()
 
@@ -123,18 +134,23 @@ class PretrainingStage(Stage):
         return float(batch["mask"].numel() if self.predict_all else batch["mask"].sum())
 
     def has_extra_metrics(self, epoch: int) -> bool:
-        return self.knn_probe is not None and self.knn_probe.is_due(epoch)
+        return any(probe and probe.is_due(epoch) for probe in (self.knn_probe, self.health_probe))
 
     @torch.no_grad()
-    def extra_metrics(self, model: Any) -> dict[str, float]:
+    def extra_metrics(self, model: Any, epoch: int) -> dict[str, float]:
+        model.eval()
+        figures: dict[str, float] = {}
+        if self.knn_probe and self.knn_probe.is_due(epoch):
+            figures |= self.knn_figures(model, self.knn_probe)
+        if self.health_probe and self.health_probe.is_due(epoch):
+            figures |= self.health_figures(model, self.health_probe)
+        return figures
+
+    def knn_figures(self, model: Any, probe: knn.Probe) -> dict[str, float]:
         """k-NN accuracy of the student's last layer (`knn_freq`): of its CLS token
         where that is trained, else of the mean.
         """
-        probe = self.knn_probe
-        if probe is None:
-            return {}
-        features = "cls" if hasattr(model, "cls_pt_layers") else "mean"
-        model.eval()
+        features = "cls" if has_cls_branch(model) else "mean"
 
         def encode(images: Tensor) -> Tensor:
             with self.precision.autocast():
@@ -147,10 +163,55 @@ class PretrainingStage(Stage):
         train, own = (knn.extract(of_split, encode) for of_split in batches)
         return probe.measure(train, own, self.device)
 
+    def health_figures(self, model: Any, probe: HealthProbe) -> dict[str, float]:
+        """`health_freq`: of the student's normalized tokens with nothing masked; and of
+        the main branch's predictions of the masked patches, where it predicts codes.
+        """
+        n_codes = self.target.width if isinstance(self.target, Tokens) else 0
+
+        def look(batch: dict[str, Any]) -> Look:
+            with self.precision.autocast():
+                tokens = model.norm(model.encode(batch["image"], None)).float()
+                features = {name: knn.pool(tokens, name) for name in ("cls", "mean")}
+                if not n_codes:
+                    return Look(features)
+                targets = self.target.encode(batch, masked_only=not self.nothing_masked)
+                outputs = model(
+                    batch["image"],
+                    masked_positions(batch),
+                    return_all_tokens=self.nothing_masked,
+                    criterion=lambda hidden, head: head(hidden).argmax(dim=-1).flatten(),
+                )
+            return Look(features, targets, outputs[0] if has_cls_branch(model) else outputs)
+
+        seen = probe.see(look, n_codes, self.device)
+        figures = health.feature_figures(seen.features)
+        if n_codes:
+            figures |= health.prediction_figures(seen)
+        return figures | probe.attention_figures(model, self.device, self.precision)
+
+    def find_alarms(self, line: Line, earlier: Sequence[Line], warmed_up: bool) -> Found:
+        found = alarms.falling_rank("health_rank_mean", line, earlier)
+        if "train_loss_2" in line:  # else no loss asks for the CLS token
+            found |= alarms.falling_rank("health_rank_cls", line, earlier)
+        if not isinstance(self.target, Tokens):
+            return found
+        n_codes, used = self.target.width, line["train_target_codes"]
+        evenness = line["train_target_perplexity"]
+        found |= alarms.target_codes(used, evenness, n_codes)
+        if warmed_up:
+            names = ("loss_1", "loss_2") if "train_loss_2" in line else ("loss",)
+            losses = {name: line[f"train_{name}"] for name in names}
+            found |= alarms.flat_loss(losses, evenness, n_codes)
+        if warmed_up and "health_mlm_margin" in line:
+            predicted, targets = line["health_perplexity_predicted"], line["health_perplexity_target"]
+            found |= alarms.predicted_codes(predicted, targets)
+        return found
+
     @torch.no_grad()
     def pictures(self, model: Any, count: int = 6) -> dict[str, Tensor]:
         """Each row: the image, what the model sees of it, then the target's own: token
-        maps before and after, or pixels.
+        maps before and after, or pixels; with captions.
         """
         samples = pick_samples(self.dataset, count)
         if not samples:
@@ -174,10 +235,15 @@ class PretrainingStage(Stage):
         for image, mask, target, predicted_targets in zip(
             batch["image"], batch["mask"], *per_image, strict=True
         ):
-            shown = drawing.as_rgb(drawing.denormalize(image, *self.mean_std))
+            shown = drawing.enlarge(drawing.as_rgb(drawing.denormalize(image, *self.mean_std)))
             seen = drawing.masked_image(shown, mask.view(grid))
-            own = self.target.pictures(target, predicted_targets, grid, image.shape[-2:])
-            rows.append(drawing.side_by_side([shown, seen, *own]))
+            own = self.target.pictures(target, predicted_targets, grid, shown.shape[-2:])
+            judged = slice(None) if self.predict_all else mask.flatten()
+            captions = self.target.captions(target[judged], predicted_targets[judged])
+            tiles = zip([shown, seen, *own], ["image", "masked", *captions], strict=True)
+            rows.append(
+                drawing.side_by_side([drawing.add_caption(*tile, drawing.LARGE_CAPTION) for tile in tiles])
+            )
         return {f"masked_{self.target.name}": drawing.stack_rows(rows)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,6 +262,10 @@ class PretrainingStage(Stage):
 def masked_positions(batch: dict[str, Any]) -> MaskedPositions:
     """Of a batch on the device; listed by its loader (`collate`), or here."""
     return MaskedPositions.of(batch["mask"], batch["image"].device, batch.get("masked"))
+
+
+def has_cls_branch(model: nn.Module) -> bool:
+    return hasattr(model, "cls_pt_layers")
 
 
 def suffix(index: int, branches: list[PatchLoss]) -> str:
@@ -252,6 +322,9 @@ class Target:
     def start_epoch(self) -> None:
         """Reset the counts."""
 
+    def before_step(self) -> None:
+        """Outside the step, where the host may wait for the device."""
+
     def end_epoch(self) -> dict[str, float]:
         """The epoch's statistics, for log.txt."""
         return {}
@@ -262,6 +335,10 @@ class Target:
         """One image's targets (N, ...), and the same with the predictions in their
         places, as pictures of `size`.
         """
+        raise NotImplementedError
+
+    def captions(self, target: Tensor, predicted: Tensor) -> list[str]:
+        """Of those pictures, from what was to be predicted and what was."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -292,7 +369,8 @@ class Tokens(Target):
         if self.channels is not None:
             images = images.index_select(1, self.channels)
         masked = masked_positions(batch) if masked_only else None
-        return self.tokenizer.get_codebook_indices(images, masked).flatten()
+        with phase(FROZEN):
+            return self.tokenizer.get_codebook_indices(images, masked).flatten()
 
     def networks(self) -> list[Any]:
         return [self.tokenizer]
@@ -312,19 +390,25 @@ class Tokens(Target):
 
     def end_epoch(self) -> dict[str, float]:
         """`majority_code_share`: the accuracy of always predicting the most frequent
-        code, the baseline of `mlm_acc`.
+        code, the baseline of `mlm_acc`; how many codes were targets, and the
+        perplexity of that.
         """
         counts = self.code_counts.clone()
         distributed.all_reduce_sum(counts)
         return {
             "majority_code_share": float(counts.max() / counts.sum().clamp(min=1)),
             "target_codes": int((counts > 0).sum()),
+            "target_perplexity": perplexity(counts.double()),
         }
 
     def pictures(
         self, target: Tensor, predicted: Tensor, grid: tuple[int, int], size: Sequence[int]
     ) -> list[Tensor]:
         return [drawing.token_map(codes.view(grid), self.width, size) for codes in (target, predicted)]
+
+    def captions(self, target: Tensor, predicted: Tensor) -> list[str]:
+        right = int((target == predicted).sum())
+        return ["target codes", f"predicted {right}/{len(target)}"]
 
     def state_dict(self) -> dict[str, Any]:
         counts = self.code_counts.clone()
@@ -378,4 +462,8 @@ class Pixels(Target):
             row=side,
             col=side,
         )
-        return [drawing.as_rgb(drawing.denormalize(image, *self.mean_std))]
+        shown = drawing.as_rgb(drawing.denormalize(image, *self.mean_std))
+        return [drawing.stretch(shown, size)]
+
+    def captions(self, target: Tensor, predicted: Tensor) -> list[str]:
+        return ["predicted pixels"]

@@ -84,6 +84,11 @@ class SegmentationStage(Stage):
         logs["aux_loss"] = pixel_loss(auxiliary, labels)
         return loss + self.aux_weight * logs["aux_loss"], logs
 
+    def rehearse(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """Its parts stay in eval mode, which leaves their statistics as they are."""
+        model.training = True  # with the auxiliary head
+        self.step(model, batch)
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         if self.validation is None:
             return {}
@@ -129,7 +134,8 @@ class SegmentationStage(Stage):
             image, labels = sample["image"].to(self.device), sample["label"]
             predicted = predict(model, image, tuple(labels.shape), self.how, self.precision)
             picture = drawing.as_rgb(drawing.denormalize(sample["image"], *self.statistics))
-            rows.append(drawing.segmentation_row(picture, [labels, predicted.cpu()], self.colors))
+            row = drawing.segmentation_row(picture, [labels, predicted.cpu()], self.colors)
+            rows.append(drawing.add_caption(row, "image, its classes, and the predicted ones"))
         return {"segmentation": drawing.stack_rows(rows)} if rows else {}
 
     def state_dict(self) -> dict[str, Any]:

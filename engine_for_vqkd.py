@@ -5,6 +5,7 @@ use.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,18 +16,21 @@ from data_pipeline.samplers import Loader
 from engine import Stage
 from evaluation.held_out import evaluation_batches, pick_samples
 from modeling_vqkd import VQKD
+from monitoring import alarms, health
+from monitoring.alarms import Found, Line
+from monitoring.health import HealthProbe, Look
 from monitoring.progress import Remark
-from norm_ema_quantizer import FEATURES_PER_CODE
+from norm_ema_quantizer import FEATURES_PER_CODE, perplexity
 from runtime import distributed
 from runtime.device import Precision
 from runtime.metrics import RunningMeans
+from runtime.phases import FROZEN, phase
 from runtime.terminal import log, say_if_slow
 from visualization import drawing
 from vqkd_teachers import Teacher
 
 CALIBRATION_IMAGES = 512
 OF_CODES = ("codes_used", "unused_code", "perplexity", "quant_loss")  # figures that need a codebook
-UNEVEN = 1 / 4  # a smaller perplexity, as a share of the codes in use, is warned of
 
 
 class TokenizerStage(Stage):
@@ -44,8 +48,9 @@ class TokenizerStage(Stage):
         held_out: Loader | None = None,
         quantizer_warmup_steps: int = 0,
         revive_dead_codes: bool = False,
+        health_probe: HealthProbe | None = None,
     ) -> None:
-        self.model, self.teacher = model, teacher
+        self.model, self.teacher, self.health_probe = model, teacher, health_probe
         super().__init__(device, precision)
         self.dataset, self.held_out = dataset, held_out
         self.warmup_steps, self.revive_dead_codes = quantizer_warmup_steps, revive_dead_codes
@@ -53,7 +58,9 @@ class TokenizerStage(Stage):
             model.quantize.gather_for_kmeans = FEATURES_PER_CODE * model.quantize.num_tokens
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        return model(batch["image"], self.teacher.targets(batch["image"]))
+        with phase(FROZEN):
+            targets = self.teacher.targets(batch["image"])
+        return model(batch["image"], targets)
 
     def before_step(self, step: int) -> None:
         self.model.quantize.warming_up = step < self.warmup_steps
@@ -82,29 +89,44 @@ class TokenizerStage(Stage):
         return {name: usage[name] for name in ("codes_used", "perplexity")}
 
     def end_epoch(self) -> dict[str, float]:
-        """Usage of the codebook in this epoch; a warning that says what to change when
-        under half of it is used, or a few codes are used for nearly all patches.
-        """
+        """Usage of the codebook in this epoch."""
+        return self.model.quantize.usage()
+
+    def find_alarms(self, line: Line, earlier: Sequence[Line], warmed_up: bool) -> Found:
         quantizer = self.model.quantize
-        usage = quantizer.usage()
-        used, perplexity = usage["codes_used"], usage["perplexity"]
         if not quantizer.ready or quantizer.warming_up:
-            return usage
-        if used < quantizer.num_tokens / 2:
-            revive = "" if self.revive_dead_codes else "`revive_dead_codes`, "
-            log.warning(
-                f"warning: only {used} of {quantizer.num_tokens} codes were used in this epoch. Try fewer "
-                "codes (`codebook_n_emd`), code dim 32 (`codebook_emd_dim`), k-means after a warm-up "
-                f"(`quantizer_warmup_steps` 100), {revive}or a larger batch"
-            )
-        elif perplexity < UNEVEN * used:
-            log.warning(
-                f"warning: {used} codes were used in this epoch, but so unevenly that {perplexity:.0f} used "
-                "equally would say as much (perplexity): most patches share a few codes. Try "
-                "`standardize_teacher` on, another teacher (`teacher_model_type`), a longer "
-                "`quantizer_warmup_steps`, or images with less empty background"
-            )
-        return usage
+            return {}
+        found = alarms.codebook_use(
+            line["train_codes_used"], line["train_perplexity"], quantizer.num_tokens, self.revive_dead_codes
+        )
+        return found | alarms.falling_rank("health_rank_mean", line, earlier)
+
+    def has_extra_metrics(self, epoch: int) -> bool:
+        return self.health_probe is not None and self.health_probe.is_due(epoch)
+
+    @torch.no_grad()
+    def extra_metrics(self, model: Any, epoch: int) -> dict[str, float]:
+        """The encoder's health (`health_freq`), and, once there are codes, their use."""
+        probe, quantizer = self.health_probe, self.model.quantize
+        if probe is None:
+            return {}
+        model.eval()
+
+        def look(batch: dict[str, Any]) -> Look:
+            images = batch["image"]
+            with self.precision.autocast():
+                tokens = model.encoder.forward_features(model.pre_process(images), return_patch_tokens=True)
+                codes = model.get_codebook_indices(images).flatten() if has_codes else None
+            return Look({"mean": tokens.float().mean(dim=1)}, codes)
+
+        has_codes = quantizer.ready and not quantizer.warming_up
+        seen = probe.see(look, quantizer.num_tokens, self.device)
+        figures = health.feature_figures(seen.features)
+        if has_codes:
+            figures["health_codes_used"] = int((seen.targets > 0).sum())
+            figures["health_perplexity"] = perplexity(seen.targets.double())
+        to_input = model.pre_process
+        return figures | probe.attention_figures(model.encoder, self.device, self.precision, to_input)
 
     @torch.no_grad()
     @say_if_slow(f"teacher    measuring its channels over {CALIBRATION_IMAGES} images")
@@ -152,21 +174,34 @@ class TokenizerStage(Stage):
 
     @torch.no_grad()
     def pictures(self, model: Any, count: int = 8) -> dict[str, Tensor]:
-        """Images over their token maps, and how evenly the codes are used."""
+        """Images over their token maps, and how evenly the codes are used; with captions."""
         images = [sample["image"] for sample in pick_samples(self.dataset, count)]
         if not images:
             return {}
-        pictures = drawing.side_by_side([drawing.as_rgb(image) for image in images])
+        shown, large = [drawing.enlarge(drawing.as_rgb(image)) for image in images], drawing.LARGE_CAPTION
         if not self.model.quantize.ready:
-            return {"tokens": drawing.add_caption(pictures, "warm-up of the quantizer: no codes yet")}
+            text = "warm-up of the quantizer: no codes yet"
+            return {"tokens": drawing.add_caption(drawing.gallery(shown, 4), text, large)}
         model.eval()
         with self.precision.autocast():
             codes = model.get_codebook_indices(torch.stack(images).to(self.device)).cpu()
-        grid, n_codes = model.encoder.patch_embed.patch_shape, model.quantize.num_tokens
-        maps = [drawing.token_map(c.view(grid), n_codes, images[0].shape[-2:]) for c in codes]
+        grid, quantizer = model.encoder.patch_embed.patch_shape, model.quantize
+        maps = [drawing.token_map(c.view(grid), quantizer.num_tokens, shown[0].shape[-2:]) for c in codes]
+        rows = []
+        for four in (slice(start, start + 4) for start in range(0, len(images), 4)):
+            rows.append(drawing.add_caption(drawing.side_by_side(shown[four]), "images", large))
+            rows.append(
+                drawing.add_caption(drawing.side_by_side(maps[four]), "their codes, one color each", large)
+            )
+        usage, histogram = quantizer.usage(), drawing.usage_histogram(quantizer.cluster_size)
+        histogram = drawing.add_caption(
+            histogram, "how often each code is used, most used first (log scale)", large
+        )
+        used, perplexity = usage["codes_used"], usage["perplexity"]
+        title = f"{used} of {quantizer.num_tokens} codes in use, perplexity {perplexity:.0f}"
         return {
-            "tokens": drawing.stack_rows([pictures, drawing.side_by_side(maps)]),
-            "codebook_usage": drawing.usage_histogram(model.quantize.cluster_size),
+            "tokens": drawing.stack_rows(rows),
+            "codebook_usage": drawing.add_caption(histogram, title, large),
         }
 
     def state_dict(self) -> dict[str, Any]:

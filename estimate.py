@@ -27,7 +27,6 @@ from checkpoint_io import checkpoints
 from checkpoint_io.downloads import explain_cut_url, is_cut_url
 from errors import UserError, pick, report_user_errors
 from estimation import report
-from estimation.cards import CARDS, find_card
 from estimation.measurement import Measured, pretended_run
 from estimation.report import GIB, MIB, Row, Setting
 from estimation.stand_ins import (
@@ -37,6 +36,7 @@ from estimation.stand_ins import (
     parts_of_segmentation,
     parts_of_vqkd,
 )
+from runtime.cards import CARDS, find_card
 from runtime.terminal import log, set_up_logging, silence
 
 ENTRIES = {

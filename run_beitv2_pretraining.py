@@ -7,6 +7,7 @@ from __future__ import annotations
 import openmp_spin  # noqa: F401
 
 import argparse
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ import run_state
 from checkpoint_io import checkpoints, published
 from checkpoint_io.tokenizer_weights import TokenizerContent, read_tokenizer
 from datasets import ImageFiles, build_knn_datasets, find_held_out
+from engine_for_crop_cycle import CachedTokens
 from engine_for_pretraining import Pixels, PretrainingStage, Target, Tokens
 from errors import UserError, report_user_errors
 from evaluation import knn
@@ -32,6 +34,7 @@ from flags.pretraining import (
     DALL_E,
     build_pretraining_views,
     check_tokenizer_channels,
+    describe_codes,
     get_parser,
     idle_flags,
     parse_flags,
@@ -41,8 +44,10 @@ from flags.pretraining import (
     uses_dall_e,
 )
 from initialization import InitialWeights
+from monitoring import health
 from optim_factory import LayerRates, create_optimizer, decayed_layers
 from runtime import distributed
+from runtime.failures import explain_errors
 from runtime.terminal import log
 from schedules import ScheduleOptions, build_schedule
 from transforms import eval_view
@@ -65,9 +70,14 @@ def build(args: arguments.Flags) -> engine.Trainer:
 
     # ── Data: two views of one crop, and a mask ──
     dataset, held_out = build_data(args)
+    cached = cycle_crops(args, run, dataset, target)
     held_out_loader = None if held_out is None else run_state.build_eval_loader(held_out, run)
     knn_probe = build_knn_probe(args, run)
-    data = run_state.build_training_data(dataset, run)
+    loader_of = functools.partial(run_state.build_eval_loader, run=run)
+    health_probe = health.build_probe(args.health_freq, held_out, dataset, args.epochs, loader_of)
+    data = run_state.build_training_data(cached.dataset if cached else dataset, run)
+    if cached:
+        cached.open(describe_codes(args), data.sampler)
 
     # ── The student ──
     model = build_model(args, target.width, initial)
@@ -77,7 +87,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
         initial.warn_of_other_normalization(*mean_and_std(args), "imagenet_default_mean_and_std")
     run_state.move_to_device(run, model)
     stage = PretrainingStage(
-        target,
+        cached or target,
         run.device,
         run.precision,
         dataset,
@@ -86,6 +96,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
         predict_all=predicts_all(args),
         nothing_masked=args.no_mask,
         knn_probe=knn_probe,
+        health_probe=health_probe,
     )
     log.info(f"target     {stage.task}")
 
@@ -230,6 +241,34 @@ def build_data(args: argparse.Namespace) -> tuple[ImageFiles, ImageFiles | None]
     if not args.eval_data_path:
         return train, None
     return train, ImageFiles(find_held_out(source), views, args.seed)
+
+
+def cycle_crops(
+    args: argparse.Namespace, run: run_state.Run, dataset: ImageFiles, target: Target
+) -> CachedTokens | None:
+    """--crop_cycle: the images, whose crops come again, and their codes, which are kept."""
+    if not args.crop_cycle or not isinstance(target, Tokens):
+        return None
+    views = build_pretraining_views(args)
+    return CachedTokens(target, dataset, views, args.crop_cycle, student_grid(args) ** 2, run)
+
+
+def fill_codes(argv: Sequence[str]) -> None:
+    """encode_images.py --for_pretraining: the codes of --crop_cycle, before the run that
+    these flags describe needs them.
+    """
+    args = parse_flags(argv)
+    run = run_state.start_run(get_parser(), args)
+    initial, tokenizer_file = initialization.read_initial_weights(args.init_from), read_tokenizer_file(args)
+    args = resolve_pixels(args, run, initial, tokenizer_file)
+    cached = cycle_crops(args, run, build_data(args)[0], build_target(args, run, tokenizer_file))
+    if cached is None:
+        raise UserError("--for_pretraining: give --crop_cycle, how many crops of each image to encode")
+    cached.open(describe_codes(args), run_state.build_training_data(cached.dataset, run).sampler)
+    distributed.end_set_up()
+    with explain_errors(args.output_dir):
+        cached.fill()
+    distributed.stop()
 
 
 def build_knn_probe(args: argparse.Namespace, run: run_state.Run) -> knn.Probe | None:

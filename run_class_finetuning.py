@@ -32,7 +32,7 @@ from evaluation import predictions, trained_classifier
 from evaluation.confusion import describe_worst, format_worst
 from evaluation.run_flags import RunFlags
 from flags.finetuning import get_parser, idle_flags, parse_flags, warn_of_input_size
-from flags.images import build_eval_view, build_finetuning_view, image_source
+from flags.images import build_eval_view, build_finetuning_view, image_source, mean_and_std
 from flags.pixel_format import image_endings, resolve_pixel_flags
 from optim_factory import create_optimizer, decayed_layers
 from runtime import distributed
@@ -86,6 +86,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
         dataset.classes,
         balanced_class_weights(sizes) if args.class_weights == "balanced" else None,
         args.best_metric,
+        mean_and_std(args),
     )
 
     # ── Optimizer: deeper layers learn slower ──

@@ -228,9 +228,7 @@ def measure_channels(
     settings: argparse.Namespace,
     run: run_state.Run,
 ) -> None:
-    """Mean and variance of each channel over evenly spread training images in center
-    crops; `train`: as of build_data.
-    """
+    """Their mean and variance over evenly spread center crops; `train`: as of build_data."""
     plain = train if settings.cached_features else build_dataset(settings, train=True, augment=False)[0]
     every = -(-len(plain) // STATISTICS_IMAGES)
     log.info(f"statistics of each channel, over {len(plain) // every:,} images")

@@ -26,6 +26,8 @@ from data_pipeline.samplers import Loader, LoaderSettings, ResumableSampler, bui
 from errors import UserError, count
 from layers import cpu_bf16
 from layers.meant_device import is_cpu
+from monitoring import profiling
+from monitoring.trackers import check_trackers
 from runtime import compilation, distributed, fsdp, signals
 from runtime.device import Precision, choose_precision
 from runtime.distributed import Launch
@@ -33,8 +35,6 @@ from runtime.run_lock import RunLock
 from runtime.seeding import seed_all
 from runtime.terminal import git_commit, log
 from vit_backbone import Block, recompute_blocks
-
-# ── Setting up ──
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ class RunOptions:
     # what it writes, and how often
     output_dir: str = ""
     log_dir: str | None = None
+    peak_tflops: float | None = None
+    profile: int = 0
+    memory_snapshot: bool = False
+    track: tuple[str, ...] = ()
     save_ckpt: bool = True
     save_ckpt_freq: int = 1
     save_ckpt_steps: int = 0
@@ -89,6 +93,8 @@ class Run:
     precision: Precision
     flags: dict[str, Any] = field(default_factory=dict)  # all of the command line, as plain data
     config: dict[str, Any] = field(default_factory=dict)  # for flags.json
+    typed: arguments.Flags = field(default_factory=arguments.Flags)  # the same, as they were parsed
+    changed_flags: dict[str, Any] = field(default_factory=dict)  # from their defaults
     data: dict[str, Any] = field(default_factory=dict)  # for checkpoints: images, digest of their names
     resumed: tuple[Path | None, dict[str, Any]] | None = None  # of run_checkpoints.find_resumed
     lock: RunLock | None = None  # of rank 0, while it trains
@@ -122,19 +128,24 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     launch, device = distributed.start(
         options.device, options.dist_url, options.dist_on_itp, options.dist_timeout
     )
+    check_trackers(options.track if trains else ())
     if options.compile:
         compilation.require_compiler(device)
+    if trains:
+        profiling.check(options.profile, options.memory_snapshot, options.output_dir, device)
     precision = choose_precision(options.amp_dtype, device)
     flags = checkpoints.to_plain_data(args.plain())
     lock = open_output(options.output_dir, trains)
-    run = Run(options, launch, device, precision, flags, args.to_config(given_only=not trains), lock=lock)
+    config = args.to_config(given_only=not trains)
+    run = Run(options, launch, device, precision, flags, config, typed=args, lock=lock)
     resumption.check_ranks_agree(flags)
     resumption.check_start_epoch(options.start_epoch, options.epochs)
     if run.is_sharded:
         fsdp.check_options(options.opt, options.compile, options.model_ema_force_cpu, device)
     seed_all(options.seed, device)  # the same on every rank: all build the same model
     log.info(f"── {parser.description} ──")
-    log_setup(run, arguments.changed_flags(parser, args))
+    run.changed_flags = arguments.changed_flags(parser, args)
+    log_setup(run)
     arguments.warn_of_obsolete_flags(parser, args)
     torch.autograd.set_detect_anomaly(options.detect_anomaly)
     if not trains and not (Path(options.output_dir) / checkpoints.LATEST).exists():
@@ -142,8 +153,8 @@ def start_run(parser: argparse.ArgumentParser, args: arguments.Flags, trains: bo
     return run
 
 
-def log_setup(run: Run, changed_flags: dict[str, Any]) -> None:
-    log.info(f"flags      {', '.join(f'{k}={v}' for k, v in changed_flags.items()) or 'all default'}")
+def log_setup(run: Run) -> None:
+    log.info(f"flags      {', '.join(f'{k}={v}' for k, v in run.changed_flags.items()) or 'all default'}")
     is_gpu, cpu = run.device.type == "cuda", f"cpu, {count(torch.get_num_threads(), 'thread')}"
     name = torch.cuda.get_device_name(run.device) if is_gpu else cpu
     log.info(f"device     {run.launch.world_size} x {name}, {run.precision}")
@@ -210,16 +221,16 @@ def build_training_data(
     loader = build_loader(
         dataset, sampler, workers, options.pin_mem and run.device.type == "cuda", persistent=True
     )
+    ways = f"x {launch.world_size} processes x {options.update_freq}"
     if sampler.shrunk:
         log.warning(
-            f"warning: {len(dataset)} images do not fill one batch of {options.batch_size} x "
-            f"{launch.world_size} processes x {options.update_freq}: each epoch is one step over all of "
-            "them"
+            f"warning: {len(dataset)} images do not fill one batch of {options.batch_size} {ways}: each "
+            "epoch is one step over all of them"
         )
+    batch, factors = sampler.global_batch, f" ({sampler.batch_size} {ways})"
     log.info(
-        f"data       {len(dataset):,} images, effective batch {sampler.global_batch} ({sampler.batch_size} "
-        f"x {launch.world_size} processes x {options.update_freq}), "
-        f"{count(sampler.steps_per_epoch, 'step')} an epoch"
+        f"data       {len(dataset):,} images, effective batch {batch}"
+        f"{'' if batch == sampler.batch_size else factors}, {count(sampler.steps_per_epoch, 'step')} an epoch"
     )
     run.data.update(images=len(dataset), digest=dataset.digest(options.data_path))
     resumption.check_ranks_have_the_same_images(run.data)
@@ -242,15 +253,6 @@ def build_eval_loader(
     return samplers.build_eval_loader(dataset, settings, run.launch, run.device, every)
 
 
-def compile_networks(run: Run, data: TrainingData, *networks: Any) -> None:
-    """`compile`, for the model and the frozen networks beside it. Before the first
-    step: weights are loaded, averages begun.
-    """
-    if run.options.compile:
-        count = compilation.compile_networks(data.sampler.batch_size, *networks)
-        log.info(f"compile    {count} parts of the networks, in the first step (a minute or more)")
-
-
 def move_to_device(run: Run, model: nn.Module, ema: ModelEmaV3 | None = None) -> None:
     """The model, and its average where it is not kept elsewhere, to this process's
     device: whole, or (`fsdp`) its share.
@@ -266,11 +268,7 @@ def move_to_device(run: Run, model: nn.Module, ema: ModelEmaV3 | None = None) ->
 
 
 def new_state(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    run: Run,
-    name: str,
-    ema: ModelEmaV3 | None = None,
+    model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, name: str, ema: ModelEmaV3 | None = None
 ) -> TrainState:
     """Wrap the model for as many processes as there are. It is on its device already.
     `name`: for the log.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import openmp_spin  # noqa: F401
 
 import argparse
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,7 @@ from flags.vqkd import (
     parse_flags,
 )
 from initialization import InitialWeights
+from monitoring import health
 from optim_factory import LayerRates, create_optimizer, decayed_layers
 from runtime import distributed
 from runtime.terminal import log, say_if_slow
@@ -54,7 +56,10 @@ def build(args: arguments.Flags) -> engine.Trainer:
 
     # ── Data ──
     dataset = build_dataset(args)
-    _, held_out_loader = held_out_data(args, run)
+    held_out, held_out_loader = held_out_data(args, run)
+    centers = eval_view(args.input_size, pixels=pixel_format(args))
+    loader_of = functools.partial(run_state.build_eval_loader, run=run)
+    health_probe = health.build_probe(args.health_freq, held_out, dataset, args.epochs, loader_of, centers)
     data = run_state.build_training_data(dataset, run)
     check_warmup(args, args.epochs * data.steps_per_epoch, data.sampler.global_batch)
 
@@ -80,6 +85,7 @@ def build(args: arguments.Flags) -> engine.Trainer:
         held_out_loader,
         args.quantizer_warmup_steps,
         args.revive_dead_codes,
+        health_probe,
     )
 
     # ── Optimizer: the learning rate grows with the total batch ──
@@ -274,14 +280,8 @@ def evaluate(args: arguments.Flags) -> None:
         raise UserError("--eval needs held-out images: --eval_data_path")
     teacher = build_frozen_teacher(args).to(run.device)
     model = build_model(args, teacher, weights=args.resume, content=content).to(run.device)
-    stage = TokenizerStage(
-        model,
-        teacher,
-        run.device,
-        run.precision,
-        held_out,
-        run_state.build_eval_loader(held_out, run),
-    )
+    loader = run_state.build_eval_loader(held_out, run)
+    stage = TokenizerStage(model, teacher, run.device, run.precision, held_out, loader)
     results = stage.evaluate(model)
     log.info("  ".join(f"{name} {value:.4g}" for name, value in results.items()))
     if args.calculate_codebook_usage:

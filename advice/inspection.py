@@ -22,6 +22,7 @@ from data_pipeline.image_lists import SPLITS as SPLIT_NAMES
 from data_pipeline.image_lists import find_images
 from data_pipeline.samplers import evenly_spaced
 from errors import UserError
+from runtime.terminal import say_if_slow
 
 SPLITS = ("train", "val")
 LOOKED_AT = 512  # files that are decoded, evenly spread
@@ -114,6 +115,7 @@ def list_folder(root: str) -> list[LabeledPath]:
     ]
 
 
+@say_if_slow("folder     looking at the images in it, and for copies among them")
 def inspect_folder(root: str) -> FolderReport:
     """Read all names, the bytes of files of equal size, and LOOKED_AT images. UserError
     where there is no image, or none that can be read.

@@ -23,7 +23,7 @@ from runtime.terminal import log
 # themselves.
 WITHOUT_EFFECT = {
     *"""
-    output_dir log_dir device resume auto_resume start_epoch save_ckpt save_ckpt_freq
+    output_dir log_dir track device resume auto_resume start_epoch save_ckpt save_ckpt_freq
     save_ckpt_steps keep_ckpts detect_anomaly print_freq image_freq eval_freq num_workers
     pin_mem dist_url dist_timeout dist_on_itp data_path download allow_changed_run seed eval
     tta_flip robust_test worst_classes calculate_codebook_usage disable_eval

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 import torch
@@ -111,11 +111,17 @@ class Crops:
         """A sample as it travels: each view (3, S, S) uint8, or (in_chans, S, S) float,
         and what `device_transform` needs to know.
         """
+        return self.crop_to(loaded, self.sizes())
+
+    def crop_to(
+        self, loaded: Image.Image | SampledImage | Tensor, sizes: Mapping[str, tuple[int, str]]
+    ) -> dict[str, torch.Tensor]:
+        """The views of these `sizes` alone; each is the same whatever others there are."""
         if isinstance(loaded, Tensor):
             floats = crop_float(loaded, self.crop.sample_params((loaded.shape[-1], loaded.shape[-2])))
             return {
                 name: resize_float(floats, (side, side), interpolation(mode))
-                for name, (side, mode) in self.sizes().items()
+                for name, (side, mode) in sizes.items()
             }
         if not isinstance(loaded, SampledImage):
             loaded = SampledImage(loaded, self.crop.sample_params(loaded.size))
@@ -124,7 +130,7 @@ class Crops:
             crop = exact_crop(image, params)
             return {
                 name: resize_to_square(crop, side, interpolation(mode))
-                for name, (side, mode) in self.sizes().items()
+                for name, (side, mode) in sizes.items()
             }
         pivot = estimate_pivot(image, params.operations)
         views = {
@@ -143,7 +149,7 @@ class Crops:
         if not self.pixels.is_rgb8:
             return batch
         params = batch.pop("params", None)
-        for name in self.sizes():
+        for name in filter(batch.__contains__, self.sizes()):
             images = batch[name] if params is None else jitter_and_flip_all(batch[name], params)
             batch[name] = images.contiguous().float() / per_channel((255.0,), images.device)
         return batch
@@ -213,8 +219,16 @@ class PretrainingViews(Crops):
         return {"image": self.first, "tokenizer_image": (second_size, second_interpolation)}
 
     def transform(self, loaded: Image.Image | SampledImage | Tensor) -> dict[str, torch.Tensor]:
-        views = super().transform(loaded)
-        return views | {"mask": torch.as_tensor(self.mask_generator(), dtype=torch.bool).flatten()}
+        return self.crop_image(loaded) | {"mask": self.draw_mask()}
+
+    def crop_image(
+        self, loaded: Image.Image | SampledImage | Tensor, for_tokenizer: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """The views without the mask; without `for_tokenizer` that of the network alone."""
+        return self.crop_to(loaded, self.sizes() if for_tokenizer else {"image": self.first})
+
+    def draw_mask(self) -> torch.Tensor:
+        return torch.as_tensor(self.mask_generator(), dtype=torch.bool).flatten()
 
     def device_transform(self, batch: dict[str, Any]) -> dict[str, Any]:
         batch = super().device_transform(batch)

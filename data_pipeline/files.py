@@ -121,6 +121,14 @@ class Files(SampleDataset):
 
     def __getitem__(self, key: int | Key) -> dict[str, Any]:
         epoch, first = key if isinstance(key, tuple) else (0, key)
+        return self.first_readable(epoch, first, self.sample)
+
+    def first_readable(
+        self, epoch: int, first: int, sample: Callable[[int, Any], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What `sample` makes of the first file from `first` on that decodes: of its
+        index and what was loaded, with the random numbers of (seed, epoch, first).
+        """
         failed: list[str] = []
         for index in range(first, first + self.most_failures):
             index %= self.files
@@ -130,7 +138,7 @@ class Files(SampleDataset):
                 except Exception as error:  # PIL raises nearly anything for broken files
                     failed.append(f"{self.name(index)} ({reason_of(error)})")
                     continue
-                return {**self.sample(index, loaded), "index": first, "failed": failed}
+                return {**sample(index, loaded), "index": first, "failed": failed}
         return {"failed": failed}
 
     def warn_of_12_bits(self, open_image: Callable[[int], Any], looked_at: int = 16) -> None:
@@ -149,13 +157,16 @@ class Files(SampleDataset):
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacked tensors, `failed` as one flat list; only {"failed": [...]} when some
     sample found no image. Beside masks (B, N) "masked": where they are (list_masked),
-    so that only this travels to the device.
+    so that only this travels to the device. Of what each has as "row" the list "rows",
+    which stays on the host.
     """
     failed = [text for sample in samples for text in sample["failed"]]
     if any("image" not in sample for sample in samples):
         return {"failed": failed}
-    tensors = [{name: value for name, value in sample.items() if name != "failed"} for sample in samples]
-    batch = default_collate(tensors)
+    rows = {"rows": [sample["row"] for sample in samples]} if "row" in samples[0] else {}
+    on_host = ("failed", "row")
+    tensors = [{name: value for name, value in sample.items() if name not in on_host} for sample in samples]
+    batch = default_collate(tensors) | rows
     positions = {"masked": list_masked(batch["mask"])} if "mask" in batch else {}
     return {**batch, **positions, "failed": failed}
 

@@ -127,6 +127,13 @@ class ResumableSampler(Sampler[list[Key]]):
             numbers = order[start : start + self.batch_size].tolist()
             yield [(epoch + n // self.length * AGAIN, n % self.length) for n in numbers]
 
+    def left_out(self) -> list[Key]:
+        """The keys of this epoch that fill no step, in its order."""
+        if self.shrunk:
+            return []
+        end = self.samples_done + self._steps_left() * self.global_batch
+        return [(self.epoch, index) for index in self.order()[end:].tolist()]
+
 
 def balanced_order(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """As many indices as labels (N,), shuffled, int64: of each class equally many, but

@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 import arguments
 import engine
 from estimation import tracker as kinds
-from estimation.cards import Card
 from estimation.pretending import pretend
 from estimation.stand_ins import Entry
 from estimation.tracker import Tracker
 from layers.token_subset import list_masked
 from norm_ema_quantizer import NormEMAVectorQuantizer
+from runtime.cards import Card
 
 LATE = 10**9  # a step after every warm-up
 

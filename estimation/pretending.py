@@ -23,11 +23,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import engine
 import schedules
-from estimation.cards import Card, card_functions
+from estimation.card_functions import card_functions
 from estimation.tracker import Memory, Tracker
 from layers.meant_device import meant_for
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from runtime import distributed, signals
+from runtime.cards import Card
 
 
 @contextlib.contextmanager

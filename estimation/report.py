@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 
 import arguments
-from estimation.cards import CONTEXT, FRAGMENTS, GIB, Card, needed
 from estimation.measurement import Measured, PretendedRun
 from estimation.stand_ins import Entry
+from runtime.cards import CONTEXT, FRAGMENTS, GIB, Card, needed
 
 MIB = 2**20
 # CPU time of one sample through the loader, in seconds (docs/lab/data-pipeline.md): two

@@ -44,6 +44,8 @@ NOT_DONE: dict[str, Any] = {  # what writes, reads or takes other processes
     "finetune": "",
     "eval_data_path": "",
     "knn_freq": 0,
+    "crop_cycle": 0,
+    "health_freq": 0,
     "disable_eval": True,
     "disable_eval_during_finetuning": True,
     "teacher_weight": "random",

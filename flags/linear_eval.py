@@ -46,7 +46,8 @@ PUBLISHED_DEFAULTS: dict[str, Any] = dict(
 TRAINING_FLAGS = """
     update_freq epochs opt opt_eps opt_betas momentum clip_grad weight_decay
     weight_decay_end lr min_lr warmup_epochs warmup_steps start_epoch resume save_ckpt_freq
-    save_ckpt_steps keep_ckpts detect_anomaly print_freq eval_freq image_freq log_dir
+    save_ckpt_steps keep_ckpts detect_anomaly print_freq eval_freq image_freq log_dir track
+    memory_snapshot peak_tflops profile
     allow_changed_run base_lr schedule cooldown_epochs cooldown_from auto_resume
 """.split()
 FROM_THE_FILE = ("rel_pos_bias", "abs_pos_emb", "layer_scale_init_value", "patch_size")

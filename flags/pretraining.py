@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import modeling_dvae
 import modeling_pretrain
@@ -13,6 +14,7 @@ import modeling_vqkd
 from arguments import (
     WEIGHTS,
     Flags,
+    Number,
     add_obsolete,
     expand_home,
     large_count,
@@ -43,7 +45,12 @@ STRIDES = dict.fromkeys(modeling_vqkd.MODELS, modeling_vqkd.PATCH_SIZE) | dict.f
 )
 OF_THE_TOKENIZER = (
     *("tokenizer_model", "tokenizer_weight", "second_input_size", "second_interpolation"),
-    *("codebook_size", "codebook_dim", "teacher_channels"),
+    *("codebook_size", "codebook_dim", "teacher_channels", "crop_cycle"),
+)
+# what the codes of an image depend on, beside the tokenizer's weights, the images and the seed
+OF_THE_CROP = (
+    *("input_size", "second_interpolation", "min_crop_scale", "color_jitter", "vflip", "data_pipeline"),
+    *("augment_on_device", "in_chans", "image_range", "teacher_channels"),
 )
 
 
@@ -64,7 +71,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add_knn_monitor_flags(parser)
     add_step_flags(parser, can_shard=True)
-    add_run_flags(parser, save_ckpt_freq=20)
+    add_run_flags(parser, save_ckpt_freq=20, looks_at_health=True)
     add_v1_flags(parser)
     return parser
 
@@ -144,6 +151,14 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
         "--codebook_dim", type=large_count, default=32, help="its --codebook_emd_dim; dall-e has none"
     )
     add_teacher_channels(g, of="the tokenizer")
+    g.add_argument(
+        "--crop_cycle",
+        type=Number(int, 0, 1000),
+        default=0,
+        metavar="K",
+        help="K crops of each image, again and again: from the K-th epoch on their codes come from "
+        "output_dir/codes, and the tokenizer is not run; 0: every epoch has new crops",
+    )
 
 
 def parse_flags(argv: Sequence[str] | None) -> Flags:
@@ -253,6 +268,12 @@ def idle_flags(args: argparse.Namespace) -> dict[str, str]:
     if not args.knn_freq:
         idle |= dict.fromkeys(("knn_temperature", "knn_standardize"), "without --knn_freq there is no k-NN")
     return idle
+
+
+def describe_codes(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags on which the codes of an image depend."""
+    size = build_pretraining_views(args).second[0]
+    return {"second_input_size": size} | {name: getattr(args, name) for name in OF_THE_CROP}
 
 
 def build_pretraining_views(args: argparse.Namespace) -> PretrainingViews:

@@ -10,6 +10,7 @@ from arguments import (
     MOST,
     WEIGHTS,
     Number,
+    above_zero,
     add_obsolete,
     add_switch,
     expand_home,
@@ -17,10 +18,15 @@ from arguments import (
     positive,
     seed,
 )
+from monitoring.trackers import NAMES
 
 
-def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
-    """Where a run writes, how often, how it resumes, on what it runs."""
+def add_run_flags(
+    parser: argparse.ArgumentParser, save_ckpt_freq: int, looks_at_health: bool = False
+) -> None:
+    """Where a run writes, how often, how it resumes, on what it runs.
+    `looks_at_health`: the stage has `health_freq`.
+    """
     g = parser.add_argument_group("run")
     g.add_argument(
         "--output_dir",
@@ -30,6 +36,15 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
     )
     g.add_argument(
         "--log_dir", type=expand_home, default=None, help="TensorBoard files; default: --output_dir"
+    )
+    g.add_argument(
+        "--track",
+        nargs="+",
+        choices=NAMES,
+        default=["tensorboard"],
+        metavar="NAME",
+        help="where the run can be followed, besides output_dir: any of tensorboard, wandb, mlflow, trackio "
+        "(docs/trackers.md), or none",
     )
     g.add_argument(
         "--device", default="cuda", help=("cuda (each process its own GPU; the CPU if there is none) or cpu")
@@ -73,6 +88,14 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
         help="epochs between evaluations; the last epoch is always evaluated",
     )
     g.add_argument("--image_freq", type=not_negative, default=5, help="epochs between pictures; 0: none")
+    if looks_at_health:
+        g.add_argument(
+            "--health_freq",
+            type=not_negative,
+            default=None,
+            help="epochs between figures that need no labels (docs/monitoring.md); 0: none; default: as few "
+            "as take under 2%% of the run's time",
+        )
     g.add_argument(
         "--num_workers",
         type=not_negative,
@@ -80,6 +103,25 @@ def add_run_flags(parser: argparse.ArgumentParser, save_ckpt_freq: int) -> None:
         help="data processes per training process; capped at the cores",
     )
     add_switch(g, "pin_mem", "no_pin_mem", True, "page-locked batches: faster copies to a GPU")
+    g.add_argument(
+        "--peak_tflops",
+        type=above_zero,
+        default=None,
+        help="what one device computes at best in the run's precision, of its data sheet, for the MFU; "
+        "default: of the table of known GPUs, of a CPU measured",
+    )
+    g.add_argument(
+        "--profile",
+        type=Number(int, 0, 1000),
+        default=0,
+        metavar="N",
+        help="record N steps after two, show where their time goes, write output_dir/profile/, go on",
+    )
+    g.add_argument(
+        "--memory_snapshot",
+        action="store_true",
+        help="write what lies in the GPU's memory in the first steps to output_dir/profile/",
+    )
     g = parser.add_argument_group("processes (a launcher sets these; plain python needs none)")
     g.add_argument("--dist_url", default="env://", help="where the processes meet")
     g.add_argument(

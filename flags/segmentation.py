@@ -40,7 +40,8 @@ TRAINING_FLAGS = """
     batch_size update_freq opt opt_eps opt_betas momentum clip_grad weight_decay lr
     max_steps steps_per_epoch min_lr warmup_steps poly_power grad_checkpointing compile
     save_ckpt_freq save_ckpt_steps keep_ckpts print_freq eval_freq image_freq disable_eval
-    allow_changed_run auto_resume log_dir
+    allow_changed_run auto_resume log_dir track
+    memory_snapshot peak_tflops profile
 """.split()
 
 

@@ -21,7 +21,8 @@ TRAINING_FLAGS = """
     min_crop_scale color_jitter vflip train_interpolation opt opt_eps opt_betas momentum
     clip_grad weight_decay weight_decay_end lr min_lr warmup_epochs warmup_steps epochs update_freq
     grad_checkpointing compile fsdp auto_resume allow_changed_run start_epoch save_ckpt_freq
-    save_ckpt_steps keep_ckpts detect_anomaly print_freq eval_freq image_freq log_dir
+    save_ckpt_steps keep_ckpts detect_anomaly print_freq eval_freq image_freq log_dir track
+    memory_snapshot peak_tflops profile
     schedule cooldown_epochs cooldown_from
 """.split()
 LABELED_IMAGES = "data_path eval_data_path data_set image_folder_class_index_file download nb_classes".split()

@@ -55,6 +55,7 @@ NOT_FOR_THE_PIXEL_DECODER = (
     "decoder_depth",
     "eval",
     "calculate_codebook_usage",
+    "health_freq",
     "init_from",
     "layer_decay",
     "freeze_epochs",
@@ -65,10 +66,11 @@ NOT_FOR_THE_PIXEL_DECODER = (
 TRAINING_FLAGS = """
     allow_changed_run augment_on_device auto_resume clip_grad color_jitter cooldown_epochs
     cooldown_from data_pipeline disable_eval epochs eval_freq freeze_epochs grad_checkpointing
-    image_freq keep_ckpts layer_decay log_dir lr min_crop_scale min_lr momentum opt opt_betas
+    health_freq image_freq keep_ckpts layer_decay log_dir lr min_crop_scale min_lr momentum opt opt_betas
     opt_eps print_freq revive_dead_codes save_ckpt_freq save_ckpt_steps schedule start_epoch
-    train_interpolation update_freq vflip warmup_epochs warmup_steps weight_decay
+    track train_interpolation update_freq vflip warmup_epochs warmup_steps weight_decay
     weight_decay_end ema_decay compile detect_anomaly
+    memory_snapshot peak_tflops profile
 """.split()
 
 
@@ -87,7 +89,7 @@ def get_parser() -> argparse.ArgumentParser:
         lr_help="for a total batch of 128; scaled by total / 128",
     )
     add_step_flags(parser)
-    add_run_flags(parser, save_ckpt_freq=20)
+    add_run_flags(parser, save_ckpt_freq=20, looks_at_health=True)
     return parser
 
 

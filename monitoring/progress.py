@@ -74,7 +74,7 @@ class Progress:
         """
         eta = [] if seconds_left is None else [f"eta {format_clock(seconds_left)}"]
         parts = [title, *figures[:1], *eta, *figures[1:]]
-        self.say(fit(parts, status.width))
+        self.say(fit(parts, status.room))
         self.last_update = time.monotonic()
         if report and self.prints:
             log.info(fit(parts, WIDEST))
@@ -100,9 +100,11 @@ def format_report(
     data_wait: float,
     memory: int | None,
     remark: Remark | None = None,
+    mfu: float | None = None,
 ) -> list[str]:
     """What a line of progress says, the most important first. `speed` in images a
-    second, `data_wait` a share of the time, `memory` in bytes.
+    second, `data_wait` a share of the time, `memory` in bytes, `mfu` a share of the
+    device's peak.
     """
     hidden = remark.hides if remark else ()
     figures = {name: f"{name} {format_figure(value)}" for name, value in means.items() if name not in hidden}
@@ -113,6 +115,7 @@ def format_report(
         *figures.values(),
         f"{speed:.{0 if speed >= 10 else 2}f} images/s",
         f"data wait {100 * data_wait:.0f}%",
+        "" if mfu is None else f"mfu {100 * mfu:.0f}%",
         f"lr {lr:.2e}",
         "" if memory is None else f"{memory / 2**30:.1f} GiB",
         norm,
@@ -158,6 +161,11 @@ class RunTime:
             if report:
                 self.steps, self.seconds = 0, 0.0
 
+    def leave_out(self, seconds: float) -> None:
+        """Time since the last look at the clock in which no step was taken."""
+        if self.mark is not None:
+            self.mark = (self.mark[0], self.mark[1] + seconds)
+
     def end_epoch(self) -> None:
         """Its last step was taken: a pause begins."""
         self.pause_began, self.pauses = time.monotonic(), self.pauses + 1
@@ -200,18 +208,19 @@ def format_epoch(
     train: Mapping[str, float], test: Mapping[str, float], width: int = WIDEST, remark: Remark | None = None
 ) -> list[str]:
     """A table of an epoch's figures, by their names in log.txt: those of training, and
-    beside them those of `test`.
+    beside them those of `test`. One line, where there are none of `test` and all fit.
     """
     hidden = remark.hides if remark else ()
     measured = {name.removeprefix("test_"): value for name, value in test.items()}
     names = [name for name in {**train, **measured} if name not in hidden]
     kinds = {"train": train, "test": measured} if test else {"train": train}
+    line = "  ".join(f"{name} {format_figure(train[name])}" for name in names if name in train)
+    if not test and len(line) + 2 <= width:
+        return [f"  {line}"] if line else []
     columns = [["", *names]]
     for kind, values in kinds.items():
         columns.append([kind, *(format_figure(values[name]) if name in values else "" for name in names)])
     rows = list(zip(*columns, strict=True))
-    if not names:
-        return []
     head, body = rows[0], rows[1:]
     widths = [max(map(len, column)) for column in columns]
     fitting = max(1, (width + 2) // (sum(widths) + 2 * len(widths) + 2))

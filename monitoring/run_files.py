@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,13 @@ class JsonLines:
             shorter.write_text("".join(kept), encoding="utf-8")
             shorter.replace(self.path)
 
-    def set_aside(self, when: str) -> None:
-        """Another run's file gets another name."""
-        if self.path.exists():
-            self.path.replace(self.path.with_name(f"{self.path.stem}-until-{when}{self.path.suffix}"))
+    def read(self, key: str, last: int | None = None) -> list[dict[str, Any]]:
+        """Our lines, those with a number `key`, among the `last` ones or all."""
+        if not self.path.exists():
+            return []
+        with open(self.path, encoding="utf-8", errors="replace") as file:
+            lines = deque(file, last)
+        return [json.loads(line) for line in lines if number_in(line, key) > -math.inf]
 
     def append(self, line: dict[str, Any]) -> None:
         """NaN and infinities are written as Python's reader takes them, which strict
@@ -43,6 +47,12 @@ class JsonLines:
         """
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def set_aside(path: Path, when: str) -> None:
+    """Another run's file gets another name."""
+    if path.exists():
+        path.replace(path.with_name(f"{path.stem}-until-{when}{path.suffix}"))
 
 
 class RunFiles:
@@ -59,8 +69,15 @@ class RunFiles:
             self.metrics.go_on_before("step", first_step + 1)
         else:
             now = time.strftime("%Y%m%d-%H%M%S")
-            self.log.set_aside(now)
-            self.metrics.set_aside(now)
+            set_aside(self.log.path, now)
+            set_aside(self.metrics.path, now)
+
+
+def last_step(folder: Path) -> int:
+    """Of the last report in metrics.jsonl; 0 without one."""
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return int(max([0.0, *(number_in(line, "step") for line in lines[-2:])]))  # the last may be cut
 
 
 def finite_only(line: dict[str, Any]) -> dict[str, Any]:

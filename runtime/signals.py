@@ -82,6 +82,7 @@ class StopSignal:
 
     def note(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:
+            terminal.status.leave()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self.received = signal.Signals(number).name

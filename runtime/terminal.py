@@ -46,9 +46,14 @@ class StatusLine:
             columns = 0
         return min(columns - 1 if columns > 1 else 79, WIDEST)
 
+    @property
+    def room(self) -> int:
+        """Columns of the text: behind it a terminal writes the ^C that is typed."""
+        return self.width - 2
+
     def show(self, text: str) -> None:
         """In place of the text before."""
-        text = text[: self.width]
+        text = text[: self.room]
         self.write("\r" + text.ljust(len(self.text)))
         self.text = text
 
@@ -58,8 +63,16 @@ class StatusLine:
         if os.getpid() != self.owner:  # a data process, forked while a text stood there
             return ""
         if shown or self.is_guest:
-            self.write("\r" + " " * (self.width if self.is_guest else len(shown)) + "\r")
+            self.write("\r" + " " * self.width + "\r")
         return shown
+
+    def leave(self) -> None:
+        """For a process that ends at once: what is printed next begins a line. Also in
+        a handler of signals, in which a stream must not be written to.
+        """
+        if self.text and self.terminal is not None:
+            with contextlib.suppress(OSError):
+                os.write(self.terminal.fileno(), b"\n")
 
     def write(self, text: str) -> None:
         try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,9 +26,9 @@ import torch  # noqa: E402
 
 import arguments  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
-from estimation.cards import CARDS, Card  # noqa: E402
 from gpu_report import compare_with_cpu, compare_with_targets, format_report  # noqa: E402
 from gpu_steps import MEMORY, MODES, has_bf16  # noqa: E402
+from runtime.cards import Card, recognize  # noqa: E402
 
 MINUTES, CALL_MINUTES = 10, 3  # of all, and of one part: the rest shall have its turn
 CONTESTS = ["pretrain", "vqkd", "finetune"]
@@ -158,9 +157,7 @@ def find_card(device: str) -> Card | None:
     if device != "cuda":
         return None
     properties = torch.cuda.get_device_properties(0)
-    words = re.split(r"[\s-]", re.sub(r"RTX (\d+)$", r"RTX\1", properties.name))
-    alike = [card for card in CARDS.values() if card.name.split("-")[0] in words]
-    return min(alike, key=lambda card: abs(card.memory - properties.total_memory), default=None)
+    return recognize(properties.name, properties.total_memory)
 
 
 def describe_machine(device: str) -> dict[str, Any]:

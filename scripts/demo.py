@@ -33,6 +33,7 @@ from data_pipeline.image_formats import load_image  # noqa: E402
 from demo_folders import make_empty  # noqa: E402
 from demo_photos import Photo, link, own_images, shrink, solar_cells  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
+from runtime.terminal import say_if_slow, set_up_logging  # noqa: E402
 from stages import (  # noqa: E402
     Stages,
     expect,
@@ -60,6 +61,7 @@ def log_of(stage: str) -> list[dict[str, Any]]:
     return stages.log_of(OUT / stage)
 
 
+@say_if_slow("           making copies of them, shrunk to what the network sees")
 def prepare(photos: list[Photo], shrinks: bool = True) -> dict[str, dict[str, int]]:
     """Shrunken copies, or links, in demo_output/data/{train,val}/class; how many there
     are of each.
@@ -86,22 +88,26 @@ def plan_demo(own: bool) -> list[Command]:
 # ── Stages ──
 
 FINETUNING = {  # name: what is fine-tuned, whether it is pretrained, with a tenth of the labels
-    "acc1": ("fine-tuning, pretrained", True, False),
-    "acc1_from_scratch": ("fine-tuning from scratch, to compare", False, False),
-    "acc1_10pct": ("fine-tuning with 10% of the labels, pretrained", True, True),
-    "acc1_10pct_from_scratch": ("fine-tuning with 10% of the labels, from scratch", False, True),
+    "acc1": ("fine-tuning the pretrained network with all labels", True, False),
+    "acc1_from_scratch": ("the same from random weights, to compare", False, False),
+    "acc1_10pct": ("fine-tuning the pretrained network with 10% of the labels", True, True),
+    "acc1_10pct_from_scratch": ("the same from random weights, to compare", False, True),
 }
 
 
 def list_stages(plan: list[Command], labeled: bool) -> Stages:
     vqkd, pretrain, finetuning = plan
+    codes = vqkd.value("codebook_n_emd")
 
     def seen(command: Command) -> int:
         return command.steps * int(command.value("batch_size"))
 
     expected = {
-        "vqkd": ("a tokenizer learns", expect("vqkd", seen(vqkd))),
-        "pretrain": ("pretraining", expect("pretrain", seen(pretrain))),
+        "vqkd": (f"tokenizer: every patch of an image gets one of {codes} codes", expect("vqkd", seen(vqkd))),
+        "pretrain": (
+            "pretraining, without labels: which codes do hidden patches have?",
+            expect("pretrain", seen(pretrain)),
+        ),
     }
     for name, (title, _, few) in FINETUNING.items() if labeled else ():
         images = STEPS_FEW * BATCH_FEW if few else seen(finetuning)
@@ -179,6 +185,8 @@ def draw(labeled: bool, codes: int) -> list[str]:
         str(ROOT / "visualize_attention.py"),
         "--checkpoint",
         str(OUT / "pretrain/checkpoint.pth"),
+        "--device",
+        "cpu",
     ]
     subprocess.run(
         [*command, "--image", *photos, "--output", str(folder / "attention.png")], check=True, cwd=ROOT
@@ -204,8 +212,9 @@ def draw_curves(path: Path, labeled: bool, codes: int) -> None:
             "held out": [e.get("test_loss", math.nan) for e in vqkd],
         },
         # none while the warm-up bypasses the quantizer
-        f"codes used, of {codes}": {
-            "training, after the warm-up": [e["train_codes_used"] or math.nan for e in vqkd]
+        f"of {codes} codes, after the warm-up": {
+            "used": [e["train_codes_used"] or math.nan for e in vqkd],
+            "perplexity": [e.get("train_perplexity") or math.nan for e in vqkd],
         },
         "masked-token accuracy, %": {
             "main branch": [100 * e["train_mlm_acc_1"] for e in pretraining],
@@ -257,6 +266,7 @@ def main(argv: list[str]) -> None:
     make_empty(OUT)
     seconds: dict[str, float] = {}
     started = time.monotonic()
+    set_up_logging(0)
     photos = own_images(argv[0]) if argv else solar_cells()
     counts = prepare(photos, shrinks=not argv or inspect_folder(argv[0]).is_rgb8)
     vqkd, pretrain, finetuning = plan = plan_demo(own=bool(argv))

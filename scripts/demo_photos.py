@@ -55,10 +55,9 @@ def solar_cells() -> list[Photo]:
 
     folder = Path(elpv_dataset.__file__).parent / "data"
     print(
-        "photos     elpv-dataset (Buerhop-Lutz et al. 2018; Deitsch et al. 2019), 2,624 photos of solar "
-        "cells."
+        "photos     2,624 photos of solar cells, from the package elpv-dataset (Buerhop-Lutz et al. 2018;\n"
+        "           Deitsch et al. 2019); license: CC BY-NC-SA 4.0 (non-commercial use, share alike)"
     )
-    print("           license of the images: CC BY-NC-SA 4.0 (non-commercial use, share alike)")
     with open(folder / "labels.csv", encoding="utf-8") as file:
         rows = [row for row in csv.reader(file, delimiter=" ", skipinitialspace=True) if len(row) >= 3]
     photos = []

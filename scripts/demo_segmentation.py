@@ -156,10 +156,13 @@ def cut_up(tile: np.ndarray, folder: Path) -> None:
 
 
 STAGES = {  # on pieces of the training tiles, and then on tiles with masks
-    "vqkd": ("a tokenizer learns", expect("vqkd", 20 * 576)),
-    "pretrain": ("pretraining", expect("pretrain", 50 * 576)),
-    "from_scratch": ("segmentation from scratch", expect("segment", 300 * 8)),
-    "pretrained": ("segmentation, pretrained", expect("segment", 300 * 8)),
+    "vqkd": (f"tokenizer: every patch of an image gets one of {CODES} codes", expect("vqkd", 20 * 576)),
+    "pretrain": (
+        "pretraining, without masks: which codes do hidden patches have?",
+        expect("pretrain", 50 * 576),
+    ),
+    "from_scratch": ("segmentation from random weights, to compare", expect("segment", 300 * 8)),
+    "pretrained": ("segmentation from the pretrained network", expect("segment", 300 * 8)),
 }
 
 
@@ -212,10 +215,10 @@ def show(summary: dict[str, Any]) -> None:
         print(f"{label:32}{summary[key]['miou']:8.1f}{summary[key]['aacc']:8.1f}")
     minutes = summary["seconds"]["total"] / 60
     print(
-        "\n24 training and 6 validation tiles of one field over time; one run, one seed. Stages "
-        f"took {minutes:.1f} minutes."
+        "\n24 training and 6 validation tiles of one field over time; one run, one seed.\n"
+        f"Stages took {minutes:.1f} minutes."
     )
-    print("pictures:  " + "\n           ".join(summary["pictures"]) + "   (image, truth, prediction)")
+    print("pictures of image, truth, prediction:\n           " + "\n           ".join(summary["pictures"]))
 
 
 @report_user_errors

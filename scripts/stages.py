@@ -12,7 +12,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from runtime.terminal import format_duration
 ROOT = Path(__file__).resolve().parent.parent
 # of the demo's models at 128 pixels, on two idle cores of an AMD EPYC: seconds for an
 # image in training, all else included, and for a stage to begin
-SECONDS_AN_IMAGE = {"vqkd": 0.0040, "pretrain": 0.0036, "finetune": 0.0028, "segment": 0.06}
-SECONDS_TO_BEGIN = 8.0
+SECONDS_AN_IMAGE = {"vqkd": 0.0037, "pretrain": 0.0033, "finetune": 0.0027, "segment": 0.02}
+SECONDS_TO_BEGIN = 4.0
 
 
 def expect(kind: str, images: float) -> float:
@@ -31,33 +30,31 @@ def expect(kind: str, images: float) -> float:
     return SECONDS_TO_BEGIN + SECONDS_AN_IMAGE[kind] * images
 
 
-@dataclass
 class Stages:
     """The stages of a demo in their order.
 
     expected: name -> its title, and `expect` of it. seconds: of those that are done.
     """
 
-    expected: dict[str, tuple[str, float]]
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self, expected: dict[str, tuple[str, float]]) -> None:
+        self.expected, self.seconds = expected, dict[str, float]()
 
-    def headline(self, name: str) -> str:
-        """Which stage it is, and the time left for it and those behind it: as long as
+    def headline(self, name: str) -> list[str]:
+        """Which stage it is, and the time left for it and those after it: as long as
         expected, on a machine that is as fast as it was so far.
         """
         number = list(self.expected).index(name) + 1
         left = sum(seconds for other, (_, seconds) in self.expected.items() if other not in self.seconds)
         known = sum(self.expected[other][1] for other in self.seconds)
         left *= sum(self.seconds.values()) / known if known else 1.0
-        shown = format_duration(60 * math.ceil(left / 60) if left > 90 else left)
-        ahead = f"about {shown} " + (
-            "left" if known else "for all stages on two idle cores; the first stage tells how fast yours are"
-        )
-        return f"── stage {number} of {len(self.expected)}: {self.expected[name][0]} ── {ahead}"
+        about = "about " + format_duration(60 * math.ceil(left / 60) if left > 90 else left)
+        ahead = "left" if known else "in all on two idle cores; stage 1 will tell how fast this machine is"
+        title = f"── stage {number} of {len(self.expected)}: {self.expected[name][0]} ──"
+        return [title, f"time       {about} {ahead}"]
 
     def run(self, name: str, stage: Callable[[], float]) -> None:
         """`stage` returns its seconds."""
-        print("\n\n" + self.headline(name), flush=True)
+        print("\n\n" + "\n".join(self.headline(name)), flush=True)
         self.seconds[name] = stage()
 
 
@@ -68,7 +65,14 @@ def run_entry(stage: str, script: str, flags: str, *more: str) -> float:
     command = [sys.executable, str(ROOT / script), *shlex.split(flags), *more]
     print("\n".join(map(printable, format_command([script, *command[2:]]))) + "\n", flush=True)
     started = time.monotonic()
-    status = subprocess.run(command, cwd=ROOT).returncode
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # which the stage has received too: it ends by itself
+        process.wait()
+        raise UserError(
+            f"stopped in stage {stage} by Ctrl-C; the demo begins anew when it is run again"
+        ) from None
     if status != 0:
         raise UserError(f"stage {stage} failed (status {status}); its output is above")
     return time.monotonic() - started
@@ -76,10 +80,14 @@ def run_entry(stage: str, script: str, flags: str, *more: str) -> float:
 
 def format_command(words: list[str], width: int = 88) -> list[str]:
     """As typed in a shell in this folder, flag by flag."""
+    flags: list[list[str]] = [[]]
+    for word in words:
+        flags += [[]] if word.startswith("--") else []
+        flags[-1].append(shlex.quote(word.removeprefix(f"{ROOT}/")))
     lines = ["$ python"]
-    for number, word in enumerate(words):
-        text = shlex.quote(word.removeprefix(f"{ROOT}/"))
-        if len(lines[-1]) + len(text) > width - 3 and (word.startswith("--") or number == 0):
+    for flag in flags:
+        text = " ".join(flag)
+        if len(lines[-1]) + len(text) > width - 3:
             lines[-1] += " \\"
             lines.append("     ")
         lines[-1] += f" {text}"
@@ -103,10 +111,10 @@ def judge_tokenizer(lines: list[dict[str, Any]], codes: int) -> str:
         return f"went badly: {found}. The loss should fall"
     if used < codes / 2 or even < codes / 4:
         return (
-            f"went badly: {found}, most patches by about {even:.0f} of them. Most codes should be in use; "
-            "docs/tokenizer.md says what helps"
+            f"went badly: {found}, most patches by about {even:.0f} of them (perplexity). Most codes should "
+            "be in use; docs/tokenizer.md says what helps"
         )
-    return f"went well: {found}, as evenly as {even:.0f} equal ones"
+    return f"went well: {found}, with a perplexity of {even:.0f} ({codes}: all equally often)"
 
 
 def judge_pretraining(lines: list[dict[str, Any]]) -> str:

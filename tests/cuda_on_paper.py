@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -438,6 +439,10 @@ def cuda_on_paper() -> Iterator[Paper]:
         "get_device_capability": lambda device=None: (9, 0),
         "get_arch_list": lambda: ["sm_90"],
         "get_device_name": lambda device=None: "GPU on paper",
+        # a card whose peak is known, so that FLOPs are counted
+        "get_device_properties": lambda device=None: SimpleNamespace(
+            name="NVIDIA H100", total_memory=80 * 2**30
+        ),
         "is_bf16_supported": lambda *_, **__: True,
         "is_current_stream_capturing": lambda: False,
         "max_memory_allocated": lambda device=None: 0,

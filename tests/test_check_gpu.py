@@ -14,7 +14,7 @@ from refusals import refused
 from source_files import ROOT, load_script
 
 from run_state import Run, RunOptions
-from runtime import distributed
+from runtime import cards, distributed
 from runtime.device import Precision
 
 check_gpu = load_script("check_gpu")
@@ -150,7 +150,7 @@ def test_the_data_sheets_row_is_found(monkeypatch, name, gigabytes, known):
         name: SimpleNamespace(name=name, memory=int(name.split("-")[1][:-2]) * 2**30)
         for name in ("V100-16GB", "V100-32GB", "A100-40GB", "A100-80GB", "H100-80GB", "RTX3090-24GB")
     }
-    monkeypatch.setattr(check_gpu, "CARDS", rows)
+    monkeypatch.setattr(cards, "CARDS", rows)
     card(monkeypatch, name, gigabytes, major=8)
     found = check_gpu.find_card("cuda")
     assert (found and found.name) == known

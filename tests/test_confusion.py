@@ -8,7 +8,9 @@ from tiny_classifier import timms_table
 from data_pipeline import imagenet_classes
 from errors import UserError
 from evaluation import confusion
+from evaluation.confident_errors import ConfidentErrors
 from evaluation.confusion import Confusion, WorstClass, describe_worst, format_worst
+from visualization import drawing
 
 CPU = torch.device("cpu")
 # Class 0: 4 images, one right, two taken for 2, one for 1; class 1: always right; class
@@ -132,3 +134,35 @@ def test_spellings(text, name):
 def test_other_names_are_told_the_three():
     with pytest.raises(UserError, match="imagenet_v2: give ImageNet-A, ImageNet-R or ImageNet-Sketch"):
         imagenet_classes.robust_set("imagenet_v2")
+
+
+def test_the_most_confident_errors_are_kept(monkeypatch):
+    """Those of a sort over all images, whatever the batches."""
+    logits, labels = 3 * torch.randn(40, 3), torch.randint(3, (40,))
+    images = torch.arange(40.0).view(40, 1, 1, 1).expand(40, 3, 20, 20) / 40
+    errors = ConfidentErrors(count=5)
+    for batch in torch.arange(40).split(7):
+        errors.add(images[batch], labels[batch], logits[batch])
+    probability, predicted = logits.softmax(1).max(1)
+    expected = sorted(torch.where(predicted != labels)[0].tolist(), key=lambda i: -probability[i])[:5]
+    assert (errors.images[:, 0, 0, 0] * 40).round().int().tolist() == expected
+
+    captions, add_caption = [], drawing.add_caption
+    monkeypatch.setattr(
+        drawing,
+        "add_caption",
+        lambda picture, text, *more: captions.append(text) or add_caption(picture, text, *more),
+    )
+    errors.draw(["cat", "dog"], ((0.5,) * 3, (0.5,) * 3))
+    first = expected[0]
+    names = ["cat", "dog", "class 2"]
+    assert captions[0] == f"as {names[predicted[first]]} {100 * probability[first]:.0f}%"
+    assert captions[1] == names[labels[first]]
+    assert len(captions) == 11
+
+
+def test_without_errors_there_is_no_picture():
+    errors = ConfidentErrors()
+    assert errors.draw([], ((0.5,), (0.5,))) is None
+    errors.add(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), torch.eye(2))
+    assert errors.draw([], ((0.5,), (0.5,))) is None

@@ -111,14 +111,24 @@ both = pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pyte
 def test_pretraining(dtype, data, tokenizer_weight, tmp_path, train):
     labeled = photos(tmp_path / "labeled" / "train").parent
     photos(labeled / "val")
-    held_out = as_flags(eval_data_path=data, knn_freq=1, knn_data_path=labeled)
+    held_out = as_flags(eval_data_path=data, knn_freq=1, knn_data_path=labeled, health_freq=1)
     more = [*SHORT, *AUGMENT, *EVERYTHING, *held_out]
     flags = pretraining_flags(data, tmp_path, tokenizer_weight, *more)
     watched = train(run_beitv2_pretraining.main, flags, dtype)
     assert len(watched.steps) == 2
     check(watched, but=["evaluation/knn.py"])
-    assert {"test_loss", "test_mlm_acc_1", "test_knn_acc1"} <= log_lines(tmp_path)[0].keys()
+    figures = {"test_loss", "test_mlm_acc_1", "test_knn_acc1", "health_mlm_margin", "health_rank_cls"}
+    assert figures <= log_lines(tmp_path)[0].keys()
     assert len(list((tmp_path / "pictures").iterdir())) == 1
+
+
+def test_pretraining_on_kept_codes(data, tokenizer_weight, tmp_path, train):
+    """An epoch that stores them, and two that read them."""
+    more = as_flags(crop_cycle=1, epochs=3, batch_size=5)
+    watched = train(run_beitv2_pretraining.main, pretraining_flags(data, tmp_path, tokenizer_weight, *more))
+    assert len(watched.steps) == 9
+    check(watched)
+    assert (np.load(tmp_path / "codes/crop-0000.npy")["checksum"] > 0).all()
 
 
 @both
@@ -127,7 +137,7 @@ def test_vqkd(dtype, data, tmp_path, train):
     a code to revive.
     """
     more = as_flags(quantizer_warmup_steps=1, revive_dead_codes=True, eval_data_path=data)
-    more += as_flags(clip_grad=1.0, grad_checkpointing=True, codebook_n_emd=2, image_freq=1)
+    more += as_flags(clip_grad=1.0, grad_checkpointing=True, codebook_n_emd=2, image_freq=1, health_freq=1)
     watched = train(run_vqkd_training.main, vqkd_flags(data, tmp_path, *AUGMENT, *more), dtype)
     check(watched, but=["initialize", "cosine_kmeans", "revive"])
 

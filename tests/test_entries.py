@@ -65,8 +65,8 @@ def test_what_a_run_leaves_behind(name, data, tokenizer_weight, tmp_path):
         assert lines[0]["test_images"] == 16
         assert (tmp_path / "out" / "checkpoint-best.pth").exists()
         assert "model_ema" in content
-    else:
-        assert list((tmp_path / "out" / "pictures").glob("*.png"))
+        assert list((tmp_path / "out" / "pictures").glob("confident_errors-*.png"))
+    assert list((tmp_path / "out" / "pictures").glob("*.png"))
     if name == "pretrain":
         assert {"train_loss", "train_mlm_acc_1", "train_mlm_acc_2", "train_majority_code_share"} <= lines[
             0

@@ -22,7 +22,6 @@ import engine
 import estimate
 from checkpoint_io.checkpoints import count_bytes
 from estimation import tracker as kinds
-from estimation.cards import CARDS, Card, find_card, needed
 from estimation.measurement import pretended_run
 from estimation.pretending import pretend
 from estimation.report import CANDIDATES, find_largest_batch
@@ -30,6 +29,7 @@ from estimation.tracker import Memory, local
 from layers.attention import fused_attention
 from layers.linear_cross_entropy import linear_cross_entropy
 from layers.meant_device import is_cpu, meant_for
+from runtime.cards import CARDS, Card, find_card, needed
 from runtime.terminal import silence
 
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -104,7 +104,7 @@ def test_secrets_of_urls_stay_on_the_command_line(
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         host = f"127.0.0.1:{server.server_port}"
-        url = f"http://user:pw%40%2F1@{host}/w.pth?X-Amz-Signature=SECRET"
+        url = f"http://user:passphrase%40%2F1@{host}/w.pth?X-Amz-Signature=SECRET"
         out = tmp_path / "out"
         flags = tiny_runs.finetuning_flags(tmp_path / "photos", out, "--epochs", "1", "--finetune", url)
         run_class_finetuning.main(flags)
@@ -115,12 +115,12 @@ def test_secrets_of_urls_stay_on_the_command_line(
     exported = ["--checkpoint", str(out / "checkpoint.pth"), "--to", "safetensors", "--output"]
     export_checkpoint.main([*exported, str(tmp_path / "e.safetensors")])
     export_checkpoint.main([*exported, str(tmp_path / "e.pth")])
-    secret = base64.b64encode(b"user:pw@/1").decode()
+    secret = base64.b64encode(b"user:passphrase@/1").decode()
     assert ASKED[0] == f"/w.pth?X-Amz-Signature=SECRET Basic {secret}"
     kept = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     said = capfd.readouterr()
     for where, text in {**kept, "stdout": said.out.encode(), "stderr": said.err.encode()}.items():
-        for word in (b"SECRET", b"pw%40", b"pw@", b"user:", secret.encode()):
+        for word in (b"SECRET", b"passphrase", b"user:", secret.encode()):
             assert word not in text, (where, word)
     shown = f"http://{host}/w.pth"
     assert f"finetune={shown}" in said.out and f"http://{host}/none.pth (HTTP Error 404" in said.err

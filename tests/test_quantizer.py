@@ -12,6 +12,7 @@ from numpy.random import RandomState
 
 from engine_for_vqkd import TokenizerStage
 from layers.codebook_search import nearest_codes
+from monitoring.alarms import Alarms
 from norm_ema_quantizer import NormEMAVectorQuantizer, cosine_kmeans, l2_normalize
 
 SEED = 200
@@ -178,5 +179,7 @@ def test_few_codes_and_uneven_ones_are_warned_of(counts, warns, caplog):
     stage.model.quantize.cluster_size = torch.tensor(counts)
     usage = stage.end_epoch()
     assert usage["codes_used"] == sum(count > 0 for count in counts)
+    line = {f"train_{name}": value for name, value in usage.items()}
+    Alarms().tell(stage.find_alarms(line, [], warmed_up=True))
     assert len(caplog.messages) == bool(warns) and warns in "".join(caplog.messages)
     assert "revive_dead_codes" not in caplog.text  # it is on already

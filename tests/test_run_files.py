@@ -2,31 +2,19 @@
 
 import json
 import math
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
-from many_processes import two_processes
+from many_processes import one_process, two_processes
 from refusals import refused
-from tiny_runs import (
-    SIZE,
-    as_flags,
-    checkpoint,
-    finetuning_flags,
-    kill_after,
-    labeled_pixels,
-    pretraining_flags,
-    segmentation_flags,
-    spoil_loss,
-    student,
-    vqkd_flags,
-)
+from tiny_runs import as_flags, checkpoint, finetuning_flags, kill_after, spoil_loss
+from tiny_stages import STAGES, all_stages, metrics
 
 import engine_for_finetuning
-import run_beitv2_pretraining
-import run_class_finetuning
-import run_linear_eval
-import run_segmentation_finetuning
-import run_vqkd_training
+from monitoring import environment
 from monitoring.reporter import Reporter
 from monitoring.run_files import finite_only
 
@@ -34,55 +22,13 @@ KEYS = "step images loss lr grad_norm images_per_second data_wait memory skipped
 TIMED = {"images_per_second", "data_wait", "memory", "mfu"}  # else a resumed run repeats them
 
 
-def refuse_constant(name):
-    raise ValueError(f"{name} is no JSON")
-
-
-def metrics(out):
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=refuse_constant) for line in lines]
-
-
 def untimed(lines):
     return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
 
 
-def pixel_decoder_flags(data, out, tokenizer_weight, *more):
-    flags = as_flags(data_path=data, train_pixel_decoder=True, tokenizer_weight=tokenizer_weight)
-    flags += as_flags(output_dir=out, pixel_decoder_dim=32, batch_size=4, epochs=2, lr=1e-3)
-    return [*flags, *SIZE, *more]
-
-
-def linear_flags(data, out, weights, *more):
-    flags = as_flags(data_set="image_folder", data_path=data, eval_data_path=data, output_dir=out)
-    return [*flags, *SIZE, *as_flags(finetune=weights, batch_size=4, epochs=2, lr=0.1), *more]
-
-
 @pytest.fixture(scope="module")
 def stages(data, tokenizer_weight, tmp_path_factory):
-    """Name -> (main, its flags for an output folder): 8 steps of 4 images, but 6 of 2."""
-    folder = tmp_path_factory.mktemp("files")
-    weights, pairs = student(folder / "student.pth"), labeled_pixels(folder / "pairs")
-    return {
-        "vqkd": (run_vqkd_training.main, lambda out, *more: vqkd_flags(data, out, *more)),
-        "pretraining": (
-            run_beitv2_pretraining.main,
-            lambda out, *more: pretraining_flags(data, out, tokenizer_weight, *more),
-        ),
-        "finetuning": (run_class_finetuning.main, lambda out, *more: finetuning_flags(data, out, *more)),
-        "segmentation": (
-            run_segmentation_finetuning.main,
-            lambda out, *more: segmentation_flags(pairs, out, *more),
-        ),
-        "linear probe": (run_linear_eval.main, lambda out, *more: linear_flags(data, out, weights, *more)),
-        "pixel decoder": (
-            run_vqkd_training.main,
-            lambda out, *more: pixel_decoder_flags(data, out, tokenizer_weight, *more),
-        ),
-    }
-
-
-STAGES = ("vqkd", "pretraining", "finetuning", "segmentation", "linear probe", "pixel decoder")
+    return all_stages(data, tokenizer_weight, tmp_path_factory.mktemp("stages"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -212,3 +158,191 @@ def test_a_new_run_in_the_same_folder_sets_the_old_figures_aside(stages, tmp_pat
         main(flags(tmp_path, *as_flags(epochs=1, no_auto_resume=True)))
     assert [line["step"] for line in metrics(tmp_path)] == [4]
     assert len(list(tmp_path.glob("metrics-until-*.jsonl"))) == 1
+
+
+# ── environment.json ──
+
+
+def environment_of(out):
+    return json.loads((out / "environment.json").read_text())
+
+
+def test_the_environment_says_how_to_start_it_again(data, tmp_path):
+    """In a process of its own: what is typed is pasted."""
+    out = tmp_path / "with a blank"
+    flags = finetuning_flags(data, out, *as_flags(epochs=1))
+    one_process("run_class_finetuning.py", flags)
+    facts = environment_of(out)
+    words = shlex.split(facts["command"])
+    assert words[:2] == ["python", "run_class_finetuning.py"]
+    assert words[2:] == flags
+    assert facts["flags_given"]["layer_decay"] == 0.8
+    assert facts["flags"]["seed"] == 0
+    assert "seed" not in facts["flags_given"]
+    assert facts["torch"] == torch.__version__
+    assert facts["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert facts["variables"]["OMP_NUM_THREADS"] == "1"
+    assert (facts["step"], facts["world_size"], facts["earlier"]) == (0, 1, [])
+    assert (facts["gpu"], facts["cuda"]) == ([], torch.version.cuda)
+    assert facts["memory"] > 2**28
+    assert facts["cores"] >= 1
+    assert not list(out.glob(".environment*"))
+
+
+def test_a_launcher_is_part_of_the_command(data, tmp_path):
+    flags = finetuning_flags(data, tmp_path, *as_flags(epochs=1))
+    two_processes("run_class_finetuning.py", flags)
+    facts = environment_of(tmp_path)
+    launch = ["torchrun", "--nnodes=1", "--nproc_per_node=2", "run_class_finetuning.py"]
+    assert shlex.split(facts["command"]) == [*launch, *flags]
+    assert (facts["world_size"], list(facts["processes"].values())) == (2, [2])
+
+
+def test_earlier_starts_are_kept_and_other_runs_set_aside(stages, tmp_path, monkeypatch):
+    main, flags = stages["finetuning"]
+    for epochs, threads in ((1, "1"), (2, "2"), (3, "2")):
+        monkeypatch.setenv("OMP_SCHEDULE", threads)
+        main(flags(tmp_path, *as_flags(epochs=epochs)))
+    facts = environment_of(tmp_path)
+    assert (facts["step"], facts["flags"]["epochs"]) == (8, 3)
+    first, second = facts["earlier"]
+    assert [(each["step"], each["flags"]["epochs"]) for each in (first, second)] == [(0, 1), (4, 2)]
+    assert first["variables"]["OMP_SCHEDULE"] == "1"
+    assert "variables" not in second  # as those of the start after it
+    assert not {"packages", "host", "diff"} & (first.keys() | second.keys())
+    main(flags(tmp_path, *as_flags(no_auto_resume=True, epochs=1)))
+    assert environment_of(tmp_path)["earlier"] == []
+    (aside,) = tmp_path.glob("environment-until-*.json")
+    assert json.loads(aside.read_text())["step"] == 8
+
+
+@pytest.mark.parametrize("content", ["", '{"step": ', "[1]", '{"earlier": 3}'])
+def test_a_broken_environment_file_stops_no_run(content, stages, tmp_path):
+    main, flags = stages["finetuning"]
+    main(flags(tmp_path, *as_flags(epochs=1)))
+    (tmp_path / "environment.json").write_text(content)
+    main(flags(tmp_path))
+    assert environment_of(tmp_path)["step"] == 4
+
+
+def run_git(folder, *words):
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """One commit, in which the code is a folder beside another."""
+    for name in ("code", "home"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text("first = 1\n")
+    run_git(tmp_path, "init", "-q")
+    run_git(tmp_path, "add", ".")
+    run_git(tmp_path, "commit", "-qm", "first")
+    monkeypatch.setattr(environment, "ROOT", tmp_path / "code")
+    environment.describe_code.cache_clear()
+    yield tmp_path
+    environment.describe_code.cache_clear()
+
+
+def test_the_code_is_a_commit_a_diff_and_what_git_does_not_know(repository):
+    code = environment.describe_code()
+    assert len(code.pop("commit")) == 40
+    assert code == {"diff": "", "diff_cut": False, "untracked": []}
+    environment.describe_code.cache_clear()
+    (repository / "code/a.py").write_text("second = 2\n")
+    (repository / "home/a.py").write_text("of somebody else\n")
+    (repository / "code/new.py").write_text("third = 3\n")
+    code = environment.describe_code()
+    assert "-first = 1\n+second = 2\n" in code["diff"]
+    assert "somebody" not in code["diff"]
+    assert code["untracked"] == ["new.py"]
+
+
+@pytest.mark.parametrize(("size", "cut"), [(2**19, False), (2**21, True)])
+def test_a_long_diff_is_cut_and_says_so(size, cut, repository):
+    (repository / "code/a.py").write_text("a line of 20 letters\n" * (size // 21))
+    code = environment.describe_code()
+    assert code["diff_cut"] is cut
+    assert len(code["diff"]) == 2**20 if cut else size / 2 < len(code["diff"]) < 2**20
+
+
+@pytest.mark.parametrize("missing", ["git", "repository"])
+def test_without_git_or_a_repository_the_rest_is_there(missing, stages, tmp_path, monkeypatch):
+    environment.describe_code.cache_clear()
+    if missing == "git":
+        monkeypatch.setenv("PATH", "/nowhere")
+    else:
+        monkeypatch.setattr(environment, "ROOT", tmp_path)
+    main, flags = stages["finetuning"]
+    main(flags(tmp_path / "out", *as_flags(epochs=1)))
+    environment.describe_code.cache_clear()
+    facts = environment_of(tmp_path / "out")
+    assert (facts["commit"], facts["diff"], facts["untracked"]) == (None, None, [])
+    assert facts["torch"] == torch.__version__
+
+
+SECRET = "s3cretOfTheUser12345"
+SECRETS = {
+    "password of a URL": f"https://user:{SECRET}@host/a.pth",
+    "user of a URL": f"https://{SECRET}@host/a.pth",
+    "signature of a URL": f"https://host/a.pth?X-Amz-Signature={SECRET}&b=1",
+    "URL of a database": f"mysql+pymysql://user:{SECRET}@host/runs",
+    "header of a pipe": f"pipe:curl -H 'Authorization: Bearer {SECRET}' https://host/a.tar",
+    "basic header": f"pipe:curl -H 'Authorization: Basic {SECRET}' https://host/a.tar",
+    "token of the hub": f"hf_{SECRET}",
+    "token of GitHub": f"prefix ghp_{SECRET} suffix",
+    "literal in code": f'+wandb.login(key=1, api_key="{SECRET}")',
+}
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+def test_no_value_holds_a_secret(kind):
+    assert SECRET not in json.dumps(environment.mask_secrets({"a": [SECRETS[kind]]}))
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "WANDB_API_KEY", "SLURM_JWT", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_KEY", "hub-token"]
+)
+def test_values_of_secret_names_are_hidden(name):
+    assert environment.mask_secrets({name: SECRET}) == {name: "***"}
+
+
+def test_what_is_no_secret_is_kept():
+    facts = {
+        "tokenizer_weight": "out/vqkd/checkpoint.pth",
+        "model_key": "model|module",
+        "checkpoint_key": "model",
+        "data_path": "https://host:8080/shards/{000..099}.tar",
+        "use_token": True,
+        "text": 'tokens = self.encode(x, token=None)\n+password = ""',
+        "NCCL_SOCKET_IFNAME": "eth0",
+    }
+    assert environment.mask_secrets(facts) == facts
+
+
+def test_a_run_s_file_holds_no_secret(stages, tmp_path, monkeypatch):
+    """Of flags, the command line, variables and the changed code."""
+    main, flags = stages["finetuning"]
+    url = f"tcp://user:{SECRET}@127.0.0.1:1?token={SECRET}"
+    words = flags(tmp_path, *as_flags(epochs=1, dist_url=url))
+    monkeypatch.setattr(sys, "argv", ["run_class_finetuning.py", *words])
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "SLURM_JWT", "SECRET_OF_ANOTHER_PROGRAM"):
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", SECRETS["URL of a database"])
+    code = {"commit": "1", "diff": SECRETS["literal in code"], "diff_cut": False, "untracked": []}
+    monkeypatch.setattr(environment, "describe_code", lambda: code)
+    main(words)
+    text = (tmp_path / "environment.json").read_text()
+    assert SECRET not in text
+    facts = json.loads(text)
+    assert "--dist_url" in facts["command"]
+    assert facts["variables"]["MLFLOW_TRACKING_URI"] == "mysql+pymysql://host/runs"
+    assert "SECRET_OF_ANOTHER_PROGRAM" not in text
+
+
+def test_a_secret_flag_is_hidden_in_the_command(monkeypatch):
+    words = ["--hub_token", SECRET, "--lr", "1", f"--password={SECRET}"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    assert environment.quote_command(words) == "python run.py --hub_token '***' --lr 1 '--password=***'"
+    assert environment.quote_command(["--lr", "2"]) is None  # a call of `main`

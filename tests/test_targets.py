@@ -160,6 +160,14 @@ def test_the_picture_shows_image_mask_and_pasted_prediction(data, tmp_path):
     expected = image.clone()
     expected[:, :2, 2:] = 0.5
     assert torch.allclose(picture, expected, atol=1e-6)
+    (larger,) = target.pictures(values, answered, (2, 2), (8, 8))  # as large as the enlarged image beside it
+    assert torch.equal(larger[:, ::2, ::2], picture)
+
+
+def test_captions_count_the_codes_that_were_found():
+    target = engine_for_pretraining.Tokens(None, 8, torch.device("cpu"))
+    codes = torch.tensor([1, 2, 3, 4])
+    assert target.captions(codes, torch.tensor([1, 0, 3, 0])) == ["target codes", "predicted 2/4"]
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ from errors import printable
 MASK_GRAY = 0.45
 GAP = 2  # white pixels between neighboring pictures
 CAPTION = 16  # height of a line of text in pixels
+# In TensorBoard, whose cards are 350 pixels wide and shrink the picture.
+LARGE_CAPTION = 20
 # Names of files have letters that Pillow's own font lacks.
 FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 RED = (0.9, 0.1, 0.1)
@@ -170,17 +172,17 @@ def enlarge(image: Tensor, shorter: int = 160) -> Tensor:
     return F.interpolate(image[None], scale_factor=factor, mode="bicubic", align_corners=False)[0].clamp(0, 1)
 
 
-def add_caption(picture: Tensor, text: str) -> Tensor:
-    """The picture under a line of text; a text that is too long is cut in the
-    middle.
+def add_caption(picture: Tensor, text: str, height: int = CAPTION) -> Tensor:
+    """The picture under a line of text, `height` pixels high; a text that is too long
+    is cut in the middle.
     """
-    font, width = ImageFont.truetype(FONT, CAPTION - 5), picture.shape[2]
+    font, width = ImageFont.truetype(FONT, round(height * 11 / 16)), picture.shape[2]
     text = printable(text)
     shown, kept = text, len(text)
     while font.getlength(shown) > width - 2 and kept > 2:
         kept -= 1
         shown = text[: kept // 2] + "..." + text[len(text) - (kept - kept // 2) :]
-    strip = Image.new("L", (width, CAPTION), 255)
+    strip = Image.new("L", (width, height), 255)
     ImageDraw.Draw(strip).text((1, 0), shown, fill=0, font=font)
     line = torch.from_numpy(np.array(strip)).float() / 255
     return torch.cat((line.expand(3, -1, -1), picture.cpu().float()), dim=1)

@@ -23,6 +23,7 @@ from errors import UserError
 from layers.init_weights import truncated_normal_
 from modeling_finetune import VisionTransformer
 from modeling_vqkd import PATCH_SIZE, VQKD
+from runtime.phases import FROZEN, phase
 
 HEAD_DIM = 32
 
@@ -121,7 +122,9 @@ class Reconstructor(nn.Module):
         return self.decoder(rearrange(vectors, "b h w d -> b d h w"))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.decode(self.encode(images))
+        with phase(FROZEN):
+            codes = self.encode(images)
+        return self.decode(codes)
 
     def no_weight_decay(self) -> set[str]:
         return {f"decoder.vit.{name}" for name in self.decoder.vit.no_weight_decay()}
