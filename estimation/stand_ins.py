@@ -27,6 +27,7 @@ from errors import UserError
 from flags import images, pretraining, segmentation, vqkd
 from flags.images import mean_and_std
 from flags.pixel_format import AUTO, pixel_format
+from runtime import distributed, fsdp
 from segmentation.classes import ClassSettings
 from segmentation.image_mask_pairs import PairView
 from segmentation.mask_files import Pair
@@ -121,6 +122,9 @@ class Entry:
         """The module's own `build`, in the surroundings of pretending.pretend; `count`
         images an epoch.
         """
+        if getattr(args, "fsdp", False) and distributed.world_size() > 1:  # NOT_DONE hides --compile
+            ema = getattr(args, "model_ema_force_cpu", False)
+            fsdp.check_options(args.opt, args.compile, ema, torch.device("cuda"))
         not_done = {name: value for name, value in NOT_DONE.items() if hasattr(args, name)}
         auto = {"image_range": [0.0, 1.0], "mean_std": ["half"]}
         auto = {name: value for name, value in auto.items() if getattr(args, name, None) == AUTO}

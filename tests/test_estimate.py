@@ -224,6 +224,7 @@ def test_a_launcher_says_how_many_gpus(launcher, processes):
         ([FINETUNE, "--output", "no/such/e.json"], "--output no/such/e.json: there is no such folder"),
         ([PRETRAIN, *DEMO[PRETRAIN], "--gpu", "abacus"], "abacus"),
         ([PRETRAIN, *DEMO[PRETRAIN], "--gpus", "0"], "0"),
+        ([FINETUNE, *DEMO[FINETUNE], "--gpus", "2", "--fsdp", "--compile"], "do not go together"),
         ([PRETRAIN, *DEMO[PRETRAIN], "--data_set", "no such"], "no such"),
         (["model_zoo.py"], "model_zoo.py"),
     ],
