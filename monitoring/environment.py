@@ -174,7 +174,7 @@ def describe_software() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.device_count() else None,
     }
 
 
@@ -185,10 +185,11 @@ def describe_machine() -> dict[str, Any]:
     if hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys():
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    gpus = range(torch.cuda.device_count())
     return {
         "host": socket.gethostname(),
-        "system": platform.platform(),
+        # not platform.platform(), which starts a program to ask for the processor
+        "system": " ".join((platform.system(), platform.release(), platform.machine())),
         "gpu": [torch.cuda.get_device_name(number) for number in gpus],
         "cpu": name_cpu(),
         "cores": cores,
@@ -201,7 +202,7 @@ def name_cpu() -> str:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         found = None
-    return found[1] if found else platform.processor() or platform.machine()
+    return found[1] if found else platform.machine()
 
 
 def name_device(device: torch.device) -> str:

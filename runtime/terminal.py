@@ -35,13 +35,15 @@ class StatusLine:
 
     @property
     def terminal(self) -> TextIO | None:
+        """None from one moment to the next, when it is closed."""
         return next((stream for stream in (sys.stdout, sys.stderr) if is_terminal(stream)), None)
 
     @property
     def width(self) -> int:
         """Columns of a line, without the last one: some terminals wrap behind it."""
+        terminal = self.terminal
         try:
-            columns = os.get_terminal_size(self.terminal.fileno()).columns if self.terminal else WIDEST + 1
+            columns = os.get_terminal_size(terminal.fileno()).columns if terminal else WIDEST + 1
         except (OSError, ValueError):
             columns = 0
         return min(columns - 1 if columns > 1 else 79, WIDEST)
@@ -70,15 +72,17 @@ class StatusLine:
         """For a process that ends at once: what is printed next begins a line. Also in
         a handler of signals, in which a stream must not be written to.
         """
-        if self.text and self.terminal is not None:
+        terminal = self.terminal
+        if self.text and terminal is not None:
             with contextlib.suppress(OSError):
-                os.write(self.terminal.fileno(), b"\n")
+                os.write(terminal.fileno(), b"\n")
 
     def write(self, text: str) -> None:
+        terminal = self.terminal
         try:
-            if self.terminal is not None:
-                self.terminal.write(text)
-                self.terminal.flush()
+            if terminal is not None:
+                terminal.write(text)
+                terminal.flush()
         except OSError:
             discard_output()
 

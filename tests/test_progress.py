@@ -4,7 +4,6 @@ two processes, of runs that were stopped; and the parts that it is made of.
 
 import contextlib
 import io
-import logging
 import os
 import re
 import signal
@@ -283,22 +282,22 @@ def test_what_takes_long_is_said(screen, monkeypatch):
     assert threading.active_count() == before  # data processes may be forked
 
 
-def test_a_slow_search_says_where(data, tmp_path, monkeypatch, caplog):
+def test_a_slow_search_says_where(data, tmp_path, monkeypatch):
     """Folders, folders of classes and a file of weights."""
     from checkpoint_io import weight_files
     from data_pipeline import image_lists
 
     monkeypatch.setattr(terminal, "SLOW", 0.0)
     monkeypatch.setattr(terminal.threading.Timer, "cancel", lambda timer: time.sleep(0.05))
-    monkeypatch.setattr(terminal.log, "propagate", True)
-    caplog.set_level(logging.INFO, "beit")
+    said: list[str] = []
+    monkeypatch.setattr(terminal.log, "info", said.append)
     image_lists.find_images(str(data))
     image_lists.find_classes_folder(str(data))
     (tmp_path / "w.pth").write_bytes(b"no")
     with pytest.raises(UserError):
         weight_files.load_file(tmp_path / "w.pth")
     searching = f"searching  {data} for images"
-    assert caplog.messages == [searching, searching, f"reading    {tmp_path / 'w.pth'}"]
+    assert said == [searching, searching, f"reading    {tmp_path / 'w.pth'}"]
 
 
 # ── Figures, times and tables ──

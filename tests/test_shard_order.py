@@ -87,7 +87,7 @@ def test_pretraining_on_shards_resumes_bit_for_bit(packed, tmp_path):
     ]
     run_beitv2_pretraining.main(pretraining_flags(shard_pattern(packed), tmp_path / "whole", codes, *more))
     middle = tmp_path / "whole" / "checkpoint-step8.pth"
-    assert checkpoint(middle)["next"] == {"epoch": 1, "samples": 8, "step": 8}
+    assert checkpoint(middle)["next"] == {"epoch": 1, "samples": 8, "step": 8, "images": 32}
     resumed = [
         *pretraining_flags(shard_pattern(packed), tmp_path / "resumed", codes, *more),
         "--resume",
