@@ -169,7 +169,7 @@ def flat_loss(losses: dict[str, float], target_perplexity: float, n_codes: int) 
     but how frequent the codes are has the logarithm of their perplexity, which is
     ln K where all are equally frequent.
     """
-    guessing = math.log(min(target_perplexity, n_codes))
+    guessing = math.log(max(1.0, min(target_perplexity, n_codes)))
     flat = [name for name, loss in losses.items() if loss > NEAR_GUESSING * guessing]
     values = " and ".join(f"{name} {losses[name]:.3g}" for name in flat)
     sentence = (

@@ -39,7 +39,19 @@ VARIABLES = re.compile(
     r"PYTHON)_\w+|RANK|WORLD_SIZE|VIRTUAL_ENV|LD_PRELOAD|LD_LIBRARY_PATH|PYTHON[A-Z]+|CC|CXX"
 )
 HIDDEN = "***"
-SECRET_WORDS = {"token", "password", "passwd", "pwd", "secret", "credential", "credentials", "jwt", "cookie"}
+SECRET_WORDS = {
+    "token",
+    "password",
+    "passwd",
+    "pass",
+    "passphrase",
+    "pwd",
+    "secret",
+    "credential",
+    "credentials",
+    "jwt",
+    "cookie",
+}
 KEYS = re.compile(r"(^|_)(api|access|secret|private|account)_?key($|_)")
 # what a token looks like, wherever it stands; a header that holds one; one in quotes
 TOKEN = re.compile(

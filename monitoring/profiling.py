@@ -87,10 +87,12 @@ class StepProfiler:
 
     def close(self) -> None:
         """At the end of the run, whatever ended it: what there is is written."""
-        if self.profile is not None:
-            self.finish()
-        if self.memory:
-            self.write_memory()
+        for is_due, write in ((self.profile is not None, self.finish), (self.memory, self.write_memory)):
+            if is_due:
+                try:
+                    write()
+                except Exception as error:  # it must not stand for what ended the run
+                    log.warning(f"warning: {self.folder}: what was recorded cannot be written ({error})")
 
     def finish(self) -> None:
         """Stop recording, write the trace and the table."""

@@ -140,7 +140,7 @@ class Reporter:
         measured["mfu"] = mfu
         if self.files is not None:
             line = {"step": step, "epoch": self.current_epoch}
-            self.files.metrics.append(finite_only(line | more | means | measured))
+            self.files.metrics.append_if_possible(finite_only(line | more | means | measured))
         known = {name: value for name, value in more.items() if math.isfinite(value) and name != "images"}
         self.reported |= means.keys() | more.keys() | {"lr"}
         scalars = name_scalars("train", means | known) | {"train/lr": lr}

@@ -11,6 +11,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from runtime.terminal import log
+
 LOG, METRICS = "log.txt", "metrics.jsonl"
 
 
@@ -18,7 +20,7 @@ class JsonLines:
     """A file with one JSON object a line, which a resumed run goes on with."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.failed = path, False
 
     def go_on_before(self, key: str, first: int) -> None:
         """Drop the lines whose `key` is `first` or more: a resumed run writes them
@@ -47,6 +49,19 @@ class JsonLines:
         """
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def append_if_possible(self, line: dict[str, Any]) -> None:
+        """In the midst of an epoch, whose steps a full disk must not cost: it is warned of
+        once, and the next line begins anew behind one that was cut.
+        """
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("\n" * self.failed + json.dumps(line) + "\n")
+            self.failed = False
+        except OSError as error:
+            if not self.failed:
+                log.warning(f"warning: {self.path} cannot be written ({error.strerror}): lines are missing")
+            self.failed = True
 
 
 def set_aside(path: Path, when: str) -> None:
@@ -92,5 +107,5 @@ def number_in(line: str, key: str) -> float:
     """-inf for a line that is none of ours: it is left as it is."""
     try:
         return int(json.loads(line)[key])
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return -math.inf

@@ -39,13 +39,17 @@ class FlopCounter(TorchDispatchMode):
     def __init__(self, with_backward: bool = False) -> None:
         super().__init__()
         self.with_backward, self.flops = with_backward, 0
+        self.is_sure = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         count = flop_registry.get(getattr(func, "_overloadpacket", None))
         if count is not None and not is_recomputing():
-            flops = count(*args, **kwargs, out_val=out)
+            try:
+                flops = count(*args, **kwargs, out_val=out)
+            except Exception:  # of torch's formula for the operation: the MFU is not known, that is all
+                flops, self.is_sure = 0, False
             name = func._overloadpacket.__name__
             if "attention" in name and name.endswith("backward"):
                 flops *= OF_ATTENTION_BACKWARD
@@ -88,7 +92,8 @@ class StepFlops:
             return
         with FlopCounter() as counter:
             yield
-        self.per_step, self.left = counter.flops, self.left - 1
+        self.per_step = counter.flops if counter.is_sure else None
+        self.left -= 1
 
     def rehearse(self, model: nn.Module, forward: Callable[[], None], times: int) -> None:
         """Of a compiled network, which an observer would keep from being compiled: one
@@ -107,7 +112,7 @@ class StepFlops:
         finally:
             for module, mode in training.items():
                 module.training = mode
-        self.per_step, self.left = counter.flops * times, 0
+        self.per_step, self.left = counter.flops * times if counter.is_sure else None, 0
 
 
 # ── The peak ──

@@ -152,4 +152,5 @@ def judge_accuracy(percent: float, guess: float, images: int) -> str:
     uncertain = math.sqrt(max(guess * (100 - guess), 1) / images)  # one standard deviation
     if percent > guess + 2 * uncertain:
         return f"went well: {found}"
-    return f"learned little: {found}, and a difference of {2 * uncertain:.1f} can be chance"
+    more = f"that is {percent - guess:+.1f} points, and {2 * uncertain:.1f} can be chance"
+    return f"learned little: {found}; {more}"

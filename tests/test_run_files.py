@@ -16,7 +16,7 @@ from tiny_stages import STAGES, all_stages, metrics
 import engine_for_finetuning
 from monitoring import environment
 from monitoring.reporter import Reporter
-from monitoring.run_files import finite_only
+from monitoring.run_files import JsonLines, finite_only
 
 KEYS = "step images loss lr grad_norm images_per_second data_wait memory skipped".split()
 TIMED = {"images_per_second", "data_wait", "memory", "mfu"}  # else a resumed run repeats them
@@ -128,19 +128,43 @@ def test_the_codebook_has_no_figures_before_there_is_one(stages, tmp_path):
     assert all(1 <= number <= 4 for number in used[-4:])
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt"])
-def test_a_file_that_cannot_be_written_ends_in_a_sentence(name, stages, tmp_path, capsys, monkeypatch):
-    main, flags = stages["finetuning"]
+def in_the_way(name, folder, monkeypatch):
+    """A folder that is called like a file of the run, once it trains."""
     start = Reporter.start_epoch
 
     def taken(self, *args):
         start(self, *args)
-        (tmp_path / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
 
     monkeypatch.setattr(Reporter, "start_epoch", taken)
+
+
+def test_a_log_that_cannot_be_written_ends_in_a_sentence(stages, tmp_path, capsys, monkeypatch):
+    main, flags = stages["finetuning"]
+    in_the_way("log.txt", tmp_path, monkeypatch)
     error = refused(main, flags(tmp_path), capsys)
-    assert name in error
+    assert "log.txt" in error
     assert "could not be written" in error
+
+
+def test_metrics_that_cannot_be_written_cost_no_steps(stages, tmp_path, capsys, monkeypatch):
+    main, flags = stages["finetuning"]
+    in_the_way("metrics.jsonl", tmp_path, monkeypatch)
+    main(flags(tmp_path))
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written") == 1
+    assert (tmp_path / "checkpoint.pth").exists()
+
+
+def test_lines_go_on_behind_one_that_was_cut(tmp_path):
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    file.path.mkdir()
+    file.append_if_possible({"step": 1})
+    file.path.rmdir()
+    file.path.write_text('{"step": 1')
+    for step in (2, 3):
+        file.append_if_possible({"step": step})
+    assert file.path.read_text() == '{"step": 1\n{"step": 2}\n{"step": 3}\n'
+    assert [line["step"] for line in file.read("step")] == [2, 3]
 
 
 def test_a_line_cut_by_a_kill_is_replaced(stages, tmp_path):
