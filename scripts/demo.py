@@ -89,9 +89,9 @@ def plan_demo(own: bool) -> list[Command]:
 
 FINETUNING = {  # name: what is fine-tuned, whether it is pretrained, with a tenth of the labels
     "acc1": ("fine-tuning the pretrained network with all labels", True, False),
-    "acc1_from_scratch": ("the same from random weights, to compare", False, False),
+    "acc1_from_scratch": ("the same network from random weights, to compare", False, False),
     "acc1_10pct": ("fine-tuning the pretrained network with 10% of the labels", True, True),
-    "acc1_10pct_from_scratch": ("the same from random weights, to compare", False, True),
+    "acc1_10pct_from_scratch": ("the same network from random weights, to compare", False, True),
 }
 
 
@@ -284,7 +284,8 @@ def main(argv: list[str]) -> None:
         folder = f"finetune_{name}"
         stages.run(folder, partial(finetune, folder, finetuning, images, pretrained, few))
         accuracy = log_of(folder)[-1]["test_acc1"]
-        report(judge_accuracy(accuracy, 100 * largest / validation, validation))
+        verdict = judge_accuracy(accuracy, 100 * largest / validation, validation)
+        report(verdict if pretrained else f"without pretraining it {verdict}")
     print("\n\ndrawing the pictures", flush=True)
     summary = summarize(counts, labeled, seconds | stages.seconds, codes)
     (OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
