@@ -20,7 +20,8 @@ class JsonLines:
     """A file with one JSON object a line, which a resumed run goes on with."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.failed = path, False
+        self.path = path
+        self.failed = False  # to write the line before
 
     def go_on_before(self, key: str, first: int) -> None:
         """Drop the lines whose `key` is `first` or more: a resumed run writes them
@@ -29,9 +30,8 @@ class JsonLines:
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and number_in(line, key) < first]
-            shorter = self.path.with_name(
-                f".{self.path.name}.part"
-            )  # a full disk must not cost the old lines
+            # a full disk must not cost the old lines
+            shorter = self.path.with_name(f".{self.path.name}.part")
             shorter.write_text("".join(kept), encoding="utf-8")
             shorter.replace(self.path)
 
@@ -45,19 +45,18 @@ class JsonLines:
 
     def append(self, line: dict[str, Any]) -> None:
         """NaN and infinities are written as Python's reader takes them, which strict
-        ones refuse: see finite_only.
+        ones refuse: see finite_only. Behind a line that was cut it begins anew.
         """
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write("\n" * self.failed + json.dumps(line) + "\n")
+        self.failed = False
 
     def append_if_possible(self, line: dict[str, Any]) -> None:
         """In the midst of an epoch, whose steps a full disk must not cost: it is warned of
-        once, and the next line begins anew behind one that was cut.
+        once.
         """
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("\n" * self.failed + json.dumps(line) + "\n")
-            self.failed = False
+            self.append(line)
         except OSError as error:
             if not self.failed:
                 log.warning(f"warning: {self.path} cannot be written ({error.strerror}): lines are missing")
