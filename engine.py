@@ -32,6 +32,7 @@ from monitoring.alarms import REPORTS_KEPT, Alarms, Found, Line
 from monitoring.profiling import StepProfiler
 from monitoring.progress import Remark
 from monitoring.reporter import Reporter, RunCounts
+from monitoring.run_files import epoch_line
 from monitoring.tracked_run import describe_run
 from monitoring.trackers import open_trackers
 from run_state import Run, TrainingData
@@ -302,7 +303,7 @@ class Trainer:
         warm_up = max(int(self.schedule.lr.argmax()), alarms.LEAST_WARM_UP)  # in steps
         first = math.ceil(warm_up / self.data.steps_per_epoch)
         earlier = [line for line in self.alarms.lines if line["epoch"] >= first]
-        line = {"epoch": epoch, **{f"train_{name}": value for name, value in train.items()}, **test}
+        line = epoch_line(epoch, train, test)
         return self.alarms.after_epoch(
             line, found | self.stage.find_alarms(line, earlier, warmed_up=epoch >= first)
         )

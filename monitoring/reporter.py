@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from monitoring.progress import Progress, Remark, RunTime, format_epoch, format_report, peak_memory
-from monitoring.run_files import RunFiles, finite_only
+from monitoring.run_files import RunFiles, epoch_line, finite_only
 from monitoring.trackers import Trackers
 from runtime import distributed
 from runtime.phases import DATA, phase
@@ -185,12 +185,7 @@ class Reporter:
         whole run so far. `alarms`: those that hold.
         """
         seconds = round(self.seconds_of_epoch(), 2)
-        line: dict[str, Any] = {
-            "epoch": epoch,
-            **{f"train_{name}": value for name, value in train.items()},
-            **test,
-            "seconds": seconds,
-        }
+        line = epoch_line(epoch, train, test) | {"seconds": seconds}
         self.run_time.count_pause()
         left = self.run_time.left(self.steps_left, self.epochs_left - 1)
         log.info(

@@ -63,6 +63,11 @@ class JsonLines:
             self.failed = True
 
 
+def epoch_line(epoch: int, train: dict[str, float], test: dict[str, float]) -> dict[str, Any]:
+    """What log.txt says of an epoch's figures."""
+    return {"epoch": epoch, **{f"train_{name}": value for name, value in train.items()}, **test}
+
+
 def set_aside(path: Path, when: str) -> None:
     """Another run's file gets another name."""
     if path.exists():
