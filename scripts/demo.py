@@ -8,7 +8,6 @@ stage's folder, pictures/ and summary.json; what an earlier run wrote is kept be
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
@@ -26,12 +25,11 @@ import torch  # noqa: E402
 from torchvision.utils import save_image  # noqa: E402
 
 import stages  # noqa: E402
-from advice.command import Command, Machine  # noqa: E402
+from advice.command import Command  # noqa: E402
 from advice.inspection import inspect_folder  # noqa: E402
-from advice.plan import make_plan  # noqa: E402
 from data_pipeline.image_formats import load_image  # noqa: E402
 from demo_folders import make_empty  # noqa: E402
-from demo_photos import Photo, link, own_images, shrink, solar_cells  # noqa: E402
+from demo_photos import Photo, link, own_images, plan_demo, shrink, solar_cells  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
 from runtime.terminal import say_if_slow, set_up_logging  # noqa: E402
 from stages import (  # noqa: E402
@@ -75,14 +73,6 @@ def prepare(photos: list[Photo], shrinks: bool = True) -> dict[str, dict[str, in
     if sum(counts["train"].values()) < 2 or not counts["val"]:
         raise UserError("too few images: the demo needs at least 10 that can be read")
     return counts
-
-
-def plan_demo(own: bool) -> list[Command]:
-    """What advise.py advises for these images on a CPU."""
-    folder = inspect_folder(str(OUT / "data"))
-    if not own:  # a solar cell can be mounted either way
-        folder = dataclasses.replace(folder, has_up=False)
-    return make_plan(folder, Machine.here("cpu"), str(OUT))
 
 
 # ── Stages ──
@@ -269,9 +259,9 @@ def main(argv: list[str]) -> None:
     set_up_logging(0)
     photos = own_images(argv[0]) if argv else solar_cells()
     counts = prepare(photos, shrinks=not argv or inspect_folder(argv[0]).is_rgb8)
-    vqkd, pretrain, finetuning = plan = plan_demo(own=bool(argv))
-    seconds["data"] = time.monotonic() - started
     images, labeled = sum(counts["train"].values()), len(counts["train"]) >= 2
+    vqkd, pretrain, finetuning = plan = plan_demo(OUT, images, own=bool(argv))
+    seconds["data"] = time.monotonic() - started
     codes, largest = int(vqkd.value("codebook_n_emd")), max(counts["val"].values())
     validation = sum(counts["val"].values())
     print(f"           {images:,} of them train, {validation:,} validate; from here on in {OUT.name}/data")
