@@ -157,7 +157,7 @@ def describe(work: Workplace, run: Run, seconds: float) -> dict[str, Any]:
         "inputs": {flag: each.name for flag, each in run.inputs},
         "photos_digest": photos.prepare(run.photos, work.folder / "photos"),
         "commit": code["commit"],
-        "changed": bool(code["diff"]),
+        "changed": bool(environment.git("diff", "HEAD", "--", "*.py")),
         "machine": {**{key: machine[key] for key in ("cpu", "cores")}, "torch": torch.__version__},
         "threads": THREADS,
         "seconds": round(seconds, 1),
