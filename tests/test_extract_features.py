@@ -12,6 +12,7 @@ import torch
 from many_processes import two_processes
 from PIL import Image
 from refusals import refused
+from tiny_data import photo
 from tiny_runs import as_flags, photos, student
 
 import extract_features
@@ -76,6 +77,16 @@ def test_features_of_our_checkpoints_in_the_order_of_paths(images, tmp_path, cap
     assert "cls of layer 6 of 6; images of 32 x 32 pixels, normalized by ImageNet's" in said
     assert "1 of 6 files cannot be read and are left out" in said
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"f.npy", "f.paths.txt"}
+
+
+def test_features_of_photos_decoded_at_a_reduced_size(tmp_path):
+    weights, folder = student(tmp_path / "pt.pth"), tmp_path / "large"
+    folder.mkdir()
+    photo(900, 700).save(folder / "a.jpg", quality=95)
+    exact, fast = (
+        extract(weights, folder, tmp_path / "f.npy", "--data_pipeline", way) for way in ("exact", "fast")
+    )
+    assert 0 < np.abs(exact - fast).max() < 0.05 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("name", ["ours", "timm"])
