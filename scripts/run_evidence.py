@@ -12,6 +12,7 @@ Each run writes one JSON file below docs/evidence/. A killed grid goes on where 
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 import time
@@ -129,6 +130,7 @@ def write_pages() -> None:
 @report_user_errors
 def main(argv: list[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that runs are stopped, not left behind
     folder = ROOT / args.folder
     work = Workplace(folder, RESULTS)
     runs = list_chosen(args.questions, args.photos, args.seeds)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -123,6 +124,8 @@ class Stage:
         values = dict(zip(words[::2], words[1::2], strict=True))
         if values["--name"] == "fails" and self.fails.exists():
             raise SystemExit(3)
+        if values["--name"] == "waits":
+            time.sleep(60)
         out = Path(values["--output_dir"])
         (out / "log.txt").write_text(json.dumps({"train_loss": 1.0, "seed": values["--seed"]}) + "\n")
         (out / "checkpoint.pth").write_text("weights")
@@ -176,6 +179,17 @@ def test_a_run_that_was_stopped_early_is_no_result(work):
     with pytest.raises(UserError, match="1 of 2 epochs"):
         execute.execute(work, [run], 1, time.monotonic() + 99, print)
     assert not work.is_done(run)
+
+
+def test_the_runs_beside_one_that_fails_are_stopped(work, tmp_path):
+    waits = Run("vqkd", "cells", "w", 0, ("--name", "waits", "--epochs", "1"))
+    (tmp_path / "fails").touch()
+    fails = Run("vqkd", "cells", "b", 0, ("--name", "fails", "--epochs", "1"))
+    with pytest.raises(UserError, match="cells-vqkd-b-s0"):
+        execute.execute(work, [waits, fails], 2, time.monotonic() + 99, print)
+    assert not (work.folder_of(waits) / "log.txt").exists()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 @pytest.mark.slow

@@ -10,10 +10,11 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,23 +79,34 @@ def execute(work: Workplace, runs: Sequence[Run], jobs: int, until: float, say: 
         photos.prepare(name, work.folder / "photos")
     modules = {stage: importlib.import_module(script[:-3]) for stage, script in SCRIPTS.items()}
     torch.set_num_threads(THREADS)
-    while running or waiting:
-        pending = {run.name for run in waiting} | {run.name for run, _ in running.values()}
-        ready = [run for run in waiting if not pending & {each.name for _, each in run.inputs}]
-        if ready and len(running) < jobs and time.monotonic() < until:
-            waiting.remove(ready[0])
-            running[start(work, ready[0], modules[ready[0].stage])] = (ready[0], time.monotonic())
-            continue
-        if not running:
-            break
-        process, status, usage = os.wait4(-1, 0)
-        run, started = running.pop(process)
-        if status:
-            raise UserError(f"{run.name} failed: its output is in {work.folder_of(run) / 'output.txt'}")
-        finish(work, run, usage.ru_utime + usage.ru_stime)
-        done += 1
-        say(f"{done:>4} of {count}  {run.name:<44}{format_duration(time.monotonic() - started)}")
+    try:
+        while running or waiting:
+            pending = {run.name for run in waiting} | {run.name for run, _ in running.values()}
+            ready = [run for run in waiting if not pending & {each.name for _, each in run.inputs}]
+            if ready and len(running) < jobs and time.monotonic() < until:
+                waiting.remove(ready[0])
+                running[start(work, ready[0], modules[ready[0].stage])] = (ready[0], time.monotonic())
+                continue
+            if not running:
+                break
+            process, status, usage = os.wait4(-1, 0)
+            run, started = running.pop(process)
+            if status:
+                raise UserError(f"{run.name} failed: its output is in {work.folder_of(run) / 'output.txt'}")
+            finish(work, run, usage.ru_utime + usage.ru_stime)
+            done += 1
+            say(f"{done:>4} of {count}  {run.name:<44}{format_duration(time.monotonic() - started)}")
+    finally:
+        stop(running)
     return len(waiting)
+
+
+def stop(processes: Iterable[int]) -> None:
+    """They write a checkpoint, from which the same command goes on."""
+    for process in processes:
+        os.kill(process, signal.SIGTERM)
+    for process in processes:
+        os.waitpid(process, 0)
 
 
 def start(work: Workplace, run: Run, module: Any) -> int:
@@ -136,9 +148,10 @@ def finish(work: Workplace, run: Run, seconds: float) -> None:
         raise UserError(
             f"{run.name} was stopped after {len(log)} of {epochs} epochs; the same command goes on"
         )
-    write_result(
-        work.results, describe(work, run, seconds) | {"results": summarize(run, log, work.photos_of(run))}
-    )
+    results = summarize(run, log, work.photos_of(run))
+    known = read_result(work.results, run)
+    if known is None or known["results"] != results:  # else the file keeps its commit
+        write_result(work.results, describe(work, run, seconds) | {"results": results})
 
 
 def describe(work: Workplace, run: Run, seconds: float) -> dict[str, Any]:

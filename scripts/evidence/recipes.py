@@ -1,6 +1,6 @@
 """The flags of the small runs, and the runs of one set of photos and one seed.
 
-All are `mini` models (64 wide, 4 blocks) of 96-pixel images, 6 x 6 patches, in batches of
+All are `mini` models (64 wide, 6 blocks) of 96-pixel images, 6 x 6 patches, in batches of
 32, in fp32 on one thread: one to two minutes of a core each.
 """
 
@@ -26,7 +26,7 @@ VQKD = f"""--model {TOKENIZER} --teacher_model_type efficientnet_lite0 --teacher
     --codebook_n_emd 256 --codebook_emd_dim 16 --quantizer_warmup_steps 60 --revive_dead_codes
     --batch_size 32 --lr 2e-3 --opt_betas 0.9 0.99 --clip_grad 3.0 --warmup_steps 40 --health_freq 0"""
 PRETRAIN = f"""--model {MODEL}_cls_pt --tokenizer_model {TOKENIZER} --codebook_size 256 --codebook_dim 16
-    --second_input_size 96 --num_mask_patches 14 --min_mask_patches_per_block 4 --early_layers 3
+    --second_input_size 96 --num_mask_patches 14 --min_mask_patches_per_block 4 --early_layers 4
     --head_layers 1 --drop_path 0 --batch_size 32 --lr 1.5e-3 --opt_betas 0.9 0.98 --clip_grad 3.0
     --color_jitter 0 --warmup_steps 60"""
 FINETUNE = """--model beit_mini_patch16_96 --data_set image_folder --batch_size 32 --lr 1e-3
