@@ -25,11 +25,12 @@ import torch  # noqa: E402
 from torchvision.utils import save_image  # noqa: E402
 
 import stages  # noqa: E402
-from advice.command import Command  # noqa: E402
+from advice.command import Command, Machine  # noqa: E402
 from advice.inspection import inspect_folder  # noqa: E402
+from advice.plan import make_plan  # noqa: E402
 from data_pipeline.image_formats import load_image  # noqa: E402
 from demo_folders import make_empty  # noqa: E402
-from demo_photos import Photo, link, own_images, plan_demo, shrink, solar_cells  # noqa: E402
+from demo_photos import Photo, link, own_images, plan_solar_cells, shrink, solar_cells  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
 from runtime.terminal import say_if_slow, set_up_logging  # noqa: E402
 from stages import (  # noqa: E402
@@ -73,6 +74,13 @@ def prepare(photos: list[Photo], shrinks: bool = True) -> dict[str, dict[str, in
     if sum(counts["train"].values()) < 2 or not counts["val"]:
         raise UserError("too few images: the demo needs at least 10 that can be read")
     return counts
+
+
+def plan_demo(own: bool) -> list[Command]:
+    """What advise.py advises for these images on a CPU."""
+    if not own:
+        return plan_solar_cells(OUT)
+    return make_plan(inspect_folder(str(OUT / "data")), Machine.here("cpu"), str(OUT))
 
 
 # ── Stages ──
@@ -259,9 +267,9 @@ def main(argv: list[str]) -> None:
     set_up_logging(0)
     photos = own_images(argv[0]) if argv else solar_cells()
     counts = prepare(photos, shrinks=not argv or inspect_folder(argv[0]).is_rgb8)
-    images, labeled = sum(counts["train"].values()), len(counts["train"]) >= 2
-    vqkd, pretrain, finetuning = plan = plan_demo(OUT, images, own=bool(argv))
+    vqkd, pretrain, finetuning = plan = plan_demo(own=bool(argv))
     seconds["data"] = time.monotonic() - started
+    images, labeled = sum(counts["train"].values()), len(counts["train"]) >= 2
     codes, largest = int(vqkd.value("codebook_n_emd")), max(counts["val"].values())
     validation = sum(counts["val"].values())
     print(f"           {images:,} of them train, {validation:,} validate; from here on in {OUT.name}/data")

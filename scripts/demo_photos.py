@@ -19,12 +19,6 @@ from data_pipeline.resizing import cut_to_length
 from data_pipeline.samplers import evenly_spaced
 from errors import printable
 
-# what gets the solar cells to 80 % the soonest on two cores (docs/lab/speedrun.md)
-SCHEDULE: dict[str, dict[str, str]] = {
-    "vqkd": {"epochs": "3", "batch_size": "16", "lr": "6e-3"},
-    "pretrain": {"epochs": "4", "batch_size": "16"},
-    "finetune": {"epochs": "4", "batch_size": "16"},
-}
 Photo = tuple[Path, str, bool]  # file, class, whether it validates
 
 # photos are shrunk once: the model sees 128 pixels, and decoding would take longer than
@@ -36,14 +30,14 @@ MOST_IMAGES = 4000
 BLOCKS = 20
 
 
-def shrink(source: str | Path, target: Path) -> bool:
-    """A copy whose shorter side is SHORT_SIDE; False for files that are no image."""
+def shrink(source: str | Path, target: Path, short_side: int = SHORT_SIDE) -> bool:
+    """A copy whose shorter side has so many pixels; False for files that are no image."""
     try:
         image = cut_to_length(load_image(str(source)))
     except Exception as error:
         print(printable(f"cannot read {source} ({error}): left out"))
         return False
-    scale = SHORT_SIDE / min(image.size)
+    scale = short_side / min(image.size)
     target.parent.mkdir(parents=True, exist_ok=True)
     image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC).save(
         target, quality=95
@@ -81,15 +75,6 @@ def plan_solar_cells(output: Path) -> list[Command]:
     # a solar cell can be mounted either way
     folder = dataclasses.replace(inspect_folder(str(output / "data")), has_up=False)
     return make_plan(folder, Machine.here("cpu"), str(output))
-
-
-def plan_demo(output: Path, images: int, own: bool) -> list[Command]:
-    """The demo's commands for so many training images in output/data: for the user's
-    own as advised, for the solar cells with SCHEDULE.
-    """
-    if own:
-        return make_plan(inspect_folder(str(output / "data")), Machine.here("cpu"), str(output))
-    return [command.reschedule(images, **SCHEDULE[command.stage]) for command in plan_solar_cells(output)]
 
 
 def own_images(root: str) -> list[Photo]:

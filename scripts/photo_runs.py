@@ -1,19 +1,15 @@
 """What measurements on the demo's photos of solar cells share: the photos, the demo's
-commands for them, a run unless it is done, means with intervals.
+commands for them, and a run unless it is done.
 """
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
 
 from advice.command import Command
 from demo_photos import plan_solar_cells, shrink, solar_cells
 from stages import log_of, run_entry
-
-# two-sided 95 % of Student's t, by degrees of freedom
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 def prepare(folder: Path, count: int = 2624) -> list[Command]:
@@ -38,11 +34,3 @@ def run(command: Command, out: Path, **changes: Any) -> None:
     if steps < command.steps:  # the warm-up of a shorter run is shorter
         more["warmup_steps"] = max(1, steps // 6)
     run_entry(str(out), command.script, "", *command.words(**more | changes))
-
-
-def interval(values: list[float]) -> str:
-    """Mean and half the width of its 95 % interval."""
-    if len(values) < 2:
-        return f"{values[0]:.2f}" if values else ""
-    half = STUDENT[min(len(values) - 2, len(STUDENT) - 1)] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.2f} +- {half:.2f}"
