@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ from benchmarks.timing import Local, Mark, bytes_of
 from engine import Stage
 from engine_for_pretraining import Tokens
 from optim_factory import get_parameter_groups
-from run_state import Run, TrainState
+from run_state import Run, new_state
+from runtime.terminal import silence
 
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-8}
 WEIGHT_DECAY = 0.05
@@ -54,9 +55,10 @@ class Ours(Stage):
         self.mark: Mark = lambda phase: None
         groups = get_parameter_groups(model, WEIGHT_DECAY, model.no_weight_decay())
         optimizer = torch.optim.AdamW(groups, fused=True, **ADAMW)
-        scaler = torch.amp.GradScaler(run.device.type, enabled=False)
-        runner: Any = torch.compile(model) if compiled else model
-        self.state = TrainState(model, runner, optimizer, scaler)
+        with silence():
+            self.state = new_state(model, optimizer, run, "")
+        if compiled:
+            self.state.runner = cast(Any, torch.compile(model))
         model.train()
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
