@@ -2,10 +2,11 @@
 their formulas say. The sizes take turns, so that a drifting machine bends no curve.
 
 Time is compared with the operations that are counted at each size. Memory, beside what
-is kept between steps, with what training has to keep: all of it grows with the images
+is kept between steps, with what training has to hold: all of it grows with the images
 and, in the quantizer, with the codes; and with T tokens of width C and H heads, a block
 keeps 19 C + H T numbers for each: inputs of products, norms, GELU and layer scale, and
-the weights of attention.
+the weights of attention. While one block goes backward, there are 2 H T more: the
+gradients before and after softmax.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import functools
 import math
 import socket
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -102,20 +103,20 @@ def conclude(
     of: str,
     sizes: Sequence[int],
     rows: Sequence[Row],
-    flops: Sequence[float],
-    held: Sequence[float],
-    numbers: Sequence[float],
+    held: Sequence[int],
+    formulas: Mapping[str, Sequence[float]],
 ) -> tuple[dict[str, Any], list[str]]:
-    """How time grows beside `flops` and bytes (`held`) beside `numbers`, which the
-    formula gives in any unit.
+    """`held`: bytes. `formulas`: of time, CPU time and memory at each size, in any
+    unit.
     """
     times = {"time": [row.step_ms for row in rows], "CPU time": [row.cpu_ms for row in rows]}
-    growths = [
-        Growth.judge(name, sizes, list(zip(*values, strict=True)), flops)
+    measured: dict[str, list[Any]] = {
+        name: list(zip(*values, strict=True))
         for name, values in times.items()
         if all(map(all, values))  # else it was not measured
-    ]
-    growths.append(Growth.judge("memory", sizes, [held], numbers))
+    }
+    measured["memory"] = [held]
+    growths = [Growth.judge(name, sizes, rounds, formulas[name]) for name, rounds in measured.items()]
     figures = {"with": of, "sizes": list(sizes), "held_bytes": list(held)}
     return figures | {"growths": [asdict(one) for one in growths]}, format_growths(of, growths)
 
@@ -139,7 +140,9 @@ def contest_of(
 
     def finish(rows: Sequence[Row]) -> tuple[dict[str, Any], list[str]]:
         held = [row.peak_bytes - one.contender.keeps() for row, one in zip(rows, contenders, strict=True)]
-        return conclude(of, sizes, rows, [one.flops or 0 for one in contenders], held, numbers)
+        flops = [one.flops or 0 for one in contenders]
+        formulas = {"time": flops, "CPU time": flops, "memory": numbers}
+        return conclude(of, sizes, rows, held, formulas)
 
     return Contest(f"growth: {title}", contenders, {}, contenders[0].images or 0, conclude=finish)
 
@@ -177,7 +180,8 @@ def grow_tokens(workload: Workload, run: Run) -> Contest:
         step, tokens = Local("", ours, run.device, keeps), 1 + model.patch_embed.num_patches
         contenders.append(OfSize(f"{tokens} tokens", step, batch, workload.batch_size, ours.flops(batch)))
         sizes.append(tokens)
-        numbers.append(tokens * (19 * row.embed_dim + row.num_heads * tokens))
+        weights = row.num_heads * tokens  # of attention, for a token of a block
+        numbers.append(tokens * (row.depth * (19 * row.embed_dim + weights) + 2 * weights))
     return contest_of(f"finetune {name}, {workload.batch_size} images", "tokens", sizes, contenders, numbers)
 
 
@@ -242,9 +246,12 @@ def grow_ranks(workload: Workload, run: Run) -> Iterator[Contest]:
 
     def finish(rows: Sequence[Row]) -> tuple[dict[str, Any], list[str]]:
         held = [row.peak_bytes for row in rows]
-        ranks_per_core = [max(1.0, count / cores) for count in RANKS]
-        numbers = [held[0] + one.buckets for one in contenders]
-        figures, lines = conclude("ranks", RANKS, rows, ranks_per_core, held, numbers)
+        formulas: dict[str, Sequence[float]] = {
+            "time": [max(1.0, count / cores) for count in RANKS],
+            "CPU time": [1] * len(RANKS),
+            "memory": [held[0] + one.buckets for one in contenders],
+        }
+        figures, lines = conclude("ranks", RANKS, rows, held, formulas)
         speedups = [
             RANKS[-1] / RANKS[0] * one / many
             for one, many in zip(rows[0].step_ms, rows[-1].step_ms, strict=True)

@@ -94,6 +94,17 @@ def test_memory_is_compared_without_what_is_kept(run):
     assert memory["measured"]["fitted"] == pytest.approx(Exponents.of(CODES, figures["held_bytes"]).fitted)
 
 
+def test_memory_of_tokens_is_that_of_the_formula(run, monkeypatch):
+    """In bytes: what a step of 2 images holds at its peak."""
+    monkeypatch.setattr(growth, "SIDES", (224, 256))
+    contest = grow_tokens(Workload("demo", batch_size=2), run)
+    for side, contender in zip(growth.SIDES, contest.contenders, strict=True):
+        contender.turn({})  # there are moments
+        tokens, kept = 1 + (side // 16) ** 2, contender.contender.keeps()
+        numbers = tokens * (6 * (19 * 128 + 4 * tokens) + 2 * 4 * tokens)
+        assert contender.peak({}) - kept == pytest.approx(2 * 4 * numbers, rel=0.1)
+
+
 @pytest.mark.slow
 def test_the_stage_reports_growth(tmp_path, run, capsys):
     output = tmp_path / "out.json"
