@@ -22,7 +22,13 @@ from datasets import ImageFiles
 from errors import UserError, report_user_errors
 from evaluation import feature_files
 from evaluation.frozen_backbone import Backbone, FrozenBackbone, open_frozen
-from flags.images import add_inference_flags, add_opened_model_flags, add_view_flags, loader_settings
+from flags.images import (
+    add_center_view_flags,
+    add_inference_flags,
+    add_opened_model_flags,
+    add_view_flags,
+    loader_settings,
+)
 from runtime import distributed
 from runtime.device import choose_precision
 from runtime.distributed import Launch
@@ -67,7 +73,8 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add_opened_model_flags(parser)
     add_view_flags(parser)
-    add_inference_flags(parser, "half precision is faster on GPUs")
+    add_center_view_flags(parser)
+    add_inference_flags(parser, "half precision is faster on GPUs, and on CPUs that compute in it")
     return parser
 
 
@@ -103,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         backbone.mean,
         backbone.std,
         backbone.pixels,
+        args.data_pipeline,
     )
     parts = feature_files.Parts(args.output, launch.rank, launch.world_size)
     try:

@@ -94,13 +94,15 @@ class VisionTransformer(Trunk):
         """
         return self.head(self.forward_features(x, return_patch_tokens, return_all_tokens))
 
-    def get_intermediate_layers(self, x: Tensor) -> list[Tensor]:
-        """The raw output of every block, CLS included: depth times (B, T, C)."""
+    def get_intermediate_layers(self, x: Tensor, layer: int | None = None) -> list[Tensor]:
+        """The raw output of every block, CLS included: depth times (B, T, C). With
+        `layer`, from 1: of that block alone, and later ones are not computed.
+        """
         tokens, bias = self.embed(x), self.shared_bias()
-        layers = []
-        for block in self.blocks:
+        layers: list[Tensor] = []
+        for block in self.blocks[:layer]:
             tokens = block(tokens, bias)
-            layers.append(tokens)
+            layers = [*layers, tokens] if layer is None else [tokens]
         return layers
 
 

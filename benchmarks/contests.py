@@ -96,14 +96,16 @@ def pretraining(workload: Workload, run: Run) -> Iterator[Contest]:
     randomize_zeros(model)
     plain, plain_tokenizer = PlainPretraining(model), PlainVQKD(tokenizer)
     cast_frozen(tokenizer.encoder, run.precision.dtype)
+    tokenizer.drop_decoder()
     target = MarkedTokens(tokenizer, model.vocab_size, run.device)
     view = pretraining_view(size, patch_size)
     stage = PretrainingStage(target, run.device, run.precision, ImageFiles([], view), (HALF_MEAN, HALF_STD))
-    target.ours = ours = Ours(stage, model, run, workload.compile)
+    target.ours = ours = Ours(stage, model, run)
     mask = random_masks(workload.batch_size, grid, workload.seed)
     batch = random_batch(workload.batch_size, size, run.device, second_size)
     batch |= {"mask": mask, "masked": list_masked(mask).to(run.device)}
     flops = ours.flops(batch)
+    ours.compile(workload, tokenizer)
 
     def loss_of(batch: dict[str, Any], mark: Mark) -> Tensor:
         masked = batch["mask"].to(run.device)
@@ -139,11 +141,12 @@ def vqkd(workload: Workload, run: Run) -> Iterator[Contest]:
     cast_frozen(teacher, run.precision.dtype)
     view = TokenizerViews(size, 0.2, 0.0, "bicubic")
     stage = TokenizerStage(model, teacher, run.device, run.precision, ImageFiles([], view))
-    ours = Ours(stage, model, run, workload.compile)
+    ours = Ours(stage, model, run)
     spare = copy.deepcopy(model)  # counting must not change the codebook
     spare_stage = TokenizerStage(spare, teacher, run.device, run.precision, stage.dataset)
     flops = Ours(spare_stage, spare, run).flops(batch)
     del spare, spare_stage
+    ours.compile(workload, teacher)
     targets = teacher.targets
 
     def marked(x: Tensor) -> Tensor:
@@ -174,8 +177,9 @@ def finetuning(workload: Workload, run: Run) -> Iterator[Contest]:
     batch = random_batch(workload.batch_size, size, run.device)
     settings = Settings(run.device, run.precision.dtype, ADAMW, CLIP_GRAD)
     plain, theirs = PlainClassifier(model), timm_model(model).to(run.device)
-    ours = Ours(FinetuningStage(run.device, run.precision), model, run, workload.compile)
+    ours = Ours(FinetuningStage(run.device, run.precision), model, run)
     flops = ours.flops(batch)
+    ours.compile(workload)
     worker, absent = None, {}
     if importlib.util.find_spec("transformers") is None:
         absent["transformers"] = "not installed"

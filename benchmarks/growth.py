@@ -174,11 +174,12 @@ def grow_tokens(workload: Workload, run: Run) -> Contest:
     sizes, contenders, numbers = [], [], []
     for side in SIDES:
         model = modeling_finetune.create_model(name, num_classes=CLASSES, img_size=side, **bias)
-        ours = Ours(FinetuningStage(run.device, run.precision), model.to(run.device), run, workload.compile)
+        ours = Ours(FinetuningStage(run.device, run.precision), model.to(run.device), run)
         batch = random_batch(workload.batch_size, side, run.device)
         keeps = functools.partial(bytes_of, model, optimizer=ours.state.optimizer)
         step, tokens = Local("", ours, run.device, keeps), 1 + model.patch_embed.num_patches
         contenders.append(OfSize(f"{tokens} tokens", step, batch, workload.batch_size, ours.flops(batch)))
+        ours.compile(workload)
         sizes.append(tokens)
         weights = row.num_heads * tokens  # of attention, for a token of a block
         numbers.append(tokens * (row.depth * (19 * row.embed_dim + weights) + 2 * weights))

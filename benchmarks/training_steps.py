@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from engine import Stage
 from engine_for_pretraining import Tokens
 from optim_factory import get_parameter_groups
 from run_state import Run, new_state
-from runtime.terminal import silence
+from runtime import compilation
 
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-8}
 WEIGHT_DECAY = 0.05
@@ -32,7 +32,7 @@ class Workload:
     """What the steps of a contest compute on.
 
     model: row of vit_backbone.SIZES. teacher: of VQ-KD. seed: of weights, images and
-    masks. compile: torch.compile for our model alone.
+    masks. compile: torch.compile for ours alone.
     """
 
     model: str
@@ -43,23 +43,23 @@ class Workload:
 
 
 class Ours(Stage):
-    """The step of our training loop on one of our stages, which marks the ends of its
-    phases.
-
-    `compiled`: the model runs through torch.compile.
+    """The step of our training loop on one of our stages, set up as a run sets it up;
+    marks the ends of its phases.
     """
 
-    def __init__(self, stage: Stage, model: Any, run: Run, compiled: bool = False) -> None:
+    def __init__(self, stage: Stage, model: Any, run: Run) -> None:
         super().__init__(run.device, run.precision)
         self.stage, self.run = stage, run
         self.mark: Mark = lambda phase: None
         groups = get_parameter_groups(model, WEIGHT_DECAY, model.no_weight_decay())
         optimizer = torch.optim.AdamW(groups, fused=True, **ADAMW)
-        with silence():
-            self.state = new_state(model, optimizer, run, "")
-        if compiled:
-            self.state.runner = cast(Any, torch.compile(model))
+        self.state = new_state(model, optimizer, run, type(model).__name__)
         model.train()
+
+    def compile(self, workload: Workload, *frozen: nn.Module) -> None:
+        """As `compile` does it in a run, if the workload asks for it: after counting."""
+        if workload.compile:
+            compilation.compile_networks(workload.batch_size, self.state.model, *frozen)
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         result = self.stage.step(model, batch)
@@ -83,11 +83,9 @@ class Ours(Stage):
 
         The optimizer does not step.
         """
-        eager, self.state.runner = self.state.runner, self.state.model
         # the counter does not know fused attention
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             self.gradients(batch)
-        self.state.runner = eager
         self.state.optimizer.zero_grad()
         return counter.get_total_flops()
 

@@ -74,16 +74,11 @@ class Crops:
         pixels: PixelFormat,
     ) -> None:
         self.crop = RandomCrop(min_crop_scale, color_jitter, vflip, saturation=pixels.in_chans == 3)
-        pick(PIPELINES, data_pipeline, "`data_pipeline`")
+        check_pipeline(data_pipeline, pixels)
         if augment_on_device and data_pipeline != "fast":
             raise ParameterError(
                 "`augment_on_device` jitters colors after the resize, which `data_pipeline` exact does "
                 "not: add `data_pipeline` fast, or leave it out"
-            )
-        if data_pipeline == "fast" and not pixels.is_rgb8:
-            raise ParameterError(
-                "`data_pipeline` fast is a way for 8-bit RGB: leave it out beside `in_chans` and "
-                "`image_range`"
             )
         self.fast, self.augment_on_device = data_pipeline == "fast", augment_on_device
         self.pixels = pixels
@@ -158,6 +153,14 @@ class Crops:
         """One image as the network takes it."""
         batch = {name: value[None] for name, value in self.transform(image).items()}
         return {name: value[0] for name, value in self.device_transform(batch).items()}
+
+
+def check_pipeline(name: str, pixels: PixelFormat) -> None:
+    pick(PIPELINES, name, "`data_pipeline`")
+    if name == "fast" and not pixels.is_rgb8:
+        raise ParameterError(
+            "`data_pipeline` fast is a way for 8-bit RGB: leave it out beside `in_chans` and `image_range`"
+        )
 
 
 @functools.cache

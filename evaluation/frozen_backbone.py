@@ -21,6 +21,8 @@ from checkpoint_io.timm_models import create_timm_model
 from data_pipeline.pixel_format import RGB8, PixelFormat
 from errors import ParameterError, UserError
 from evaluation import knn
+from layers import cpu_bf16
+from layers.meant_device import is_cpu
 from layers.rel_pos_bias import as_pair
 from runtime.device import Precision
 from runtime.terminal import log
@@ -34,7 +36,7 @@ class Backbone:
     """A network, frozen and in eval mode, and how it was shown images.
 
     `model` has embed_dim, num_prefix_tokens, get_num_layers() and
-    get_intermediate_layers(x), which gives every layer's (B, T, C).
+    get_intermediate_layers(x, layer), which gives every layer's (B, T, C), or one's.
 
     Attributes:
         img_size: Height and width of its images in pixels.
@@ -143,16 +145,20 @@ class TimmBackbone(nn.Module):
     def get_num_layers(self) -> int:
         return len(self.network.blocks) if self.has_tokens else 1
 
-    def get_intermediate_layers(self, x: Tensor) -> list[Tensor]:
+    def get_intermediate_layers(self, x: Tensor, layer: int | None = None) -> list[Tensor]:
+        """Of every layer, or of one alone, as VisionTransformer's."""
         if not self.has_tokens:
             maps = self.network.forward_features(x)
             if maps.ndim == 4:  # (B, C, h, w), or (B, h, w, C) of windowed transformers
                 channels_first = maps.shape[1] == self.embed_dim
                 maps = maps.flatten(2).transpose(1, 2) if channels_first else maps.flatten(1, 2)
             return [maps]
-        last, layers = self.network.forward_intermediates(x, return_prefix_tokens=True, output_fmt="NLC")
+        which: dict[str, Any] = {"return_prefix_tokens": True, "output_fmt": "NLC"}
+        if layer is not None:
+            which |= {"indices": [layer - 1], "stop_early": True}
+        last, layers = self.network.forward_intermediates(x, **which)
         joined = [torch.cat((part[1], part[0]), 1) if isinstance(part, tuple) else part for part in layers]
-        return [*joined[:-1], last]
+        return joined if layer not in (None, self.get_num_layers()) else [*joined[:-1], last]
 
 
 class FrozenBackbone:
@@ -170,14 +176,16 @@ class FrozenBackbone:
             raise UserError(f"{features}: this network has no CLS token; ask for the mean of its patches")
         self.model, self.features, self.precision, self.layer = backbone.model, features, precision, layer
         self.layers = self.model.get_num_layers()
+        if is_cpu(next(self.model.parameters()).device):
+            cpu_bf16.swap_in(self.model)
         self.dim = self.model.embed_dim * len(features.split("_"))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         with self.precision.autocast():
-            outputs = self.model.get_intermediate_layers(images)
+            outputs = self.model.get_intermediate_layers(images, self.layer)
         if self.layer is not None:
-            return self.pool(outputs[self.layer - 1])
+            return self.pool(outputs[0])
         return torch.stack([self.pool(tokens) for tokens in outputs], dim=1)
 
     def pool(self, tokens: Tensor) -> Tensor:

@@ -203,6 +203,16 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_center_view_flags(parser: Any) -> None:
+    """How the center of an image is read, where features are measured or written."""
+    parser.add_argument(
+        "--data_pipeline",
+        default="exact",
+        choices=("exact", "fast"),
+        help="fast: large JPEGs are decoded at a reduced size, except for random crops",
+    )
+
+
 def add_inference_flags(parser: argparse.ArgumentParser, half_precision: str) -> None:
     """How a network runs over a folder of images. `half_precision`: what that
     changes.
@@ -283,4 +293,7 @@ def build_eval_view(
     default, those of the flags.
     """
     mean, std = statistics or mean_and_std(args)
-    return eval_view(args.input_size, args.crop_pct, interpolation, mean, std, pixels=pixel_format(args))
+    pipeline = getattr(args, "data_pipeline", "exact")  # fine-tuning has no such flag
+    return eval_view(
+        args.input_size, args.crop_pct, interpolation, mean, std, pixel_format(args), data_pipeline=pipeline
+    )

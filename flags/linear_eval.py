@@ -24,7 +24,7 @@ from arguments import (
     true_or_false,
 )
 from errors import UserError
-from flags.images import add_data_flags, add_label_flags
+from flags.images import add_center_view_flags, add_data_flags, add_label_flags
 from flags.knn import add_knn_flags
 from flags.optimization import add_optimizer_flags, check_schedule, find_idle_optimizer_flags
 from flags.pixel_format import check_pixel_flags
@@ -115,6 +115,7 @@ def add_linear_eval_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--crop_pct", type=crop_share, default=None, help="center crop; default 0.875, 1.0 from 384 pixels up"
     )
+    add_center_view_flags(g)
     g = parser.add_argument_group("linear probe")
     g.add_argument(
         "--cached_features",

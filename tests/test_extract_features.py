@@ -12,9 +12,12 @@ import torch
 from many_processes import two_processes
 from PIL import Image
 from refusals import refused
+from tiny_data import photo
 from tiny_runs import as_flags, photos, student
 
 import extract_features
+import modeling_finetune
+from evaluation.frozen_backbone import open_frozen
 from pretrained import open_backbone
 from transforms import eval_view, normalization
 
@@ -74,6 +77,38 @@ def test_features_of_our_checkpoints_in_the_order_of_paths(images, tmp_path, cap
     assert "cls of layer 6 of 6; images of 32 x 32 pixels, normalized by ImageNet's" in said
     assert "1 of 6 files cannot be read and are left out" in said
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"f.npy", "f.paths.txt"}
+
+
+def test_features_of_photos_decoded_at_a_reduced_size(tmp_path):
+    weights, folder = student(tmp_path / "pt.pth"), tmp_path / "large"
+    folder.mkdir()
+    photo(900, 700).save(folder / "a.jpg", quality=95)
+    exact, fast = (
+        extract(weights, folder, tmp_path / "f.npy", "--data_pipeline", way) for way in ("exact", "fast")
+    )
+    assert 0 < np.abs(exact - fast).max() < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("name", ["ours", "timm"])
+def test_blocks_after_the_layer_asked_for_are_not_computed(name, tmp_path):
+    args = dict(img_size=56, embed_dim=32, depth=3, num_heads=2)
+    if name == "ours":
+        network = modeling_finetune.create_model("beit_demo_patch16_128", img_size=56 // 14 * 16)
+        model, blocks, x = network, network.blocks, torch.rand(2, 3, 64, 64)
+    else:
+        source, _ = timm_folder(tmp_path / "vit", "vit_small_patch14_reg4_dinov2", 56, **args)
+        model = open_frozen(source).model
+        blocks, x = model.network.blocks, torch.rand(2, 3, 56, 56)
+    depth, computed = model.get_num_layers(), []
+    for number, block in enumerate(blocks, 1):
+        block.register_forward_hook(lambda *_, number=number: computed.append(number))
+    with torch.no_grad():
+        every = model.eval().get_intermediate_layers(x)
+        for layer in (1, 2, depth):
+            computed.clear()
+            (alone,) = model.get_intermediate_layers(x, layer)
+            assert computed == list(range(1, layer + 1))
+            assert torch.equal(alone, every[layer - 1])
 
 
 def test_a_vit_of_timm_gives_what_it_gives_in_timm(images, tmp_path):

@@ -13,6 +13,7 @@ import modeling_finetune
 import modeling_vqkd
 from layers import cpu_bf16
 from layers import linear_cross_entropy as fused
+from layers.attention import fused_attention
 from layers.cpu_bf16 import CpuLinear, weight_gradient
 from layers.linear_cross_entropy import linear_cross_entropy
 from layers.rel_pos_bias import gather_bias, relative_position_index
@@ -139,9 +140,7 @@ def test_our_linear_layer_is_torchs(dtype, monkeypatch):
 
 
 def test_layers_swapped_in_for_a_cpu_learn_as_the_plain_ones():
-    """In bf16: gradients differ in the order of sums alone. In fp32, and in evaluation,
-    nothing differs.
-    """
+    """In bf16: what differs is the order of sums. In fp32 nothing does."""
     torch.manual_seed(0)
     plain = modeling_finetune.create_model(
         "beit_demo_patch16_128", img_size=48, num_classes=5, use_rel_pos_bias=True
@@ -160,8 +159,10 @@ def test_layers_swapped_in_for_a_cpu_learn_as_the_plain_ones():
     for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert mine.grad.dtype == torch.float32 and mine.grad.stride() == mine.stride()
         assert far(mine.grad, theirs.grad) < 0.02, name
-    with torch.no_grad(), autocast(BF16):
+    with torch.no_grad():
         assert torch.equal(model.eval()(x), plain.eval()(x))
+        with autocast(BF16):
+            assert far(model(x), plain(x)) < 0.02
 
 
 def test_every_layer_of_a_block_is_swapped_and_kept_by_copies():
@@ -172,6 +173,30 @@ def test_every_layer_of_a_block_is_swapped_and_kept_by_copies():
     assert (
         block.attn.attend is cpu_bf16.cpu_attention and type(model.patch_embed.proj) is cpu_bf16.CpuPatchConv
     )
+
+
+@pytest.mark.parametrize("images", [1, 2, 5])
+@pytest.mark.parametrize("of_bias", [None, 1, 5])
+def test_attention_in_chunks_is_attention(images, of_bias):
+    q, k, v = torch.randn(5, 2, 3, 8), torch.randn(5, 2, 7, 8), torch.randn(5, 2, 7, 8)
+    bias = None if of_bias is None else torch.randn(of_bias, 2, 3, 7)
+    chunks = cpu_bf16.attend_in_chunks(images, q, k, v, bias, 0.3, 0.0)
+    assert far(chunks, fused_attention(q, k, v, bias, 0.3, 0.0)) < 1e-5
+
+
+def test_scores_that_no_gradient_needs_are_bounded(monkeypatch):
+    """In bf16 some images at a time; torch's way where one image has too many."""
+    taken = []
+    monkeypatch.setattr(cpu_bf16, "attend_in_chunks", lambda images, *_: taken.append(images))
+    q = torch.randn(5, 2, 4, 8, dtype=BF16)
+    for size in (2 * 2 * 4 * 4 * 3, 2 * 2 * 4 * 4 - 1):
+        monkeypatch.setattr(cpu_bf16, "SCORES_IN_CACHE", size)
+        with torch.no_grad():
+            out = cpu_bf16.cpu_attention(q, q, q, None, 0.3, 0.0)
+    assert taken == [3] and out.shape == q.shape
+    with torch.no_grad():
+        assert cpu_bf16.cpu_attention(*[q.float()] * 3, None, 0.3, 0.0).dtype == torch.float32
+    assert taken == [3]
 
 
 def test_patches_are_cut_as_the_convolution_cuts_them():

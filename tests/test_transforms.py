@@ -12,6 +12,7 @@ from torchvision.transforms import functional as F
 
 from data_pipeline import augmentation, crops, resizing
 from data_pipeline.crops import PretrainingViews, TokenizerViews
+from data_pipeline.pixel_format import PixelFormat
 from data_pipeline.resizing import interpolation
 from masking_generator import MaskingGenerator
 from runtime.seeding import seeded
@@ -239,3 +240,31 @@ def test_random_interpolation_draws_both():
 def test_user_mistakes(build, sentence):
     with user_reads(sentence):
         build()
+
+
+# ── The center, decoded at a reduced size ──
+def test_a_large_jpeg_is_decoded_no_larger_than_its_center_needs(tmp_path):
+    exact, fast = eval_view(32, 0.5), eval_view(32, 0.5, data_pipeline="fast")
+    sizes = {}
+    for width, height in ((800, 600), (700, 1000), (150, 140)):
+        path = str(tmp_path / f"{width}.jpg")
+        photo(width, height).save(path, quality=95)
+        loaded = fast.load(path)
+        sizes[width, height] = loaded.size
+        images = [view.transform(view.load(path))["image"] for view in (exact, fast)]
+        assert images[0].shape == (3, 32, 32)
+        error = (images[0] - images[1]).abs().mean()
+        assert error == 0 if loaded.size == (width, height) else error < 0.02
+    # the resize is to a shorter side of 64: 96 are kept
+    assert sizes == {(800, 600): (200, 150), (700, 1000): (175, 250), (150, 140): (150, 140)}
+
+
+def test_other_files_than_jpeg_are_read_whole(tmp_path):
+    path = str(tmp_path / "a.png")
+    photo(400, 300).save(path)
+    assert eval_view(32, data_pipeline="fast").load(path).size == (400, 300)
+
+
+def test_fast_centers_are_of_rgb():
+    with user_reads("data_pipeline"):
+        eval_view(32, pixels=PixelFormat(1), data_pipeline="fast")
