@@ -265,9 +265,7 @@ def grow_ranks(workload: Workload, run: Run) -> Iterator[Contest]:
         return figures, lines
 
     try:
-        title = (
-            f"{workload.model} pretraining, {workload.batch_size} images a rank, {len(list_cores())} cores"
-        )
+        title = f"{workload.model} pretraining, {workload.batch_size} images a rank, {cores} cores"
         yield Contest(f"growth: {title}", contenders, {}, workload.batch_size, conclude=finish)
     finally:
         for contender in contenders:
