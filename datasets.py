@@ -19,7 +19,7 @@ import numpy as np
 
 from data_pipeline import shards
 from data_pipeline.files import Files, View
-from data_pipeline.folders import list_class_folders, refuse_one_class, warn_of_training_images
+from data_pipeline.folders import ImagePaths, list_class_folders, refuse_one_class, warn_of_training_images
 from data_pipeline.image_formats import EXTENSIONS, Source
 from data_pipeline.image_lists import (
     Samples,
@@ -46,14 +46,14 @@ class ImageFiles(Files):
         self.labels: np.ndarray | None
         if isinstance(samples, shards.Members):
             self.sources, self.labels, self.shard_sizes = samples, samples.labels, samples.count_by_shard()
+        elif isinstance(samples, ImagePaths):
+            self.sources, self.labels = samples, samples.labels
         else:
-            sources = [source for source, _ in samples]
-            # One array of bytes: the reference counts of a million strings would copy
-            # them into every worker process.
-            paths = [os.fsencode(source) for source in sources if isinstance(source, str)]
-            self.sources = np.array(paths) if paths else sources
             labels = [label for _, label in samples if label is not None]
             self.labels = np.array(labels, dtype=np.int64) if labels else None
+            sources = [source for source, _ in samples]
+            paths = [source for source in sources if isinstance(source, str)]
+            self.sources = ImagePaths.of(paths) if paths else sources
         super().__init__(len(self.sources), view, seed)
         self.classes = classes
         self.warn_of_12_bits(self.open)
@@ -61,8 +61,7 @@ class ImageFiles(Files):
     def source(self, index: int) -> Source | shards.Member:
         if isinstance(self.sources, shards.Members):
             return self.sources.member(index)
-        source = self.sources[index]
-        return os.fsdecode(source) if isinstance(source, bytes) else source
+        return self.sources[index][0] if isinstance(self.sources, ImagePaths) else self.sources[index]
 
     def name(self, index: int) -> str:
         return str(self.source(index))
@@ -71,8 +70,10 @@ class ImageFiles(Files):
         if isinstance(self.sources, shards.Members):  # names would be read from the shards
             yield from (os.fsencode(os.path.basename(path)) for path in self.sources.paths)
             yield from (self.sources.shard.tobytes(), self.sources.places.tobytes())
+        elif isinstance(self.sources, ImagePaths):
+            yield from self.sources.iterate_encoded()
         else:
-            yield from (source if isinstance(source, bytes) else source.tobytes() for source in self.sources)
+            yield from (source.tobytes() for source in self.sources)
         if self.labels is not None:
             yield self.labels.tobytes()
 
@@ -169,7 +170,7 @@ def find_held_out(source: ImageSource) -> Samples:
 
 
 def without_labels(samples: Samples) -> Samples:
-    if isinstance(samples, shards.Members):
+    if isinstance(samples, (shards.Members, ImagePaths)):
         return samples.with_labels(None)
     return [(source, None) for source, _ in samples]
 

@@ -3,15 +3,84 @@
 from __future__ import annotations
 
 import os
+from array import array
+from bisect import bisect
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from itertools import pairwise, repeat
 from pathlib import PurePath
+from typing import Any, overload
+
+import numpy as np
 
 from data_pipeline.image_formats import EXTENSIONS
 from errors import UserError
 from runtime.terminal import log_once
 
 SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume Information")
+
+
+class ImagePaths(Sequence[tuple[str, int | None]]):
+    """(path, label or None) of image files, kept in three arrays: a list of a million
+    would take three times the memory, and its reference counts would copy it into every
+    worker process.
+    """
+
+    def __init__(self, content: bytes, lengths: np.ndarray, labels: np.ndarray | None = None) -> None:
+        self.content = content  # the paths, one after the other
+        self.ends = np.cumsum(lengths, dtype=np.int64)  # (n,) where in it
+        self.labels = labels  # (n,) int64 or None
+
+    @classmethod
+    def of(cls, paths: Iterable[str | bytes], labels: np.ndarray | None = None) -> ImagePaths:
+        """Of a list or a generator of paths, which are encoded as the system's names
+        are.
+        """
+        content, lengths = bytearray(), array("q")
+        for path in paths:
+            encoded = os.fsencode(path)
+            content += encoded
+            lengths.append(len(encoded))
+        return cls(bytes(content), np.frombuffer(lengths, dtype=np.int64), labels)
+
+    @classmethod
+    def join(cls, parts: Sequence[ImagePaths], labels: np.ndarray | None = None) -> ImagePaths:
+        lengths = [np.diff(part.ends, prepend=0) for part in parts]
+        return cls(b"".join(part.content for part in parts), np.concatenate(lengths), labels)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, int | None]: ...
+    @overload
+    def __getitem__(self, index: slice) -> ImagePaths: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        return os.fsdecode(self.encoded(index)), None if self.labels is None else int(self.labels[index])
+
+    def encoded(self, index: int) -> bytes:
+        index = range(len(self))[index]
+        return self.content[self.ends[index - 1] if index else 0 : self.ends[index]]
+
+    def iterate_encoded(self) -> Iterator[bytes]:
+        start = 0
+        for end in self.ends.data:
+            yield self.content[start:end]
+            start = end
+
+    def __iter__(self) -> Iterator[tuple[str, int | None]]:
+        labels = repeat(None) if self.labels is None else self.labels.data
+        return zip(map(os.fsdecode, self.iterate_encoded()), labels, strict=False)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> ImagePaths:
+        """Some of them, in this order."""
+        labels = None if self.labels is None else self.labels[np.asarray(indices, dtype=np.int64)]
+        return self.of(map(self.encoded, indices), labels)
+
+    def with_labels(self, labels: np.ndarray | None) -> ImagePaths:
+        return ImagePaths(self.content, np.diff(self.ends, prepend=0), labels)
 
 
 def check_folder(root: str, origin: str) -> None:
@@ -37,16 +106,17 @@ def list_images(
     endings: tuple[str, ...] = EXTENSIONS,
     above: Collection[str] = (),
     others: Set[str] = frozenset(),
-) -> list[str]:
-    """Sorted paths of the images in `root` and below it; what is left out is counted in
-    `left_out`.
+) -> ImagePaths:
+    """Paths of the images in `root` and below it, sorted, without labels; what is left
+    out is counted in `left_out`.
 
     Symbolic links to folders are followed, and each folder is read once, as links may
     form a circle. They are not followed to folders above `root`, to those in `above`,
     or to those in `others` or below them (real paths, of all classes).
     """
     left_out = Counter() if left_out is None else left_out
-    paths: list[str] = []
+    # Neighbors of the sorted list: the path of the first, and the names of the others in its folder.
+    runs: list[tuple[str, str]] = []
     visited: set[str] = set()
     start = list_parents(os.path.realpath(root))
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -65,14 +135,27 @@ def list_images(
             kind = "in hidden folders" if name.startswith(".") else f"in {name}"
             left_out[kind] += _count_images(os.path.join(folder, name), endings)
         subfolders[:] = sorted(name for name in subfolders if not _is_system_folder(name))
+        images: list[str] = []
         for name in names:
             if not name.lower().endswith(endings):
                 left_out[os.path.splitext(name.lower())[1] or "without ending"] += not name.startswith(".")
             elif name.startswith("."):
                 left_out["hidden"] += 1
             else:
-                paths.append(os.path.join(folder, name))
-    return sorted(paths)
+                images.append(name)
+        images.sort()
+        between = sorted(bisect(images, name + os.sep) for name in subfolders)
+        for first, last in pairwise([0, *between, len(images)]):
+            if first < last:
+                runs.append((os.path.join(folder, images[first]), "\0".join(images[first + 1 : last])))
+    return ImagePaths.of(_iterate_runs(runs))
+
+
+def _iterate_runs(runs: list[tuple[str, str]]) -> Iterator[str]:
+    for first, others in sorted(runs):
+        yield first
+        folder = first[: len(first) - len(os.path.basename(first))]
+        yield from (folder + name for name in others.split("\0") if name)
 
 
 def report_left_out(left_out: Counter[str], where: str, endings: Sequence[str] = EXTENSIONS) -> None:

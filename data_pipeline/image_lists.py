@@ -8,7 +8,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 
 import numpy as np
@@ -16,6 +16,7 @@ import torchvision
 
 from data_pipeline import shards
 from data_pipeline.folders import (
+    ImagePaths,
     check_folder,
     describe_accepted,
     list_class_folders,
@@ -44,7 +45,7 @@ def find_images(
     check_folder(root, origin)
     left_out: Counter[str] = Counter()
     with say_if_slow(f"searching  {root} for images"):
-        samples: Samples = [(path, None) for path in list_images(root, left_out, endings)]
+        samples = list_images(root, left_out, endings)
     report_left_out(left_out, f"{origin} {root}", endings)
     if not samples:
         raise UserError(
@@ -87,7 +88,6 @@ def find_classes_folder(
             f"{len(unknown)})"
         )
     names = classes or found
-    samples: list[tuple[str | np.ndarray | shards.Member, int | None]] = []
     folders = {name: os.path.realpath(os.path.join(root, name)) for name in found}
     others = frozenset(folders.values())
     if len(others) < len(found):
@@ -101,16 +101,14 @@ def find_classes_folder(
         loose = sum(entry.is_file() and entry.name.lower().endswith(endings) for entry in entries)
     left_out = Counter({"beside the class folders": loose})
     with say_if_slow(f"searching  {root} for images"):
-        found_paths = [
-            list_images(os.path.join(root, name), left_out, endings, above, others) for name in names
-        ]
-    for label, (name, paths) in enumerate(zip(names, found_paths, strict=True)):
+        parts = [list_images(os.path.join(root, name), left_out, endings, above, others) for name in names]
+    for name, paths in zip(names, parts, strict=True):
         if not paths and classes is None:  # a validation split need not have every class
             raise UserError(
                 f"{origin} {root}: class folder '{name}' has no images "
                 f"({describe_accepted(endings, left_out)}); fill or remove it"
             )
-        samples += [(path, label) for path in paths]
+    samples = ImagePaths.join(parts, np.repeat(np.arange(len(names)), [len(paths) for paths in parts]))
     report_left_out(left_out, f"{origin} {root}", endings)
     if not samples:
         raise UserError(
@@ -160,16 +158,20 @@ def read_class_index(file: str, root: str, origin: str = "`data_path`") -> tuple
     firsts = {name: paths[0] for name, paths in sorted(files.items())}
     of_root = sum(os.path.isfile(os.path.join(base, path)) for path in firsts.values())
     of_class = sum(os.path.isfile(os.path.join(base, name, path)) for name, path in firsts.items())
-    samples: list[tuple[str | np.ndarray | shards.Member, int | None]] = []
-    for label, name in enumerate(firsts):
-        for path in files[name]:
-            full = os.path.normpath(os.path.join(base, name if of_class > of_root else "", path))
-            if not full.startswith(base.rstrip(os.sep) + os.sep):
-                raise UserError(
-                    f"{where}: '{path}' of class '{name}' lies outside {origin} {root}; give paths relative "
-                    "to it"
-                )
-            samples.append((full, label))
+
+    def full_paths() -> Iterator[str]:
+        for name in firsts:
+            for path in files[name]:
+                full = os.path.normpath(os.path.join(base, name if of_class > of_root else "", path))
+                if not full.startswith(base.rstrip(os.sep) + os.sep):
+                    raise UserError(
+                        f"{where}: '{path}' of class '{name}' lies outside {origin} {root}; give paths "
+                        "relative to it"
+                    )
+                yield full
+
+    labels = np.repeat(np.arange(len(firsts)), [len(files[name]) for name in firsts])
+    samples = ImagePaths.of(full_paths(), labels)
     first = samples[0][0]
     if not (of_root or of_class):
         raise UserError(
@@ -293,6 +295,6 @@ def take_class_balanced_share(samples: Samples, fraction: float, seed: int = 0) 
     for label, indices in by_class.items():
         random.Random(derive_seed(seed, "label_fraction", -1 if label is None else label)).shuffle(indices)
         kept += indices[: max(1, round(fraction * len(indices)))]
-    if isinstance(samples, shards.Members):
+    if isinstance(samples, (shards.Members, ImagePaths)):
         return samples.take(sorted(kept))
     return [samples[index] for index in sorted(kept)]

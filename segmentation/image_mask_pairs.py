@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -66,7 +66,7 @@ def find_pairs(
     found = []
     for each, endings in ((image_folder, image_endings), (mask_folder, ENDINGS)):
         left_out: Counter[str] = Counter()
-        found.append(_by_stem(list_images(each, left_out, endings), each))
+        found.append(_by_stem((path for path, _ in list_images(each, left_out, endings)), each))
         report_left_out(left_out, each, endings)
     images, masks = found
     if not images:
@@ -120,7 +120,7 @@ def _split_of(folder: str, train: bool, origin: str) -> tuple[str, ...]:
     return tuple(own)
 
 
-def _by_stem(paths: Sequence[str], root: str) -> dict[str, str]:
+def _by_stem(paths: Iterable[str], root: str) -> dict[str, str]:
     """Path below `root` without the ending -> path."""
     found: dict[str, str] = {}
     for path in paths:

@@ -2,10 +2,13 @@
 them.
 """
 
+import hashlib
 import json
 import os
 import random
+import tracemalloc
 
+import numpy as np
 import pytest
 from PIL import Image
 from refusals import user_reads
@@ -45,6 +48,56 @@ def test_find_images(tmp_path):
     names = [os.path.relpath(str(path), tmp_path / "root") for path, _ in samples]
     assert names == ["a.png", "b.JPG", "deep/d.tiff", "deep/er/c.webp", "link/linked.bmp"]
     assert {label for _, label in samples} == {None}
+
+
+# Names around the "/" of a folder: "a-1" and "a.jpg" come before "a/...", "a0" behind it.
+TRICKY = ["a.jpg", "a-1/x.jpg", "a/b.jpg", "a/b/c.jpg", "a/b-1.jpg", "a/b0.jpg", "a0.jpg", "b.jpg", "ü/é.jpg"]
+
+
+def test_order_and_digest_of_a_folder(tmp_path):
+    """The order is that of the whole paths, and the digest, by which a checkpoint knows
+    its images, is of paths and labels alone.
+    """
+    names = [*TRICKY, os.fsdecode(b"a/latin\xe9.jpg"), os.fsdecode(b"\xff.jpg")]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    root = str(tmp_path)
+    expected = sorted(os.path.join(root, name) for name in names)
+    found = find_images(root)[0]
+    assert [path for path, _ in found] == expected == [found[index][0] for index in range(len(names))]
+    assert [path for path, _ in found[2:5]] == expected[2:5] and found[-1] == (expected[-1], None)
+    content = b"".join(os.fsencode(os.path.relpath(path, root)) + b"\0" for path in expected)
+    dataset = ImageFiles(found, eval_view(32))
+    assert dataset.digest(root) == hashlib.blake2b(content, digest_size=16).hexdigest()
+    labeled, classes = find_classes_folder(root)
+    below = [path for path in expected if os.sep in os.path.relpath(path, root)]
+    labels = [sorted(classes).index(os.path.relpath(path, root).split(os.sep)[0]) for path in below]
+    assert sorted(labeled) == list(zip(below, labels, strict=True))
+    content = b"".join(os.fsencode(os.path.relpath(path, root)) + b"\0" for path, _ in labeled)
+    content += np.array([label for _, label in labeled], dtype=np.int64).tobytes() + b"\0"
+    expected_digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    assert ImageFiles(labeled, eval_view(32)).digest(root) == expected_digest
+    assert ImageFiles(list(labeled), eval_view(32)).digest(root) == expected_digest
+
+
+def test_memory_of_a_long_list(tmp_path):
+    """A million paths of 50 letters take less than 70 MB, and 200 while they are found,
+    whatever the longest is.
+    """
+    for folder in range(10):
+        (tmp_path / f"n{folder:08}").mkdir()
+        for number in range(1000):
+            (tmp_path / f"n{folder:08}" / f"n{folder:08}_{number}.JPEG").touch()
+    (tmp_path / "n00000003" / f"{'x' * 240}.JPEG").touch()
+    find_classes_folder(str(tmp_path))  # what is made once
+    length = len(str(tmp_path / "n00000000" / "n00000000_100.JPEG"))
+    for find in (find_images, find_classes_folder):
+        tracemalloc.start()
+        dataset = ImageFiles(find(str(tmp_path))[0], eval_view(32))
+        now, peak = (size / len(dataset) for size in tracemalloc.get_traced_memory())
+        tracemalloc.stop()
+        assert now < length + 20 and peak < 2 * length + 100
 
 
 def test_folders_that_hold_nothing(tmp_path):
