@@ -4,6 +4,7 @@ docs/lab/evidence.md of their JSON files (scripts/evidence.sh calls this).
     bash scripts/evidence.sh              what is missing of the whole grid, then the page
     bash scripts/evidence.sh --plan       how many runs, how many minutes; runs nothing
     bash scripts/evidence.sh --quick      part of the grid again: is it reproduced exactly?
+    bash scripts/evidence.sh --unbound    figures of the pages that name no file
     bash scripts/evidence.sh --tables     the page from the files that are there; runs nothing
 
 Each run writes one JSON file below docs/evidence/. A killed grid goes on where it was.
@@ -27,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import openmp_spin  # noqa: E402, F401, I001
 import arguments  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
-from evidence import tables  # noqa: E402
+from evidence import bindings, tables  # noqa: E402
 from evidence.execute import Workplace, execute, list_missing  # noqa: E402
 from evidence.photos import PHOTOS  # noqa: E402
 from evidence.questions import QUESTIONS, SEEDS, list_runs  # noqa: E402
@@ -47,6 +48,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--plan", action="store_true", help="say how many runs and minutes; run nothing")
     add("--quick", action="store_true", help="run a part again, apart from the files, and compare")
     add("--tables", action="store_true", help="make the pages of the files; run nothing")
+    add("--unbound", action="store_true", help="list the figures of the pages that name no file")
     add("--questions", nargs="+", default=list(QUESTIONS), choices=list(QUESTIONS), help="only these")
     add("--photos", nargs="+", default=list(PHOTOS), choices=list(PHOTOS), help="only these")
     add("--seeds", type=arguments.seed, nargs="+", default=list(SEEDS), help="only these")
@@ -127,6 +129,13 @@ def write_pages() -> None:
     tables.draw(results, PLOT)
 
 
+def print_unbound() -> None:
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        found = list(bindings.unbound_figures(path.read_text(encoding="utf-8")))
+        for number, figure in found:
+            print(f"{path.relative_to(ROOT)}:{number}: {figure}")
+
+
 @report_user_errors
 def main(argv: list[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
@@ -134,7 +143,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = ROOT / args.folder
     work = Workplace(folder, RESULTS)
     runs = list_chosen(args.questions, args.photos, args.seeds)
-    if args.plan:
+    if args.unbound:
+        print_unbound()
+    elif args.plan:
         print_plan(work, runs)
     elif args.quick:
         run_quick(folder, args.jobs)

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from tiny_runs import photos as tiny_photos
 sys.path.append(str(ROOT / "scripts"))
 
 from errors import UserError
-from evidence import execute, intervals, photos, tables
+from evidence import bindings, execute, imagenet, intervals, photos, tables
 from evidence.photos import PHOTOS
 from evidence.questions import QUESTIONS, SEEDS, list_runs
 from evidence.recipes import PRETRAININGS, Recipes, flags_of
@@ -254,3 +256,74 @@ def test_the_files_are_small_and_of_the_grid():
         assert path.stat().st_size < 4096
         assert ids.get(result["name"]) == result["id"], f"{path.name} is of other flags: run it again"
         assert re.fullmatch("[0-9a-f]{40}", result["commit"]) and not result["changed"]
+
+
+# ── The published size ──
+
+
+def test_recipes_of_the_published_size_are_what_entries_take():
+    for name, variant in imagenet.VARIANTS.items():
+        for stage in variant.stages:
+            command, variables = imagenet.words_of(name, stage, 3, "/data", Path("/runs"))
+            environ = {**os.environ, **variables, "DRY_RUN": "1"}
+            said = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
+            words = said.stdout.split()
+            script = next(word for word in words if word.endswith(".py"))
+            args = importlib.import_module(script[:-3]).parse_flags(words[words.index(script) + 1 :])
+            assert args.seed == 3 and args.output_dir == f"/runs/{name}-s3/{stage}"
+            if stage == "finetune":
+                assert args.finetune == f"/runs/{name}-s3/pretrain/checkpoint.pth"
+            if stage == "pretrain" and variant.tokenizer:
+                assert args.tokenizer_weight == f"/runs/{name}-s3/vqkd/checkpoint.pth"
+
+
+def test_the_published_size_has_the_same_tables():
+    assert {name for row in imagenet.ROWS for name in row[:2]} == imagenet.VARIANTS.keys()
+    found: dict[str, dict[int, float]] = {name: {} for name in imagenet.VARIANTS}
+    assert tables.list_judgments(imagenet.list_rows(found)) == ["Not run yet."]
+    found |= {"v1-300e": {0: 82.8, 1: 82.9}, "v1-pixels": {0: 81.0, 1: 81.1}}
+    table = tables.list_judgments(imagenet.list_rows(found))
+    assert table[2:] == [
+        "| v1-300e − v1-pixels (paper: 82.9, 81.0) | ImageNet-1k | 82.8 | 81.0 | +1.8 ± 0.0 | better | 2 |"
+    ]
+
+
+# ── Figures of the pages ──
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_figures_that_name_a_file_are_what_it_says():
+    """And lists how many name none, page by page."""
+    text = {path: path.read_text(encoding="utf-8") for path in PAGES}
+    assert {
+        path.name: wrong
+        for path in PAGES
+        if (wrong := bindings.wrong_figures(text[path], ROOT / "docs/evidence"))
+    } == {}
+    counts = {path.relative_to(ROOT): len(list(bindings.unbound_figures(text[path]))) for path in PAGES}
+    listed = ", ".join(f"{path} {count}" for path, count in counts.items() if count)
+    warnings.warn(f"figures that name no file (scripts/evidence.sh --unbound): {listed}", stacklevel=1)
+
+
+def test_a_figure_is_compared_at_its_own_precision(tmp_path):
+    for seed, value in enumerate((81.26, 79.0)):
+        (tmp_path / f"a-s{seed}.json").write_text(json.dumps({"results": {"acc": value, "loss": -0.5}}))
+    right = (
+        "81.3%<!-- = a-s0 results.acc --> and **81**<!-- = a-s0 results.acc -->, "
+        "80.13<!-- = a-s* results.acc -->, −0.50<!-- = a-s0 results.loss -->"
+    )
+    assert len(bindings.find_bindings(right)) == 4
+    assert bindings.wrong_figures(right, tmp_path) == []
+    assert bindings.wrong_figures("81.2<!-- = a-s0 results.acc -->", tmp_path) == [
+        "81.2, but a-s0 results.acc is 81.26"
+    ]
+    for missing in ("b-s0 results.acc", "a-s0 results.other", "a-s0 results"):
+        with pytest.raises(UserError):
+            bindings.wrong_figures(f"81.2<!-- = {missing} -->", tmp_path)
+
+
+def test_figures_without_a_file_are_listed():
+    made = "<!-- made by scripts/evidence.sh: x -->\n7.5\n<!-- end -->"
+    text = f"`1.5` is code, 1.2.3 a version, 12 a count\n82.1% and 57.6<!-- = a b -->, 30%\n{made}\n4.25"
+    assert list(bindings.unbound_figures(text)) == [(2, "82.1%"), (2, "30%"), (6, "4.25")]

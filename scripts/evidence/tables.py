@@ -52,20 +52,24 @@ def samples(results: Results, row: Row, photos: str, seeds: Sequence[int]) -> li
     return sides
 
 
-def judge(results: Results, row: Row, photos: str, seeds: Sequence[int]) -> Judgment:
-    """Both means are over the seeds that both sides have."""
-    first, second = samples(results, row, photos, seeds)
+def judge(first: Mapping[int, float], second: Mapping[int, float], should_be_high: bool = True) -> Judgment:
+    """Seed -> figure, of two kinds of run. Both means are over the seeds they share."""
     shared = sorted(first.keys() & second.keys())
     comparison = compare(first, second)
     verdict = "too close" if comparison.verdict == "not separated" else comparison.verdict
-    if not row.should_be_high:
+    if not should_be_high:
         verdict = {"better": "higher", "worse": "lower"}.get(verdict, verdict)
     mean, other = (student_interval([side[seed] for seed in shared]).mean for side in (first, second))
     return Judgment(mean, other, comparison.difference, verdict)
 
 
+def judge_row(results: Results, row: Row, photos: str, seeds: Sequence[int]) -> Judgment:
+    first, second = samples(results, row, photos, seeds)
+    return judge(first, second, row.should_be_high)
+
+
 def short_cell(results: Results, row: Row, photos: str) -> str:
-    found = judge(results, row, photos, SEEDS)
+    found = judge_row(results, row, photos, SEEDS)
     count = found.difference.samples
     if count < 2:
         return found.verdict if not count else f"{found.difference.mean:+.1f}, one seed"
@@ -90,17 +94,21 @@ def detail_table(
     results: Results, question: Question, photos: Sequence[str], seeds: Sequence[int]
 ) -> list[str]:
     """All of its figures that there are."""
-    lines = []
-    for row in question.rows:
-        for name in photos:
-            found = judge(results, row, name, seeds)
-            count, difference = found.difference.samples, found.difference
-            if count:
-                half = "" if count < 2 else f" ± {difference.half:.1f}"
-                numbers = f"{found.first:.1f} | {found.second:.1f} | {difference.mean:+.1f}{half}"
-                lines.append(f"| {row.label} | {name} | {numbers} | {found.verdict} | {count} |")
-    head = ["| first − second | photos | first | second | difference | | seeds |", "| --- " * 7 + "|"]
-    return head + lines if lines else ["Not run yet."]
+    found = [
+        (row.label, name, judge_row(results, row, name, seeds)) for row in question.rows for name in photos
+    ]
+    return list_judgments(found)
+
+
+def list_judgments(found: Sequence[tuple[str, str, Judgment]]) -> list[str]:
+    """A table of those that there are: what is compared, photos, judgment."""
+    lines = ["| first − second | photos | first | second | difference | | seeds |", "| --- " * 7 + "|"]
+    for label, photos, (first, second, difference, verdict) in found:
+        if difference.samples:
+            half = "" if difference.samples < 2 else f" ± {difference.half:.1f}"
+            numbers = f"{first:.1f} | {second:.1f} | {difference.mean:+.1f}{half}"
+            lines.append(f"| {label} | {photos} | {numbers} | {verdict} | {difference.samples} |")
+    return lines if len(lines) > 2 else ["Not run yet."]
 
 
 def detail_tables(results: Results) -> list[str]:
