@@ -30,7 +30,7 @@ import arguments  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
 from evidence import bindings, tables  # noqa: E402
 from evidence.execute import Workplace, execute, list_missing  # noqa: E402
-from evidence.photos import PHOTOS  # noqa: E402
+from evidence.photos import ALL  # noqa: E402
 from evidence.questions import QUESTIONS, SEEDS, list_runs  # noqa: E402
 from evidence.runs import Run, read_result, read_results, with_inputs  # noqa: E402
 from monitoring import environment  # noqa: E402
@@ -39,7 +39,7 @@ RESULTS, PLOT = ROOT / "docs/evidence", ROOT / "docs/evidence.png"
 PAGES = (ROOT / "docs/evidence.md", ROOT / "docs/lab/evidence.md")
 QUICK_QUESTIONS, QUICK_PHOTOS, QUICK_SEEDS = ("labels",), ("tiles",), (0, 1)
 # minutes of a core where none has been measured
-GUESSED = {"vqkd": 1.5, "pretrain": 2.0, "finetune": 0.8, "linear": 0.3}
+GUESSED = {"vqkd": 1.5, "pretrain": 2.0, "finetune": 1.1, "linear": 0.3, "segment": 1.0}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -50,7 +50,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--tables", action="store_true", help="make the pages of the files; run nothing")
     add("--unbound", action="store_true", help="list the figures of the pages that name no file")
     add("--questions", nargs="+", default=list(QUESTIONS), choices=list(QUESTIONS), help="only these")
-    add("--photos", nargs="+", default=list(PHOTOS), choices=list(PHOTOS), help="only these")
+    add("--photos", nargs="+", default=list(ALL), choices=list(ALL), help="only these")
     add("--seeds", type=arguments.seed, nargs="+", default=list(SEEDS), help="only these")
     add("--jobs", type=arguments.positive, default=2, help="runs at a time, each on one thread")
     add("--minutes", type=arguments.positive, default=10**6, help="start no run after so many")
@@ -122,7 +122,7 @@ def quick_table(results: tables.Results) -> list[str]:
 
 def write_pages() -> None:
     results = read_all(RESULTS)
-    grid = list_chosen(list(QUESTIONS), list(PHOTOS), SEEDS)
+    grid = list_chosen(list(QUESTIONS), list(ALL), SEEDS)
     parts = tables.sections(results, grid, quick_table(results))
     for page in PAGES:
         page.write_text(tables.fill_in(page.read_text(encoding="utf-8"), parts), encoding="utf-8")
