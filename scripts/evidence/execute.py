@@ -171,7 +171,12 @@ def describe(work: Workplace, run: Run, seconds: float) -> dict[str, Any]:
         "photos_digest": photos.prepare(run.photos, work.folder / "photos"),
         "commit": code["commit"],
         "changed": bool(environment.git("diff", "HEAD", "--", "*.py")),
-        "machine": {**{key: machine[key] for key in ("cpu", "cores")}, "torch": torch.__version__},
+        # sums are rounded in another order with other instructions
+        "machine": {
+            **{key: machine[key] for key in ("cpu", "cores")},
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "torch": torch.__version__,
+        },
         "threads": THREADS,
         "seconds": round(seconds, 1),
         "resumed": (work.folder_of(run) / "resumed").exists(),

@@ -183,7 +183,7 @@ def provenance(results: Results, grid: Iterable[Run]) -> list[str]:
 def describe_machine(result: Mapping[str, Any]) -> str:
     machine = result["machine"]
     threads = "one thread" if result["threads"] == 1 else f"{result['threads']} threads"
-    return f"{machine['cpu']}, {threads}, torch {machine['torch']}"
+    return f"{machine['cpu']} ({machine['instructions']}), {threads}, torch {machine['torch']}"
 
 
 # ── The page ──
