@@ -336,3 +336,31 @@ def test_figures_without_a_file_are_listed():
     made = "<!-- made by scripts/evidence.sh: x -->\n7.5\n<!-- end -->"
     text = f"`1.5` is code, 1.2.3 a version, 12 a count\n82.1% and 57.6<!-- = a b -->, 30%\n{made}\n4.25"
     assert list(bindings.unbound_figures(text)) == [(2, "82.1%"), (2, "30%"), (6, "4.25")]
+
+
+# ── --quick ──
+
+
+@pytest.fixture
+def quick(work, tmp_path, monkeypatch):
+    """The script, whose part to run again is one run in place of an entry."""
+    script = load_script("run_evidence")
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "files")
+    monkeypatch.setattr(
+        script, "QUICK", type("", (), {"photos": ("tiles",), "runs": lambda self, _: chain()[:1]})()
+    )
+    monkeypatch.setattr(script, "quick_table", lambda results: [])
+    return script
+
+
+def test_quick_compares_with_the_files(quick, tmp_path, capsys):
+    run = chain()[0]
+    other = execute.Workplace(tmp_path / "before", quick.RESULTS)
+    execute.execute(other, [run], 1, time.monotonic() + 99, print)
+    quick.run_quick(tmp_path / "again", 1)
+    assert "reproduced exactly: 1 of 1 runs" in capsys.readouterr().out
+    path = quick.RESULTS / f"{run.name}.json"
+    path.write_text(path.read_text().replace('"train_loss": 1.0', '"train_loss": 1.1'))
+    with pytest.raises(UserError, match="1 runs gave other results"):
+        quick.run_quick(tmp_path / "again", 1)
+    assert "reproduced exactly: 0 of 1 runs" in capsys.readouterr().out

@@ -208,6 +208,11 @@ QUESTIONS = {
 }
 
 
+# what --quick runs again: a part of the first question, of one set of photos and two seeds
+QUICK = Question("quick", "", tuple(labels(percent, 1) for percent in (100, 10, 5)), 1, ("tiles",))
+QUICK_SEEDS = (0, 1)
+
+
 def list_runs(names: Iterable[str], photos: Sequence[str], seeds: Sequence[int]) -> list[Run]:
     """Those of the questions, the most important first: by tier, then seed, then set."""
     chosen = [QUESTIONS[name] for name in names]
