@@ -26,9 +26,12 @@ import torchvision
 
 import arguments
 import engine
-from benchmarks.contests import CONTESTS, Workload
+from benchmarks import contests
+from benchmarks.contention import contention
+from benchmarks.growth import growth
 from benchmarks.input_images import CLASSES, write_photos
 from benchmarks.timing import PHASES, Clock, Contest, format_rows, hold, matmul_speed
+from benchmarks.training_steps import Workload
 from checkpoint_io import checkpoints
 from data_pipeline.samplers import ResumableSampler, build_loader, close
 from datasets import ImageFiles
@@ -40,6 +43,15 @@ from runtime.seeding import seed_all
 from runtime.terminal import log
 from vit_backbone import SIZES
 
+CONTESTS = {
+    "pretrain": contests.pretraining,
+    "vqkd": contests.vqkd,
+    "finetune": contests.finetuning,
+    "quantizer": contests.quantizer,
+    "data": contests.data,
+    "contention": contention,
+    "growth": growth,
+}
 STAGES = ["pretrain", "vqkd", "finetune", "quantizer", "data"]  # unless others are asked for
 
 
@@ -56,7 +68,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--batch_size",
         default=8,
         type=arguments.large_count,
-        help="images per step; the quantizer's stage takes 8 times as many",
+        help="images per step; the quantizer's stage takes 8 times as many, growth also 2, 4 and 8 times",
     )
     add(
         "--amp_dtype",
@@ -157,6 +169,10 @@ def measure(contest: Contest, args: argparse.Namespace, run: Run, matmul: float)
         log.info(f"{name:14}{reason}")
     result: dict[str, Any] = {name: getattr(contest, name) for name in ("name", "images", "flops", "absent")}
     result["rows"] = [dataclasses.asdict(row) for row in rows]
+    if contest.conclude is not None:
+        result["growth"], lines = contest.conclude(rows)
+        for line in lines:
+            log.info(line)
     if contest.view is not None:
         result["through_loader"] = ms = time_through_loader(contest, args, run)
         spent = ", ".join(f"{phase} {value:.1f}" for phase, value in ms.items())

@@ -28,7 +28,7 @@ from checkpoint_io.downloads import explain_cut_url, is_cut_url
 from errors import UserError, pick, report_user_errors
 from estimation import report
 from estimation.measurement import Measured, pretended_run
-from estimation.report import GIB, MIB, Row, Setting
+from estimation.report import MIB, Row, Setting
 from estimation.stand_ins import (
     Entry,
     parts_of_finetuning,
@@ -191,7 +191,6 @@ def describe(
 ) -> list[str]:
     card, gpus = setting.card, setting.gpus
     speed, hours = setting.images_per_second(step), setting.hours(step)
-    files = report.count_checkpoints(args, step)
     cores = report.data_cores(entry, args, speed)
     lines = [
         f"run        {name} on {gpus} x {card.name}, {setting.dtype}, {step.images} images a step",
@@ -206,8 +205,7 @@ def describe(
         "data       cores for reading images: not measured for this stage and these images"
         if cores is None
         else f"data       {cores:,.1f} cores are busy reading images, {cores / gpus:.1f} for each GPU",
-        f"disk       {files * step.checkpoint / GIB:,.1f} GiB: {files} checkpoints of "
-        f"{step.checkpoint / GIB:.2f} GiB",
+        report.format_disk(args, step),
     ]
     if setting.price is not None:
         total = setting.price * gpus * hours
@@ -242,7 +240,7 @@ def as_json(
         "images_per_step": step.images,
         "steps": step.steps,
         "data_cores": report.data_cores(entry, args, setting.images_per_second(step)),
-        "disk_bytes": report.count_checkpoints(args, step) * step.checkpoint,
+        "disk_bytes": report.disk_bytes(args, step),
         "others": [{"flags": row.flags, **figures(row.step)} for row in rows[1:]],
     }
 

@@ -119,6 +119,7 @@ class AllTokens(nn.Module):
 
 # ── Variants: a row of SIZES, patch size, image size ──
 
+beit_mini_patch16_96 = Variant(VisionTransformer, "mini", 16, 96)
 beit_demo_patch16_128 = Variant(VisionTransformer, "demo", 16, 128)
 beit_tiny_patch16_224 = Variant(VisionTransformer, "tiny", 16, 224)
 beit_small_patch16_224 = Variant(VisionTransformer, "small", 16, 224)

@@ -224,6 +224,8 @@ class VisionTransformerForMaskedImageModelingCLS(VisionTransformerForMaskedImage
 
 BEiT, BEiTv2 = VisionTransformerForMaskedImageModeling, VisionTransformerForMaskedImageModelingCLS
 
+beit_mini_patch16_96_8k_vocab = Variant(BEiT, "mini", 16, 96)
+beit_mini_patch16_96_8k_vocab_cls_pt = Variant(BEiTv2, "mini", 16, 96)
 beit_demo_patch16_128_8k_vocab = Variant(BEiT, "demo", 16, 128)
 beit_demo_patch16_128_8k_vocab_cls_pt = Variant(BEiTv2, "demo", 16, 128)
 beit_tiny_patch16_224_8k_vocab = Variant(BEiT, "tiny", 16, 224)

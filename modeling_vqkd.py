@@ -302,6 +302,7 @@ vqkd_encoder_base_decoder_3x768x12_clip = TokenizerVariant("base", 3, 12, "clip"
 vqkd_encoder_base_decoder_1x768x12_dino = TokenizerVariant("base", 1, 12, "dino")
 vqkd_encoder_small_decoder_1x384x6_clip = TokenizerVariant("small", 1, 6, "clip")
 vqkd_encoder_tiny_decoder_1x192x3_clip = TokenizerVariant("tiny", 1, 3, "clip")
+vqkd_encoder_mini_decoder_1x64x2_hog = TokenizerVariant("mini", 1, 2, "hog", img_size=96, encoder_depth=4)
 vqkd_encoder_demo_decoder_1x128x4_hog = TokenizerVariant("demo", 1, 4, "hog", img_size=128, encoder_depth=4)
 MODELS = {name: value for name, value in globals().items() if isinstance(value, TokenizerVariant)}
 

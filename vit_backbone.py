@@ -47,6 +47,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
+    "mini": Size(64, 6, 2),
     "demo": Size(128, 6, 4),
     "tiny": Size(192, 12, 3),
     "small": Size(384, 12, 6),

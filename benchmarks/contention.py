@@ -33,8 +33,11 @@ WAYS: dict[str, dict[str, str]] = {
 }
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def list_cores() -> list[int]:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 @contextlib.contextmanager
@@ -55,10 +58,10 @@ def busy_processes(count: int) -> Iterator[None]:
 
 class StepProcess:
     """A process that takes training steps when asked, with these environment
-    variables.
+    variables, and on one core alone if one is given.
     """
 
-    def __init__(self, words: list[str], environ: Mapping[str, str]) -> None:
+    def __init__(self, words: list[str], environ: Mapping[str, str], core: int | None = None) -> None:
         inherited = {key: value for key, value in os.environ.items() if key not in openmp_spin.USERS_CHOICE}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.step_process", *words],
@@ -68,20 +71,31 @@ class StepProcess:
             stdout=subprocess.PIPE,
             text=True,
         )
+        if core is not None and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(self.process.pid, [core])
 
-    def take_steps(self) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
+    def ask(self, question: str = "steps") -> None:
+        """Or for the `peak` of a step's memory. `answer` waits for it."""
+        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write("\n")
+            self.process.stdin.write(f"{question}\n")
             self.process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise UserError("the process that takes the steps ended; what it said is above")
         return json.loads(line)
 
-    def close(self) -> None:
+    def end(self) -> None:
+        """`close` waits for it."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+    def close(self) -> None:
+        self.end()
         self.process.wait()
 
 
@@ -93,7 +107,8 @@ class BesideOthers(Contender):
 
     def turn(self, batch: dict[str, Any]) -> Turn:
         with busy_processes(self.busy):
-            reply = self.process.take_steps()
+            self.process.ask()
+            reply = self.process.answer()
         return Turn(reply["loss"], {"forward": reply["ms"]})
 
     def peak(self, batch: dict[str, Any]) -> int:
@@ -106,14 +121,14 @@ def contention(workload: Workload, run: Run) -> Iterator[Contest]:
     """
     amp_dtype = "bf16" if run.precision.dtype is torch.bfloat16 else "fp32"
     words = [workload.model, str(workload.batch_size), amp_dtype, str(STEPS)]
-    processes = {way: StepProcess(words, environ) for way, environ in WAYS.items()}
+    processes, cores = {way: StepProcess(words, environ) for way, environ in WAYS.items()}, len(list_cores())
     try:
         contenders = [
             BesideOthers(f"{way}{', busy' if busy else ''}", process, busy)
-            for busy in (0, cores())
+            for busy in (0, cores)
             for way, process in processes.items()
         ]
-        name = f"contention: {workload.model} pretraining on a CPU, and beside {cores()} busy processes"
+        name = f"contention: {workload.model} pretraining on a CPU, and beside {cores} busy processes"
         yield Contest(name, contenders, {}, workload.batch_size)
     finally:
         for process in processes.values():

@@ -21,7 +21,6 @@ from torch.nn.functional import cross_entropy
 import modeling_finetune
 import modeling_pretrain
 import modeling_vqkd
-from benchmarks.contention import contention
 from benchmarks.input_images import (
     CLASSES,
     PHOTO,
@@ -223,6 +222,15 @@ def finetuning(workload: Workload, run: Run) -> Iterator[Contest]:
             worker.close()
 
 
+def quantization(name: str, quantizer: nn.Module, run: Run) -> Local:
+    def work(batch: dict[str, Any], mark: Mark) -> Tensor:
+        loss = quantizer(batch["z"])[1]
+        mark("forward")
+        return loss
+
+    return Local(name, work, run.device, functools.partial(bytes_of, quantizer))
+
+
 def quantizer(workload: Workload, run: Run) -> Iterator[Contest]:
     """Lookup in 8192 codes of dim 32 and the update of the codebook, without a
     network.
@@ -231,19 +239,7 @@ def quantizer(workload: Workload, run: Run) -> Iterator[Contest]:
     ours = NormEMAVectorQuantizer(8192, 32).to(run.device).train()
     plain = PlainQuantizer(ours).train()
     batch = {"z": torch.randn(images, 32, 14, 14, device=run.device)}
-
-    def work_of(module: nn.Module) -> Callable[[dict[str, Any], Mark], Tensor]:
-        def work(batch: dict[str, Any], mark: Mark) -> Tensor:
-            loss = module(batch["z"])[1]
-            mark("forward")
-            return loss
-
-        return work
-
-    contenders = [
-        Local(label, work_of(module), run.device, functools.partial(bytes_of, module))
-        for label, module in (("ours", ours), ("plain", plain))
-    ]
+    contenders = [quantization(label, module, run) for label, module in (("ours", ours), ("plain", plain))]
     yield Contest("quantizer 8192 x 32", contenders, batch, images, CLOSE)
 
 
@@ -288,13 +284,3 @@ def data(workload: Workload, run: Run) -> Iterator[Contest]:
             yield Contest(name, contenders, {}, len(paths), CLOSE)
         finally:
             torch.set_num_threads(threads)
-
-
-CONTESTS = {
-    "pretrain": pretraining,
-    "vqkd": vqkd,
-    "finetune": finetuning,
-    "quantizer": quantizer,
-    "data": data,
-    "contention": contention,
-}

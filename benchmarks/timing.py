@@ -62,6 +62,7 @@ class Clock:
 class Turn(NamedTuple):
     loss: float
     ms: dict[str, float]  # by phase
+    cpu_ms: float = 0.0  # of the process, all threads together; 0: not measured
 
     @property
     def total(self) -> float:
@@ -74,6 +75,9 @@ class Contender:
     """
 
     name: str
+    # of its step, where contenders do not all do the contest's work
+    images: int | None = None
+    flops: int | None = None
 
     def turn(self, batch: dict[str, Any]) -> Turn:
         raise NotImplementedError
@@ -100,9 +104,9 @@ class Local(Contender):
         self.name, self.work, self.device, self.keeps = name, work, device, keeps
 
     def turn(self, batch: dict[str, Any]) -> Turn:
-        clock = Clock(self.device)
+        clock, cpu_seconds = Clock(self.device), time.process_time()
         loss = self.work(batch, clock.mark)
-        return Turn(float(loss), clock.read_ms())
+        return Turn(float(loss), clock.read_ms(), 1000 * (time.process_time() - cpu_seconds))
 
     def peak(self, batch: dict[str, Any]) -> int:
         return self.keeps() + peak_growth(self.device, lambda: self.work(batch, lambda phase: None))
@@ -174,6 +178,8 @@ class Contest:
     flops: int = 0  # of the matrix products that one step needs; 0 where they are not the point
     absent: dict[str, str] = field(default_factory=dict)  # contenders that cannot run here, and why
     view: Any = None  # of transforms, if ours is to be fed from files by a loader too
+    # what follows from the rows beside ratios: as plain data, and as lines of text
+    conclude: Callable[[Sequence[Row]], tuple[dict[str, Any], list[str]]] | None = None
 
 
 @dataclass
@@ -183,6 +189,8 @@ class Row:
     name: str
     loss: float  # of the first step
     ms: dict[str, float]  # medians, and `step` for the whole
+    step_ms: list[float]  # the whole, in each round
+    cpu_ms: list[float]  # in each round
     images_per_s: float
     peak_bytes: int
     ratio: float
@@ -213,18 +221,22 @@ def hold(contest: Contest, rounds: int, warmup: int, matmul_flops: float) -> lis
         ms = {phase: statistics.median(turn.ms.get(phase, 0.0) for turn in measured) for phase in PHASES}
         ms["step"] = statistics.median(turn.total for turn in measured)
         seconds = ms["step"] / 1000
+        images = contest.images if contender.images is None else contender.images
+        flops = contest.flops if contender.flops is None else contender.flops
         rows.append(
             Row(
                 contender.name,
                 taken[0].loss,
                 ms,
-                contest.images / seconds,
+                [turn.total for turn in measured],
+                [turn.cpu_ms for turn in measured],
+                images / seconds,
                 peak,
                 statistics.median(ratios),
                 min(ratios),
                 max(ratios),
                 peak / peaks[0] if peaks[0] else 0.0,
-                contest.flops / seconds / matmul_flops if contest.flops else None,
+                flops / seconds / matmul_flops if flops else None,
             )
         )
     return rows

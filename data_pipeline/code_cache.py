@@ -57,6 +57,7 @@ class CodeCache:
         self.row = np.dtype([("codes", code, (patches,)), ("checksum", "<u4")])
         self.header = npy_header(self.row, images)
         self.file_size = len(self.header) + images * self.row.itemsize
+        self.size = crops * self.file_size
         self.mapped: dict[int, np.ndarray] = {}
         self.written: dict[int, BinaryIO] = {}
 
@@ -112,7 +113,6 @@ class CodeCache:
             )
 
     def require_room(self) -> None:
-        needed = self.crops * self.file_size
         # st_blocks: what a sparse file takes; where it is not told, all is still needed
         there = sum(
             min(self.file_size, getattr(self.path(number).stat(), "st_blocks", 0) * 512)
@@ -120,14 +120,15 @@ class CodeCache:
             if self.path(number).exists()
         )
         free = shutil.disk_usage(self.folder).free
-        if needed - there > free:
+        if self.size - there > free:
+            size, missing = format_size(self.size), format_size(self.size - there)
             raise UserError(
-                f"`crop_cycle` {self.crops}: the codes of {self.images:,} images take {format_size(needed)} "
-                f"in {self.folder}, {format_size(needed - there)} of them are still to be written, and the "
+                f"`crop_cycle` {self.crops}: the codes of {self.images:,} images take {size} in "
+                f"{self.folder}, {missing} of them are still to be written, and the "
                 f"disk has {format_size(free)}: take fewer crops, or make room"
             )
         log.info(
-            f"codes      of {self.crops} crops of each image: {format_size(needed)} in {self.folder}, "
+            f"codes      of {self.crops} crops of each image: {format_size(self.size)} in {self.folder}, "
             f"{format_size(there)} of them are there, {format_size(free)} are free"
         )
 

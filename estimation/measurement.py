@@ -14,10 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import arguments
 import engine
+from data_pipeline.code_cache import CodeCache
+from engine_for_pretraining import Tokens
 from estimation import tracker as kinds
 from estimation.pretending import pretend
 from estimation.stand_ins import Entry
 from estimation.tracker import Tracker
+from flags.pretraining import student_grid
 from layers.token_subset import list_masked
 from norm_ema_quantizer import NormEMAVectorQuantizer
 from runtime.cards import Card
@@ -31,7 +34,7 @@ class Measured:
 
     flops: of a step, with what the backward pass computes again. exchanged: bytes that
     a process gives to the others in a step. images: of all processes, in a step.
-    checkpoint: bytes of a file.
+    checkpoint: bytes of a file. codes: bytes of all that `crop_cycle` keeps on the disk.
     """
 
     parameters: int
@@ -43,6 +46,7 @@ class Measured:
     steps: int
     steps_per_epoch: int
     checkpoint: int
+    codes: int
 
 
 class PretendedRun:
@@ -136,7 +140,15 @@ class PretendedRun:
             steps=len(trainer.schedule.lr),
             steps_per_epoch=data.steps_per_epoch,
             checkpoint=self.checkpoint_bytes(),
+            codes=self.code_bytes(),
         )
+
+    def code_bytes(self) -> int:
+        args, target = self.args, getattr(self.trainer.stage, "target", None)
+        if not isinstance(target, Tokens) or not args.crop_cycle:
+            return 0
+        images = len(self.trainer.data.loader.dataset)
+        return CodeCache("", args.crop_cycle, images, student_grid(args) ** 2, target.width).size
 
     def checkpoint_bytes(self) -> int:
         """Weights, moments and moving average, whole."""

@@ -10,6 +10,7 @@ import arguments
 from estimation.measurement import Measured, PretendedRun
 from estimation.stand_ins import Entry
 from runtime.cards import CONTEXT, FRAGMENTS, GIB, Card, needed
+from runtime.terminal import format_size
 
 MIB = 2**20
 # CPU time of one sample through the loader, in seconds (docs/lab/data-pipeline.md): two
@@ -98,6 +99,18 @@ def count_checkpoints(args: arguments.Flags, step: Measured) -> int:
     best = any(hasattr(args, name) for name in ("best_metric", "steps_per_epoch"))
     kept = args.keep_ckpts if args.save_ckpt_steps else 0
     return math.ceil(epochs / args.save_ckpt_freq) + kept + best + 1
+
+
+def disk_bytes(args: arguments.Flags, step: Measured) -> int:
+    """Of the checkpoints, and of the codes that `crop_cycle` keeps."""
+    return count_checkpoints(args, step) * step.checkpoint + step.codes
+
+
+def format_disk(args: arguments.Flags, step: Measured) -> str:
+    files = count_checkpoints(args, step)
+    line = f"disk       {disk_bytes(args, step) / GIB:,.1f} GiB: {files} checkpoints of "
+    line += f"{step.checkpoint / GIB:.2f} GiB"
+    return line + (f", {format_size(step.codes)} of codes" if step.codes else "")
 
 
 def format_memory(card: Card, step: Measured) -> list[str]:

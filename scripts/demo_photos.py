@@ -27,14 +27,14 @@ MOST_IMAGES = 4000
 BLOCKS = 20
 
 
-def shrink(source: str | Path, target: Path) -> bool:
-    """A copy whose shorter side is SHORT_SIDE; False for files that are no image."""
+def shrink(source: str | Path, target: Path, short_side: int = SHORT_SIDE) -> bool:
+    """A copy whose shorter side has so many pixels; False for files that are no image."""
     try:
         image = cut_to_length(load_image(str(source)))
     except Exception as error:
         print(printable(f"cannot read {source} ({error}): left out"))
         return False
-    scale = SHORT_SIDE / min(image.size)
+    scale = short_side / min(image.size)
     target.parent.mkdir(parents=True, exist_ok=True)
     image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC).save(
         target, quality=95

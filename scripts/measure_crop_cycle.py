@@ -1,14 +1,12 @@
-"""What `--crop_cycle` costs and brings on the photos of the demo (docs/lab/crop_cycle.md).
+"""Codes and steps of `--crop_cycle` on the photos of the demo (docs/lab/crop_cycle.md);
+its accuracy is a question of scripts/evidence.sh.
 
-    python scripts/measure_crop_cycle.py out/cycle [--crops 0 1 4 16] [--seeds 0 1 2 3 4]
     python scripts/measure_crop_cycle.py out/cycle --only flips [--amp_dtype bf16]
     python scripts/measure_crop_cycle.py out/cycle --only speed [--model base]
 
-grid: one tokenizer; for each K and seed a pretraining with its codes and a fine-tuning.
-Writes results/K4-s0.json and so on; what is there is not run again, and a killed
-pretraining goes on where it was. flips: codes of the same views in batches of other
-neighbors that differ, in a million patches. speed: a step without the flag, one that
-stores codes and one that reads them, in turns: a quiet machine's wall and CPU time.
+flips: codes of the same views in batches of other neighbors that differ, in a million
+patches. speed: a step without the flag, one that stores codes and one that reads them, in
+turns: a quiet machine's wall and CPU time.
 """
 
 from __future__ import annotations
@@ -42,8 +40,6 @@ from errors import report_user_errors  # noqa: E402
 from runtime.device import to_device  # noqa: E402
 from stages import log_of, run_entry  # noqa: E402
 
-# two-sided 95 % of Student's t, by degrees of freedom
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 BASE: dict[str, Any] = {  # of --only speed --model base: the published sizes, random weights
     **{"model": "beit_base_patch16_224_8k_vocab_cls_pt", "input_size": 224, "second_input_size": 224},
     **{"num_mask_patches": 75, "min_mask_patches_per_block": 16, "early_layers": 9, "head_layers": 2},
@@ -51,15 +47,11 @@ BASE: dict[str, Any] = {  # of --only speed --model base: the published sizes, r
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("What --crop_cycle costs and brings", "out/cycle --crops 0 1 4 16")
+    parser = arguments.new_parser("What --crop_cycle costs", "out/cycle --only speed")
     add = parser.add_argument
     add("folder", type=arguments.expand_home, help="where photos and runs go")
-    add("--only", default="grid", choices=("grid", "flips", "speed"), help="what to measure")
-    add("--crops", type=arguments.not_negative, nargs="+", default=[0, 1, 4, 16], help="K; 0: without")
-    add("--seeds", type=arguments.seed, nargs="+", default=[0, 1, 2, 3, 4], help="a pretraining each")
-    add("--epochs", type=arguments.positive, default=60, help="of pretraining")
+    add("--only", default="flips", choices=("flips", "speed"), help="what to measure")
     add("--tokenizer_epochs", type=arguments.positive, default=9, help="of the tokenizer")
-    add("--finetuning_epochs", type=arguments.positive, default=9, help="of fine-tuning")
     add("--photos", type=arguments.positive, default=10**6, help="only the first N of the demo's 2,624")
     add("--num_workers", type=arguments.not_negative, default=1, help="data processes")
     add("--amp_dtype", default="bf16", choices=("bf16", "fp32"), help="flips, speed: precision")
@@ -80,7 +72,7 @@ def prepare(folder: Path, count: int) -> list[Command]:
     return list(make_plan(report, Machine.here("cpu"), str(folder)))
 
 
-def run(command: Command, out: Path, epochs: int, args: argparse.Namespace, **changes: Any) -> None:
+def run(command: Command, out: Path, epochs: int, args: argparse.Namespace) -> None:
     """Unless it is done; one that was killed goes on."""
     if (out / "log.txt").exists() and len(log_of(out)) >= epochs:
         return
@@ -89,71 +81,8 @@ def run(command: Command, out: Path, epochs: int, args: argparse.Namespace, **ch
     steps = epochs * max(1, images // int(command.value("batch_size")))
     if steps < command.steps:  # the warm-up of a shorter run is shorter
         more["warmup_steps"] = max(1, steps // 6)
-    more |= {"epochs": epochs, "eval_freq": epochs, **changes}
+    more |= {"epochs": epochs, "eval_freq": epochs}
     run_entry(str(out), command.script, "", *command.words(**more))
-
-
-# ── Accuracy ──
-
-
-def measure_grid(folder: Path, commands: list[Command], args: argparse.Namespace) -> None:
-    vqkd, pretrain, finetune = commands
-    run(vqkd, folder / "vqkd", args.tokenizer_epochs, args)
-    (folder / "results").mkdir(exist_ok=True)
-    for seed in args.seeds:
-        for crops in args.crops:
-            name = f"K{crops}-e{args.epochs}-s{seed}"
-            result = folder / "results" / f"{name}.json"
-            if not result.exists():
-                out = folder / name
-                run(pretrain, out, args.epochs, args, seed=seed, crop_cycle=crops)
-                weights, epochs = {"finetune": out / "checkpoint.pth"}, args.finetuning_epochs
-                run(finetune, out / "finetune", epochs, args, seed=seed, no_save_ckpt=True, **weights)
-                result.write_text(json.dumps(summarize(out, crops, seed), indent=1) + "\n")
-    print_table(folder, args)
-
-
-def summarize(out: Path, crops: int, seed: int) -> dict[str, Any]:
-    log = log_of(out)
-    return {
-        "crops": crops,
-        "seed": seed,
-        "acc1": log_of(out / "finetune")[-1]["test_acc1"],
-        "test_mlm_acc": 100 * log[-1]["test_mlm_acc_1"],
-        "train_mlm_acc": 100 * log[-1]["train_mlm_acc_1"],
-        "seconds": [line["seconds"] for line in log],  # of the epochs; the last one also evaluates
-    }
-
-
-def print_table(folder: Path, args: argparse.Namespace) -> None:
-    found: dict[int, dict[int, dict[str, Any]]] = {}
-    for crops in args.crops:
-        paths = [folder / "results" / f"K{crops}-e{args.epochs}-s{seed}.json" for seed in args.seeds]
-        each = [json.loads(path.read_text()) for path in paths if path.exists()]
-        found[crops] = {result["seed"]: result for result in each}
-    print(f"\n{'K':>4} {'seeds':>5} {'acc1':>16} {'minus off':>16} {'masked %':>9}  seconds an epoch")
-    for crops, results in found.items():
-        accuracies = [result["acc1"] for result in results.values()]
-        off = found.get(0, {})
-        differences = [result["acc1"] - off[seed]["acc1"] for seed, result in results.items() if seed in off]
-        masked = statistics.mean(result["test_mlm_acc"] for result in results.values())
-        first, later = (
-            statistics.median([s for r in results.values() for s in r["seconds"][part]] or [float("nan")])
-            for part in (slice(0, crops or None), slice(crops or 10**9, -1))
-        )
-        print(
-            f"{crops or 'off':>4} {len(accuracies):>5} {interval(accuracies):>16} "
-            f"{interval(differences) if crops and differences else '':>16} {masked:>9.1f}  "
-            f"{first:.1f}" + (f", from K on {later:.1f}" if crops else "")
-        )
-
-
-def interval(values: list[float]) -> str:
-    """Mean and half the width of its 95 % interval."""
-    if len(values) < 2:
-        return f"{values[0]:.2f}" if values else ""
-    half = STUDENT[min(len(values) - 2, len(STUDENT) - 1)] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.2f} +- {half:.2f}"
 
 
 # ── Codes and steps ──
@@ -283,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments.parse(get_parser(), argv)
     folder = Path(args.folder).absolute()
     commands = prepare(folder, args.photos)
-    {"grid": measure_grid, "flips": measure_flips, "speed": measure_speed}[args.only](folder, commands, args)
+    {"flips": measure_flips, "speed": measure_speed}[args.only](folder, commands, args)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tiny_runs import (
 
 import encode_images
 import engine_for_crop_cycle
+import estimate
 import modeling_dvae
 import run_beitv2_pretraining
 from data_pipeline import code_cache
@@ -454,6 +455,17 @@ def test_the_size_is_told_and_compared_with_the_disk(tmp_path, monkeypatch, capl
         cache.prepare(ABOUT)
     assert "16 crops of each image: 7.6 GiB in" in caplog.text
     assert sum(path.stat().st_blocks * 512 for path in cache.folder.iterdir()) < 2**20
+
+
+def test_an_estimate_counts_the_files(undisturbed, data, tokenizer_weight, tmp_path, capsys):
+    file, disk = tmp_path / "estimate.json", {}
+    for cycle in (0, 2):
+        words = flags(data, "", tokenizer_weight, *as_flags(images=16, output=file), cycle=cycle)
+        estimate.main(["run_beitv2_pretraining.py", *map(str, words)])
+        disk[cycle] = json.loads(file.read_text())["disk_bytes"]
+        assert ("of codes" in capsys.readouterr().out) == bool(cycle)
+    codes = sum(path.stat().st_size for path in (undisturbed / "codes").glob("crop-*.npy"))
+    assert disk[2] - disk[0] == codes > 2 * 16 * (2 * 4 + 4)  # patches, checksum; and headers
 
 
 def test_what_cannot_be_kept_is_refused(data, tokenizer_weight, tmp_path, capsys):

@@ -233,6 +233,16 @@ def test_what_cannot_be_estimated_is_told_in_a_sentence(words, sentence, capsys)
     assert sentence in refused(estimate.main, words, capsys)
 
 
+def test_codes_of_a_crop_cycle_take_disk():
+    """2 bytes a patch, 4 above 65,536 codes, and 4 a row; none of pixels."""
+    rows = 3 * 1000
+    sizes = {(): 64 * 2 + 4, ("--codebook_size", 65537): 64 * 4 + 4, ("--target", "pixels"): 0}
+    for more, size in sizes.items():
+        found = measured(PRETRAIN, *as_flags(batch_size=2, crop_cycle=3), *more).codes
+        assert size * rows <= found < size * rows + 3 * 200  # with a header in each file
+    assert measured(FINETUNE, "--batch_size", 2).codes == 0
+
+
 # ── Memory ──
 
 
