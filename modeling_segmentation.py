@@ -213,7 +213,7 @@ SMALL_HEAD = 256  # channels of SETR-PUP's head and of the auxiliary one
 MODELS = {
     f"{head}_beit_{size}_patch16": (head, size)
     for head in ("upernet", "setr_pup")
-    for size in ("demo", "tiny", "small", "base", "24x544", "large")
+    for size in ("mini", "demo", "tiny", "small", "base", "24x544", "large")
 }
 
 

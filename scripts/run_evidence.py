@@ -30,16 +30,16 @@ import arguments  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
 from evidence import bindings, tables  # noqa: E402
 from evidence.execute import Workplace, execute, list_missing  # noqa: E402
-from evidence.photos import PHOTOS  # noqa: E402
-from evidence.questions import QUESTIONS, SEEDS, list_runs  # noqa: E402
+from evidence.photos import ALL  # noqa: E402
+from evidence.questions import QUESTIONS, QUICK, QUICK_SEEDS, SEEDS, list_runs  # noqa: E402
+from evidence.recipes import Recipes  # noqa: E402
 from evidence.runs import Run, read_result, read_results, with_inputs  # noqa: E402
 from monitoring import environment  # noqa: E402
 
 RESULTS, PLOT = ROOT / "docs/evidence", ROOT / "docs/evidence.png"
 PAGES = (ROOT / "docs/evidence.md", ROOT / "docs/lab/evidence.md")
-QUICK_QUESTIONS, QUICK_PHOTOS, QUICK_SEEDS = ("labels",), ("tiles",), (0, 1)
 # minutes of a core where none has been measured
-GUESSED = {"vqkd": 1.5, "pretrain": 2.0, "finetune": 0.8, "linear": 0.3}
+GUESSED = {"vqkd": 1.5, "pretrain": 2.0, "finetune": 1.1, "linear": 0.3, "segment": 1.0}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -50,7 +50,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--tables", action="store_true", help="make the pages of the files; run nothing")
     add("--unbound", action="store_true", help="list the figures of the pages that name no file")
     add("--questions", nargs="+", default=list(QUESTIONS), choices=list(QUESTIONS), help="only these")
-    add("--photos", nargs="+", default=list(PHOTOS), choices=list(PHOTOS), help="only these")
+    add("--photos", nargs="+", default=list(ALL), choices=list(ALL), help="only these")
     add("--seeds", type=arguments.seed, nargs="+", default=list(SEEDS), help="only these")
     add("--jobs", type=arguments.positive, default=2, help="runs at a time, each on one thread")
     add("--minutes", type=arguments.positive, default=10**6, help="start no run after so many")
@@ -94,7 +94,8 @@ def run_quick(folder: Path, jobs: int) -> None:
     """Below `folder`, apart from what the grid left; UserError where results differ."""
     commit = str(environment.describe_code()["commit"])[:12]
     work = Workplace(folder / f"quick-{commit}", folder / f"quick-{commit}/results")
-    runs = list_chosen(QUICK_QUESTIONS, QUICK_PHOTOS, QUICK_SEEDS)
+    recipes = [Recipes(name, seed) for seed in QUICK_SEEDS for name in QUICK.photos]
+    runs = with_inputs(run for each in recipes for run in QUICK.runs(each))
     execute(work, runs, jobs, time.monotonic() + 10**9, print)
     again, before = read_all(work.results), read_all(RESULTS)
     print("\n" + "\n".join(quick_table(again)))
@@ -111,10 +112,7 @@ def run_quick(folder: Path, jobs: int) -> None:
 
 
 def quick_table(results: tables.Results) -> list[str]:
-    questions = (QUESTIONS[name] for name in QUICK_QUESTIONS)
-    return [
-        line for each in questions for line in tables.detail_table(results, each, QUICK_PHOTOS, QUICK_SEEDS)
-    ]
+    return tables.detail_table(results, QUICK, QUICK.photos, QUICK_SEEDS)
 
 
 # ── The pages ──
@@ -122,7 +120,7 @@ def quick_table(results: tables.Results) -> list[str]:
 
 def write_pages() -> None:
     results = read_all(RESULTS)
-    grid = list_chosen(list(QUESTIONS), list(PHOTOS), SEEDS)
+    grid = list_chosen(list(QUESTIONS), list(ALL), SEEDS)
     parts = tables.sections(results, grid, quick_table(results))
     for page in PAGES:
         page.write_text(tables.fill_in(page.read_text(encoding="utf-8"), parts), encoding="utf-8")

@@ -19,12 +19,12 @@ sys.path.append(str(ROOT / "scripts"))
 
 from errors import UserError
 from evidence import bindings, execute, imagenet, intervals, photos, tables
-from evidence.photos import PHOTOS
+from evidence.photos import ALL, CLASSIFIED
 from evidence.questions import QUESTIONS, SEEDS, list_runs
 from evidence.recipes import PRETRAININGS, Recipes, flags_of
 from evidence.runs import SCRIPTS, Run, read_results, with_inputs
 
-GRID = with_inputs(list_runs(QUESTIONS, list(PHOTOS), SEEDS))
+GRID = with_inputs(list_runs(QUESTIONS, list(ALL), SEEDS))
 FILES = list(read_results(ROOT / "docs/evidence"))
 
 
@@ -103,6 +103,15 @@ def test_what_matters_most_comes_first():
     assert first < names.index("cells-pretrain-pixels-s1") < names.index("cells-pretrain-random-masks-s0")
     for place, run in enumerate(GRID):
         assert all(names.index(each.name) < place for _, each in run.inputs)
+
+
+def test_segmentation_is_of_the_assay_alone():
+    runs = [run for run in GRID if run.photos == "assay"]
+    assert {run.stage for run in runs} == {"vqkd", "pretrain", "segment"}
+    assert {run.photos for run in GRID if run.stage == "segment"} == {"assay"}
+    run = Recipes("assay", 0).segmentation("base")
+    assert run.log_lines == 1 and Recipes("cells", 0).tokenizer("base").log_lines == 3
+    assert dict(run.inputs) == {"finetune": Recipes("assay", 0).pretraining("base")}
 
 
 def test_another_flag_is_another_run():
@@ -200,7 +209,7 @@ def test_a_real_run_gives_the_same_figures_again(tmp_path, monkeypatch):
         for split in ("train", "val"):
             tiny_photos(folder / split, per_class=8)
 
-    monkeypatch.setitem(photos.PHOTOS, "tiny", photos.Photos("tiny", "", "", False, make))
+    monkeypatch.setitem(photos.ALL, "tiny", photos.Photos("tiny", "", "", False, make))
     model = "--model beit_mini_patch16_96 --input_size 32 --data_set image_folder --no_save_ckpt"
     data = "--data_path PHOTOS/train --eval_data_path PHOTOS/val --device cpu --num_workers 0 --track none"
     run = Run("finetune", "tiny", "x", 0, flags_of(f"{model} {data} --batch_size 8 --epochs 1 --aa none"))
@@ -228,7 +237,7 @@ def test_a_cell_says_no_more_than_the_interval():
     assert tables.short_cell(apart, row, "tiles") == "+10.0 ± 0.6 **better** (2)"
     assert (
         "| tiles | 80.5 | 70.5 | +10.0 ± 0.6 | better | 2 |"
-        in tables.detail_table(apart, QUESTIONS["labels"], list(PHOTOS), SEEDS)[2]
+        in tables.detail_table(apart, QUESTIONS["labels"], CLASSIFIED, SEEDS)[2]
     )
     near = made_up({("base", 0): 80.0, ("base", 1): 70.0, (None, 0): 70.0, (None, 1): 79.0})
     assert tables.short_cell(near, row, "tiles") == "+0.5 ± 120.7 too close (2)"
@@ -327,3 +336,31 @@ def test_figures_without_a_file_are_listed():
     made = "<!-- made by scripts/evidence.sh: x -->\n7.5\n<!-- end -->"
     text = f"`1.5` is code, 1.2.3 a version, 12 a count\n82.1% and 57.6<!-- = a b -->, 30%\n{made}\n4.25"
     assert list(bindings.unbound_figures(text)) == [(2, "82.1%"), (2, "30%"), (6, "4.25")]
+
+
+# ── --quick ──
+
+
+@pytest.fixture
+def quick(work, tmp_path, monkeypatch):
+    """The script, whose part to run again is one run in place of an entry."""
+    script = load_script("run_evidence")
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "files")
+    monkeypatch.setattr(
+        script, "QUICK", type("", (), {"photos": ("tiles",), "runs": lambda self, _: chain()[:1]})()
+    )
+    monkeypatch.setattr(script, "quick_table", lambda results: [])
+    return script
+
+
+def test_quick_compares_with_the_files(quick, tmp_path, capsys):
+    run = chain()[0]
+    other = execute.Workplace(tmp_path / "before", quick.RESULTS)
+    execute.execute(other, [run], 1, time.monotonic() + 99, print)
+    quick.run_quick(tmp_path / "again", 1)
+    assert "reproduced exactly: 1 of 1 runs" in capsys.readouterr().out
+    path = quick.RESULTS / f"{run.name}.json"
+    path.write_text(path.read_text().replace('"train_loss": 1.0', '"train_loss": 1.1'))
+    with pytest.raises(UserError, match="1 runs gave other results"):
+        quick.run_quick(tmp_path / "again", 1)
+    assert "reproduced exactly: 0 of 1 runs" in capsys.readouterr().out

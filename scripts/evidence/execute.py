@@ -112,7 +112,7 @@ def stop(processes: Iterable[int]) -> None:
 def start(work: Workplace, run: Run, module: Any) -> int:
     """The process that runs it."""
     folder = work.folder_of(run)
-    if run.stage in ("finetune", "linear"):  # these keep no checkpoint to go on from
+    if run.stage in ("finetune", "linear", "segment"):  # short: begun again
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = {each.id: work.checkpoint(each) for _, each in run.inputs}
@@ -143,7 +143,7 @@ def start(work: Workplace, run: Run, module: Any) -> int:
 def finish(work: Workplace, run: Run, seconds: float) -> None:
     folder = work.folder_of(run)
     log = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    epochs = int(run.value("epochs"))
+    epochs = run.log_lines
     if len(log) < epochs:
         raise UserError(
             f"{run.name} was stopped after {len(log)} of {epochs} epochs; the same command goes on"
@@ -171,7 +171,12 @@ def describe(work: Workplace, run: Run, seconds: float) -> dict[str, Any]:
         "photos_digest": photos.prepare(run.photos, work.folder / "photos"),
         "commit": code["commit"],
         "changed": bool(environment.git("diff", "HEAD", "--", "*.py")),
-        "machine": {**{key: machine[key] for key in ("cpu", "cores")}, "torch": torch.__version__},
+        # sums are rounded in another order with other instructions
+        "machine": {
+            **{key: machine[key] for key in ("cpu", "cores")},
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "torch": torch.__version__,
+        },
         "threads": THREADS,
         "seconds": round(seconds, 1),
         "resumed": (work.folder_of(run) / "resumed").exists(),

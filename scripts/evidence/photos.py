@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+import demo_segmentation
 from data_pipeline.image_formats import load_image
 from demo_photos import shrink, solar_cells
 from errors import UserError
@@ -22,6 +23,7 @@ VALIDATES = 0.7  # the columns from here on, as a share of the width
 INSTALLED = Path("/usr/share/backgrounds/mate/nature")
 PACKAGE = "mate-backgrounds"
 DONE = "digest.txt"
+FEW_MASKS = 6  # of so many training tiles, one has its mask
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,28 @@ def cut_photos(source: Path, folder: Path) -> None:
                 tile.resize((SHORT_SIDE, SHORT_SIDE), Image.Resampling.BICUBIC).save(target, quality=95)
 
 
-PHOTOS = {
-    photos.name: photos
-    for photos in (
-        Photos(
-            "cells", "2,624 photos of solar cells (PyPI elpv-dataset)", "CC BY-NC-SA 4.0", True, make_cells
-        ),
-        Photos(
-            "tiles", "tiles of 12 photos of nature (Debian mate-backgrounds)", "GPL-2+", False, make_tiles
-        ),
-    )
-}
+def make_assay(folder: Path) -> None:
+    """As scripts/demo_segmentation.py makes it; and few/, with the masks of a sixth of the
+    training tiles.
+    """
+    demo_segmentation.OUT = folder
+    folder.mkdir(parents=True)
+    demo_segmentation.prepare(demo_segmentation.fetch())
+    shutil.rmtree(folder / "download")
+    for kind in ("images", "annotations"):
+        shutil.copytree(folder / "data" / kind / "val", folder / "few" / kind / "val")
+        (folder / "few" / kind / "train").mkdir(parents=True)
+        for path in sorted((folder / "data" / kind / "train").iterdir())[::FEW_MASKS]:
+            shutil.copy(path, folder / "few" / kind / "train")
+
+
+SETS = (
+    Photos("cells", "2,624 photos of solar cells (PyPI elpv-dataset)", "CC BY-NC-SA 4.0", True, make_cells),
+    Photos("tiles", "tiles of 12 photos of nature (Debian mate-backgrounds)", "GPL-2+", False, make_tiles),
+    Photos("assay", "tiles of one field of cells (PyPI ndev-sampledata)", "BSD-3-Clause", True, make_assay),
+)
+ALL = {photos.name: photos for photos in SETS}
+CLASSIFIED = ("cells", "tiles")
 
 
 def prepare(name: str, folder: Path) -> str:
@@ -91,7 +104,7 @@ def prepare(name: str, folder: Path) -> str:
     if not done.exists():
         scratch = folder / f"{name}-unfinished"
         shutil.rmtree(scratch, ignore_errors=True)
-        PHOTOS[name].make(scratch)
+        ALL[name].make(scratch)
         (scratch / DONE).write_text(digest(scratch) + "\n")
         scratch.rename(folder / name)
     return done.read_text().strip()
@@ -99,7 +112,7 @@ def prepare(name: str, folder: Path) -> str:
 
 def digest(folder: Path) -> str:
     found = hashlib.sha256()
-    for path in sorted(folder.rglob("*.jpg")):
+    for path in sorted(path for end in ("jpg", "png") for path in folder.rglob(f"*.{end}")):
         found.update(f"{path.relative_to(folder)} ".encode())
         found.update(hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()[:16]

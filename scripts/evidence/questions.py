@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from evidence.photos import CLASSIFIED
 from evidence.recipes import Recipes
 from evidence.runs import Run
 
 SEEDS = (0, 1, 2, 3, 4)
-FINETUNED, KNN, PROBE = "test_acc1", "test_knn_acc1", "test_acc1_last_layer"
+FINETUNED, KNN, PROBE, MIOU = "test_acc1", "test_knn_acc1", "test_acc1_last_layer", "test_miou"
 MEASURES = {
     FINETUNED: "",
+    MIOU: "mIoU",
     KNN: "k-NN",
     PROBE: "linear",
     "train_codes_used": "codes used",
     "train_perplexity": "perplexity",
 }
-ACCURACIES = (FINETUNED, KNN, PROBE)
+ACCURACIES = (FINETUNED, KNN, PROBE, MIOU)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Row:
     @property
     def decides(self) -> bool:
         """Whether it is in the short table."""
-        return self.measure in (FINETUNED, PROBE)
+        return self.measure in (FINETUNED, PROBE, MIOU)
 
     @property
     def label(self) -> str:
@@ -51,6 +53,7 @@ class Question:
     title: str
     rows: tuple[Row, ...]
     tier: int  # those of the lowest are run first
+    photos: tuple[str, ...] = CLASSIFIED
 
     def runs(self, recipes: Recipes) -> list[Run]:
         return [run for row in self.rows for run in row.runs(recipes)]
@@ -110,6 +113,20 @@ QUESTIONS = {
                 *pretrainings("trained", "untrained tokenizer", "base", "untrained-tokenizer"),
             ),
             1,
+        ),
+        Question(
+            "segmentation",
+            "Does pretraining help to segment, with few masks?",
+            (
+                Row(
+                    "assay: pretrained",
+                    "scratch",
+                    MIOU,
+                    lambda r: (r.segmentation("base"), r.segmentation(None)),
+                ),
+            ),
+            2,
+            ("assay",),
         ),
         Question(
             "masks",
@@ -182,13 +199,18 @@ QUESTIONS = {
             "Do kept crops (`--crop_cycle`) cost accuracy?",
             tuple(
                 row
-                for count in ("1", "2", "4")
+                for count in ("1", "4")
                 for row in pretrainings(f"{count} kept crops", "new ones", f"crops-{count}", "base")
             ),
             4,
         ),
     )
 }
+
+
+# what --quick runs again: a part of the first question, of one set of photos and two seeds
+QUICK = Question("quick", "", tuple(labels(percent, 1) for percent in (100, 10, 5)), 1, ("tiles",))
+QUICK_SEEDS = (0, 1)
 
 
 def list_runs(names: Iterable[str], photos: Sequence[str], seeds: Sequence[int]) -> list[Run]:
@@ -200,6 +222,6 @@ def list_runs(names: Iterable[str], photos: Sequence[str], seeds: Sequence[int])
         for seed in seeds
         for name in photos
         for question in chosen
-        if question.tier == tier
+        if question.tier == tier and name in question.photos
         for run in question.runs(Recipes(name, seed))
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from evidence.photos import PHOTOS
+from evidence.photos import ALL, CLASSIFIED
 from evidence.runs import Run
 
 TOKENIZER = "vqkd_encoder_mini_decoder_1x64x2_hog"
@@ -17,6 +17,7 @@ MODEL = "beit_mini_patch16_96_8k_vocab"
 EPOCHS = {
     "cells": {"vqkd": 3, "pretrain": 8, "finetune": 4},
     "tiles": {"vqkd": 10, "pretrain": 28, "finetune": 14},
+    "assay": {"vqkd": 10, "pretrain": 28},
 }
 # labels in percent -> epochs of batches of 16, about 200 steps
 FEW = {"cells": {10: 16, 5: 32}, "tiles": {10: 64, 5: 192}}
@@ -29,9 +30,12 @@ PRETRAIN = f"""--model {MODEL}_cls_pt --tokenizer_model {TOKENIZER} --codebook_s
     --second_input_size 96 --num_mask_patches 14 --min_mask_patches_per_block 4 --early_layers 4
     --head_layers 1 --drop_path 0 --batch_size 32 --lr 1.5e-3 --opt_betas 0.9 0.98 --clip_grad 3.0
     --color_jitter 0 --warmup_steps 60"""
-FINETUNE = """--model beit_mini_patch16_96 --data_set image_folder --batch_size 32 --lr 1e-3
+FINETUNE = """--model beit_mini_patch16_96 --data_set image_folder --batch_size 32 --lr 4e-3
     --layer_decay 0.8 --drop_path 0 --clip_grad 3.0 --min_crop_scale 0.5 --aa none --color_jitter 0
     --reprob 0 --warmup_steps 30 --image_freq 0 --no_save_ckpt"""
+SEGMENT = """--model upernet_beit_mini_patch16 --base_size 420 --scale_range 0.75 1.5 --batch_size 8
+    --warmup_steps 20 --clip_grad 3.0 --drop_path 0.1 --max_class_share 0.9 --lr 1e-3 --layer_decay 1.0
+    --class_names PHOTOS/classes.txt --palette PHOTOS/palette.txt --data_path PHOTOS/few --image_freq 0"""
 LINEAR = "--data_set image_folder --cached_features --batch_size 64 --epochs 30 --lr 4e-3"
 
 
@@ -79,7 +83,7 @@ PRETRAININGS = {
     **{f"dim-{size}": Pretraining(f"dim-{size}", changes(codebook_dim=size)) for size in ("8", "32")},
     **{name: Pretraining(name) for name in ("no-kmeans", "no-revival", "neither")},
     "continued": Pretraining(continued=True),
-    **{f"crops-{count}": Pretraining(changes=changes(crop_cycle=count)) for count in ("1", "2", "4")},
+    **{f"crops-{count}": Pretraining(changes=changes(crop_cycle=count)) for count in ("1", "4")},
 }
 
 
@@ -103,21 +107,27 @@ class Recipes:
 
     @property
     def shared(self) -> str:
-        vflip = " --vflip 0.5" if PHOTOS[self.photos].vflip else ""
+        vflip = " --vflip 0.5" if ALL[self.photos].vflip else ""
+        if self.photos not in CLASSIFIED:  # pieces of all training tiles; none is held out
+            return f"{SHARED} --data_path PHOTOS/pieces{vflip}"
         return f"{SHARED} --data_path PHOTOS/train --eval_data_path PHOTOS/val{vflip}"
 
+    def length(self, stage: str, times: int = 1) -> str:
+        epochs = times * EPOCHS[self.photos][stage]
+        return f"--epochs {epochs}" + (f" --eval_freq {epochs}" if self.photos in CLASSIFIED else "")
+
     def tokenizer(self, variant: str) -> Run:
-        epochs = EPOCHS[self.photos]["vqkd"]
-        text = f"{VQKD} {CROPS} {self.shared} --epochs {epochs} --eval_freq {epochs}"
+        text = f"{VQKD} {CROPS} {self.shared} {self.length('vqkd')}"
         return Run("vqkd", self.photos, variant, self.seed, flags_of(text, TOKENIZERS[variant]))
 
     def pretraining(self, variant: str) -> Run:
         row, epochs = PRETRAININGS[variant], EPOCHS[self.photos]["pretrain"]
-        text = f"{PRETRAIN} {CROPS} {self.shared} --epochs {epochs} --eval_freq {epochs}"
-        text += f" --knn_freq {epochs} --knn_data_path PHOTOS --health_freq {epochs // 4}"
+        text = f"{PRETRAIN} {CROPS} {self.shared} {self.length('pretrain')}"
+        if self.photos in CLASSIFIED:
+            text += f" --knn_freq {epochs} --knn_data_path PHOTOS --health_freq {epochs // 4}"
         inputs = [] if row.tokenizer is None else [("tokenizer_weight", self.tokenizer(row.tokenizer))]
         if row.continued:
-            other = next(name for name in PHOTOS if name != self.photos)
+            other = next(name for name in CLASSIFIED if name != self.photos)
             inputs.append(("init_from", Recipes(other, self.seed).pretraining("base")))
         return Run("pretrain", self.photos, variant, self.seed, flags_of(text, row.changes), tuple(inputs))
 
@@ -144,3 +154,9 @@ class Recipes:
             flags_of(text, changes(vflip=None)),
             inputs,
         )
+
+    def segmentation(self, variant: str | None, steps: int = 150) -> Run:
+        """Of a pretraining, or from scratch, with the masks of a sixth of the tiles."""
+        text = f"{SEGMENT} {SHARED} --max_steps {steps} --steps_per_epoch {steps}"
+        inputs = (("finetune", self.pretraining(variant)),) if variant else ()
+        return Run("segment", self.photos, variant or "scratch", self.seed, flags_of(text), inputs)

@@ -19,6 +19,7 @@ LAST = {
     ),
     "finetune": ("train_loss", "test_loss", "test_acc1", "test_balanced_acc"),
     "linear": (),
+    "segment": ("train_loss", "test_miou", "test_macc", "test_aacc"),
 }
 
 

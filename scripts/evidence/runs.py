@@ -15,6 +15,7 @@ SCRIPTS = {
     "pretrain": "run_beitv2_pretraining.py",
     "finetune": "run_class_finetuning.py",
     "linear": "run_linear_eval.py",
+    "segment": "run_segmentation_finetuning.py",
 }
 PHOTOS = "PHOTOS"  # in flags: the folder of the set of photos
 
@@ -45,6 +46,13 @@ class Run:
 
     def value(self, flag: str) -> str:
         return self.flags[self.flags.index(f"--{flag}") + 1]
+
+    @property
+    def log_lines(self) -> int:
+        """Of a finished run: one an epoch."""
+        if self.stage == "segment":
+            return int(self.value("max_steps")) // int(self.value("steps_per_epoch"))
+        return int(self.value("epochs"))
 
     def words(self, photos: Path, checkpoints: dict[str, Path]) -> list[str]:
         """Of its command line but for the output; `checkpoints`: run id -> file."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evidence.intervals import Interval, bootstrap, compare, spearman, student_interval
-from evidence.photos import PHOTOS
+from evidence.photos import CLASSIFIED
 from evidence.questions import QUESTIONS, SEEDS, Question, Row
 from evidence.recipes import Recipes
 from evidence.runs import Run
@@ -18,10 +18,8 @@ Results = Mapping[str, Mapping[str, Any]]  # name of a run -> its JSON
 BEGIN, END = "<!-- made by scripts/evidence.sh: {} -->", "<!-- end -->"
 HEALTH = {
     "health_rank_cls": "rank of the CLS tokens",
-    "health_rank_mean": "rank of the mean tokens",
     "health_mlm_margin": "masked accuracy above that of guessing",
     "health_perplexity_predicted": "perplexity of the predicted codes",
-    "health_dead_features": "share of dead features",
 }
 
 
@@ -80,12 +78,13 @@ def short_cell(results: Results, row: Row, photos: str) -> str:
 
 def summary_table(results: Results) -> list[str]:
     """The figures that a question is decided by, of all sets of photos."""
-    lines = [f"| | {' | '.join(PHOTOS)} |", "| --- |" + " --- |" * len(PHOTOS)]
+    lines = [f"| | {' | '.join(CLASSIFIED)} |", "| --- |" + " --- |" * len(CLASSIFIED)]
     for question in QUESTIONS.values():
-        lines.append(f"| **{question.title}** |" + " |" * len(PHOTOS))
+        lines.append(f"| **{question.title}** |" + " |" * len(CLASSIFIED))
         for row in question.rows:
             if row.decides:
-                cells = [short_cell(results, row, photos) for photos in PHOTOS]
+                cells = [short_cell(results, row, photos) for photos in question.photos]
+                cells += [""] * (len(CLASSIFIED) - len(cells))
                 lines.append(f"| {row.label} | {' | '.join(cells)} |")
     return lines
 
@@ -114,18 +113,21 @@ def list_judgments(found: Sequence[tuple[str, str, Judgment]]) -> list[str]:
 def detail_tables(results: Results) -> list[str]:
     lines: list[str] = []
     for question in QUESTIONS.values():
-        lines += ["", f"## {question.title}", *detail_table(results, question, list(PHOTOS), SEEDS)]
+        lines += ["", f"## {question.title}", *detail_table(results, question, question.photos, SEEDS)]
     return lines[1:]
 
 
 def papers_table(results: Results) -> list[str]:
     """The orderings of the papers beside ours."""
-    lines = [f"| first − second | paper | {' | '.join(PHOTOS)} |", "| --- | --- |" + " --- |" * len(PHOTOS)]
+    lines = [
+        f"| first − second | paper | {' | '.join(CLASSIFIED)} |",
+        "| --- | --- |" + " --- |" * len(CLASSIFIED),
+    ]
     words = {"better": "agrees", "worse": "disagrees", "not run": "not run"}
     for question in QUESTIONS.values():
         for row in question.rows:
             if row.paper:
-                verdicts = (compare(*samples(results, row, name, SEEDS)).verdict for name in PHOTOS)
+                verdicts = (compare(*samples(results, row, name, SEEDS)).verdict for name in CLASSIFIED)
                 cells = " | ".join(words.get(verdict, "too close to tell") for verdict in verdicts)
                 lines.append(f"| {row.label} | {row.paper} | {cells} |")
     return lines
@@ -147,10 +149,10 @@ def health_pairs(results: Results, figure: str, photos: str) -> list[tuple[float
 
 
 def health_table(results: Results) -> list[str]:
-    lines = [f"| at 25% of pretraining | {' | '.join(PHOTOS)} |", "| --- |" + " --- |" * len(PHOTOS)]
+    lines = [f"| at 25% of pretraining | {' | '.join(CLASSIFIED)} |", "| --- |" + " --- |" * len(CLASSIFIED)]
     for figure, title in HEALTH.items():
         cells = []
-        for photos in PHOTOS:
+        for photos in CLASSIFIED:
             pairs = health_pairs(results, figure, photos)
             low, high = bootstrap(pairs)
             if math.isnan(low):
@@ -181,7 +183,7 @@ def provenance(results: Results, grid: Iterable[Run]) -> list[str]:
 def describe_machine(result: Mapping[str, Any]) -> str:
     machine = result["machine"]
     threads = "one thread" if result["threads"] == 1 else f"{result['threads']} threads"
-    return f"{machine['cpu']}, {threads}, torch {machine['torch']}"
+    return f"{machine['cpu']} ({machine['instructions']}), {threads}, torch {machine['torch']}"
 
 
 # ── The page ──
@@ -220,9 +222,9 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(PHOTOS), figsize=(4.6 * len(PHOTOS), 3.4), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(CLASSIFIED), figsize=(4.6 * len(CLASSIFIED), 3.4), squeeze=False)
     kinds = {"pretrained": ("base", 1), "scratch": (None, 1), "scratch, 3 x the steps": (None, 3)}
-    for axis, photos in zip(axes[0], PHOTOS, strict=True):
+    for axis, photos in zip(axes[0], CLASSIFIED, strict=True):
         for number, (label, (variant, times)) in enumerate(kinds.items()):
             places, values = [], []
             for place, percent in enumerate((100, 10, 5)):
