@@ -23,7 +23,7 @@ from data_pipeline.augmentation import (
     resize_to_square,
 )
 from data_pipeline.float_images import crop_float, resize_float
-from data_pipeline.image_formats import Size, Source, load_image
+from data_pipeline.image_formats import Size, Source, load_plain
 from data_pipeline.pixel_format import RGB8, PixelFormat, load
 from data_pipeline.resizing import check_interpolation, interpolation
 from errors import ParameterError, pick
@@ -94,13 +94,17 @@ class Crops:
         sampled: list[CropParams] = []
 
         def enough(size: Size) -> Size:
-            sampled.append(self.crop.sample_params(size))
+            if not sampled:
+                sampled.append(self.crop.sample_params(size))
             needed = DECODED_TO_SHOWN * max(side for side, _ in self.sizes().values())
             shrink = min(sampled[0].width, sampled[0].height) / needed
             return int(-(-size[0] // shrink)), int(-(-size[1] // shrink))
 
-        image = load_image(source, enough)
-        return SampledImage(image, sampled[0] if sampled else self.crop.sample_params(image.size))
+        image = load_plain(source, enough)
+        if not sampled:
+            assert isinstance(image, Image.Image)  # of other images the size was asked about
+            sampled.append(self.crop.sample_params(image.size))
+        return SampledImage(image, sampled[0])
 
     def transform(self, loaded: Image.Image | SampledImage | Tensor) -> dict[str, torch.Tensor]:
         """A sample as it travels: each view (3, S, S) uint8, or (in_chans, S, S) float,
@@ -122,6 +126,7 @@ class Crops:
             loaded = SampledImage(loaded, self.crop.sample_params(loaded.size))
         image, params = loaded
         if not self.fast:
+            assert isinstance(image, Image.Image)  # as load gave it
             crop = exact_crop(image, params)
             return {
                 name: resize_to_square(crop, side, interpolation(mode))

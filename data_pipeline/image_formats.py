@@ -9,14 +9,24 @@ a file is follows from its content.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import stat
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import decode_jpeg
+
+try:
+    import simplejpeg
+except ImportError:  # optional: the same pixels, a tenth faster
+    simplejpeg = None
 
 FORMATS = {  # Pillow's name -> endings of file names; JPEG includes MPO, several JPEGs in one file
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
@@ -105,6 +115,8 @@ def _what_it_is(file: IO[bytes]) -> str:
 Source = str | np.ndarray  # an image file, or an (H, W, 3) uint8 image in memory
 
 
+# Tables (DHT, DQT, DRI), comments, APPn but EXIF's and XMP's APP1
+PLAIN_SEGMENTS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)} - {0xE1}
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
@@ -131,6 +143,54 @@ def load_image(source: Source | IO[bytes], enough: Callable[[Size], Size] | None
             with contextlib.suppress(Exception):  # a broken EXIF block does not make a broken picture
                 ImageOps.exif_transpose(image, in_place=True)
         return convert_to_rgb(image)
+
+
+def load_plain(source: Source | IO[bytes], enough: Callable[[Size], Size]) -> Image.Image | Tensor:
+    """As load_image, but (3, height, width) uint8 for a JPEG that has nothing to be
+    reduced, turned or converted: the same pixels, without Pillow's copies. By simplejpeg
+    where it is installed.
+
+    `enough` may be asked more than once.
+    """
+    if isinstance(source, np.ndarray):
+        return load_image(source)
+    with open_regular(source) if isinstance(source, str) else contextlib.nullcontext(source) as file:
+        start = file.read(2)
+        if start != b"\xff\xd8":
+            file.seek(0)
+            return load_image(file, enough)
+        content = start + file.read()
+    size = _find_plain_size(content)
+    if size is not None and min(side // least for side, least in zip(size, enough(size), strict=True)) < 2:
+        with contextlib.suppress(Exception):  # Pillow reads more of what is damaged, or says what it is
+            return _decode_plain(content)
+    return load_image(io.BytesIO(content), enough)
+
+
+def _find_plain_size(content: bytes) -> Size | None:
+    """(width, height) of a JPEG of three channels without EXIF or XMP, by its segments
+    up to the pixels (ITU-T T.81, B.1); None for any other.
+    """
+    size, at = None, 2
+    while at + 10 <= len(content) and content[at] == 0xFF:
+        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
+        if marker == 0xDA:  # pixels follow
+            return size
+        if marker in (0xC0, 0xC1, 0xC2):  # sequential or progressive, Huffman-coded
+            bits, height, width, channels = struct.unpack_from(">BHHB", content, at + 4)
+            if size or (bits, channels) != (8, 3) or not height or not width:
+                return None
+            size = width, height
+        elif marker not in PLAIN_SEGMENTS:
+            return None
+        at += 2 + length
+    return None
+
+
+def _decode_plain(content: bytes) -> Tensor:
+    if simplejpeg is not None:
+        return torch.from_numpy(simplejpeg.decode_jpeg(content)).permute(2, 0, 1)
+    return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
 
 
 def _reduce(image: Image.Image, enough: Callable[[Size], Size], may_turn: bool) -> None:

@@ -1,5 +1,6 @@
 """The pipelines of the data: exact is torchvision's bit for bit, fast is near it."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torchvision.transforms import functional as F
 
 import run_beitv2_pretraining
 import run_class_finetuning
-from data_pipeline import augmentation, crops, resizing
+from data_pipeline import augmentation, crops, image_formats, resizing
 from data_pipeline.augmentation import BRIGHTNESS, CONTRAST, SATURATION, CropParams
 from data_pipeline.crops import ASPECT_RANGE, RandomCrop, TokenizerViews
 from data_pipeline.image_formats import load_image
@@ -189,6 +190,47 @@ def test_both_pipelines_read_every_kind_of_file(tmp_path):
             resized = F.to_tensor(F.resize(expected, [96, 96], resizing.MODES["bicubic"]))
             assert torch.equal(samples["exact"], resized), name
             assert levels(samples["exact"], samples["fast"]).mean() < 1.5, name
+
+
+@pytest.mark.parametrize("decoder", ["torchvision", "simplejpeg"])
+def test_plain_jpegs_need_no_pillow(tmp_path, monkeypatch, decoder):
+    """The same pixels, and the same pivot and view of them; all else goes through
+    Pillow.
+    """
+    if decoder == "torchvision":
+        monkeypatch.setattr(image_formats, "simplejpeg", None)
+    else:
+        pytest.importorskip("simplejpeg")
+    files = files_of_many_kinds(tmp_path)
+    for name, options in {
+        "444": {"subsampling": 0},
+        "420": {"subsampling": 2, "quality": 60},
+        "progressive": {"progressive": True},
+        "restarts": {"restart_marker_rows": 1, "icc_profile": b"0" * 70_000, "comment": b"text"},
+    }.items():
+        files[name] = str(tmp_path / f"plain_{name}.jpg")
+        scene(123, 91).save(files[name], **options)
+    params = CropParams((123, 91), ((SATURATION, 1.3), (CONTRAST, 0.7)), False, False, 11, 23, 60, 50)
+    plain = set()
+    for name, file in files.items():
+        expected = load_image(file)
+        found = image_formats.load_plain(file, lambda size: size)
+        if isinstance(found, Image.Image):
+            assert found.tobytes() == expected.tobytes(), name
+            continue
+        plain.add(name)
+        assert torch.equal(found, F.pil_to_tensor(expected)), name
+        pivots = {augmentation.estimate_pivot(image, params.operations) for image in (found, expected)}
+        views = [
+            augmentation.resize_fast(
+                augmentation.SampledImage(image, dataclasses.replace(params, size=expected.size)), 48, mode
+            )
+            for mode in (resizing.MODES["bicubic"], resizing.MODES["lanczos"])
+            for image in (found, expected)
+        ]
+        assert len(pivots) == 1 and torch.equal(views[0], views[1]) and torch.equal(views[2], views[3])
+    assert {"444", "420", "progressive", "restarts", "rgb.jpg"} <= plain
+    assert not any("turned" in name or "gray" in name or "cmyk" in name or "png" in name for name in plain)
 
 
 def test_large_jpegs_are_decoded_no_larger_than_needed(tmp_path):

@@ -10,7 +10,7 @@ from refusals import user_reads
 from tiny_data import photo
 from torchvision.transforms import functional as F
 
-from data_pipeline import augmentation, crops, resizing
+from data_pipeline import crops, resizing
 from data_pipeline.crops import PretrainingViews, TokenizerViews
 from data_pipeline.pixel_format import PixelFormat
 from data_pipeline.resizing import interpolation
@@ -62,13 +62,13 @@ def test_both_views_show_one_crop(second_mode):
 
 
 def test_equal_sizes_resize_once_with_the_result_of_two(monkeypatch):
-    resizes, resize = [], F.resize
+    resizes, resize = [], crops.resize_to_square
 
     def counting(*args):
         resizes.append(args)
         return resize(*args)
 
-    monkeypatch.setattr(augmentation.F, "resize", counting)
+    monkeypatch.setattr(crops, "resize_to_square", counting)
     views = pretraining(second=64)
     with seeded(5):
         once = views(photo())
