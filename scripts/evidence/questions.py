@@ -102,7 +102,15 @@ QUESTIONS = {
         Question(
             "labels",
             "Is pretraining ahead of random weights?",
-            tuple(labels(percent, times) for percent in (100, 10, 5) for times in (1, 3)),
+            (
+                *(labels(percent, times) for percent in (100, 10, 5) for times in (1, 3)),
+                Row(
+                    "pretrained: layer decay 0.8",
+                    "none",
+                    FINETUNED,
+                    lambda r: (r.finetuning("base"), r.finetuning("base", decay=False)),
+                ),
+            ),
             1,
         ),
         Question(

@@ -131,15 +131,18 @@ class Recipes:
             inputs.append(("init_from", Recipes(other, self.seed).pretraining("base")))
         return Run("pretrain", self.photos, variant, self.seed, flags_of(text, row.changes), tuple(inputs))
 
-    def finetuning(self, variant: str | None, percent: int = 100, times: int = 1) -> Run:
-        """Of a pretraining, or from scratch, with some of the labels; `times` as long."""
-        own: dict[str, str | None] = {} if variant else {"layer_decay": "1.0"}
+    def finetuning(self, variant: str | None, percent: int = 100, times: int = 1, decay: bool = True) -> Run:
+        """Of a pretraining, or from scratch, with some of the labels; `times` as long.
+        decay: of the learning rate of the layers below; never from scratch.
+        """
+        own: dict[str, str | None] = {} if variant and decay else {"layer_decay": "1.0"}
         epochs = times * EPOCHS[self.photos]["finetune"]
         if percent < 100:
             epochs = times * FEW[self.photos][percent]
             own |= {"label_fraction": f"{percent / 100}", "batch_size": "16"}
         text = f"{FINETUNE} {self.shared} --epochs {epochs} --eval_freq {epochs}"
         name = f"{variant or 'scratch'}-{percent}" + (f"-x{times}" if times > 1 else "")
+        name += "" if decay else "-no-decay"
         inputs = (("finetune", self.pretraining(variant)),) if variant else ()
         return Run("finetune", self.photos, name, self.seed, flags_of(text, changes(**own)), inputs)
 

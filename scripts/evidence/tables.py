@@ -236,6 +236,7 @@ def draw(results: Results, path: Path) -> None:
                         values.append(value)
             axis.plot(places, values, "osD"[number], markersize=4, alpha=0.8, label=label)
         axis.set_xticks(range(3), ("100%", "10%", "5%"))
+        axis.set_xlim(-0.5, 2.5)
         axis.set_title(photos, fontsize=10)
         axis.set_xlabel("labels")
         axis.set_ylabel("accuracy, %")
