@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import shlex
@@ -52,6 +53,19 @@ class Command:
             if value is not None:
                 kept += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         return kept
+
+    def reschedule(self, images: int, **changes: str) -> Command:
+        """With other values for some flags, for so many images: `epochs` and
+        `batch_size` give the steps, and the warm-up keeps its share of them.
+        """
+        values = {flag.name: flag.value for flag in self.flags} | changes
+        epochs, batch, warmup = (int(str(values[name])) for name in ("epochs", "batch_size", "warmup_steps"))
+        steps = epochs * max(1, images // batch)
+        warmup = max(1, round(warmup * steps / self.steps))
+        values |= {"warmup_steps": str(warmup)} | changes
+        whys = {flag.name: flag.why for flag in self.flags if values[flag.name] == flag.value}
+        flags = tuple(Flag(name, value, whys.get(name, "")) for name, value in values.items())
+        return dataclasses.replace(self, flags=flags, steps=steps)
 
     def value(self, name: str) -> str:
         return next(" ".join(flag.words[1:]) for flag in self.flags if flag.name == name)

@@ -8,7 +8,6 @@ stage's folder, pictures/ and summary.json; what an earlier run wrote is kept be
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
@@ -31,7 +30,7 @@ from advice.inspection import inspect_folder  # noqa: E402
 from advice.plan import make_plan  # noqa: E402
 from data_pipeline.image_formats import load_image  # noqa: E402
 from demo_folders import make_empty  # noqa: E402
-from demo_photos import Photo, link, own_images, shrink, solar_cells  # noqa: E402
+from demo_photos import Photo, link, own_images, plan_solar_cells, shrink, solar_cells  # noqa: E402
 from errors import UserError, report_user_errors  # noqa: E402
 from runtime.terminal import say_if_slow, set_up_logging  # noqa: E402
 from stages import (  # noqa: E402
@@ -79,10 +78,9 @@ def prepare(photos: list[Photo], shrinks: bool = True) -> dict[str, dict[str, in
 
 def plan_demo(own: bool) -> list[Command]:
     """What advise.py advises for these images on a CPU."""
-    folder = inspect_folder(str(OUT / "data"))
-    if not own:  # a solar cell can be mounted either way
-        folder = dataclasses.replace(folder, has_up=False)
-    return make_plan(folder, Machine.here("cpu"), str(OUT))
+    if not own:
+        return plan_solar_cells(OUT)
+    return make_plan(inspect_folder(str(OUT / "data")), Machine.here("cpu"), str(OUT))
 
 
 # ── Stages ──

@@ -5,12 +5,15 @@ own.
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
 from PIL import Image
 
-from advice.inspection import VALIDATES, list_folder
+from advice.command import Command, Machine
+from advice.inspection import VALIDATES, inspect_folder, list_folder
+from advice.plan import make_plan
 from data_pipeline.image_formats import load_image
 from data_pipeline.resizing import cut_to_length
 from data_pipeline.samplers import evenly_spaced
@@ -65,6 +68,13 @@ def solar_cells() -> list[Photo]:
         label = f"{kind}_{'defect' if float(probability) >= 0.5 else 'ok'}"
         photos.append((folder / path, label, number * BLOCKS // len(rows) % 5 == 4))
     return photos
+
+
+def plan_solar_cells(output: Path) -> list[Command]:
+    """What advise.py advises for those in output/data on a CPU."""
+    # a solar cell can be mounted either way
+    folder = dataclasses.replace(inspect_folder(str(output / "data")), has_up=False)
+    return make_plan(folder, Machine.here("cpu"), str(output))
 
 
 def own_images(root: str) -> list[Photo]:

@@ -12,7 +12,6 @@ turns: a quiet machine's wall and CPU time.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -27,18 +26,15 @@ import torch  # noqa: E402
 
 import arguments  # noqa: E402
 import run_beitv2_pretraining  # noqa: E402
-from advice.command import Command, Machine  # noqa: E402
-from advice.inspection import inspect_folder  # noqa: E402
-from advice.plan import make_plan  # noqa: E402
+from advice.command import Command  # noqa: E402
 from data_pipeline.files import collate  # noqa: E402
 from data_pipeline.samplers import ResumableSampler  # noqa: E402
-from demo_photos import shrink, solar_cells  # noqa: E402
 from engine import Trainer  # noqa: E402
 from engine_for_crop_cycle import CachedTokens  # noqa: E402
 from engine_for_pretraining import Tokens  # noqa: E402
 from errors import report_user_errors  # noqa: E402
+from photo_runs import prepare, run  # noqa: E402
 from runtime.device import to_device  # noqa: E402
-from stages import log_of, run_entry  # noqa: E402
 
 BASE: dict[str, Any] = {  # of --only speed --model base: the published sizes, random weights
     **{"model": "beit_base_patch16_224_8k_vocab_cls_pt", "input_size": 224, "second_input_size": 224},
@@ -59,30 +55,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=arguments.positive, default=64, help="flips, speed: images of a step")
     add("--rounds", type=arguments.positive, default=10, help="speed: steps of each kind")
     return parser
-
-
-def prepare(folder: Path, count: int) -> list[Command]:
-    """The photos in folder/data, and the demo's three commands for them."""
-    for number, (source, label, validate) in enumerate(solar_cells()[:: max(1, 2624 // count)]):
-        target = folder / "data" / ("val" if validate else "train") / label / f"{number:06d}.jpg"
-        if not target.exists():
-            shrink(source, target)
-    # a solar cell can be mounted either way
-    report = dataclasses.replace(inspect_folder(str(folder / "data")), has_up=False)
-    return list(make_plan(report, Machine.here("cpu"), str(folder)))
-
-
-def run(command: Command, out: Path, epochs: int, args: argparse.Namespace) -> None:
-    """Unless it is done; one that was killed goes on."""
-    if (out / "log.txt").exists() and len(log_of(out)) >= epochs:
-        return
-    more = {"output_dir": out, "device": "cpu", "num_workers": args.num_workers, "image_freq": 0}
-    images = len(list(Path(command.value("data_path")).rglob("*.jpg")))
-    steps = epochs * max(1, images // int(command.value("batch_size")))
-    if steps < command.steps:  # the warm-up of a shorter run is shorter
-        more["warmup_steps"] = max(1, steps // 6)
-    more |= {"epochs": epochs, "eval_freq": epochs}
-    run_entry(str(out), command.script, "", *command.words(**more))
 
 
 # ── Codes and steps ──
@@ -107,7 +79,7 @@ def build(folder: Path, pretrain: Command, args: argparse.Namespace, **changes: 
 def measure_flips(folder: Path, commands: list[Command], args: argparse.Namespace) -> None:
     """Each image's one crop, encoded in the batches of several epochs, and one by one."""
     vqkd, pretrain, _ = commands
-    run(vqkd, folder / "vqkd", args.tokenizer_epochs, args)
+    run(vqkd, folder / "vqkd", epochs=args.tokenizer_epochs, num_workers=args.num_workers)
     trainer = build(folder, pretrain, args)
     target = trainer.stage.target  # type: ignore[attr-defined]
     first = encode_all(target, epoch_batches(trainer, 0, args.batch_size))
@@ -156,7 +128,7 @@ def measure_speed(folder: Path, commands: list[Command], args: argparse.Namespac
         torch.save({"model": make(codes["tokenizer_model"], as_tokenizer=True).state_dict()}, weights)
         codes |= {"tokenizer_weight": weights, "codebook_size": 8192, "codebook_dim": 32, **BASE}
     else:
-        run(vqkd, folder / "vqkd", args.tokenizer_epochs, args)
+        run(vqkd, folder / "vqkd", epochs=args.tokenizer_epochs, num_workers=args.num_workers)
         codes = {}
     trainer = build(folder, pretrain, args, **codes)
     target = trainer.stage.target  # type: ignore[attr-defined]

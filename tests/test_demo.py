@@ -4,12 +4,22 @@ folder.
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from source_files import load_script
 from tiny_runs import photos
 
+import run_beitv2_pretraining
+import run_class_finetuning
+import run_vqkd_training
+from advice.command import Command, Flag
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+from demo_photos import plan_solar_cells
+
+ENTRIES = (run_vqkd_training, run_beitv2_pretraining, run_class_finetuning)
 KEYS = {"data", "vqkd", "pretrain", "finetune", "pictures", "seconds"}
 
 
@@ -28,6 +38,58 @@ def test_the_solar_cells_are_split_in_blocks(demo):
     changes = sum(first[2] != second[2] for first, second in itertools.pairwise(cells))
     assert changes == 7  # four blocks of twenty validate, the last one at the end
     assert 0.19 < sum(validate for *_, validate in cells) / len(cells) < 0.21
+
+
+def test_a_command_is_rescheduled():
+    flags = (
+        Flag("epochs", "10", "ten"),
+        Flag("warmup_steps", "50"),
+        Flag("batch_size", "64"),
+        Flag("vflip", "1"),
+    )
+    command = Command("finetune", "run.py", flags, steps=320).reschedule(
+        2100, epochs="4", batch_size="16", ema=""
+    )
+    assert command.steps == 4 * 131
+    assert [command.value(name) for name in ("epochs", "batch_size", "vflip")] == ["4", "16", "1"]
+    assert command.value("warmup_steps") == "82"  # 50 of 320 steps
+    assert command.flags[0].why == "" and command.words()[-1] == "--ema"
+    assert command.reschedule(2100, warmup_steps="7").value("warmup_steps") == "7"
+
+
+def test_the_entries_accept_each_attempt(tmp_path):
+    photos(tmp_path / "data" / "train", per_class=40)
+    photos(tmp_path / "data" / "val", per_class=2)
+    plan = plan_solar_cells(tmp_path)
+    for changes in load_script("speedrun").ATTEMPTS.values():
+        for entry, command in zip(ENTRIES, plan, strict=True):
+            entry.parse_flags(command.reschedule(2100, **changes.get(command.stage, {})).words())
+            assert command.value("vflip") == "0.5"
+
+
+def test_a_speedrun_goes_on_and_shares_stages(tmp_path, monkeypatch, capsys):
+    speedrun, runs = load_script("speedrun"), []
+    photos(tmp_path / "data" / "train", per_class=40)
+    photos(tmp_path / "data" / "val", per_class=2)
+
+    def run(command, out, seed, **changes):
+        runs.append((command.stage, seed))
+        out.mkdir(parents=True)
+        (out / "log.txt").write_text(json.dumps({"test_acc1": 80.0 + seed, "test_mlm_acc_1": 0.2}) + "\n")
+
+    monkeypatch.setattr(speedrun, "run", run)
+    monkeypatch.setattr(speedrun, "prepare", plan_solar_cells)
+    longer = {"longer": {"finetune": {"epochs": "30"}}}
+    monkeypatch.setattr(speedrun, "ATTEMPTS", {"short": {}} | longer)
+    flags = [str(tmp_path), "--seeds", "0", "2", "--attempts", "short"]
+    speedrun.main(flags)
+    assert runs == [(stage, seed) for seed in (0, 2) for stage in speedrun.STAGES]
+    assert "81.00 ± 12.71" in capsys.readouterr().out  # Student's t of one degree of freedom
+    speedrun.measure(tmp_path, plan_solar_cells(tmp_path), "longer", 0, 1)
+    assert runs[6:] == [("finetune", 0)]
+    monkeypatch.setattr(speedrun, "ATTEMPTS", {"short": {}})
+    speedrun.main(flags)
+    assert len(runs) == 7
 
 
 def test_own_images_with_and_without_class_folders(demo, tmp_path, monkeypatch):
