@@ -179,9 +179,23 @@ class FrozenBackbone:
         if is_cpu(next(self.model.parameters()).device):
             cpu_bf16.swap_in(self.model)
         self.dim = self.model.embed_dim * len(features.split("_"))
+        self.at_once: int | None = None  # images; None: those of a batch
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
+        """In halves, quarters and so on where the GPU's memory does not hold the batch."""
+        while True:
+            at_once = min(self.at_once or len(images), len(images))
+            try:
+                return torch.cat([self.encode(part) for part in images.split(at_once)])
+            except torch.OutOfMemoryError:
+                if at_once == 1:
+                    raise
+                self.at_once = at_once // 2
+            # here the tensors of the attempt are released
+            log.warning(f"memory     does not hold {at_once} images: from here on {self.at_once} at once")
+
+    def encode(self, images: Tensor) -> Tensor:
         with self.precision.autocast():
             outputs = self.model.get_intermediate_layers(images, self.layer)
         if self.layer is not None:

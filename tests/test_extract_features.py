@@ -17,8 +17,9 @@ from tiny_runs import as_flags, photos, student
 
 import extract_features
 import modeling_finetune
-from evaluation.frozen_backbone import open_frozen
+from evaluation.frozen_backbone import FrozenBackbone, open_frozen
 from pretrained import open_backbone
+from runtime.device import choose_precision
 from transforms import eval_view, normalization
 
 HERE = as_flags(device="cpu", num_workers=0, batch_size=2)
@@ -77,6 +78,26 @@ def test_features_of_our_checkpoints_in_the_order_of_paths(images, tmp_path, cap
     assert "cls of layer 6 of 6; images of 32 x 32 pixels, normalized by ImageNet's" in said
     assert "1 of 6 files cannot be read and are left out" in said
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"f.npy", "f.paths.txt"}
+
+
+def test_a_batch_that_the_memory_does_not_hold_is_halved(tmp_path, capsys, monkeypatch):
+    weights = student(tmp_path / "pt.pth")
+    encode = FrozenBackbone(open_frozen(str(weights)), "mean", choose_precision("fp32", torch.device("cpu")))
+    images, plain, held = torch.rand(7, 3, 32, 32), encode.encode, 3
+    expected = encode(images)
+
+    def with_little_memory(part):
+        if len(part) > held:
+            raise torch.OutOfMemoryError("out of memory")
+        return plain(part)
+
+    monkeypatch.setattr(encode, "encode", with_little_memory)
+    for _ in range(2):
+        assert torch.allclose(encode(images), expected, atol=1e-6)
+    assert capsys.readouterr().out.count("does not hold 7 images: from here on 3 at once") == 1
+    held = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        encode(images)
 
 
 def test_features_of_photos_decoded_at_a_reduced_size(tmp_path):
