@@ -80,7 +80,7 @@ def test_features_of_our_checkpoints_in_the_order_of_paths(images, tmp_path, cap
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"f.npy", "f.paths.txt"}
 
 
-def test_a_batch_that_the_memory_does_not_hold_is_halved(tmp_path, capsys, monkeypatch):
+def test_a_batch_that_the_memory_does_not_hold_is_halved(tmp_path, caplog, monkeypatch):
     weights = student(tmp_path / "pt.pth")
     encode = FrozenBackbone(open_frozen(str(weights)), "mean", choose_precision("fp32", torch.device("cpu")))
     images, plain, held = torch.rand(7, 3, 32, 32), encode.encode, 3
@@ -94,7 +94,7 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(tmp_path, capsys, monke
     monkeypatch.setattr(encode, "encode", with_little_memory)
     for _ in range(2):
         assert torch.allclose(encode(images), expected, atol=1e-6)
-    assert capsys.readouterr().out.count("does not hold 7 images: from here on 3 at once") == 1
+    assert caplog.text.count("does not hold 7 images: from here on 3 at once") == 1
     held = 0
     with pytest.raises(torch.OutOfMemoryError):
         encode(images)
